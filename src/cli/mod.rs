@@ -1,0 +1,78 @@
+//! Roles and tools: arguments in, exit code out. The only module that prints.
+//!
+//! Exit codes: 0 clean, 1 failed, 64 wrong usage or configuration.
+
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command line's business"
+)]
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use figment::providers::{Format, Toml};
+
+use crate::config::{Config, ConfigError};
+
+/// Exit code of wrong usage or configuration (`EX_USAGE` of sysexits.h).
+const EX_USAGE: u8 = 64;
+
+/// An edge messaging mesh on NATS.
+#[derive(Debug, Parser)]
+#[command(name = "natter", version)]
+struct Cli {
+    /// Configuration file (TOML); its keys are those of config/default.toml.
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check the configuration and name everything that is wrong with it.
+    CheckConfig,
+    /// Print the configuration that results from file, environment and flags; secrets are hidden.
+    ShowConfig,
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come as "errors" too, and go to stdout.
+            let code = if error.use_stderr() { EX_USAGE } else { 0 };
+            return match error.print() {
+                Ok(()) => ExitCode::from(code),
+                Err(_closed_terminal) => ExitCode::FAILURE,
+            };
+        }
+    };
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("natter: {error:#}");
+            let usage = error.downcast_ref::<ConfigError>().is_some();
+            if usage {
+                ExitCode::from(EX_USAGE)
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let load = || Config::load(cli.config.as_deref(), Toml::string(""));
+    match cli.command {
+        Command::CheckConfig => {
+            load()?;
+            println!("the configuration is valid");
+        }
+        Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,443 @@
+//! Configuration: embedded defaults, file, environment, flags; checked as a whole before anything starts.
+//!
+//! No other module reads the environment. Secrets print as `***`.
+
+mod value;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytesize::ByteSize;
+use figment::{
+    Figment, Provider,
+    providers::{Env, Format, Toml},
+};
+use serde::{Deserialize, Serialize};
+
+pub use value::Secret;
+
+use crate::model::{Region, is_token};
+
+/// The commented defaults, as shipped in `config/default.toml`.
+pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
+
+/// Longest a durable publish may wait: clients are promised an answer within 5 s.
+const MAX_PUBLISH_TIMEOUT: Duration = Duration::from_millis(4900);
+
+/// Shortest HS256 secret, in bytes (RFC 7518 section 3.2: as long as the hash).
+const MIN_SECRET: usize = 32;
+
+/// All settings of a process. The meaning, unit and default of every key stand in `config/default.toml`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub region: String,
+    pub nats: Nats,
+    pub streams: Streams,
+    pub edge: Edge,
+    pub auth: Auth,
+    pub limits: Limits,
+    pub rooms: Rooms,
+    pub telemetry: Telemetry,
+    pub namespaces: BTreeMap<String, Namespace>,
+}
+
+/// `[nats]`: the connection to the region's cluster.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nats {
+    pub url: String,
+    pub user: String,
+    pub password: Secret,
+    pub password_file: PathBuf,
+    pub creds_file: PathBuf,
+    pub prefix: String,
+    pub partitions: u16,
+    #[serde(with = "humantime_serde")]
+    pub publish_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    pub read_timeout: Duration,
+    pub replay_concurrency: usize,
+    pub subscription_capacity: usize,
+}
+
+/// `[streams]`: what `natter provision` creates.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Streams {
+    pub replicas: usize,
+    #[serde(with = "humantime_serde")]
+    pub max_age: Duration,
+    pub max_bytes: ByteSize,
+    pub max_msgs_per_room: u64,
+    #[serde(with = "humantime_serde")]
+    pub duplicate_window: Duration,
+}
+
+/// `[edge]`: the process that holds sessions.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Edge {
+    pub id: String,
+    pub listen: SocketAddr,
+    pub shards: usize,
+    #[serde(with = "humantime_serde")]
+    pub drain_spread: Duration,
+    #[serde(with = "humantime_serde")]
+    pub drain_timeout: Duration,
+    pub web_page: bool,
+}
+
+/// `[auth]`: who may come in.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    pub hs256_secret: Secret,
+    pub hs256_secret_file: PathBuf,
+    pub public_key_file: PathBuf,
+    pub issuer: String,
+    pub audience: String,
+    #[serde(with = "humantime_serde")]
+    pub leeway: Duration,
+    #[serde(with = "humantime_serde")]
+    pub first_frame_timeout: Duration,
+}
+
+/// `[limits]`: what one session may take.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    pub body: ByteSize,
+    pub frame: ByteSize,
+    pub outbox: ByteSize,
+    #[serde(with = "humantime_serde")]
+    pub outbox_stall: Duration,
+    pub rooms_per_session: usize,
+    pub commands_per_second: u32,
+    pub commands_burst: u32,
+    pub sessions_per_user: usize,
+    pub sessions_per_ip: usize,
+}
+
+/// `[rooms]`: hubs and replay.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rooms {
+    pub ring: ByteSize,
+    pub replay_max: u64,
+    pub replay_max_bytes: ByteSize,
+    pub replay_memory: ByteSize,
+    #[serde(with = "humantime_serde")]
+    pub join_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    pub idle: Duration,
+    #[serde(with = "humantime_serde")]
+    pub resync: Duration,
+}
+
+/// `[telemetry]`: logs, metrics, traces.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Telemetry {
+    pub log_format: LogFormat,
+    pub log: String,
+    pub otlp_endpoint: String,
+    #[serde(with = "humantime_serde")]
+    pub otlp_interval: Duration,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Human,
+    Json,
+}
+
+/// `[namespaces.<name>]`: the policy of a set of rooms.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Namespace {
+    pub durable: bool,
+    pub typing: bool,
+}
+
+/// The configuration can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A source can't be read or does not have the right shape.
+    #[error("configuration: {0}")]
+    Source(Box<figment::Error>),
+    /// A file named by a key can't be read.
+    #[error("configuration: {key} = {}: can't be read", path.display())]
+    File {
+        key: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    /// Values break rules; all of them, one a line.
+    #[error("configuration:\n  {}", .0.join("\n  "))]
+    Invalid(Vec<String>),
+}
+
+impl Config {
+    /// Reads the defaults, `file` if there is one, the environment and `overrides` (flags), and checks the result.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with every broken rule.
+    pub fn load(file: Option<&Path>, overrides: impl Provider) -> Result<Self, ConfigError> {
+        let mut figment = Figment::from(Toml::string(DEFAULT_TOML));
+        if let Some(file) = file {
+            if let Err(source) = fs::metadata(file) {
+                return Err(ConfigError::File {
+                    key: "--config",
+                    path: file.to_owned(),
+                    source,
+                });
+            }
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        Self::from_figment(
+            &figment
+                .merge(Env::prefixed("NATTER__").split("__"))
+                .merge(overrides),
+        )
+    }
+
+    /// The defaults with `overrides`, without the environment: for tests and tools.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with every broken rule.
+    pub fn with_defaults(overrides: impl Provider) -> Result<Self, ConfigError> {
+        Self::from_figment(&Figment::from(Toml::string(DEFAULT_TOML)).merge(overrides))
+    }
+
+    fn from_figment(figment: &Figment) -> Result<Self, ConfigError> {
+        let mut config: Self = figment
+            .extract()
+            .map_err(|e| ConfigError::Source(Box::new(e)))?;
+        config
+            .nats
+            .password
+            .read_file("nats.password_file", &config.nats.password_file)?;
+        config
+            .auth
+            .hs256_secret
+            .read_file("auth.hs256_secret_file", &config.auth.hs256_secret_file)?;
+        let faults = config.faults();
+        if faults.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigError::Invalid(faults))
+        }
+    }
+
+    /// The region, validated.
+    #[must_use]
+    pub fn region(&self) -> Region {
+        Region::parse(&self.region).expect("validated when the configuration was loaded")
+    }
+
+    /// Every broken rule, as `key = value: rule, and why`.
+    fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        let mut check = |ok: bool, fault: String| {
+            if !ok {
+                faults.push(fault);
+            }
+        };
+        check(
+            Region::parse(&self.region).is_some(),
+            format!(
+                "region = {:?}: must match [a-z0-9-]{{1,32}}, it stands in cursors",
+                self.region
+            ),
+        );
+        let nats = &self.nats;
+        check(
+            is_token(&nats.prefix),
+            format!(
+                "nats.prefix = {:?}: must match [A-Za-z0-9_-]{{1,64}}, it is a subject token",
+                nats.prefix
+            ),
+        );
+        check(
+            (1..=1024).contains(&nats.partitions),
+            format!(
+                "nats.partitions = {}: must be 1 to 1024, each is a stream",
+                nats.partitions
+            ),
+        );
+        check(
+            nats.publish_timeout <= MAX_PUBLISH_TIMEOUT && !nats.publish_timeout.is_zero(),
+            format!(
+                "nats.publish_timeout = {:?}: must be above 0 and at most {MAX_PUBLISH_TIMEOUT:?}, clients are promised an answer within 5 s",
+                nats.publish_timeout
+            ),
+        );
+        check(
+            !nats.read_timeout.is_zero(),
+            "nats.read_timeout = 0s: must be above 0, or no read succeeds".to_owned(),
+        );
+        check(
+            (1..=64).contains(&nats.replay_concurrency),
+            format!(
+                "nats.replay_concurrency = {}: must be 1 to 64, the server answers them one by one",
+                nats.replay_concurrency
+            ),
+        );
+        check(
+            (1024..=1_048_576).contains(&nats.subscription_capacity),
+            format!(
+                "nats.subscription_capacity = {}: must be 1024 to 1048576",
+                nats.subscription_capacity
+            ),
+        );
+        check(
+            nats.user.is_empty() || nats.creds_file.as_os_str().is_empty(),
+            "nats.user and nats.creds_file: only one of them can be used".to_owned(),
+        );
+        check(
+            (1..=5).contains(&self.streams.replicas),
+            format!(
+                "streams.replicas = {}: must be 1 to 5, NATS knows no more",
+                self.streams.replicas
+            ),
+        );
+        check(
+            !self.streams.duplicate_window.is_zero(),
+            "streams.duplicate_window = 0s: must be above 0, or a retried publish is shown twice"
+                .to_owned(),
+        );
+        check(
+            self.streams.max_msgs_per_room == 0
+                || self.streams.max_msgs_per_room > self.rooms.replay_max,
+            format!(
+                "streams.max_msgs_per_room = {}: must be 0 or more than rooms.replay_max = {}, or a trimmed room can't be told from a quiet one",
+                self.streams.max_msgs_per_room, self.rooms.replay_max
+            ),
+        );
+        check(
+            self.edge.id.is_empty() || is_token(&self.edge.id),
+            format!(
+                "edge.id = {:?}: must match [A-Za-z0-9_-]{{1,64}}",
+                self.edge.id
+            ),
+        );
+        check(
+            self.edge.drain_spread < self.edge.drain_timeout,
+            format!(
+                "edge.drain_spread = {:?}: must be less than edge.drain_timeout = {:?}",
+                self.edge.drain_spread, self.edge.drain_timeout
+            ),
+        );
+        let secret = self.auth.hs256_secret.expose();
+        check(
+            secret.is_empty() || secret.len() >= MIN_SECRET,
+            format!(
+                "auth.hs256_secret = ***: {} bytes, must be at least {MIN_SECRET}",
+                secret.len()
+            ),
+        );
+        let limits = &self.limits;
+        for (key, size, at_least) in [
+            ("limits.body", limits.body, 1),
+            ("limits.frame", limits.frame, limits.body.as_u64() + 4096),
+            ("limits.outbox", limits.outbox, 16 * 1024),
+            (
+                "rooms.replay_max_bytes",
+                self.rooms.replay_max_bytes,
+                limits.body.as_u64(),
+            ),
+            (
+                "rooms.replay_memory",
+                self.rooms.replay_memory,
+                self.rooms.replay_max_bytes.as_u64(),
+            ),
+        ] {
+            check(
+                size.as_u64() >= at_least && size.as_u64() <= 1 << 31,
+                format!("{key} = {size}: must be {} to 2 GiB", ByteSize(at_least)),
+            );
+        }
+        for (key, number) in [
+            ("limits.rooms_per_session", limits.rooms_per_session as u64),
+            (
+                "limits.commands_per_second",
+                u64::from(limits.commands_per_second),
+            ),
+            ("limits.commands_burst", u64::from(limits.commands_burst)),
+            ("rooms.replay_max", self.rooms.replay_max),
+        ] {
+            check(number > 0, format!("{key} = 0: must be at least 1"));
+        }
+        for (key, time) in [
+            ("limits.outbox_stall", limits.outbox_stall),
+            ("rooms.join_timeout", self.rooms.join_timeout),
+            ("rooms.resync", self.rooms.resync),
+            ("auth.first_frame_timeout", self.auth.first_frame_timeout),
+            ("telemetry.otlp_interval", self.telemetry.otlp_interval),
+        ] {
+            check(!time.is_zero(), format!("{key} = 0s: must be above 0"));
+        }
+        for name in self.namespaces.keys() {
+            check(
+                is_token(name),
+                format!("namespaces.{name}: a namespace must match [A-Za-z0-9_-]{{1,64}}"),
+            );
+        }
+        faults
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(toml: &str) -> Result<Config, ConfigError> {
+        Config::with_defaults(Toml::string(toml))
+    }
+
+    #[test]
+    fn defaults_are_valid() {
+        let config = load("").unwrap();
+        assert_eq!(config.limits.body, ByteSize::kib(64));
+        assert!(config.namespaces["chat"].durable && !config.namespaces["live"].durable);
+    }
+
+    #[test]
+    fn every_fault_is_named_at_once() {
+        let error = load(
+            "region = 'Se oul'\n[nats]\nprefix = 'a.b'\npublish_timeout = '6s'\n[limits]\nframe = '1KiB'\n[auth]\nhs256_secret = 'short'",
+        )
+        .unwrap_err()
+        .to_string();
+        for key in [
+            "region",
+            "nats.prefix",
+            "nats.publish_timeout",
+            "limits.frame",
+            "auth.hs256_secret",
+        ] {
+            assert!(error.contains(key), "{key} is missing in: {error}");
+        }
+        assert!(!error.contains("short"), "a secret is printed: {error}");
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_by_name() {
+        let error = load("[rooms]\nrign = '1KiB'").unwrap_err().to_string();
+        assert!(error.contains("rign"), "{error}");
+    }
+
+    #[test]
+    fn wrong_types_name_the_key() {
+        let error = load("[limits]\nbody = 'much'").unwrap_err().to_string();
+        assert!(error.contains("body"), "{error}");
+    }
+}

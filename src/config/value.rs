@@ -1,0 +1,49 @@
+//! Value types of the configuration.
+
+use std::{fmt, fs, path::Path};
+
+use serde::{Deserialize, Serialize, Serializer};
+
+use super::ConfigError;
+
+/// The text of a secret; prints and serialises as `***`, or as nothing where it is empty.
+#[derive(Clone, Default, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The secret itself.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// Replaces the secret by the content of `path` (without white space at its end), unless `path` is empty.
+    pub(super) fn read_file(&mut self, key: &'static str, path: &Path) -> Result<(), ConfigError> {
+        if !path.as_os_str().is_empty() {
+            let text = fs::read_to_string(path).map_err(|source| ConfigError::File {
+                key,
+                path: path.to_owned(),
+                source,
+            })?;
+            text.trim_end().clone_into(&mut self.0);
+        }
+        Ok(())
+    }
+
+    fn shown(&self) -> &'static str {
+        if self.0.is_empty() { "" } else { "***" }
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.shown())
+    }
+}
+
+impl Serialize for Secret {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.shown())
+    }
+}

@@ -1,0 +1,23 @@
+//! natter: an edge messaging mesh on NATS.
+//!
+//! Dependencies point down only:
+//!
+//! ```text
+//! cli                      roles and tools; the only place that exits or prints
+//! edge   http              processes that accept: sockets, requests
+//! session                  one connection: frames, commands, outbox
+//! room                     one hub a room: members, live + replay merge, fan-out
+//! auth   bus   servers   client
+//! config   telemetry   runtime
+//! model   protocol   subject
+//! ```
+//!
+//! - Only `bus` (and `servers`, to see whether a server it started is ready) imports async-nats.
+//! - Only `auth` imports jsonwebtoken.
+//! - Only `subject` spells a subject, stream or header name.
+
+pub mod cli;
+pub mod config;
+pub mod model;
+pub mod protocol;
+pub mod subject;

@@ -1,0 +1,7 @@
+//! The one binary: `natter up`, `natter edge`, and the tools.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    natter::cli::main()
+}

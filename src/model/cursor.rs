@@ -1,0 +1,301 @@
+//! Places in a room's log.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+/// Most origins one cursor may name. A cursor comes from outside: it must not make us build a huge vector.
+const MAX_ORIGINS: usize = 32;
+
+/// A region's name: `[a-z0-9-]{1,32}`, so that it can stand in a subject, a stream name and a cursor.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Region(Arc<str>);
+
+/// The identity of one incarnation of a stream: `[a-z0-9]{1,8}`. A different epoch means that old sequences mean nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Epoch {
+    bytes: [u8; 8],
+    len: u8,
+}
+
+/// A short hash of the message at a position, so that a store that was rolled back and written anew is noticed.
+///
+/// It is taken of what identifies a message (its `Nats-Msg-Id`, or its payload where a plain NATS client set none), not
+/// of when or how often it was sent: so every retry of a publish gets the same cursor. Zero means "no message": the
+/// position of a room in which nothing has been said.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, PartialOrd, Ord, Hash)]
+pub struct Fingerprint(pub u16);
+
+/// One component of a [`Cursor`]: the last message seen of one origin.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Position {
+    /// The region whose stream gave the sequence.
+    pub origin: Region,
+    /// The incarnation of that stream.
+    pub epoch: Epoch,
+    /// Stream sequence, 0 before the first message.
+    pub seq: u64,
+    /// Fingerprint of the message at `seq`.
+    pub fingerprint: Fingerprint,
+}
+
+/// A place in a room: one [`Position`] an origin, ordered by origin; opaque to clients.
+///
+/// Wire form: `origin.epoch.seq.fingerprint` joined with `_`, e.g. `seoul.k3.1042.7f02_virginia.q8.77.a1c4`.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Cursor(Vec<Position>);
+
+/// A cursor that can't be parsed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("cursor {text:?}: {what}")]
+pub struct BadCursor {
+    /// The beginning of what was given.
+    pub text: String,
+    /// What is wrong with it.
+    pub what: &'static str,
+}
+
+impl Region {
+    /// Parses a region's name; `None` if it does not match `[a-z0-9-]{1,32}`.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let valid = (1..=32).contains(&text.len())
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        valid.then(|| Self(Arc::from(text)))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Region({})", self.0)
+    }
+}
+
+impl Epoch {
+    /// Parses an epoch; `None` if it does not match `[a-z0-9]{1,8}`.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let valid = text
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        if text.is_empty() || !valid {
+            return None;
+        }
+        let mut bytes = [0; 8];
+        bytes
+            .get_mut(..text.len())?
+            .copy_from_slice(text.as_bytes());
+        Some(Self {
+            bytes,
+            len: u8::try_from(text.len()).ok()?,
+        })
+    }
+
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        self.bytes
+            .get(..usize::from(self.len))
+            .and_then(|bytes| std::str::from_utf8(bytes).ok())
+            .unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Epoch({self})")
+    }
+}
+
+impl Fingerprint {
+    /// The fingerprint of a message: 32-bit FNV-1a of `identity`, folded to 16 bits, never zero.
+    #[must_use]
+    pub fn of(identity: &[u8]) -> Self {
+        let hash = identity.iter().fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+        });
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "folding 32 bits to 16 is the point"
+        )]
+        let folded = (hash ^ (hash >> 16)) as u16;
+        Self(folded.max(1))
+    }
+}
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0)
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}.{}.{}.{}",
+            self.origin, self.epoch, self.seq, self.fingerprint
+        )
+    }
+}
+
+impl Cursor {
+    /// A cursor with one component: all there is in a mesh of one region.
+    #[must_use]
+    pub fn single(position: Position) -> Self {
+        Self(vec![position])
+    }
+
+    /// The components, ordered by origin, at most one an origin.
+    #[must_use]
+    pub fn positions(&self) -> &[Position] {
+        &self.0
+    }
+
+    /// The component of `origin`.
+    #[must_use]
+    pub fn get(&self, origin: &Region) -> Option<&Position> {
+        self.0.iter().find(|position| position.origin == *origin)
+    }
+}
+
+impl fmt::Display for Cursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, position) in self.0.iter().enumerate() {
+            if i > 0 {
+                f.write_str("_")?;
+            }
+            position.fmt(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Cursor {
+    type Err = BadCursor;
+
+    fn from_str(text: &str) -> Result<Self, BadCursor> {
+        let bad = |what| BadCursor {
+            text: text.chars().take(80).collect(),
+            what,
+        };
+        let mut positions: Vec<Position> = Vec::new();
+        for component in text.split('_') {
+            if positions.len() == MAX_ORIGINS {
+                return Err(bad("too many origins"));
+            }
+            let mut parts = component.split('.');
+            let (Some(origin), Some(epoch), Some(seq), Some(fingerprint), None) = (
+                parts.next(),
+                parts.next(),
+                parts.next(),
+                parts.next(),
+                parts.next(),
+            ) else {
+                return Err(bad("a component is not origin.epoch.seq.fingerprint"));
+            };
+            let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_hexdigit());
+            let position = Position {
+                origin: Region::parse(origin).ok_or_else(|| bad("the origin is not a region"))?,
+                epoch: Epoch::parse(epoch).ok_or_else(|| bad("the epoch is malformed"))?,
+                seq: Some(seq)
+                    .filter(|s| digits(s))
+                    .and_then(|s| s.parse().ok())
+                    .ok_or_else(|| bad("the sequence is not a number"))?,
+                fingerprint: Some(fingerprint)
+                    .filter(|s| digits(s))
+                    .and_then(|s| u16::from_str_radix(s, 16).ok())
+                    .map(Fingerprint)
+                    .ok_or_else(|| bad("the fingerprint is not a hexadecimal number"))?,
+            };
+            if positions
+                .last()
+                .is_some_and(|last| last.origin >= position.origin)
+            {
+                return Err(bad("the origins are not in order"));
+            }
+            positions.push(position);
+        }
+        Ok(Self(positions))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn malformed_cursors_are_refused() {
+        for text in [
+            "",
+            "_",
+            "seoul",
+            "seoul.k3.1",
+            "seoul.k3.1.a.b",
+            "SEOUL.k3.1.a",
+            "seoul.K3.1.a",
+            "seoul.k3.-1.a",
+            "seoul.k3.+1.a",
+            "seoul.k3.1.zz",
+            "seoul.k3.1.12345",
+            "seoul.k3..a",
+            "seoul.k3.99999999999999999999.a",
+            "b.k.1.1_a.k.1.1",
+            "a.k.1.1_a.k.2.1",
+            "a.k.1.1_",
+            "a.123456789.1.1",
+            "a..1.1",
+            ".k.1.1",
+            "a.k.1.",
+            "안.k.1.1",
+        ] {
+            assert!(text.parse::<Cursor>().is_err(), "{text:?} was accepted");
+        }
+        let many = (0..=MAX_ORIGINS)
+            .map(|i| format!("r{i:03}.k.1.1"))
+            .collect::<Vec<_>>();
+        assert!(many.join("_").parse::<Cursor>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn display_and_parse_are_inverse(
+            parts in prop::collection::btree_map("[a-z0-9-]{1,32}", ("[a-z0-9]{1,8}", any::<u64>(), any::<u16>()), 1..8)
+        ) {
+            let cursor = Cursor(parts.iter().map(|(origin, (epoch, seq, fp))| Position {
+                origin: Region::parse(origin).unwrap(),
+                epoch: Epoch::parse(epoch).unwrap(),
+                seq: *seq,
+                fingerprint: Fingerprint(*fp),
+            }).collect());
+            prop_assert_eq!(cursor.to_string().parse::<Cursor>().unwrap(), cursor);
+        }
+
+        #[test]
+        fn any_text_parses_or_is_refused(text in ".{0,200}") {
+            if let Ok(cursor) = text.parse::<Cursor>() {
+                prop_assert!(!cursor.positions().is_empty());
+            }
+        }
+    }
+}

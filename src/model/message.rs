@@ -1,0 +1,246 @@
+//! What identifies and classifies a message.
+
+use std::{borrow::Cow, fmt, fmt::Write as _, sync::Arc};
+
+/// A message's id, chosen by its sender: `[A-Za-z0-9._~-]{1,64}`.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct MessageId(Arc<str>);
+
+/// A message id was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("id {0:?} does not match [A-Za-z0-9._~-]{{1,64}}")]
+pub struct BadMessageId(pub String);
+
+/// A message as another message refers to it: `<user>/<id>`, or a bare `<id>` for one of the sender's own.
+///
+/// A user may contain `/`, an id can't: the last `/` divides them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Reference {
+    /// The author; `None` where the reference is bare.
+    pub user: Option<String>,
+    /// The message's id.
+    pub id: MessageId,
+}
+
+/// A message reference was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a message reference, <user>/<id> or <id>")]
+pub struct BadReference(pub String);
+
+/// The two subjects of a room's log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Class {
+    /// Messages proper: what counts as unread.
+    Msg,
+    /// What refers to a message: edit, delete, reaction, annotation.
+    Ev,
+}
+
+/// What a `send` is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Kind {
+    /// A new message.
+    #[default]
+    Message,
+    /// A new body for `target`.
+    Edit,
+    /// `target` is withdrawn.
+    Delete,
+    /// A reaction to `target`.
+    Reaction,
+    /// What a worker says about `target`: translation, sentiment, a moderation verdict.
+    Annotation,
+}
+
+impl MessageId {
+    /// Parses an id.
+    ///
+    /// # Errors
+    /// [`BadMessageId`] with the (shortened) text.
+    pub fn parse(text: &str) -> Result<Self, BadMessageId> {
+        let valid = (1..=64).contains(&text.len())
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"._~-".contains(&b));
+        if valid {
+            Ok(Self(Arc::from(text)))
+        } else {
+            Err(BadMessageId(text.chars().take(80).collect()))
+        }
+    }
+
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Reference {
+    /// Parses `<user>/<id>` or `<id>`.
+    ///
+    /// # Errors
+    /// [`BadReference`] with the (shortened) text.
+    pub fn parse(text: &str) -> Result<Self, BadReference> {
+        let bad = |_: BadMessageId| BadReference(text.chars().take(80).collect());
+        match text.rsplit_once('/') {
+            Some(("", _)) => Err(BadReference(text.chars().take(80).collect())),
+            Some((user, id)) => Ok(Self {
+                user: Some(user.to_owned()),
+                id: MessageId::parse(id).map_err(bad)?,
+            }),
+            None => Ok(Self {
+                user: None,
+                id: MessageId::parse(text).map_err(bad)?,
+            }),
+        }
+    }
+
+    /// Whether the message is one of `user`'s own.
+    #[must_use]
+    pub fn is_by(&self, user: &str) -> bool {
+        self.user.as_deref().is_none_or(|author| author == user)
+    }
+}
+
+impl Class {
+    /// The last token of the room's subject.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Msg => "msg",
+            Self::Ev => "ev",
+        }
+    }
+}
+
+impl Kind {
+    /// Every kind.
+    pub const ALL: [Self; 5] = [
+        Self::Message,
+        Self::Edit,
+        Self::Delete,
+        Self::Reaction,
+        Self::Annotation,
+    ];
+
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Message => "message",
+            Self::Edit => "edit",
+            Self::Delete => "delete",
+            Self::Reaction => "reaction",
+            Self::Annotation => "annotation",
+        }
+    }
+
+    /// The kind of a word; `None` if there is no such kind.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
+    }
+
+    /// The subject it is published under.
+    #[must_use]
+    pub fn class(self) -> Class {
+        match self {
+            Self::Message => Class::Msg,
+            Self::Edit | Self::Delete | Self::Reaction | Self::Annotation => Class::Ev,
+        }
+    }
+}
+
+/// Makes any text safe as a NATS header value and still readable: control characters, `=` and white space at either end
+/// become `=XX` per byte.
+#[must_use]
+pub fn header_escape(text: &str) -> Cow<'_, str> {
+    let edge_space = text.starts_with(char::is_whitespace) || text.ends_with(char::is_whitespace);
+    if !edge_space && !text.chars().any(|c| c.is_control() || c == '=') {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 8);
+    let last = text.chars().count() - 1;
+    for (i, c) in text.chars().enumerate() {
+        if c.is_control() || c == '=' || (c.is_whitespace() && (i == 0 || i == last)) {
+            let mut utf8 = [0; 4];
+            for byte in c.encode_utf8(&mut utf8).bytes() {
+                // Writing to a String can't fail.
+                let _infallible = write!(out, "={byte:02X}");
+            }
+        } else {
+            out.push(c);
+        }
+    }
+    Cow::Owned(out)
+}
+
+/// The inverse of [`header_escape`]. Sequences that are not `=XX`, or not UTF-8 when decoded, are kept as they are.
+#[must_use]
+pub fn header_unescape(text: &str) -> Cow<'_, str> {
+    if !text.contains('=') {
+        return Cow::Borrowed(text);
+    }
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut i = 0;
+    while let Some(&byte) = bytes.get(i) {
+        let decoded = (byte == b'=')
+            .then(|| bytes.get(i + 1..i + 3))
+            .flatten()
+            .and_then(|hex| std::str::from_utf8(hex).ok())
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        if let Some(decoded) = decoded {
+            out.push(decoded);
+            i += 3;
+        } else {
+            out.push(byte);
+            i += 1;
+        }
+    }
+    String::from_utf8(out).map_or_else(|_not_utf8| Cow::Borrowed(text), Cow::Owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn references() {
+        let own = Reference::parse("01JA").unwrap();
+        assert!(own.is_by("anyone"));
+        let other = Reference::parse("a/b/01JA").unwrap();
+        assert_eq!(other.user.as_deref(), Some("a/b"));
+        assert!(other.is_by("a/b") && !other.is_by("a"));
+        for bad in ["", "/", "/x", "kim/", "kim/a b", "kim/안"] {
+            assert!(Reference::parse(bad).is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn ids() {
+        for bad in ["", "a b", "a/b", "안", &"x".repeat(65)] {
+            assert!(MessageId::parse(bad).is_err(), "{bad:?} was accepted");
+        }
+        assert!(MessageId::parse("A.z_9~-").is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn header_escape_is_reversible_and_safe(text in "\\PC{0,40}|[ =\\r\\n\\t\\x00-\\x1f\\x7fA-F0-9]{0,40}") {
+            let escaped = header_escape(&text);
+            prop_assert!(!escaped.chars().any(char::is_control));
+            prop_assert_eq!(escaped.trim(), escaped.as_ref());
+            prop_assert_eq!(header_unescape(&escaped), text.as_str());
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Ids and values: parsing is validation, `Display` is the wire form.
+//!
+//! No I/O, no clock, no framework. Everything here can be tested as plain data.
+
+#![warn(missing_docs, clippy::indexing_slicing)]
+
+mod cursor;
+mod message;
+mod partition;
+mod room;
+
+pub use cursor::{BadCursor, Cursor, Epoch, Fingerprint, Position, Region};
+pub use message::{
+    BadMessageId, BadReference, Class, Kind, MessageId, Reference, header_escape, header_unescape,
+};
+pub use partition::partition_of;
+pub use room::{BadRoom, RoomId, is_token};

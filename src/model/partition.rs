@@ -1,0 +1,20 @@
+//! The server's own partition hash.
+
+use super::RoomId;
+
+/// The partition of a room among `partitions`: what the NATS subject mapping function `partition(n, 1, 2)` gives for the
+/// tokens `<namespace>.<name>`.
+///
+/// nats-server (`subject_transform.go`, `getHashPartition`) hashes the chosen tokens, joined without a separator, with
+/// 32-bit FNV-1a and takes the remainder. A test compares this function with a running server.
+#[must_use]
+pub fn partition_of(room: &RoomId, partitions: u16) -> u16 {
+    let hash = room
+        .namespace()
+        .bytes()
+        .chain(room.name().bytes())
+        .fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+        });
+    u16::try_from(hash % u32::from(partitions.max(1))).unwrap_or(0)
+}

@@ -1,0 +1,239 @@
+//! The one table of error codes and the one table of close codes.
+
+/// Why a command was refused: the `code` of an `error` reply and of an HTTP error body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorCode {
+    /// The frame or body is not JSON.
+    BadJson,
+    /// JSON, but not a command: a field is missing or has the wrong type or value.
+    BadRequest,
+    /// No such `op`.
+    UnknownOp,
+    /// Not a room name.
+    BadRoom,
+    /// The room's namespace is not configured.
+    UnknownNamespace,
+    /// Not a message id or message reference.
+    BadId,
+    /// A cursor that can't be parsed.
+    BadCursor,
+    /// The body is larger than `limits.body`.
+    TooLarge,
+    /// No token, or one that is not valid.
+    Unauthorized,
+    /// The token's grants do not cover it.
+    Forbidden,
+    /// The command needs a join before.
+    NotJoined,
+    /// More commands than `limits.commands_per_second`.
+    RateLimited,
+    /// Another limit, named in the message.
+    Limit,
+    /// NATS can't be reached or does not answer; nothing was stored.
+    Unavailable,
+    /// The stream did not acknowledge in time: the message may be stored or not. Repeat with the same id.
+    UnknownOutcome,
+    /// The stream refuses to store more.
+    StreamFull,
+    /// A fault of natter's own.
+    Internal,
+}
+
+impl ErrorCode {
+    /// Every code.
+    pub const ALL: [Self; 17] = [
+        Self::BadJson,
+        Self::BadRequest,
+        Self::UnknownOp,
+        Self::BadRoom,
+        Self::UnknownNamespace,
+        Self::BadId,
+        Self::BadCursor,
+        Self::TooLarge,
+        Self::Unauthorized,
+        Self::Forbidden,
+        Self::NotJoined,
+        Self::RateLimited,
+        Self::Limit,
+        Self::Unavailable,
+        Self::UnknownOutcome,
+        Self::StreamFull,
+        Self::Internal,
+    ];
+
+    /// The word on the wire, also the metric label.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::BadJson => "bad_json",
+            Self::BadRequest => "bad_request",
+            Self::UnknownOp => "unknown_op",
+            Self::BadRoom => "bad_room",
+            Self::UnknownNamespace => "unknown_namespace",
+            Self::BadId => "bad_id",
+            Self::BadCursor => "bad_cursor",
+            Self::TooLarge => "too_large",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::NotJoined => "not_joined",
+            Self::RateLimited => "rate_limited",
+            Self::Limit => "limit",
+            Self::Unavailable => "unavailable",
+            Self::UnknownOutcome => "unknown_outcome",
+            Self::StreamFull => "stream_full",
+            Self::Internal => "internal",
+        }
+    }
+
+    /// Whether the same command may succeed when it is repeated later.
+    #[must_use]
+    pub fn retry(self) -> bool {
+        match self {
+            Self::RateLimited | Self::Unavailable | Self::UnknownOutcome => true,
+            Self::BadJson
+            | Self::BadRequest
+            | Self::UnknownOp
+            | Self::BadRoom
+            | Self::UnknownNamespace
+            | Self::BadId
+            | Self::BadCursor
+            | Self::TooLarge
+            | Self::Unauthorized
+            | Self::Forbidden
+            | Self::NotJoined
+            | Self::Limit
+            | Self::StreamFull
+            | Self::Internal => false,
+        }
+    }
+
+    /// The HTTP status of the same refusal.
+    #[must_use]
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::BadJson
+            | Self::BadRequest
+            | Self::UnknownOp
+            | Self::BadRoom
+            | Self::BadId
+            | Self::BadCursor => 400,
+            Self::Unauthorized => 401,
+            Self::Forbidden => 403,
+            Self::UnknownNamespace => 404,
+            Self::NotJoined => 409,
+            Self::TooLarge => 413,
+            Self::RateLimited | Self::Limit => 429,
+            Self::Internal => 500,
+            Self::Unavailable | Self::UnknownOutcome | Self::StreamFull => 503,
+        }
+    }
+}
+
+/// Why the server closed a session: the WebSocket close code and reason. The code tells a client whether to come back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Close {
+    /// Answer to the client's own close.
+    Normal,
+    /// The edge stops at once.
+    GoingAway,
+    /// A frame breaks RFC 6455.
+    Protocol,
+    /// A binary message on a text protocol.
+    Unsupported,
+    /// Text that is not UTF-8.
+    InvalidUtf8,
+    /// A message larger than `limits.frame`.
+    TooBig,
+    /// A fault of natter's own.
+    Internal,
+    /// Bad or expired token: come back with a new one.
+    BadToken,
+    /// Token revoked: do not come back.
+    Revoked,
+    /// Read too slowly: come back with the cursor.
+    TooSlow,
+    /// A frame that no client of the protocol sends: do not come back.
+    ClientProtocol,
+    /// Too many sessions or commands: come back later.
+    TooMany,
+    /// The edge drains: come back now, elsewhere.
+    Draining,
+    /// The peer did not answer pings; the close frame is a courtesy.
+    PingTimeout,
+}
+
+impl Close {
+    /// Every reason.
+    pub const ALL: [Self; 14] = [
+        Self::Normal,
+        Self::GoingAway,
+        Self::Protocol,
+        Self::Unsupported,
+        Self::InvalidUtf8,
+        Self::TooBig,
+        Self::Internal,
+        Self::BadToken,
+        Self::Revoked,
+        Self::TooSlow,
+        Self::ClientProtocol,
+        Self::TooMany,
+        Self::Draining,
+        Self::PingTimeout,
+    ];
+
+    /// The close code.
+    #[must_use]
+    pub fn code(self) -> u16 {
+        match self {
+            Self::Normal => 1000,
+            Self::GoingAway | Self::PingTimeout => 1001,
+            Self::Protocol => 1002,
+            Self::Unsupported => 1003,
+            Self::InvalidUtf8 => 1007,
+            Self::TooBig => 1009,
+            Self::Internal => 1011,
+            Self::BadToken => 4001,
+            Self::Revoked => 4002,
+            Self::TooSlow => 4003,
+            Self::ClientProtocol => 4004,
+            Self::TooMany => 4005,
+            Self::Draining => 4010,
+        }
+    }
+
+    /// The reason on the wire, also the metric label; at most 123 bytes.
+    #[must_use]
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Normal => "closed",
+            Self::GoingAway => "going_away",
+            Self::Protocol => "websocket_protocol",
+            Self::Unsupported => "binary_not_supported",
+            Self::InvalidUtf8 => "invalid_utf8",
+            Self::TooBig => "frame_too_big",
+            Self::Internal => "internal",
+            Self::BadToken => "bad_or_expired_token",
+            Self::Revoked => "revoked",
+            Self::TooSlow => "too_slow",
+            Self::ClientProtocol => "protocol_error",
+            Self::TooMany => "too_many",
+            Self::Draining => "draining",
+            Self::PingTimeout => "ping_timeout",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn words_are_unique() {
+        let codes: HashSet<_> = ErrorCode::ALL.iter().map(|code| code.as_str()).collect();
+        assert_eq!(codes.len(), ErrorCode::ALL.len());
+        let reasons: HashSet<_> = Close::ALL.iter().map(|close| close.reason()).collect();
+        assert_eq!(reasons.len(), Close::ALL.len());
+    }
+}

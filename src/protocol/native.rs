@@ -1,0 +1,1 @@
+//! `natter.v1`: JSON text frames.
