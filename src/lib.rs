@@ -16,8 +16,15 @@
 //! - Only `auth` imports jsonwebtoken.
 //! - Only `subject` spells a subject, stream or header name.
 
+pub mod auth;
+pub mod bus;
 pub mod cli;
 pub mod config;
 pub mod model;
 pub mod protocol;
+pub mod room;
+pub mod runtime;
+pub mod session;
 pub mod subject;
+pub mod telemetry;
+pub mod wire;

@@ -127,6 +127,12 @@ impl Subjects {
         format!("{}.pub.{}.{}", self.prefix, room.namespace(), room.name())
     }
 
+    /// A subject that nobody serves: the server says so at once.
+    #[must_use]
+    pub fn nobody(&self) -> String {
+        format!("{}.svc.edge.nobody", self.prefix)
+    }
+
     /// Reads a subject under `live` (`skip` = 1, the region) or under `in` (`skip` = 0).
     fn parse_log(&self, subject: &str, kind: &str, skip: usize) -> Option<LogSubject> {
         let rest = subject.strip_prefix(&*self.prefix)?.strip_prefix('.')?;

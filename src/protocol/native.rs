@@ -1,1 +1,402 @@
 //! `natter.v1`: JSON text frames.
+//!
+//! Decoding reads one command from one text message without copying the body's text; encoding appends a frame's payload to
+//! a buffer. The server writes JSON without needless white space, `op` first and `rid` next.
+
+use std::borrow::Cow;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::ErrorCode;
+use crate::model::{Kind, MessageId, Reference, RoomId};
+
+/// The WebSocket subprotocol.
+pub const SUBPROTOCOL: &str = "natter.v1";
+
+/// Most users one message may mention.
+pub const MAX_MENTIONS: usize = 100;
+
+/// Longest name of a mentioned user, in bytes; the same as that of a token's `sub`.
+const MAX_USER: usize = 256;
+
+/// A command was refused: the code and a text for people, and the `rid` if it could be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The command's `rid`.
+    pub rid: Option<u64>,
+    /// Why.
+    pub code: ErrorCode,
+    /// What was wrong, for people.
+    pub message: String,
+}
+
+/// One decoded command with its request id.
+#[derive(Debug)]
+pub struct Command {
+    /// The client's number for the reply.
+    pub rid: u64,
+    /// What is wanted.
+    pub op: Op,
+}
+
+/// What a command wants.
+#[derive(Debug)]
+pub enum Op {
+    /// Hand over a token, as the first frame.
+    Auth {
+        /// The JWT.
+        token: String,
+    },
+    /// Become a member of a room.
+    Join {
+        /// Which.
+        room: RoomId,
+        /// The client's last cursor, not yet parsed.
+        since: Option<String>,
+    },
+    /// Stop being a member.
+    Leave {
+        /// Of which room.
+        room: RoomId,
+    },
+    /// Publish a message.
+    Send(Box<Publication>),
+    /// Show that the user is typing.
+    Typing {
+        /// Where.
+        room: RoomId,
+    },
+    /// Replace the session's token.
+    Refresh {
+        /// The new JWT.
+        token: String,
+    },
+    /// Ask for a `pong`.
+    Ping,
+}
+
+/// What a `send` or an HTTP publish carries.
+#[derive(Debug, Clone)]
+pub struct Publication {
+    /// Where to.
+    pub room: RoomId,
+    /// The sender's id; the edge makes one where it is absent.
+    pub id: Option<MessageId>,
+    /// What it is.
+    pub kind: Kind,
+    /// The body's JSON text as the client sent it.
+    pub body: Box<RawValue>,
+    /// What an edit, delete, reaction or annotation is about, as it was sent and as it was read.
+    pub target: Option<(String, Reference)>,
+    /// What it answers, as it was sent.
+    pub reply_to: Option<String>,
+    /// Mentioned users.
+    pub mentions: Vec<String>,
+}
+
+/// The fields of a `send` and of the body of an HTTP publish.
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Fields<'a> {
+    #[serde(borrow)]
+    op: Option<Cow<'a, str>>,
+    rid: Option<u64>,
+    #[serde(borrow)]
+    room: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    since: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    token: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    body: Option<&'a RawValue>,
+    #[serde(borrow)]
+    kind: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    target: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    reply_to: Option<Cow<'a, str>>,
+    mentions: Option<Vec<String>>,
+}
+
+/// Only what names a command, for the reply to one whose other fields have the wrong type.
+#[derive(Deserialize)]
+struct Envelope {
+    rid: Option<serde_json::Value>,
+}
+
+type Refused = (ErrorCode, String);
+
+/// Decodes one text message.
+///
+/// # Errors
+/// [`Refusal`] with `bad_json`, `bad_request`, `unknown_op`, `bad_room` or `bad_id`; it becomes an `error` reply.
+pub fn decode(text: &str) -> Result<Command, Refusal> {
+    let fields: Fields<'_> = match serde_json::from_str(text) {
+        Ok(fields) => fields,
+        Err(error) => {
+            let rid = serde_json::from_str::<Envelope>(text)
+                .ok()
+                .and_then(|envelope| envelope.rid?.as_u64());
+            let (code, message) = json_refusal(&error);
+            return Err(Refusal { rid, code, message });
+        }
+    };
+    let Some(rid) = fields.rid else {
+        let message = "rid is missing: a non-negative integer of the client's".to_owned();
+        return Err(Refusal { rid: None, code: ErrorCode::BadRequest, message });
+    };
+    op(fields).map(|op| Command { rid, op }).map_err(|(code, message)| Refusal {
+        rid: Some(rid),
+        code,
+        message,
+    })
+}
+
+/// Decodes the body of an HTTP publish to `room`: the fields of a `send` without `op`, `rid` and `room`.
+///
+/// # Errors
+/// [`Refusal`] without a `rid`.
+pub fn decode_publication(room: RoomId, json: &[u8]) -> Result<Publication, Refusal> {
+    serde_json::from_slice::<Fields<'_>>(json)
+        .map_err(|error| json_refusal(&error))
+        .and_then(|fields| publication(room, fields))
+        .map_err(|(code, message)| Refusal { rid: None, code, message })
+}
+
+fn json_refusal(error: &serde_json::Error) -> Refused {
+    match error.classify() {
+        serde_json::error::Category::Data => (ErrorCode::BadRequest, error.to_string()),
+        serde_json::error::Category::Syntax
+        | serde_json::error::Category::Eof
+        | serde_json::error::Category::Io => (ErrorCode::BadJson, error.to_string()),
+    }
+}
+
+fn op(fields: Fields<'_>) -> Result<Op, Refused> {
+    let missing = |what: &str| (ErrorCode::BadRequest, format!("{what} is missing"));
+    let room = || {
+        let room = fields.room.as_deref().ok_or_else(|| missing("room"))?;
+        RoomId::parse(room).map_err(|error| (ErrorCode::BadRoom, error.to_string()))
+    };
+    let token = || fields.token.as_deref().map(str::to_owned).ok_or_else(|| missing("token"));
+    Ok(match fields.op.as_deref() {
+        None => return Err(missing("op")),
+        Some("ping") => Op::Ping,
+        Some("auth") => Op::Auth { token: token()? },
+        Some("refresh") => Op::Refresh { token: token()? },
+        Some("join") => Op::Join { room: room()?, since: fields.since.map(Cow::into_owned) },
+        Some("leave") => Op::Leave { room: room()? },
+        Some("typing") => Op::Typing { room: room()? },
+        Some("send") => Op::Send(Box::new(publication(room()?, fields)?)),
+        Some(other) => {
+            let shown: String = other.chars().take(80).collect();
+            return Err((ErrorCode::UnknownOp, format!("there is no op {shown:?}")));
+        }
+    })
+}
+
+fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused> {
+    let bad = |message: String| (ErrorCode::BadRequest, message);
+    let kind = match fields.kind.as_deref() {
+        None => Kind::Message,
+        Some(word) => Kind::parse(word).ok_or_else(|| {
+            bad("kind is not one of message, edit, delete, reaction, annotation".to_owned())
+        })?,
+    };
+    let reference = |text: &str| {
+        Reference::parse(text).map_err(|error| (ErrorCode::BadId, error.to_string()))
+    };
+    let target = match (kind, fields.target) {
+        (Kind::Message, None) => None,
+        (Kind::Message, Some(_)) => {
+            return Err(bad("a message has no target; reply_to names what it answers".to_owned()));
+        }
+        (_, None) => return Err(bad(format!("target is missing: a {} has one", kind.as_str()))),
+        (_, Some(text)) => {
+            let parsed = reference(&text)?;
+            Some((text.into_owned(), parsed))
+        }
+    };
+    let reply_to = fields.reply_to.map(|text| reference(&text).map(|_valid| text.into_owned()));
+    let body = match (kind, fields.body) {
+        (_, Some(body)) => body.to_owned(),
+        // An absent optional field and `null` are the same to serde: a body of `null` says nothing anyway.
+        (Kind::Delete, None) => RawValue::NULL.to_owned(),
+        (_, None) => return Err(bad("body is missing or null".to_owned())),
+    };
+    let mentions = fields.mentions.unwrap_or_default();
+    if mentions.len() > MAX_MENTIONS || mentions.iter().any(|user| user.len() > MAX_USER) {
+        return Err(bad(format!("mentions: at most {MAX_MENTIONS} users of at most {MAX_USER} bytes")));
+    }
+    Ok(Publication {
+        room,
+        id: fields
+            .id
+            .map(|id| MessageId::parse(&id))
+            .transpose()
+            .map_err(|error| (ErrorCode::BadId, error.to_string()))?,
+        kind,
+        body,
+        target,
+        reply_to: reply_to.transpose()?,
+        mentions,
+    })
+}
+
+/// Appends frames' payloads. `out` receives JSON text; nothing else is in it.
+#[derive(Debug)]
+pub struct Writer<'a> {
+    out: &'a mut Vec<u8>,
+}
+
+impl<'a> Writer<'a> {
+    /// Begins an object with `op`.
+    pub fn new(out: &'a mut Vec<u8>, op: &str) -> Self {
+        out.extend_from_slice(b"{\"op\":\"");
+        out.extend_from_slice(op.as_bytes());
+        out.push(b'"');
+        Self { out }
+    }
+
+    /// Begins the reply to `rid`.
+    pub fn reply(out: &'a mut Vec<u8>, op: &str, rid: u64) -> Self {
+        let mut writer = Self::new(out, op);
+        writer.number("rid", rid);
+        writer
+    }
+
+    fn key(&mut self, key: &str) {
+        self.out.extend_from_slice(b",\"");
+        self.out.extend_from_slice(key.as_bytes());
+        self.out.extend_from_slice(b"\":");
+    }
+
+    /// A number.
+    pub fn number(&mut self, key: &str, value: u64) -> &mut Self {
+        self.key(key);
+        self.out.extend_from_slice(itoa::Buffer::new().format(value).as_bytes());
+        self
+    }
+
+    /// Any text, escaped.
+    pub fn string(&mut self, key: &str, value: &str) -> &mut Self {
+        self.key(key);
+        if value.bytes().all(|b| b >= 0x20 && b != b'"' && b != b'\\') {
+            self.out.push(b'"');
+            self.out.extend_from_slice(value.as_bytes());
+            self.out.push(b'"');
+        } else {
+            serde_json::to_writer(&mut *self.out, value).expect("writing a string to memory");
+        }
+        self
+    }
+
+    /// JSON text that is already valid.
+    pub fn raw(&mut self, key: &str, json: &[u8]) -> &mut Self {
+        self.key(key);
+        self.out.extend_from_slice(json);
+        self
+    }
+
+    /// `true` or `false`.
+    pub fn boolean(&mut self, key: &str, value: bool) -> &mut Self {
+        self.raw(key, if value { b"true" } else { b"false" })
+    }
+
+    /// Ends the object.
+    pub fn end(&mut self) {
+        self.out.push(b'}');
+    }
+}
+
+/// Appends an `error` reply.
+pub fn write_error(out: &mut Vec<u8>, refusal: &Refusal) {
+    let mut writer = Writer::new(out, "error");
+    match refusal.rid {
+        Some(rid) => writer.number("rid", rid),
+        None => writer.raw("rid", b"null"),
+    }
+    .string("code", refusal.code.as_str())
+    .string("message", &refusal.message)
+    .boolean("retry", refusal.code.retry())
+    .end();
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn refusal(text: &str) -> (Option<u64>, &'static str) {
+        let refusal = decode(text).expect_err(text);
+        (refusal.rid, refusal.code.as_str())
+    }
+
+    #[test]
+    fn refusals_name_the_code_and_keep_the_rid() {
+        for (text, expected) in [
+            ("", (None, "bad_json")),
+            ("{", (None, "bad_json")),
+            ("nonsense", (None, "bad_json")),
+            ("[]", (None, "bad_request")),
+            ("5", (None, "bad_request")),
+            (r#"{"op":"ping"}"#, (None, "bad_request")),
+            (r#"{"op":"ping","rid":-1}"#, (None, "bad_request")),
+            (r#"{"op":"ping","rid":1.5}"#, (None, "bad_request")),
+            (r#"{"rid":7}"#, (Some(7), "bad_request")),
+            (r#"{"op":"sing","rid":7}"#, (Some(7), "unknown_op")),
+            (r#"{"op":5,"rid":7}"#, (Some(7), "bad_request")),
+            (r#"{"op":"join","rid":7}"#, (Some(7), "bad_request")),
+            (r#"{"op":"join","rid":7,"room":5}"#, (Some(7), "bad_request")),
+            (r#"{"op":"join","rid":7,"room":"chat.x"}"#, (Some(7), "bad_room")),
+            (r#"{"op":"auth","rid":7}"#, (Some(7), "bad_request")),
+            (r#"{"op":"send","rid":7,"room":"chat:x"}"#, (Some(7), "bad_request")),
+            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"id":"a b"}"#, (Some(7), "bad_id")),
+            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"kind":"shout"}"#, (Some(7), "bad_request")),
+            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"kind":"edit"}"#, (Some(7), "bad_request")),
+            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"kind":"edit","target":"a b"}"#, (Some(7), "bad_id")),
+            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"target":"a"}"#, (Some(7), "bad_request")),
+            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"reply_to":"/"}"#, (Some(7), "bad_id")),
+            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"mentions":"kim"}"#, (Some(7), "bad_request")),
+        ] {
+            assert_eq!(refusal(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_send_keeps_its_body_to_the_letter() {
+        let body = "{ \"text\" : \"안녕 👋 \\u0041\" ,\"n\":1.0e3}";
+        let text = format!(
+            r#"{{"body":{body},"op":"send","unknown":[1],"rid":0,"room":"chat:x","reply_to":"kim/1","mentions":["a","b"]}}"#
+        );
+        let Op::Send(publication) = decode(&text).unwrap().op else { panic!("not a send") };
+        assert_eq!(publication.body.get(), body);
+        assert_eq!(publication.reply_to.as_deref(), Some("kim/1"));
+        assert_eq!(publication.mentions, ["a", "b"]);
+        let delete = r#"{"op":"send","rid":1,"room":"chat:x","kind":"delete","target":"1"}"#;
+        let Op::Send(publication) = decode(delete).unwrap().op else { panic!("not a send") };
+        assert_eq!(publication.body.get(), "null");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_written_is_json(text in "\\PC*|[\\x00-\\x7f]*", number: u64) {
+            let mut out = Vec::new();
+            Writer::reply(&mut out, "x", number).string("s", &text).boolean("b", true).end();
+            let value: serde_json::Value = serde_json::from_slice(&out).unwrap();
+            prop_assert_eq!(value["s"].as_str().unwrap(), text);
+            prop_assert_eq!(value["rid"].as_u64().unwrap(), number);
+        }
+
+        #[test]
+        fn any_text_is_decoded_or_refused(text in "\\PC{0,200}|\\{(\"[a-z_]{1,8}\":(\"[a-z:]*\"|[0-9]{1,3}|null),?){0,6}\\}") {
+            if let Err(refusal) = decode(&text) {
+                prop_assert!(!refusal.message.is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! One connection to the region's NATS cluster.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use async_nats::{Client, ConnectOptions, Event, Statistics, connection::State};
+
+use crate::{
+    config,
+    telemetry::metrics::{Counter, Gauge, count, gauge_add},
+};
+
+/// Longest pause between two attempts to reconnect.
+const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(1);
+
+/// How often the server is asked for a sign of life; it is given up after two without.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A NATS connection that reconnects by itself, for ever.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    client: Client,
+    statistics: Arc<Statistics>,
+    subscription_capacity: usize,
+}
+
+/// NATS can't be used with what the configuration says.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The credentials file can't be used.
+    #[error("nats.creds_file: can't be used")]
+    Credentials(#[source] std::io::Error),
+    /// The first attempt failed in a way that repeating can't mend, e.g. a malformed URL.
+    #[error("no connection to NATS at {url}")]
+    Connect { url: String, source: async_nats::ConnectError },
+}
+
+impl Connection {
+    /// Opens a connection; it goes on trying in the background when the server does not answer.
+    ///
+    /// `name` is what `nats server report connections` shows. Each connection has an inbox prefix of its own.
+    ///
+    /// # Errors
+    /// [`ConnectError`] where repeating can't help.
+    pub async fn open(config: &config::Nats, name: &str) -> Result<Self, ConnectError> {
+        let label = name.to_owned();
+        let inbox = format!("_INBOX_{}", ulid::Ulid::new().to_string().to_lowercase());
+        let mut options = ConnectOptions::new()
+            .name(name)
+            .custom_inbox_prefix(inbox)
+            .request_timeout(None)
+            .retry_on_initial_connect()
+            .ping_interval(PING_INTERVAL)
+            .connection_timeout(Duration::from_secs(3))
+            .subscription_capacity(config.subscription_capacity)
+            .reconnect_delay_callback(|attempts| {
+                let step = Duration::from_millis(50).saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX));
+                step.min(MAX_RECONNECT_DELAY).mul_f64(rand::random_range(0.5..1.0))
+            })
+            .event_callback(move |event| {
+                let label = label.clone();
+                async move { on_event(&label, &event) }
+            });
+        if !config.user.is_empty() {
+            options = options
+                .user_and_password(config.user.clone(), config.password.expose().to_owned());
+        } else if !config.creds_file.as_os_str().is_empty() {
+            let text = std::fs::read_to_string(&config.creds_file)
+                .map_err(ConnectError::Credentials)?;
+            options = options.credentials(&text).map_err(ConnectError::Credentials)?;
+        }
+        let servers: Vec<&str> = config.url.split(',').map(str::trim).collect();
+        let client = options
+            .connect(servers)
+            .await
+            .map_err(|source| ConnectError::Connect { url: config.url.clone(), source })?;
+        let statistics = client.statistics();
+        Ok(Self { client, statistics, subscription_capacity: config.subscription_capacity })
+    }
+
+    /// The client.
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Messages one subscription holds before it drops.
+    pub(super) fn subscription_capacity(&self) -> usize {
+        self.subscription_capacity
+    }
+
+    /// Whether the connection is up, as far as is known: a peer that vanished is noticed after some seconds.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.client.connection_state() == State::Connected
+    }
+
+    /// How often a connection was established. It is counted before the first message of the new connection can arrive, so
+    /// a message read under an unchanged generation has no reconnect before it.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.statistics.connects.load(Ordering::SeqCst)
+    }
+
+    /// Returns when the server has processed everything that this connection sent before, by asking something that nobody
+    /// answers: the server itself says so at once.
+    pub async fn round_trip(&self, subject: &str) {
+        // Any answer will do, also "no responders".
+        let answered = self.client.request(subject.to_owned(), bytes::Bytes::new()).await.is_ok();
+        tracing::trace!(answered, "round trip");
+    }
+
+    /// Sends what is still in the client's buffer and ends the connection.
+    pub async fn close(&self) {
+        // Either error means that the connection has ended already.
+        let flushed = self.client.flush().await.is_ok();
+        let drained = self.client.drain().await.is_ok();
+        tracing::debug!(flushed, drained, "NATS connection closed");
+    }
+}
+
+fn on_event(name: &str, event: &Event) {
+    match event {
+        Event::Connected => {
+            count(Counter::NatsConnects, 1);
+            gauge_add(Gauge::NatsConnected, 1);
+            tracing::info!(connection = name, "NATS connected");
+        }
+        Event::Disconnected => {
+            gauge_add(Gauge::NatsConnected, -1);
+            tracing::warn!(connection = name, "NATS disconnected, reconnecting");
+        }
+        Event::SlowConsumer(subscription) => {
+            count(Counter::NatsSlowConsumer, 1);
+            tracing::warn!(connection = name, subscription, "a NATS subscription dropped messages");
+        }
+        Event::LameDuckMode => tracing::info!(connection = name, "the NATS server is leaving"),
+        Event::ServerError(error) => tracing::warn!(connection = name, %error, "NATS server error"),
+        Event::ClientError(error) => tracing::warn!(connection = name, %error, "NATS client error"),
+        Event::Draining | Event::Closed => tracing::debug!(connection = name, %event, "NATS"),
+    }
+}

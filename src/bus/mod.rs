@@ -1,0 +1,18 @@
+//! Everything that talks to NATS: connections, publishing, live subscriptions, direct reads of streams.
+//!
+//! No consumer and no watcher is created here: live messages come from the streams' RePublish, replay from batched direct
+//! gets. Every request has a deadline of ours, since async-nats waits for ever while it is disconnected.
+
+mod connection;
+mod live;
+mod publish;
+mod read;
+mod record;
+mod streams;
+
+pub use connection::{Connection, ConnectError};
+pub use live::{LiveFeed, Suspicion};
+pub use publish::{Acked, Outgoing, PublishError, Publisher};
+pub use read::{MAX_HEADS, Page, ReadError, Reader, Stored};
+pub use record::{BY_HAND, BadRecord, Record, message_key};
+pub use streams::{StreamError, StreamState, Streams};

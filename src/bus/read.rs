@@ -1,0 +1,251 @@
+//! Reading streams by direct get: heads, pages, single messages. No consumer is involved.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use async_nats::{Message, StatusCode};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::{sync::Semaphore, time::timeout_at};
+
+use super::{
+    Connection, Record,
+    record::{BadRecord, last},
+};
+use crate::{
+    config,
+    model::{Epoch, RoomId},
+    subject::{Subjects, header},
+    telemetry::metrics::{Counter, Histogram, count, record},
+};
+
+/// Most subjects one `multi_last` may name (nats-server 2.15: 1,024).
+pub const MAX_HEADS: usize = 1024;
+
+/// Bytes asked for in one page: there is no flow control within one.
+const PAGE_BYTES: usize = 1 << 20;
+
+/// Messages asked for in one page.
+const PAGE_MESSAGES: usize = 1000;
+
+/// Reads streams over a connection of its own: the server answers a connection's direct gets one after the other inside
+/// its read loop, so a replay on the live connection would delay live messages.
+#[derive(Debug, Clone)]
+pub struct Reader {
+    connection: Connection,
+    subjects: Subjects,
+    timeout: Duration,
+    /// Requests in flight.
+    turns: Arc<Semaphore>,
+}
+
+/// A stored message with the room it belongs to.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// Its room.
+    pub room: RoomId,
+    /// The message.
+    pub record: Record,
+}
+
+/// One page of a room's log.
+#[derive(Debug, Default)]
+pub struct Page {
+    /// Messages in stream order.
+    pub records: Vec<Record>,
+    /// Matching messages after the last one, at the time of the read.
+    pub pending: u64,
+}
+
+/// A read did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// No answer in time; also while NATS is away.
+    #[error("stream {stream} did not answer a read within {waited:?}")]
+    Timeout { stream: String, waited: Duration },
+    /// Nobody serves the stream: it does not exist, or has no leader.
+    #[error("stream {stream} is not there or has no leader")]
+    NoStream { stream: String },
+    /// The server answered with an error.
+    #[error("stream {stream} refused a read: {status} {description}")]
+    Refused { stream: String, status: u16, description: String },
+    /// The answer can't be read.
+    #[error("stream {stream} answered what can't be read")]
+    Malformed { stream: String, #[source] source: BadRecord },
+    /// The client was closed.
+    #[error("the NATS connection is closed")]
+    Closed,
+}
+
+impl Reader {
+    /// A reader over `connection`.
+    #[must_use]
+    pub fn new(connection: Connection, config: &config::Nats) -> Self {
+        Self {
+            connection,
+            subjects: Subjects::new(&config.prefix),
+            timeout: config.read_timeout,
+            turns: Arc::new(Semaphore::new(config.replay_concurrency)),
+        }
+    }
+
+    /// The last message of each of `subjects` that has one, in no particular order.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn heads(
+        &self,
+        stream: &str,
+        epoch: Epoch,
+        subjects: &[String],
+    ) -> Result<Vec<Stored>, ReadError> {
+        self.heads_over(&self.connection, stream, epoch, subjects).await
+    }
+
+    /// As [`Self::heads`], over another connection. Over the connection of a live subscription the answer comes after the
+    /// server has processed that subscription: nothing falls between the heads and the first live message.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn heads_over(
+        &self,
+        connection: &Connection,
+        stream: &str,
+        epoch: Epoch,
+        subjects: &[String],
+    ) -> Result<Vec<Stored>, ReadError> {
+        debug_assert!(subjects.len() <= MAX_HEADS, "the server refuses more");
+        let request = serde_json::json!({ "multi_last": subjects, "batch": MAX_HEADS });
+        self.stored(&self.get(connection, stream, &request).await?.0, stream, epoch)
+    }
+
+    /// A page of a room's log from sequence `from` on.
+    ///
+    /// A stream that is trimmed meanwhile answers with what is left: a caller that must not miss anything checks afterwards
+    /// that the stream still reaches back to where it began to read.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn page(
+        &self,
+        stream: &str,
+        epoch: Epoch,
+        filter: &str,
+        from: u64,
+    ) -> Result<Page, ReadError> {
+        let request = serde_json::json!({
+            "seq": from.max(1),
+            "next_by_subj": filter,
+            "batch": PAGE_MESSAGES,
+            "max_bytes": PAGE_BYTES,
+        });
+        let started = Instant::now();
+        let answer = self.get(&self.connection, stream, &request).await;
+        if answer.is_err() {
+            count(Counter::ReplayFailed, 1);
+        }
+        let (messages, end) = answer?;
+        count(Counter::ReplayRequests, 1);
+        record(Histogram::ReplayDuration, started.elapsed());
+        let pending = end.unwrap_or_default();
+        let records = self.stored(&messages, stream, epoch)?;
+        Ok(Page { records: records.into_iter().map(|stored| stored.record).collect(), pending })
+    }
+
+    /// The message at `seq`, whatever room it belongs to.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn message(
+        &self,
+        stream: &str,
+        epoch: Epoch,
+        seq: u64,
+    ) -> Result<Option<Stored>, ReadError> {
+        let (messages, _) =
+            self.get(&self.connection, stream, &serde_json::json!({ "seq": seq })).await?;
+        Ok(self.stored(&messages, stream, epoch)?.pop())
+    }
+
+    fn stored(
+        &self,
+        messages: &[Message],
+        stream: &str,
+        epoch: Epoch,
+    ) -> Result<Vec<Stored>, ReadError> {
+        let read = |message: &Message| {
+            let malformed = |source| ReadError::Malformed { stream: stream.to_owned(), source };
+            let headers =
+                message.headers.as_ref().ok_or_else(|| malformed(BadRecord::Sequence))?;
+            // A subject that is not a room's can only be in the stream if somebody published it by hand.
+            let Some(subject) =
+                last(headers, header::SUBJECT).and_then(|text| self.subjects.parse_stored(text))
+            else {
+                return Ok(None);
+            };
+            let record =
+                Record::stored(headers, message.payload.clone(), subject.class, epoch)
+                    .map_err(malformed)?;
+            Ok(Some(Stored { room: subject.room, record }))
+        };
+        messages.iter().map(read).filter_map(Result::transpose).collect()
+    }
+
+    /// Sends a direct get and collects its answers: messages, and what the end of a batch says is pending.
+    async fn get(
+        &self,
+        connection: &Connection,
+        stream: &str,
+        request: &serde_json::Value,
+    ) -> Result<(Vec<Message>, Option<u64>), ReadError> {
+        let deadline = tokio::time::Instant::now() + self.timeout;
+        let timed_out = || ReadError::Timeout { stream: stream.to_owned(), waited: self.timeout };
+        let single = request.get("batch").is_none();
+        let body = Bytes::from(request.to_string());
+        let client = connection.client();
+        let exchange = async {
+            // The semaphore is never closed.
+            let _turn = self.turns.acquire().await.map_err(|_closed| ReadError::Closed)?;
+            let inbox = client.new_inbox();
+            let closed = |_error| ReadError::Closed;
+            let mut answers = client.subscribe(inbox.clone()).await.map_err(closed)?;
+            client
+                .publish_with_reply(format!("$JS.API.DIRECT.GET.{stream}"), inbox, body)
+                .await
+                .map_err(|_error| ReadError::Closed)?;
+            let mut messages = Vec::new();
+            while let Some(message) = answers.next().await {
+                match message.status {
+                    None => {
+                        messages.push(message);
+                        if single {
+                            return Ok((messages, None));
+                        }
+                    }
+                    Some(status) if status.as_u16() == 204 => {
+                        return Ok((messages, pending_of(&message)));
+                    }
+                    Some(StatusCode::NOT_FOUND) => return Ok((messages, None)),
+                    Some(StatusCode::NO_RESPONDERS) => {
+                        return Err(ReadError::NoStream { stream: stream.to_owned() });
+                    }
+                    Some(status) => {
+                        return Err(ReadError::Refused {
+                            stream: stream.to_owned(),
+                            status: status.as_u16(),
+                            description: message.description.unwrap_or_default(),
+                        });
+                    }
+                }
+            }
+            Err(ReadError::Closed)
+        };
+        timeout_at(deadline, exchange).await.map_err(|_elapsed| timed_out())?
+    }
+}
+
+fn pending_of(message: &Message) -> Option<u64> {
+    last(message.headers.as_ref()?, header::NUM_PENDING)?.parse().ok()
+}

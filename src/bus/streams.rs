@@ -1,0 +1,258 @@
+//! What the edge knows of the streams it reads: their epochs and where they begin.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::RwLock;
+use serde::Deserialize;
+use tokio::time::{Instant, timeout};
+
+use super::Connection;
+use crate::{
+    config,
+    model::{Epoch, Region},
+    subject::{EPOCH_METADATA, rooms_stream},
+};
+
+/// Shortest time between two looks at one stream that only a suspicion asked for.
+const MIN_REFRESH: Duration = Duration::from_millis(200);
+
+/// The state of one stream, as last seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamState {
+    /// The incarnation it says it is.
+    pub epoch: Epoch,
+    /// How often this edge saw it begin anew: with another epoch, or, when a store was rolled back, with the same.
+    pub incarnation: u32,
+    /// First sequence that it still holds (one more than the last where it is empty).
+    pub first_seq: u64,
+    /// Its newest sequence.
+    pub last_seq: u64,
+}
+
+/// A stream's state can't be known.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// No answer in time; also while NATS is away.
+    #[error("stream {stream}: no answer within {waited:?}")]
+    Timeout { stream: String, waited: Duration },
+    /// It does not exist.
+    #[error("stream {stream} does not exist: run `natter provision`")]
+    Missing { stream: String },
+    /// It has no epoch.
+    #[error("stream {stream} has no metadata {EPOCH_METADATA}: run `natter provision`")]
+    NoEpoch { stream: String },
+    /// The server answered with an error, or not with JSON.
+    #[error("stream {stream}: {problem}")]
+    Refused { stream: String, problem: String },
+}
+
+/// The streams of the region's own rooms, shared by all parts of an edge.
+#[derive(Debug)]
+pub struct Streams {
+    connection: Connection,
+    origin: Region,
+    timeout: Duration,
+    parts: Vec<Part>,
+    /// Changes with every incarnation that changes.
+    version: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Part {
+    known: RwLock<Known>,
+    /// Newest sequence that anybody on this edge has seen of it.
+    newest: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Known {
+    state: StreamState,
+    seen: Instant,
+}
+
+#[derive(Deserialize)]
+struct InfoAnswer {
+    error: Option<ApiError>,
+    config: Option<InfoConfig>,
+    state: Option<InfoState>,
+}
+
+#[derive(Deserialize)]
+struct ApiError {
+    code: u16,
+    description: String,
+}
+
+#[derive(Deserialize)]
+struct InfoConfig {
+    #[serde(default)]
+    metadata: std::collections::HashMap<String, String>,
+}
+
+#[derive(Deserialize)]
+struct InfoState {
+    first_seq: u64,
+    last_seq: u64,
+}
+
+impl Streams {
+    /// Looks at every stream of the region.
+    ///
+    /// # Errors
+    /// The first [`StreamError`]: an edge can't serve durable rooms before all its streams are there.
+    pub async fn load(
+        connection: Connection,
+        origin: Region,
+        config: &config::Nats,
+    ) -> Result<Arc<Self>, StreamError> {
+        let mut parts = Vec::new();
+        for part in 0..config.partitions {
+            let state = look(&connection, &rooms_stream(&origin, part), config.read_timeout).await?;
+            parts.push(Part {
+                newest: AtomicU64::new(state.last_seq),
+                known: RwLock::new(Known { state, seen: Instant::now() }),
+            });
+        }
+        Ok(Arc::new(Self {
+            connection,
+            origin,
+            timeout: config.read_timeout,
+            parts,
+            version: AtomicU64::new(0),
+        }))
+    }
+
+    /// The region whose streams these are.
+    #[must_use]
+    pub fn origin(&self) -> &Region {
+        &self.origin
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn partitions(&self) -> u16 {
+        u16::try_from(self.parts.len()).expect("made from a u16")
+    }
+
+    /// The state of `part` as last seen. First and last sequence may be behind the truth, never ahead of it (within an
+    /// incarnation).
+    #[must_use]
+    pub fn known(&self, part: u16) -> StreamState {
+        self.parts[usize::from(part)].known.read().state
+    }
+
+    /// Changes with every incarnation that was seen to change.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Notes that the stream of `part` has reached `seq`; whether that is news. A new message whose sequence is no news
+    /// hints that the stream began anew.
+    pub fn note(&self, part: u16, seq: u64) -> bool {
+        self.parts[usize::from(part)].newest.fetch_max(seq, Ordering::AcqRel) < seq
+    }
+
+    /// Looks at a stream now.
+    ///
+    /// # Errors
+    /// [`StreamError`]; what was known stays.
+    pub async fn fetch(&self, part: u16) -> Result<StreamState, StreamError> {
+        let stream = rooms_stream(&self.origin, part);
+        let slot = &self.parts[usize::from(part)];
+        let newest = slot.newest.load(Ordering::Acquire);
+        let mut state = look(&self.connection, &stream, self.timeout).await?;
+        let mut known = slot.known.write();
+        let before = known.state;
+        state.incarnation = before.incarnation;
+        // Whatever was seen before we asked must be in the answer; if it is not, the store lost its end.
+        if state.epoch != before.epoch || state.last_seq < newest {
+            tracing::warn!(
+                stream, before = %before.epoch, now = %state.epoch, newest, last_seq = state.last_seq,
+                "the stream began anew",
+            );
+            state.incarnation += 1;
+            slot.newest.store(state.last_seq, Ordering::Release);
+        } else {
+            slot.newest.fetch_max(state.last_seq, Ordering::AcqRel);
+        }
+        *known = Known { state, seen: Instant::now() };
+        drop(known);
+        if state.incarnation != before.incarnation {
+            self.version.fetch_add(1, Ordering::AcqRel);
+        }
+        Ok(state)
+    }
+
+    /// Looks at a stream because something does not fit what is known of it, but not more often than every 200 ms.
+    ///
+    /// # Errors
+    /// [`StreamError`]; what was known stays.
+    pub async fn verify(&self, part: u16) -> Result<StreamState, StreamError> {
+        let fresh = {
+            let known = self.parts[usize::from(part)].known.read();
+            (known.seen.elapsed() < MIN_REFRESH).then_some(known.state)
+        };
+        match fresh {
+            Some(state) => Ok(state),
+            None => self.fetch(part).await,
+        }
+    }
+
+    /// Looks at every stream every `interval`, for ever: a stream that was re-created is noticed even if nobody speaks.
+    pub async fn watch(self: Arc<Self>, interval: Duration) {
+        let pause = interval / u32::from(self.partitions());
+        loop {
+            for part in 0..self.partitions() {
+                tokio::time::sleep(pause).await;
+                if let Err(error) = self.fetch(part).await
+                    && self.connection.is_up()
+                {
+                    tracing::warn!(error = %error, "a stream's state is not known");
+                }
+            }
+        }
+    }
+}
+
+async fn look(
+    connection: &Connection,
+    stream: &str,
+    wait: Duration,
+) -> Result<StreamState, StreamError> {
+    let refused = |problem: String| StreamError::Refused { stream: stream.to_owned(), problem };
+    let request =
+        connection.client().request(format!("$JS.API.STREAM.INFO.{stream}"), bytes::Bytes::new());
+    let answer = match timeout(wait, request).await {
+        Err(_elapsed) => {
+            return Err(StreamError::Timeout { stream: stream.to_owned(), waited: wait });
+        }
+        Ok(Err(error)) => return Err(refused(error.to_string())),
+        Ok(Ok(answer)) => answer,
+    };
+    let info: InfoAnswer =
+        serde_json::from_slice(&answer.payload).map_err(|error| refused(error.to_string()))?;
+    match info {
+        InfoAnswer { error: Some(ApiError { code: 404, .. }), .. } => {
+            Err(StreamError::Missing { stream: stream.to_owned() })
+        }
+        InfoAnswer { error: Some(error), .. } => Err(refused(error.description)),
+        InfoAnswer { config: Some(config), state: Some(state), .. } => {
+            let epoch = config.metadata.get(EPOCH_METADATA).and_then(|text| Epoch::parse(text));
+            let epoch = epoch.ok_or_else(|| StreamError::NoEpoch { stream: stream.to_owned() })?;
+            Ok(StreamState {
+                epoch,
+                incarnation: 0,
+                first_seq: state.first_seq,
+                last_seq: state.last_seq,
+            })
+        }
+        InfoAnswer { .. } => Err(refused("the answer has neither state nor error".to_owned())),
+    }
+}

@@ -1,0 +1,53 @@
+//! Frames that a room pushes, encoded once for all receivers.
+
+use bytes::Bytes;
+
+use crate::{
+    bus::Record,
+    model::{Cursor, RoomId},
+    protocol::native::Writer,
+    wire::text_frame,
+};
+
+/// `msg`; ephemeral messages have no cursor.
+pub(super) fn message(room: &RoomId, record: &Record, cursor: Option<&Cursor>) -> Bytes {
+    let mut out = Vec::with_capacity(record.body.len() + 256);
+    let mut writer = Writer::new(&mut out, "msg");
+    writer
+        .string("room", room.as_str())
+        .string("id", &record.id)
+        .string("from", &record.from)
+        .number("ts", record.ts);
+    if let Some(cursor) = cursor {
+        writer.string("cursor", &cursor.to_string());
+    }
+    writer.raw("body", &record.body);
+    if let Some(kind) = record.kind {
+        writer.string("kind", kind);
+    }
+    if let Some(target) = &record.target {
+        writer.string("target", target);
+    }
+    if let Some(reply_to) = &record.reply_to {
+        writer.string("reply_to", reply_to);
+    }
+    if let Some(mentions) = &record.mentions {
+        writer.raw("mentions", mentions.as_bytes());
+    }
+    writer.end();
+    text_frame(&out)
+}
+
+/// `typing`.
+pub(super) fn typing(room: &RoomId, user: &str) -> Bytes {
+    let mut out = Vec::with_capacity(64);
+    Writer::new(&mut out, "typing").string("room", room.as_str()).string("user", user).end();
+    text_frame(&out)
+}
+
+/// `kicked`.
+pub(super) fn kicked(room: &RoomId, code: &str) -> Bytes {
+    let mut out = Vec::with_capacity(64);
+    Writer::new(&mut out, "kicked").string("room", room.as_str()).string("code", code).end();
+    text_frame(&out)
+}

@@ -1,0 +1,285 @@
+//! One client connection: frames in, commands in order, replies and pushes out.
+//!
+//! ```text
+//!            token in the handshake
+//!  CONNECTED ─────────────────────────► OPEN ──► CLOSING ──► gone
+//!      │  `auth` frame in time            ▲ │        ▲
+//!      └──────────────────────────────────┘ └────────┘ peer's close, error, expiry, too slow, drain
+//!      └── first_frame_timeout ──────────────────────►
+//! ```
+//!
+//! The socket's bytes are `wire`'s business, the protocol's words are `protocol::native`'s; here is what they mean. A session
+//! reads only while it has no command to work on: a client that sends faster than it is served is slowed down by TCP.
+//!
+//! # Invariants
+//! - Every command gets exactly one reply, in order, except that acks of different rooms may overtake each other
+//!   ([`replies::Replies`]).
+//! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
+
+mod commands;
+mod pace;
+mod replies;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{HashMap, VecDeque},
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+
+pub use pace::Pace;
+
+use crate::{
+    auth::{Identity, Verifier},
+    bus::Publisher,
+    config::Config,
+    model::RoomId,
+    protocol::{
+        Close,
+        native::{self, Command, Refusal, Writer},
+    },
+    room::{Membership, Rooms},
+    runtime::unix_s,
+    telemetry::metrics::{Counter, Gauge, Held, count},
+    wire::{Conn, Decoder, Incoming, ping_frame, pong_frame, text_frame},
+};
+use replies::Replies;
+
+/// How often a peer is pinged.
+const PING_EVERY: Duration = Duration::from_secs(25);
+
+/// A peer that gave no sign of life for this long is closed; with the grace of a close it is gone within 60 s.
+const DEAD_AFTER: Duration = Duration::from_secs(45);
+
+/// How long before its end a client is told that its token runs out, in seconds.
+const EXPIRY_NOTICE_S: u64 = 60;
+
+/// Undecodable frames in a row after which the peer is taken for something that does not speak the protocol.
+const MAX_UNDECODABLE: u32 = 32;
+
+/// Refusals for rate in a row after which a session is closed.
+const MAX_RATE_STRIKES: u32 = 1000;
+
+/// What all sessions of a shard share.
+#[derive(Debug)]
+pub struct Context {
+    /// The shard's rooms.
+    pub rooms: Rc<Rooms>,
+    /// Publishes over the shard's connection.
+    pub publisher: Publisher,
+    /// Checks tokens.
+    pub verifier: Arc<Verifier>,
+    /// The process' configuration.
+    pub config: Arc<Config>,
+    /// Bytes just read; nobody keeps any between two reads.
+    pub buffer: RefCell<Vec<u8>>,
+    /// Counts a user's sessions; `None` means that there are too many.
+    pub admit_user: Box<dyn Fn(&str) -> Option<UserSlot>>,
+}
+
+/// A user's place among `limits.sessions_per_user`, given back when dropped.
+pub type UserSlot = Box<dyn std::any::Any>;
+
+/// One connection of a user.
+pub struct Session {
+    id: u64,
+    context: Rc<Context>,
+    conn: Rc<Conn>,
+    identity: RefCell<Option<Arc<Identity>>>,
+    user_slot: RefCell<Option<UserSlot>>,
+    rooms: RefCell<HashMap<RoomId, Membership>>,
+    replies: Replies,
+    opened: Instant,
+    last_seen: Cell<Instant>,
+    next_ping: Cell<Instant>,
+    expiry_told: Cell<bool>,
+    pace: Cell<Pace>,
+    rate_strikes: Cell<u32>,
+    undecodable: Cell<u32>,
+    draining: Cell<bool>,
+    _active: Held,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// What was read and waits for its turn.
+enum Inbound {
+    Command(Result<Command, Refusal>),
+    Close,
+}
+
+impl Session {
+    /// A session on `conn`, with the identity of a token that came with the handshake.
+    #[must_use]
+    pub fn new(
+        id: u64,
+        context: Rc<Context>,
+        conn: Rc<Conn>,
+        identity: Option<Arc<Identity>>,
+        user_slot: Option<UserSlot>,
+    ) -> Rc<Self> {
+        count(Counter::SessionOpened, 1);
+        let now = Instant::now();
+        Rc::new(Self {
+            id,
+            replies: Replies::new(Rc::clone(&conn)),
+            conn,
+            identity: RefCell::new(identity),
+            user_slot: RefCell::new(user_slot),
+            rooms: RefCell::default(),
+            opened: now,
+            last_seen: Cell::new(now),
+            // Spread over the interval: sessions that came back together are not pinged together.
+            next_ping: Cell::new(now + PING_EVERY.mul_f64(rand::random_range(0.5..1.0))),
+            expiry_told: Cell::new(false),
+            pace: Cell::new(Pace::new(now)),
+            rate_strikes: Cell::new(0),
+            undecodable: Cell::new(0),
+            draining: Cell::new(false),
+            context,
+            _active: Held::new(Gauge::SessionActive),
+        })
+    }
+
+    /// The session's number on this edge.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Serves the connection until it is gone. `first`: bytes that came with the handshake.
+    pub async fn run(self: Rc<Self>, mut first: Vec<u8>) {
+        let limit = usize::try_from(self.context.config.limits.frame.as_u64()).unwrap_or(usize::MAX);
+        let mut decoder = Decoder::new(limit);
+        let mut inbox = VecDeque::new();
+        self.tell_expiry(unix_s());
+        let mut violation = self.take_in(&mut decoder, &mut inbox, &mut first).err();
+        drop(first);
+        loop {
+            while self.conn.closing().is_none()
+                && let Some(inbound) = inbox.pop_front()
+            {
+                match inbound {
+                    Inbound::Command(command) => self.on_command(command).await,
+                    Inbound::Close => self.conn.close(Close::Normal),
+                }
+            }
+            if let Some(close) = violation {
+                self.conn.close(close);
+            }
+            if self.conn.closing().is_some() {
+                break;
+            }
+            let read = self.conn.read_with(&self.context.buffer, |bytes| {
+                self.take_in(&mut decoder, &mut inbox, bytes)
+            });
+            violation = match read.await {
+                Ok(Some(fed)) => fed.err(),
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::debug!(session.id = self.id, %error, "a connection broke");
+                    break;
+                }
+            };
+        }
+        // Out of the rooms at once, whatever the end of the connection takes.
+        self.rooms.borrow_mut().clear();
+        self.user_slot.borrow_mut().take();
+        self.conn.close(Close::Normal);
+        count(Counter::SessionClosed(self.conn.closing().unwrap_or(Close::Normal)), 1);
+        self.conn.closed().await;
+    }
+
+    /// Decodes what was read. Pings are answered at once: they need no turn.
+    fn take_in(
+        &self,
+        decoder: &mut Decoder,
+        inbox: &mut VecDeque<Inbound>,
+        bytes: &mut [u8],
+    ) -> Result<(), Close> {
+        self.last_seen.set(Instant::now());
+        decoder.feed(bytes, |incoming| match incoming {
+            Incoming::Text(text) => inbox.push_back(Inbound::Command(native::decode(text))),
+            Incoming::Ping(payload) => {
+                if self.within_pace() {
+                    self.conn.send(&[pong_frame(payload)]);
+                }
+            }
+            Incoming::Pong => {}
+            Incoming::Close { .. } => inbox.push_back(Inbound::Close),
+        })
+    }
+
+    /// Whether one more command keeps within `limits.commands_per_second`.
+    fn within_pace(&self) -> bool {
+        let limits = &self.context.config.limits;
+        let mut pace = self.pace.get();
+        let within = pace.take(Instant::now(), limits.commands_per_second, limits.commands_burst);
+        self.pace.set(pace);
+        within
+    }
+
+    /// The shard's tick, about once a second.
+    pub fn tick(self: &Rc<Self>, now: Instant) {
+        if self.conn.closing().is_some() {
+            return;
+        }
+        self.conn.check_stall(now);
+        let first_frame = self.context.config.auth.first_frame_timeout;
+        if self.identity.borrow().is_none() && now.duration_since(self.opened) >= first_frame {
+            return self.conn.close(Close::BadToken);
+        }
+        if now.duration_since(self.last_seen.get()) >= DEAD_AFTER {
+            return self.conn.close(Close::PingTimeout);
+        }
+        if now >= self.next_ping.get() {
+            self.next_ping.set(now + PING_EVERY);
+            self.conn.send(&[ping_frame()]);
+        }
+        self.tell_expiry(unix_s());
+    }
+
+    /// Tells the client that its token runs out, and closes when it has.
+    fn tell_expiry(&self, now_s: u64) {
+        let Some(identity) = self.identity.borrow().clone() else { return };
+        if now_s >= self.context.verifier.deadline(&identity) {
+            self.conn.close(Close::BadToken);
+        } else if !self.expiry_told.get() && now_s + EXPIRY_NOTICE_S >= identity.exp {
+            self.expiry_told.set(true);
+            self.push(|out| Writer::new(out, "token_expiring").number("exp", identity.exp).end());
+        }
+    }
+
+    /// Tells the client to come back elsewhere, and closes once every command taken so far is answered.
+    pub async fn drain(self: Rc<Self>) {
+        // What is read from here on is not taken: without a reply the client repeats it elsewhere.
+        self.draining.set(true);
+        self.replies.idle().await;
+        let after_ms = rand::random_range(0..500);
+        self.push(|out| Writer::new(out, "reconnect").number("after_ms", after_ms).end());
+        self.conn.close(Close::Draining);
+    }
+
+    /// Closes at once, with what is queued still to be written.
+    pub fn close(&self, close: Close) {
+        self.conn.close(close);
+    }
+
+    fn push(&self, write: impl FnOnce(&mut Vec<u8>)) {
+        self.conn.send(&[frame(write)]);
+    }
+}
+
+/// A frame with the payload that `write` makes.
+fn frame(write: impl FnOnce(&mut Vec<u8>)) -> Bytes {
+    let mut out = Vec::with_capacity(128);
+    write(&mut out);
+    text_frame(&out)
+}

@@ -1,0 +1,54 @@
+//! How fast a client may go.
+
+use std::time::{Duration, Instant};
+
+/// A leaky bucket in the form of the generic cell rate algorithm (ITU-T I.371): one instant of state.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// When the bucket will be empty.
+    empty_at: Instant,
+}
+
+impl Pace {
+    /// An empty bucket.
+    #[must_use]
+    pub fn new(now: Instant) -> Self {
+        Self { empty_at: now }
+    }
+
+    /// Takes one of `per_second`, of which `burst` may come at once; `false` if that is too fast, and then nothing is taken.
+    pub fn take(&mut self, now: Instant, per_second: u32, burst: u32) -> bool {
+        let each = Duration::from_secs(1) / per_second.max(1);
+        let filled = self.empty_at.max(now) + each;
+        let within = filled <= now + each * burst.max(1);
+        if within {
+            self.empty_at = filled;
+        }
+        within
+    }
+
+    /// How long until the bucket is empty: when it is, the state need not be kept.
+    #[must_use]
+    pub fn is_idle(&self, now: Instant) -> bool {
+        self.empty_at <= now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_and_then_the_rate() {
+        let start = Instant::now();
+        let mut pace = Pace::new(start);
+        let taken = (0..100).filter(|_| pace.take(start, 10, 5)).count();
+        assert_eq!(taken, 5);
+        let second = start + Duration::from_secs(1);
+        let taken = (0..100).filter(|_| pace.take(second, 10, 5)).count();
+        assert_eq!(taken, 5);
+        // Evenly spaced at the rate: none is refused.
+        let mut pace = Pace::new(start);
+        assert!((0..1000).all(|i| pace.take(start + Duration::from_millis(100) * i, 10, 1)));
+    }
+}
