@@ -20,4 +20,6 @@ pub mod cli;
 pub mod config;
 pub mod model;
 pub mod protocol;
+pub mod runtime;
 pub mod subject;
+pub mod telemetry;
