@@ -16,6 +16,7 @@
 //! - Only `auth` imports jsonwebtoken.
 //! - Only `subject` spells a subject, stream or header name.
 
+pub mod auth;
 pub mod cli;
 pub mod config;
 pub mod model;
