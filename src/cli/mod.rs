@@ -8,6 +8,8 @@
     reason = "a command line's business"
 )]
 
+mod token;
+
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
@@ -35,6 +37,7 @@ enum Command {
     CheckConfig,
     /// Print the configuration that results from file, environment and flags; secrets are hidden.
     ShowConfig,
+    Token(token::Token),
 }
 
 /// Runs the command line of this process.
@@ -72,6 +75,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             load()?;
             println!("the configuration is valid");
         }
+        Command::Token(token) => println!("{}", token.make(cli.config.as_deref())?),
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
     }
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,202 @@
+//! What a token says.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::Grant;
+
+/// The claims of a token, as they are written there: shape checked, meaning not yet.
+///
+/// Claims of other names are ignored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Map<String, Value>")]
+pub struct Claims {
+    /// The user.
+    pub sub: String,
+    /// End of validity, unix seconds (a fraction in the token is cut off).
+    pub exp: u64,
+    /// Who issued it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iss: Option<String>,
+    /// Whom it is for (a string or a list of strings in the token); empty: not said.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub aud: Vec<String>,
+    /// Start of validity, unix seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nbf: Option<u64>,
+    /// When it was issued, unix seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iat: Option<u64>,
+    /// Its own name, for revocation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jti: Option<String>,
+    /// Shown to others in presence: name, avatar.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub info: Option<Map<String, Value>>,
+    /// What it allows; empty: nothing.
+    pub grants: Vec<Grant>,
+}
+
+/// A claim that is missing or has the wrong shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadClaim {
+    /// Needed, and not there.
+    #[error("the token has no `{0}`")]
+    Missing(&'static str),
+    /// There, and wrong.
+    #[error("the token's `{claim}` {rule}")]
+    Wrong {
+        /// Its name.
+        claim: &'static str,
+        /// What it must be.
+        rule: &'static str,
+    },
+}
+
+impl Claims {
+    /// Claims of `user` until `exp` (unix seconds) that allow nothing yet.
+    #[must_use]
+    pub fn new(user: &str, exp: u64) -> Self {
+        Self {
+            sub: user.to_owned(),
+            exp,
+            iss: None,
+            aud: Vec::new(),
+            nbf: None,
+            iat: None,
+            jti: None,
+            info: None,
+            grants: Vec::new(),
+        }
+    }
+}
+
+impl TryFrom<Map<String, Value>> for Claims {
+    type Error = BadClaim;
+
+    fn try_from(mut map: Map<String, Value>) -> Result<Self, BadClaim> {
+        // `null` is the same as not there, as most issuers mean it.
+        let mut take = |claim: &str| map.remove(claim).filter(|value| !value.is_null());
+        Ok(Self {
+            sub: text("sub", take("sub"))?.ok_or(BadClaim::Missing("sub"))?,
+            exp: time("exp", take("exp"))?.ok_or(BadClaim::Missing("exp"))?,
+            iss: text("iss", take("iss"))?,
+            aud: audience(take("aud"))?,
+            nbf: time("nbf", take("nbf"))?,
+            iat: time("iat", take("iat"))?,
+            jti: text("jti", take("jti"))?,
+            info: match take("info") {
+                None => None,
+                Some(Value::Object(info)) => Some(info),
+                Some(_) => return Err(wrong("info", "must be an object")),
+            },
+            grants: match take("grants") {
+                None => Vec::new(),
+                Some(grants) => serde_json::from_value(grants).map_err(|_echoes_the_value| {
+                    wrong(
+                        "grants",
+                        "must be a list of {\"rooms\": pattern, \"can\": [rights]}",
+                    )
+                })?,
+            },
+        })
+    }
+}
+
+fn wrong(claim: &'static str, rule: &'static str) -> BadClaim {
+    BadClaim::Wrong { claim, rule }
+}
+
+fn text(claim: &'static str, value: Option<Value>) -> Result<Option<String>, BadClaim> {
+    match value {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(_) => Err(wrong(claim, "must be a string")),
+    }
+}
+
+/// A `NumericDate` of RFC 7519: seconds since 1970, which may have a fraction.
+fn time(claim: &'static str, value: Option<Value>) -> Result<Option<u64>, BadClaim> {
+    let Some(value) = value else {
+        return Ok(None);
+    };
+    if let Some(seconds) = value.as_u64() {
+        return Ok(Some(seconds));
+    }
+    match value.as_f64() {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "not negative, the fraction is to go, and `as` saturates"
+        )]
+        Some(seconds) if seconds >= 0.0 => Ok(Some(seconds as u64)),
+        _ => Err(wrong(claim, "must be a time in unix seconds")),
+    }
+}
+
+fn audience(value: Option<Value>) -> Result<Vec<String>, BadClaim> {
+    match value {
+        None => Ok(Vec::new()),
+        Some(Value::String(one)) => Ok(vec![one]),
+        Some(value) => serde_json::from_value(value)
+            .map_err(|_echoes_the_value| wrong("aud", "must be a string or a list of strings")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn claims_survive_json() {
+        let mut claims = Claims::new("kim", 17);
+        let bare = serde_json::to_value(&claims).unwrap();
+        assert_eq!(bare, json!({"sub": "kim", "exp": 17, "grants": []}));
+        assert_eq!(serde_json::from_value::<Claims>(bare).unwrap(), claims);
+        claims.iss = Some("issuer".to_owned());
+        claims.aud = vec!["a".to_owned(), "b".to_owned()];
+        claims.nbf = Some(1);
+        claims.iat = Some(2);
+        claims.jti = Some("id".to_owned());
+        claims.info = Some(Map::from_iter([("name".to_owned(), json!("킴"))]));
+        claims.grants = vec![Grant::new("chat:*", &[super::super::Right::Read])];
+        let full = serde_json::to_value(&claims).unwrap();
+        assert_eq!(serde_json::from_value::<Claims>(full).unwrap(), claims);
+    }
+
+    #[test]
+    fn other_spellings_of_the_standard_are_read() {
+        let claims: Claims = serde_json::from_value(json!({
+            "sub": "kim", "exp": 1.7e9, "nbf": 16.9, "aud": "one", "iss": null, "more": {"x": 1}
+        }))
+        .unwrap();
+        assert_eq!((claims.exp, claims.nbf), (1_700_000_000, Some(16)));
+        assert_eq!((claims.aud, claims.iss), (vec!["one".to_owned()], None));
+    }
+
+    #[test]
+    fn wrong_shapes_name_the_claim_and_not_its_value() {
+        for (claim, value) in [
+            ("sub", json!(7777)),
+            ("exp", json!("7777")),
+            ("exp", json!(-7777)),
+            ("nbf", json!([7777])),
+            ("iat", json!("7777")),
+            ("iss", json!(7777)),
+            ("aud", json!([7777])),
+            ("jti", json!(7777)),
+            ("info", json!("7777")),
+            ("grants", json!("7777")),
+            ("grants", json!([{"rooms": "7777"}])),
+            ("grants", json!([{"rooms": 7777, "can": []}])),
+        ] {
+            let mut map = json!({"sub": "kim", "exp": 1}).as_object().unwrap().clone();
+            map.insert(claim.to_owned(), value);
+            let error = Claims::try_from(map).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{claim}`")), "{error}");
+            assert!(!error.contains("7777"), "{error}");
+        }
+    }
+}

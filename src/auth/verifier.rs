@@ -1,0 +1,397 @@
+//! Verifies tokens, and issues them for development.
+
+use std::{fmt, fs, io, path::PathBuf, sync::Arc};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use serde::Deserialize;
+use serde_json::{Map, Value, value::RawValue};
+
+use super::{BadClaim, BadPattern, Claims, Right, Rights, cache::Cache, grant::Allowed, key::Key};
+use crate::{
+    config,
+    model::RoomId,
+    telemetry::metrics::{Counter, TokenCheck, TokenFault, count},
+};
+
+/// Longest token, in bytes.
+pub const MAX_TOKEN: usize = 8 * 1024;
+
+/// Longest user (`sub`), in bytes.
+pub const MAX_USER: usize = 256;
+
+/// Verified tokens that are remembered.
+const CACHE: usize = 10_000;
+
+/// Who a verified token says its bearer is, and what they may do.
+#[derive(Debug)]
+pub struct Identity {
+    /// The user: any text of 1 to [`MAX_USER`] bytes that does not begin with `$`.
+    pub user: Arc<str>,
+    /// End of validity, unix seconds, without leeway: see [`Verifier::deadline`].
+    pub exp: u64,
+    /// The token's own name, if it has one.
+    pub jti: Option<Box<str>>,
+    /// A JSON object for presence, if the token has one.
+    pub info: Option<Arc<RawValue>>,
+    allowed: Box<[Allowed]>,
+}
+
+impl Identity {
+    /// Whether the grants cover `right` in `room`.
+    #[must_use]
+    pub fn may(&self, right: Right, room: &RoomId) -> bool {
+        self.allowed
+            .iter()
+            .any(|allowed| allowed.rights(room).contains(right))
+    }
+
+    /// Everything the grants cover in `room`.
+    #[must_use]
+    pub fn rights(&self, room: &RoomId) -> Rights {
+        self.allowed
+            .iter()
+            .map(|allowed| allowed.rights(room))
+            .fold(Rights::default(), Rights::union)
+    }
+
+    /// What `claims` mean. Times, issuer and audience are not looked at.
+    ///
+    /// # Errors
+    /// The claim that breaks a rule.
+    pub(super) fn from_claims(claims: &Claims) -> Result<Self, AuthError> {
+        let rule = match claims.sub.as_str() {
+            "" => Some("must not be empty"),
+            user if user.len() > MAX_USER => Some("must be at most 256 bytes"),
+            user if user.starts_with('$') => {
+                Some("must not begin with `$`, which is reserved for the mesh")
+            }
+            _ => None,
+        };
+        if let Some(rule) = rule {
+            return Err(BadClaim::Wrong { claim: "sub", rule }.into());
+        }
+        let allowed = claims
+            .grants
+            .iter()
+            .enumerate()
+            .map(|(index, grant)| {
+                Allowed::new(grant, &claims.sub).map_err(|rule| AuthError::Pattern { index, rule })
+            })
+            .collect::<Result<_, _>>()?;
+        let info = match &claims.info {
+            None => None,
+            Some(info) => Some(
+                serde_json::value::to_raw_value(info).map_err(|_impossible| BadClaim::Wrong {
+                    claim: "info",
+                    rule: "must be an object",
+                })?,
+            ),
+        };
+        Ok(Self {
+            user: Arc::from(claims.sub.as_str()),
+            exp: claims.exp,
+            jti: claims.jti.as_deref().map(Box::from),
+            info: info.map(Arc::from),
+            allowed,
+        })
+    }
+}
+
+/// Checks tokens against the configured keys and rules. One for all shards, in an `Arc`.
+pub struct Verifier {
+    /// At most one of each algorithm.
+    keys: Vec<Key>,
+    algorithms: String,
+    issuer: String,
+    audience: String,
+    leeway_s: u64,
+    cache: Cache,
+}
+
+impl fmt::Debug for Verifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Verifier")
+            .field("algorithms", &self.algorithms)
+            .field("issuer", &self.issuer)
+            .field("audience", &self.audience)
+            .field("leeway_s", &self.leeway_s)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The verifier can't be built from the configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthConfigError {
+    /// The file of the public key can't be read.
+    #[error("configuration: auth.public_key_file = {}: can't be read", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file holds no key that can be used.
+    #[error("configuration: auth.public_key_file = {}: the key {reason}", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with the key.
+        reason: &'static str,
+    },
+}
+
+/// A token was refused. The messages are safe to show to who sent it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AuthError {
+    /// The edge has neither `auth.hs256_secret` nor `auth.public_key_file`.
+    #[error("no key is configured on this edge, so no token can be verified")]
+    NoKey,
+    /// Longer than [`MAX_TOKEN`].
+    #[error("the token is longer than {MAX_TOKEN} bytes")]
+    TooLong,
+    /// Not a JWT in compact form.
+    #[error("the token is malformed: {0}")]
+    Malformed(&'static str),
+    /// Signed with an algorithm no key is configured for, or not at all.
+    #[error("the token's algorithm is not accepted here, only {accepted}")]
+    Algorithm {
+        /// The names of those that are.
+        accepted: String,
+    },
+    /// The signature is not the key's, or what it signs was changed.
+    #[error("the token's signature is wrong")]
+    Signature,
+    /// A claim is missing, or breaks a rule.
+    #[error(transparent)]
+    Claim(#[from] BadClaim),
+    /// A pattern of the grants is malformed.
+    #[error("the token's `grants[{index}].rooms` {rule}")]
+    Pattern {
+        /// Which of the grants.
+        index: usize,
+        /// What it must be.
+        rule: BadPattern,
+    },
+    /// After its end, leeway included.
+    #[error("the token has expired (`exp` {exp})")]
+    Expired {
+        /// Its end, unix seconds.
+        exp: u64,
+    },
+    /// Before its start, leeway included.
+    #[error("the token is not valid yet (`nbf` {nbf})")]
+    NotYetValid {
+        /// Its start, unix seconds.
+        nbf: u64,
+    },
+    /// Not from the configured issuer.
+    #[error("the token's `iss` is not the issuer accepted here")]
+    Issuer,
+    /// Not for the configured audience.
+    #[error("the token's `aud` does not name this service")]
+    Audience,
+}
+
+impl AuthError {
+    fn fault(&self) -> TokenFault {
+        match self {
+            Self::NoKey => TokenFault::NoKey,
+            Self::TooLong | Self::Malformed(_) => TokenFault::Malformed,
+            Self::Algorithm { .. } => TokenFault::Algorithm,
+            Self::Signature => TokenFault::Signature,
+            Self::Claim(_) | Self::Pattern { .. } => TokenFault::Claim,
+            Self::Expired { .. } => TokenFault::Expired,
+            Self::NotYetValid { .. } => TokenFault::NotYetValid,
+            Self::Issuer => TokenFault::Issuer,
+            Self::Audience => TokenFault::Audience,
+        }
+    }
+}
+
+/// No token could be issued.
+#[derive(Debug, thiserror::Error)]
+pub enum IssueError {
+    /// No edge would accept these claims.
+    #[error("the claims are not valid")]
+    Claims(#[source] AuthError),
+    /// The token would be longer than [`MAX_TOKEN`].
+    #[error("the token would be {size} bytes, and at most {MAX_TOKEN} are accepted")]
+    TooLong {
+        /// Its length, in bytes.
+        size: usize,
+    },
+    /// It can't be signed.
+    #[error("the token can't be signed")]
+    Sign(#[source] jsonwebtoken::errors::Error),
+}
+
+/// Of a token's header, what matters here.
+#[derive(Deserialize)]
+struct TokenHeader {
+    alg: String,
+    /// Extensions that must be understood (RFC 7515 section 4.1.11): natter understands none.
+    crit: Option<Value>,
+}
+
+impl Verifier {
+    /// The verifier of `[auth]`. Without any key it refuses every token, and a warning is logged.
+    ///
+    /// # Errors
+    /// [`AuthConfigError`] if the public key can't be used.
+    pub fn from_config(config: &config::Auth) -> Result<Self, AuthConfigError> {
+        let mut keys = Vec::new();
+        let secret = config.hs256_secret.expose();
+        if !secret.is_empty() {
+            keys.push(Key::hs256(secret));
+        }
+        let path = &config.public_key_file;
+        if !path.as_os_str().is_empty() {
+            let pem = fs::read(path).map_err(|source| AuthConfigError::File {
+                path: path.clone(),
+                source,
+            })?;
+            keys.push(Key::from_pem(&pem).map_err(|reason| AuthConfigError::Key {
+                path: path.clone(),
+                reason,
+            })?);
+        }
+        if keys.is_empty() {
+            tracing::warn!(
+                "neither auth.hs256_secret nor auth.public_key_file is set: every token is refused"
+            );
+        }
+        let algorithms: Vec<_> = keys.iter().map(Key::name).collect();
+        Ok(Self {
+            algorithms: algorithms.join(" and "),
+            keys,
+            issuer: config.issuer.clone(),
+            audience: config.audience.clone(),
+            leeway_s: config.leeway.as_secs(),
+            cache: Cache::new(CACHE),
+        })
+    }
+
+    /// Who `token` says its bearer is. `now_s`: unix seconds.
+    ///
+    /// A token that was verified before costs a hash (it is remembered, with a bound), and is checked against the time again.
+    ///
+    /// # Errors
+    /// [`AuthError`], counted with its reason.
+    pub fn verify(&self, token: &str, now_s: u64) -> Result<Arc<Identity>, AuthError> {
+        let result = self.check(token, now_s);
+        match &result {
+            Ok((_, check)) => count(Counter::TokenVerified(*check), 1),
+            Err(error) => count(Counter::TokenRefused(error.fault()), 1),
+        }
+        result.map(|(identity, _)| identity)
+    }
+
+    /// Until when `identity` holds, unix seconds: its `exp` and the configured leeway.
+    #[must_use]
+    pub fn deadline(&self, identity: &Identity) -> u64 {
+        identity.exp.saturating_add(self.leeway_s)
+    }
+
+    fn check(&self, token: &str, now_s: u64) -> Result<(Arc<Identity>, TokenCheck), AuthError> {
+        if self.keys.is_empty() {
+            return Err(AuthError::NoKey);
+        }
+        if token.len() > MAX_TOKEN {
+            return Err(AuthError::TooLong);
+        }
+        let digest = Cache::digest(token);
+        if let Some(digest) = &digest
+            && let Some(identity) = self.cache.get(digest)
+        {
+            if let Err(expired) = self.check_end(identity.exp, now_s) {
+                self.cache.remove(digest);
+                return Err(expired);
+            }
+            return Ok((identity, TokenCheck::Cached));
+        }
+        let claims = self.open(token)?;
+        self.check_end(claims.exp, now_s)?;
+        if let Some(nbf) = claims.nbf
+            && nbf > now_s.saturating_add(self.leeway_s)
+        {
+            return Err(AuthError::NotYetValid { nbf });
+        }
+        if !self.issuer.is_empty() && claims.iss.as_ref() != Some(&self.issuer) {
+            return Err(AuthError::Issuer);
+        }
+        if !self.audience.is_empty() && !claims.aud.contains(&self.audience) {
+            return Err(AuthError::Audience);
+        }
+        let identity = Arc::new(Identity::from_claims(&claims)?);
+        if let Some(digest) = digest {
+            self.cache.insert(digest, Arc::clone(&identity));
+        }
+        Ok((identity, TokenCheck::Signature))
+    }
+
+    /// RFC 7519 section 4.1.4: refused "on or after" the end.
+    fn check_end(&self, exp: u64, now_s: u64) -> Result<(), AuthError> {
+        if now_s >= exp.saturating_add(self.leeway_s) {
+            Err(AuthError::Expired { exp })
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The claims of `token`, if its signature is right.
+    fn open(&self, token: &str) -> Result<Claims, AuthError> {
+        let not_a_jwt = AuthError::Malformed("it is not three parts with dots between them");
+        let Some((message, signature)) = token.rsplit_once('.') else {
+            return Err(not_a_jwt);
+        };
+        let Some((header, payload)) = message.split_once('.') else {
+            return Err(not_a_jwt);
+        };
+        if payload.contains('.') {
+            return Err(not_a_jwt);
+        }
+        let header = URL_SAFE_NO_PAD
+            .decode(header)
+            .map_err(|_detail| AuthError::Malformed("its header is not base64url"))?;
+        let header: TokenHeader = serde_json::from_slice(&header).map_err(|_detail| {
+            AuthError::Malformed("its header is not a JSON object with `alg`")
+        })?;
+        if header.crit.is_some() {
+            return Err(AuthError::Malformed(
+                "its header has `crit`, and no extension is understood here",
+            ));
+        }
+        let Some(key) = self.keys.iter().find(|key| key.name() == header.alg) else {
+            return Err(AuthError::Algorithm {
+                accepted: self.algorithms.clone(),
+            });
+        };
+        if !key.verifies(message, signature) {
+            return Err(AuthError::Signature);
+        }
+        let payload = URL_SAFE_NO_PAD
+            .decode(payload)
+            .map_err(|_detail| AuthError::Malformed("its payload is not base64url"))?;
+        let claims: Map<String, Value> = serde_json::from_slice(&payload)
+            .map_err(|_detail| AuthError::Malformed("its payload is not a JSON object"))?;
+        Ok(Claims::try_from(claims)?)
+    }
+}
+
+/// A token with `claims`, signed with HS256: for development and tests, where natter itself is the issuer.
+///
+/// # Errors
+/// [`IssueError`] if no edge would accept it, or if it can't be signed.
+pub fn issue(claims: &Claims, secret: &str) -> Result<String, IssueError> {
+    Identity::from_claims(claims).map_err(IssueError::Claims)?;
+    let key = EncodingKey::from_secret(secret.as_bytes());
+    let token = encode(&Header::new(Algorithm::HS256), claims, &key).map_err(IssueError::Sign)?;
+    if token.len() > MAX_TOKEN {
+        return Err(IssueError::TooLong { size: token.len() });
+    }
+    Ok(token)
+}
+
+#[cfg(test)]
+mod tests;

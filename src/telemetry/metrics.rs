@@ -1,0 +1,555 @@
+//! The closed list of metrics: what is not in [`Counter`], [`Gauge`] or [`Histogram`] is not measured.
+//!
+//! A metric is one line below: its doc comment is its help text, its name is dotted lower case by domain, its unit is the
+//! instrument's and not in the name. A label is an enum, so that its values are a closed set: never a room, user or
+//! session. To add a metric, add its line; to add a label, add its enum to `labels!`.
+//!
+//! Counters and gauges are plain atomics, so that the path of a message pays one relaxed addition and no look-up. The
+//! exporters (Prometheus and OTLP) read them through observable instruments when they collect. The values belong to the
+//! process: edges that share one (in tests) share them.
+
+use std::{
+    sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
+
+use opentelemetry::{
+    KeyValue,
+    metrics::{Histogram as OtelHistogram, Meter},
+};
+
+use crate::protocol::{Close, ErrorCode};
+
+/// A closed set of label values.
+pub trait Label: Copy + 'static {
+    /// Name of the label.
+    const NAME: &'static str;
+    /// Every value, at the place of its [`index`](Label::index).
+    const ALL: &'static [Self];
+    /// The value as exported.
+    fn value(self) -> &'static str;
+    /// Its place in [`ALL`](Label::ALL).
+    fn index(self) -> usize;
+}
+
+impl Label for ErrorCode {
+    const NAME: &'static str = "code";
+    const ALL: &'static [Self] = &ErrorCode::ALL;
+
+    fn value(self) -> &'static str {
+        self.as_str()
+    }
+
+    fn index(self) -> usize {
+        self as usize
+    }
+}
+
+impl Label for Close {
+    const NAME: &'static str = "code";
+    const ALL: &'static [Self] = &Close::ALL;
+
+    fn value(self) -> &'static str {
+        self.reason()
+    }
+
+    fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// Declares label enums: `Name "label" { Variant "value", … }`.
+macro_rules! labels {
+    ($( $(#[$doc:meta])* $name:ident $label:literal { $( $variant:ident $value:literal ),+ $(,)? } )+) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+            #[expect(missing_docs, reason = "the values are the words of the metric that bears the label")]
+            pub enum $name { $( $variant ),+ }
+
+            impl Label for $name {
+                const NAME: &'static str = $label;
+                const ALL: &'static [Self] = &[$( Self::$variant ),+];
+
+                fn value(self) -> &'static str {
+                    match self { $( Self::$variant => $value ),+ }
+                }
+
+                fn index(self) -> usize {
+                    self as usize
+                }
+            }
+        )+
+    };
+}
+
+labels! {
+    /// A command of the native protocol; `unknown` for every other word.
+    Op "op" {
+        Auth "auth", Join "join", Leave "leave", Send "send", Typing "typing", Read "read",
+        Presence "presence", Readers "readers", Unread "unread", History "history",
+        Refresh "refresh", Ping "ping", Unknown "unknown",
+    }
+    /// How a message came in and what became of it: into a stream, or past all streams.
+    Published "kind" {
+        Durable "durable", Ephemeral "ephemeral", HttpDurable "http_durable",
+        HttpEphemeral "http_ephemeral",
+    }
+    /// Why a publish came to no (or no known) end.
+    PublishFault "reason" {
+        Unavailable "unavailable", UnknownOutcome "unknown_outcome", StreamFull "stream_full",
+        Refused "refused",
+    }
+    /// Where a replayed message was read.
+    Source "source" { Ring "ring", Stream "stream" }
+    /// Why a message was not shown again.
+    Suppressed "reason" { Old "old", Duplicate "duplicate" }
+    /// Why a message did not reach a session, or nobody at all.
+    Dropped "reason" {
+        SessionClosing "session_closing", SlowSession "slow_session", BadSubject "bad_subject",
+        BadMessage "bad_message", NatsBuffer "nats_buffer", TooLarge "too_large",
+        UnknownNamespace "unknown_namespace", ReplayFailed "replay_failed",
+    }
+    /// How a join went on: nothing to replay, from memory, from the stream, or from the start.
+    Joined "result" {
+        Live "live", Ring "ring", Stream "stream", Ephemeral "ephemeral",
+        ResetTrimmed "reset_trimmed", ResetEpoch "reset_epoch", ResetFuture "reset_future",
+        ResetReplayMax "reset_replay_max", Unavailable "unavailable", Timeout "timeout",
+        Left "left",
+    }
+    /// How a gap was noticed.
+    GapCause "cause" {
+        Sequence "sequence", Reconnect "reconnect", Overflow "overflow", Resync "resync",
+        Failover "failover",
+    }
+    /// Why a connection was not taken in.
+    Admission "reason" {
+        Draining "draining", PerUser "per_user", PerAddress "per_address", BadToken "bad_token",
+        BadHandshake "bad_handshake", FirstFrame "first_frame",
+    }
+    /// How a token was verified.
+    TokenCheck "check" { Signature "signature", Cached "cached" }
+    /// Why a token was refused.
+    TokenFault "reason" {
+        NoKey "no_key", Malformed "malformed", Algorithm "algorithm", Signature "signature",
+        Claim "claim", Expired "expired", NotYetValid "not_yet_valid", Issuer "issuer",
+        Audience "audience",
+    }
+}
+
+/// An entry of the list.
+#[derive(Debug, Clone, Copy)]
+pub struct Metric {
+    /// Dotted name.
+    pub name: &'static str,
+    /// Unit, in UCUM.
+    pub unit: &'static str,
+    /// Help text.
+    pub help: &'static str,
+    /// Its label, if it has one.
+    pub label: Option<LabelSet>,
+}
+
+/// The label of a metric.
+#[derive(Debug, Clone, Copy)]
+pub struct LabelSet {
+    /// Name of the label.
+    pub name: &'static str,
+    values: fn() -> Vec<&'static str>,
+}
+
+impl LabelSet {
+    const fn of<L: Label>() -> Self {
+        Self {
+            name: L::NAME,
+            values: || L::ALL.iter().map(|label| label.value()).collect(),
+        }
+    }
+
+    /// Every value it can have.
+    #[must_use]
+    pub fn values(&self) -> Vec<&'static str> {
+        (self.values)()
+    }
+}
+
+/// `Some($x)` of the one repetition there is, or `None`.
+macro_rules! optional {
+    () => {
+        None
+    };
+    ($x:expr) => {
+        Some($x)
+    };
+}
+
+/// Declares the counters: doc, `Name(label: Type) = "dotted.name", "unit";`
+macro_rules! counters {
+    ($( $(#[doc = $help:literal])+ $name:ident $( ($arg:ident: $label:ty) )? = $dotted:literal, $unit:literal; )+) => {
+        /// What happened, counted since the process started.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Counter {
+            $( $(#[doc = $help])+ $name $( ($label) )? ),+
+        }
+
+        enum CounterPlace { $( $name ),+ }
+
+        /// How many values each counter has: one, or one a label value.
+        const COUNTER_WIDTHS: &[usize] = &[$( 1 $( * <$label as Label>::ALL.len() )? ),+];
+
+        impl Counter {
+            /// Every counter.
+            pub const LIST: &'static [Metric] = &[$( Metric {
+                name: $dotted,
+                unit: $unit,
+                help: concat!($( $help ),+).trim_ascii(),
+                label: optional!($( LabelSet::of::<$label>() )?),
+            } ),+];
+
+            #[inline]
+            fn slot(self) -> usize {
+                match self {
+                    $( Self::$name $( ($arg) )? => {
+                        COUNTER_BASES[CounterPlace::$name as usize] $( + $arg.index() )?
+                    } )+
+                }
+            }
+        }
+    };
+}
+
+/// Declares gauges or histograms: doc, `Name = "dotted.name", "unit";`
+macro_rules! plain {
+    ($(#[doc = $enum_doc:literal])+ $enum:ident; $( $(#[doc = $help:literal])+ $name:ident = $dotted:literal, $unit:literal; )+) => {
+        $(#[doc = $enum_doc])+
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum $enum { $( $(#[doc = $help])+ $name ),+ }
+
+        impl $enum {
+            /// All of them.
+            pub const LIST: &'static [Metric] = &[$( Metric {
+                name: $dotted,
+                unit: $unit,
+                help: concat!($( $help ),+).trim_ascii(),
+                label: None,
+            } ),+];
+        }
+    };
+}
+
+counters! {
+    /// Sessions opened: the WebSocket handshake is done.
+    SessionOpened = "natter.session.opened", "{session}";
+    /// Sessions closed, by the reason of the close frame.
+    SessionClosed(close: Close) = "natter.session.closed", "{session}";
+    /// Connections that did not become sessions with a user.
+    SessionRefused(reason: Admission) = "natter.session.refused", "{session}";
+    /// Tokens accepted.
+    TokenVerified(check: TokenCheck) = "natter.token.verified", "{token}";
+    /// Tokens refused.
+    TokenRefused(reason: TokenFault) = "natter.token.refused", "{token}";
+    /// Commands received from sessions.
+    CommandReceived(op: Op) = "natter.command.received", "{command}";
+    /// Commands and HTTP requests answered with an error.
+    CommandRefused(code: ErrorCode) = "natter.command.refused", "{command}";
+    /// Messages that clients published, and that were stored or (ephemeral) sent on.
+    MessagePublished(kind: Published) = "natter.message.published", "{message}";
+    /// Messages that the stream had already, published again with the same id.
+    PublishDuplicate = "natter.publish.duplicate", "{message}";
+    /// Publishes that failed.
+    PublishFailed(reason: PublishFault) = "natter.publish.failed", "{message}";
+    /// Message frames handed to sessions, live and replayed.
+    MessageDelivered = "natter.message.delivered", "{message}";
+    /// Message frames handed to sessions as backlog of a join.
+    MessageReplayed(source: Source) = "natter.message.replayed", "{message}";
+    /// Messages received again from NATS and not shown again.
+    MessageSuppressed(reason: Suppressed) = "natter.message.suppressed", "{message}";
+    /// Messages dropped; where the room is durable they are replayed later, or the session comes back for them.
+    MessageDropped(reason: Dropped) = "natter.message.dropped", "{message}";
+    /// Joins answered, by how they went on.
+    JoinResult(result: Joined) = "natter.join.result", "{join}";
+    /// Gaps noticed in a room's sequence, or suspected.
+    GapDetected(cause: GapCause) = "natter.gap.detected", "{gap}";
+    /// Messages read from the stream to close a gap.
+    GapFilled = "natter.gap.filled", "{message}";
+    /// Requests for a range of a room, read from the stream.
+    ReplayRequests = "natter.replay.requests", "{request}";
+    /// Requests for a range that joined one already under way.
+    ReplayCoalesced = "natter.replay.coalesced", "{request}";
+    /// Requests for a range that failed.
+    ReplayFailed = "natter.replay.failed", "{request}";
+    /// Times the connection to NATS was established again.
+    NatsReconnects = "natter.nats.reconnects", "{reconnect}";
+    /// Typing notices that clients sent and that were published.
+    TypingPublished = "natter.typing.published", "{notice}";
+    /// Typing frames handed to sessions.
+    TypingDelivered = "natter.typing.delivered", "{notice}";
+    /// Typing frames not handed to a session that was behind.
+    TypingDropped = "natter.typing.dropped", "{notice}";
+}
+
+plain! {
+    /// What is now.
+    Gauge;
+    /// Sessions that are open.
+    SessionActive = "natter.session.active", "{session}";
+    /// Rooms with a subscription on this process.
+    RoomActive = "natter.room.active", "{room}";
+    /// Memberships: sessions times their rooms.
+    MemberActive = "natter.member.active", "{member}";
+    /// Connections to NATS that are up.
+    NatsConnected = "natter.nats.connected", "{connection}";
+    /// Bytes that wait in the outboxes of sessions.
+    OutboxBytes = "natter.outbox.size", "By";
+    /// Bytes of backlog in memory for joins under way.
+    ReplayBytes = "natter.replay.memory", "By";
+}
+
+plain! {
+    /// How long things took; for what is rare beside messages: each record takes a lock of the SDK.
+    Histogram;
+    /// From a request for a range of a room to its last message.
+    ReplayDuration = "natter.replay.duration", "s";
+    /// From a publish to the stream's acknowledgement.
+    PublishDuration = "natter.publish.duration", "s";
+    /// From a join command to its reply.
+    JoinDuration = "natter.join.duration", "s";
+}
+
+/// Bounds of the buckets of every histogram, in seconds: from a local acknowledgement to a client's patience.
+const SECONDS: [f64; 14] = [
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
+];
+
+const COUNTERS: usize = COUNTER_WIDTHS.len();
+
+/// Where each counter's values begin.
+const COUNTER_BASES: [usize; COUNTERS] = {
+    let mut bases = [0; COUNTERS];
+    let mut at = 1;
+    while at < COUNTERS {
+        bases[at] = bases[at - 1] + COUNTER_WIDTHS[at - 1];
+        at += 1;
+    }
+    bases
+};
+
+const COUNTER_SLOTS: usize = COUNTER_BASES[COUNTERS - 1] + COUNTER_WIDTHS[COUNTERS - 1];
+
+/// One value alone on its cache lines: shards that count different things don't slow each other down.
+#[repr(align(128))]
+struct Slot<T>(T);
+
+static COUNTER_VALUES: [Slot<AtomicU64>; COUNTER_SLOTS] =
+    [const { Slot(AtomicU64::new(0)) }; COUNTER_SLOTS];
+
+static GAUGE_VALUES: [Slot<AtomicI64>; Gauge::LIST.len()] =
+    [const { Slot(AtomicI64::new(0)) }; Gauge::LIST.len()];
+
+/// Adds `n` to a counter. One relaxed addition: on the path of messages, count a batch at once.
+#[inline]
+pub fn count(counter: Counter, n: u64) {
+    COUNTER_VALUES[counter.slot()].0.fetch_add(n, Relaxed);
+}
+
+/// What a counter has counted.
+#[must_use]
+pub fn counted(counter: Counter) -> u64 {
+    COUNTER_VALUES[counter.slot()].0.load(Relaxed)
+}
+
+/// Adds `by` (which may be negative) to a gauge. Where a value has an owner that is dropped, use [`Held`].
+#[inline]
+pub fn gauge_add(gauge: Gauge, by: i64) {
+    GAUGE_VALUES[gauge as usize].0.fetch_add(by, Relaxed);
+}
+
+/// Sets a gauge that only one place knows.
+pub fn gauge_set(gauge: Gauge, value: i64) {
+    GAUGE_VALUES[gauge as usize].0.store(value, Relaxed);
+}
+
+/// What a gauge stands at.
+#[must_use]
+pub fn gauge(gauge: Gauge) -> i64 {
+    GAUGE_VALUES[gauge as usize].0.load(Relaxed)
+}
+
+/// One unit of a gauge, given back when dropped: on every path, panics too.
+#[derive(Debug)]
+pub struct Held(Gauge);
+
+impl Held {
+    /// Adds one to `gauge` until dropped.
+    #[must_use = "dropped at once, it counts nothing"]
+    pub fn new(gauge: Gauge) -> Self {
+        gauge_add(gauge, 1);
+        Self(gauge)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        gauge_add(self.0, -1);
+    }
+}
+
+/// Records a duration. Until telemetry is set up it goes nowhere.
+pub fn record(histogram: Histogram, duration: Duration) {
+    if let Some(metrics) = super::exporters::installed() {
+        metrics.record(histogram, duration);
+    }
+}
+
+/// The instruments of `meter` for the whole list. The counters and gauges live as long as the meter's provider.
+pub(super) fn instruments(meter: &Meter) -> Vec<OtelHistogram<f64>> {
+    for (metric, base) in Counter::LIST.iter().zip(COUNTER_BASES) {
+        let series: Vec<Vec<KeyValue>> = match &metric.label {
+            None => vec![Vec::new()],
+            Some(label) => label
+                .values()
+                .into_iter()
+                .map(|value| vec![KeyValue::new(label.name, value)])
+                .collect(),
+        };
+        meter
+            .u64_observable_counter(metric.name)
+            .with_description(metric.help)
+            .with_unit(metric.unit)
+            .with_callback(move |observer| {
+                for (slot, labels) in COUNTER_VALUES[base..].iter().zip(&series) {
+                    observer.observe(slot.0.load(Relaxed), labels);
+                }
+            })
+            .build();
+    }
+    for (metric, slot) in Gauge::LIST.iter().zip(&GAUGE_VALUES) {
+        meter
+            .i64_observable_gauge(metric.name)
+            .with_description(metric.help)
+            .with_unit(metric.unit)
+            .with_callback(move |observer| observer.observe(slot.0.load(Relaxed), &[]))
+            .build();
+    }
+    Histogram::LIST
+        .iter()
+        .map(|metric| {
+            meter
+                .f64_histogram(metric.name)
+                .with_description(metric.help)
+                .with_unit(metric.unit)
+                .with_boundaries(SECONDS.to_vec())
+                .build()
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    fn list() -> impl Iterator<Item = &'static Metric> {
+        Counter::LIST
+            .iter()
+            .chain(Gauge::LIST)
+            .chain(Histogram::LIST)
+    }
+
+    #[test]
+    fn the_list_is_well_named_and_documented() {
+        let mut names = HashSet::new();
+        for metric in list() {
+            let Metric {
+                name, help, unit, ..
+            } = metric;
+            assert!(names.insert(name), "{name} is there twice");
+            assert!(name.starts_with("natter."), "{name}");
+            assert!(
+                name.split('.').count() == 3
+                    && name
+                        .bytes()
+                        .all(|b| b.is_ascii_lowercase() || b == b'.' || b == b'_'),
+                "{name} is not natter.domain.thing"
+            );
+            assert!(help.ends_with('.') && help.len() > 10, "{name}: {help:?}");
+            assert!(
+                ["s", "By"].contains(unit) || unit.starts_with('{') && unit.ends_with('}'),
+                "{name}: unit {unit}"
+            );
+        }
+    }
+
+    #[test]
+    fn labels_are_closed_sets_of_plain_words() {
+        for metric in list() {
+            let Some(label) = &metric.label else { continue };
+            assert!(
+                [
+                    "code", "op", "kind", "reason", "source", "result", "cause", "check"
+                ]
+                .contains(&label.name),
+                "{}: label {} is not known; never a room, user or session",
+                metric.name,
+                label.name
+            );
+            let values = label.values();
+            let distinct: HashSet<_> = values.iter().collect();
+            assert_eq!(distinct.len(), values.len(), "{}: {values:?}", metric.name);
+            for value in values {
+                assert!(
+                    value
+                        .bytes()
+                        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_'),
+                    "{}: {value:?}",
+                    metric.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn every_label_value_stands_at_its_index() {
+        fn check<L: Label + std::fmt::Debug>() {
+            for (index, label) in L::ALL.iter().enumerate() {
+                assert_eq!(label.index(), index, "{label:?}");
+            }
+        }
+        check::<ErrorCode>();
+        check::<Close>();
+        check::<Op>();
+        check::<Dropped>();
+    }
+
+    #[test]
+    fn counters_do_not_share_a_place() {
+        let mut slots = HashSet::new();
+        let mut add = |counter: Counter| assert!(slots.insert(counter.slot()), "{counter:?}");
+        add(Counter::SessionOpened);
+        Close::ALL
+            .into_iter()
+            .for_each(|c| add(Counter::SessionClosed(c)));
+        ErrorCode::ALL
+            .into_iter()
+            .for_each(|c| add(Counter::CommandRefused(c)));
+        Op::ALL
+            .iter()
+            .for_each(|op| add(Counter::CommandReceived(*op)));
+        add(Counter::MessageDelivered);
+        add(Counter::TypingDropped);
+        assert_eq!(Counter::TypingDropped.slot(), COUNTER_SLOTS - 1);
+    }
+
+    #[test]
+    fn a_held_gauge_is_given_back_on_panic() {
+        let before = gauge(Gauge::MemberActive);
+        let caught = std::panic::catch_unwind(|| {
+            let _held = Held::new(Gauge::MemberActive);
+            assert_eq!(gauge(Gauge::MemberActive), before + 1);
+            panic!("on purpose");
+        });
+        assert!(caught.is_err());
+        assert_eq!(gauge(Gauge::MemberActive), before);
+    }
+}
