@@ -20,6 +20,7 @@ pub mod auth;
 pub mod bus;
 pub mod cli;
 pub mod config;
+pub mod edge;
 pub mod model;
 pub mod protocol;
 pub mod room;

@@ -8,6 +8,7 @@
     reason = "a command line's business"
 )]
 
+mod edge;
 mod token;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -38,6 +39,7 @@ enum Command {
     /// Print the configuration that results from file, environment and flags; secrets are hidden.
     ShowConfig,
     Token(token::Token),
+    Edge(edge::EdgeCommand),
 }
 
 /// Runs the command line of this process.
@@ -75,6 +77,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             load()?;
             println!("the configuration is valid");
         }
+        Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::Token(token) => println!("{}", token.make(cli.config.as_deref())?),
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
     }

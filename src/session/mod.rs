@@ -30,6 +30,7 @@ use std::{
 
 use bytes::Bytes;
 
+pub(crate) use commands::{check_publication, publish_refusal};
 pub use pace::Pace;
 
 use crate::{
@@ -64,7 +65,6 @@ const MAX_UNDECODABLE: u32 = 32;
 const MAX_RATE_STRIKES: u32 = 1000;
 
 /// What all sessions of a shard share.
-#[derive(Debug)]
 pub struct Context {
     /// The shard's rooms.
     pub rooms: Rc<Rooms>,
@@ -78,6 +78,12 @@ pub struct Context {
     pub buffer: RefCell<Vec<u8>>,
     /// Counts a user's sessions; `None` means that there are too many.
     pub admit_user: Box<dyn Fn(&str) -> Option<UserSlot>>,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").finish_non_exhaustive()
+    }
 }
 
 /// A user's place among `limits.sessions_per_user`, given back when dropped.

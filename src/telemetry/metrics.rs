@@ -106,21 +106,18 @@ labels! {
     Suppressed "reason" { Old "old", Duplicate "duplicate" }
     /// Why a message did not reach a session, or nobody at all.
     Dropped "reason" {
-        SessionClosing "session_closing", SlowSession "slow_session", BadSubject "bad_subject",
-        BadMessage "bad_message", NatsBuffer "nats_buffer", TooLarge "too_large",
-        UnknownNamespace "unknown_namespace", ReplayFailed "replay_failed",
+        BadSubject "bad_subject", BadMessage "bad_message", UnknownOrigin "unknown_origin",
+        NotStored "not_stored", Trimmed "trimmed",
     }
     /// How a join went on: nothing to replay, from memory, from the stream, or from the start.
     Joined "result" {
         Live "live", Ring "ring", Stream "stream", Ephemeral "ephemeral",
         ResetTrimmed "reset_trimmed", ResetEpoch "reset_epoch", ResetFuture "reset_future",
-        ResetReplayMax "reset_replay_max", Unavailable "unavailable", Timeout "timeout",
-        Left "left",
+        ResetReplayMax "reset_replay_max", Unavailable "unavailable",
     }
     /// How a gap was noticed.
     GapCause "cause" {
         Sequence "sequence", Reconnect "reconnect", Overflow "overflow", Resync "resync",
-        Failover "failover",
     }
     /// Why a connection was not taken in.
     Admission "reason" {
@@ -278,14 +275,14 @@ counters! {
     ReplayCoalesced = "natter.replay.coalesced", "{request}";
     /// Requests for a range that failed.
     ReplayFailed = "natter.replay.failed", "{request}";
-    /// Times the connection to NATS was established again.
-    NatsReconnects = "natter.nats.reconnects", "{reconnect}";
+    /// Times a connection to NATS was established, the first time included.
+    NatsConnects = "natter.nats.connects", "{connection}";
+    /// Times a NATS subscription said that it dropped messages; they are read from the stream.
+    NatsSlowConsumer = "natter.nats.slow_consumer", "{event}";
     /// Typing notices that clients sent and that were published.
     TypingPublished = "natter.typing.published", "{notice}";
     /// Typing frames handed to sessions.
     TypingDelivered = "natter.typing.delivered", "{notice}";
-    /// Typing frames not handed to a session that was behind.
-    TypingDropped = "natter.typing.dropped", "{notice}";
 }
 
 plain! {

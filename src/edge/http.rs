@@ -1,0 +1,306 @@
+//! Plain HTTP: publishing, health, metrics, the OpenAPI document, the page.
+
+use std::{collections::HashMap, sync::Arc, time::Instant};
+
+use axum::{
+    Json, Router,
+    body::to_bytes,
+    extract::{Path, Request, State},
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use parking_lot::Mutex;
+use serde::Serialize;
+use utoipa::{OpenApi, ToSchema};
+
+use super::{Shared, upgrade};
+use crate::{
+    auth::Identity,
+    bus::Outgoing,
+    model::RoomId,
+    protocol::{ErrorCode, native},
+    runtime::unix_s,
+    session::{Pace, check_publication, publish_refusal},
+    telemetry::{
+        self,
+        metrics::{Counter, Published, count},
+    },
+};
+
+/// What a publish over HTTP may have besides its body: ids, mentions.
+const ENVELOPE_BYTES: u64 = 64 * 1024;
+
+/// Users whose pace is remembered before those at rest are forgotten.
+const MAX_PACES: usize = 10_000;
+
+/// The HTTP interface of an edge.
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "natter edge", description = "Rooms over plain HTTP. WebSocket clients connect to /ws."),
+    paths(publish, healthz, readyz, metrics, openapi),
+    components(schemas(PublishRequest, PublishReply, ErrorBody)),
+    modifiers(&BearerToken)
+)]
+struct ApiDoc;
+
+struct BearerToken;
+
+impl utoipa::Modify for BearerToken {
+    fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
+        use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build();
+        openapi
+            .components
+            .get_or_insert_default()
+            .add_security_scheme("token", SecurityScheme::Http(bearer));
+    }
+}
+
+/// The OpenAPI document as JSON text.
+#[must_use]
+pub fn openapi_json() -> String {
+    ApiDoc::openapi().to_pretty_json().expect("the document is plain data")
+}
+
+/// State of the routes.
+#[derive(Debug, Clone)]
+struct Api {
+    shared: Arc<Shared>,
+    paces: Arc<Mutex<HashMap<Arc<str>, Pace>>>,
+}
+
+impl axum::extract::FromRef<Api> for Arc<Shared> {
+    fn from_ref(api: &Api) -> Self {
+        Arc::clone(&api.shared)
+    }
+}
+
+pub(super) fn router(shared: Arc<Shared>) -> Router {
+    let page = shared.config.edge.web_page;
+    let router = Router::new()
+        .route("/ws", get(upgrade::websocket))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/v1/openapi.json", get(openapi))
+        .route("/v1/rooms/{room}/messages", post(publish));
+    let router = if page { super::page::routes(router) } else { router };
+    router.fallback(not_found).with_state(Api { shared, paces: Arc::default() })
+}
+
+/// A refusal over HTTP.
+#[derive(Debug)]
+pub(super) struct HttpError {
+    status: StatusCode,
+    code: ErrorCode,
+    message: String,
+}
+
+/// Body of a refusal.
+#[derive(Debug, Serialize, ToSchema)]
+struct ErrorBody {
+    /// One of the error codes of the protocol.
+    #[schema(example = "forbidden")]
+    code: &'static str,
+    /// What was wrong, for people.
+    message: String,
+    /// Whether the same request may succeed later.
+    retry: bool,
+}
+
+impl HttpError {
+    pub(super) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        let status = StatusCode::from_u16(code.http_status())
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        Self::with_status(status, code, message)
+    }
+
+    pub(super) fn with_status(
+        status: StatusCode,
+        code: ErrorCode,
+        message: impl Into<String>,
+    ) -> Self {
+        Self { status, code, message: message.into() }
+    }
+
+    pub(super) fn not_ready() -> Self {
+        Self::new(ErrorCode::Unavailable, "this edge is not ready")
+    }
+}
+
+impl From<(ErrorCode, String)> for HttpError {
+    fn from((code, message): (ErrorCode, String)) -> Self {
+        Self::new(code, message)
+    }
+}
+
+impl IntoResponse for HttpError {
+    fn into_response(self) -> Response {
+        count(Counter::CommandRefused(self.code), 1);
+        let body = ErrorBody {
+            code: self.code.as_str(),
+            message: self.message,
+            retry: self.code.retry(),
+        };
+        let mut response = (self.status, Json(body)).into_response();
+        if matches!(self.code, ErrorCode::RateLimited | ErrorCode::Unavailable) {
+            response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from(1));
+        }
+        response
+    }
+}
+
+/// The token of an `Authorization: Bearer` header.
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>, HttpError> {
+    let unauthorized = |message: String| HttpError::new(ErrorCode::Unauthorized, message);
+    let token = bearer(headers)
+        .ok_or_else(|| unauthorized("the header Authorization: Bearer <token> is missing".into()))?;
+    let identity = api
+        .shared
+        .verifier
+        .verify(token, unix_s())
+        .map_err(|error| unauthorized(error.to_string()))?;
+    let limits = &api.shared.config.limits;
+    let now = Instant::now();
+    let mut paces = api.paces.lock();
+    if paces.len() >= MAX_PACES {
+        paces.retain(|_, pace| !pace.is_idle(now));
+    }
+    let pace = paces.entry(Arc::clone(&identity.user)).or_insert_with(|| Pace::new(now));
+    if !pace.take(now, limits.commands_per_second, limits.commands_burst) {
+        let limit = limits.commands_per_second;
+        let text = format!("more than {limit} requests per second");
+        return Err(HttpError::new(ErrorCode::RateLimited, text));
+    }
+    drop(paces);
+    Ok(identity)
+}
+
+/// What a publish sends: the fields of a `send`.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "documents what `protocol::native::decode_publication` reads")]
+struct PublishRequest {
+    /// `[A-Za-z0-9._~-]{1,64}`, chosen by the client; a repeat with the same id is stored once.
+    id: Option<String>,
+    /// Any JSON.
+    body: serde_json::Value,
+    /// `message` (default), `edit`, `delete`, `reaction` or `annotation`.
+    kind: Option<String>,
+    /// What an edit, delete, reaction or annotation is about: `<user>/<id>`, or `<id>` for an own message.
+    target: Option<String>,
+    /// What the message answers.
+    reply_to: Option<String>,
+    /// Mentioned users, at most 100.
+    mentions: Option<Vec<String>>,
+}
+
+/// The answer to a publish.
+#[derive(Debug, Serialize, ToSchema)]
+struct PublishReply {
+    /// The room.
+    #[schema(value_type = String, example = "chat:lobby")]
+    room: RoomId,
+    /// The message's id.
+    id: String,
+    /// The room's cursor after the message; absent in ephemeral rooms.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cursor: Option<String>,
+    /// When it was stored (ephemeral: sent), in ms since 1970.
+    ts: u64,
+    /// Whether it had been stored before.
+    dup: bool,
+}
+
+/// Publish a message to a room.
+#[utoipa::path(
+    post,
+    path = "/v1/rooms/{room}/messages",
+    params(("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby")),
+    request_body = PublishRequest,
+    responses(
+        (status = 200, body = PublishReply, description = "Stored (in an ephemeral room: sent)"),
+        (status = 400, body = ErrorBody, description = "bad_json, bad_request, bad_room, bad_id"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 413, body = ErrorBody, description = "too_large"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable, unknown_outcome, stream_full"),
+    ),
+    security(("token" = []))
+)]
+async fn publish(
+    State(api): State<Api>,
+    Path(room): Path<String>,
+    request: Request,
+) -> Result<Json<PublishReply>, HttpError> {
+    let (parts, body) = request.into_parts();
+    let identity = authorize(&api, &parts.headers)?;
+    let config = &api.shared.config;
+    let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+    let room = RoomId::parse(&room).map_err(|e| HttpError::new(ErrorCode::BadRoom, e.to_string()))?;
+    let most = config.limits.body.as_u64() + ENVELOPE_BYTES;
+    let body = to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX)).await.map_err(|_cut| {
+        HttpError::new(ErrorCode::TooLarge, format!("the request has more than {most} bytes"))
+    })?;
+    let publication = native::decode_publication(room, &body)
+        .map_err(|refusal| HttpError::new(refusal.code, refusal.message))?;
+    let durable = check_publication(config, &identity, &publication)?;
+    let id = match &publication.id {
+        Some(id) => id.to_string(),
+        None => ulid::Ulid::new().to_string(),
+    };
+    let outgoing = Outgoing { publication: &publication, user: &identity.user, id: &id };
+    let failed = |error| HttpError::from(publish_refusal(&error));
+    let (cursor, ts, dup) = if durable {
+        let acked = ready.publisher.durable(&outgoing).await.map_err(failed)?;
+        let ts = ready.publisher.stored_at(&publication.room, &acked).await.map_err(failed)?;
+        (Some(acked.cursor.to_string()), ts, acked.duplicate)
+    } else {
+        (None, ready.publisher.ephemeral(&outgoing).await.map_err(failed)?, false)
+    };
+    let kind = if durable { Published::HttpDurable } else { Published::HttpEphemeral };
+    count(Counter::MessagePublished(kind), 1);
+    Ok(Json(PublishReply { room: publication.room, id, cursor, ts, dup }))
+}
+
+/// Whether the process lives.
+#[utoipa::path(get, path = "/healthz", responses((status = 200, body = String)))]
+async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+/// Whether the edge takes connections: streams found, NATS up, not draining.
+#[utoipa::path(get, path = "/readyz", responses((status = 200, body = String), (status = 503, body = String)))]
+async fn readyz(State(shared): State<Arc<Shared>>) -> (StatusCode, String) {
+    let phase = shared.lifecycle.phase();
+    let up = shared.ready.get().is_some_and(|ready| ready.connection.is_up());
+    match (shared.lifecycle.is_ready(), up) {
+        (true, true) => (StatusCode::OK, "ready\n".to_owned()),
+        (true, false) => (StatusCode::SERVICE_UNAVAILABLE, "NATS is away\n".to_owned()),
+        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", phase.as_str())),
+    }
+}
+
+/// Metrics in the Prometheus text format.
+#[utoipa::path(get, path = "/metrics", responses((status = 200, body = String)))]
+async fn metrics() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], telemetry::prometheus_text())
+}
+
+/// This document.
+#[utoipa::path(get, path = "/v1/openapi.json", responses((status = 200, body = String)))]
+async fn openapi() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/json")], openapi_json())
+}
+
+async fn not_found() -> HttpError {
+    HttpError::with_status(StatusCode::NOT_FOUND, ErrorCode::BadRequest, "there is nothing here")
+}

@@ -1,0 +1,226 @@
+//! The edge: accepts connections, hands WebSockets to shards, answers plain HTTP, drains.
+//!
+//! ```text
+//!  accept ─► hyper + axum ─┬─ /ws: token, upgrade ─► bare TcpStream ─► one of the shards (threads), for good
+//!                          └─ /v1/…, /metrics, /healthz, /readyz, /
+//! ```
+//!
+//! Shards share nothing: each has its own NATS connections, rooms and sessions, so an edge of n cores is n small edges.
+
+mod accept;
+mod admission;
+mod http;
+mod page;
+mod shard;
+mod upgrade;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::net::TcpListener;
+
+pub use http::openapi_json;
+
+use crate::{
+    auth::{AuthConfigError, Verifier},
+    bus::{ConnectError, Connection, Publisher, Reader, Streams},
+    config::Config,
+    runtime::{Late, Lifecycle, Phase, Tasks},
+};
+use admission::Admission;
+use shard::Shards;
+
+/// How often the streams are looked for while they are not there.
+const STREAMS_RETRY: Duration = Duration::from_secs(1);
+
+/// How often each stream's state is looked at when nothing else asks for it.
+const STREAMS_WATCH: Duration = Duration::from_secs(10);
+
+/// A running edge.
+#[derive(Debug)]
+pub struct Edge {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    /// Background tasks, which end with the process.
+    tasks: Tasks,
+    /// Accepting, and requests under way.
+    http: Tasks,
+}
+
+/// What all parts of an edge share.
+#[derive(Debug)]
+struct Shared {
+    config: Arc<Config>,
+    id: Arc<str>,
+    verifier: Arc<Verifier>,
+    lifecycle: Lifecycle,
+    admission: Arc<Admission>,
+    /// What needs NATS; there from when the edge is ready.
+    ready: tokio::sync::OnceCell<Ready>,
+}
+
+/// The parts of a ready edge.
+#[derive(Debug)]
+struct Ready {
+    connection: Connection,
+    publisher: Publisher,
+    shards: Shards,
+}
+
+/// The edge can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum EdgeError {
+    /// The address is taken or not ours.
+    #[error("edge.listen = {address}: can't listen there")]
+    Listen { address: SocketAddr, source: io::Error },
+    /// The keys for tokens can't be used.
+    #[error(transparent)]
+    Auth(#[from] AuthConfigError),
+    /// NATS can't be used with what the configuration says.
+    #[error(transparent)]
+    Nats(#[from] ConnectError),
+    /// A thread could not be started.
+    #[error("a shard could not be started")]
+    Shard(#[source] io::Error),
+}
+
+/// The edge did not end in order within `edge.drain_timeout`.
+#[derive(Debug, thiserror::Error)]
+pub enum DrainError {
+    /// Tasks were left.
+    #[error("the drain was cut")]
+    Tasks(#[from] Late),
+    /// Sessions were left.
+    #[error("the drain was cut with {0} sessions left")]
+    Sessions(usize),
+}
+
+impl Edge {
+    /// Binds the address and begins to serve. Until the streams are there the edge answers, but is not ready.
+    ///
+    /// # Errors
+    /// [`EdgeError`].
+    pub async fn start(config: Config) -> Result<Self, EdgeError> {
+        let listener = TcpListener::bind(config.edge.listen)
+            .await
+            .map_err(|source| EdgeError::Listen { address: config.edge.listen, source })?;
+        let address = listener
+            .local_addr()
+            .map_err(|source| EdgeError::Listen { address: config.edge.listen, source })?;
+        let id = match config.edge.id.as_str() {
+            "" => format!("e{}", ulid::Ulid::new().random() & 0xffff_ffff),
+            id => id.to_owned(),
+        };
+        let shared = Arc::new(Shared {
+            verifier: Arc::new(Verifier::from_config(&config.auth)?),
+            admission: Arc::new(Admission::new(&config.limits)),
+            id: id.into(),
+            lifecycle: Lifecycle::default(),
+            ready: tokio::sync::OnceCell::new(),
+            config: Arc::new(config),
+        });
+        let edge = Self { address, shared, tasks: Tasks::default(), http: Tasks::default() };
+        let router = http::router(Arc::clone(&edge.shared));
+        edge.http.spawn("accept", accept::serve(listener, router, edge.http.clone()));
+        let nats = &edge.shared.config.nats;
+        let name = format!("natter edge {} control", edge.shared.id);
+        let connection = Connection::open(nats, &name).await?;
+        let (shared, tasks) = (Arc::clone(&edge.shared), edge.tasks.clone());
+        edge.tasks.spawn("start", async move {
+            let start = make_ready(&shared, connection, &tasks);
+            tokio::select! {
+                started = start => if let Err(error) = started {
+                    tracing::error!(error = &error as &dyn std::error::Error, "the edge can't start");
+                    shared.lifecycle.advance(Phase::Stopped);
+                },
+                () = tasks.stopping() => {}
+            }
+        });
+        tracing::info!(edge.id = %edge.shared.id, %address, "edge listening");
+        Ok(edge)
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.shared.id
+    }
+
+    /// How far it is in its life.
+    #[must_use]
+    pub fn lifecycle(&self) -> &Lifecycle {
+        &self.shared.lifecycle
+    }
+
+    /// Ends in order: not ready, no new connections, sessions told to come back elsewhere, what is queued written.
+    ///
+    /// # Errors
+    /// [`DrainError`] when `edge.drain_timeout` was over before that; what is left is cut.
+    pub async fn drain(self) -> Result<(), DrainError> {
+        let deadline = tokio::time::Instant::now() + self.shared.config.edge.drain_timeout;
+        self.shared.lifecycle.advance(Phase::Draining);
+        tracing::info!(edge.id = %self.shared.id, "edge draining");
+        self.http.stop();
+        let mut left = 0;
+        if let Some(ready) = self.shared.ready.get() {
+            let spread = self.shared.config.edge.drain_spread;
+            left = ready.shards.drain(spread, deadline).await;
+            ready.connection.close().await;
+        }
+        let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
+        let http = self.http.drain(rest).await;
+        let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
+        let tasks = self.tasks.drain(rest).await;
+        self.shared.lifecycle.advance(Phase::Stopped);
+        http?;
+        tasks?;
+        if left > 0 { Err(DrainError::Sessions(left)) } else { Ok(()) }
+    }
+}
+
+/// Waits for the streams, then starts the shards.
+async fn make_ready(
+    shared: &Arc<Shared>,
+    connection: Connection,
+    tasks: &Tasks,
+) -> Result<(), EdgeError> {
+    let config = &shared.config;
+    let mut told = String::new();
+    let streams = loop {
+        match Streams::load(connection.clone(), config.region(), &config.nats).await {
+            Ok(streams) => break streams,
+            Err(error) => {
+                let text = error.to_string();
+                if text != told {
+                    tracing::warn!(error = %text, "waiting for the streams");
+                    told = text;
+                }
+                tokio::time::sleep(STREAMS_RETRY).await;
+            }
+        }
+    };
+    tasks.spawn("watch streams", {
+        let (streams, tasks) = (Arc::clone(&streams), tasks.clone());
+        async move {
+            tokio::select! {
+                () = streams.watch(STREAMS_WATCH) => {}
+                () = tasks.stopping() => {}
+            }
+        }
+    });
+    let shards = Shards::start(shared, &streams).await?;
+    let reader = Reader::new(connection.clone(), &config.nats);
+    let publisher =
+        Publisher::new(connection.clone(), reader, streams, &config.nats, &shared.id);
+    // Set once, here.
+    let set = shared.ready.set(Ready { connection, publisher, shards });
+    debug_assert!(set.is_ok(), "an edge is made ready once");
+    shared.lifecycle.advance(Phase::Ready);
+    tracing::info!(edge.id = %shared.id, "edge ready");
+    Ok(())
+}

@@ -1,0 +1,292 @@
+//! A shard: one thread with its own NATS connections, rooms and sessions.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    io,
+    net::{IpAddr, TcpStream},
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use tokio::{
+    runtime::Builder,
+    sync::{mpsc, oneshot},
+    task::{LocalSet, spawn_local},
+    time::{interval, sleep, timeout_at},
+};
+
+use super::{EdgeError, Shared, admission::Place};
+use crate::{
+    auth::Identity,
+    bus::{ConnectError, Connection, Publisher, Reader, Streams},
+    protocol::Close,
+    room::Rooms,
+    session::{Context, Session, UserSlot},
+    subject::Subjects,
+    wire::{Conn, ConnLimits},
+};
+
+/// New connections that wait for a shard; the acceptor waits when it is full.
+const WAITING: usize = 1024;
+
+/// How often a shard looks after its sessions.
+const TICK: Duration = Duration::from_secs(1);
+
+/// A connection on its way to a shard.
+#[derive(Debug)]
+pub(super) struct NewSession {
+    pub(super) stream: TcpStream,
+    /// What the client sent right behind its handshake.
+    pub(super) first: Bytes,
+    pub(super) identity: Option<Arc<Identity>>,
+    pub(super) user: Option<Place<String>>,
+    pub(super) address: Option<Place<IpAddr>>,
+    /// Set for a connection that is accepted only to be told why it is not wanted.
+    pub(super) close: Option<Close>,
+}
+
+/// The way to a shard.
+pub(super) type ToShard = mpsc::Sender<NewSession>;
+
+/// All shards of an edge.
+#[derive(Debug)]
+pub(super) struct Shards {
+    shards: Vec<Handle>,
+    turn: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Handle {
+    sessions: ToShard,
+    drain: mpsc::Sender<Drain>,
+}
+
+/// The order to drain.
+#[derive(Debug)]
+struct Drain {
+    spread: Duration,
+    deadline: tokio::time::Instant,
+    /// How many sessions were left in the end.
+    done: oneshot::Sender<usize>,
+}
+
+impl Shards {
+    /// Starts the threads and waits until each has its connections.
+    pub(super) async fn start(
+        shared: &Arc<Shared>,
+        streams: &Arc<Streams>,
+    ) -> Result<Self, EdgeError> {
+        let count = match shared.config.edge.shards {
+            0 => thread::available_parallelism().map_or(1, usize::from),
+            count => count,
+        };
+        let mut shards = Vec::new();
+        for number in 0..count {
+            let (sessions, new_sessions) = mpsc::channel(WAITING);
+            let (drain, drains) = mpsc::channel(1);
+            let (started, start) = oneshot::channel();
+            let (shared, streams) = (Arc::clone(shared), Arc::clone(streams));
+            thread::Builder::new()
+                .name(format!("shard-{number}"))
+                .spawn(move || {
+                    let runtime = match Builder::new_current_thread().enable_all().build() {
+                        Ok(runtime) => runtime,
+                        Err(error) => {
+                            // Nobody waits for it any more if the edge is stopping.
+                            let _stopping = started.send(Err(EdgeError::Shard(error)));
+                            return;
+                        }
+                    };
+                    let shard = run(number, shared, streams, new_sessions, drains, started);
+                    LocalSet::new().block_on(&runtime, shard);
+                })
+                .map_err(EdgeError::Shard)?;
+            let ended = |_dropped| EdgeError::Shard(io::Error::other("the thread ended"));
+            start.await.map_err(ended)??;
+            shards.push(Handle { sessions, drain });
+        }
+        Ok(Self { shards, turn: AtomicUsize::new(0) })
+    }
+
+    /// The shard for the next connection.
+    pub(super) fn next(&self) -> ToShard {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        self.shards[turn % self.shards.len()].sessions.clone()
+    }
+
+    /// Drains all shards; how many sessions were left at the deadline.
+    pub(super) async fn drain(&self, spread: Duration, deadline: tokio::time::Instant) -> usize {
+        let mut waits = Vec::new();
+        for shard in &self.shards {
+            let (done, wait) = oneshot::channel();
+            // A shard that has ended has no sessions.
+            if shard.drain.send(Drain { spread, deadline, done }).await.is_ok() {
+                waits.push(wait);
+            }
+        }
+        let mut left = 0;
+        for wait in waits {
+            left += wait.await.unwrap_or(0);
+        }
+        left
+    }
+}
+
+/// What a shard owns.
+struct Shard {
+    context: Rc<Context>,
+    limits: Rc<ConnLimits>,
+    sessions: RefCell<HashMap<u64, Rc<Session>>>,
+    number: u64,
+    made: std::cell::Cell<u64>,
+}
+
+async fn run(
+    number: usize,
+    shared: Arc<Shared>,
+    streams: Arc<Streams>,
+    mut new_sessions: mpsc::Receiver<NewSession>,
+    mut drains: mpsc::Receiver<Drain>,
+    started: oneshot::Sender<Result<(), EdgeError>>,
+) {
+    let (shard, live, replay) = match Shard::open(number, &shared, streams).await {
+        Ok(parts) => parts,
+        Err(error) => {
+            let _stopping = started.send(Err(error.into()));
+            return;
+        }
+    };
+    let keeper = spawn_local(Rc::clone(&shard.context.rooms).keep());
+    if started.send(Ok(())).is_err() {
+        return;
+    }
+    let mut tick = interval(TICK);
+    let drain = loop {
+        tokio::select! {
+            // All three are cancel-safe.
+            Some(new) = new_sessions.recv() => shard.open_session(new),
+            _ = tick.tick() => shard.tick(),
+            drain = drains.recv() => break drain,
+        }
+    };
+    if let Some(Drain { spread, deadline, done }) = drain {
+        new_sessions.close();
+        while let Some(late) = new_sessions.recv().await {
+            shard.open_session(late);
+        }
+        let left = shard.drain(spread, deadline).await;
+        shard.context.rooms.end();
+        live.close().await;
+        replay.close().await;
+        // The edge may have given up waiting.
+        let _gave_up = done.send(left);
+    }
+    keeper.abort();
+}
+
+impl Shard {
+    async fn open(
+        number: usize,
+        shared: &Arc<Shared>,
+        streams: Arc<Streams>,
+    ) -> Result<(Rc<Self>, Connection, Connection), ConnectError> {
+        let config = Arc::clone(&shared.config);
+        let name = |what: &str| format!("natter edge {} shard {number} {what}", shared.id);
+        let live = Connection::open(&config.nats, &name("live")).await?;
+        let replay = Connection::open(&config.nats, &name("replay")).await?;
+        let reader = Reader::new(replay.clone(), &config.nats);
+        let rooms = Rooms::new(
+            live.clone(),
+            reader.clone(),
+            Arc::clone(&streams),
+            Subjects::new(&config.nats.prefix),
+            config.rooms.clone(),
+        );
+        let publisher =
+            Publisher::new(live.clone(), reader, streams, &config.nats, &shared.id);
+        let admission = Arc::clone(&shared.admission);
+        let limits = ConnLimits {
+            outbox_bytes: usize::try_from(config.limits.outbox.as_u64()).unwrap_or(usize::MAX),
+            stall: config.limits.outbox_stall,
+        };
+        let context = Context {
+            rooms,
+            publisher,
+            verifier: Arc::clone(&shared.verifier),
+            config,
+            buffer: RefCell::default(),
+            admit_user: Box::new(move |user| {
+                admission.user(user).map(|place| Box::new(place) as UserSlot)
+            }),
+        };
+        let shard = Rc::new(Self {
+            context: Rc::new(context),
+            limits: Rc::new(limits),
+            sessions: RefCell::default(),
+            number: number as u64,
+            made: std::cell::Cell::new(0),
+        });
+        Ok((shard, live, replay))
+    }
+
+    fn open_session(self: &Rc<Self>, new: NewSession) {
+        let stream = match tokio::net::TcpStream::from_std(new.stream) {
+            Ok(stream) => stream,
+            Err(error) => return tracing::debug!(%error, "a connection was lost"),
+        };
+        let conn = Conn::new(stream, Rc::clone(&self.limits));
+        if let Some(close) = new.close {
+            spawn_local(async move {
+                conn.close(close);
+                conn.closed().await;
+            });
+            return;
+        }
+        let id = (self.number << 48) | self.made.replace(self.made.get() + 1);
+        let slot = new.user.map(|place| Box::new(place) as UserSlot);
+        let session = Session::new(id, Rc::clone(&self.context), conn, new.identity, slot);
+        self.sessions.borrow_mut().insert(id, Rc::clone(&session));
+        let (shard, address) = (Rc::clone(self), new.address);
+        spawn_local(async move {
+            session.run(new.first.to_vec()).await;
+            shard.sessions.borrow_mut().remove(&id);
+            drop(address);
+        });
+    }
+
+    fn tick(&self) {
+        let now = Instant::now();
+        for session in self.sessions.borrow().values() {
+            session.tick(now);
+        }
+    }
+
+    /// Tells the sessions to come back elsewhere, spread over time, and waits until they are gone. How many are left.
+    async fn drain(self: &Rc<Self>, spread: Duration, deadline: tokio::time::Instant) -> usize {
+        let sessions: Vec<Rc<Session>> = self.sessions.borrow().values().cloned().collect();
+        for session in sessions {
+            let wait = spread.mul_f64(rand::random_range(0.0..1.0));
+            spawn_local(async move {
+                sleep(wait).await;
+                session.drain().await;
+            });
+        }
+        let gone = async {
+            let mut look = interval(Duration::from_millis(10));
+            while !self.sessions.borrow().is_empty() {
+                look.tick().await;
+                self.tick();
+            }
+        };
+        // What is left at the deadline is counted below.
+        let _in_time = timeout_at(deadline, gone).await;
+        self.sessions.borrow().len()
+    }
+}

@@ -1,0 +1,152 @@
+//! From an HTTP request to a socket in the hands of a shard.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use axum::{
+    body::Body,
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use fastwebsockets::upgrade::{is_upgrade_request, upgrade};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use super::{
+    Shared,
+    http::{HttpError, bearer},
+    shard::NewSession,
+};
+use crate::{
+    auth::{AuthError, Identity},
+    protocol::{Close, ErrorCode, native::SUBPROTOCOL},
+    runtime::unix_s,
+    telemetry::metrics::{self, Counter, count},
+};
+
+/// What the subprotocol list may carry besides the protocol's name.
+const BEARER: &str = "bearer.";
+
+/// `/ws`.
+pub(super) async fn websocket(
+    State(shared): State<Arc<Shared>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    mut request: Request,
+) -> Response {
+    let refused = |reason| count(Counter::SessionRefused(reason), 1);
+    if !is_upgrade_request(&request) {
+        refused(metrics::Admission::BadHandshake);
+        let text = "this is a WebSocket endpoint: upgrade with the subprotocol natter.v1";
+        return HttpError::with_status(StatusCode::UPGRADE_REQUIRED, ErrorCode::BadRequest, text)
+            .into_response();
+    }
+    let Some(ready) = shared.ready.get().filter(|_| shared.lifecycle.is_ready()) else {
+        refused(metrics::Admission::Draining);
+        return HttpError::not_ready().into_response();
+    };
+    let offered = Offered::read(request.headers());
+    let mut close = None;
+    let identity = match token(&shared, request.headers(), &offered) {
+        Ok(identity) => identity,
+        Err((Carrier::Header, error)) => {
+            refused(metrics::Admission::BadToken);
+            return HttpError::new(ErrorCode::Unauthorized, error.to_string()).into_response();
+        }
+        Err((Carrier::Subprotocol, _)) => {
+            // A browser's script can't see the status of a handshake, but it can see a close code.
+            refused(metrics::Admission::BadToken);
+            close = Some(Close::BadToken);
+            None
+        }
+    };
+    let address = shared.admission.address(peer.ip());
+    let user = identity.as_ref().map(|identity| shared.admission.user(&identity.user));
+    if address.is_none() || matches!(user, Some(None)) {
+        close = close.or(Some(Close::TooMany));
+    }
+    let (mut response, upgraded) = match upgrade(&mut request) {
+        Ok((response, upgraded)) => (response.map(Body::new), upgraded),
+        Err(error) => {
+            refused(metrics::Admission::BadHandshake);
+            return HttpError::new(ErrorCode::BadRequest, error.to_string()).into_response();
+        }
+    };
+    if offered.protocol {
+        response
+            .headers_mut()
+            .insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
+    }
+    let shard = ready.shards.next();
+    tokio::spawn(async move {
+        let upgraded = match upgraded.await {
+            Ok(websocket) => websocket.into_inner().into_inner(),
+            Err(error) => return tracing::debug!(%error, "a handshake was not finished"),
+        };
+        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else {
+            return tracing::error!("an upgraded connection is not a TCP stream");
+        };
+        let stream = match parts.io.into_inner().into_std() {
+            Ok(stream) => stream,
+            Err(error) => return tracing::debug!(%error, "a connection was lost"),
+        };
+        let session = NewSession {
+            stream,
+            first: parts.read_buf,
+            identity,
+            user: user.flatten(),
+            address,
+            close,
+        };
+        // A shard that is gone is draining: the connection is closed by being dropped, as for any client that comes late.
+        if shard.send(session).await.is_err() {
+            count(Counter::SessionRefused(metrics::Admission::Draining), 1);
+        }
+    });
+    response
+}
+
+/// How a token came.
+enum Carrier {
+    Header,
+    Subprotocol,
+}
+
+/// The subprotocols that a client offers.
+#[derive(Default)]
+struct Offered {
+    protocol: bool,
+    token: Option<String>,
+}
+
+impl Offered {
+    fn read(headers: &HeaderMap) -> Self {
+        let mut offered = Self::default();
+        let lists = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL);
+        let words = lists.iter().filter_map(|list| list.to_str().ok()).flat_map(|l| l.split(','));
+        for word in words.map(str::trim) {
+            if word == SUBPROTOCOL {
+                offered.protocol = true;
+            } else if let Some(token) = word.strip_prefix(BEARER) {
+                offered.token = Some(token.to_owned());
+            }
+        }
+        offered
+    }
+}
+
+/// The identity of the token that came with the handshake, if one came.
+fn token(
+    shared: &Shared,
+    headers: &HeaderMap,
+    offered: &Offered,
+) -> Result<Option<Arc<Identity>>, (Carrier, AuthError)> {
+    let verify = |token: &str| shared.verifier.verify(token, unix_s()).map(Some);
+    if let Some(token) = bearer(headers) {
+        return verify(token).map_err(|error| (Carrier::Header, error));
+    }
+    match &offered.token {
+        Some(token) => verify(token).map_err(|error| (Carrier::Subprotocol, error)),
+        None => Ok(None),
+    }
+}
+
