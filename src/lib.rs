@@ -21,3 +21,4 @@ pub mod config;
 pub mod model;
 pub mod protocol;
 pub mod subject;
+pub mod wire;
