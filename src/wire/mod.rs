@@ -6,10 +6,10 @@
 //! Everything is single-threaded (`Rc`, `Cell`): a connection lives and dies on the shard that owns it. An idle connection
 //! holds no buffer, no queue and no task.
 
-//mod conn;
+mod conn;
 mod decode;
 mod encode;
 
-//pub use conn::{Conn, ConnLimits};
+pub use conn::{Conn, ConnLimits};
 pub use decode::{Decoder, Incoming, MAX_FRAGMENTS};
 pub use encode::{FrameBuilder, close_frame, ping_frame, pong_frame, text_frame};
