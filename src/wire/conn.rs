@@ -169,6 +169,9 @@ impl Conn {
     /// [`ConnLimits::outbox_bytes`] the connection closes with [`Close::TooSlow`]: who sends much pages it with
     /// [`drained`](Self::drained).
     ///
+    /// A socket counts as not ready for writing until the runtime has seen its first event (one turn of the shard after
+    /// [`new`](Self::new)): what is sent before goes through the queue.
+    ///
     /// Frames for a connection that is closing or dead are dropped; a caller that counts them looks at
     /// [`closing`](Self::closing) before.
     pub fn send(self: &Rc<Self>, frames: &[Bytes]) {
