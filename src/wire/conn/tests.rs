@@ -407,21 +407,17 @@ fn dropping_an_open_connection_drops_the_socket_and_ends_the_writer() {
         let (conn, mut peer) = pair(limits(1 << 20)).await;
         let sent = fill(&conn, 1000);
         conn.send(&[frame(sent, 1000), frame(sent + 1, 1000)]);
-        yield_until("the writer waits", || {
-            let writer = conn.writer.take();
-            let waits = writer.is_some();
-            conn.writer.set(writer);
-            waits
-        })
-        .await;
+        // Takes the place of the writer that `send` started, to be able to wait for it.
+        let writer = spawn_local(write_queue(Rc::downgrade(&conn)));
+        tokio::task::yield_now().await;
+        tokio::task::yield_now().await;
         let weak = Rc::downgrade(&conn);
         drop(conn);
         assert_eq!(weak.strong_count(), 0);
         let (seen, _) = read_all(&mut peer).await;
         assert!(seen.texts.len() < sent + 2);
         assert_eq!(seen.close, None);
-        // Gone with the allocation: only `weak` is left of it, so the writer task has ended.
-        yield_until("the writer ends", || weak.weak_count() == 0).await;
+        writer.await.unwrap();
     });
 }
 
@@ -609,6 +605,7 @@ fn close_ends_a_waiting_reader() {
         tokio::task::yield_now().await;
         conn.close(Close::Revoked);
         assert_eq!(reader.await.unwrap(), None);
+        assert!(!conn.is_dead(), "at once, not when the grace is over");
         let (seen, orderly) = read_all(&mut peer).await;
         assert!(orderly);
         assert_eq!(seen.close, Some(4002));
