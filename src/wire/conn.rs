@@ -62,7 +62,7 @@ pub struct ConnLimits {
     pub stall: Duration,
 }
 
-/// The writing and reading side of one connection. See the [module](self) for states and invariants.
+/// The writing and reading side of one connection. States and invariants stand at the top of `conn.rs`.
 ///
 /// Everything must be called inside the shard's `LocalSet`. Dropping the last handle of an open connection drops the socket
 /// with what is queued; [`close`](Self::close) keeps the connection alive for as long as its end takes.
