@@ -1,0 +1,628 @@
+//! The socket of one connection: direct writes, a bounded queue for a peer that is behind, an orderly end.
+//!
+//! ```text
+//!            send, queue empty ──► one direct write
+//!                 │ would block, or partly written
+//!                 ▼
+//!  OPEN ◄── queue empty ── BEHIND: send only appends; one writer task waits for the socket
+//!    │                        │
+//!    └── close(reason) ───────┴──► CLOSING: send does nothing; one task writes the queue (or the torn frame's rest) and the
+//!    │                               close frame, shuts the write half down, and reads until the peer's end
+//!    └── error ──► DEAD ◄──────────── all done, error, or grace over
+//! ```
+//!
+//! Frames are complete WebSocket frames; this module does not look into them. It decides nothing about the session: the
+//! session reads, answers the peer's close with `close(Close::Normal)`, and calls [`Conn::check_stall`] from the tick.
+//!
+//! # Invariants
+//! - The bytes on the wire are whole frames, in the order of `send`, and after them the close frame. Only a connection that
+//!   dies may end inside a frame.
+//! - Queue present ⇔ something is unwritten. While it is present and the connection is open, exactly one writer task waits
+//!   for the socket; a connection that is not behind has none.
+//! - No method waits, and none calls user code: wakers only mark tasks as ready. No borrow is held across an await.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    fmt,
+    future::poll_fn,
+    io::{self, IoSlice},
+    pin::Pin,
+    rc::{Rc, Weak},
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
+};
+
+use bytes::{Buf, Bytes};
+use tokio::{io::AsyncWrite, net::TcpStream};
+
+use super::close_frame;
+use crate::protocol::Close;
+
+/// What the whole of a close may take: flushing the queue, the close frame, and the peer's end. Then the socket is reset.
+const GRACE: Duration = Duration::from_secs(10);
+/// Frames a vectored write takes; more do not make it cheaper, and the slices are on the stack.
+const MAX_SLICES: usize = 64;
+/// What a queued frame costs beside its bytes: its slot in the queue and what the allocator and `Bytes` need for it. Counted
+/// against [`ConnLimits::outbox_bytes`], or a peer that only sends pings and never reads could make us hold many times the
+/// limit in pongs of two bytes.
+const FRAME_COST: usize = 64;
+/// Size that [`Conn::read_with`] gives a buffer that has none.
+const READ_BYTES: usize = 64 * 1024;
+/// Stack buffer for what a peer still sends while we close.
+const DISCARD_BYTES: usize = 2048;
+
+/// Bounds of a connection's queue, the same for all connections of a shard.
+#[derive(Debug, Clone, Copy)]
+pub struct ConnLimits {
+    /// Queued bytes (and a small cost a frame) beyond which the peer is too slow. A single frame that finds the queue empty
+    /// is always taken, whatever its size: what is held is at most this or one frame.
+    pub outbox_bytes: usize,
+    /// How long queued bytes may lie without any progress before the peer is too slow.
+    pub stall: Duration,
+}
+
+/// The writing and reading side of one connection. States and invariants stand at the top of `conn.rs`.
+///
+/// Everything must be called inside the shard's `LocalSet`. Dropping the last handle of an open connection drops the socket
+/// with what is queued; [`close`](Self::close) keeps the connection alive for as long as its end takes.
+pub struct Conn {
+    /// `None` = dead. Taking it closes the file descriptor whatever handles there still are.
+    stream: RefCell<Option<TcpStream>>,
+    outbox: RefCell<Option<Box<Outbox>>>,
+    closing: Cell<Option<Close>>,
+    /// The peer has ended its half: there is nothing more to read.
+    read_ended: Cell<bool>,
+    /// The session, in [`read_with`](Self::read_with): woken when the connection closes or dies (by the runtime for data).
+    reader: Cell<Option<Waker>>,
+    /// The writer task: woken when [`Self::finish`] takes over or the connection is dropped.
+    writer: Cell<Option<Waker>>,
+    /// Tasks in [`drained`](Self::drained) and [`closed`](Self::closed): woken on every progress and change.
+    waiters: RefCell<Vec<Waker>>,
+    limits: Rc<ConnLimits>,
+}
+
+/// What is unwritten. Never empty.
+struct Outbox {
+    /// The front frame is without its written part; no frame is empty.
+    frames: VecDeque<Bytes>,
+    /// A part of the front frame has been written: it cannot be dropped any more.
+    torn: bool,
+    /// The sum of `frames`.
+    bytes: usize,
+    /// When the queue began or last moved.
+    moved_at: Instant,
+}
+
+impl Outbox {
+    /// A queue of one frame, `torn` when it is the rest of one whose beginning was written.
+    fn boxed(frame: Bytes, torn: bool) -> Box<Self> {
+        Box::new(Self {
+            bytes: frame.len(),
+            frames: VecDeque::from([frame]),
+            torn,
+            moved_at: Instant::now(),
+        })
+    }
+
+    fn push(&mut self, frame: Bytes) {
+        self.bytes += frame.len();
+        self.frames.push_back(frame);
+    }
+
+    fn exceeds(&self, limits: &ConnLimits, frame: &Bytes) -> bool {
+        let cost = (self.frames.len() + 1).saturating_mul(FRAME_COST);
+        self.bytes.saturating_add(frame.len()).saturating_add(cost) > limits.outbox_bytes
+    }
+
+    /// Drops all that a peer can do without: everything but the rest of a frame whose beginning it has.
+    fn keep_torn_frame(&mut self) {
+        self.frames.truncate(usize::from(self.torn));
+        self.frames.shrink_to_fit();
+        self.bytes = self.frames.iter().map(Bytes::len).sum();
+    }
+
+    /// Takes `written` bytes off the front.
+    fn advance(&mut self, mut written: usize) {
+        self.bytes -= written;
+        while written > 0 {
+            let Some(front) = self.frames.front_mut() else {
+                return;
+            };
+            if front.len() > written {
+                front.advance(written);
+                self.torn = true;
+                return;
+            }
+            written -= front.len();
+            self.torn = false;
+            self.frames.pop_front();
+        }
+    }
+}
+
+/// Where a write left the queue.
+enum Flush {
+    Empty,
+    /// The socket takes no more for now.
+    Blocked,
+    Dead,
+}
+
+impl Conn {
+    /// Takes over a socket on which the handshake is done (and `TCP_NODELAY` set).
+    #[must_use]
+    pub fn new(stream: TcpStream, limits: Rc<ConnLimits>) -> Rc<Self> {
+        Rc::new(Self {
+            stream: RefCell::new(Some(stream)),
+            outbox: RefCell::new(None),
+            closing: Cell::new(None),
+            read_ended: Cell::new(false),
+            reader: Cell::new(None),
+            writer: Cell::new(None),
+            waiters: RefCell::new(Vec::new()),
+            limits,
+        })
+    }
+
+    /// Sends complete frames, in order. Written at once as far as the socket takes them, else queued. Beyond
+    /// [`ConnLimits::outbox_bytes`] the connection closes with [`Close::TooSlow`]: who sends much pages it with
+    /// [`drained`](Self::drained).
+    ///
+    /// A socket counts as not ready for writing until the runtime has seen its first event (one turn of the shard after
+    /// [`new`](Self::new)): what is sent before goes through the queue.
+    ///
+    /// Frames for a connection that is closing or dead are dropped; a caller that counts them looks at
+    /// [`closing`](Self::closing) before.
+    pub fn send(self: &Rc<Self>, frames: &[Bytes]) {
+        if self.closing.get().is_some() {
+            return;
+        }
+        let behind = self.outbox.borrow().is_some();
+        let rest = if behind {
+            Some((frames, 0))
+        } else {
+            self.write_direct(frames)
+        };
+        let Some((rest, written)) = rest else {
+            return;
+        };
+        if !self.append(rest, written) {
+            self.close(Close::TooSlow);
+        } else if !behind && self.outbox.borrow().is_some() {
+            tokio::task::spawn_local(write_queue(Rc::downgrade(self)));
+        }
+    }
+
+    /// Bytes accepted by [`send`](Self::send) (and the close frame) that the socket has not taken yet.
+    #[must_use]
+    pub fn queued_bytes(&self) -> usize {
+        self.outbox
+            .borrow()
+            .as_ref()
+            .map_or(0, |outbox| outbox.bytes)
+    }
+
+    /// Resolves when at most `below` bytes are queued, or the connection is closing or dead. Cancel-safe.
+    pub async fn drained(&self, below: usize) {
+        poll_fn(|cx| {
+            let over = self.closing.get().is_some() || self.is_dead();
+            if over || self.queued_bytes() <= below {
+                return Poll::Ready(());
+            }
+            self.wait(cx);
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Starts to close; the first reason wins, later calls do nothing.
+    ///
+    /// [`Close::TooSlow`] and [`Close::PingTimeout`] drop what is queued, except the rest of a frame whose beginning was
+    /// sent; other reasons let the queue go out first. Then come the close frame and the end of our half, and what the peer
+    /// still sends is read and thrown away until its end: a socket closed over unread bytes answers with a reset, and that
+    /// would destroy a close frame still on its way. A grace time bounds all of it; then the connection is reset.
+    ///
+    /// From now on [`read_with`](Self::read_with) says `None`. The rest happens in a task of its own, whether or not anybody
+    /// waits in [`closed`](Self::closed) or keeps a handle.
+    pub fn close(self: &Rc<Self>, reason: Close) {
+        self.close_within(reason, GRACE);
+    }
+
+    /// The reason given to the first [`close`](Self::close). `None` for a connection that is open, or died unasked.
+    #[must_use]
+    pub fn closing(&self) -> Option<Close> {
+        self.closing.get()
+    }
+
+    /// Waits for bytes, reads once into `buffer` (the shard's; an empty one is given a size), and hands them to `take`,
+    /// which may change them in place. `None` is the end: the peer's, or the connection is closing or dead.
+    ///
+    /// The buffer is borrowed only from the read to the end of `take`, with no await in between: so all sessions of a shard
+    /// share one, and none can find another's bytes in it. `take` must therefore not poll another `read_with`. Cancel-safe:
+    /// nothing is read before the poll that calls `take`. For one task at a time: a second one takes the first one's
+    /// wake-up.
+    ///
+    /// # Errors
+    /// The error of the socket, which is dead with it.
+    pub async fn read_with<R>(
+        &self,
+        buffer: &RefCell<Vec<u8>>,
+        take: impl FnOnce(&mut [u8]) -> R,
+    ) -> io::Result<Option<R>> {
+        let mut take = Some(take);
+        poll_fn(|cx| {
+            loop {
+                if self.closing.get().is_some() || self.read_ended.get() {
+                    return Poll::Ready(Ok(None));
+                }
+                let read = {
+                    let stream = self.stream.borrow();
+                    let Some(stream) = stream.as_ref() else {
+                        return Poll::Ready(Ok(None));
+                    };
+                    // For `close`, which the runtime knows nothing about.
+                    set_waker(&self.reader, cx);
+                    match stream.poll_read_ready(cx) {
+                        Poll::Pending => return Poll::Pending,
+                        Poll::Ready(Err(error)) => Err(error),
+                        Poll::Ready(Ok(())) => {
+                            let mut buffer = buffer.borrow_mut();
+                            if buffer.is_empty() {
+                                buffer.resize(READ_BYTES, 0);
+                            }
+                            stream.try_read(&mut buffer)
+                        }
+                    }
+                };
+                match read {
+                    Ok(0) => {
+                        self.read_ended.set(true);
+                        return Poll::Ready(Ok(None));
+                    }
+                    Ok(n) => {
+                        let mut buffer = buffer.borrow_mut();
+                        let taken = take.take().map(|take| take(&mut buffer[..n]));
+                        return Poll::Ready(Ok(taken));
+                    }
+                    Err(error) if retry(&error) => {}
+                    Err(error) => {
+                        self.die();
+                        return Poll::Ready(Err(error));
+                    }
+                }
+            }
+        })
+        .await
+    }
+
+    /// For the shard's tick: closes with [`Close::TooSlow`] when bytes are queued and nothing of them has moved for
+    /// [`ConnLimits::stall`].
+    pub fn check_stall(self: &Rc<Self>, now: Instant) {
+        let moved_at = self.outbox.borrow().as_ref().map(|outbox| outbox.moved_at);
+        if moved_at.is_some_and(|at| now.saturating_duration_since(at) >= self.limits.stall) {
+            self.close(Close::TooSlow);
+        }
+    }
+
+    /// Resolves when the socket is gone: after [`close`](Self::close) within its grace time, or after an error of a read or
+    /// write. The peer's end alone does not do it: the session sees that in [`read_with`](Self::read_with) and closes.
+    /// Cancel-safe.
+    pub async fn closed(&self) {
+        poll_fn(|cx| {
+            if self.is_dead() {
+                return Poll::Ready(());
+            }
+            self.wait(cx);
+            Poll::Pending
+        })
+        .await;
+    }
+
+    fn is_dead(&self) -> bool {
+        self.stream.borrow().is_none()
+    }
+
+    /// Writes until done or the socket takes no more. What is left: frames, and how much of the first is written.
+    fn write_direct<'a>(&self, frames: &'a [Bytes]) -> Option<(&'a [Bytes], usize)> {
+        let mut rest = frames;
+        while !rest.is_empty() {
+            let batch = &rest[..rest.len().min(MAX_SLICES)];
+            let length: usize = batch.iter().map(Bytes::len).sum();
+            let written = match self.try_write(batch.iter()) {
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                Err(_) => {
+                    self.die();
+                    return None;
+                }
+            };
+            if written < length {
+                let mut written = written;
+                while let Some(first) = rest.first() {
+                    if written < first.len() {
+                        break;
+                    }
+                    written -= first.len();
+                    rest = &rest[1..];
+                }
+                return Some((rest, written));
+            }
+            rest = &rest[batch.len()..];
+        }
+        None
+    }
+
+    /// One write call with up to [`MAX_SLICES`] of `frames`. [`io::ErrorKind::WouldBlock`] is the only error to wait on.
+    fn try_write<'a>(&self, frames: impl Iterator<Item = &'a Bytes>) -> io::Result<usize> {
+        let stream = self.stream.borrow();
+        let Some(stream) = stream.as_ref() else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        let mut slices = [IoSlice::new(&[]); MAX_SLICES];
+        let mut used = 0;
+        for (slice, frame) in slices.iter_mut().zip(frames) {
+            *slice = IoSlice::new(frame);
+            used += 1;
+        }
+        loop {
+            let result = match &slices[..used] {
+                [one] => stream.try_write(one),
+                many => stream.try_write_vectored(many),
+            };
+            match result {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Queues `frames`, of whose first `written` bytes are already on the wire. `false` when they are too much; then some
+    /// may be queued.
+    fn append(&self, frames: &[Bytes], mut written: usize) -> bool {
+        let mut slot = self.outbox.borrow_mut();
+        for frame in frames {
+            let written = std::mem::take(&mut written);
+            let frame = frame.slice(written..);
+            if frame.is_empty() {
+                continue;
+            }
+            match slot.as_mut() {
+                None => *slot = Some(Outbox::boxed(frame, written > 0)),
+                Some(outbox) if outbox.exceeds(&self.limits, &frame) => return false,
+                Some(outbox) => outbox.push(frame),
+            }
+        }
+        true
+    }
+
+    /// Writes from the queue until it is empty (and freed) or the socket takes no more.
+    fn flush(&self) -> Flush {
+        let mut moved = false;
+        let outcome = loop {
+            let mut slot = self.outbox.borrow_mut();
+            let Some(outbox) = slot.as_mut() else {
+                break Flush::Empty;
+            };
+            match self.try_write(outbox.frames.iter()) {
+                // A queue has no empty frames, so that a socket that takes nothing is broken.
+                Ok(0) => break Flush::Dead,
+                Ok(written) => {
+                    outbox.advance(written);
+                    outbox.moved_at = Instant::now();
+                    moved = true;
+                    if outbox.frames.is_empty() {
+                        *slot = None;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break Flush::Blocked,
+                Err(_) => break Flush::Dead,
+            }
+        };
+        if matches!(outcome, Flush::Dead) {
+            self.die();
+        } else if moved {
+            self.wake_waiters();
+        }
+        outcome
+    }
+
+    /// Ready when the queue is empty or the connection dead.
+    fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            match self.flush() {
+                Flush::Empty | Flush::Dead => return Poll::Ready(()),
+                Flush::Blocked => {}
+            }
+            let ready = match self.stream.borrow().as_ref() {
+                Some(stream) => stream.poll_write_ready(cx),
+                None => return Poll::Ready(()),
+            };
+            match ready {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) => {
+                    self.die();
+                    return Poll::Ready(());
+                }
+            }
+        }
+    }
+
+    fn close_within(self: &Rc<Self>, reason: Close, grace: Duration) {
+        if self.closing.get().is_some() {
+            return;
+        }
+        self.closing.set(Some(reason));
+        if self.is_dead() {
+            return;
+        }
+        {
+            let mut slot = self.outbox.borrow_mut();
+            if matches!(reason, Close::TooSlow | Close::PingTimeout)
+                && let Some(outbox) = slot.as_mut()
+            {
+                outbox.keep_torn_frame();
+            }
+            let frame = close_frame(reason);
+            match slot.as_mut() {
+                None => *slot = Some(Outbox::boxed(frame, false)),
+                Some(outbox) => outbox.push(frame),
+            }
+        }
+        // The reader and the writer end and leave the socket to `finish`: it remembers one waker for each direction, so two
+        // tasks must not wait in the same one.
+        wake(&self.reader);
+        wake(&self.writer);
+        self.wake_waiters();
+        tokio::task::spawn_local(Rc::clone(self).finish(grace));
+    }
+
+    /// The task of a closing connection.
+    async fn finish(self: Rc<Self>, grace: Duration) {
+        let orderly = tokio::time::timeout(grace, poll_fn(|cx| self.poll_finish(cx))).await;
+        if orderly.is_err()
+            && let Some(stream) = self.stream.borrow().as_ref()
+            && let Err(error) = stream.set_zero_linger()
+        {
+            // Without it the kernel goes on for minutes with what the peer does not read: a cost, not a fault.
+            tracing::debug!(%error, "cannot reset a connection that did not end in time");
+        }
+        self.die();
+    }
+
+    /// Ready when everything is written and shut down and the peer has ended, or the connection is dead.
+    fn poll_finish(&self, cx: &mut Context<'_>) -> Poll<()> {
+        // Read from the start and not only after the close frame: a peer that waits for us to read before it reads would
+        // never get it.
+        if self.poll_discard(cx).is_ready() {
+            self.read_ended.set(true);
+        }
+        if self.poll_flush(cx).is_pending() {
+            return Poll::Pending;
+        }
+        match self.stream.borrow_mut().as_mut() {
+            None => return Poll::Ready(()),
+            // Again on every poll, which the kernel does not mind.
+            Some(stream) => match Pin::new(stream).poll_shutdown(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) => return Poll::Ready(()),
+            },
+        }
+        if self.read_ended.get() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    }
+
+    /// Reads and throws away; ready when there will be nothing more.
+    fn poll_discard(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let stream = self.stream.borrow();
+        let Some(stream) = stream.as_ref() else {
+            return Poll::Ready(());
+        };
+        let mut discarded = [0; DISCARD_BYTES];
+        while !self.read_ended.get() {
+            // Counts against tokio's budget of this poll, so that a peer that never stops sending does not hold the shard.
+            match stream.poll_read_ready(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(_)) => break,
+                Poll::Ready(Ok(())) => {}
+            }
+            match stream.try_read(&mut discarded) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if retry(&error) => {}
+                // The write side will find out for itself.
+                Err(_) => break,
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Drops the socket and the queue, and wakes everybody.
+    fn die(&self) {
+        drop(self.stream.take());
+        drop(self.outbox.take());
+        wake(&self.reader);
+        wake(&self.writer);
+        self.wake_waiters();
+    }
+
+    fn wait(&self, cx: &Context<'_>) {
+        let mut waiters = self.waiters.borrow_mut();
+        if !waiters.iter().any(|waker| waker.will_wake(cx.waker())) {
+            waiters.push(cx.waker().clone());
+        }
+    }
+
+    fn wake_waiters(&self) {
+        for waker in self.waiters.take() {
+            waker.wake();
+        }
+    }
+}
+
+impl Drop for Conn {
+    fn drop(&mut self) {
+        // Its socket is gone: it must not wait for it any longer.
+        wake(&self.writer);
+    }
+}
+
+impl fmt::Debug for Conn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Conn")
+            .field("queued_bytes", &self.queued_bytes())
+            .field("closing", &self.closing)
+            .field("dead", &self.is_dead())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The writer task of a connection that is behind. Ends when the queue is empty, the connection dead or dropped, or
+/// [`Conn::finish`] has taken over. Holds no handle, so that a session that goes away takes the socket with it.
+async fn write_queue(conn: Weak<Conn>) {
+    poll_fn(|cx| {
+        let Some(conn) = conn.upgrade() else {
+            return Poll::Ready(());
+        };
+        if conn.closing.get().is_some() {
+            return Poll::Ready(());
+        }
+        set_waker(&conn.writer, cx);
+        let flushed = conn.poll_flush(cx);
+        if flushed.is_ready() {
+            conn.writer.take();
+        }
+        flushed
+    })
+    .await;
+}
+
+/// Whether a read is to be tried again, after waiting where needed.
+fn retry(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}
+
+fn set_waker(slot: &Cell<Option<Waker>>, cx: &Context<'_>) {
+    let waker = match slot.take() {
+        Some(waker) if waker.will_wake(cx.waker()) => waker,
+        _ => cx.waker().clone(),
+    };
+    slot.set(Some(waker));
+}
+
+fn wake(slot: &Cell<Option<Waker>>) {
+    if let Some(waker) = slot.take() {
+        waker.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests;

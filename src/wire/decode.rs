@@ -1,0 +1,438 @@
+//! Client frames of RFC 6455 from a stream of bytes, without a buffer while nothing is unfinished.
+//!
+//! Why not fastwebsockets' reader: it holds 8 KiB a connection, reserves the declared length up front, does not bound the
+//! sum of fragments, accepts unmasked frames, and is not cancel-safe. Here the caller reads, and this type only judges
+//! bytes: no I/O, no clock.
+
+use std::{fmt, mem};
+
+use fastwebsockets::{OpCode, unmask};
+
+use crate::protocol::Close;
+
+/// Frames that one message may be cut into; one more is [`Close::TooBig`].
+///
+/// The bytes of a message are bounded by `max_message`, but empty fragments have none: without this bound a client could
+/// keep one message unfinished for ever and never meet a rate limit that counts messages. Clients that fragment at all
+/// cut at 4 KiB or more, so that this is 4 MiB for them, beyond the default of `limits.frame`.
+pub const MAX_FRAGMENTS: u16 = 1024;
+
+/// Payload of a control frame, RFC 6455 section 5.5.
+const MAX_CONTROL: usize = 125;
+/// Two bytes, eight of extended length, four of mask.
+const MAX_HEADER: usize = 14;
+
+/// One complete message or control frame, borrowed for the length of the callback.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Incoming<'a> {
+    /// A whole text message.
+    Text(&'a str),
+    /// To be answered by [`pong_frame`](super::pong_frame) with the same bytes, at most 125.
+    Ping(&'a [u8]),
+    /// The peer lives. What it echoes is of no use to us.
+    Pong,
+    /// The peer's close; nothing after it is looked at.
+    Close {
+        /// Absent when the close frame was empty.
+        code: Option<u16>,
+    },
+}
+
+/// Decoder of what one client sends.
+///
+/// # Invariants
+/// - Holds heap memory only between two parts of an unfinished frame or message: at most `max_message` bytes and one small
+///   fixed block ([`held_bytes`](Self::held_bytes)). It grows with what has arrived, never with what was announced.
+/// - A frame is judged as soon as the bytes that condemn it are there: a message that is too large is refused at its header.
+/// - Control frames are not counted here; whoever answers pings limits their rate.
+pub struct Decoder {
+    max_message: usize,
+    unfinished: Option<Box<Unfinished>>,
+    /// A close frame or a violation was seen; the rest of the stream means nothing.
+    ended: bool,
+}
+
+impl Decoder {
+    /// A message, whole or the sum of its fragments, may have `max_message` bytes.
+    #[must_use]
+    pub fn new(max_message: usize) -> Self {
+        Self {
+            max_message,
+            unfinished: None,
+            ended: false,
+        }
+    }
+
+    /// Takes the bytes just read and calls `on` for everything that is complete with them, in order. `input` is unmasked
+    /// in place: a whole message in it is passed on without a copy, and its content afterwards is unspecified.
+    ///
+    /// After a close frame or an error, further input is ignored and nothing is held.
+    ///
+    /// # Errors
+    /// The reason to close the connection with. What came before the violation has been passed to `on`.
+    pub fn feed(
+        &mut self,
+        input: &mut [u8],
+        mut on: impl FnMut(Incoming<'_>),
+    ) -> Result<(), Close> {
+        let mut input = input;
+        while !self.ended && !input.is_empty() {
+            let step = match &mut self.unfinished {
+                None => whole_frame(&mut input, self.max_message, &mut on),
+                Some(unfinished) => unfinished.advance(&mut input, self.max_message, &mut on),
+            };
+            match step {
+                Ok(Step::Between) => self.unfinished = None,
+                Ok(Step::Within) => {
+                    self.unfinished.get_or_insert_default();
+                }
+                Ok(Step::Closed) => self.end(),
+                Err(close) => {
+                    self.end();
+                    return Err(close);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Heap bytes held for an unfinished frame or message; 0 when there is none.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        self.unfinished.as_ref().map_or(0, |unfinished| {
+            mem::size_of::<Unfinished>() + unfinished.message.capacity()
+        })
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+        self.unfinished = None;
+    }
+}
+
+impl fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not what is held: payloads do not belong in a log.
+        f.debug_struct("Decoder")
+            .field("max_message", &self.max_message)
+            .field("held_bytes", &self.held_bytes())
+            .field("ended", &self.ended)
+            .finish()
+    }
+}
+
+/// Where the stream stands after a step.
+enum Step {
+    /// Between two messages: nothing to keep.
+    Between,
+    /// Inside a frame or message: an [`Unfinished`] is needed for what follows.
+    Within,
+    /// After the close frame.
+    Closed,
+}
+
+#[derive(Clone, Copy)]
+struct Header {
+    opcode: OpCode,
+    fin: bool,
+    mask: [u8; 4],
+    payload: usize,
+}
+
+impl Header {
+    /// The header at the front of `bytes` and its length, or `None` while it may still become a valid one.
+    ///
+    /// `message` is the length of the unfinished message so far, `None` between messages.
+    fn parse(
+        bytes: &[u8],
+        message: Option<usize>,
+        max_message: usize,
+    ) -> Result<Option<(Self, usize)>, Close> {
+        let Some(&first) = bytes.first() else {
+            return Ok(None);
+        };
+        if first & 0x70 != 0 {
+            return Err(Close::Protocol);
+        }
+        let fin = first & 0x80 != 0;
+        let Ok(opcode) = OpCode::try_from(first & 0x0F) else {
+            return Err(Close::Protocol);
+        };
+        let control = match (opcode, message) {
+            (OpCode::Close | OpCode::Ping | OpCode::Pong, _) => true,
+            (OpCode::Continuation, Some(_)) | (OpCode::Text, None) => false,
+            (OpCode::Binary, None) => return Err(Close::Unsupported),
+            (OpCode::Continuation, None) | (OpCode::Text | OpCode::Binary, Some(_)) => {
+                return Err(Close::Protocol);
+            }
+        };
+        if control && !fin {
+            return Err(Close::Protocol);
+        }
+
+        let Some(&second) = bytes.get(1) else {
+            return Ok(None);
+        };
+        let masked = second & 0x80 != 0;
+        let short = second & 0x7F;
+        if !masked || (control && usize::from(short) > MAX_CONTROL) {
+            return Err(Close::Protocol);
+        }
+        let (declared, at) = match short {
+            126 => {
+                let Some(&length) = bytes.get(2..).and_then(<[u8]>::first_chunk) else {
+                    return Ok(None);
+                };
+                let length = u64::from(u16::from_be_bytes(length));
+                if length < 126 {
+                    return Err(Close::Protocol);
+                }
+                (length, 4)
+            }
+            127 => {
+                let Some(&length) = bytes.get(2..).and_then(<[u8]>::first_chunk) else {
+                    return Ok(None);
+                };
+                let length = u64::from_be_bytes(length);
+                if length >> 63 != 0 || length <= u64::from(u16::MAX) {
+                    return Err(Close::Protocol);
+                }
+                (length, 10)
+            }
+            short => (u64::from(short), 2),
+        };
+        let Ok(payload) = usize::try_from(declared) else {
+            return Err(Close::TooBig);
+        };
+        if !control && payload > max_message.saturating_sub(message.unwrap_or(0)) {
+            return Err(Close::TooBig);
+        }
+
+        let Some(&mask) = bytes.get(at..).and_then(<[u8]>::first_chunk) else {
+            return Ok(None);
+        };
+        let header = Self {
+            opcode,
+            fin,
+            mask,
+            payload,
+        };
+        Ok(Some((header, at + mask.len())))
+    }
+}
+
+/// The fast path: a whole unfragmented message or control frame at the front of `input`, nothing before it unfinished.
+/// Takes it off `input`; anything else stays there for [`Unfinished::advance`].
+fn whole_frame(
+    input: &mut &mut [u8],
+    max_message: usize,
+    on: &mut impl FnMut(Incoming<'_>),
+) -> Result<Step, Close> {
+    let Some((header, at)) = Header::parse(input, None, max_message)? else {
+        return Ok(Step::Within);
+    };
+    if !header.fin || input.len() - at < header.payload {
+        return Ok(Step::Within);
+    }
+    let frame = take_front(input, at + header.payload);
+    let payload = &mut frame[at..];
+    unmask(payload, header.mask);
+    match header.opcode {
+        OpCode::Text | OpCode::Binary | OpCode::Continuation => {
+            pass_text(payload, on)?;
+            Ok(Step::Between)
+        }
+        OpCode::Close | OpCode::Ping | OpCode::Pong => {
+            pass_control(header.opcode, payload, Step::Between, on)
+        }
+    }
+}
+
+/// What must be remembered inside a frame or between the fragments of a message.
+struct Unfinished {
+    /// The part of a frame's header that has arrived; empty while a payload is read.
+    head: [u8; MAX_HEADER],
+    head_len: usize,
+    /// The frame whose payload is being read: its header, with `payload` counting down to what is still to come and the
+    /// mask turned to the next byte.
+    frame: Option<Header>,
+    /// Fragments of the current message whose header was seen; 0 between messages (before the first header).
+    fragments: u16,
+    /// The message so far, unmasked.
+    message: Vec<u8>,
+    /// The control frame so far, unmasked. Apart from `message`, as it may stand between two fragments.
+    control: [u8; MAX_CONTROL],
+    control_len: usize,
+}
+
+impl Default for Unfinished {
+    fn default() -> Self {
+        Self {
+            head: [0; MAX_HEADER],
+            head_len: 0,
+            frame: None,
+            fragments: 0,
+            message: Vec::new(),
+            control: [0; MAX_CONTROL],
+            control_len: 0,
+        }
+    }
+}
+
+impl Unfinished {
+    /// Takes what belongs to the current frame off `input`.
+    fn advance(
+        &mut self,
+        input: &mut &mut [u8],
+        max_message: usize,
+        on: &mut impl FnMut(Incoming<'_>),
+    ) -> Result<Step, Close> {
+        let mut frame = match self.frame.take() {
+            Some(frame) => frame,
+            None => match self.read_header(input, max_message)? {
+                Some(frame) => frame,
+                None => return Ok(Step::Within),
+            },
+        };
+        let part = take_front(input, frame.payload.min(input.len()));
+        unmask(part, frame.mask);
+        frame.mask.rotate_left(part.len() % 4);
+        frame.payload -= part.len();
+
+        match frame.opcode {
+            OpCode::Text | OpCode::Binary | OpCode::Continuation => {
+                // The last fragment tells the final size; before it the message may still grow up to the limit.
+                let most = if frame.fin {
+                    self.message.len() + part.len() + frame.payload
+                } else {
+                    max_message
+                };
+                append(&mut self.message, part, most);
+                if frame.payload > 0 {
+                    self.frame = Some(frame);
+                    return Ok(Step::Within);
+                }
+                if !frame.fin {
+                    return Ok(Step::Within);
+                }
+                pass_text(&self.message, on)?;
+                Ok(Step::Between)
+            }
+            OpCode::Close | OpCode::Ping | OpCode::Pong => {
+                let end = self.control_len + part.len();
+                self.control[self.control_len..end].copy_from_slice(part);
+                self.control_len = end;
+                if frame.payload > 0 {
+                    self.frame = Some(frame);
+                    return Ok(Step::Within);
+                }
+                self.control_len = 0;
+                let after = if self.fragments == 0 {
+                    Step::Between
+                } else {
+                    Step::Within
+                };
+                pass_control(frame.opcode, &self.control[..end], after, on)
+            }
+        }
+    }
+
+    fn read_header(
+        &mut self,
+        input: &mut &mut [u8],
+        max_message: usize,
+    ) -> Result<Option<Header>, Close> {
+        let had = self.head_len;
+        let more = input.len().min(MAX_HEADER - had);
+        self.head[had..had + more].copy_from_slice(&input[..more]);
+        let message = (self.fragments > 0).then_some(self.message.len());
+        match Header::parse(&self.head[..had + more], message, max_message)? {
+            None => {
+                // Shorter than any header of 14 bytes, so all of the input went into it.
+                self.head_len = had + more;
+                take_front(input, more);
+                Ok(None)
+            }
+            Some((header, length)) => {
+                self.head_len = 0;
+                // What had arrived before was not a whole header.
+                take_front(input, length - had);
+                match header.opcode {
+                    OpCode::Text | OpCode::Binary | OpCode::Continuation => {
+                        if self.fragments == MAX_FRAGMENTS {
+                            return Err(Close::TooBig);
+                        }
+                        self.fragments += 1;
+                    }
+                    OpCode::Close | OpCode::Ping | OpCode::Pong => {}
+                }
+                Ok(Some(header))
+            }
+        }
+    }
+}
+
+/// Appends with capacity doubled as bytes come, but never above `most`, which the message cannot exceed.
+fn append(message: &mut Vec<u8>, part: &[u8], most: usize) {
+    let needed = message.len() + part.len();
+    if needed > message.capacity() {
+        let capacity = needed.max(message.capacity().saturating_mul(2).min(most));
+        message.reserve_exact(capacity - message.len());
+    }
+    message.extend_from_slice(part);
+}
+
+fn take_front<'a>(input: &mut &'a mut [u8], n: usize) -> &'a mut [u8] {
+    let (front, rest) = mem::take(input).split_at_mut(n);
+    *input = rest;
+    front
+}
+
+fn pass_text(payload: &[u8], on: &mut impl FnMut(Incoming<'_>)) -> Result<(), Close> {
+    let Ok(text) = simdutf8::basic::from_utf8(payload) else {
+        return Err(Close::InvalidUtf8);
+    };
+    on(Incoming::Text(text));
+    Ok(())
+}
+
+/// Passes a control frame on; the stream then stands at `after`, unless it was the close frame.
+fn pass_control(
+    opcode: OpCode,
+    payload: &[u8],
+    after: Step,
+    on: &mut impl FnMut(Incoming<'_>),
+) -> Result<Step, Close> {
+    match opcode {
+        OpCode::Ping => on(Incoming::Ping(payload)),
+        OpCode::Close => {
+            let code = close_code(payload)?;
+            on(Incoming::Close { code });
+            return Ok(Step::Closed);
+        }
+        // Data opcodes do not come here.
+        OpCode::Pong | OpCode::Text | OpCode::Binary | OpCode::Continuation => on(Incoming::Pong),
+    }
+    Ok(after)
+}
+
+fn close_code(payload: &[u8]) -> Result<Option<u16>, Close> {
+    match payload {
+        [] => Ok(None),
+        [_] => Err(Close::Protocol),
+        [high, low, reason @ ..] => {
+            let code = u16::from_be_bytes([*high, *low]);
+            // Not fastwebsockets' `CloseCode`: it refuses 1014, which IANA has registered.
+            if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
+                return Err(Close::Protocol);
+            }
+            if simdutf8::basic::from_utf8(reason).is_err() {
+                return Err(Close::InvalidUtf8);
+            }
+            Ok(Some(code))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

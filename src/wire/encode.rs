@@ -1,0 +1,213 @@
+//! Server frames of RFC 6455: unmasked, never fragmented, each in one `Bytes` that all its receivers share.
+
+use std::io;
+
+use bytes::{Buf, Bytes};
+
+use crate::protocol::Close;
+
+const TEXT: u8 = 0x81;
+const CLOSE: u8 = 0x88;
+const PING: u8 = 0x89;
+const PONG: u8 = 0x8A;
+
+/// The longest header of a server frame: two bytes and eight of extended length.
+const HEADER_ROOM: usize = 10;
+/// Payload of a control frame, RFC 6455 section 5.5.
+const MAX_CONTROL: usize = 125;
+
+/// A text frame with a copy of `payload`, which must be UTF-8.
+#[must_use]
+pub fn text_frame(payload: &[u8]) -> Bytes {
+    let mut frame = FrameBuilder::with_capacity(payload.len());
+    frame.put(payload);
+    frame.finish()
+}
+
+/// A ping with no payload: a connection needs no more than one in flight, so there is nothing to tell apart.
+#[must_use]
+pub fn ping_frame() -> Bytes {
+    Bytes::from_static(&[PING, 0])
+}
+
+/// The answer to a ping. More than the 125 bytes that a ping can have are cut off.
+#[must_use]
+pub fn pong_frame(payload: &[u8]) -> Bytes {
+    control_frame(PONG, &[payload])
+}
+
+/// A close frame with the code and the reason of `close`.
+#[must_use]
+pub fn close_frame(close: Close) -> Bytes {
+    control_frame(
+        CLOSE,
+        &[&close.code().to_be_bytes(), close.reason().as_bytes()],
+    )
+}
+
+fn control_frame(first: u8, parts: &[&[u8]]) -> Bytes {
+    let mut length = 0_u8;
+    let payload = parts.iter().copied().flatten().take(MAX_CONTROL);
+    let mut frame = Vec::with_capacity(2 + MAX_CONTROL.min(parts.iter().map(|p| p.len()).sum()));
+    frame.extend([first, 0]);
+    for &byte in payload {
+        frame.push(byte);
+        length += 1;
+    }
+    frame[1] = length;
+    Bytes::from(frame)
+}
+
+/// A text frame whose payload is written in place: room for the header is left in front, and [`finish`](Self::finish)
+/// fills it in, so that the payload is never copied (unless it outgrows its capacity).
+///
+/// Append with [`put`](Self::put), [`io::Write`] (`write!`, `serde_json::to_writer`; it never fails); there is no way to touch
+/// the header. What is written must be UTF-8 as a whole; the writer sees to that.
+#[derive(Debug)]
+pub struct FrameBuilder {
+    /// Always at least [`HEADER_ROOM`] long.
+    bytes: Vec<u8>,
+}
+
+impl FrameBuilder {
+    /// A frame with room for a payload of `payload` bytes.
+    #[must_use]
+    pub fn with_capacity(payload: usize) -> Self {
+        let mut bytes = Vec::with_capacity(HEADER_ROOM + payload);
+        bytes.resize(HEADER_ROOM, 0);
+        Self { bytes }
+    }
+
+    /// Appends to the payload.
+    pub fn put(&mut self, part: &[u8]) {
+        self.bytes.extend_from_slice(part);
+    }
+
+    /// Appends one byte to the payload.
+    pub fn put_u8(&mut self, byte: u8) {
+        self.bytes.push(byte);
+    }
+
+    /// Bytes of payload so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bytes.len() - HEADER_ROOM
+    }
+
+    /// Whether there is no payload yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The payload so far.
+    #[must_use]
+    pub fn payload(&self) -> &[u8] {
+        &self.bytes[HEADER_ROOM..]
+    }
+
+    /// Cuts the payload back to `payload` bytes, for an attempt that is given up.
+    pub fn truncate(&mut self, payload: usize) {
+        self.bytes.truncate(HEADER_ROOM.saturating_add(payload));
+    }
+
+    /// The frame: header and payload.
+    #[must_use]
+    pub fn finish(self) -> Bytes {
+        let length = self.len();
+        let mut bytes = self.bytes;
+        let header = if let Ok(short @ 0..=125) = u8::try_from(length) {
+            bytes[8..10].copy_from_slice(&[TEXT, short]);
+            2
+        } else if let Ok(medium) = u16::try_from(length) {
+            bytes[6..8].copy_from_slice(&[TEXT, 126]);
+            bytes[8..10].copy_from_slice(&medium.to_be_bytes());
+            4
+        } else {
+            bytes[..2].copy_from_slice(&[TEXT, 127]);
+            // A length in memory is below 2^63, so the top bit is clear as the RFC demands.
+            bytes[2..10].copy_from_slice(&(length as u64).to_be_bytes());
+            10
+        };
+        let mut frame = Bytes::from(bytes);
+        frame.advance(HEADER_ROOM - header);
+        frame
+    }
+}
+
+impl io::Write for FrameBuilder {
+    fn write(&mut self, part: &[u8]) -> io::Result<usize> {
+        self.put(part);
+        Ok(part.len())
+    }
+
+    fn write_all(&mut self, part: &[u8]) -> io::Result<()> {
+        self.put(part);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn header_of(length: usize) -> Vec<u8> {
+        let frame = text_frame(&vec![b'x'; length]);
+        let header = frame.len() - length;
+        assert!(frame[header..].iter().all(|&b| b == b'x'));
+        frame[..header].to_vec()
+    }
+
+    #[test]
+    fn lengths_take_the_shortest_form() {
+        assert_eq!(header_of(0), [0x81, 0]);
+        assert_eq!(header_of(125), [0x81, 125]);
+        assert_eq!(header_of(126), [0x81, 126, 0, 126]);
+        assert_eq!(header_of(65_535), [0x81, 126, 255, 255]);
+        assert_eq!(header_of(65_536), [0x81, 127, 0, 0, 0, 0, 0, 1, 0, 0]);
+    }
+
+    #[test]
+    fn payload_is_written_in_place() {
+        let mut frame = FrameBuilder::with_capacity(64);
+        let at = frame.bytes.as_ptr();
+        frame.put(b"{\"n\":");
+        write!(frame, "{}", 42).unwrap();
+        let good = frame.len();
+        frame.put(b"given up");
+        frame.truncate(good);
+        frame.put_u8(b'}');
+        assert_eq!(frame.payload(), b"{\"n\":42}");
+        let frame = frame.finish();
+        assert_eq!(&frame[..], b"\x81\x08{\"n\":42}");
+        assert_eq!(frame.as_ptr(), at.wrapping_add(8));
+
+        let mut frame = FrameBuilder::with_capacity(0);
+        assert!(frame.is_empty());
+        frame.write_all(&[b'y'; 300]).unwrap();
+        let frame = frame.finish();
+        assert_eq!(&frame[..5], [0x81, 126, 1, 44, b'y']);
+        assert_eq!(frame.len(), 304);
+    }
+
+    #[test]
+    fn control_frames() {
+        assert_eq!(&ping_frame()[..], [0x89, 0]);
+        assert_eq!(&pong_frame(b"ab")[..], b"\x8A\x02ab");
+        assert_eq!(pong_frame(&[7; 125]).len(), 127);
+        assert_eq!(pong_frame(&[7; 126])[1], 125);
+        for close in Close::ALL {
+            let frame = close_frame(close);
+            assert_eq!(frame[0], 0x88);
+            assert_eq!(usize::from(frame[1]), frame.len() - 2);
+            assert_eq!(frame[2..4], close.code().to_be_bytes());
+            assert_eq!(&frame[4..], close.reason().as_bytes());
+        }
+    }
+}
