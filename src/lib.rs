@@ -7,7 +7,7 @@
 //! edge   http              processes that accept: sockets, requests
 //! session                  one connection: frames, commands, outbox
 //! room                     one hub a room: members, live + replay merge, fan-out
-//! auth   bus   servers   client
+//! auth   bus   servers   client   wire
 //! config   telemetry   runtime
 //! model   protocol   subject
 //! ```

@@ -34,7 +34,10 @@ pub enum ConnectError {
     Credentials(#[source] std::io::Error),
     /// The first attempt failed in a way that repeating can't mend, e.g. a malformed URL.
     #[error("no connection to NATS at {url}")]
-    Connect { url: String, source: async_nats::ConnectError },
+    Connect {
+        url: String,
+        source: async_nats::ConnectError,
+    },
 }
 
 impl Connection {
@@ -56,28 +59,39 @@ impl Connection {
             .connection_timeout(Duration::from_secs(3))
             .subscription_capacity(config.subscription_capacity)
             .reconnect_delay_callback(|attempts| {
-                let step = Duration::from_millis(50).saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX));
-                step.min(MAX_RECONNECT_DELAY).mul_f64(rand::random_range(0.5..1.0))
+                let step = Duration::from_millis(50)
+                    .saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX));
+                step.min(MAX_RECONNECT_DELAY)
+                    .mul_f64(rand::random_range(0.5..1.0))
             })
             .event_callback(move |event| {
                 let label = label.clone();
                 async move { on_event(&label, &event) }
             });
         if !config.user.is_empty() {
-            options = options
-                .user_and_password(config.user.clone(), config.password.expose().to_owned());
+            options =
+                options.user_and_password(config.user.clone(), config.password.expose().to_owned());
         } else if !config.creds_file.as_os_str().is_empty() {
-            let text = std::fs::read_to_string(&config.creds_file)
+            let text =
+                std::fs::read_to_string(&config.creds_file).map_err(ConnectError::Credentials)?;
+            options = options
+                .credentials(&text)
                 .map_err(ConnectError::Credentials)?;
-            options = options.credentials(&text).map_err(ConnectError::Credentials)?;
         }
         let servers: Vec<&str> = config.url.split(',').map(str::trim).collect();
         let client = options
             .connect(servers)
             .await
-            .map_err(|source| ConnectError::Connect { url: config.url.clone(), source })?;
+            .map_err(|source| ConnectError::Connect {
+                url: config.url.clone(),
+                source,
+            })?;
         let statistics = client.statistics();
-        Ok(Self { client, statistics, subscription_capacity: config.subscription_capacity })
+        Ok(Self {
+            client,
+            statistics,
+            subscription_capacity: config.subscription_capacity,
+        })
     }
 
     /// The client.
@@ -107,7 +121,11 @@ impl Connection {
     /// answers: the server itself says so at once.
     pub async fn round_trip(&self, subject: &str) {
         // Any answer will do, also "no responders".
-        let answered = self.client.request(subject.to_owned(), bytes::Bytes::new()).await.is_ok();
+        let answered = self
+            .client
+            .request(subject.to_owned(), bytes::Bytes::new())
+            .await
+            .is_ok();
         tracing::trace!(answered, "round trip");
     }
 
@@ -133,11 +151,17 @@ fn on_event(name: &str, event: &Event) {
         }
         Event::SlowConsumer(subscription) => {
             count(Counter::NatsSlowConsumer, 1);
-            tracing::warn!(connection = name, subscription, "a NATS subscription dropped messages");
+            tracing::warn!(
+                connection = name,
+                subscription,
+                "a NATS subscription dropped messages"
+            );
         }
         Event::LameDuckMode => tracing::info!(connection = name, "the NATS server is leaving"),
         Event::ServerError(error) => tracing::warn!(connection = name, %error, "NATS server error"),
-        Event::ClientError(error) => tracing::warn!(connection = name, %error, "NATS client error"),
+        Event::ClientError(error) => {
+            tracing::debug!(connection = name, %error, "NATS client error")
+        }
         Event::Draining | Event::Closed => tracing::debug!(connection = name, %event, "NATS"),
     }
 }

@@ -32,7 +32,12 @@ impl LiveFeed {
     pub async fn open(connection: &Connection, subject: String) -> Result<Self, SubscribeError> {
         let generation = connection.generation();
         let subscriber = connection.client().subscribe(subject).await?;
-        Ok(Self { connection: connection.clone(), subscriber, run: 0, generation })
+        Ok(Self {
+            connection: connection.clone(),
+            subscriber,
+            run: 0,
+            generation,
+        })
     }
 
     /// Waits for a message and takes what else is there, at most `max` in all, into `batch`. `false`: the feed has ended.

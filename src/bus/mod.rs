@@ -10,7 +10,7 @@ mod read;
 mod record;
 mod streams;
 
-pub use connection::{Connection, ConnectError};
+pub use connection::{ConnectError, Connection};
 pub use live::{LiveFeed, Suspicion};
 pub use publish::{Acked, Outgoing, PublishError, Publisher};
 pub use read::{MAX_HEADS, Page, ReadError, Reader, Stored};

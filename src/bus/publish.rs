@@ -7,7 +7,9 @@ use bytes::Bytes;
 use serde::Deserialize;
 use tokio::time::{Instant, timeout};
 
-use super::{Connection, ReadError, Reader, StreamError, StreamState, Streams, record::message_key};
+use super::{
+    Connection, ReadError, Reader, StreamError, StreamState, Streams, record::message_key,
+};
 use crate::{
     config,
     model::{Cursor, Fingerprint, Kind, Position, RoomId, header_escape, partition_of},
@@ -174,17 +176,25 @@ impl Publisher {
             return Err(PublishError::Unavailable);
         }
         let started = Instant::now();
-        let Outgoing { publication, user, id } = outgoing;
+        let Outgoing {
+            publication,
+            user,
+            id,
+        } = outgoing;
         let room = &publication.room;
         let part = partition_of(room, self.streams.partitions());
         let subject =
-            self.subjects.publish(self.streams.origin(), part, room, publication.kind.class());
+            self.subjects
+                .publish(self.streams.origin(), part, room, publication.kind.class());
         let key = message_key(room.as_str(), user, id);
         let fingerprint = Fingerprint::of(key.as_bytes());
         let mut headers = self.headers(outgoing);
         headers.insert(header::MSG_ID, key);
         let request = Request::new().payload(body(publication)).headers(headers);
-        let answer = timeout(self.timeout, self.connection.client().send_request(subject, request));
+        let answer = timeout(
+            self.timeout,
+            self.connection.client().send_request(subject, request),
+        );
         let answer = match answer.await {
             Err(_elapsed) => return Err(PublishError::UnknownOutcome(self.timeout)),
             Ok(Err(error)) => {
@@ -204,7 +214,9 @@ impl Publisher {
         let ack: PubAck = serde_json::from_slice(&answer.payload)
             .map_err(|error| PublishError::Refused(error.to_string()))?;
         let seq = match ack {
-            PubAck { error: Some(error), .. } => return Err(refusal(error)),
+            PubAck {
+                error: Some(error), ..
+            } => return Err(refusal(error)),
             PubAck { seq: Some(seq), .. } => seq,
             PubAck { .. } => return Err(PublishError::Refused("an empty answer".to_owned())),
         };
@@ -216,7 +228,11 @@ impl Publisher {
             seq,
             fingerprint,
         };
-        Ok(Acked { cursor: Cursor::single(position), seq, duplicate: ack.duplicate })
+        Ok(Acked {
+            cursor: Cursor::single(position),
+            seq,
+            duplicate: ack.duplicate,
+        })
     }
 
     /// The state of the stream that gave `seq`. A new message's sequence that is not beyond the newest we have seen hints
@@ -231,7 +247,10 @@ impl Publisher {
         if duplicate || news {
             return Ok(self.streams.known(part));
         }
-        self.streams.verify(part).await.map_err(PublishError::Cursor)
+        self.streams
+            .verify(part)
+            .await
+            .map_err(PublishError::Cursor)
     }
 
     /// When the stream stored `seq` of `room`, in ms since 1970.
@@ -242,8 +261,11 @@ impl Publisher {
         let part = partition_of(room, self.streams.partitions());
         let stream = rooms_stream(self.streams.origin(), part);
         let epoch = self.streams.known(part).epoch;
-        let stored =
-            self.reader.message(&stream, epoch, acked.seq).await.map_err(PublishError::Time)?;
+        let stored = self
+            .reader
+            .message(&stream, epoch, acked.seq)
+            .await
+            .map_err(PublishError::Time)?;
         Ok(stored.map_or(0, |stored| stored.record.ts))
     }
 
@@ -256,7 +278,12 @@ impl Publisher {
         let ts = unix_ms();
         let mut headers = self.headers(outgoing);
         headers.insert(header::TS, ts.to_string());
-        self.signal(&outgoing.publication.room, headers, body(outgoing.publication)).await?;
+        self.signal(
+            &outgoing.publication.room,
+            headers,
+            body(outgoing.publication),
+        )
+        .await?;
         Ok(ts)
     }
 
@@ -281,7 +308,10 @@ impl Publisher {
             return Err(PublishError::Unavailable);
         }
         let subject = self.subjects.ephemeral(room);
-        let published = self.connection.client().publish_with_headers(subject, headers, payload);
+        let published = self
+            .connection
+            .client()
+            .publish_with_headers(subject, headers, payload);
         match timeout(self.timeout, published).await {
             Err(_elapsed) => Err(PublishError::Unavailable),
             Ok(Err(error)) => match error.kind() {
@@ -298,7 +328,11 @@ impl Publisher {
     }
 
     fn headers(&self, outgoing: &Outgoing<'_>) -> HeaderMap {
-        let Outgoing { publication, user, id } = outgoing;
+        let Outgoing {
+            publication,
+            user,
+            id,
+        } = outgoing;
         let mut headers = HeaderMap::new();
         headers.insert(header::FROM, header_escape(user).as_ref());
         headers.insert(header::ID, *id);

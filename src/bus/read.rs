@@ -70,10 +70,18 @@ pub enum ReadError {
     NoStream { stream: String },
     /// The server answered with an error.
     #[error("stream {stream} refused a read: {status} {description}")]
-    Refused { stream: String, status: u16, description: String },
+    Refused {
+        stream: String,
+        status: u16,
+        description: String,
+    },
     /// The answer can't be read.
     #[error("stream {stream} answered what can't be read")]
-    Malformed { stream: String, #[source] source: BadRecord },
+    Malformed {
+        stream: String,
+        #[source]
+        source: BadRecord,
+    },
     /// The client was closed.
     #[error("the NATS connection is closed")]
     Closed,
@@ -101,7 +109,8 @@ impl Reader {
         epoch: Epoch,
         subjects: &[String],
     ) -> Result<Vec<Stored>, ReadError> {
-        self.heads_over(&self.connection, stream, epoch, subjects).await
+        self.heads_over(&self.connection, stream, epoch, subjects)
+            .await
     }
 
     /// As [`Self::heads`], over another connection. Over the connection of a live subscription the answer comes after the
@@ -118,7 +127,11 @@ impl Reader {
     ) -> Result<Vec<Stored>, ReadError> {
         debug_assert!(subjects.len() <= MAX_HEADS, "the server refuses more");
         let request = serde_json::json!({ "multi_last": subjects, "batch": MAX_HEADS });
-        self.stored(&self.get(connection, stream, &request).await?.0, stream, epoch)
+        self.stored(
+            &self.get(connection, stream, &request).await?.0,
+            stream,
+            epoch,
+        )
     }
 
     /// A page of a room's log from sequence `from` on.
@@ -151,7 +164,10 @@ impl Reader {
         record(Histogram::ReplayDuration, started.elapsed());
         let pending = end.unwrap_or_default();
         let records = self.stored(&messages, stream, epoch)?;
-        Ok(Page { records: records.into_iter().map(|stored| stored.record).collect(), pending })
+        Ok(Page {
+            records: records.into_iter().map(|stored| stored.record).collect(),
+            pending,
+        })
     }
 
     /// The message at `seq`, whatever room it belongs to.
@@ -164,8 +180,9 @@ impl Reader {
         epoch: Epoch,
         seq: u64,
     ) -> Result<Option<Stored>, ReadError> {
-        let (messages, _) =
-            self.get(&self.connection, stream, &serde_json::json!({ "seq": seq })).await?;
+        let (messages, _) = self
+            .get(&self.connection, stream, &serde_json::json!({ "seq": seq }))
+            .await?;
         Ok(self.stored(&messages, stream, epoch)?.pop())
     }
 
@@ -176,21 +193,32 @@ impl Reader {
         epoch: Epoch,
     ) -> Result<Vec<Stored>, ReadError> {
         let read = |message: &Message| {
-            let malformed = |source| ReadError::Malformed { stream: stream.to_owned(), source };
-            let headers =
-                message.headers.as_ref().ok_or_else(|| malformed(BadRecord::Sequence))?;
+            let malformed = |source| ReadError::Malformed {
+                stream: stream.to_owned(),
+                source,
+            };
+            let headers = message
+                .headers
+                .as_ref()
+                .ok_or_else(|| malformed(BadRecord::Sequence))?;
             // A subject that is not a room's can only be in the stream if somebody published it by hand.
             let Some(subject) =
                 last(headers, header::SUBJECT).and_then(|text| self.subjects.parse_stored(text))
             else {
                 return Ok(None);
             };
-            let record =
-                Record::stored(headers, message.payload.clone(), subject.class, epoch)
-                    .map_err(malformed)?;
-            Ok(Some(Stored { room: subject.room, record }))
+            let record = Record::stored(headers, message.payload.clone(), subject.class, epoch)
+                .map_err(malformed)?;
+            Ok(Some(Stored {
+                room: subject.room,
+                record,
+            }))
         };
-        messages.iter().map(read).filter_map(Result::transpose).collect()
+        messages
+            .iter()
+            .map(read)
+            .filter_map(Result::transpose)
+            .collect()
     }
 
     /// Sends a direct get and collects its answers: messages, and what the end of a batch says is pending.
@@ -201,13 +229,20 @@ impl Reader {
         request: &serde_json::Value,
     ) -> Result<(Vec<Message>, Option<u64>), ReadError> {
         let deadline = tokio::time::Instant::now() + self.timeout;
-        let timed_out = || ReadError::Timeout { stream: stream.to_owned(), waited: self.timeout };
+        let timed_out = || ReadError::Timeout {
+            stream: stream.to_owned(),
+            waited: self.timeout,
+        };
         let single = request.get("batch").is_none();
         let body = Bytes::from(request.to_string());
         let client = connection.client();
         let exchange = async {
             // The semaphore is never closed.
-            let _turn = self.turns.acquire().await.map_err(|_closed| ReadError::Closed)?;
+            let _turn = self
+                .turns
+                .acquire()
+                .await
+                .map_err(|_closed| ReadError::Closed)?;
             let inbox = client.new_inbox();
             let closed = |_error| ReadError::Closed;
             let mut answers = client.subscribe(inbox.clone()).await.map_err(closed)?;
@@ -229,7 +264,9 @@ impl Reader {
                     }
                     Some(StatusCode::NOT_FOUND) => return Ok((messages, None)),
                     Some(StatusCode::NO_RESPONDERS) => {
-                        return Err(ReadError::NoStream { stream: stream.to_owned() });
+                        return Err(ReadError::NoStream {
+                            stream: stream.to_owned(),
+                        });
                     }
                     Some(status) => {
                         return Err(ReadError::Refused {
@@ -242,10 +279,14 @@ impl Reader {
             }
             Err(ReadError::Closed)
         };
-        timeout_at(deadline, exchange).await.map_err(|_elapsed| timed_out())?
+        timeout_at(deadline, exchange)
+            .await
+            .map_err(|_elapsed| timed_out())?
     }
 }
 
 fn pending_of(message: &Message) -> Option<u64> {
-    last(message.headers.as_ref()?, header::NUM_PENDING)?.parse().ok()
+    last(message.headers.as_ref()?, header::NUM_PENDING)?
+        .parse()
+        .ok()
 }

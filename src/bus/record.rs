@@ -125,7 +125,10 @@ impl Record {
             class,
             ts,
             fingerprint: Fingerprint::default(),
-            id: text(header::ID).filter(valid_id).unwrap_or_default().to_owned(),
+            id: text(header::ID)
+                .filter(valid_id)
+                .unwrap_or_default()
+                .to_owned(),
             from: unescaped(header::FROM).unwrap_or_else(|| BY_HAND.to_owned()),
             kind: text(header::KIND)
                 .and_then(Kind::parse)
@@ -183,13 +186,24 @@ mod tests {
             ("{\"a\":1}{", "\"{\\\"a\\\":1}{\""),
         ] {
             let record =
-                Record::stored(&server_headers(), Bytes::from(payload), Class::Msg, epoch()).unwrap();
+                Record::stored(&server_headers(), Bytes::from(payload), Class::Msg, epoch())
+                    .unwrap();
             assert_eq!(record.body, body);
-            assert_eq!((record.id.as_str(), record.from.as_str()), ("k3-42", BY_HAND));
-            assert_eq!((record.seq, record.previous, record.ts), (42, Some(40), 1_795_181_480_706));
+            assert_eq!(
+                (record.id.as_str(), record.from.as_str()),
+                ("k3-42", BY_HAND)
+            );
+            assert_eq!(
+                (record.seq, record.previous, record.ts),
+                (42, Some(40), 1_795_181_480_706)
+            );
         }
-        let record =
-            Record::stored(&server_headers(), Bytes::from_static(&[0xff, b'a']), Class::Msg, epoch());
+        let record = Record::stored(
+            &server_headers(),
+            Bytes::from_static(&[0xff, b'a']),
+            Class::Msg,
+            epoch(),
+        );
         assert_eq!(record.unwrap().body, "\"\u{fffd}a\"");
     }
 

@@ -113,10 +113,18 @@ impl Streams {
     ) -> Result<Arc<Self>, StreamError> {
         let mut parts = Vec::new();
         for part in 0..config.partitions {
-            let state = look(&connection, &rooms_stream(&origin, part), config.read_timeout).await?;
+            let state = look(
+                &connection,
+                &rooms_stream(&origin, part),
+                config.read_timeout,
+            )
+            .await?;
             parts.push(Part {
                 newest: AtomicU64::new(state.last_seq),
-                known: RwLock::new(Known { state, seen: Instant::now() }),
+                known: RwLock::new(Known {
+                    state,
+                    seen: Instant::now(),
+                }),
             });
         }
         Ok(Arc::new(Self {
@@ -156,7 +164,10 @@ impl Streams {
     /// Notes that the stream of `part` has reached `seq`; whether that is news. A new message whose sequence is no news
     /// hints that the stream began anew.
     pub fn note(&self, part: u16, seq: u64) -> bool {
-        self.parts[usize::from(part)].newest.fetch_max(seq, Ordering::AcqRel) < seq
+        self.parts[usize::from(part)]
+            .newest
+            .fetch_max(seq, Ordering::AcqRel)
+            < seq
     }
 
     /// Looks at a stream now.
@@ -182,7 +193,10 @@ impl Streams {
         } else {
             slot.newest.fetch_max(state.last_seq, Ordering::AcqRel);
         }
-        *known = Known { state, seen: Instant::now() };
+        *known = Known {
+            state,
+            seen: Instant::now(),
+        };
         drop(known);
         if state.incarnation != before.incarnation {
             self.version.fetch_add(1, Ordering::AcqRel);
@@ -226,12 +240,19 @@ async fn look(
     stream: &str,
     wait: Duration,
 ) -> Result<StreamState, StreamError> {
-    let refused = |problem: String| StreamError::Refused { stream: stream.to_owned(), problem };
-    let request =
-        connection.client().request(format!("$JS.API.STREAM.INFO.{stream}"), bytes::Bytes::new());
+    let refused = |problem: String| StreamError::Refused {
+        stream: stream.to_owned(),
+        problem,
+    };
+    let request = connection
+        .client()
+        .request(format!("$JS.API.STREAM.INFO.{stream}"), bytes::Bytes::new());
     let answer = match timeout(wait, request).await {
         Err(_elapsed) => {
-            return Err(StreamError::Timeout { stream: stream.to_owned(), waited: wait });
+            return Err(StreamError::Timeout {
+                stream: stream.to_owned(),
+                waited: wait,
+            });
         }
         Ok(Err(error)) => return Err(refused(error.to_string())),
         Ok(Ok(answer)) => answer,
@@ -239,13 +260,27 @@ async fn look(
     let info: InfoAnswer =
         serde_json::from_slice(&answer.payload).map_err(|error| refused(error.to_string()))?;
     match info {
-        InfoAnswer { error: Some(ApiError { code: 404, .. }), .. } => {
-            Err(StreamError::Missing { stream: stream.to_owned() })
-        }
-        InfoAnswer { error: Some(error), .. } => Err(refused(error.description)),
-        InfoAnswer { config: Some(config), state: Some(state), .. } => {
-            let epoch = config.metadata.get(EPOCH_METADATA).and_then(|text| Epoch::parse(text));
-            let epoch = epoch.ok_or_else(|| StreamError::NoEpoch { stream: stream.to_owned() })?;
+        InfoAnswer {
+            error: Some(ApiError { code: 404, .. }),
+            ..
+        } => Err(StreamError::Missing {
+            stream: stream.to_owned(),
+        }),
+        InfoAnswer {
+            error: Some(error), ..
+        } => Err(refused(error.description)),
+        InfoAnswer {
+            config: Some(config),
+            state: Some(state),
+            ..
+        } => {
+            let epoch = config
+                .metadata
+                .get(EPOCH_METADATA)
+                .and_then(|text| Epoch::parse(text));
+            let epoch = epoch.ok_or_else(|| StreamError::NoEpoch {
+                stream: stream.to_owned(),
+            })?;
             Ok(StreamState {
                 epoch,
                 incarnation: 0,

@@ -25,7 +25,10 @@ impl EdgeCommand {
         let config = Config::load(file, Toml::string(""))?;
         let telemetry = telemetry::init(&config.telemetry, "natter-edge", &config.edge.id)?;
         // Accepting, handshakes and HTTP; the shards have threads of their own.
-        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
         let result = runtime.block_on(serve(config));
         runtime.shutdown_timeout(Duration::from_millis(100));
         telemetry.shutdown(TELEMETRY_FLUSH);

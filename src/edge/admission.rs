@@ -54,11 +54,17 @@ impl Admission {
 
 impl<K> Places<K> {
     fn new(limit: usize) -> Self {
-        Self { limit, taken: Mutex::new(HashMap::new()) }
+        Self {
+            limit,
+            taken: Mutex::new(HashMap::new()),
+        }
     }
 }
 
-fn take<K: Eq + Hash + Clone>(places: &Arc<Places<K>>, key: impl FnOnce() -> K) -> Option<Place<K>> {
+fn take<K: Eq + Hash + Clone>(
+    places: &Arc<Places<K>>,
+    key: impl FnOnce() -> K,
+) -> Option<Place<K>> {
     if places.limit == 0 {
         return Some(Place(None));
     }

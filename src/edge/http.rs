@@ -49,7 +49,10 @@ struct BearerToken;
 impl utoipa::Modify for BearerToken {
     fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
         use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build();
+        let bearer = HttpBuilder::new()
+            .scheme(HttpAuthScheme::Bearer)
+            .bearer_format("JWT")
+            .build();
         openapi
             .components
             .get_or_insert_default()
@@ -60,7 +63,9 @@ impl utoipa::Modify for BearerToken {
 /// The OpenAPI document as JSON text.
 #[must_use]
 pub fn openapi_json() -> String {
-    ApiDoc::openapi().to_pretty_json().expect("the document is plain data")
+    ApiDoc::openapi()
+        .to_pretty_json()
+        .expect("the document is plain data")
 }
 
 /// State of the routes.
@@ -85,8 +90,15 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/metrics", get(metrics))
         .route("/v1/openapi.json", get(openapi))
         .route("/v1/rooms/{room}/messages", post(publish));
-    let router = if page { super::page::routes(router) } else { router };
-    router.fallback(not_found).with_state(Api { shared, paces: Arc::default() })
+    let router = if page {
+        super::page::routes(router)
+    } else {
+        router
+    };
+    router.fallback(not_found).with_state(Api {
+        shared,
+        paces: Arc::default(),
+    })
 }
 
 /// A refusal over HTTP.
@@ -111,8 +123,8 @@ struct ErrorBody {
 
 impl HttpError {
     pub(super) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        let status = StatusCode::from_u16(code.http_status())
-            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let status =
+            StatusCode::from_u16(code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         Self::with_status(status, code, message)
     }
 
@@ -121,7 +133,11 @@ impl HttpError {
         code: ErrorCode,
         message: impl Into<String>,
     ) -> Self {
-        Self { status, code, message: message.into() }
+        Self {
+            status,
+            code,
+            message: message.into(),
+        }
     }
 
     pub(super) fn not_ready() -> Self {
@@ -145,7 +161,9 @@ impl IntoResponse for HttpError {
         };
         let mut response = (self.status, Json(body)).into_response();
         if matches!(self.code, ErrorCode::RateLimited | ErrorCode::Unavailable) {
-            response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from(1));
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, header::HeaderValue::from(1));
         }
         response
     }
@@ -160,8 +178,9 @@ pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
 
 fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>, HttpError> {
     let unauthorized = |message: String| HttpError::new(ErrorCode::Unauthorized, message);
-    let token = bearer(headers)
-        .ok_or_else(|| unauthorized("the header Authorization: Bearer <token> is missing".into()))?;
+    let token = bearer(headers).ok_or_else(|| {
+        unauthorized("the header Authorization: Bearer <token> is missing".into())
+    })?;
     let identity = api
         .shared
         .verifier
@@ -173,7 +192,9 @@ fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>, HttpError>
     if paces.len() >= MAX_PACES {
         paces.retain(|_, pace| !pace.is_idle(now));
     }
-    let pace = paces.entry(Arc::clone(&identity.user)).or_insert_with(|| Pace::new(now));
+    let pace = paces
+        .entry(Arc::clone(&identity.user))
+        .or_insert_with(|| Pace::new(now));
     if !pace.take(now, limits.commands_per_second, limits.commands_burst) {
         let limit = limits.commands_per_second;
         let text = format!("more than {limit} requests per second");
@@ -185,7 +206,10 @@ fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>, HttpError>
 
 /// What a publish sends: the fields of a `send`.
 #[derive(Debug, ToSchema)]
-#[expect(dead_code, reason = "documents what `protocol::native::decode_publication` reads")]
+#[expect(
+    dead_code,
+    reason = "documents what `protocol::native::decode_publication` reads"
+)]
 struct PublishRequest {
     /// `[A-Za-z0-9._~-]{1,64}`, chosen by the client; a repeat with the same id is stored once.
     id: Option<String>,
@@ -245,11 +269,17 @@ async fn publish(
     let identity = authorize(&api, &parts.headers)?;
     let config = &api.shared.config;
     let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
-    let room = RoomId::parse(&room).map_err(|e| HttpError::new(ErrorCode::BadRoom, e.to_string()))?;
+    let room =
+        RoomId::parse(&room).map_err(|e| HttpError::new(ErrorCode::BadRoom, e.to_string()))?;
     let most = config.limits.body.as_u64() + ENVELOPE_BYTES;
-    let body = to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX)).await.map_err(|_cut| {
-        HttpError::new(ErrorCode::TooLarge, format!("the request has more than {most} bytes"))
-    })?;
+    let body = to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX))
+        .await
+        .map_err(|_cut| {
+            HttpError::new(
+                ErrorCode::TooLarge,
+                format!("the request has more than {most} bytes"),
+            )
+        })?;
     let publication = native::decode_publication(room, &body)
         .map_err(|refusal| HttpError::new(refusal.code, refusal.message))?;
     let durable = check_publication(config, &identity, &publication)?;
@@ -257,18 +287,40 @@ async fn publish(
         Some(id) => id.to_string(),
         None => ulid::Ulid::new().to_string(),
     };
-    let outgoing = Outgoing { publication: &publication, user: &identity.user, id: &id };
+    let outgoing = Outgoing {
+        publication: &publication,
+        user: &identity.user,
+        id: &id,
+    };
     let failed = |error| HttpError::from(publish_refusal(&error));
     let (cursor, ts, dup) = if durable {
         let acked = ready.publisher.durable(&outgoing).await.map_err(failed)?;
-        let ts = ready.publisher.stored_at(&publication.room, &acked).await.map_err(failed)?;
+        let ts = ready
+            .publisher
+            .stored_at(&publication.room, &acked)
+            .await
+            .map_err(failed)?;
         (Some(acked.cursor.to_string()), ts, acked.duplicate)
     } else {
-        (None, ready.publisher.ephemeral(&outgoing).await.map_err(failed)?, false)
+        (
+            None,
+            ready.publisher.ephemeral(&outgoing).await.map_err(failed)?,
+            false,
+        )
     };
-    let kind = if durable { Published::HttpDurable } else { Published::HttpEphemeral };
+    let kind = if durable {
+        Published::HttpDurable
+    } else {
+        Published::HttpEphemeral
+    };
     count(Counter::MessagePublished(kind), 1);
-    Ok(Json(PublishReply { room: publication.room, id, cursor, ts, dup }))
+    Ok(Json(PublishReply {
+        room: publication.room,
+        id,
+        cursor,
+        ts,
+        dup,
+    }))
 }
 
 /// Whether the process lives.
@@ -281,18 +333,27 @@ async fn healthz() -> &'static str {
 #[utoipa::path(get, path = "/readyz", responses((status = 200, body = String), (status = 503, body = String)))]
 async fn readyz(State(shared): State<Arc<Shared>>) -> (StatusCode, String) {
     let phase = shared.lifecycle.phase();
-    let up = shared.ready.get().is_some_and(|ready| ready.connection.is_up());
+    let up = shared
+        .ready
+        .get()
+        .is_some_and(|ready| ready.connection.is_up());
     match (shared.lifecycle.is_ready(), up) {
         (true, true) => (StatusCode::OK, "ready\n".to_owned()),
         (true, false) => (StatusCode::SERVICE_UNAVAILABLE, "NATS is away\n".to_owned()),
-        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", phase.as_str())),
+        (false, _) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("{}\n", phase.as_str()),
+        ),
     }
 }
 
 /// Metrics in the Prometheus text format.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, body = String)))]
 async fn metrics() -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], telemetry::prometheus_text())
+    (
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
+        telemetry::prometheus_text(),
+    )
 }
 
 /// This document.
@@ -302,5 +363,9 @@ async fn openapi() -> impl IntoResponse {
 }
 
 async fn not_found() -> HttpError {
-    HttpError::with_status(StatusCode::NOT_FOUND, ErrorCode::BadRequest, "there is nothing here")
+    HttpError::with_status(
+        StatusCode::NOT_FOUND,
+        ErrorCode::BadRequest,
+        "there is nothing here",
+    )
 }

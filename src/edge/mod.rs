@@ -71,7 +71,10 @@ struct Ready {
 pub enum EdgeError {
     /// The address is taken or not ours.
     #[error("edge.listen = {address}: can't listen there")]
-    Listen { address: SocketAddr, source: io::Error },
+    Listen {
+        address: SocketAddr,
+        source: io::Error,
+    },
     /// The keys for tokens can't be used.
     #[error(transparent)]
     Auth(#[from] AuthConfigError),
@@ -102,10 +105,14 @@ impl Edge {
     pub async fn start(config: Config) -> Result<Self, EdgeError> {
         let listener = TcpListener::bind(config.edge.listen)
             .await
-            .map_err(|source| EdgeError::Listen { address: config.edge.listen, source })?;
-        let address = listener
-            .local_addr()
-            .map_err(|source| EdgeError::Listen { address: config.edge.listen, source })?;
+            .map_err(|source| EdgeError::Listen {
+                address: config.edge.listen,
+                source,
+            })?;
+        let address = listener.local_addr().map_err(|source| EdgeError::Listen {
+            address: config.edge.listen,
+            source,
+        })?;
         let id = match config.edge.id.as_str() {
             "" => format!("e{}", ulid::Ulid::new().random() & 0xffff_ffff),
             id => id.to_owned(),
@@ -118,9 +125,15 @@ impl Edge {
             ready: tokio::sync::OnceCell::new(),
             config: Arc::new(config),
         });
-        let edge = Self { address, shared, tasks: Tasks::default(), http: Tasks::default() };
+        let edge = Self {
+            address,
+            shared,
+            tasks: Tasks::default(),
+            http: Tasks::default(),
+        };
         let router = http::router(Arc::clone(&edge.shared));
-        edge.http.spawn("accept", accept::serve(listener, router, edge.http.clone()));
+        edge.http
+            .spawn("accept", accept::serve(listener, router, edge.http.clone()));
         let nats = &edge.shared.config.nats;
         let name = format!("natter edge {} control", edge.shared.id);
         let connection = Connection::open(nats, &name).await?;
@@ -179,7 +192,11 @@ impl Edge {
         self.shared.lifecycle.advance(Phase::Stopped);
         http?;
         tasks?;
-        if left > 0 { Err(DrainError::Sessions(left)) } else { Ok(()) }
+        if left > 0 {
+            Err(DrainError::Sessions(left))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -215,10 +232,19 @@ async fn make_ready(
     });
     let shards = Shards::start(shared, &streams).await?;
     let reader = Reader::new(connection.clone(), &config.nats);
-    let publisher =
-        Publisher::new(connection.clone(), reader, streams, &config.nats, &shared.id);
+    let publisher = Publisher::new(
+        connection.clone(),
+        reader,
+        streams,
+        &config.nats,
+        &shared.id,
+    );
     // Set once, here.
-    let set = shared.ready.set(Ready { connection, publisher, shards });
+    let set = shared.ready.set(Ready {
+        connection,
+        publisher,
+        shards,
+    });
     debug_assert!(set.is_ok(), "an edge is made ready once");
     shared.lifecycle.advance(Phase::Ready);
     tracing::info!(edge.id = %shared.id, "edge ready");

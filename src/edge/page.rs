@@ -16,7 +16,9 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'unsafe-i
 
 /// Adds `/` and `/natter.js`.
 pub(super) fn routes<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
-    router.route("/", get(html)).route("/natter.js", get(script))
+    router
+        .route("/", get(html))
+        .route("/natter.js", get(script))
 }
 
 async fn html() -> impl IntoResponse {
@@ -24,5 +26,8 @@ async fn html() -> impl IntoResponse {
 }
 
 async fn script() -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/javascript; charset=utf-8")], SCRIPT)
+    (
+        [(header::CONTENT_TYPE, "text/javascript; charset=utf-8")],
+        SCRIPT,
+    )
 }

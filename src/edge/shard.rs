@@ -112,7 +112,10 @@ impl Shards {
             start.await.map_err(ended)??;
             shards.push(Handle { sessions, drain });
         }
-        Ok(Self { shards, turn: AtomicUsize::new(0) })
+        Ok(Self {
+            shards,
+            turn: AtomicUsize::new(0),
+        })
     }
 
     /// The shard for the next connection.
@@ -127,7 +130,16 @@ impl Shards {
         for shard in &self.shards {
             let (done, wait) = oneshot::channel();
             // A shard that has ended has no sessions.
-            if shard.drain.send(Drain { spread, deadline, done }).await.is_ok() {
+            if shard
+                .drain
+                .send(Drain {
+                    spread,
+                    deadline,
+                    done,
+                })
+                .await
+                .is_ok()
+            {
                 waits.push(wait);
             }
         }
@@ -176,7 +188,12 @@ async fn run(
             drain = drains.recv() => break drain,
         }
     };
-    if let Some(Drain { spread, deadline, done }) = drain {
+    if let Some(Drain {
+        spread,
+        deadline,
+        done,
+    }) = drain
+    {
         new_sessions.close();
         while let Some(late) = new_sessions.recv().await {
             shard.open_session(late);
@@ -201,16 +218,19 @@ impl Shard {
         let name = |what: &str| format!("natter edge {} shard {number} {what}", shared.id);
         let live = Connection::open(&config.nats, &name("live")).await?;
         let replay = Connection::open(&config.nats, &name("replay")).await?;
+        let subjects = Subjects::new(&config.nats.prefix);
+        for connection in [&live, &replay] {
+            connection.round_trip(&subjects.nobody()).await;
+        }
         let reader = Reader::new(replay.clone(), &config.nats);
         let rooms = Rooms::new(
             live.clone(),
             reader.clone(),
             Arc::clone(&streams),
-            Subjects::new(&config.nats.prefix),
+            subjects,
             config.rooms.clone(),
         );
-        let publisher =
-            Publisher::new(live.clone(), reader, streams, &config.nats, &shared.id);
+        let publisher = Publisher::new(live.clone(), reader, streams, &config.nats, &shared.id);
         let admission = Arc::clone(&shared.admission);
         let limits = ConnLimits {
             outbox_bytes: usize::try_from(config.limits.outbox.as_u64()).unwrap_or(usize::MAX),
@@ -223,7 +243,9 @@ impl Shard {
             config,
             buffer: RefCell::default(),
             admit_user: Box::new(move |user| {
-                admission.user(user).map(|place| Box::new(place) as UserSlot)
+                admission
+                    .user(user)
+                    .map(|place| Box::new(place) as UserSlot)
             }),
         };
         let shard = Rc::new(Self {

@@ -60,7 +60,9 @@ pub(super) async fn websocket(
         }
     };
     let address = shared.admission.address(peer.ip());
-    let user = identity.as_ref().map(|identity| shared.admission.user(&identity.user));
+    let user = identity
+        .as_ref()
+        .map(|identity| shared.admission.user(&identity.user));
     if address.is_none() || matches!(user, Some(None)) {
         close = close.or(Some(Close::TooMany));
     }
@@ -72,9 +74,10 @@ pub(super) async fn websocket(
         }
     };
     if offered.protocol {
-        response
-            .headers_mut()
-            .insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
+        response.headers_mut().insert(
+            header::SEC_WEBSOCKET_PROTOCOL,
+            HeaderValue::from_static(SUBPROTOCOL),
+        );
     }
     let shard = ready.shards.next();
     tokio::spawn(async move {
@@ -122,7 +125,10 @@ impl Offered {
     fn read(headers: &HeaderMap) -> Self {
         let mut offered = Self::default();
         let lists = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL);
-        let words = lists.iter().filter_map(|list| list.to_str().ok()).flat_map(|l| l.split(','));
+        let words = lists
+            .iter()
+            .filter_map(|list| list.to_str().ok())
+            .flat_map(|l| l.split(','));
         for word in words.map(str::trim) {
             if word == SUBPROTOCOL {
                 offered.protocol = true;
@@ -149,4 +155,3 @@ fn token(
         None => Ok(None),
     }
 }
-

@@ -146,13 +146,19 @@ pub fn decode(text: &str) -> Result<Command, Refusal> {
     };
     let Some(rid) = fields.rid else {
         let message = "rid is missing: a non-negative integer of the client's".to_owned();
-        return Err(Refusal { rid: None, code: ErrorCode::BadRequest, message });
+        return Err(Refusal {
+            rid: None,
+            code: ErrorCode::BadRequest,
+            message,
+        });
     };
-    op(fields).map(|op| Command { rid, op }).map_err(|(code, message)| Refusal {
-        rid: Some(rid),
-        code,
-        message,
-    })
+    op(fields)
+        .map(|op| Command { rid, op })
+        .map_err(|(code, message)| Refusal {
+            rid: Some(rid),
+            code,
+            message,
+        })
 }
 
 /// Decodes the body of an HTTP publish to `room`: the fields of a `send` without `op`, `rid` and `room`.
@@ -163,7 +169,11 @@ pub fn decode_publication(room: RoomId, json: &[u8]) -> Result<Publication, Refu
     serde_json::from_slice::<Fields<'_>>(json)
         .map_err(|error| json_refusal(&error))
         .and_then(|fields| publication(room, fields))
-        .map_err(|(code, message)| Refusal { rid: None, code, message })
+        .map_err(|(code, message)| Refusal {
+            rid: None,
+            code,
+            message,
+        })
 }
 
 fn json_refusal(error: &serde_json::Error) -> Refused {
@@ -181,13 +191,22 @@ fn op(fields: Fields<'_>) -> Result<Op, Refused> {
         let room = fields.room.as_deref().ok_or_else(|| missing("room"))?;
         RoomId::parse(room).map_err(|error| (ErrorCode::BadRoom, error.to_string()))
     };
-    let token = || fields.token.as_deref().map(str::to_owned).ok_or_else(|| missing("token"));
+    let token = || {
+        fields
+            .token
+            .as_deref()
+            .map(str::to_owned)
+            .ok_or_else(|| missing("token"))
+    };
     Ok(match fields.op.as_deref() {
         None => return Err(missing("op")),
         Some("ping") => Op::Ping,
         Some("auth") => Op::Auth { token: token()? },
         Some("refresh") => Op::Refresh { token: token()? },
-        Some("join") => Op::Join { room: room()?, since: fields.since.map(Cow::into_owned) },
+        Some("join") => Op::Join {
+            room: room()?,
+            since: fields.since.map(Cow::into_owned),
+        },
         Some("leave") => Op::Leave { room: room()? },
         Some("typing") => Op::Typing { room: room()? },
         Some("send") => Op::Send(Box::new(publication(room()?, fields)?)),
@@ -206,21 +225,29 @@ fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused>
             bad("kind is not one of message, edit, delete, reaction, annotation".to_owned())
         })?,
     };
-    let reference = |text: &str| {
-        Reference::parse(text).map_err(|error| (ErrorCode::BadId, error.to_string()))
-    };
+    let reference =
+        |text: &str| Reference::parse(text).map_err(|error| (ErrorCode::BadId, error.to_string()));
     let target = match (kind, fields.target) {
         (Kind::Message, None) => None,
         (Kind::Message, Some(_)) => {
-            return Err(bad("a message has no target; reply_to names what it answers".to_owned()));
+            return Err(bad(
+                "a message has no target; reply_to names what it answers".to_owned(),
+            ));
         }
-        (_, None) => return Err(bad(format!("target is missing: a {} has one", kind.as_str()))),
+        (_, None) => {
+            return Err(bad(format!(
+                "target is missing: a {} has one",
+                kind.as_str()
+            )));
+        }
         (_, Some(text)) => {
             let parsed = reference(&text)?;
             Some((text.into_owned(), parsed))
         }
     };
-    let reply_to = fields.reply_to.map(|text| reference(&text).map(|_valid| text.into_owned()));
+    let reply_to = fields
+        .reply_to
+        .map(|text| reference(&text).map(|_valid| text.into_owned()));
     let body = match (kind, fields.body) {
         (_, Some(body)) => body.to_owned(),
         // An absent optional field and `null` are the same to serde: a body of `null` says nothing anyway.
@@ -229,7 +256,9 @@ fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused>
     };
     let mentions = fields.mentions.unwrap_or_default();
     if mentions.len() > MAX_MENTIONS || mentions.iter().any(|user| user.len() > MAX_USER) {
-        return Err(bad(format!("mentions: at most {MAX_MENTIONS} users of at most {MAX_USER} bytes")));
+        return Err(bad(format!(
+            "mentions: at most {MAX_MENTIONS} users of at most {MAX_USER} bytes"
+        )));
     }
     Ok(Publication {
         room,
@@ -277,7 +306,8 @@ impl<'a> Writer<'a> {
     /// A number.
     pub fn number(&mut self, key: &str, value: u64) -> &mut Self {
         self.key(key);
-        self.out.extend_from_slice(itoa::Buffer::new().format(value).as_bytes());
+        self.out
+            .extend_from_slice(itoa::Buffer::new().format(value).as_bytes());
         self
     }
 
@@ -351,17 +381,47 @@ mod tests {
             (r#"{"op":"sing","rid":7}"#, (Some(7), "unknown_op")),
             (r#"{"op":5,"rid":7}"#, (Some(7), "bad_request")),
             (r#"{"op":"join","rid":7}"#, (Some(7), "bad_request")),
-            (r#"{"op":"join","rid":7,"room":5}"#, (Some(7), "bad_request")),
-            (r#"{"op":"join","rid":7,"room":"chat.x"}"#, (Some(7), "bad_room")),
+            (
+                r#"{"op":"join","rid":7,"room":5}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"join","rid":7,"room":"chat.x"}"#,
+                (Some(7), "bad_room"),
+            ),
             (r#"{"op":"auth","rid":7}"#, (Some(7), "bad_request")),
-            (r#"{"op":"send","rid":7,"room":"chat:x"}"#, (Some(7), "bad_request")),
-            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"id":"a b"}"#, (Some(7), "bad_id")),
-            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"kind":"shout"}"#, (Some(7), "bad_request")),
-            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"kind":"edit"}"#, (Some(7), "bad_request")),
-            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"kind":"edit","target":"a b"}"#, (Some(7), "bad_id")),
-            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"target":"a"}"#, (Some(7), "bad_request")),
-            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"reply_to":"/"}"#, (Some(7), "bad_id")),
-            (r#"{"op":"send","rid":7,"room":"chat:x","body":1,"mentions":"kim"}"#, (Some(7), "bad_request")),
+            (
+                r#"{"op":"send","rid":7,"room":"chat:x"}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"send","rid":7,"room":"chat:x","body":1,"id":"a b"}"#,
+                (Some(7), "bad_id"),
+            ),
+            (
+                r#"{"op":"send","rid":7,"room":"chat:x","body":1,"kind":"shout"}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"send","rid":7,"room":"chat:x","body":1,"kind":"edit"}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"send","rid":7,"room":"chat:x","body":1,"kind":"edit","target":"a b"}"#,
+                (Some(7), "bad_id"),
+            ),
+            (
+                r#"{"op":"send","rid":7,"room":"chat:x","body":1,"target":"a"}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"send","rid":7,"room":"chat:x","body":1,"reply_to":"/"}"#,
+                (Some(7), "bad_id"),
+            ),
+            (
+                r#"{"op":"send","rid":7,"room":"chat:x","body":1,"mentions":"kim"}"#,
+                (Some(7), "bad_request"),
+            ),
         ] {
             assert_eq!(refusal(text), expected, "{text}");
         }
@@ -373,12 +433,16 @@ mod tests {
         let text = format!(
             r#"{{"body":{body},"op":"send","unknown":[1],"rid":0,"room":"chat:x","reply_to":"kim/1","mentions":["a","b"]}}"#
         );
-        let Op::Send(publication) = decode(&text).unwrap().op else { panic!("not a send") };
+        let Op::Send(publication) = decode(&text).unwrap().op else {
+            panic!("not a send")
+        };
         assert_eq!(publication.body.get(), body);
         assert_eq!(publication.reply_to.as_deref(), Some("kim/1"));
         assert_eq!(publication.mentions, ["a", "b"]);
         let delete = r#"{"op":"send","rid":1,"room":"chat:x","kind":"delete","target":"1"}"#;
-        let Op::Send(publication) = decode(delete).unwrap().op else { panic!("not a send") };
+        let Op::Send(publication) = decode(delete).unwrap().op else {
+            panic!("not a send")
+        };
         assert_eq!(publication.body.get(), "null");
     }
 

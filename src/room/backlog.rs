@@ -80,14 +80,19 @@ impl Hub {
     /// What came after `since`, a position of this hub's origin and epoch.
     pub(super) async fn backlog(self: &Rc<Self>, rooms: &Rc<Rooms>, since: Position) -> Answer {
         let (answer, answered) = oneshot::channel();
-        self.backlogs.waiting.borrow_mut().push(Waiter { since, answer });
+        self.backlogs
+            .waiting
+            .borrow_mut()
+            .push(Waiter { since, answer });
         if self.backlogs.reading.replace(true) {
             count(Counter::ReplayCoalesced, 1);
         } else {
             let (hub, rooms) = (Rc::clone(self), Rc::clone(rooms));
             tokio::task::spawn_local(async move { hub.read_backlogs(&rooms).await });
         }
-        answered.await.unwrap_or(Err(Refusal::Failed(JoinError::Unavailable)))
+        answered
+            .await
+            .unwrap_or(Err(Refusal::Failed(JoinError::Unavailable)))
     }
 
     async fn read_backlogs(&self, rooms: &Rc<Rooms>) {
@@ -120,8 +125,9 @@ impl Hub {
             Err(error) => {
                 tracing::debug!(error = %error, room.id = %self.room, "a backlog could not be read");
                 for waiter in group.drain(..) {
-                    let _gone =
-                        waiter.answer.send(Err(Refusal::Failed(JoinError::Unavailable)));
+                    let _gone = waiter
+                        .answer
+                        .send(Err(Refusal::Failed(JoinError::Unavailable)));
                 }
             }
             Ok(Read::Reset(reason)) => answer_oldest(group, &|| Refusal::Reset(reason)),
@@ -131,8 +137,9 @@ impl Hub {
                     .partition_point(|waiter| waiter.since.seq < boundary)
                     .max(group.partition_point(|waiter| waiter.since.seq <= oldest.seq));
                 for waiter in group.drain(..too_far) {
-                    let _gone =
-                        waiter.answer.send(Err(Refusal::Reset(ResetReason::ReplayMax)));
+                    let _gone = waiter
+                        .answer
+                        .send(Err(Refusal::Reset(ResetReason::ReplayMax)));
                 }
             }
             Ok(Read::Found(held, upto)) => {
@@ -153,8 +160,16 @@ impl Hub {
         oldest: &Position,
         since: &Position,
     ) -> Answer {
-        let skip = held.entries.partition_point(|missed| missed.seq <= since.seq);
-        let backlog = || Ok(Backlog { held: Rc::clone(held), skip, upto });
+        let skip = held
+            .entries
+            .partition_point(|missed| missed.seq <= since.seq);
+        let backlog = || {
+            Ok(Backlog {
+                held: Rc::clone(held),
+                skip,
+                upto,
+            })
+        };
         let unchecked = since.fingerprint == Fingerprint(0);
         if unchecked || since == oldest {
             return backlog();
@@ -162,7 +177,10 @@ impl Hub {
         if since.seq > upto.0 {
             return Err(Refusal::Reset(ResetReason::Future));
         }
-        let at = skip.checked_sub(1).map(|i| &held.entries[i]).filter(|m| m.seq == since.seq);
+        let at = skip
+            .checked_sub(1)
+            .map(|i| &held.entries[i])
+            .filter(|m| m.seq == since.seq);
         match at {
             Some(missed) if missed.fingerprint == since.fingerprint => backlog(),
             Some(_) => Err(Refusal::Reset(ResetReason::Epoch)),
@@ -176,9 +194,17 @@ impl Hub {
 
     /// Whether no message is stored at `since` (it was erased, or trimmed); otherwise it is one that the cursor was not made
     /// of, since those that belong to the room have been looked at.
-    async fn is_erased(&self, rooms: &Rooms, since: &Position) -> Result<bool, crate::bus::ReadError> {
+    async fn is_erased(
+        &self,
+        rooms: &Rooms,
+        since: &Position,
+    ) -> Result<bool, crate::bus::ReadError> {
         let epoch = self.log.borrow().epoch();
-        Ok(rooms.reader.message(&self.stream, epoch, since.seq).await?.is_none())
+        Ok(rooms
+            .reader
+            .message(&self.stream, epoch, since.seq)
+            .await?
+            .is_none())
     }
 
     /// Reads everything after `since`, and makes sure that it is everything.
@@ -187,14 +213,19 @@ impl Hub {
         let most_bytes = usize::try_from(limits.replay_max_bytes.as_u64())?;
         let mut share = rooms.replay_share(most_bytes).await?;
         let epoch = self.log.borrow().epoch();
-        let filter = rooms.subjects.stored_all(rooms.streams.origin(), self.part, &self.room);
+        let filter = rooms
+            .subjects
+            .stored_all(rooms.streams.origin(), self.part, &self.room);
         let mut anchored = false;
         let mut entries: Vec<Missed> = Vec::new();
         let mut bytes = 0;
         // From the cursor's own message on: if it is still there, nothing after it has been trimmed.
         let mut next = since.seq.max(1);
         loop {
-            let page = rooms.reader.page(&self.stream, epoch, &filter, next).await?;
+            let page = rooms
+                .reader
+                .page(&self.stream, epoch, &filter, next)
+                .await?;
             let mut records = page.records.as_slice();
             if next == since.seq.max(1)
                 && let [first, rest @ ..] = records
@@ -207,7 +238,10 @@ impl Hub {
                 records = rest;
             }
             let total = entries.len() as u64 + records.len() as u64 + page.pending;
-            if let Some(excess) = total.checked_sub(limits.replay_max).filter(|excess| *excess > 0) {
+            if let Some(excess) = total
+                .checked_sub(limits.replay_max)
+                .filter(|excess| *excess > 0)
+            {
                 // The first `excess` of them would have to be left out: whoever is before the last of those is too far.
                 let at = usize::try_from(excess)?.min(records.len());
                 let boundary = at.checked_sub(1).map_or(since.seq + 1, |i| records[i].seq);
@@ -218,7 +252,9 @@ impl Hub {
                 entries.push(self.missed(record));
             }
             if bytes > most_bytes {
-                return Ok(Read::TooFar { boundary: since.seq + 1 });
+                return Ok(Read::TooFar {
+                    boundary: since.seq + 1,
+                });
             }
             match page.records.last() {
                 Some(last) if page.pending > 0 => next = last.seq + 1,
@@ -230,8 +266,16 @@ impl Hub {
         }
         // The frames are a little larger than the bodies; the share is a bound on bodies, like the limit.
         rooms.shrink_share(&mut share, bytes);
-        let upto = entries.last().map_or((since.seq, since.fingerprint), |m| (m.seq, m.fingerprint));
-        Ok(Read::Found(Rc::new(Held { entries, _share: share }), upto))
+        let upto = entries
+            .last()
+            .map_or((since.seq, since.fingerprint), |m| (m.seq, m.fingerprint));
+        Ok(Read::Found(
+            Rc::new(Held {
+                entries,
+                _share: share,
+            }),
+            upto,
+        ))
     }
 
     /// After the read: whether anything between the cursor and what was read may have been trimmed, before or meanwhile.
@@ -244,7 +288,10 @@ impl Hub {
         since: &Position,
         anchored: bool,
     ) -> anyhow::Result<Option<ResetReason>> {
-        let at = rooms.reader.message(&self.stream, since.epoch, since.seq).await?;
+        let at = rooms
+            .reader
+            .message(&self.stream, since.epoch, since.seq)
+            .await?;
         let names_message = since.fingerprint != Fingerprint(0);
         if anchored && at.is_some() {
             return Ok(None);
@@ -268,7 +315,11 @@ impl Hub {
     fn missed(&self, record: &Record) -> Missed {
         let cursor = self.log.borrow().cursor_at(record.seq, record.fingerprint);
         let frame = encode::message(&self.room, record, Some(&cursor));
-        Missed { seq: record.seq, fingerprint: record.fingerprint, frame }
+        Missed {
+            seq: record.seq,
+            fingerprint: record.fingerprint,
+            frame,
+        }
     }
 }
 

@@ -41,13 +41,19 @@ pub(super) fn message(room: &RoomId, record: &Record, cursor: Option<&Cursor>) -
 /// `typing`.
 pub(super) fn typing(room: &RoomId, user: &str) -> Bytes {
     let mut out = Vec::with_capacity(64);
-    Writer::new(&mut out, "typing").string("room", room.as_str()).string("user", user).end();
+    Writer::new(&mut out, "typing")
+        .string("room", room.as_str())
+        .string("user", user)
+        .end();
     text_frame(&out)
 }
 
 /// `kicked`.
 pub(super) fn kicked(room: &RoomId, code: &str) -> Bytes {
     let mut out = Vec::with_capacity(64);
-    Writer::new(&mut out, "kicked").string("room", room.as_str()).string("code", code).end();
+    Writer::new(&mut out, "kicked")
+        .string("room", room.as_str())
+        .string("code", code)
+        .end();
     text_frame(&out)
 }

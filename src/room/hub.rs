@@ -96,7 +96,14 @@ pub struct Member {
 
 impl Member {
     pub(super) fn new(session: u64, user: Arc<str>, conn: Rc<Conn>, next: u64, live: bool) -> Self {
-        Self { session, user, conn, live: Cell::new(live), next: Cell::new(next), left: Cell::new(false) }
+        Self {
+            session,
+            user,
+            conn,
+            live: Cell::new(live),
+            next: Cell::new(next),
+            left: Cell::new(false),
+        }
     }
 
     /// Whether it is no member any more: it left, or the room let it go.
@@ -175,7 +182,10 @@ impl Hub {
     pub(super) fn remove(&self, member: &Rc<Member>) {
         member.left.set(true);
         let mut members = self.members.borrow_mut();
-        if members.get(&member.session).is_some_and(|current| Rc::ptr_eq(current, member)) {
+        if members
+            .get(&member.session)
+            .is_some_and(|current| Rc::ptr_eq(current, member))
+        {
             members.swap_remove(&member.session);
             self.membership.set(self.membership.get() + 1);
             if members.is_empty() {
@@ -254,7 +264,11 @@ impl Hub {
         let subjects = &rooms.subjects;
         let live = if self.durable {
             let subject = subjects.live(rooms.streams.origin(), self.part, &self.room);
-            Some(LiveFeed::open(&rooms.connection, subject).await.map_err(closed)?)
+            Some(
+                LiveFeed::open(&rooms.connection, subject)
+                    .await
+                    .map_err(closed)?,
+            )
         } else {
             None
         };
@@ -264,8 +278,9 @@ impl Hub {
         if self.durable {
             loop {
                 let before = rooms.streams.known(self.part);
-                let classes = [Class::Msg, Class::Ev]
-                    .map(|class| subjects.publish(rooms.streams.origin(), self.part, &self.room, class));
+                let classes = [Class::Msg, Class::Ev].map(|class| {
+                    subjects.publish(rooms.streams.origin(), self.part, &self.room, class)
+                });
                 let heads = rooms
                     .reader
                     .heads_over(&rooms.connection, &self.stream, before.epoch, &classes)
@@ -336,9 +351,13 @@ impl Hub {
         }
         let mut ready = Pass::default();
         for message in batch {
-            let Some(record) = self.record(rooms, message) else { continue };
-            let admission =
-                self.log.borrow().admit(record.class, record.seq, record.previous);
+            let Some(record) = self.record(rooms, message) else {
+                continue;
+            };
+            let admission = self
+                .log
+                .borrow()
+                .admit(record.class, record.seq, record.previous);
             match admission {
                 Admission::Deliver => self.deliver(&record, &mut ready),
                 Admission::Old => self.on_old(rooms, &record),
@@ -374,9 +393,8 @@ impl Hub {
         }
         let epoch = self.log.borrow().epoch();
         let headers = message.headers.as_ref();
-        let record = headers.map(|headers| {
-            Record::stored(headers, message.payload.clone(), subject.class, epoch)
-        });
+        let record = headers
+            .map(|headers| Record::stored(headers, message.payload.clone(), subject.class, epoch));
         match record {
             Some(Ok(record)) => {
                 rooms.streams.note(self.part, record.seq);
@@ -393,7 +411,11 @@ impl Hub {
     /// stream began anew, and nothing will fit until that is noticed.
     fn on_old(&self, rooms: &Rc<Rooms>, record: &Record) {
         count(Counter::MessageSuppressed(Suppressed::Old), 1);
-        if self.log.borrow().contradicts(record.seq, record.fingerprint) {
+        if self
+            .log
+            .borrow()
+            .contradicts(record.seq, record.fingerprint)
+        {
             rooms.suspect(self.part);
         }
     }
@@ -418,7 +440,9 @@ impl Hub {
     /// Reads the stream from `from` to its end and delivers what was not delivered. Repeats until it succeeds: live messages
     /// wait in the subscription, and what that drops is read here later.
     async fn fill_from(&self, rooms: &Rooms, from: u64, cause: GapCause) {
-        let filter = rooms.subjects.stored_all(rooms.streams.origin(), self.part, &self.room);
+        let filter = rooms
+            .subjects
+            .stored_all(rooms.streams.origin(), self.part, &self.room);
         let epoch = self.log.borrow().epoch();
         let mut next = from;
         let mut found = 0;
@@ -490,7 +514,9 @@ impl Hub {
         let mut ready = Pass::default();
         for message in batch {
             let headers = message.headers.as_ref();
-            let kind = headers.and_then(|h| h.get_last(header::KIND)).map(|v| v.as_str());
+            let kind = headers
+                .and_then(|h| h.get_last(header::KIND))
+                .map(|v| v.as_str());
             let mut record = Record::ephemeral(headers, message.payload.clone(), unix_ms());
             if kind == Some(KIND_TYPING) {
                 self.push_typing(&record.from);
@@ -515,7 +541,12 @@ impl Hub {
     fn push_typing(&self, user: &str) {
         let frame = encode::typing(&self.room, user);
         let mut told = 0;
-        for member in self.members.borrow().values().filter(|member| &*member.user != user) {
+        for member in self
+            .members
+            .borrow()
+            .values()
+            .filter(|member| &*member.user != user)
+        {
             member.conn.send(std::slice::from_ref(&frame));
             told += 1;
         }

@@ -24,7 +24,7 @@ const MAX_REFERENCES: usize = 1024;
 ///   was lost in silence before (see [`RoomLog::admit`]).
 /// - Every message after `floor` is in memory.
 #[derive(Debug)]
-pub struct RoomLog {
+pub(super) struct RoomLog {
     origin: Region,
     epoch: Epoch,
     /// Last sequence per class.
@@ -44,22 +44,22 @@ pub struct RoomLog {
 
 /// One delivered message.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub(super) struct Entry {
     /// Its sequence.
-    pub seq: u64,
+    pub(super) seq: u64,
     /// Its fingerprint.
-    pub fingerprint: Fingerprint,
+    pub(super) fingerprint: Fingerprint,
     /// The room's position after it: its own sequence, or a higher one where it came late.
-    pub position: u64,
+    pub(super) position: u64,
     /// Its time, ms since 1970.
-    pub ts: u64,
+    pub(super) ts: u64,
     /// The complete frame for every receiver.
-    pub frame: Bytes,
+    pub(super) frame: Bytes,
 }
 
 /// What is to be done with a message that came live.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Admission {
+pub(super) enum Admission {
     /// Deliver it.
     Deliver,
     /// It was delivered before, or lies before the log's beginning.
@@ -73,7 +73,7 @@ pub enum Admission {
 
 /// Where a session with a cursor can go on.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Resume {
+pub(super) enum Resume {
     /// Everything after the cursor is in memory, from this index on.
     Memory(u64),
     /// The cursor lies before what is in memory.
@@ -88,7 +88,7 @@ impl RoomLog {
     /// A log that stands at the heads of its classes; where there are none, at `empty_at`: a sequence of the stream up to
     /// which the room is known to be empty.
     #[must_use]
-    pub fn new(
+    pub(super) fn new(
         origin: Region,
         epoch: Epoch,
         heads: &[Record],
@@ -96,10 +96,14 @@ impl RoomLog {
         max_bytes: usize,
     ) -> Self {
         let newest = heads.iter().max_by_key(|record| record.seq);
-        let (position, fingerprint) = newest
-            .map_or((empty_at, Fingerprint::default()), |record| (record.seq, record.fingerprint));
+        let (position, fingerprint) = newest.map_or((empty_at, Fingerprint::default()), |record| {
+            (record.seq, record.fingerprint)
+        });
         let last = [Class::Msg, Class::Ev].map(|class| {
-            heads.iter().find(|r| r.class == class).map_or(position, |record| record.seq)
+            heads
+                .iter()
+                .find(|r| r.class == class)
+                .map_or(position, |record| record.seq)
         });
         Self {
             origin,
@@ -120,55 +124,59 @@ impl RoomLog {
 
     /// The epoch of the stream.
     #[must_use]
-    pub fn epoch(&self) -> Epoch {
+    pub(super) fn epoch(&self) -> Epoch {
         self.epoch
     }
 
     /// The region whose stream this is.
     #[must_use]
-    pub fn origin(&self) -> &Region {
+    pub(super) fn origin(&self) -> &Region {
         &self.origin
     }
 
     /// The sequence up to which everything was delivered.
     #[must_use]
-    pub fn position(&self) -> u64 {
+    pub(super) fn position(&self) -> u64 {
         self.position
     }
 
     /// Every message after this sequence is in memory.
     #[must_use]
-    pub fn floor(&self) -> u64 {
+    pub(super) fn floor(&self) -> u64 {
         self.floor
     }
 
     /// The last sequence of a class.
     #[must_use]
-    pub fn last(&self, class: Class) -> u64 {
+    pub(super) fn last(&self, class: Class) -> u64 {
         self.last[index(class)]
     }
 
     /// The room's cursor.
     #[must_use]
-    pub fn cursor(&self) -> Cursor {
+    pub(super) fn cursor(&self) -> Cursor {
         self.cursor_at(self.position, self.fingerprint)
     }
 
     /// A cursor of this log.
     #[must_use]
-    pub fn cursor_at(&self, seq: u64, fingerprint: Fingerprint) -> Cursor {
-        Cursor::single(Position { seq, fingerprint, ..self.position_now() })
+    pub(super) fn cursor_at(&self, seq: u64, fingerprint: Fingerprint) -> Cursor {
+        Cursor::single(Position {
+            seq,
+            fingerprint,
+            ..self.position_now()
+        })
     }
 
     /// The index that the next delivery will have.
     #[must_use]
-    pub fn head_index(&self) -> u64 {
+    pub(super) fn head_index(&self) -> u64 {
         self.base + self.entries.len() as u64
     }
 
     /// First sequence that may be missing when something may have been lost since the last delivery.
     #[must_use]
-    pub fn after_position(&self) -> u64 {
+    pub(super) fn after_position(&self) -> u64 {
         self.position + 1
     }
 
@@ -179,7 +187,7 @@ impl RoomLog {
     /// class comes, nothing shows. [`crate::bus::LiveFeed`] therefore watches for all causes of loss on the way from the
     /// server, and the periodic comparison with the stream finds what a server lost; such a message is delivered late.
     #[must_use]
-    pub fn admit(&self, class: Class, seq: u64, previous: Option<u64>) -> Admission {
+    pub(super) fn admit(&self, class: Class, seq: u64, previous: Option<u64>) -> Admission {
         let last = self.last(class);
         if seq <= last {
             Admission::Old
@@ -193,7 +201,7 @@ impl RoomLog {
     /// Takes note of an admitted message and returns the cursor of its frame, or `None` if its reference was delivered
     /// before (the first one wins): then the position moves on and there is no frame.
     #[must_use]
-    pub fn advance(&mut self, record: &Record) -> Option<Cursor> {
+    pub(super) fn advance(&mut self, record: &Record) -> Option<Cursor> {
         self.last[index(record.class)] = record.seq;
         if record.seq > self.position {
             self.position = record.seq;
@@ -219,7 +227,7 @@ impl RoomLog {
     }
 
     /// Keeps the frame of the message that [`Self::advance`] has just taken note of.
-    pub fn push(&mut self, record: &Record, frame: Bytes) {
+    pub(super) fn push(&mut self, record: &Record, frame: Bytes) {
         self.bytes += frame.len();
         self.entries.push_back(Entry {
             seq: record.seq,
@@ -235,15 +243,18 @@ impl RoomLog {
             self.base += 1;
             if oldest.position > self.floor {
                 self.floor = oldest.position;
-                self.floor_fingerprint =
-                    if oldest.seq == oldest.position { oldest.fingerprint } else { Fingerprint(0) };
+                self.floor_fingerprint = if oldest.seq == oldest.position {
+                    oldest.fingerprint
+                } else {
+                    Fingerprint(0)
+                };
             }
         }
     }
 
     /// Where a session with the component `since` of this log's origin and epoch can go on.
     #[must_use]
-    pub fn resume(&self, since: &Position) -> Resume {
+    pub(super) fn resume(&self, since: &Position) -> Resume {
         if since.seq > self.position {
             return Resume::Ahead;
         }
@@ -275,14 +286,18 @@ impl RoomLog {
     }
 
     /// The frames in memory of messages after `seq`: all there are, if `seq` is not below [`Self::floor`].
-    pub fn frames_after(&self, seq: u64) -> impl Iterator<Item = Bytes> {
+    pub(super) fn frames_after(&self, seq: u64) -> impl Iterator<Item = Bytes> {
         let later = self.entries.partition_point(|entry| entry.position <= seq);
-        self.entries.iter().skip(later).filter(move |entry| entry.seq > seq).map(|e| e.frame.clone())
+        self.entries
+            .iter()
+            .skip(later)
+            .filter(move |entry| entry.seq > seq)
+            .map(|e| e.frame.clone())
     }
 
     /// The place up to which everything was delivered.
     #[must_use]
-    pub fn position_now(&self) -> Position {
+    pub(super) fn position_now(&self) -> Position {
         Position {
             origin: self.origin.clone(),
             epoch: self.epoch,
@@ -292,21 +307,22 @@ impl RoomLog {
     }
 
     /// The entries from `index` on; `None` if some of them have been forgotten.
-    pub fn entries_from(&self, index: u64) -> Option<impl Iterator<Item = &Entry>> {
+    pub(super) fn entries_from(&self, index: u64) -> Option<impl Iterator<Item = &Entry>> {
         let skip = usize::try_from(index.checked_sub(self.base)?).ok()?;
         Some(self.entries.iter().skip(skip))
     }
 
     /// The time of the message at `seq`, if it is in memory.
     #[must_use]
-    pub fn time_of(&self, seq: u64) -> Option<u64> {
+    pub(super) fn time_of(&self, seq: u64) -> Option<u64> {
         self.find(seq).map(|entry| entry.ts)
     }
 
     /// Whether the message at `seq` is in memory with another fingerprint than `fingerprint`.
     #[must_use]
-    pub fn contradicts(&self, seq: u64, fingerprint: Fingerprint) -> bool {
-        self.find(seq).is_none_or(|entry| entry.fingerprint != fingerprint)
+    pub(super) fn contradicts(&self, seq: u64, fingerprint: Fingerprint) -> bool {
+        self.find(seq)
+            .is_none_or(|entry| entry.fingerprint != fingerprint)
     }
 
     fn find(&self, seq: u64) -> Option<&Entry> {
@@ -369,16 +385,27 @@ mod tests {
             origin: Region::parse("seoul").unwrap(),
             epoch: Epoch::parse("k3").unwrap(),
             seq,
-            fingerprint: if id.is_empty() { Fingerprint(0) } else { Fingerprint::of(id.as_bytes()) },
+            fingerprint: if id.is_empty() {
+                Fingerprint(0)
+            } else {
+                Fingerprint::of(id.as_bytes())
+            },
         }
     }
 
     #[test]
     fn gaps_are_seen_per_class() {
-        let mut log = log(&[record(5, Class::Msg, "a"), record(9, Class::Ev, "b")], 20, 1000);
+        let mut log = log(
+            &[record(5, Class::Msg, "a"), record(9, Class::Ev, "b")],
+            20,
+            1000,
+        );
         assert_eq!(log.position(), 9);
         assert_eq!(log.admit(Class::Msg, 5, Some(3)), Admission::Old);
-        assert_eq!(log.admit(Class::Msg, 12, Some(11)), Admission::Gap { from: 6 });
+        assert_eq!(
+            log.admit(Class::Msg, 12, Some(11)),
+            Admission::Gap { from: 6 }
+        );
         assert_eq!(log.admit(Class::Msg, 12, Some(5)), Admission::Deliver);
         // The predecessor was erased: nothing between it and us.
         assert_eq!(log.admit(Class::Msg, 12, Some(2)), Admission::Deliver);
@@ -416,7 +443,13 @@ mod tests {
         assert_eq!(log.resume(&since(18, "other")), Resume::Doubtful);
         assert_eq!(log.resume(&since(19, "m19")), Resume::Ahead);
         assert!(log.entries_from(0).is_none());
-        assert_eq!(log.entries_from(2).unwrap().map(|e| e.seq).collect::<Vec<_>>(), [16, 18]);
+        assert_eq!(
+            log.entries_from(2)
+                .unwrap()
+                .map(|e| e.seq)
+                .collect::<Vec<_>>(),
+            [16, 18]
+        );
     }
 
     #[test]

@@ -223,7 +223,9 @@ impl Rooms {
                 }
                 continue;
             }
-            let Some(cursor) = &since else { return Ok((hub, Plan::Fresh)) };
+            let Some(cursor) = &since else {
+                return Ok((hub, Plan::Fresh));
+            };
             if !durable {
                 return Ok((hub, Plan::Reset(ResetReason::Ephemeral)));
             }
@@ -243,11 +245,11 @@ impl Rooms {
                 }
                 return Ok((hub, Plan::Reset(ResetReason::Epoch)));
             }
-            if let Some(found) = backlog.take() {
-                if found.upto.0 >= hub.log.borrow().floor() {
-                    return Ok((hub, Plan::Backlog(cursor.clone(), found)));
-                }
-                // The room ran on further than memory reaches while we read: read again, until the join's time is up.
+            // If the room ran on further than memory reaches while we read, read again, until the join's time is up.
+            if let Some(found) = backlog.take()
+                && found.upto.0 >= hub.log.borrow().floor()
+            {
+                return Ok((hub, Plan::Backlog(cursor.clone(), found)));
             }
             let resume = hub.log.borrow().resume(position);
             match resume {
@@ -282,7 +284,11 @@ impl Rooms {
             let log = hub.log.borrow();
             let head = hub.durable.then(|| log.cursor());
             let from_memory = |index: u64| -> Vec<Bytes> {
-                log.entries_from(index).into_iter().flatten().map(|e| e.frame.clone()).collect()
+                log.entries_from(index)
+                    .into_iter()
+                    .flatten()
+                    .map(|e| e.frame.clone())
+                    .collect()
             };
             let joined = |cursor: Option<Cursor>, frames: &[Bytes], reset| Joined {
                 cursor,
@@ -291,12 +297,16 @@ impl Rooms {
                 reset,
             };
             match plan {
-                Plan::Fresh => {
-                    (Vec::new(), joined(head.clone(), &[], None), metrics::Joined::Live)
-                }
-                Plan::Reset(reason) => {
-                    (Vec::new(), joined(head.clone(), &[], Some(reason)), reason.result())
-                }
+                Plan::Fresh => (
+                    Vec::new(),
+                    joined(head.clone(), &[], None),
+                    metrics::Joined::Live,
+                ),
+                Plan::Reset(reason) => (
+                    Vec::new(),
+                    joined(head.clone(), &[], Some(reason)),
+                    reason.result(),
+                ),
                 Plan::Memory(cursor, index) => {
                     let frames = from_memory(index);
                     count(Counter::MessageReplayed(Source::Ring), frames.len() as u64);
@@ -305,9 +315,15 @@ impl Rooms {
                 }
                 Plan::Backlog(cursor, backlog) => {
                     let position = log.position();
-                    let read = backlog.entries().iter().filter(|missed| missed.seq <= position);
+                    let read = backlog
+                        .entries()
+                        .iter()
+                        .filter(|missed| missed.seq <= position);
                     let mut frames: Vec<Bytes> = read.map(|missed| missed.frame.clone()).collect();
-                    count(Counter::MessageReplayed(Source::Stream), frames.len() as u64);
+                    count(
+                        Counter::MessageReplayed(Source::Stream),
+                        frames.len() as u64,
+                    );
                     frames.extend(log.frames_after(backlog.upto.0));
                     let joined = joined(Some(cursor), &frames, None);
                     (frames, joined, metrics::Joined::Stream)
@@ -319,7 +335,13 @@ impl Rooms {
         let head = hub.log.borrow().head_index();
         let bytes: usize = frames.iter().map(Bytes::len).sum();
         let fits = bytes <= PIECE;
-        let member = Rc::new(Member::new(who.session, who.user, Rc::clone(&conn), head, fits));
+        let member = Rc::new(Member::new(
+            who.session,
+            who.user,
+            Rc::clone(&conn),
+            head,
+            fits,
+        ));
         hub.add(Rc::clone(&member));
         if fits {
             conn.send(&frames);
@@ -335,7 +357,13 @@ impl Rooms {
     /// Hands a large backlog over at the pace at which the client reads, then what has come to the room meanwhile (from
     /// memory, or from the stream where memory does not reach back), until there is nothing more: then the member is fed
     /// live. A client that falls further behind than `rooms.replay_max` is closed as too slow.
-    async fn catch_up(self: &Rc<Self>, hub: &Rc<Hub>, member: &Rc<Member>, frames: Vec<Bytes>, place: Position) {
+    async fn catch_up(
+        self: &Rc<Self>,
+        hub: &Rc<Hub>,
+        member: &Rc<Member>,
+        frames: Vec<Bytes>,
+        place: Position,
+    ) {
         let conn = member.conn();
         let mut place = place;
         let mut frames = frames;
@@ -392,7 +420,8 @@ impl Rooms {
         if let Some(hub) = self.hubs.borrow().get(room)
             && !hub.is_gone()
         {
-            hub.empty_since.set(hub.empty_since.get().map(|_| Instant::now()));
+            hub.empty_since
+                .set(hub.empty_since.get().map(|_| Instant::now()));
             return Rc::clone(hub);
         }
         let hub = Hub::new(self, room.clone(), durable);
@@ -406,7 +435,10 @@ impl Rooms {
     pub(super) fn forget(&self, hub: &Rc<Hub>) {
         gauge_add(Gauge::RoomActive, -1);
         let mut hubs = self.hubs.borrow_mut();
-        if hubs.get(&hub.room).is_some_and(|current| Rc::ptr_eq(current, hub)) {
+        if hubs
+            .get(&hub.room)
+            .is_some_and(|current| Rc::ptr_eq(current, hub))
+        {
             hubs.remove(&hub.room);
         }
     }
@@ -424,7 +456,9 @@ impl Rooms {
     /// A share of `rooms.replay_memory` for a backlog of at most `bytes`.
     pub(super) async fn replay_share(&self, bytes: usize) -> anyhow::Result<OwnedSemaphorePermit> {
         let units = u32::try_from(bytes / 1024)?.max(1);
-        Ok(Arc::clone(&self.replay_memory).acquire_many_owned(units).await?)
+        Ok(Arc::clone(&self.replay_memory)
+            .acquire_many_owned(units)
+            .await?)
     }
 
     /// Gives back what a backlog of `bytes` does not need.
@@ -480,7 +514,10 @@ impl Rooms {
             {
                 let hubs = self.hubs.borrow();
                 for hub in hubs.values().filter(|hub| hub.is_ready()) {
-                    if hub.empty_since.get().is_some_and(|since| since.elapsed() >= self.config.idle)
+                    if hub
+                        .empty_since
+                        .get()
+                        .is_some_and(|since| since.elapsed() >= self.config.idle)
                         && hub.member_count() == 0
                     {
                         hub.end(None);
@@ -504,7 +541,11 @@ impl Rooms {
     fn is_due(&self, hub: &Hub) -> bool {
         let age = hub.checked.get().elapsed();
         // Spread over the last third of the interval.
-        let wait = if !hub.compared.get() { FIRST_CHECK } else { self.config.resync.mul_f64(rand::random_range(0.6..0.95)) };
+        let wait = if !hub.compared.get() {
+            FIRST_CHECK
+        } else {
+            self.config.resync.mul_f64(rand::random_range(0.6..0.95))
+        };
         age >= wait.min(self.config.resync.mul_f64(0.95))
     }
 
@@ -514,10 +555,13 @@ impl Rooms {
         let subjects: Vec<String> = hubs
             .iter()
             .flat_map(|hub| {
-                [Class::Msg, Class::Ev].map(|class| self.subjects.publish(origin, part, &hub.room, class))
+                [Class::Msg, Class::Ev]
+                    .map(|class| self.subjects.publish(origin, part, &hub.room, class))
             })
             .collect();
-        let Some(first) = hubs.first() else { return true };
+        let Some(first) = hubs.first() else {
+            return true;
+        };
         let epoch = self.streams.known(part).epoch;
         let heads = match self.reader.heads(&first.stream, epoch, &subjects).await {
             Ok(heads) => heads,

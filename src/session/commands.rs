@@ -40,7 +40,13 @@ pub(crate) fn check_publication(
     identity: &Identity,
     publication: &Publication,
 ) -> Result<bool, Refused> {
-    let Publication { room, kind, body, target, .. } = publication;
+    let Publication {
+        room,
+        kind,
+        body,
+        target,
+        ..
+    } = publication;
     let durable = namespace(config, room)?.durable;
     if !identity.may(Right::Write, room) {
         return Err(forbidden(Right::Write, room));
@@ -49,12 +55,18 @@ pub(crate) fn check_publication(
         && !reference.is_by(&identity.user)
         && !identity.may(Right::Moderate, room)
     {
-        let text = format!("{} of another's message needs the right moderate", kind.as_str());
+        let text = format!(
+            "{} of another's message needs the right moderate",
+            kind.as_str()
+        );
         return Err((ErrorCode::Forbidden, text));
     }
     let (size, limit) = (body.get().len() as u64, config.limits.body.as_u64());
     if size > limit {
-        return Err((ErrorCode::TooLarge, format!("the body has {size} bytes, the limit is {limit}")));
+        return Err((
+            ErrorCode::TooLarge,
+            format!("the body has {size} bytes, the limit is {limit}"),
+        ));
     }
     Ok(durable)
 }
@@ -70,7 +82,10 @@ pub(crate) fn namespace<'c>(
 }
 
 fn forbidden(right: Right, room: &RoomId) -> Refused {
-    (ErrorCode::Forbidden, format!("the token does not grant {} on {room}", right.as_str()))
+    (
+        ErrorCode::Forbidden,
+        format!("the token does not grant {} on {room}", right.as_str()),
+    )
 }
 
 /// What a client is told of a publish that failed.
@@ -93,7 +108,13 @@ impl Session {
         if !self.within_pace() {
             self.rate_strikes.set(self.rate_strikes.get() + 1);
             let limit = self.context.config.limits.commands_per_second;
-            self.refuse(rid, (ErrorCode::RateLimited, format!("more than {limit} commands per second")));
+            self.refuse(
+                rid,
+                (
+                    ErrorCode::RateLimited,
+                    format!("more than {limit} commands per second"),
+                ),
+            );
             if self.rate_strikes.get() >= MAX_RATE_STRIKES {
                 self.conn.close(Close::TooMany);
             }
@@ -103,13 +124,17 @@ impl Session {
         let identity = self.identity.borrow().clone();
         let done = match (identity, op) {
             (None, Op::Auth { token }) => self.auth(rid, &token),
-            (None, _) => Err((ErrorCode::Unauthorized, "the first command must be auth".to_owned())),
+            (None, _) => Err((
+                ErrorCode::Unauthorized,
+                "the first command must be auth".to_owned(),
+            )),
             (Some(_), Op::Auth { .. }) => {
                 let text = "auth is only for the first frame; refresh replaces a token".to_owned();
                 Err((ErrorCode::BadRequest, text))
             }
             (Some(_), Op::Ping) => {
-                self.replies.now(frame(|out| Writer::reply(out, "pong", rid).end()));
+                self.replies
+                    .now(frame(|out| Writer::reply(out, "pong", rid).end()));
                 Ok(())
             }
             (Some(identity), Op::Refresh { token }) => self.refresh(rid, &identity, &token),
@@ -117,9 +142,7 @@ impl Session {
                 self.join(rid, &identity, room, since).await
             }
             (Some(_), Op::Leave { room }) => self.leave(rid, &room),
-            (Some(identity), Op::Send(publication)) => {
-                self.send(rid, identity, *publication).await
-            }
+            (Some(identity), Op::Send(publication)) => self.send(rid, identity, *publication).await,
             (Some(identity), Op::Typing { room }) => self.typing(rid, &identity, &room).await,
         };
         if let Err(refused) = done {
@@ -183,12 +206,19 @@ impl Session {
             let text = "the new token is of another user".to_owned();
             return Err((ErrorCode::Forbidden, text));
         }
-        self.replies
-            .now(frame(|out| Writer::reply(out, "refreshed", rid).number("exp", new.exp).end()));
+        self.replies.now(frame(|out| {
+            Writer::reply(out, "refreshed", rid)
+                .number("exp", new.exp)
+                .end()
+        }));
         // Rooms that the new token does not cover any more.
         let lost: Vec<RoomId> = {
             let rooms = self.rooms.borrow();
-            rooms.keys().filter(|room| !new.may(Right::Read, room)).cloned().collect()
+            rooms
+                .keys()
+                .filter(|room| !new.may(Right::Read, room))
+                .cloned()
+                .collect()
         };
         for room in lost {
             self.rooms.borrow_mut().remove(&room);
@@ -226,7 +256,10 @@ impl Session {
             let mut rooms = self.rooms.borrow_mut();
             rooms.retain(|_, membership| !membership.has_ended());
             if rooms.len() >= limit && !rooms.contains_key(&room) {
-                return Err((ErrorCode::Limit, format!("a session may be in {limit} rooms")));
+                return Err((
+                    ErrorCode::Limit,
+                    format!("a session may be in {limit} rooms"),
+                ));
             }
         }
         // The reply begins the membership, and replies go in order: the acks before it first.
@@ -256,17 +289,14 @@ impl Session {
             return Err(not_joined(room));
         }
         self.replies.now(frame(|out| {
-            Writer::reply(out, "left", rid).string("room", room.as_str()).end();
+            Writer::reply(out, "left", rid)
+                .string("room", room.as_str())
+                .end();
         }));
         Ok(())
     }
 
-    async fn typing(
-        &self,
-        rid: u64,
-        identity: &Identity,
-        room: &RoomId,
-    ) -> Result<(), Refused> {
+    async fn typing(&self, rid: u64, identity: &Identity, room: &RoomId) -> Result<(), Refused> {
         if !namespace(&self.context.config, room)?.typing {
             let text = format!("typing is off in the namespace {:?}", room.namespace());
             return Err((ErrorCode::BadRequest, text));
@@ -274,7 +304,12 @@ impl Session {
         if !identity.may(Right::Write, room) {
             return Err(forbidden(Right::Write, room));
         }
-        if self.rooms.borrow().get(room).is_none_or(|membership| membership.has_ended()) {
+        if self
+            .rooms
+            .borrow()
+            .get(room)
+            .is_none_or(|membership| membership.has_ended())
+        {
             return Err(not_joined(room));
         }
         self.context
@@ -283,7 +318,8 @@ impl Session {
             .await
             .map_err(|error| publish_refusal(&error))?;
         count(Counter::TypingPublished, 1);
-        self.replies.now(frame(|out| Writer::reply(out, "ok", rid).end()));
+        self.replies
+            .now(frame(|out| Writer::reply(out, "ok", rid).end()));
         Ok(())
     }
 
@@ -323,10 +359,21 @@ impl Session {
                 &made
             }
         };
-        let outgoing = Outgoing { publication, user: &identity.user, id };
+        let outgoing = Outgoing {
+            publication,
+            user: &identity.user,
+            id,
+        };
         match self.accept(&outgoing, durable).await {
             Ok(accepted) => {
-                count(Counter::MessagePublished(if durable { Published::Durable } else { Published::Ephemeral }), 1);
+                count(
+                    Counter::MessagePublished(if durable {
+                        Published::Durable
+                    } else {
+                        Published::Ephemeral
+                    }),
+                    1,
+                );
                 ack_frame(rid, &publication.room, id, &accepted)
             }
             Err(error) => {
@@ -336,11 +383,19 @@ impl Session {
         }
     }
 
-    async fn accept(&self, outgoing: &Outgoing<'_>, durable: bool) -> Result<Accepted, PublishError> {
+    async fn accept(
+        &self,
+        outgoing: &Outgoing<'_>,
+        durable: bool,
+    ) -> Result<Accepted, PublishError> {
         let Context { publisher, .. } = &*self.context;
         if !durable {
             let ts = publisher.ephemeral(outgoing).await?;
-            return Ok(Accepted { cursor: None, ts, duplicate: false });
+            return Ok(Accepted {
+                cursor: None,
+                ts,
+                duplicate: false,
+            });
         }
         let room = &outgoing.publication.room;
         let acked = publisher.durable(outgoing).await?;
@@ -355,17 +410,33 @@ impl Session {
             Some(ts) => ts,
             None => publisher.stored_at(room, &acked).await?,
         };
-        Ok(Accepted { cursor: Some(acked.cursor), ts, duplicate: acked.duplicate })
+        Ok(Accepted {
+            cursor: Some(acked.cursor),
+            ts,
+            duplicate: acked.duplicate,
+        })
     }
 }
 
 fn not_joined(room: &RoomId) -> Refused {
-    (ErrorCode::NotJoined, format!("this session is not in {room}"))
+    (
+        ErrorCode::NotJoined,
+        format!("this session is not in {room}"),
+    )
 }
 
 fn error_frame(rid: u64, code: ErrorCode, message: String) -> Bytes {
     count(Counter::CommandRefused(code), 1);
-    frame(|out| write_error(out, &Refusal { rid: Some(rid), code, message }))
+    frame(|out| {
+        write_error(
+            out,
+            &Refusal {
+                rid: Some(rid),
+                code,
+                message,
+            },
+        )
+    })
 }
 
 fn joined_frame(rid: u64, room: &RoomId, joined: &Joined) -> Bytes {
@@ -373,11 +444,15 @@ fn joined_frame(rid: u64, room: &RoomId, joined: &Joined) -> Bytes {
         let mut writer = Writer::reply(out, "joined", rid);
         writer.string("room", room.as_str());
         if let (Some(cursor), Some(head)) = (&joined.cursor, &joined.head) {
-            writer.string("cursor", &cursor.to_string()).string("head", &head.to_string());
+            writer
+                .string("cursor", &cursor.to_string())
+                .string("head", &head.to_string());
         }
         writer.number("replay", joined.replay);
         if let Some(reason) = joined.reset {
-            writer.boolean("reset", true).string("reason", reason.as_str());
+            writer
+                .boolean("reset", true)
+                .string("reason", reason.as_str());
         }
         writer.end();
     })
@@ -390,7 +465,10 @@ fn ack_frame(rid: u64, room: &RoomId, id: &str, accepted: &Accepted) -> Bytes {
         if let Some(cursor) = &accepted.cursor {
             writer.string("cursor", &cursor.to_string());
         }
-        writer.number("ts", accepted.ts).boolean("dup", accepted.duplicate).end();
+        writer
+            .number("ts", accepted.ts)
+            .boolean("dup", accepted.duplicate)
+            .end();
     })
 }
 

@@ -77,7 +77,7 @@ pub struct Context {
     /// Bytes just read; nobody keeps any between two reads.
     pub buffer: RefCell<Vec<u8>>,
     /// Counts a user's sessions; `None` means that there are too many.
-    pub admit_user: Box<dyn Fn(&str) -> Option<UserSlot>>,
+    pub admit_user: AdmitUser,
 }
 
 impl std::fmt::Debug for Context {
@@ -85,6 +85,9 @@ impl std::fmt::Debug for Context {
         f.debug_struct("Context").finish_non_exhaustive()
     }
 }
+
+/// Gives a user a place, if there is one.
+pub type AdmitUser = Box<dyn Fn(&str) -> Option<UserSlot>>;
 
 /// A user's place among `limits.sessions_per_user`, given back when dropped.
 pub type UserSlot = Box<dyn std::any::Any>;
@@ -111,7 +114,9 @@ pub struct Session {
 
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Session").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("Session")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -162,7 +167,8 @@ impl Session {
 
     /// Serves the connection until it is gone. `first`: bytes that came with the handshake.
     pub async fn run(self: Rc<Self>, mut first: Vec<u8>) {
-        let limit = usize::try_from(self.context.config.limits.frame.as_u64()).unwrap_or(usize::MAX);
+        let limit =
+            usize::try_from(self.context.config.limits.frame.as_u64()).unwrap_or(usize::MAX);
         let mut decoder = Decoder::new(limit);
         let mut inbox = VecDeque::new();
         self.tell_expiry(unix_s());
@@ -199,7 +205,10 @@ impl Session {
         self.rooms.borrow_mut().clear();
         self.user_slot.borrow_mut().take();
         self.conn.close(Close::Normal);
-        count(Counter::SessionClosed(self.conn.closing().unwrap_or(Close::Normal)), 1);
+        count(
+            Counter::SessionClosed(self.conn.closing().unwrap_or(Close::Normal)),
+            1,
+        );
         self.conn.closed().await;
     }
 
@@ -227,7 +236,11 @@ impl Session {
     fn within_pace(&self) -> bool {
         let limits = &self.context.config.limits;
         let mut pace = self.pace.get();
-        let within = pace.take(Instant::now(), limits.commands_per_second, limits.commands_burst);
+        let within = pace.take(
+            Instant::now(),
+            limits.commands_per_second,
+            limits.commands_burst,
+        );
         self.pace.set(pace);
         within
     }
@@ -254,12 +267,18 @@ impl Session {
 
     /// Tells the client that its token runs out, and closes when it has.
     fn tell_expiry(&self, now_s: u64) {
-        let Some(identity) = self.identity.borrow().clone() else { return };
+        let Some(identity) = self.identity.borrow().clone() else {
+            return;
+        };
         if now_s >= self.context.verifier.deadline(&identity) {
             self.conn.close(Close::BadToken);
         } else if !self.expiry_told.get() && now_s + EXPIRY_NOTICE_S >= identity.exp {
             self.expiry_told.set(true);
-            self.push(|out| Writer::new(out, "token_expiring").number("exp", identity.exp).end());
+            self.push(|out| {
+                Writer::new(out, "token_expiring")
+                    .number("exp", identity.exp)
+                    .end()
+            });
         }
     }
 
@@ -269,7 +288,11 @@ impl Session {
         self.draining.set(true);
         self.replies.idle().await;
         let after_ms = rand::random_range(0..500);
-        self.push(|out| Writer::new(out, "reconnect").number("after_ms", after_ms).end());
+        self.push(|out| {
+            Writer::new(out, "reconnect")
+                .number("after_ms", after_ms)
+                .end()
+        });
         self.conn.close(Close::Draining);
     }
 

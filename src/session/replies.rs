@@ -60,14 +60,22 @@ pub(super) struct Ticket {
 
 impl Replies {
     pub(super) fn new(conn: Rc<Conn>) -> Self {
-        Self { conn, state: RefCell::default(), bytes: Cell::new(0), changed: Notify::new() }
+        Self {
+            conn,
+            state: RefCell::default(),
+            bytes: Cell::new(0),
+            changed: Notify::new(),
+        }
     }
 
     /// Takes the next place for the ack of a publish of `bytes` to `room`.
     pub(super) fn promise(&self, room: RoomId, bytes: usize) -> Ticket {
         let mut state = self.state.borrow_mut();
         let number = state.base + state.slots.len() as u64;
-        state.slots.push_back(Slot { room: Some(room), reply: Reply::Awaited });
+        state.slots.push_back(Slot {
+            room: Some(room),
+            reply: Reply::Awaited,
+        });
         self.bytes.set(self.bytes.get() + bytes);
         Ticket { number, bytes }
     }
@@ -94,7 +102,10 @@ impl Replies {
             drop(state);
             self.conn.send(&[reply]);
         } else {
-            state.slots.push_back(Slot { room: None, reply: Reply::Held(reply) });
+            state.slots.push_back(Slot {
+                room: None,
+                reply: Reply::Held(reply),
+            });
             state.held += 1;
         }
     }
@@ -105,7 +116,10 @@ impl Replies {
         let mut state = self.state.borrow_mut();
         let State { slots, base, held } = &mut *state;
         loop {
-            match slots.front_mut().map(|slot| std::mem::replace(&mut slot.reply, Reply::Sent)) {
+            match slots
+                .front_mut()
+                .map(|slot| std::mem::replace(&mut slot.reply, Reply::Sent))
+            {
                 Some(Reply::Held(reply)) => {
                     ready.push(reply);
                     *held -= 1;
@@ -190,8 +204,10 @@ mod tests {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                 let peer = tokio::net::TcpStream::connect(listener.local_addr().unwrap());
                 let (peer, accepted) = tokio::join!(peer, listener.accept());
-                let limits =
-                    ConnLimits { outbox_bytes: 1 << 20, stall: Duration::from_secs(30) };
+                let limits = ConnLimits {
+                    outbox_bytes: 1 << 20,
+                    stall: Duration::from_secs(30),
+                };
                 let replies = Replies::new(Conn::new(accepted.unwrap().0, Rc::new(limits)));
                 script(&replies);
                 let mut read = vec![0; count];

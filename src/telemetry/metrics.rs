@@ -534,8 +534,8 @@ mod tests {
             .iter()
             .for_each(|op| add(Counter::CommandReceived(*op)));
         add(Counter::MessageDelivered);
-        add(Counter::TypingDropped);
-        assert_eq!(Counter::TypingDropped.slot(), COUNTER_SLOTS - 1);
+        add(Counter::TypingDelivered);
+        assert_eq!(Counter::TypingDelivered.slot(), COUNTER_SLOTS - 1);
     }
 
     #[test]
