@@ -38,6 +38,9 @@ const BATCH: usize = 64;
 /// Members written to before other tasks of the shard get a turn.
 const MEMBERS_A_TURN: usize = 128;
 
+/// Reads for a gap after which what is missing is taken for erased.
+const GAP_READS: usize = 20;
+
 /// Pause before a read that failed is repeated.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -337,16 +340,11 @@ impl Hub {
             };
             // Before the read: what comes to be suspect after it must raise a new suspicion.
             live.settle();
-            let from = self.log.borrow().after_position();
-            self.fill_from(rooms, from, cause).await;
+            self.fill_in(rooms, cause).await;
         }
         let wanted = self.wanted.get();
         if *self.filled.borrow() < wanted {
-            let from = {
-                let log = self.log.borrow();
-                log.last(Class::Msg).min(log.last(Class::Ev)) + 1
-            };
-            self.fill_from(rooms, from, GapCause::Resync).await;
+            self.fill_in(rooms, GapCause::Resync).await;
             self.filled.send_replace(wanted);
         }
         let mut ready = Pass::default();
@@ -361,9 +359,9 @@ impl Hub {
             match admission {
                 Admission::Deliver => self.deliver(&record, &mut ready),
                 Admission::Old => self.on_old(rooms, &record),
-                Admission::Gap { from } => {
+                Admission::Gap => {
                     self.fan_out(std::mem::take(&mut ready)).await;
-                    self.fill_from(rooms, from, GapCause::Sequence).await;
+                    self.fill_before(rooms, &record).await;
                     // The read usually brought it too.
                     if self.log.borrow().admit(record.class, record.seq, None) == Admission::Deliver
                     {
@@ -437,9 +435,25 @@ impl Hub {
         }
     }
 
-    /// Reads the stream from `from` to its end and delivers what was not delivered. Repeats until it succeeds: live messages
+    /// Fills the gap before `record`. A replica that is behind does not have what is missing yet: then it is read again. What
+    /// stays missing was erased.
+    async fn fill_before(&self, rooms: &Rooms, record: &Record) {
+        let previous = record.previous.unwrap_or_default();
+        for _ in 0..GAP_READS {
+            self.fill_in(rooms, GapCause::Sequence).await;
+            if self.is_gone() || self.log.borrow().last(record.class) >= previous {
+                return;
+            }
+            self.pause().await;
+        }
+        tracing::warn!(room.id = %self.room, seq = previous, "a message is not in the stream any more");
+        count(Counter::MessageDropped(Dropped::Erased), 1);
+    }
+
+    /// Reads the stream from where the log was last known to be complete to its end and delivers what was not delivered. Repeats until it succeeds: live messages
     /// wait in the subscription, and what that drops is read here later.
-    async fn fill_from(&self, rooms: &Rooms, from: u64, cause: GapCause) {
+    async fn fill_in(&self, rooms: &Rooms, cause: GapCause) {
+        let from = self.log.borrow().unverified();
         let filter = rooms
             .subjects
             .stored_all(rooms.streams.origin(), self.part, &self.room);
@@ -467,6 +481,8 @@ impl Hub {
             }
             self.fan_out(ready).await;
             if page.pending == 0 || page.records.is_empty() {
+                // Not the position: the replica that answered may not have got that far.
+                self.log.borrow_mut().verify(next - 1);
                 break;
             }
         }

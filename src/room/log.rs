@@ -31,6 +31,8 @@ pub(super) struct RoomLog {
     last: [u64; 2],
     position: u64,
     fingerprint: Fingerprint,
+    /// Everything up to here is known to be complete, and the index that the next delivery had then.
+    verified: (u64, u64),
     entries: VecDeque<Entry>,
     bytes: usize,
     max_bytes: usize,
@@ -64,11 +66,8 @@ pub(super) enum Admission {
     Deliver,
     /// It was delivered before, or lies before the log's beginning.
     Old,
-    /// Messages before it are missing: read the stream from this sequence on first.
-    Gap {
-        /// First sequence that may be missing.
-        from: u64,
-    },
+    /// Messages before it are missing: read the stream from [`RoomLog::unverified`] on first.
+    Gap,
 }
 
 /// Where a session with a cursor can go on.
@@ -111,6 +110,7 @@ impl RoomLog {
             last,
             position,
             fingerprint,
+            verified: (position, 0),
             entries: VecDeque::new(),
             bytes: 0,
             max_bytes,
@@ -174,10 +174,27 @@ impl RoomLog {
         self.base + self.entries.len() as u64
     }
 
-    /// First sequence that may be missing when something may have been lost since the last delivery.
+    /// First sequence that may be missing: where every reading of the stream begins that is to make the log complete.
+    ///
+    /// Not the place after the last delivery: a message of the other class may be missing before that without anybody
+    /// having noticed, and once a later one of its class is delivered it would be taken for old.
     #[must_use]
-    pub(super) fn after_position(&self) -> u64 {
-        self.position + 1
+    pub(super) fn unverified(&self) -> u64 {
+        self.verified.0 + 1
+    }
+
+    /// Deliveries since the log was last known to be complete.
+    #[must_use]
+    pub(super) fn deliveries_unverified(&self) -> u64 {
+        self.head_index() - self.verified.1
+    }
+
+    /// Notes that everything up to `seq` has been delivered: the stream was read up to there, or its heads there are
+    /// those that were delivered last.
+    pub(super) fn verify(&mut self, seq: u64) {
+        if seq >= self.verified.0 {
+            self.verified = (seq, self.head_index());
+        }
     }
 
     /// Judges a message by its sequence and its predecessor on the same subject (`None` where it was read from the stream,
@@ -192,7 +209,7 @@ impl RoomLog {
         if seq <= last {
             Admission::Old
         } else if previous.is_some_and(|previous| previous > last) {
-            Admission::Gap { from: last + 1 }
+            Admission::Gap
         } else {
             Admission::Deliver
         }
@@ -402,10 +419,7 @@ mod tests {
         );
         assert_eq!(log.position(), 9);
         assert_eq!(log.admit(Class::Msg, 5, Some(3)), Admission::Old);
-        assert_eq!(
-            log.admit(Class::Msg, 12, Some(11)),
-            Admission::Gap { from: 6 }
-        );
+        assert_eq!(log.admit(Class::Msg, 12, Some(11)), Admission::Gap);
         assert_eq!(log.admit(Class::Msg, 12, Some(5)), Admission::Deliver);
         // The predecessor was erased: nothing between it and us.
         assert_eq!(log.admit(Class::Msg, 12, Some(2)), Admission::Deliver);
@@ -488,19 +502,21 @@ mod tests {
                             deliver(&mut log, live);
                             delivered.push(live.seq);
                         }
-                        Admission::Gap { from } => {
+                        Admission::Gap => {
+                            let from = log.unverified();
                             for filled in stream.iter().filter(|r| r.seq >= from && r.seq <= live.seq) {
                                 if log.admit(filled.class, filled.seq, None) == Admission::Deliver {
                                     deliver(&mut log, filled);
                                     delivered.push(filled.seq);
                                 }
                             }
+                            log.verify(live.seq);
                         }
                     }
                 }
             }
             // The comparison with the stream's heads at the end.
-            let from = log.last(Class::Msg).min(log.last(Class::Ev)) + 1;
+            let from = log.unverified();
             for filled in stream.iter().filter(|r| r.seq >= from) {
                 if log.admit(filled.class, filled.seq, None) == Admission::Deliver {
                     deliver(&mut log, filled);

@@ -107,7 +107,7 @@ labels! {
     /// Why a message did not reach a session, or nobody at all.
     Dropped "reason" {
         BadSubject "bad_subject", BadMessage "bad_message", UnknownOrigin "unknown_origin",
-        NotStored "not_stored", Trimmed "trimmed",
+        NotStored "not_stored", Trimmed "trimmed", Erased "erased",
     }
     /// How a join went on: nothing to replay, from memory, from the stream, or from the start.
     Joined "result" {
