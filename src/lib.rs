@@ -16,8 +16,10 @@
 //! - Only `auth` imports jsonwebtoken.
 //! - Only `subject` spells a subject, stream or header name.
 
+pub mod bus;
 pub mod cli;
 pub mod config;
 pub mod model;
 pub mod protocol;
+pub mod servers;
 pub mod subject;

@@ -1,0 +1,3 @@
+//! Everything that speaks to NATS.
+
+pub mod provision;
