@@ -102,8 +102,7 @@ pub async fn connect(nats: &config::Nats) -> Result<Client, ProvisionError> {
         .request_timeout(Some(REQUEST_DEADLINE))
         .max_reconnects(1);
     if !nats.user.is_empty() {
-        options =
-            options.user_and_password(nats.user.clone(), nats.password.expose().to_owned());
+        options = options.user_and_password(nats.user.clone(), nats.password.expose().to_owned());
     }
     if !nats.creds_file.as_os_str().is_empty() {
         options = options
@@ -219,12 +218,7 @@ async fn check_partitions(
 async fn stream_names(client: &Client) -> Result<Vec<String>, ProvisionError> {
     let mut names = Vec::new();
     loop {
-        let page = request(
-            client,
-            api::STREAM_NAMES,
-            &json!({ "offset": names.len() }),
-        )
-        .await?;
+        let page = request(client, api::STREAM_NAMES, &json!({ "offset": names.len() })).await?;
         let before = names.len();
         if let Some(streams) = page.get("streams").and_then(Value::as_array) {
             names.extend(
@@ -259,11 +253,7 @@ async fn stream_config(
 }
 
 /// One request to the API, within [`REQUEST_DEADLINE`].
-async fn request(
-    client: &Client,
-    subject: &str,
-    payload: &Value,
-) -> Result<Value, ProvisionError> {
+async fn request(client: &Client, subject: &str, payload: &Value) -> Result<Value, ProvisionError> {
     let request = || subject.to_owned();
     let answer = client.request(subject.to_owned(), payload.to_string().into());
     let answer = tokio::time::timeout(REQUEST_DEADLINE, answer)

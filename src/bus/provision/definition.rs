@@ -281,7 +281,10 @@ mod tests {
     fn every_new_stream_has_an_epoch_of_its_own() {
         let definition = &definitions(&config(""))[0];
         let epoch = |config: Map<String, Value>| {
-            let epoch = config["metadata"][EPOCH_METADATA].as_str().unwrap().to_owned();
+            let epoch = config["metadata"][EPOCH_METADATA]
+                .as_str()
+                .unwrap()
+                .to_owned();
             assert!(Epoch::parse(&epoch).is_some(), "{epoch}");
             epoch
         };

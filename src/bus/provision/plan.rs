@@ -286,7 +286,10 @@ mod tests {
         let (outcome, update) = plan(&rooms("[streams]\nmax_age = '60d'"), &stored(""), false);
         assert_eq!(outcome.action, Action::Update);
         assert!(!outcome.is_incomplete());
-        assert!(outcome.to_string().contains("update: max_age 30d -> 60d"), "{outcome}");
+        assert!(
+            outcome.to_string().contains("update: max_age 30d -> 60d"),
+            "{outcome}"
+        );
         let update = update.unwrap();
         assert_eq!(update["metadata"][EPOCH_METADATA], json!("k3"));
         assert_eq!(update["metadata"]["_nats.ver"], json!("2.15.1"));
@@ -299,7 +302,12 @@ mod tests {
         let (outcome, update) = plan(&rooms(wanted), &stored(""), false);
         let update = update.unwrap();
         assert!(outcome.is_incomplete());
-        for field in ["max_age", "max_bytes", "max_msgs_per_subject", "duplicate_window"] {
+        for field in [
+            "max_age",
+            "max_bytes",
+            "max_msgs_per_subject",
+            "duplicate_window",
+        ] {
             let change = outcome.changes.iter().find(|c| c.field == field).unwrap();
             assert!(
                 matches!(change.verdict, Verdict::Destructive(_)),
@@ -329,7 +337,10 @@ mod tests {
         let mut existing = stored("");
         existing.remove("metadata");
         let (_, update) = plan(&rooms(""), &existing, false);
-        let epoch = update.unwrap()["metadata"][EPOCH_METADATA].as_str().unwrap().to_owned();
+        let epoch = update.unwrap()["metadata"][EPOCH_METADATA]
+            .as_str()
+            .unwrap()
+            .to_owned();
         assert_ne!(epoch, "example1");
     }
 }
