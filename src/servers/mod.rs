@@ -4,7 +4,7 @@
 //! whoever asked.
 //!
 //! # Invariants
-//! - A child never outlives this process, also when it is SIGKILLed: every child goes through `natter guard`.
+//! - A child never outlives this process, also when it is killed with SIGKILL: every child goes through `natter guard`.
 //! - A handle that is dropped kills its process.
 //! - A restarted server keeps its port and its data.
 

@@ -264,10 +264,10 @@ impl Process {
     /// Sends SIGTERM, and does not wait.
     pub fn terminate(&self) {
         // `pid` is `None` once the child was reaped, so this can't hit another process.
-        if let Some(pid) = self.pid().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
-            if let Err(error) = kill_process(pid, Signal::TERM) {
-                tracing::debug!(%error, process = self.spec.name, "SIGTERM was not sent");
-            }
+        if let Some(pid) = self.pid().and_then(|pid| Pid::from_raw(pid.cast_signed()))
+            && let Err(error) = kill_process(pid, Signal::TERM)
+        {
+            tracing::debug!(%error, process = self.spec.name, "SIGTERM was not sent");
         }
     }
 

@@ -16,9 +16,20 @@ use crate::support::{self, LONG, eventually, is_running};
 /// Edges of these tests.
 const EDGES: &str = "0";
 
+/// A process that is killed, when a test fails, with all its children.
+struct KilledOnDrop(Child);
+
+impl Drop for KilledOnDrop {
+    fn drop(&mut self) {
+        // Both do nothing when it has ended.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
 /// A running `natter up --json`.
 struct Up {
-    child: Child,
+    child: KilledOnDrop,
     lines: BufReader<ChildStdout>,
     /// The latest line.
     report: Value,
@@ -31,7 +42,7 @@ impl Up {
         let mut lines = BufReader::new(child.stdout.take().unwrap());
         let report = next_line(&mut lines);
         Self {
-            child,
+            child: KilledOnDrop(child),
             lines,
             report,
         }
@@ -42,11 +53,15 @@ impl Up {
         command
             .args(["up", "--json", "--edges", EDGES, "--data"])
             .arg(data)
-            .args(["--port", "0", "--nats-port", "0", "--mongodb-port", "0"])
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());
+        for port in ["--port", "--nats-port", "--mongodb-port"] {
+            if !flags.contains(&port) {
+                command.args([port, "0"]);
+            }
+        }
         command
     }
 
@@ -83,8 +98,8 @@ impl Up {
     }
 
     async fn end(mut self, signal: Signal) -> ExitStatus {
-        support::signal(self.child.id(), signal);
-        let status = tokio::task::spawn_blocking(move || self.child.wait().unwrap());
+        support::signal(self.child.0.id(), signal);
+        let status = tokio::task::spawn_blocking(move || self.child.0.wait().unwrap());
         tokio::time::timeout(LONG, status).await.unwrap().unwrap()
     }
 }
@@ -132,7 +147,7 @@ async fn it_runs_everything_and_leaves_nothing_when_it_is_told_to_stop() {
         let data = folder();
         let up = Up::start(data.path(), &[]).await;
         let report = &up.report;
-        assert_eq!(report["pid"], json!(up.child.id()));
+        assert_eq!(report["pid"], json!(up.child.0.id()));
         assert_eq!(report["regions"][0]["name"], "local");
         assert_eq!(report["regions"][0]["history"], json!([]));
         assert!(report["token"].as_str().unwrap().split('.').count() == 3);
@@ -177,7 +192,7 @@ async fn a_second_one_on_the_same_data_is_refused_by_name() {
     let said = String::from_utf8(second.stderr).unwrap();
     let path = std::fs::canonicalize(data.path()).unwrap();
     assert!(said.contains(&*path.to_string_lossy()), "{said}");
-    assert!(said.contains(&first.child.id().to_string()), "{said}");
+    assert!(said.contains(&first.child.0.id().to_string()), "{said}");
     assert!(is_running(first.nats_pid()));
     assert!(first.end(Signal::TERM).await.success());
 }
@@ -253,13 +268,13 @@ async fn a_child_stays_dead_where_that_is_asked_for() {
     all_gone(&[nats]).await;
     // Nothing more comes on stdout until the end.
     let (url, mut lines) = (up.nats().to_owned(), up.lines);
-    support::signal(up.child.id(), Signal::TERM);
+    support::signal(up.child.0.id(), Signal::TERM);
     let mut line = String::new();
     tokio::task::spawn_blocking(move || {
         lines.read_line(&mut line).unwrap();
         assert_eq!(line, "");
         let mut child = up.child;
-        assert!(child.wait().unwrap().success());
+        assert!(child.0.wait().unwrap().success());
     })
     .await
     .unwrap();

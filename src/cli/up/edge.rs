@@ -109,3 +109,59 @@ async fn get_is_ok(address: SocketAddr, path: &str) -> Result<(), CheckError> {
         Err(format!("GET {path}: {status}").into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use figment::providers::{Format as _, Toml};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_200_is_well() {
+        for (status, well) in [("200 OK", true), ("503 Service Unavailable", false)] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let serve = async {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = [0; 512];
+                let length = stream.read(&mut request).await.unwrap();
+                assert!(request[..length].starts_with(b"GET /readyz HTTP/1.1\r\n"));
+                let answer = format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n");
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            };
+            let (answer, ()) = tokio::join!(get_is_ok(address, "/readyz"), serve);
+            assert_eq!(answer.is_ok(), well, "{status}: {answer:?}");
+        }
+    }
+
+    #[test]
+    fn an_edge_is_told_what_differs_and_keeps_its_secret_out_of_sight() {
+        let config = Config::with_defaults(Toml::string("region = '7'")).unwrap();
+        let template = EdgeTemplate {
+            binary: Path::new("natter"),
+            config: &config,
+            config_file: Some(Path::new("my.toml")),
+            nats_url: "nats://127.0.0.1:4333",
+            secret: Some("dev-0123456789012345678901234567890123"),
+            logs: PathBuf::from("logs"),
+        };
+        let spec = template.spec("7-1", "0.0.0.0:8081".parse().unwrap());
+        assert_eq!(spec.args, ["edge", "--config", "my.toml"]);
+        for (key, value) in [
+            ("NATTER__EDGE__LISTEN", "0.0.0.0:8081"),
+            ("NATTER__REGION", "\"7\""),
+            ("NATTER__NATS__URL", "nats://127.0.0.1:4333"),
+        ] {
+            assert!(
+                spec.env.contains(&(key.to_owned(), value.to_owned())),
+                "{key}"
+            );
+        }
+        assert!(!format!("{spec:?}").contains("dev-"));
+        assert_eq!(
+            reachable("0.0.0.0:8081".parse().unwrap()),
+            "127.0.0.1:8081".parse().unwrap()
+        );
+    }
+}
