@@ -40,7 +40,7 @@ pub(super) enum Kind {
     Bucket { bucket: &'static str },
 }
 
-/// A stream as it must be. The epoch in it is only an example; see [`Definition::with_new_epoch`].
+/// A stream as it must be. The epoch in it is only an example: a new stream gets one of its own.
 #[derive(Debug, Clone)]
 pub struct Definition {
     /// Name of the stream.

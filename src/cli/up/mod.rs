@@ -377,7 +377,7 @@ fn choose_port(name: &str, ip: IpAddr, wanted: u16) -> anyhow::Result<u16> {
 }
 
 fn is_taken(port: u16) -> bool {
-    free_port_from(LOOPBACK, port).ok() != Some(port)
+    port != 0 && free_port_from(LOOPBACK, port).ok() != Some(port)
 }
 
 /// Which child.
