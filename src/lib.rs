@@ -25,6 +25,7 @@ pub mod model;
 pub mod protocol;
 pub mod room;
 pub mod runtime;
+pub mod servers;
 pub mod session;
 pub mod subject;
 pub mod telemetry;

@@ -42,6 +42,9 @@ pub const KIND_TYPING: &str = "typing";
 /// Metadata key of a stream that holds its epoch.
 pub const EPOCH_METADATA: &str = "natter.epoch";
 
+/// Metadata key of a stream that holds the number of partitions of its mesh.
+pub const PARTITIONS_METADATA: &str = "natter.partitions";
+
 /// Spells the subjects of one mesh.
 #[derive(Debug, Clone)]
 pub struct Subjects {
@@ -133,6 +136,51 @@ impl Subjects {
         format!("{}.svc.edge.nobody", self.prefix)
     }
 
+    /// Where the server first sends what is published by hand to a durable room of `region`, for all rooms: namespace
+    /// and room are both wildcards there, so that the second step can hash them.
+    #[must_use]
+    pub fn by_hand_durable(&self, region: &Region) -> String {
+        format!("{}.put.{region}.*.*", self.prefix)
+    }
+
+    /// The subject mappings of a server's configuration for what is published by hand, source and destination; `durable`
+    /// says it of a namespace. `nats/server.conf` tells why they are like this. No two sources overlap.
+    pub fn mappings<'a>(
+        &self,
+        region: &Region,
+        partitions: u16,
+        namespaces: impl IntoIterator<Item = (&'a str, bool)>,
+    ) -> Vec<(String, String)> {
+        let prefix = &self.prefix;
+        let partitioned = (
+            self.by_hand_durable(region),
+            format!(
+                "{prefix}.in.{region}.{{{{partition({partitions},1,2)}}}}.{{{{wildcard(1)}}}}.{{{{wildcard(2)}}}}.msg"
+            ),
+        );
+        let by_namespace = namespaces.into_iter().map(|(namespace, durable)| {
+            let to = if durable {
+                format!("{prefix}.put.{region}.{namespace}.{{{{wildcard(1)}}}}")
+            } else {
+                format!("{prefix}.eph.{namespace}.{{{{wildcard(1)}}}}")
+            };
+            (format!("{prefix}.pub.{namespace}.*"), to)
+        });
+        std::iter::once(partitioned).chain(by_namespace).collect()
+    }
+
+    /// Everything that a stream of the mesh may capture for its rooms begins with this.
+    #[must_use]
+    pub fn captured_prefix(&self) -> String {
+        format!("{}.in.", self.prefix)
+    }
+
+    /// Where `region` sees the changes of a bucket of `origin`.
+    #[must_use]
+    pub fn bucket_republished(&self, region: &Region, origin: &Region, bucket: &str) -> String {
+        format!("{}.kv.{region}.{origin}.{bucket}.>", self.prefix)
+    }
+
     /// Reads a subject under `live` (`skip` = 1, the region) or under `in` (`skip` = 0).
     fn parse_log(&self, subject: &str, kind: &str, skip: usize) -> Option<LogSubject> {
         let rest = subject.strip_prefix(&*self.prefix)?.strip_prefix('.')?;
@@ -176,6 +224,65 @@ pub fn rooms_stream(origin: &Region, part: u16) -> String {
     format!("ROOMS_{origin}_{part}")
 }
 
+/// Origin and partition of a [`rooms_stream`], by its name.
+#[must_use]
+pub fn parse_rooms_stream(name: &str) -> Option<(Region, u16)> {
+    let (origin, part) = name.strip_prefix("ROOMS_")?.rsplit_once('_')?;
+    Some((Region::parse(origin)?, part.parse().ok()?))
+}
+
+/// Name of a key-value bucket of `origin`, as clients open it.
+#[must_use]
+pub fn bucket_name(bucket: &str, origin: &Region) -> String {
+    format!("{bucket}_{origin}")
+}
+
+/// Name of the stream behind a bucket.
+#[must_use]
+pub fn bucket_stream(bucket: &str, origin: &Region) -> String {
+    format!("KV_{}", bucket_name(bucket, origin))
+}
+
+/// Everything that the stream behind a bucket captures.
+#[must_use]
+pub fn bucket_captured(bucket: &str, origin: &Region) -> String {
+    format!("$KV.{}.>", bucket_name(bucket, origin))
+}
+
+/// JetStream's own API, in the domain one is connected to.
+pub mod api {
+    use crate::model::Region;
+
+    /// Whether there is JetStream, and what this account uses of it.
+    pub const INFO: &str = "$JS.API.INFO";
+    /// Names of streams, a page a request.
+    pub const STREAM_NAMES: &str = "$JS.API.STREAM.NAMES";
+
+    /// What a stream is.
+    #[must_use]
+    pub fn stream_info(stream: &str) -> String {
+        format!("$JS.API.STREAM.INFO.{stream}")
+    }
+
+    /// Create a stream.
+    #[must_use]
+    pub fn stream_create(stream: &str) -> String {
+        format!("$JS.API.STREAM.CREATE.{stream}")
+    }
+
+    /// Change a stream.
+    #[must_use]
+    pub fn stream_update(stream: &str) -> String {
+        format!("$JS.API.STREAM.UPDATE.{stream}")
+    }
+
+    /// The API of another region's domain, as a mirror's configuration names it.
+    #[must_use]
+    pub fn of(region: &Region) -> String {
+        format!("$JS.{region}.API")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -205,6 +312,19 @@ mod tests {
             prop_assert_eq!(subjects.ephemeral(&room).split('.').count(), 4);
             prop_assert_eq!(room.as_str(), text.as_str());
         }
+    }
+
+    #[test]
+    fn names_of_streams_lead_back_to_origin_and_partition() {
+        let region = Region::parse("us-east").unwrap();
+        assert_eq!(
+            parse_rooms_stream(&rooms_stream(&region, 12)),
+            Some((region.clone(), 12))
+        );
+        for other in ["ROOMS_us", "ROOMS_US_1", "KV_x_1", "ROOMS_us_x", "ROOMS__1"] {
+            assert_eq!(parse_rooms_stream(other), None, "{other}");
+        }
+        assert_eq!(bucket_stream("presence", &region), "KV_presence_us-east");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod connection;
 mod live;
+pub mod provision;
 mod publish;
 mod read;
 mod record;

@@ -9,7 +9,10 @@
 )]
 
 mod edge;
+mod guard;
+mod provision;
 mod token;
+mod up;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -34,6 +37,12 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run everything for a laptop: nats-server, mongod, streams and edges, until Ctrl-C.
+    Up(up::Args),
+    /// Create or update the region's streams and buckets.
+    Provision(provision::Args),
+    #[command(hide = true)]
+    Guard(guard::Args),
     /// Check the configuration and name everything that is wrong with it.
     CheckConfig,
     /// Print the configuration that results from file, environment and flags; secrets are hidden.
@@ -73,6 +82,9 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let load = || Config::load(cli.config.as_deref(), Toml::string(""));
     match cli.command {
+        Command::Up(args) => return up::run(&args, cli.config.as_deref()),
+        Command::Provision(args) => return provision::run(&args, &load()?),
+        Command::Guard(args) => return guard::run(&args),
         Command::CheckConfig => {
             load()?;
             println!("the configuration is valid");

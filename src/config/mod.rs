@@ -39,6 +39,7 @@ pub struct Config {
     pub region: String,
     pub nats: Nats,
     pub streams: Streams,
+    pub servers: Servers,
     pub edge: Edge,
     pub auth: Auth,
     pub limits: Limits,
@@ -77,6 +78,14 @@ pub struct Streams {
     pub max_msgs_per_room: u64,
     #[serde(with = "humantime_serde")]
     pub duplicate_window: Duration,
+}
+
+/// `[servers]`: the programs that `natter up` runs.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Servers {
+    pub nats_server: PathBuf,
+    pub mongod: PathBuf,
 }
 
 /// `[edge]`: the process that holds sessions.
@@ -313,6 +322,13 @@ impl Config {
             !self.streams.duplicate_window.is_zero(),
             "streams.duplicate_window = 0s: must be above 0, or a retried publish is shown twice"
                 .to_owned(),
+        );
+        check(
+            self.streams.max_age.is_zero() || self.streams.max_age >= self.streams.duplicate_window,
+            format!(
+                "streams.max_age = {:?}: must be 0 or at least streams.duplicate_window = {:?}, NATS refuses less",
+                self.streams.max_age, self.streams.duplicate_window
+            ),
         );
         check(
             self.streams.max_msgs_per_room == 0

@@ -1,1 +1,13 @@
+//! Tests against real servers, one binary.
 
+#![expect(
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail as tests do, and tell progress"
+)]
+
+mod provision;
+mod servers;
+mod support;
+mod up;

@@ -1,0 +1,320 @@
+//! The streams a region must have, made from the files in `nats/`.
+
+use rand::Rng;
+use serde_json::{Map, Value, json};
+
+use crate::{
+    config::Config,
+    model::Region,
+    subject::{self, EPOCH_METADATA, PARTITIONS_METADATA, Subjects, api},
+};
+
+/// What a message's headers may take on top of `limits.body` in the stream.
+const HEADER_ROOM: u64 = 32 * 1024;
+
+const ROOMS: &str = include_str!("../../../nats/streams/rooms.json");
+
+/// The buckets of a region, with their definitions.
+const BUCKETS: [(&str, &str); 4] = [
+    (
+        "presence",
+        include_str!("../../../nats/buckets/presence.json"),
+    ),
+    ("edges", include_str!("../../../nats/buckets/edges.json")),
+    (
+        "lastread",
+        include_str!("../../../nats/buckets/lastread.json"),
+    ),
+    (
+        "control",
+        include_str!("../../../nats/buckets/control.json"),
+    ),
+];
+
+/// What a stream holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// One partition of the durable rooms.
+    Rooms { part: u16 },
+    /// The keys of a bucket.
+    Bucket { bucket: &'static str },
+}
+
+/// A stream as it must be. The epoch in it is only an example: a new stream gets one of its own.
+#[derive(Debug, Clone)]
+pub struct Definition {
+    /// Name of the stream.
+    pub stream: String,
+    /// Its configuration, as the API of JetStream takes it.
+    pub config: Map<String, Value>,
+    pub(super) origin: Region,
+    pub(super) kind: Kind,
+}
+
+/// All streams of the configured region.
+#[must_use]
+pub fn definitions(config: &Config) -> Vec<Definition> {
+    let origin = config.region();
+    let subjects = Subjects::new(&config.nats.prefix);
+    let rooms = (0..config.nats.partitions).map(|part| rooms(config, &subjects, &origin, part));
+    let buckets =
+        BUCKETS.map(|(bucket, file)| bucket_definition(config, &subjects, &origin, bucket, file));
+    rooms.chain(buckets).collect()
+}
+
+fn parse(file: &str) -> Map<String, Value> {
+    serde_json::from_str(file).expect("a file of nats/, embedded, and checked by a test")
+}
+
+fn rooms(config: &Config, subjects: &Subjects, origin: &Region, part: u16) -> Definition {
+    let stream = subject::rooms_stream(origin, part);
+    let captured = subjects.captured(origin, part);
+    let streams = &config.streams;
+    let mut json = parse(ROOMS);
+    set(&mut json, "name", json!(stream));
+    set(
+        &mut json,
+        "description",
+        json!(format!(
+            "Durable messages of the rooms of partition {part}, said in region {origin}"
+        )),
+    );
+    set(&mut json, "subjects", json!([captured]));
+    let live = subjects.republished(origin, origin, part);
+    set(
+        &mut json,
+        "republish",
+        json!({ "src": captured, "dest": live }),
+    );
+    set(&mut json, "num_replicas", json!(streams.replicas));
+    set(&mut json, "max_bytes", limit(streams.max_bytes.as_u64()));
+    set(&mut json, "max_age", nanos(streams.max_age));
+    set(
+        &mut json,
+        "max_msgs_per_subject",
+        limit(streams.max_msgs_per_room),
+    );
+    set(
+        &mut json,
+        "max_msg_size",
+        json!(config.limits.body.as_u64() + HEADER_ROOM),
+    );
+    set(
+        &mut json,
+        "duplicate_window",
+        nanos(streams.duplicate_window),
+    );
+    if let Some(Value::Object(metadata)) = json.get_mut("metadata") {
+        set(
+            metadata,
+            PARTITIONS_METADATA,
+            json!(config.nats.partitions.to_string()),
+        );
+    }
+    Definition {
+        stream,
+        config: json,
+        origin: origin.clone(),
+        kind: Kind::Rooms { part },
+    }
+}
+
+fn bucket_definition(
+    config: &Config,
+    subjects: &Subjects,
+    origin: &Region,
+    bucket: &'static str,
+    file: &str,
+) -> Definition {
+    let stream = subject::bucket_stream(bucket, origin);
+    let captured = subject::bucket_captured(bucket, origin);
+    let mut json = parse(file);
+    set(&mut json, "name", json!(stream));
+    set(&mut json, "subjects", json!([captured]));
+    let seen = subjects.bucket_republished(origin, origin, bucket);
+    set(
+        &mut json,
+        "republish",
+        json!({ "src": captured, "dest": seen }),
+    );
+    set(&mut json, "num_replicas", json!(config.streams.replicas));
+    Definition {
+        stream,
+        config: json,
+        origin: origin.clone(),
+        kind: Kind::Bucket { bucket },
+    }
+}
+
+fn set(json: &mut Map<String, Value>, key: &str, value: Value) {
+    json.insert(key.to_owned(), value);
+}
+
+/// 0 is "without limit" in the configuration, -1 in JetStream.
+fn limit(number: u64) -> Value {
+    if number == 0 {
+        json!(-1)
+    } else {
+        json!(number)
+    }
+}
+
+fn nanos(duration: std::time::Duration) -> Value {
+    json!(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX))
+}
+
+impl Definition {
+    /// The configuration of a stream that does not exist yet: with an epoch of its own.
+    pub(super) fn with_new_epoch(&self) -> Map<String, Value> {
+        let mut config = self.config.clone();
+        if let Some(Value::Object(metadata)) = config.get_mut("metadata")
+            && metadata.contains_key(EPOCH_METADATA)
+        {
+            set(metadata, EPOCH_METADATA, json!(new_epoch()));
+        }
+        config
+    }
+
+    /// The same stream as `region`, another one, must have it: a read-only mirror that republishes what arrives to the
+    /// edges there. The metadata (epoch) must be that of the origin's stream; whoever creates the mirror reads it there.
+    #[must_use]
+    pub fn mirror_in(&self, region: &Region, subjects: &Subjects) -> Self {
+        let mut mirror = self.clone();
+        let config = &mut mirror.config;
+        // A mirror takes neither messages nor decisions of its own.
+        for field in ["subjects", "duplicate_window", "subject_delete_marker_ttl"] {
+            config.remove(field);
+        }
+        set(
+            config,
+            "mirror",
+            json!({ "name": self.stream, "external": { "api": api::of(&self.origin) } }),
+        );
+        let (captured, seen) = match self.kind {
+            Kind::Rooms { part } => (
+                subjects.captured(&self.origin, part),
+                subjects.republished(region, &self.origin, part),
+            ),
+            Kind::Bucket { bucket } => (
+                subject::bucket_captured(bucket, &self.origin),
+                subjects.bucket_republished(region, &self.origin, bucket),
+            ),
+        };
+        set(
+            config,
+            "republish",
+            json!({ "src": captured, "dest": seen }),
+        );
+        mirror
+    }
+}
+
+/// A random epoch: 8 of `[a-z0-9]`, 41 bits, so that two incarnations of a stream do not look alike.
+pub(super) fn new_epoch() -> String {
+    const ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
+    let mut rng = rand::rng();
+    (0..8)
+        .filter_map(|_| ALPHABET.get(rng.random_range(0..ALPHABET.len())))
+        .map(|byte| char::from(*byte))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use figment::providers::{Format, Toml};
+
+    use super::*;
+    use crate::model::Epoch;
+
+    fn config(toml: &str) -> Config {
+        Config::with_defaults(Toml::string(toml)).unwrap()
+    }
+
+    #[test]
+    fn the_files_are_the_definitions_of_the_defaults() {
+        let definitions = definitions(&config(""));
+        assert_eq!(definitions.len(), 8);
+        assert_eq!(definitions[0].config, parse(ROOMS));
+        for (definition, (_, file)) in definitions[4..].iter().zip(BUCKETS) {
+            assert_eq!(definition.config, parse(file));
+        }
+    }
+
+    #[test]
+    fn definitions_follow_the_configuration() {
+        let definitions = definitions(&config(
+            "region = 'seoul'\n[nats]\nprefix = 'm2'\npartitions = 2\n[streams]\nreplicas = 3\nmax_age = '1h'\nmax_bytes = '1GiB'\nmax_msgs_per_room = 9000\nduplicate_window = '1m'",
+        ));
+        let names: Vec<_> = definitions.iter().map(|d| d.stream.as_str()).collect();
+        assert_eq!(
+            names,
+            [
+                "ROOMS_seoul_0",
+                "ROOMS_seoul_1",
+                "KV_presence_seoul",
+                "KV_edges_seoul",
+                "KV_lastread_seoul",
+                "KV_control_seoul"
+            ]
+        );
+        let rooms = &definitions[1].config;
+        assert_eq!(rooms["subjects"], json!(["m2.in.seoul.1.>"]));
+        assert_eq!(
+            rooms["republish"],
+            json!({ "src": "m2.in.seoul.1.>", "dest": "m2.live.seoul.seoul.1.>" })
+        );
+        assert_eq!(rooms["max_age"], json!(3_600_000_000_000_u64));
+        assert_eq!(rooms["max_bytes"], json!(1_u64 << 30));
+        assert_eq!(rooms["max_msgs_per_subject"], json!(9000));
+        assert_eq!(rooms["duplicate_window"], json!(60_000_000_000_u64));
+        assert_eq!(rooms["metadata"][PARTITIONS_METADATA], json!("2"));
+        for definition in &definitions {
+            assert_eq!(definition.config["num_replicas"], json!(3));
+        }
+        assert_eq!(
+            definitions[2].config["republish"]["dest"],
+            json!("m2.kv.seoul.seoul.presence.>")
+        );
+    }
+
+    #[test]
+    fn every_new_stream_has_an_epoch_of_its_own() {
+        let definition = &definitions(&config(""))[0];
+        let epoch = |config: Map<String, Value>| {
+            let epoch = config["metadata"][EPOCH_METADATA]
+                .as_str()
+                .unwrap()
+                .to_owned();
+            assert!(Epoch::parse(&epoch).is_some(), "{epoch}");
+            epoch
+        };
+        assert_ne!(
+            epoch(definition.with_new_epoch()),
+            epoch(definition.with_new_epoch())
+        );
+    }
+
+    #[test]
+    fn a_mirror_reads_from_the_origin_and_republishes_in_its_own_region() {
+        let config = config("region = 'seoul'");
+        let subjects = Subjects::new("natter");
+        let virginia = Region::parse("virginia").unwrap();
+        let definitions = definitions(&config);
+        let rooms = definitions[3].mirror_in(&virginia, &subjects);
+        assert_eq!(rooms.stream, "ROOMS_seoul_3");
+        assert!(!rooms.config.contains_key("subjects"));
+        assert_eq!(
+            rooms.config["mirror"],
+            json!({ "name": "ROOMS_seoul_3", "external": { "api": "$JS.seoul.API" } })
+        );
+        assert_eq!(
+            rooms.config["republish"],
+            json!({ "src": "natter.in.seoul.3.>", "dest": "natter.live.virginia.seoul.3.>" })
+        );
+        let presence = definitions[4].mirror_in(&virginia, &subjects);
+        assert_eq!(
+            presence.config["republish"]["dest"],
+            json!("natter.kv.virginia.seoul.presence.>")
+        );
+    }
+}

@@ -1,0 +1,22 @@
+//! nats-server and mongod as child processes: found or fetched, started, watched, stopped.
+//!
+//! For `natter up` and the integration tests; a deployment runs its own servers. Nothing here prints: progress goes to
+//! whoever asked.
+//!
+//! # Invariants
+//! - A child never outlives this process, also when it is killed with SIGKILL: every child goes through `natter guard`.
+//! - A handle that is dropped kills its process.
+//! - A restarted server keeps its port and its data.
+
+mod binaries;
+mod mongod;
+mod nats;
+mod port;
+mod process;
+mod spawner;
+
+pub use binaries::{Binaries, BinaryError, Program, Sources};
+pub use mongod::{Mongod, MongodOptions};
+pub use nats::{NatsOptions, NatsServer};
+pub use port::{free_port, free_port_from};
+pub use process::{Check, CheckError, Launcher, Process, Spec, StartError};

@@ -1,0 +1,325 @@
+//! `natter up` as a person or a program runs it: a process with signals, a data folder and children.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Child, ChildStdout, ExitStatus, Stdio},
+};
+
+use natter::bus::provision;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::{self, LONG, eventually, is_running};
+
+/// Edges of these tests.
+const EDGES: &str = "0";
+
+/// A process that is killed, when a test fails, with all its children.
+struct KilledOnDrop(Child);
+
+impl Drop for KilledOnDrop {
+    fn drop(&mut self) {
+        // Both do nothing when it has ended.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// A running `natter up --json`.
+struct Up {
+    child: KilledOnDrop,
+    lines: BufReader<ChildStdout>,
+    /// The latest line.
+    report: Value,
+}
+
+impl Up {
+    /// Starts one on ports of its own, and waits for its first line.
+    async fn start(data: &Path, flags: &[&str]) -> Self {
+        let mut child = Self::command(data, flags).await.spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let report = next_line(&mut lines);
+        Self {
+            child: KilledOnDrop(child),
+            lines,
+            report,
+        }
+    }
+
+    async fn command(data: &Path, flags: &[&str]) -> std::process::Command {
+        let mut command = support::natter_command(data).await;
+        command
+            .args(["up", "--json", "--edges", EDGES, "--data"])
+            .arg(data)
+            .args(flags)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit());
+        for port in ["--port", "--nats-port", "--mongodb-port"] {
+            if !flags.contains(&port) {
+                command.args([port, "0"]);
+            }
+        }
+        command
+    }
+
+    fn next_line(&mut self) {
+        self.report = next_line(&mut self.lines);
+    }
+
+    /// All processes: itself first.
+    fn pids(&self) -> Vec<u32> {
+        let region = &self.report["regions"][0];
+        let edges = region["edges"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|edge| &edge["pid"]);
+        [
+            &self.report["pid"],
+            &self.report["mongod_pid"],
+            &region["nats_pid"],
+        ]
+        .into_iter()
+        .chain(edges)
+        .filter_map(Value::as_u64)
+        .map(|pid| u32::try_from(pid).unwrap())
+        .collect()
+    }
+
+    fn nats(&self) -> &str {
+        self.report["regions"][0]["nats"].as_str().unwrap()
+    }
+
+    fn nats_pid(&self) -> u32 {
+        u32::try_from(self.report["regions"][0]["nats_pid"].as_u64().unwrap()).unwrap()
+    }
+
+    async fn end(mut self, signal: Signal) -> ExitStatus {
+        support::signal(self.child.0.id(), signal);
+        let status = tokio::task::spawn_blocking(move || self.child.0.wait().unwrap());
+        tokio::time::timeout(LONG, status).await.unwrap().unwrap()
+    }
+}
+
+fn next_line(lines: &mut impl std::io::BufRead) -> Value {
+    let mut line = String::new();
+    lines.read_line(&mut line).unwrap();
+    serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error} in {line:?}"))
+}
+
+async fn all_gone(pids: &[u32]) {
+    eventually("no process is left", LONG, async || {
+        let left: Vec<_> = pids.iter().filter(|pid| is_running(**pid)).collect();
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{left:?}"))
+        }
+    })
+    .await;
+}
+
+/// Publishes as a person would, and gives the sequence in the stream.
+async fn publish(url: &str, text: &'static str) -> u64 {
+    let mut config = support::config("");
+    config.nats.url = url.to_owned();
+    let client = provision::connect(&config.nats).await.unwrap();
+    let answer = client
+        .request("natter.pub.chat.lobby", text.into())
+        .await
+        .unwrap();
+    let ack: Value = serde_json::from_slice(&answer.payload).unwrap();
+    ack["seq"]
+        .as_u64()
+        .unwrap_or_else(|| panic!("not stored: {ack}"))
+}
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+#[tokio::test]
+async fn it_runs_everything_and_leaves_nothing_when_it_is_told_to_stop() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let data = folder();
+        let up = Up::start(data.path(), &[]).await;
+        let report = &up.report;
+        assert_eq!(report["pid"], json!(up.child.0.id()));
+        assert_eq!(report["regions"][0]["name"], "local");
+        assert_eq!(report["regions"][0]["history"], json!([]));
+        assert!(report["token"].as_str().unwrap().split('.').count() == 3);
+        let pids = up.pids();
+        assert_eq!(pids.len(), 3 + EDGES.parse::<usize>().unwrap());
+        assert!(pids.iter().all(|pid| is_running(*pid)));
+        assert_eq!(publish(up.nats(), "hi").await, 1);
+
+        let mongodb = mongodb::Client::with_uri_str(report["mongodb"].as_str().unwrap())
+            .await
+            .unwrap();
+        let collection = mongodb
+            .database("test")
+            .collection::<mongodb::bson::Document>("c");
+        collection
+            .insert_one(mongodb::bson::doc! { "x": 1 })
+            .write_concern(mongodb::options::WriteConcern::majority())
+            .await
+            .unwrap();
+
+        assert!(up.end(signal).await.success());
+        assert!(pids.iter().all(|pid| !is_running(*pid)), "{signal:?}");
+        for lock in ["lock", "children.lock"] {
+            assert!(!data.path().join(lock).exists(), "{lock} is left");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_second_one_on_the_same_data_is_refused_by_name() {
+    let data = folder();
+    let first = Up::start(data.path(), &["--no-mongodb"]).await;
+    assert_eq!(first.report["mongodb"], Value::Null);
+    assert_eq!(first.report["mongod_pid"], Value::Null);
+    let second = Up::command(data.path(), &["--no-mongodb"])
+        .await
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    assert!(second.stdout.is_empty());
+    let said = String::from_utf8(second.stderr).unwrap();
+    let path = std::fs::canonicalize(data.path()).unwrap();
+    assert!(said.contains(&*path.to_string_lossy()), "{said}");
+    assert!(said.contains(&first.child.0.id().to_string()), "{said}");
+    assert!(is_running(first.nats_pid()));
+    assert!(first.end(Signal::TERM).await.success());
+}
+
+#[tokio::test]
+async fn a_kill_takes_the_children_along_and_the_next_one_has_the_data() {
+    let data = folder();
+    let first = Up::start(data.path(), &[]).await;
+    let (pids, url) = (first.pids(), first.nats().to_owned());
+    let secret = std::fs::read(data.path().join("dev-secret")).unwrap();
+    let mongodb = first.report["mongodb"].as_str().unwrap().to_owned();
+    let port = |url: &str| {
+        url.split(':')
+            .nth(2)
+            .unwrap()
+            .split('/')
+            .next()
+            .unwrap()
+            .to_owned()
+    };
+    let acknowledged = publish(&url, "before").await;
+    first.end(Signal::KILL).await;
+
+    // At once, on the same ports: it waits until the children of the first are gone. MongoDB gets another port, which
+    // its replica set must follow.
+    let flags = ["--nats-port", &port(&url)];
+    let second = Up::start(data.path(), &flags).await;
+    all_gone(&pids).await;
+    assert_eq!(second.nats(), url, "the port was not free");
+    assert_ne!(second.report["mongodb"].as_str().unwrap(), mongodb);
+    assert_eq!(publish(&url, "after").await, acknowledged + 1);
+    assert_eq!(
+        std::fs::read(data.path().join("dev-secret")).unwrap(),
+        secret
+    );
+    assert!(second.end(Signal::TERM).await.success());
+}
+
+#[tokio::test]
+async fn a_child_that_dies_is_started_again_in_its_place() {
+    let data = folder();
+    let mut up = Up::start(data.path(), &[]).await;
+    let before = up.report.clone();
+    let acknowledged = publish(up.nats(), "before").await;
+    support::signal(up.nats_pid(), Signal::KILL);
+    up.next_line();
+    assert_ne!(
+        up.report["regions"][0]["nats_pid"],
+        before["regions"][0]["nats_pid"]
+    );
+    assert_eq!(
+        up.report["regions"][0]["nats"],
+        before["regions"][0]["nats"]
+    );
+    assert_eq!(publish(up.nats(), "after").await, acknowledged + 1);
+
+    let mongod = u32::try_from(up.report["mongod_pid"].as_u64().unwrap()).unwrap();
+    support::signal(mongod, Signal::KILL);
+    up.next_line();
+    assert_ne!(up.report["mongod_pid"], before["mongod_pid"]);
+    assert_eq!(up.report["mongodb"], before["mongodb"]);
+    let pids = up.pids();
+    assert!(up.end(Signal::TERM).await.success());
+    assert!(pids.iter().all(|pid| !is_running(*pid)));
+}
+
+#[tokio::test]
+async fn a_child_stays_dead_where_that_is_asked_for() {
+    let data = folder();
+    let up = Up::start(data.path(), &["--no-mongodb", "--no-restart"]).await;
+    let nats = up.nats_pid();
+    support::signal(nats, Signal::KILL);
+    all_gone(&[nats]).await;
+    // Nothing more comes on stdout until the end.
+    let (url, mut lines) = (up.nats().to_owned(), up.lines);
+    support::signal(up.child.0.id(), Signal::TERM);
+    let mut line = String::new();
+    tokio::task::spawn_blocking(move || {
+        lines.read_line(&mut line).unwrap();
+        assert_eq!(line, "");
+        let mut child = up.child;
+        assert!(child.0.wait().unwrap().success());
+    })
+    .await
+    .unwrap();
+    let mut config = support::config("");
+    config.nats.url = url;
+    provision::connect(&config.nats).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_passed_over_and_said() {
+    let data = folder();
+    let occupied = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = occupied.local_addr().unwrap().port();
+    let mut child = Up::command(
+        data.path(),
+        &["--no-mongodb", "--nats-port", &port.to_string()],
+    )
+    .await
+    .stderr(Stdio::piped())
+    .spawn()
+    .unwrap();
+    let report = next_line(&mut BufReader::new(child.stdout.take().unwrap()));
+    assert_ne!(
+        report["regions"][0]["nats"],
+        json!(format!("nats://127.0.0.1:{port}"))
+    );
+    support::signal(child.id(), Signal::TERM);
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains(&format!("port {port} is in use")), "{said}");
+}
+
+#[tokio::test]
+async fn a_server_that_can_not_start_ends_everything_with_its_reason() {
+    let data = folder();
+    // mongod can't make its journal in a file.
+    std::fs::write(data.path().join("mongo"), "not a folder").unwrap();
+    let output = Up::command(data.path(), &[])
+        .await
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("mongo"), "{said}");
+    assert!(!data.path().join("lock").exists());
+}
