@@ -17,6 +17,7 @@
 //! - Only `subject` spells a subject, stream or header name.
 
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod model;
 pub mod protocol;
