@@ -167,6 +167,11 @@ impl Publisher {
                 Err(CallError::Refused(refusal)) if !refusal.retry => {
                     return Err(PublishError::Refused(refusal));
                 }
+                Err(error @ CallError::Closed(_)) => {
+                    *last = error.to_string();
+                    // Waits for the next connection above, which has a backoff of its own.
+                    attempt = 0;
+                }
                 Err(error) => *last = error.to_string(),
             }
             sleep(self.backoff.roll(attempt)).await;

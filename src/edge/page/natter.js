@@ -96,8 +96,17 @@ export class Natter extends EventTarget {
       } catch (error) {
         if (!error.retry) throw error;
       }
-      await sleep(jitter(attempt));
+      if (this.joined) await sleep(jitter(attempt));
+      else await this.#comeback();
     }
+  }
+
+  /** Until joined again, or a second has passed: a session that was stopped meanwhile must be noticed. */
+  #comeback() {
+    return new Promise((resolve) => {
+      this.addEventListener("joined", resolve, { once: true });
+      setTimeout(resolve, 1_000);
+    });
   }
 
   typing() {
@@ -305,10 +314,10 @@ const memory = {
 
 function start() {
   client?.stop();
+  saveNow();
   const roomName = room.value.trim();
-  const key = `natter:room:${roomName}`;
   const me = userOf(token.value.trim());
-  const kept = memory.get(key);
+  const kept = memory.get(storeOf(roomName));
   // Another user's view is not ours to show.
   shown = kept && kept.user === me ? kept : { room: roomName, user: me, cursor: null, messages: [] };
   memory.set("natter:entry", { token: token.value.trim(), room: roomName });
@@ -321,8 +330,10 @@ function start() {
 
   let first = true; // the first join of this page load
   const hadMessages = shown.messages.length > 0;
-  const url = `${location.protocol === "https:" ? "wss:" : "ws:"}//${location.host}/ws`;
-  const mine = new Natter({ url, token: token.value.trim(), room: roomName, cursor: shown.cursor });
+  const url = new URL("ws", document.baseURI);
+  url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
+  url.hash = "";
+  const mine = new Natter({ url: url.href, token: token.value.trim(), room: roomName, cursor: shown.cursor });
   client = mine;
   mine.addEventListener("state", ({ detail }) => showState(detail));
   mine.addEventListener("joined", ({ detail }) => {
@@ -336,7 +347,7 @@ function start() {
       line(`— reconnected, ${missed} —`);
     }
     first = false;
-    keep(key);
+    keep();
     text.disabled = false;
     send.disabled = false;
   });
@@ -346,7 +357,7 @@ function start() {
     };
     shown.messages.push(message);
     shown.messages.splice(0, shown.messages.length - KEPT_MESSAGES);
-    keep(key);
+    keep();
     stopTyping(detail.from);
     show(message);
   });
@@ -358,23 +369,22 @@ function start() {
   mine.connect();
 }
 
-let saving = 0;
-function keep(key) {
+// Cursor and messages are stored together or not at all: a reload must never ask for what it shows, or skip what it
+// does not. In a burst that is done every SAVE_MS, and when the page goes.
+const SAVE_MS = 50;
+const storeOf = (roomName) => `natter:room:${roomName}`;
+let saving = 0; // timer
+function keep() {
   shown.cursor = client.cursor;
-  // Once a frame is enough in a burst; `pagehide` saves what is due.
-  saving ||= requestIdle(() => save(key));
+  saving ||= setTimeout(saveNow, SAVE_MS);
 }
-function save(key) {
+function saveNow() {
+  if (!saving) return;
+  clearTimeout(saving);
   saving = 0;
-  memory.set(key, shown);
+  memory.set(storeOf(shown.room), shown);
 }
-function requestIdle(work) {
-  return setTimeout(work, 50);
-}
-addEventListener("pagehide", () => {
-  if (saving) clearTimeout(saving);
-  if (shown) save(`natter:room:${shown.room}`);
-});
+addEventListener("pagehide", saveNow);
 
 // State of the connection -----------------------------------------------------------------------------------------------
 
