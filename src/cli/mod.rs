@@ -8,6 +8,10 @@
     reason = "a command line's business"
 )]
 
+mod connect;
+mod send;
+mod tail;
+
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
@@ -35,6 +39,10 @@ enum Command {
     CheckConfig,
     /// Print the configuration that results from file, environment and flags; secrets are hidden.
     ShowConfig,
+    /// Follow a room in the terminal; reconnects and resumes by itself.
+    Tail(tail::Tail),
+    /// Say something in a room, and wait until it is stored.
+    Send(send::Send),
 }
 
 /// Runs the command line of this process.
@@ -73,6 +81,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             println!("the configuration is valid");
         }
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
+        Command::Tail(tail) => tail::run(tail, load)?,
+        Command::Send(send) => send::run(send, load)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -130,13 +130,23 @@ impl Publisher {
     /// [`PublishError`].
     pub async fn publish(&self, draft: &Draft) -> Result<Ack, PublishError> {
         let mut last = "not connected yet".to_owned();
-        let tried = timeout(self.patience, self.until_acked(draft, &mut last)).await;
-        tried.unwrap_or_else(|_elapsed| {
-            Err(PublishError::GaveUp {
+        match timeout(self.patience, self.until_acked(draft, &mut last)).await {
+            Ok(outcome) => outcome,
+            Err(_elapsed) => Err(PublishError::GaveUp {
                 within: self.patience,
                 last,
-            })
-        })
+            }),
+        }
+    }
+
+    /// Why there is no connection at the moment; `None` if there is one, or the first attempt is still under way.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        match &*self.state.borrow() {
+            State::Down { why } => why.clone(),
+            State::Up(_) => None,
+            State::Stopped(stop) => Some(stop.to_string()),
+        }
     }
 
     async fn until_acked(&self, draft: &Draft, last: &mut String) -> Result<Ack, PublishError> {

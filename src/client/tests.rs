@@ -1,6 +1,6 @@
 //! The client against an edge that follows a script.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{future::ready, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use fastwebsockets::{FragmentCollector, Frame as WireFrame, OpCode, Payload, upgrade::upgrade};
@@ -33,7 +33,7 @@ impl FakeEdge {
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 let accepted = accepted.clone();
-                let service = service_fn(move |request| welcome(request, accepted.clone()));
+                let service = service_fn(move |request| ready(welcome(request, accepted.clone())));
                 let http = hyper::server::conn::http1::Builder::new();
                 let serving = http.serve_connection(TokioIo::new(socket), service);
                 tokio::spawn(serving.with_upgrades());
@@ -52,7 +52,7 @@ impl FakeEdge {
     }
 }
 
-async fn welcome(
+fn welcome(
     mut request: Request<Incoming>,
     accepted: mpsc::Sender<FakeSession>,
 ) -> Result<Response<Empty<Bytes>>, hyper::http::Error> {
