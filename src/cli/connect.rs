@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{io::Interest, net::unix::pipe};
 
 use crate::{
     client::{Endpoint, Target, Token},
@@ -133,11 +133,13 @@ pub(super) fn print_line(line: &str) -> anyhow::Result<bool> {
     }
 }
 
-/// Ends when nobody can read stdout any more, also while nothing is printed; never where that can't be seen (a file).
+/// Ends when nobody can read stdout any more, also while nothing is printed; never where stdout is no pipe.
 pub(super) async fn stdout_closed() {
+    // Opened anew, since watching a file makes it non-blocking for everybody who shares it.
+    let pipe = pipe::OpenOptions::new().open_sender("/proc/self/fd/1");
     // On a pipe without readers the kernel reports an error condition; nothing else is asked for.
-    if let Ok(stdout) = AsyncFd::with_interest(io::stdout(), Interest::ERROR)
-        && stdout.ready(Interest::ERROR).await.is_ok()
+    if let Ok(pipe) = pipe
+        && pipe.ready(Interest::ERROR).await.is_ok()
     {
         return;
     }
