@@ -19,6 +19,7 @@
 pub mod auth;
 pub mod bus;
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod edge;
 pub mod model;

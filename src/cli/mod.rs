@@ -8,9 +8,12 @@
     reason = "a command line's business"
 )]
 
+mod connect;
 mod edge;
 mod guard;
 mod provision;
+mod send;
+mod tail;
 mod token;
 mod up;
 
@@ -49,6 +52,10 @@ enum Command {
     ShowConfig,
     Token(token::Token),
     Edge(edge::EdgeCommand),
+    /// Follow a room in the terminal; reconnects and resumes by itself.
+    Tail(tail::Tail),
+    /// Say something in a room, and wait until it is stored.
+    Send(send::Send),
 }
 
 /// Runs the command line of this process.
@@ -92,6 +99,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::Token(token) => println!("{}", token.make(cli.config.as_deref())?),
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
+        Command::Tail(tail) => tail::run(tail, load)?,
+        Command::Send(send) => send::run(send, load)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -16,7 +16,7 @@ use figment::{
 
 use crate::{
     auth::{Claims, Grant, Right, issue},
-    config::Config,
+    config::{self, Config},
     runtime::unix_s,
 };
 
@@ -92,38 +92,59 @@ impl Token {
     /// The token, for the configuration in `config`.
     pub(super) fn make(&self, config: Option<&Path>) -> anyhow::Result<String> {
         let config = Config::load(config, Flags(self.secret.as_deref()))?;
-        let now = unix_s();
-        let mut claims = Claims::new(&self.user, now.saturating_add(self.ttl.as_secs()));
-        claims.iat = Some(now);
-        claims.info.clone_from(&self.info);
-        claims.grants = self
+        let secret = secret(&config, &self.data)?;
+        let grants = self
             .rooms
             .iter()
             .map(|rooms| Grant::new(rooms, &self.can))
             .collect();
-        let set = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-        claims.iss = set(&config.auth.issuer);
-        claims.aud = set(&config.auth.audience).into_iter().collect();
-        let secret = match config.auth.hs256_secret.expose() {
-            "" => self.dev_secret()?,
-            secret => secret.to_owned(),
-        };
-        Ok(issue(&claims, &secret)?)
+        sign(
+            &config.auth,
+            &self.user,
+            grants,
+            self.ttl,
+            self.info.clone(),
+            &secret,
+        )
     }
+}
 
-    /// The secret that `natter up` made.
-    fn dev_secret(&self) -> anyhow::Result<String> {
-        let path = self.data.join(DEV_SECRET_FILE);
-        match fs::read_to_string(&path) {
-            Ok(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
-            Ok(_empty) => bail!("{} is empty; start `natter up` again", path.display()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => bail!(
-                "there is no secret to sign with: set NATTER__AUTH__HS256_SECRET (or auth.hs256_secret in a --config file), \
-                 or start `natter up` here, or name its data folder with --data ({} does not exist)",
-                path.display()
-            ),
-            Err(error) => Err(error).with_context(|| format!("can't read {}", path.display())),
-        }
+/// A token of `user` for an edge with the configuration `auth`, signed with `secret`.
+pub(super) fn sign(
+    auth: &config::Auth,
+    user: &str,
+    grants: Vec<Grant>,
+    ttl: Duration,
+    info: Option<Info>,
+    secret: &str,
+) -> anyhow::Result<String> {
+    let now = unix_s();
+    let mut claims = Claims::new(user, now.saturating_add(ttl.as_secs()));
+    claims.iat = Some(now);
+    claims.info = info;
+    claims.grants = grants;
+    let set = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    claims.iss = set(&auth.issuer);
+    claims.aud = set(&auth.audience).into_iter().collect();
+    Ok(issue(&claims, secret)?)
+}
+
+/// The secret of the configuration, or else the one that a `natter up` with its data in `data` made.
+pub(super) fn secret(config: &Config, data: &Path) -> anyhow::Result<String> {
+    let configured = config.auth.hs256_secret.expose();
+    if !configured.is_empty() {
+        return Ok(configured.to_owned());
+    }
+    let path = data.join(DEV_SECRET_FILE);
+    match fs::read_to_string(&path) {
+        Ok(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
+        Ok(_empty) => bail!("{} is empty; start `natter up` again", path.display()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => bail!(
+            "there is no secret to sign with: set NATTER__AUTH__HS256_SECRET (or auth.hs256_secret in a --config file), \
+             or start `natter up` here, or name its data folder with --data ({} does not exist)",
+            path.display()
+        ),
+        Err(error) => Err(error).with_context(|| format!("can't read {}", path.display())),
     }
 }
 

@@ -11,7 +11,7 @@ const HTML: &str = include_str!("page/index.html");
 const SCRIPT: &str = include_str!("page/natter.js");
 
 /// Only what the page itself brings, and its own server's WebSocket.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self' ws: wss:; \
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; \
                       img-src data:; base-uri 'none'; form-action 'none'";
 
 /// Adds `/` and `/natter.js`.

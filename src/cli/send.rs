@@ -1,0 +1,159 @@
+//! `natter send ROOM [TEXT…]`: says something in a room and waits until it is stored.
+
+use std::{io::BufRead as _, time::Duration};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use serde_json::{Value, json};
+use tokio::{sync::mpsc, time::timeout};
+
+use super::connect::{Connect, print_line, room, run_tool};
+use crate::{
+    client::{Draft, Publisher},
+    config::{Config, ConfigError},
+    model::{Kind, MessageId, Reference, RoomId},
+};
+
+/// Lines read ahead of the edge's acknowledgements; then stdin is not read.
+const LINES_AHEAD: usize = 16;
+/// A person who waits longer than this for a message wants to know why.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// Arguments of `natter send`.
+#[derive(Debug, Args)]
+pub(super) struct Send {
+    /// The room, as namespace:name.
+    #[arg(value_parser = room)]
+    room: RoomId,
+    /// What to say, sent as {"text": …}; without it each line of stdin is sent.
+    text: Vec<String>,
+    #[command(flatten)]
+    connect: Connect,
+    /// Id of the message: the same id again is stored once.
+    #[arg(long, requires = "text", value_parser = id)]
+    id: Option<MessageId>,
+    /// message, edit, delete, reaction or annotation.
+    #[arg(long, value_parser = kind)]
+    kind: Option<Kind>,
+    /// The message that an edit, delete, reaction or annotation is about: USER/ID, or ID for one of your own.
+    #[arg(long, value_name = "REFERENCE", value_parser = reference)]
+    target: Option<String>,
+    /// The message that this one answers: USER/ID, or ID for one of your own.
+    #[arg(long, value_name = "REFERENCE", value_parser = reference)]
+    reply_to: Option<String>,
+    /// TEXT, or each line, is the body itself, as JSON.
+    #[arg(long)]
+    json_body: bool,
+}
+
+fn id(text: &str) -> Result<MessageId, String> {
+    MessageId::parse(text).map_err(|error| error.to_string())
+}
+
+fn kind(text: &str) -> Result<Kind, String> {
+    Kind::parse(text).ok_or_else(|| {
+        let known: Vec<_> = Kind::ALL.iter().map(|kind| kind.as_str()).collect();
+        format!("must be one of {}", known.join(", "))
+    })
+}
+
+/// Checked here, sent as it was given.
+fn reference(text: &str) -> Result<String, String> {
+    match Reference::parse(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Sends TEXT or the lines of stdin, one after the other; prints the cursor of each.
+pub(super) fn run(
+    send: Send,
+    config: impl FnOnce() -> Result<Config, ConfigError>,
+) -> anyhow::Result<()> {
+    let about = send.kind.unwrap_or_default() != Kind::Message;
+    if about && send.target.is_none() {
+        bail!("--kind needs --target: the message that it is about");
+    }
+    let target = send.connect.target(&send.room, config)?;
+    run_tool(async move {
+        let publisher = Publisher::open(target);
+        // A withdrawal needs no words.
+        let wordless = send.text.is_empty() && send.kind == Some(Kind::Delete);
+        if wordless {
+            return publish(&publisher, &send, Value::Null).await.map(drop);
+        }
+        if !send.text.is_empty() {
+            let body = send.body(&send.text.join(" "))?;
+            return publish(&publisher, &send, body).await.map(drop);
+        }
+        let mut lines = stdin_lines();
+        let mut number = 0;
+        while let Some(line) = lines.recv().await {
+            number += 1;
+            let line = line.context("can't read stdin")?;
+            if line.trim().is_empty() {
+                continue;
+            }
+            let at_line = || format!("line {number} was not sent");
+            let body = send.body(&line).with_context(at_line)?;
+            if !publish(&publisher, &send, body)
+                .await
+                .with_context(at_line)?
+            {
+                break;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// `false`: nobody reads the cursors any more.
+async fn publish(publisher: &Publisher, send: &Send, body: Value) -> anyhow::Result<bool> {
+    let mut draft = Draft::new(send.room.as_str(), body);
+    if let Some(id) = &send.id {
+        id.as_str().clone_into(&mut draft.id);
+    }
+    draft.kind = send.kind.map(|kind| kind.as_str().to_owned());
+    draft.target.clone_from(&send.target);
+    draft.reply_to.clone_from(&send.reply_to);
+    let mut publishing = std::pin::pin!(publisher.publish(&draft));
+    let outcome = match timeout(QUIET, &mut publishing).await {
+        Ok(outcome) => outcome,
+        Err(_elapsed) => {
+            let trouble = publisher.trouble().unwrap_or_default();
+            eprintln!("natter: not stored yet, trying on; {trouble}");
+            publishing.await
+        }
+    };
+    let ack = outcome.with_context(|| format!("message {}", draft.id))?;
+    if ack.dup {
+        eprintln!("natter: {} had been stored before", ack.id);
+    }
+    // Ephemeral rooms have no cursors: the id is all there is to say.
+    print_line(ack.cursor.as_deref().unwrap_or(&ack.id))
+}
+
+impl Send {
+    fn body(&self, text: &str) -> anyhow::Result<Value> {
+        if self.json_body {
+            serde_json::from_str(text).context("the body is not JSON")
+        } else {
+            Ok(json!({"text": text}))
+        }
+    }
+}
+
+/// The lines of stdin. A thread of its own reads them: a blocking read can't be cancelled, and Ctrl-C must not wait for
+/// it.
+fn stdin_lines() -> mpsc::Receiver<std::io::Result<String>> {
+    let (sender, lines) = mpsc::channel(LINES_AHEAD);
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            let failed = line.is_err();
+            if sender.blocking_send(line).is_err() || failed {
+                return;
+            }
+        }
+    });
+    lines
+}

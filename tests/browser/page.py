@@ -1,0 +1,489 @@
+#!/usr/bin/env python3
+"""The edge's chat page in headless Chromium, driven over plain WebDriver (no packages needed).
+
+    page.py NATTER [SCREENSHOT.png]
+
+NATTER is the binary. The script starts `natter up` with a data folder of its own on a free port, opens the page in two
+windows as two users, and takes everything down again. It prints `N passed, N failed` and exits 0 or 1; 77 (with the
+reason) if Chromium or chromedriver is missing.
+
+Nothing here sleeps for a guessed time: every wait is for a condition, with a deadline.
+"""
+
+import argparse
+import base64
+import hashlib
+import hmac
+import json
+import os
+import pathlib
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+
+SKIPPED = 77
+DEADLINE = 20  # seconds, for what should take milliseconds
+START_DEADLINE = 180  # `natter up` may have to fetch its servers
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+ENTER = "\ue007"
+# Never through a proxy: everything is on loopback.
+HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Failed(Exception):
+    pass
+
+
+def until(what, condition, deadline=DEADLINE, interval=0.05):
+    """Waits for a condition to give something true, and gives it back."""
+    end = time.monotonic() + deadline
+    last = None
+    while time.monotonic() < end:
+        try:
+            last = condition()
+            if last:
+                return last
+        except WebDriverError as error:
+            last = error
+        time.sleep(interval)
+    raise Failed(f"{what}: not within {deadline} s (last: {last!r})")
+
+
+# WebDriver ------------------------------------------------------------------------------------------------------------
+
+
+class WebDriverError(Exception):
+    pass
+
+
+class Browser:
+    def __init__(self, chromium, chromedriver, profile):
+        self.port = free_port()
+        self.session = None
+        self.process = subprocess.Popen(
+            [chromedriver, f"--port={self.port}", "--silent"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            until("chromedriver", self._ready)
+            self._new_session(chromium, profile)
+        except BaseException:
+            self.quit()
+            raise
+
+    def _new_session(self, chromium, profile):
+        options = {
+            "binary": chromium,
+            "args": [
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--no-proxy-server",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--disable-dev-shm-usage",
+                # Both windows must run their timers at full speed, whichever is in front.
+                "--disable-background-timer-throttling",
+                "--disable-backgrounding-occluded-windows",
+                "--disable-renderer-backgrounding",
+                f"--user-data-dir={profile}",
+                "--window-size=760,820",
+            ],
+        }
+        capabilities = {
+            "alwaysMatch": {
+                "browserName": "chrome",
+                "goog:chromeOptions": options,
+                "goog:loggingPrefs": {"browser": "ALL"},
+            }
+        }
+        value = self._http("POST", "/session", {"capabilities": capabilities}, 60)
+        self.session = value["sessionId"]
+
+    def _ready(self):
+        if self.process.poll() is not None:
+            raise Failed(f"chromedriver ended with {self.process.returncode}")
+        try:
+            return self._http("GET", "/status", None, 5)["ready"]
+        except OSError:
+            return False
+
+    def _http(self, method, path, body, deadline=30):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=data,
+            method=method,
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with HTTP.open(request, timeout=deadline) as response:
+                return json.load(response)["value"]
+        except urllib.error.HTTPError as error:
+            value = json.load(error)["value"]
+            raise WebDriverError(f"{value['error']}: {value['message']}") from None
+
+    def command(self, method, path, body=None):
+        if method == "POST" and body is None:
+            body = {}
+        return self._http(method, f"/session/{self.session}{path}", body)
+
+    def window(self):
+        handle = self.command("POST", "/window/new", {"type": "window"})["handle"]
+        window = Window(self, handle)
+        window.resize(760, 820)
+        return window
+
+    def first_window(self):
+        return Window(self, self.command("GET", "/window"))
+
+    def quit(self):
+        if self.session:
+            try:
+                self.command("DELETE", "")
+            except (WebDriverError, OSError) as error:
+                print(f"closing the browser: {error}", file=sys.stderr)
+        stop(self.process)
+
+
+class Window:
+    def __init__(self, browser, handle):
+        self.browser = browser
+        self.handle = handle
+
+    def command(self, method, path, body=None):
+        # The handle is cheap to repeat, and a forgotten switch would type into the other user's window.
+        self.browser.command("POST", "/window", {"handle": self.handle})
+        return self.browser.command(method, path, body)
+
+    def go(self, url):
+        self.command("POST", "/url", {"url": url})
+
+    def reload(self):
+        self.command("POST", "/refresh")
+
+    def resize(self, width, height):
+        self.command("POST", "/window/rect", {"width": width, "height": height})
+
+    def run(self, script, *args):
+        return self.command("POST", "/execute/sync", {"script": script, "args": list(args)})
+
+    def find(self, css):
+        found = self.command("POST", "/element", {"using": "css selector", "value": css})
+        return found[ELEMENT]
+
+    def write(self, css, text):
+        self.command("POST", f"/element/{self.find(css)}/value", {"text": text})
+
+    def clear(self, css):
+        self.command("POST", f"/element/{self.find(css)}/clear")
+
+    def click(self, css):
+        self.command("POST", f"/element/{self.find(css)}/click")
+
+    def label(self, css):
+        return self.command("GET", f"/element/{self.find(css)}/computedlabel")
+
+    def text(self, css):
+        return self.run("return document.querySelector(arguments[0])?.textContent ?? null", css)
+
+    def state(self):
+        return self.run("return document.querySelector('#state')?.dataset.state ?? null")
+
+    def messages(self):
+        """What the log shows: [sender, text, pending] a message, in order."""
+        return self.run(
+            "return [...document.querySelectorAll('#log .message')].map((item) => ["
+            "item.querySelector('.from').textContent, item.querySelector('.body').textContent,"
+            "item.classList.contains('pending')])"
+        )
+
+    def lines(self):
+        return self.run("return [...document.querySelectorAll('#log .line')].map((line) => line.textContent)")
+
+    def say(self, text):
+        self.write("#text", text)
+        self.click("#send")
+
+    def until_state(self, state):
+        until(f"state {state}", lambda: self.state() == state)
+
+    def until_shows(self, sender, text):
+        until(f"{text!r} of {sender}", lambda: [sender, text, False] in self.messages())
+
+    def screenshot(self, path):
+        picture = self.command("GET", "/screenshot")
+        pathlib.Path(path).write_bytes(base64.b64decode(picture))
+
+
+# natter ---------------------------------------------------------------------------------------------------------------
+
+
+class Up:
+    """`natter up`, its JSON lines, and tokens made with its development secret."""
+
+    def __init__(self, binary, data):
+        self.data = pathlib.Path(data)
+        self.process = subprocess.Popen(
+            [binary, "up", "--json", "--no-mongodb", "--data", data, "--port", str(free_port())],
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+        )
+        self.lines = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            self.await_line(START_DEADLINE)
+        except BaseException:
+            stop(self.process)
+            raise
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def await_line(self, deadline=60):
+        try:
+            line = self.lines.get(timeout=deadline)
+        except queue.Empty:
+            raise Failed(f"no line from natter up within {deadline} s") from None
+        if line is None:
+            raise Failed(f"natter up ended with {self.process.wait()}")
+        self.edge = json.loads(line)["regions"][0]["edges"][0]
+
+    def url(self):
+        return self.edge["http"].rstrip("/") + "/"
+
+    def kill_edge(self):
+        os.kill(self.edge["pid"], signal.SIGKILL)
+
+    def token(self, user, ttl=3600):
+        def part(value):
+            return base64.urlsafe_b64encode(value).rstrip(b"=")
+
+        secret = (self.data / "dev-secret").read_text().rstrip().encode()
+        grants = [{"rooms": "*:*", "can": ["read", "write", "presence", "history"]}]
+        now = int(time.time())
+        claims = {"sub": user, "iat": now, "exp": now + ttl, "grants": grants}
+        head = part(json.dumps({"alg": "HS256", "typ": "JWT"}).encode())
+        signed = head + b"." + part(json.dumps(claims).encode())
+        return (signed + b"." + part(hmac.new(secret, signed, hashlib.sha256).digest())).decode()
+
+
+def stop(process):
+    """Ends a process that was started here, and what it has started."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# The checks -----------------------------------------------------------------------------------------------------------
+
+
+def entry(up, user, room="chat:lobby"):
+    return f"{up.url()}#token={up.token(user)}&room={room}"
+
+
+def both_connect(up, kim, lee):
+    for window, user in [(kim, "kim"), (lee, "lee")]:
+        window.go(entry(up, user))
+        window.until_state("connected")
+    address = kim.run("return location.href")
+    assert "token" not in address, f"the token is still in the address: {address}"
+
+
+def chat_both_ways(up, kim, lee):
+    kim.say("hello 안녕하세요")
+    lee.until_shows("kim", "hello 안녕하세요")
+    kim.until_shows("kim", "hello 안녕하세요")
+    lee.say("hi kim")
+    kim.until_shows("lee", "hi kim")
+    lee.until_shows("lee", "hi kim")
+    # The own message came as an answer to `send` and as a push: it is shown once.
+    for window in (kim, lee):
+        shown = window.messages()
+        assert len(shown) == 2, f"expected two messages: {shown}"
+    assert kim.text("#text") == "" and kim.run("return document.querySelector('#text').value") == ""
+
+
+def typing_is_shown_and_goes_away(up, kim, lee):
+    kim.write("#text", "thinking")
+    until("typing indicator", lambda: lee.text("#typing") == "kim is typing…")
+    until("end of typing", lambda: lee.text("#typing") == "", deadline=10)
+    assert kim.text("#typing") == "", "one sees oneself typing"
+    kim.clear("#text")
+
+
+def messages_are_text_not_html(up, kim, lee):
+    hostile = "<img src=x onerror=\"document.title='owned'\"><script>1</script>"
+    lee.say(hostile)
+    kim.until_shows("lee", hostile)
+    assert kim.run("return document.querySelectorAll('#log img, #log script').length") == 0
+    assert kim.run("return document.title") != "owned"
+
+
+def reload_resumes_with_what_was_missed(up, kim, lee):
+    before = lee.messages()
+    lee.go("about:blank")
+    missed = [f"missed {n}" for n in (1, 2, 3)]
+    for text in missed:
+        kim.say(text)
+        kim.until_shows("kim", text)
+    lee.go(up.url())
+    lee.until_state("connected")
+    expected = before + [["kim", text, False] for text in missed]
+    until("what was missed, once and in order", lambda: lee.messages() == expected)
+    assert any("resumed, 3 missed" in line for line in lee.lines()), lee.lines()
+    separator_first = lee.run(
+        "const line = document.querySelector('#log .line');"
+        "return line.nextElementSibling.querySelector('.body').textContent"
+    )
+    assert separator_first == "missed 1", f"the separator stands before {separator_first!r}"
+
+
+def reload_without_loss_repeats_nothing(up, kim, lee):
+    before = lee.messages()
+    lee.reload()
+    lee.until_state("connected")
+    until("separator", lambda: any("resumed, 0 missed" in line for line in lee.lines()))
+    assert lee.messages() == before, f"{lee.messages()} instead of {before}"
+
+
+def edge_killed_and_restarted(up, kim, lee):
+    up.kill_edge()
+    for window in (kim, lee):
+        window.until_state("reconnecting")
+    assert "reconnecting in" in kim.text("#state") or kim.state() != "reconnecting"
+    kim.say("said while the edge was down")
+    until("pending message", lambda: kim.messages()[-1] == ["kim", "said while the edge was down", True])
+    up.await_line()
+    for window in (kim, lee):
+        until("reconnect", lambda window=window: window.state() == "connected", deadline=40)
+        window.until_shows("kim", "said while the edge was down")
+        texts = [text for _, text, _ in window.messages()]
+        assert texts.count("said while the edge was down") == 1, texts
+        assert any("reconnected" in line for line in window.lines()), window.lines()
+
+
+def refusals_are_shown(up, kim, lee):
+    lee.clear("#room")
+    lee.write("#room", "nowhere:lobby")
+    lee.click("#join")
+    lee.until_state("closed")
+    assert any(line.startswith("unknown_namespace:") for line in lee.lines()), lee.lines()
+    lee.go("about:blank")
+    lee.go(f"{up.url()}#token=not.a.token&room=chat:lobby")
+    lee.until_state("closed")
+    assert "4001" in lee.text("#state"), lee.text("#state")
+
+
+def fits_a_phone(up, kim, lee):
+    lee.resize(360, 640)
+    lee.go("about:blank")
+    lee.go(entry(up, "lee"))
+    lee.until_state("connected")
+    wide, inner = lee.run("return [document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= inner, f"{wide} px wide in a window of {inner} px"
+    lee.say("a" * 300)
+    lee.until_shows("lee", "a" * 300)
+    wide, inner = lee.run("return [document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= inner, f"a long word makes it {wide} px wide in {inner} px"
+
+
+def has_names_for_screen_readers(up, kim, lee):
+    for css, name in [("#text", "Message"), ("#room", "Room"), ("#token", "Token"), ("#send", "Send")]:
+        label = kim.label(css)
+        assert label == name, f"{css} is called {label!r}"
+
+
+def console_is_clean(up, kim, lee):
+    entries = kim.command("POST", "/se/log", {"type": "browser"})
+    # A refused connection is logged by the browser itself while the edge is down.
+    faults = [e["message"] for e in entries if "Uncaught" in e["message"] or "Content Security" in e["message"]]
+    assert not faults, faults
+
+
+CHECKS = [
+    both_connect,
+    chat_both_ways,
+    typing_is_shown_and_goes_away,
+    messages_are_text_not_html,
+    reload_resumes_with_what_was_missed,
+    reload_without_loss_repeats_nothing,
+    edge_killed_and_restarted,
+    has_names_for_screen_readers,
+    refusals_are_shown,
+    fits_a_phone,
+    console_is_clean,
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The chat page in headless Chromium.")
+    parser.add_argument("natter", help="the natter binary")
+    parser.add_argument("screenshot", nargs="?", help="where to put a picture of the page")
+    arguments = parser.parse_args()
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if not chromium or not chromedriver:
+        missing = "chromium" if not chromium else "chromedriver"
+        print(f"skipped: {missing} is not installed (Debian: chromium and chromium-driver)")
+        return SKIPPED
+
+    passed = failed = 0
+    up = browser = None
+    with tempfile.TemporaryDirectory(prefix="natter-page-", ignore_cleanup_errors=True) as folder:
+        try:
+            up = Up(arguments.natter, os.path.join(folder, "data"))
+            browser = Browser(chromium, chromedriver, os.path.join(folder, "profile"))
+            kim, lee = browser.first_window(), browser.window()
+            kim.resize(760, 820)
+            for check in CHECKS:
+                try:
+                    check(up, kim, lee)
+                    print(f"ok    {check.__name__}", flush=True)
+                    passed += 1
+                except (Failed, AssertionError, WebDriverError) as error:
+                    print(f"FAIL  {check.__name__}: {error}", flush=True)
+                    failed += 1
+            if arguments.screenshot:
+                kim.screenshot(arguments.screenshot)
+        except Failed as error:
+            print(f"FAIL  start: {error}")
+            failed += 1
+        finally:
+            if browser:
+                browser.quit()
+            if up:
+                stop(up.process)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
