@@ -8,6 +8,8 @@
     reason = "shared by test modules that come and go; not each uses everything"
 )]
 
+pub(crate) mod mesh;
+
 use std::{
     path::{Path, PathBuf},
     process::Command,
