@@ -293,6 +293,9 @@ impl Hub {
                 let records: Vec<Record> = heads.into_iter().map(|head| head.record).collect();
                 let after = rooms.streams.known(self.part);
                 if after.incarnation == before.incarnation {
+                    for record in &records {
+                        rooms.streams.note(self.part, record.seq);
+                    }
                     *self.log.borrow_mut() = rooms.new_log(before, &records);
                     self.incarnation.set(before.incarnation);
                     break;

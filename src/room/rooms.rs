@@ -482,7 +482,7 @@ impl Rooms {
     }
 
     async fn verify(&self, part: u16) {
-        if let Err(error) = self.streams.verify(part).await {
+        if let Err(error) = self.streams.verify(part, Instant::now()).await {
             tracing::debug!(error = %error, "a suspicion could not be checked");
         }
         self.end_outdated();

@@ -8,6 +8,8 @@
 )]
 
 mod provision;
+mod resume;
+mod resync;
 mod servers;
 mod support;
 mod up;
