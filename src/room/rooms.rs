@@ -218,6 +218,9 @@ impl Rooms {
         let mut backlog: Option<Backlog> = None;
         loop {
             let hub = self.hub(room, durable);
+            if !hub.is_ready() && !self.connection.is_up() {
+                return Err(JoinError::Unavailable);
+            }
             if hub.started().await == Phase::Gone {
                 // It could not start, and said so in the log; or it has just ended, and the next one does better.
                 attempts += 1;
