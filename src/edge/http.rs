@@ -285,7 +285,7 @@ async fn publish_to(
     let config = &api.shared.config;
     let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
     let room =
-        RoomId::parse(&room).map_err(|e| HttpError::new(ErrorCode::BadRoom, e.to_string()))?;
+        RoomId::parse(room).map_err(|e| HttpError::new(ErrorCode::BadRoom, e.to_string()))?;
     let most = config.limits.body.as_u64() + ENVELOPE_BYTES;
     let body = to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX))
         .await
