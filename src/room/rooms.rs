@@ -340,7 +340,8 @@ impl Rooms {
         conn.send(&[reply(&joined)]);
         let head = hub.log.borrow().head_index();
         let bytes: usize = frames.iter().map(Bytes::len).sum();
-        let fits = bytes <= PIECE;
+        // A client that joins many rooms at once gets their backlogs one after the other, not all into its outbox.
+        let fits = bytes <= PIECE && (bytes == 0 || conn.queued_bytes() <= PIECE);
         let member = Rc::new(Member::new(
             who.session,
             who.user,
@@ -380,6 +381,10 @@ impl Rooms {
                     return;
                 }
                 conn.send(piece);
+            }
+            conn.drained(PIECE).await;
+            if member.has_left() || hub.is_gone() || conn.closing().is_some() {
+                return;
             }
             let from_memory = {
                 let log = hub.log.borrow();

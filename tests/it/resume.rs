@@ -444,3 +444,50 @@ async fn joins_during_a_storm_have_neither_gap_nor_repeat() {
     let acks = drain.await.unwrap();
     assert!(acks > 0 && acks <= sent);
 }
+
+#[tokio::test]
+async fn a_client_with_backlog_in_many_rooms_is_not_too_slow_for_it() {
+    const ROOMS: usize = 30;
+    const MESSAGES: usize = 150;
+    let toml = "limits.outbox = '256KiB'\nlimits.commands_burst = 100000";
+    let mesh = Mesh::start(support::nats_url(), 1, toml).await;
+    let mut kim = mesh.connect(0, "kim").await;
+    let mut since = Vec::new();
+    for room in 0..ROOMS {
+        let room = format!("chat:r{room}");
+        since.push(reply(&mut kim, "join", json!({"room": room})).await["cursor"].clone());
+        reply(&mut kim, "leave", json!({"room": room})).await;
+    }
+    let padding = "x".repeat(2000);
+    for number in 0..MESSAGES {
+        for room in 0..ROOMS {
+            let send = json!({"room": format!("chat:r{room}"), "body": [number, padding]});
+            kim.commands().send("send", send).await.unwrap();
+        }
+        for _ in 0..ROOMS {
+            assert_eq!(next(&mut kim).await.op(), "ack");
+        }
+    }
+    // All joins at once; 9 MB come back, while the outbox may hold 256 KiB and the client has not begun to read.
+    let mut lee = mesh.connect(0, "lee").await;
+    for (room, since) in since.iter().enumerate() {
+        let join = json!({"room": format!("chat:r{room}"), "since": since});
+        lee.commands().send("join", join).await.unwrap();
+    }
+    let mut seen = vec![0; ROOMS];
+    let mut joined = 0;
+    while seen.iter().sum::<usize>() < ROOMS * MESSAGES {
+        let frame = next(&mut lee).await.json();
+        let room: usize = frame["room"].as_str().unwrap()["chat:r".len()..]
+            .parse()
+            .unwrap();
+        if frame["op"] == "joined" {
+            joined += 1;
+            assert_eq!(frame["replay"], json!(MESSAGES), "{frame}");
+        } else {
+            assert_eq!(frame["body"][0], json!(seen[room]), "room {room}");
+            seen[room] += 1;
+        }
+    }
+    assert_eq!(joined, ROOMS);
+}
