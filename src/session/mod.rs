@@ -13,7 +13,7 @@
 //!
 //! # Invariants
 //! - Every command gets exactly one reply, in order, except that acks of different rooms may overtake each other
-//!   ([`replies::Replies`]).
+//!   (`Replies`).
 //! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
 
 mod commands;
