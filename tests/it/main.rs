@@ -9,5 +9,6 @@
 
 mod provision;
 mod servers;
+mod storm;
 mod support;
 mod up;
