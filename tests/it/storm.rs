@@ -20,7 +20,7 @@ use natter::{
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
+use serde_json::{json, value::RawValue};
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -32,6 +32,7 @@ use crate::support::{
     checker::{self, Ack, Event, Log, Sent, Violation},
     dedicated_nats, eventually,
     mesh::{Mesh, token},
+    nats_url,
 };
 
 const EDGES: usize = 2;
@@ -816,4 +817,35 @@ fn keep(seed: u64, mesh: &Mesh, log: &Log, violations: &[Violation]) -> PathBuf 
     }
     fs::write(folder.join("operations.txt"), text).unwrap();
     folder
+}
+
+/// Found by a storm: a session that joined before the stream's first message, and came back when the room's memory did not
+/// reach that far, was refused with `unavailable` for ever, and whoever shared the read with it, too.
+#[tokio::test]
+async fn a_cursor_from_before_the_first_message_of_the_stream_resumes() {
+    const MISSED: u64 = 30;
+    let mesh = Mesh::start(nats_url(), 1, "rooms.ring = '1KiB'").await;
+    let connection = mesh.connect(0, "kim").await;
+    let commands = connection.commands();
+    let place = json!({"room": "chat:room-0"});
+    let joined: Joined = commands
+        .call("join", &place)
+        .await
+        .unwrap()
+        .fields()
+        .unwrap();
+    assert_eq!(seq_of(&joined.cursor), 0);
+    commands.call("leave", &place).await.unwrap();
+    for _ in 0..MISSED {
+        let message = json!({"room": "chat:room-0", "body": "안녕".repeat(20)});
+        commands.call("send", message).await.unwrap();
+    }
+    let place = json!({"room": "chat:room-0", "since": joined.cursor});
+    let joined: Joined = commands
+        .call("join", place)
+        .await
+        .unwrap()
+        .fields()
+        .unwrap();
+    assert_eq!((joined.replay, joined.reset), (MISSED, false));
 }
