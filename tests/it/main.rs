@@ -11,5 +11,6 @@ mod provision;
 mod resume;
 mod resync;
 mod servers;
+mod storm;
 mod support;
 mod up;
