@@ -298,11 +298,10 @@ impl Hub {
         since: &Position,
         anchored: bool,
     ) -> anyhow::Result<Option<ResetReason>> {
-        // There is no message 0, and the server refuses to look for it.
-        let at = match since.seq {
-            0 => None,
-            seq => rooms.reader.message(&self.stream, since.epoch, seq).await?,
-        };
+        let at = rooms
+            .reader
+            .message(&self.stream, since.epoch, since.seq)
+            .await?;
         let names_message = since.fingerprint != Fingerprint(0);
         if anchored && at.is_some() {
             return Ok(None);
