@@ -15,7 +15,8 @@ use tracing::Instrument as _;
 use super::{
     encode,
     hub::Hub,
-    rooms::{JoinError, ResetReason, Rooms},
+    join::{JoinError, ResetReason},
+    rooms::Rooms,
 };
 use crate::{
     bus::{Record, StreamState},

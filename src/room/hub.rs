@@ -1,48 +1,34 @@
-//! One room on one shard: subscription, log, members, fan-out.
+//! One room on one shard: its task, from subscription to end.
 
 use std::{
     cell::{Cell, RefCell},
     rc::Rc,
-    sync::Arc,
-    time::Duration,
 };
 
 use async_nats::Message;
-use bytes::Bytes;
 use indexmap::IndexMap;
 use tokio::{
     sync::{Notify, watch},
-    task::yield_now,
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, timeout_at},
 };
 
 use super::{
     backlog::Backlogs,
     encode,
+    fan_out::{Member, Pass},
     log::{Admission, RoomLog},
     rooms::Rooms,
 };
 use crate::{
     bus::{LiveFeed, ReadError, Record, Suspicion},
     model::{Class, Fingerprint, RoomId, partition_of},
-    protocol::Close,
     runtime::unix_ms,
     subject::{KIND_TYPING, header, rooms_stream},
-    telemetry::metrics::{Counter, Dropped, GapCause, Gauge, Held, Suppressed, count},
-    wire::Conn,
+    telemetry::metrics::{Counter, Dropped, GapCause, Suppressed, count},
 };
 
 /// Live messages taken in one go. What arrives while they are fanned out forms the next batch: batching that adapts to load.
 const BATCH: usize = 64;
-
-/// Members written to before other tasks of the shard get a turn.
-const MEMBERS_A_TURN: usize = 128;
-
-/// Reads for a gap after which what is missing is taken for erased.
-const GAP_READS: usize = 20;
-
-/// Pause before a read that failed is repeated.
-const RETRY: Duration = Duration::from_millis(100);
 
 /// A room's hub.
 #[derive(Debug)]
@@ -53,12 +39,12 @@ pub struct Hub {
     /// Whether the room has a log; else messages only pass through.
     pub(super) durable: bool,
     /// The stream's incarnation that the log belongs to.
-    incarnation: Cell<u32>,
+    pub(super) incarnation: Cell<u32>,
     pub(super) log: RefCell<RoomLog>,
-    members: RefCell<IndexMap<u64, Rc<Member>>>,
+    pub(super) members: RefCell<IndexMap<u64, Rc<Member>>>,
     /// Changes when a member joins or leaves, so that a fan-out pass that yielded looks again.
-    membership: Cell<u64>,
-    phase: watch::Sender<Phase>,
+    pub(super) membership: Cell<u64>,
+    pub(super) phase: watch::Sender<Phase>,
     /// Wakes the task: `wanted` has changed, or the hub is to end.
     wake: Notify,
     /// Number of the read that somebody wants; the log is compared with the stream until `filled` has reached it.
@@ -82,49 +68,6 @@ pub(super) enum Phase {
     Ready,
     /// Over: it could not start, nobody was there for a while, or its stream began anew.
     Gone,
-}
-
-/// A session's membership in one room: where its frames go, and up to where it has got them.
-#[derive(Debug)]
-pub struct Member {
-    session: u64,
-    user: Arc<str>,
-    conn: Rc<Conn>,
-    /// Whether it is fed by the fan-out; otherwise it is catching up by a task of its own.
-    live: Cell<bool>,
-    /// Index in the log of the next frame it is to get.
-    pub(super) next: Cell<u64>,
-    left: Cell<bool>,
-    _active: Held,
-}
-
-impl Member {
-    pub(super) fn new(session: u64, user: Arc<str>, conn: Rc<Conn>, next: u64, live: bool) -> Self {
-        Self {
-            session,
-            user,
-            conn,
-            live: Cell::new(live),
-            next: Cell::new(next),
-            left: Cell::new(false),
-            _active: Held::new(Gauge::MemberActive),
-        }
-    }
-
-    /// Whether it is no member any more: it left, or the room let it go.
-    #[must_use]
-    pub fn has_left(&self) -> bool {
-        self.left.get()
-    }
-
-    pub(super) fn conn(&self) -> &Rc<Conn> {
-        &self.conn
-    }
-
-    pub(super) fn go_live(&self, next: u64) {
-        self.next.set(next);
-        self.live.set(true);
-    }
 }
 
 impl Hub {
@@ -424,7 +367,7 @@ impl Hub {
     }
 
     /// Takes an admitted message into the log and its frame into the pass.
-    fn deliver(&self, record: &Record, ready: &mut Pass) {
+    pub(super) fn deliver(&self, record: &Record, ready: &mut Pass) {
         let mut log = self.log.borrow_mut();
         let first = log.head_index();
         match log.advance(record) {
@@ -437,97 +380,6 @@ impl Hub {
                 log.push(record, frame);
             }
             None => count(Counter::MessageSuppressed(Suppressed::Duplicate), 1),
-        }
-    }
-
-    /// Fills the gap before `record`. A replica that is behind does not have what is missing yet: then it is read again. What
-    /// stays missing was erased.
-    async fn fill_before(&self, rooms: &Rooms, record: &Record) {
-        let previous = record.previous.unwrap_or_default();
-        for _ in 0..GAP_READS {
-            self.fill_in(rooms, GapCause::Sequence).await;
-            if self.is_gone() || self.log.borrow().last(record.class) >= previous {
-                return;
-            }
-            self.pause().await;
-        }
-        tracing::warn!(room.id = %self.room, seq = previous, "a message is not in the stream any more");
-        count(Counter::MessageDropped(Dropped::Erased), 1);
-    }
-
-    /// Reads the stream from where the log was last known to be complete to its end and delivers what was not delivered. Repeats until it succeeds: live messages
-    /// wait in the subscription, and what that drops is read here later.
-    async fn fill_in(&self, rooms: &Rooms, cause: GapCause) {
-        let from = self.log.borrow().unverified();
-        let filter = rooms
-            .subjects
-            .stored_all(rooms.streams.origin(), self.part, &self.room);
-        let epoch = self.log.borrow().epoch();
-        let mut next = from;
-        let mut found = 0;
-        while !self.is_gone() {
-            let page = match rooms.reader.page(&self.stream, epoch, &filter, next).await {
-                Ok(page) => page,
-                Err(error) => {
-                    tracing::debug!(error = %error, room.id = %self.room, "a read is repeated");
-                    self.pause().await;
-                    continue;
-                }
-            };
-            let mut ready = Pass::default();
-            for record in &page.records {
-                next = record.seq + 1;
-                let admission = self.log.borrow().admit(record.class, record.seq, None);
-                if admission == Admission::Deliver {
-                    rooms.streams.note(self.part, record.seq);
-                    self.deliver(record, &mut ready);
-                    found += 1;
-                }
-            }
-            self.fan_out(ready).await;
-            if page.pending == 0 || page.records.is_empty() {
-                // Not the position: the replica that answered may not have got that far.
-                self.log.borrow_mut().verify(next - 1);
-                break;
-            }
-        }
-        self.checked.set(Instant::now());
-        if found > 0 {
-            count(Counter::GapDetected(cause), 1);
-            count(Counter::GapFilled, found);
-        }
-        self.check_beginning(rooms, from).await;
-    }
-
-    /// If the stream was trimmed beyond the place from which a gap was read, messages may be lost to the members here. They
-    /// are told to join again: their cursors tell them what became of it.
-    async fn check_beginning(&self, rooms: &Rooms, from: u64) {
-        while !self.is_gone() {
-            match rooms.streams.fetch(self.part).await {
-                Ok(state) if state.incarnation != self.incarnation.get() => return,
-                Ok(state) if state.first_seq <= from => return,
-                Ok(state) => {
-                    tracing::warn!(
-                        room.id = %self.room, from, first_seq = state.first_seq,
-                        "the stream was trimmed while the room was behind",
-                    );
-                    count(Counter::MessageDropped(Dropped::Trimmed), 1);
-                    return self.end(Some("reset"));
-                }
-                Err(error) => {
-                    tracing::debug!(error = %error, room.id = %self.room, "a look is repeated");
-                    self.pause().await;
-                }
-            }
-        }
-    }
-
-    /// Waits a little before a read is repeated; ends at once when the hub does.
-    pub(super) async fn pause(&self) {
-        let mut phase = self.phase.subscribe();
-        tokio::select! {
-            () = sleep(RETRY.mul_f64(rand::random_range(1.0..3.0))) => {}
-            _ = phase.wait_for(|phase| *phase == Phase::Gone) => {}
         }
     }
 
@@ -557,76 +409,6 @@ impl Hub {
         }
         self.fan_out(ready).await;
     }
-
-    /// Tells all members but the user's own sessions.
-    fn push_typing(&self, user: &str) {
-        let frame = encode::typing(&self.room, user);
-        let mut told = 0;
-        for member in self
-            .members
-            .borrow()
-            .values()
-            .filter(|member| &*member.user != user)
-        {
-            member.conn.send(std::slice::from_ref(&frame));
-            told += 1;
-        }
-        count(Counter::TypingDelivered, told);
-    }
-
-    /// Gives the frames of a pass to every member that is live. Yields between groups of members; who joins meanwhile stands
-    /// behind the pass already, and who leaves makes the order of members change, so the pass looks again until it found
-    /// nobody left to serve.
-    async fn fan_out(&self, pass: Pass) {
-        let Pass { first, frames } = pass;
-        if frames.is_empty() {
-            return;
-        }
-        let target = first + frames.len() as u64;
-        let mut delivered = 0;
-        loop {
-            let membership = self.membership.get();
-            let mut at = 0;
-            loop {
-                let len = {
-                    let members = self.members.borrow();
-                    let end = members.len().min(at + MEMBERS_A_TURN);
-                    for member in members.as_slice()[at.min(end)..end].values() {
-                        if !member.live.get() || member.next.get() >= target {
-                            continue;
-                        }
-                        let Some(skip) = member.next.get().checked_sub(first) else {
-                            // It missed a pass, which can't be. Its cursor makes it whole.
-                            debug_assert!(false, "a live member stands before the pass");
-                            member.conn.close(Close::Internal);
-                            continue;
-                        };
-                        let rest = &frames[usize::try_from(skip).unwrap_or(frames.len())..];
-                        member.conn.send(rest);
-                        delivered += rest.len() as u64;
-                        member.next.set(target);
-                    }
-                    members.len()
-                };
-                at += MEMBERS_A_TURN;
-                if at >= len {
-                    break;
-                }
-                yield_now().await;
-            }
-            if membership == self.membership.get() {
-                break;
-            }
-        }
-        count(Counter::MessageDelivered, delivered);
-    }
-}
-
-/// Frames to be fanned out, and the index of the first one in the log.
-#[derive(Default)]
-struct Pass {
-    first: u64,
-    frames: Vec<Bytes>,
 }
 
 /// What a hub listens to.

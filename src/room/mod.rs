@@ -5,9 +5,14 @@
 
 mod backlog;
 mod encode;
+mod fan_out;
+mod gap;
 mod hub;
+mod join;
 mod log;
 mod rooms;
 
-pub use hub::{Hub, Member};
-pub use rooms::{JoinError, Joined, Membership, NewMember, ResetReason, Rooms};
+pub use fan_out::Member;
+pub use hub::Hub;
+pub use join::{JoinError, Joined, Membership, NewMember, ResetReason};
+pub use rooms::Rooms;

@@ -1,0 +1,127 @@
+//! Members, and how frames reach them.
+
+use std::{cell::Cell, rc::Rc, sync::Arc};
+
+use bytes::Bytes;
+use tokio::task::yield_now;
+
+use super::{encode, hub::Hub};
+use crate::{
+    protocol::Close,
+    telemetry::metrics::{Counter, Gauge, Held, count},
+    wire::Conn,
+};
+
+/// Members written to before other tasks of the shard get a turn.
+const MEMBERS_A_TURN: usize = 128;
+
+/// A session's membership in one room: where its frames go, and up to where it has got them.
+#[derive(Debug)]
+pub struct Member {
+    pub(super) session: u64,
+    user: Arc<str>,
+    pub(super) conn: Rc<Conn>,
+    /// Whether it is fed by the fan-out; otherwise it is catching up by a task of its own.
+    live: Cell<bool>,
+    /// Index in the log of the next frame it is to get.
+    pub(super) next: Cell<u64>,
+    pub(super) left: Cell<bool>,
+    _active: Held,
+}
+
+impl Member {
+    pub(super) fn new(session: u64, user: Arc<str>, conn: Rc<Conn>, next: u64, live: bool) -> Self {
+        Self {
+            session,
+            user,
+            conn,
+            live: Cell::new(live),
+            next: Cell::new(next),
+            left: Cell::new(false),
+            _active: Held::new(Gauge::MemberActive),
+        }
+    }
+
+    /// Whether it is no member any more: it left, or the room let it go.
+    #[must_use]
+    pub fn has_left(&self) -> bool {
+        self.left.get()
+    }
+
+    pub(super) fn go_live(&self, next: u64) {
+        self.next.set(next);
+        self.live.set(true);
+    }
+}
+
+/// Frames to be fanned out, and the index of the first one in the log.
+#[derive(Default)]
+pub(super) struct Pass {
+    pub(super) first: u64,
+    pub(super) frames: Vec<Bytes>,
+}
+
+impl Hub {
+    /// Tells all members but the user's own sessions.
+    pub(super) fn push_typing(&self, user: &str) {
+        let frame = encode::typing(&self.room, user);
+        let mut told = 0;
+        for member in self
+            .members
+            .borrow()
+            .values()
+            .filter(|member| &*member.user != user)
+        {
+            member.conn.send(std::slice::from_ref(&frame));
+            told += 1;
+        }
+        count(Counter::TypingDelivered, told);
+    }
+
+    /// Gives the frames of a pass to every member that is live. Yields between groups of members; who joins meanwhile stands
+    /// behind the pass already, and who leaves makes the order of members change, so the pass looks again until it found
+    /// nobody left to serve.
+    pub(super) async fn fan_out(&self, pass: Pass) {
+        let Pass { first, frames } = pass;
+        if frames.is_empty() {
+            return;
+        }
+        let target = first + frames.len() as u64;
+        let mut delivered = 0;
+        loop {
+            let membership = self.membership.get();
+            let mut at = 0;
+            loop {
+                let len = {
+                    let members = self.members.borrow();
+                    let end = members.len().min(at + MEMBERS_A_TURN);
+                    for member in members.as_slice()[at.min(end)..end].values() {
+                        if !member.live.get() || member.next.get() >= target {
+                            continue;
+                        }
+                        let Some(skip) = member.next.get().checked_sub(first) else {
+                            // It missed a pass, which can't be. Its cursor makes it whole.
+                            debug_assert!(false, "a live member stands before the pass");
+                            member.conn.close(Close::Internal);
+                            continue;
+                        };
+                        let rest = &frames[usize::try_from(skip).unwrap_or(frames.len())..];
+                        member.conn.send(rest);
+                        delivered += rest.len() as u64;
+                        member.next.set(target);
+                    }
+                    members.len()
+                };
+                at += MEMBERS_A_TURN;
+                if at >= len {
+                    break;
+                }
+                yield_now().await;
+            }
+            if membership == self.membership.get() {
+                break;
+            }
+        }
+        count(Counter::MessageDelivered, delivered);
+    }
+}
