@@ -646,6 +646,7 @@ async fn blows(rng: &mut StdRng, shared: &Shared, mesh: &mut Mesh, nats: &mut De
         })
         .await;
         let edge = rng.random_range(0..EDGES);
+        let killed = Instant::now();
         eprintln!("storm: kill {blow:?} (edge {edge}) after {moment} messages");
         if blow != Blow::Edge {
             nats.server.kill().await;
@@ -661,6 +662,7 @@ async fn blows(rng: &mut StdRng, shared: &Shared, mesh: &mut Mesh, nats: &mut De
         if blow != Blow::Nats {
             mesh.edges[edge].process.start().await.unwrap();
         }
+        eprintln!("storm: all are back after {:.1?}", killed.elapsed());
     }
 }
 
@@ -728,8 +730,10 @@ async fn every_session_sees_every_message_once_in_order_through_kills_of_edges_a
     })
     .await;
     stage.send_replace(Stage::Calm);
+    let stormy = started.elapsed();
     let caught_up = caught_up(&shared).await;
     stage.send_replace(Stage::Over);
+    let calm = started.elapsed() - stormy;
     let reconnects = shared.board.lock().reconnects;
     let mut log = Log::default();
     while let Some(session) = tasks.join_next().await {
@@ -744,10 +748,9 @@ async fn every_session_sees_every_message_once_in_order_through_kills_of_edges_a
 
     let (summary, violations) = checker::check(&log);
     eprintln!(
-        "storm: seed {}, {} s, ring {ring}: {} sent, {} acked, {} unacked seen; {} received in {} sessions; {} joins, \
+        "storm: seed {}, {stormy:.1?} of storm and {calm:.1?} of calm, ring {ring}: {} sent, {} acked, {} unacked seen; {} received in {} sessions; {} joins, \
          {} replayed, {reconnects} reconnects; kills: {EDGE_KILLS} of edges, {NATS_KILLS} of nats-server; {} violations",
         seed.0,
-        started.elapsed().as_secs(),
         summary.sent,
         summary.acked,
         summary.unacked_seen,
