@@ -6,6 +6,7 @@ use std::{
 };
 
 use async_nats::{Client, ConnectOptions, Event, Statistics, connection::State};
+use tokio::time::timeout;
 
 use crate::{
     config,
@@ -17,6 +18,9 @@ const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(1);
 
 /// How often the server is asked for a sign of life; it is given up after two without.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long the last bytes of a connection may take.
+const CLOSE_WITHIN: Duration = Duration::from_secs(1);
 
 /// A NATS connection that reconnects by itself, for ever.
 #[derive(Debug, Clone)]
@@ -129,12 +133,14 @@ impl Connection {
         tracing::trace!(answered, "round trip");
     }
 
-    /// Sends what is still in the client's buffer and ends the connection.
+    /// Sends what is still in the client's buffer and ends the connection. Without NATS there is nobody to send it to.
     pub async fn close(&self) {
-        // Either error means that the connection has ended already.
-        let flushed = self.client.flush().await.is_ok();
-        let drained = self.client.drain().await.is_ok();
-        tracing::debug!(flushed, drained, "NATS connection closed");
+        let close = async {
+            // Either error means that the connection has ended already.
+            self.client.flush().await.is_ok() && self.client.drain().await.is_ok()
+        };
+        let clean = self.is_up() && timeout(CLOSE_WITHIN, close).await.unwrap_or(false);
+        tracing::debug!(clean, "NATS connection closed");
     }
 }
 

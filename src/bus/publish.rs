@@ -243,12 +243,13 @@ impl Publisher {
         seq: u64,
         duplicate: bool,
     ) -> Result<StreamState, PublishError> {
+        let now = Instant::now();
         let news = self.streams.note(part, seq);
         if duplicate || news {
             return Ok(self.streams.known(part));
         }
         self.streams
-            .verify(part)
+            .verify(part, now)
             .await
             .map_err(PublishError::Cursor)
     }

@@ -180,6 +180,11 @@ impl Reader {
         epoch: Epoch,
         seq: u64,
     ) -> Result<Option<Stored>, ReadError> {
+        // Where a room stood before its stream's first message. The server takes a 0 for a field that is absent, and refuses
+        // a request without any.
+        if seq == 0 {
+            return Ok(None);
+        }
         let (messages, _) = self
             .get(&self.connection, stream, &serde_json::json!({ "seq": seq }))
             .await?;

@@ -19,9 +19,6 @@ use crate::{
     subject::{EPOCH_METADATA, rooms_stream},
 };
 
-/// Shortest time between two looks at one stream that only a suspicion asked for.
-const MIN_REFRESH: Duration = Duration::from_millis(200);
-
 /// The state of one stream, as last seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamState {
@@ -68,11 +65,14 @@ struct Part {
     known: RwLock<Known>,
     /// Newest sequence that anybody on this edge has seen of it.
     newest: AtomicU64,
+    /// Held by who looks because of a suspicion.
+    verifying: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
 struct Known {
     state: StreamState,
+    /// When it was asked for.
     seen: Instant,
 }
 
@@ -121,6 +121,7 @@ impl Streams {
             .await?;
             parts.push(Part {
                 newest: AtomicU64::new(state.last_seq),
+                verifying: tokio::sync::Mutex::default(),
                 known: RwLock::new(Known {
                     state,
                     seen: Instant::now(),
@@ -178,6 +179,7 @@ impl Streams {
         let stream = rooms_stream(&self.origin, part);
         let slot = &self.parts[usize::from(part)];
         let newest = slot.newest.load(Ordering::Acquire);
+        let seen = Instant::now();
         let mut state = look(&self.connection, &stream, self.timeout).await?;
         let mut known = slot.known.write();
         let before = known.state;
@@ -193,10 +195,7 @@ impl Streams {
         } else {
             slot.newest.fetch_max(state.last_seq, Ordering::AcqRel);
         }
-        *known = Known {
-            state,
-            seen: Instant::now(),
-        };
+        *known = Known { state, seen };
         drop(known);
         if state.incarnation != before.incarnation {
             self.version.fetch_add(1, Ordering::AcqRel);
@@ -204,18 +203,20 @@ impl Streams {
         Ok(state)
     }
 
-    /// Looks at a stream because something does not fit what is known of it, but not more often than every 200 ms.
+    /// Looks at a stream because at `since` something did not fit what was known of it; once for all who ask meanwhile.
     ///
     /// # Errors
     /// [`StreamError`]; what was known stays.
-    pub async fn verify(&self, part: u16) -> Result<StreamState, StreamError> {
-        let fresh = {
+    pub async fn verify(&self, part: u16, since: Instant) -> Result<StreamState, StreamError> {
+        let _turn = self.parts[usize::from(part)].verifying.lock().await;
+        let (state, seen) = {
             let known = self.parts[usize::from(part)].known.read();
-            (known.seen.elapsed() < MIN_REFRESH).then_some(known.state)
+            (known.state, known.seen)
         };
-        match fresh {
-            Some(state) => Ok(state),
-            None => self.fetch(part).await,
+        if seen > since {
+            Ok(state)
+        } else {
+            self.fetch(part).await
         }
     }
 

@@ -4,6 +4,7 @@ use std::{path::Path, process::ExitCode, time::Duration};
 
 use clap::Args;
 use figment::providers::{Format, Toml};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Builder;
 
 use crate::{
@@ -36,8 +37,24 @@ impl EdgeCommand {
     }
 }
 
+/// A connection is a file: takes as many as the system allows this process.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => tracing::info!(files = ?limit.maximum, "open files allowed"),
+        Err(error) => {
+            tracing::warn!(%error, files = ?limit.current, "the limit of open files can't be raised");
+        }
+    }
+}
+
 async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::install()?;
+    raise_file_limit();
     let edge = Edge::start(config).await?;
     let lifecycle = edge.lifecycle().clone();
     tokio::select! {

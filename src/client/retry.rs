@@ -7,7 +7,7 @@ use std::time::Duration;
 pub enum Advice {
     /// Come back with the cursor, elsewhere if there is an elsewhere.
     Reconnect,
-    /// Come back, but not before [`LATER`].
+    /// Come back, but not before `LATER`.
     Later,
     /// Come back with another token.
     NewToken,

@@ -12,6 +12,7 @@ use axum::{
 };
 use parking_lot::Mutex;
 use serde::Serialize;
+use tracing::Instrument as _;
 use utoipa::{OpenApi, ToSchema};
 
 use super::{Shared, upgrade};
@@ -22,6 +23,7 @@ use crate::{
     protocol::{ErrorCode, native},
     runtime::unix_s,
     session::{Pace, check_publication, publish_refusal},
+    subject,
     telemetry::{
         self,
         metrics::{Counter, Published, count},
@@ -265,12 +267,25 @@ async fn publish(
     Path(room): Path<String>,
     request: Request,
 ) -> Result<Json<PublishReply>, HttpError> {
+    let span = tracing::debug_span!("command", op = "send");
+    let parent = request.headers().get(subject::header::TRACEPARENT);
+    if let Some(parent) = parent.and_then(|value| value.to_str().ok()) {
+        telemetry::set_remote_parent(&span, parent);
+    }
+    publish_to(api, &room, request).instrument(span).await
+}
+
+async fn publish_to(
+    api: Api,
+    room: &str,
+    request: Request,
+) -> Result<Json<PublishReply>, HttpError> {
     let (parts, body) = request.into_parts();
     let identity = authorize(&api, &parts.headers)?;
     let config = &api.shared.config;
     let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
     let room =
-        RoomId::parse(&room).map_err(|e| HttpError::new(ErrorCode::BadRoom, e.to_string()))?;
+        RoomId::parse(room).map_err(|e| HttpError::new(ErrorCode::BadRoom, e.to_string()))?;
     let most = config.limits.body.as_u64() + ENVELOPE_BYTES;
     let body = to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX))
         .await

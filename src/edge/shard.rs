@@ -1,7 +1,7 @@
 //! A shard: one thread with its own NATS connections, rooms and sessions.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::HashMap,
     io,
     net::{IpAddr, TcpStream},
@@ -22,6 +22,8 @@ use tokio::{
     time::{interval, sleep, timeout_at},
 };
 
+use tracing::Instrument as _;
+
 use super::{EdgeError, Shared, admission::Place};
 use crate::{
     auth::Identity,
@@ -30,6 +32,7 @@ use crate::{
     room::Rooms,
     session::{Context, Session, UserSlot},
     subject::Subjects,
+    telemetry::metrics::{Gauge, gauge_add},
     wire::{Conn, ConnLimits},
 };
 
@@ -157,7 +160,9 @@ struct Shard {
     limits: Rc<ConnLimits>,
     sessions: RefCell<HashMap<u64, Rc<Session>>>,
     number: u64,
-    made: std::cell::Cell<u64>,
+    made: Cell<u64>,
+    /// What all outboxes held at the last tick.
+    queued: Cell<i64>,
 }
 
 async fn run(
@@ -253,7 +258,8 @@ impl Shard {
             limits: Rc::new(limits),
             sessions: RefCell::default(),
             number: number as u64,
-            made: std::cell::Cell::new(0),
+            made: Cell::new(0),
+            queued: Cell::new(0),
         });
         Ok((shard, live, replay))
     }
@@ -277,7 +283,8 @@ impl Shard {
         self.sessions.borrow_mut().insert(id, Rc::clone(&session));
         let (shard, address) = (Rc::clone(self), new.address);
         spawn_local(async move {
-            session.run(new.first.to_vec()).await;
+            let span = tracing::debug_span!("session", session.id = id);
+            session.run(new.first.to_vec()).instrument(span).await;
             shard.sessions.borrow_mut().remove(&id);
             drop(address);
         });
@@ -285,9 +292,13 @@ impl Shard {
 
     fn tick(&self) {
         let now = Instant::now();
+        let mut queued = 0;
         for session in self.sessions.borrow().values() {
             session.tick(now);
+            queued += session.queued_bytes();
         }
+        let queued = i64::try_from(queued).unwrap_or(i64::MAX);
+        gauge_add(Gauge::OutboxBytes, queued - self.queued.replace(queued));
     }
 
     /// Tells the sessions to come back elsewhere, spread over time, and waits until they are gone. How many are left.

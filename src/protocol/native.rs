@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::ErrorCode;
@@ -110,7 +110,7 @@ struct Fields<'a> {
     token: Option<Cow<'a, str>>,
     #[serde(borrow)]
     id: Option<Cow<'a, str>>,
-    #[serde(borrow)]
+    #[serde(borrow, deserialize_with = "present")]
     body: Option<&'a RawValue>,
     #[serde(borrow)]
     kind: Option<Cow<'a, str>>,
@@ -119,6 +119,11 @@ struct Fields<'a> {
     #[serde(borrow)]
     reply_to: Option<Cow<'a, str>>,
     mentions: Option<Vec<String>>,
+}
+
+/// A field that is there is `Some`, also where it is `null`: any JSON is a body.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 /// Only what names a command, for the reply to one whose other fields have the wrong type.
@@ -250,9 +255,8 @@ fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused>
         .map(|text| reference(&text).map(|_valid| text.into_owned()));
     let body = match (kind, fields.body) {
         (_, Some(body)) => body.to_owned(),
-        // An absent optional field and `null` are the same to serde: a body of `null` says nothing anyway.
         (Kind::Delete, None) => RawValue::NULL.to_owned(),
-        (_, None) => return Err(bad("body is missing or null".to_owned())),
+        (_, None) => return Err(bad("body is missing".to_owned())),
     };
     let mentions = fields.mentions.unwrap_or_default();
     if mentions.len() > MAX_MENTIONS || mentions.iter().any(|user| user.len() > MAX_USER) {
@@ -425,6 +429,15 @@ mod tests {
         ] {
             assert_eq!(refusal(text), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn null_is_a_body_and_nothing_is_not() {
+        let null = r#"{"op":"send","rid":1,"room":"chat:x","body":null}"#;
+        let Op::Send(publication) = decode(null).unwrap().op else {
+            panic!("not a send")
+        };
+        assert_eq!(publication.body.get(), "null");
     }
 
     #[test]

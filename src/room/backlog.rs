@@ -10,6 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tracing::Instrument as _;
 
 use super::{
     encode,
@@ -19,7 +20,7 @@ use super::{
 use crate::{
     bus::{Record, StreamState},
     model::{Fingerprint, Position},
-    telemetry::metrics::{Counter, count},
+    telemetry::metrics::{Counter, Gauge, count, gauge_add},
 };
 
 /// Requests of one hub for what lies in the stream.
@@ -60,6 +61,13 @@ struct Held {
     entries: Vec<Missed>,
     /// Its share of `rooms.replay_memory`.
     _share: OwnedSemaphorePermit,
+    bytes: i64,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        gauge_add(Gauge::ReplayBytes, -self.bytes);
+    }
 }
 
 /// One missed message.
@@ -121,7 +129,8 @@ impl Hub {
                 let _gone = waiter.answer.send(Err(refusal()));
             }
         };
-        match self.read_after(rooms, &oldest).await {
+        let span = tracing::debug_span!("replay", room.id = %self.room, position.seq = oldest.seq);
+        match self.read_after(rooms, &oldest).instrument(span).await {
             Err(error) => {
                 tracing::debug!(error = %error, room.id = %self.room, "a backlog could not be read");
                 for waiter in group.drain(..) {
@@ -269,13 +278,14 @@ impl Hub {
         let upto = entries
             .last()
             .map_or((since.seq, since.fingerprint), |m| (m.seq, m.fingerprint));
-        Ok(Read::Found(
-            Rc::new(Held {
-                entries,
-                _share: share,
-            }),
-            upto,
-        ))
+        let bytes = i64::try_from(bytes)?;
+        gauge_add(Gauge::ReplayBytes, bytes);
+        let held = Held {
+            entries,
+            _share: share,
+            bytes,
+        };
+        Ok(Read::Found(Rc::new(held), upto))
     }
 
     /// After the read: whether anything between the cursor and what was read may have been trimmed, before or meanwhile.

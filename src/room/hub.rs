@@ -28,7 +28,7 @@ use crate::{
     protocol::Close,
     runtime::unix_ms,
     subject::{KIND_TYPING, header, rooms_stream},
-    telemetry::metrics::{Counter, Dropped, GapCause, Suppressed, count},
+    telemetry::metrics::{Counter, Dropped, GapCause, Gauge, Held, Suppressed, count},
     wire::Conn,
 };
 
@@ -95,6 +95,7 @@ pub struct Member {
     /// Index in the log of the next frame it is to get.
     pub(super) next: Cell<u64>,
     left: Cell<bool>,
+    _active: Held,
 }
 
 impl Member {
@@ -106,6 +107,7 @@ impl Member {
             live: Cell::new(live),
             next: Cell::new(next),
             left: Cell::new(false),
+            _active: Held::new(Gauge::MemberActive),
         }
     }
 
@@ -293,6 +295,9 @@ impl Hub {
                 let records: Vec<Record> = heads.into_iter().map(|head| head.record).collect();
                 let after = rooms.streams.known(self.part);
                 if after.incarnation == before.incarnation {
+                    for record in &records {
+                        rooms.streams.note(self.part, record.seq);
+                    }
                     *self.log.borrow_mut() = rooms.new_log(before, &records);
                     self.incarnation.set(before.incarnation);
                     break;

@@ -218,6 +218,9 @@ impl Rooms {
         let mut backlog: Option<Backlog> = None;
         loop {
             let hub = self.hub(room, durable);
+            if !hub.is_ready() && !self.connection.is_up() {
+                return Err(JoinError::Unavailable);
+            }
             if hub.started().await == Phase::Gone {
                 // It could not start, and said so in the log; or it has just ended, and the next one does better.
                 attempts += 1;
@@ -337,7 +340,8 @@ impl Rooms {
         conn.send(&[reply(&joined)]);
         let head = hub.log.borrow().head_index();
         let bytes: usize = frames.iter().map(Bytes::len).sum();
-        let fits = bytes <= PIECE;
+        // A client that joins many rooms at once gets their backlogs one after the other, not all into its outbox.
+        let fits = bytes <= PIECE && (bytes == 0 || conn.queued_bytes() <= PIECE);
         let member = Rc::new(Member::new(
             who.session,
             who.user,
@@ -377,6 +381,10 @@ impl Rooms {
                     return;
                 }
                 conn.send(piece);
+            }
+            conn.drained(PIECE).await;
+            if member.has_left() || hub.is_gone() || conn.closing().is_some() {
+                return;
             }
             let from_memory = {
                 let log = hub.log.borrow();
@@ -482,7 +490,7 @@ impl Rooms {
     }
 
     async fn verify(&self, part: u16) {
-        if let Err(error) = self.streams.verify(part).await {
+        if let Err(error) = self.streams.verify(part, Instant::now()).await {
             tracing::debug!(error = %error, "a suspicion could not be checked");
         }
         self.end_outdated();

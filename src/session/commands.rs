@@ -4,6 +4,7 @@ use std::{rc::Rc, sync::Arc};
 
 use bytes::Bytes;
 use tokio::task::{spawn_local, yield_now};
+use tracing::Instrument as _;
 
 use super::{Context, MAX_RATE_STRIKES, MAX_UNDECODABLE, Session, frame};
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
     },
     room::{Joined, NewMember},
     runtime::unix_s,
-    telemetry::metrics::{self, Counter, Published, count},
+    telemetry::metrics::{self, Counter, Label as _, Published, count},
 };
 
 /// A refusal without its `rid`.
@@ -94,7 +95,17 @@ pub(crate) fn publish_refusal(error: &PublishError) -> Refused {
 }
 
 impl Session {
+    /// Takes a command and sees to it that it is answered.
     pub(super) async fn on_command(self: &Rc<Self>, command: Result<Command, Refusal>) {
+        let op = command
+            .as_ref()
+            .map_or(metrics::Op::Unknown, |command| label(&command.op));
+        count(Counter::CommandReceived(op), 1);
+        let span = tracing::debug_span!("command", op = op.value());
+        self.obey(command).instrument(span).await;
+    }
+
+    async fn obey(self: &Rc<Self>, command: Result<Command, Refusal>) {
         if self.draining.get() {
             return;
         }
@@ -103,7 +114,6 @@ impl Session {
             Err(refusal) => return self.on_undecodable(&refusal),
         };
         self.undecodable.set(0);
-        count(Counter::CommandReceived(label(&command.op)), 1);
         let Command { rid, op } = command;
         if !self.within_pace() {
             self.rate_strikes.set(self.rate_strikes.get() + 1);
@@ -151,7 +161,6 @@ impl Session {
     }
 
     fn on_undecodable(&self, refusal: &Refusal) {
-        count(Counter::CommandReceived(metrics::Op::Unknown), 1);
         count(Counter::CommandRefused(refusal.code), 1);
         self.replies.now(frame(|out| write_error(out, refusal)));
         let strikes = if self.within_pace() && refusal.rid.is_some() {
@@ -337,10 +346,11 @@ impl Session {
         let session = Rc::clone(self);
         // The shard runs its tasks in the order in which they were started: publishes of one session reach NATS in the order
         // in which they came.
-        spawn_local(async move {
+        let publish = async move {
             let reply = session.publish(rid, &identity, &publication, durable).await;
             session.replies.keep(ticket, reply);
-        });
+        };
+        spawn_local(publish.in_current_span());
         Ok(())
     }
 

@@ -13,7 +13,7 @@
 //!
 //! # Invariants
 //! - Every command gets exactly one reply, in order, except that acks of different rooms may overtake each other
-//!   ([`replies::Replies`]).
+//!   (`Replies`).
 //! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
 
 mod commands;
@@ -44,7 +44,7 @@ use crate::{
     },
     room::{Membership, Rooms},
     runtime::unix_s,
-    telemetry::metrics::{Counter, Gauge, Held, count},
+    telemetry::metrics::{self, Counter, Gauge, Held, count},
     wire::{Conn, Decoder, Incoming, ping_frame, pong_frame, text_frame},
 };
 use replies::Replies;
@@ -253,6 +253,7 @@ impl Session {
         self.conn.check_stall(now);
         let first_frame = self.context.config.auth.first_frame_timeout;
         if self.identity.borrow().is_none() && now.duration_since(self.opened) >= first_frame {
+            count(Counter::SessionRefused(metrics::Admission::FirstFrame), 1);
             return self.conn.close(Close::BadToken);
         }
         if now.duration_since(self.last_seen.get()) >= DEAD_AFTER {
@@ -296,9 +297,10 @@ impl Session {
         self.conn.close(Close::Draining);
     }
 
-    /// Closes at once, with what is queued still to be written.
-    pub fn close(&self, close: Close) {
-        self.conn.close(close);
+    /// Bytes that wait for the client to read.
+    #[must_use]
+    pub fn queued_bytes(&self) -> usize {
+        self.conn.queued_bytes()
     }
 
     fn push(&self, write: impl FnOnce(&mut Vec<u8>)) {

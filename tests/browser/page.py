@@ -378,7 +378,8 @@ def edge_killed_and_restarted(up, kim, lee):
     up.kill_edge()
     for window in (kim, lee):
         window.until_state("reconnecting")
-    assert "reconnecting in" in kim.text("#state") or kim.state() != "reconnecting"
+    # The state changes while we look: the countdown was seen, or it is over already.
+    until("countdown", lambda: "reconnecting in" in kim.text("#state") or kim.state() == "connected")
     kim.say("said while the edge was down")
     until("pending message", lambda: kim.messages()[-1] == ["kim", "said while the edge was down", True])
     up.await_line()

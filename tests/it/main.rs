@@ -10,6 +10,9 @@
 mod architecture;
 mod docs;
 mod provision;
+mod resume;
+mod resync;
 mod servers;
+mod storm;
 mod support;
 mod up;

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::support::{self, LONG, eventually, is_running};
 
 /// Edges of these tests.
-const EDGES: &str = "0";
+const EDGES: &str = "2";
 
 /// A process that is killed, when a test fails, with all its children.
 struct KilledOnDrop(Child);
@@ -254,6 +254,17 @@ async fn a_child_that_dies_is_started_again_in_its_place() {
     up.next_line();
     assert_ne!(up.report["mongod_pid"], before["mongod_pid"]);
     assert_eq!(up.report["mongodb"], before["mongodb"]);
+
+    let edge = |report: &Value| report["regions"][0]["edges"][1].clone();
+    let pid = u32::try_from(edge(&before)["pid"].as_u64().unwrap()).unwrap();
+    support::signal(pid, Signal::KILL);
+    up.next_line();
+    assert_ne!(edge(&up.report)["pid"], edge(&before)["pid"]);
+    for same in ["id", "http", "ws"] {
+        assert_eq!(edge(&up.report)[same], edge(&before)[same]);
+    }
+    let other = &before["regions"][0]["edges"][0];
+    assert_eq!(&up.report["regions"][0]["edges"][0], other);
     let pids = up.pids();
     assert!(up.end(Signal::TERM).await.success());
     assert!(pids.iter().all(|pid| !is_running(*pid)));
@@ -281,6 +292,34 @@ async fn a_child_stays_dead_where_that_is_asked_for() {
     let mut config = support::config("");
     config.nats.url = url;
     provision::connect(&config.nats).await.unwrap_err();
+}
+
+/// The printed token opens the printed edges: a message posted there is in the room.
+#[tokio::test]
+async fn the_printed_token_is_good_for_the_printed_edges() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    let data = folder();
+    let up = Up::start(data.path(), &["--no-mongodb"]).await;
+    let token = up.report["token"].as_str().unwrap();
+    for (edge, token, status) in [(0, token, "200"), (1, token, "200"), (0, "wrong", "401")] {
+        let http = up.report["regions"][0]["edges"][edge]["http"]
+            .as_str()
+            .unwrap();
+        let address = http.strip_prefix("http://").unwrap();
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let body = r#"{"body":{"text":"hi"}}"#;
+        let request = format!(
+            "POST /v1/rooms/chat:lobby/messages HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer.split(' ').nth(1), Some(status), "{answer}");
+    }
+    assert_eq!(publish(up.nats(), "by hand").await, 3);
+    assert!(up.end(Signal::TERM).await.success());
 }
 
 #[tokio::test]

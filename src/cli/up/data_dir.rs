@@ -13,6 +13,8 @@ use std::{
 use rand::Rng as _;
 use tokio::time::{Instant, sleep};
 
+use crate::cli::token::DEV_SECRET_FILE;
+
 /// How long children of an `up` that was killed may take to die; the kernel kills them with it, so this is plenty.
 const ORPHANS_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -111,7 +113,7 @@ impl DataDir {
     /// # Errors
     /// [`DataDirError::File`]
     pub(super) fn secret(&self) -> Result<String, DataDirError> {
-        let path = self.path.join("dev-secret");
+        let path = self.path.join(DEV_SECRET_FILE);
         self.read_or_make_secret(&path)
             .map_err(|source| DataDirError::File { path, source })
     }

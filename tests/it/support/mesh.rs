@@ -151,12 +151,12 @@ impl Mesh {
     pub(crate) async fn metric(&self, number: usize, name: &str, labels: &str) -> u64 {
         let address = self.edges[number].address;
         let (_, text) = http(address, "GET", "/metrics", "", "").await.unwrap();
-        let values = text.lines().filter_map(|line| {
+        let values = text.lines().filter_map(|line| -> Option<u64> {
             let (series, value) = line.rsplit_once(' ')?;
             let of_metric = series == name || series.starts_with(&format!("{name}{{"));
-            (of_metric && series.contains(labels)).then(|| value.parse::<f64>().ok())?
+            (of_metric && series.contains(labels)).then(|| value.parse().ok())?
         });
-        values.map(|value| value as u64).sum()
+        values.sum()
     }
 }
 

@@ -8,6 +8,7 @@
     reason = "shared by test modules that come and go; not each uses everything"
 )]
 
+pub(crate) mod checker;
 pub(crate) mod mesh;
 
 use std::{
