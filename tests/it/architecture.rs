@@ -26,8 +26,6 @@ const ONLY: &[(&str, &[&str])] = &[
 const DEBTS: &[(&str, &str)] = &[
     // `bus` is to hand out what `room` needs of a NATS message.
     ("room/hub.rs", "async_nats"),
-    // `auth::issue` is to make the development token.
-    ("cli/up/token.rs", "jsonwebtoken"),
     // Backlogs are to have an error of their own.
     ("room/backlog.rs", "anyhow"),
     ("room/rooms.rs", "anyhow"),
