@@ -7,6 +7,8 @@
     reason = "helpers of tests fail as tests do, and tell progress"
 )]
 
+mod architecture;
+mod docs;
 mod provision;
 mod resume;
 mod resync;
