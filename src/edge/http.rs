@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Instant};
 use axum::{
     Json, Router,
     body::to_bytes,
-    extract::{Path, Request, State},
+    extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -40,7 +40,7 @@ const MAX_PACES: usize = 10_000;
 #[derive(OpenApi)]
 #[openapi(
     info(title = "natter edge", description = "Rooms over plain HTTP. WebSocket clients connect to /ws."),
-    paths(publish, healthz, readyz, metrics, openapi),
+    paths(upgrade::websocket, publish, healthz, readyz, metrics, openapi),
     components(schemas(PublishRequest, PublishReply, ErrorBody)),
     modifiers(&BearerToken)
 )]
@@ -97,10 +97,13 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
     } else {
         router
     };
-    router.fallback(not_found).with_state(Api {
-        shared,
-        paces: Arc::default(),
-    })
+    router
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .with_state(Api {
+            shared,
+            paces: Arc::default(),
+        })
 }
 
 /// A refusal over HTTP.
@@ -171,10 +174,10 @@ impl IntoResponse for HttpError {
     }
 }
 
-/// The token of an `Authorization: Bearer` header.
+/// The token of an `Authorization: Bearer` header; an empty one, which is refused later, where it names none.
 pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
-    let (scheme, token) = value.split_once(' ')?;
+    let (scheme, token) = value.split_once(' ').unwrap_or((value, ""));
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
@@ -264,9 +267,11 @@ struct PublishReply {
 )]
 async fn publish(
     State(api): State<Api>,
-    Path(room): Path<String>,
+    room: Result<Path<String>, PathRejection>,
     request: Request,
 ) -> Result<Json<PublishReply>, HttpError> {
+    // The only way to fail: what stands there is not UTF-8 once it is decoded.
+    let Path(room) = room.map_err(|error| HttpError::new(ErrorCode::BadRoom, error.body_text()))?;
     let span = tracing::debug_span!("command", op = "send");
     let parent = request.headers().get(subject::header::TRACEPARENT);
     if let Some(parent) = parent.and_then(|value| value.to_str().ok()) {
@@ -382,5 +387,13 @@ async fn not_found() -> HttpError {
         StatusCode::NOT_FOUND,
         ErrorCode::BadRequest,
         "there is nothing here",
+    )
+}
+
+async fn method_not_allowed() -> HttpError {
+    HttpError::with_status(
+        StatusCode::METHOD_NOT_ALLOWED,
+        ErrorCode::BadRequest,
+        "this is not for that method",
     )
 }

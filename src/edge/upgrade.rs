@@ -27,7 +27,19 @@ use crate::{
 /// What the subprotocol list may carry besides the protocol's name.
 const BEARER: &str = "bearer.";
 
-/// `/ws`.
+/// The WebSocket: rooms by the protocol `natter.v1`.
+#[utoipa::path(
+    get,
+    path = "/ws",
+    responses(
+        (status = 101, description = "Upgraded. A token in the subprotocol list that is not valid is told by the close code 4001"),
+        (status = 400, description = "bad_request: the handshake is incomplete"),
+        (status = 401, description = "unauthorized: the token in the header is not valid"),
+        (status = 426, description = "bad_request: this is no WebSocket handshake"),
+        (status = 503, description = "unavailable: not ready, or draining"),
+    ),
+    security((), ("token" = []))
+)]
 pub(super) async fn websocket(
     State(shared): State<Arc<Shared>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
