@@ -8,11 +8,17 @@
 )]
 
 mod architecture;
+mod codes;
 mod docs;
+mod drain;
+mod frames;
+mod limits;
 mod provision;
 mod resume;
 mod resync;
 mod servers;
+mod slow;
 mod storm;
 mod support;
+mod tokens;
 mod up;

@@ -10,6 +10,7 @@
 
 pub(crate) mod checker;
 pub(crate) mod mesh;
+pub(crate) mod raw;
 
 use std::{
     path::{Path, PathBuf},
