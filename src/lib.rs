@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! cli                      roles and tools; the only place that exits or prints
-//! edge   http              processes that accept: sockets, requests
+//! edge                     accepts: sockets, requests
 //! session                  one connection: frames, commands, outbox
 //! room                     one hub a room: members, live + replay merge, fan-out
 //! auth   bus   servers   client   wire

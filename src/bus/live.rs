@@ -1,9 +1,9 @@
 //! A live subscription that knows when it may have missed something.
 
-use async_nats::{Message, SubscribeError, Subscriber};
+use async_nats::{SubscribeError, Subscriber};
 use futures_util::{FutureExt, StreamExt};
 
-use super::Connection;
+use super::{Connection, Message};
 
 /// Messages of one subject as they come, in batches, with a sound answer to "may anything be missing here?".
 ///

@@ -11,6 +11,8 @@ mod read;
 mod record;
 mod streams;
 
+/// A message as it comes from NATS: subject, headers, payload.
+pub use async_nats::Message;
 pub use connection::{ConnectError, Connection};
 pub use live::{LiveFeed, Suspicion};
 pub use publish::{Acked, Outgoing, PublishError, Publisher};

@@ -5,7 +5,10 @@ use std::{sync::Arc, time::Duration};
 use async_nats::{HeaderMap, Request, RequestErrorKind};
 use bytes::Bytes;
 use serde::Deserialize;
-use tokio::time::{Instant, timeout};
+use tokio::{
+    task::yield_now,
+    time::{Instant, timeout},
+};
 
 use super::{
     Connection, ReadError, Reader, StreamError, StreamState, Streams, record::message_key,
@@ -51,6 +54,8 @@ pub struct Acked {
     pub cursor: Cursor,
     /// Its sequence.
     pub seq: u64,
+    /// When the stream stored it, in ms since 1970; 0 if it was trimmed or erased meanwhile.
+    pub ts: u64,
     /// Whether the stream had it before: then the cursor is that of the first time.
     pub duplicate: bool,
 }
@@ -157,12 +162,34 @@ impl Publisher {
         }
     }
 
-    /// Publishes to the room's stream and waits for its acknowledgement, at most `nats.publish_timeout`.
+    /// Publishes to the room's stream; the answer comes within `nats.publish_timeout`. `known_time` tells the time of a
+    /// message that is at hand; for others the stream is asked.
     ///
     /// # Errors
     /// [`PublishError`]; with `UnknownOutcome` the message may be stored all the same.
-    pub async fn durable(&self, outgoing: &Outgoing<'_>) -> Result<Acked, PublishError> {
-        let result = self.publish(outgoing).await;
+    pub async fn durable(
+        &self,
+        outgoing: &Outgoing<'_>,
+        known_time: impl Fn(u64) -> Option<u64>,
+    ) -> Result<Acked, PublishError> {
+        let publish = async {
+            let mut acked = self.publish(outgoing).await?;
+            // The stream republishes before it acknowledges: who is in the room has the message now, or after one turn of
+            // the shard's tasks.
+            let mut ts = known_time(acked.seq);
+            if ts.is_none() {
+                yield_now().await;
+                ts = known_time(acked.seq);
+            }
+            acked.ts = match ts {
+                Some(ts) => ts,
+                None => self.stored_at(&outgoing.publication.room, &acked).await?,
+            };
+            Ok(acked)
+        };
+        let result = timeout(self.timeout, publish)
+            .await
+            .unwrap_or(Err(PublishError::UnknownOutcome(self.timeout)));
         match &result {
             Ok(acked) if acked.duplicate => count(Counter::PublishDuplicate, 1),
             Ok(_) => {}
@@ -191,13 +218,13 @@ impl Publisher {
         let mut headers = self.headers(outgoing);
         headers.insert(header::MSG_ID, key);
         let request = Request::new().payload(body(publication)).headers(headers);
-        let answer = timeout(
-            self.timeout,
-            self.connection.client().send_request(subject, request),
-        );
-        let answer = match answer.await {
-            Err(_elapsed) => return Err(PublishError::UnknownOutcome(self.timeout)),
-            Ok(Err(error)) => {
+        let answer = match self
+            .connection
+            .client()
+            .send_request(subject, request)
+            .await
+        {
+            Err(error) => {
                 return Err(match error.kind() {
                     RequestErrorKind::NoResponders => PublishError::Unavailable,
                     RequestErrorKind::MaxPayloadExceeded => {
@@ -209,7 +236,7 @@ impl Publisher {
                     }
                 });
             }
-            Ok(Ok(answer)) => answer,
+            Ok(answer) => answer,
         };
         let ack: PubAck = serde_json::from_slice(&answer.payload)
             .map_err(|error| PublishError::Refused(error.to_string()))?;
@@ -231,6 +258,7 @@ impl Publisher {
         Ok(Acked {
             cursor: Cursor::single(position),
             seq,
+            ts: 0,
             duplicate: ack.duplicate,
         })
     }
@@ -254,11 +282,8 @@ impl Publisher {
             .map_err(PublishError::Cursor)
     }
 
-    /// When the stream stored `seq` of `room`, in ms since 1970.
-    ///
-    /// # Errors
-    /// [`PublishError::Time`]; a message that is already trimmed or erased has the time 0.
-    pub async fn stored_at(&self, room: &RoomId, acked: &Acked) -> Result<u64, PublishError> {
+    /// When the stream stored a message.
+    async fn stored_at(&self, room: &RoomId, acked: &Acked) -> Result<u64, PublishError> {
         let part = partition_of(room, self.streams.partitions());
         let stream = rooms_stream(self.streams.origin(), part);
         let epoch = self.streams.known(part).epoch;

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     config,
     model::{Epoch, RoomId},
-    subject::{Subjects, header},
+    subject::{Subjects, direct_get, header},
     telemetry::metrics::{Counter, Histogram, count, record},
 };
 
@@ -252,7 +252,7 @@ impl Reader {
             let closed = |_error| ReadError::Closed;
             let mut answers = client.subscribe(inbox.clone()).await.map_err(closed)?;
             client
-                .publish_with_reply(format!("$JS.API.DIRECT.GET.{stream}"), inbox, body)
+                .publish_with_reply(direct_get(stream), inbox, body)
                 .await
                 .map_err(|_error| ReadError::Closed)?;
             let mut messages = Vec::new();

@@ -16,7 +16,7 @@ use super::Connection;
 use crate::{
     config,
     model::{Epoch, Region},
-    subject::{EPOCH_METADATA, rooms_stream},
+    subject::{EPOCH_METADATA, rooms_stream, stream_info},
 };
 
 /// The state of one stream, as last seen.
@@ -247,7 +247,7 @@ async fn look(
     };
     let request = connection
         .client()
-        .request(format!("$JS.API.STREAM.INFO.{stream}"), bytes::Bytes::new());
+        .request(stream_info(stream), bytes::Bytes::new());
     let answer = match timeout(wait, request).await {
         Err(_elapsed) => {
             return Err(StreamError::Timeout {

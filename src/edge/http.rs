@@ -165,7 +165,7 @@ impl IntoResponse for HttpError {
             retry: self.code.retry(),
         };
         let mut response = (self.status, Json(body)).into_response();
-        if matches!(self.code, ErrorCode::RateLimited | ErrorCode::Unavailable) {
+        if self.code.retry() {
             response
                 .headers_mut()
                 .insert(header::RETRY_AFTER, header::HeaderValue::from(1));
@@ -314,13 +314,12 @@ async fn publish_to(
     };
     let failed = |error| HttpError::from(publish_refusal(&error));
     let (cursor, ts, dup) = if durable {
-        let acked = ready.publisher.durable(&outgoing).await.map_err(failed)?;
-        let ts = ready
+        let acked = ready
             .publisher
-            .stored_at(&publication.room, &acked)
+            .durable(&outgoing, |_seq| None)
             .await
             .map_err(failed)?;
-        (Some(acked.cursor.to_string()), ts, acked.duplicate)
+        (Some(acked.cursor.to_string()), acked.ts, acked.duplicate)
     } else {
         (
             None,

@@ -19,7 +19,7 @@ use super::{
     rooms::Rooms,
 };
 use crate::{
-    bus::{Record, StreamState},
+    bus::{ReadError, Record, StreamError, StreamState},
     model::{Fingerprint, Position},
     telemetry::metrics::{Counter, Gauge, count, gauge_add},
 };
@@ -46,6 +46,17 @@ pub(super) enum Refusal {
     Reset(ResetReason),
     /// The stream could not be read.
     Failed(JoinError),
+}
+
+/// What was missed can't be read now.
+#[derive(Debug, thiserror::Error)]
+enum BacklogError {
+    /// The messages can't be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// Where the stream begins can't be read.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
 }
 
 /// The messages after a cursor, up to the end of the stream at the time of the read.
@@ -204,11 +215,7 @@ impl Hub {
 
     /// Whether no message is stored at `since` (it was erased, or trimmed); otherwise it is one that the cursor was not made
     /// of, since those that belong to the room have been looked at.
-    async fn is_erased(
-        &self,
-        rooms: &Rooms,
-        since: &Position,
-    ) -> Result<bool, crate::bus::ReadError> {
+    async fn is_erased(&self, rooms: &Rooms, since: &Position) -> Result<bool, ReadError> {
         let epoch = self.log.borrow().epoch();
         Ok(rooms
             .reader
@@ -218,10 +225,10 @@ impl Hub {
     }
 
     /// Reads everything after `since`, and makes sure that it is everything.
-    async fn read_after(&self, rooms: &Rooms, since: &Position) -> anyhow::Result<Read> {
+    async fn read_after(&self, rooms: &Rooms, since: &Position) -> Result<Read, BacklogError> {
         let limits = &rooms.config;
-        let most_bytes = usize::try_from(limits.replay_max_bytes.as_u64())?;
-        let mut share = rooms.replay_share(most_bytes).await?;
+        let most_bytes = usize::try_from(limits.replay_max_bytes.as_u64()).unwrap_or(usize::MAX);
+        let mut share = rooms.replay_share(most_bytes).await;
         let epoch = self.log.borrow().epoch();
         let filter = rooms
             .subjects
@@ -253,7 +260,8 @@ impl Hub {
                 .filter(|excess| *excess > 0)
             {
                 // The first `excess` of them would have to be left out: whoever is before the last of those is too far.
-                let at = usize::try_from(excess)?.min(records.len());
+                let at = usize::try_from(excess)
+                    .map_or(records.len(), |excess| excess.min(records.len()));
                 let boundary = at.checked_sub(1).map_or(since.seq + 1, |i| records[i].seq);
                 return Ok(Read::TooFar { boundary });
             }
@@ -279,7 +287,7 @@ impl Hub {
         let upto = entries
             .last()
             .map_or((since.seq, since.fingerprint), |m| (m.seq, m.fingerprint));
-        let bytes = i64::try_from(bytes)?;
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         gauge_add(Gauge::ReplayBytes, bytes);
         let held = Held {
             entries,
@@ -298,7 +306,7 @@ impl Hub {
         rooms: &Rooms,
         since: &Position,
         anchored: bool,
-    ) -> anyhow::Result<Option<ResetReason>> {
+    ) -> Result<Option<ResetReason>, BacklogError> {
         let at = rooms
             .reader
             .message(&self.stream, since.epoch, since.seq)

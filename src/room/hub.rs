@@ -5,7 +5,6 @@ use std::{
     rc::Rc,
 };
 
-use async_nats::Message;
 use indexmap::IndexMap;
 use tokio::{
     sync::{Notify, watch},
@@ -20,7 +19,7 @@ use super::{
     rooms::Rooms,
 };
 use crate::{
-    bus::{LiveFeed, ReadError, Record, Suspicion},
+    bus::{LiveFeed, Message, ReadError, Record, Suspicion},
     model::{Class, Fingerprint, RoomId, partition_of},
     runtime::unix_ms,
     subject::{KIND_TYPING, header, rooms_stream},

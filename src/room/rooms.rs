@@ -114,11 +114,13 @@ impl Rooms {
     }
 
     /// A share of `rooms.replay_memory` for a backlog of at most `bytes`.
-    pub(super) async fn replay_share(&self, bytes: usize) -> anyhow::Result<OwnedSemaphorePermit> {
-        let units = u32::try_from(bytes / 1024)?.max(1);
-        Ok(Arc::clone(&self.replay_memory)
+    pub(super) async fn replay_share(&self, bytes: usize) -> OwnedSemaphorePermit {
+        // The configuration bounds sizes to 2 GiB.
+        let units = u32::try_from(bytes / 1024).unwrap_or(u32::MAX).max(1);
+        Arc::clone(&self.replay_memory)
             .acquire_many_owned(units)
-            .await?)
+            .await
+            .expect("the semaphore is never closed")
     }
 
     /// Gives back what a backlog of `bytes` does not need.

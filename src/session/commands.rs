@@ -3,7 +3,7 @@
 use std::{rc::Rc, sync::Arc};
 
 use bytes::Bytes;
-use tokio::task::{spawn_local, yield_now};
+use tokio::task::spawn_local;
 use tracing::Instrument as _;
 
 use super::{Context, MAX_RATE_STRIKES, MAX_UNDECODABLE, Session, frame};
@@ -408,21 +408,12 @@ impl Session {
             });
         }
         let room = &outgoing.publication.room;
-        let acked = publisher.durable(outgoing).await?;
-        // The stream republishes before it acknowledges, and a sender is usually a member: its hub knows the time.
-        let time_here = || self.rooms.borrow().get(room)?.time_of(acked.seq);
-        let mut ts = time_here();
-        if ts.is_none() {
-            yield_now().await;
-            ts = time_here();
-        }
-        let ts = match ts {
-            Some(ts) => ts,
-            None => publisher.stored_at(room, &acked).await?,
-        };
+        // A sender is usually a member, and then its hub knows the time.
+        let known_time = |seq| self.rooms.borrow().get(room)?.time_of(seq);
+        let acked = publisher.durable(outgoing, known_time).await?;
         Ok(Accepted {
             cursor: Some(acked.cursor),
-            ts,
+            ts: acked.ts,
             duplicate: acked.duplicate,
         })
     }

@@ -22,15 +22,6 @@ const ONLY: &[(&str, &[&str])] = &[
     ("anyhow", &["cli"]),
 ];
 
-/// Files that name a crate they should not, until they don't: an entry is a debt, with what is to become of it.
-const DEBTS: &[(&str, &str)] = &[
-    // `bus` is to hand out what `room` needs of a NATS message.
-    ("room/hub.rs", "async_nats"),
-    // Backlogs are to have an error of their own.
-    ("room/backlog.rs", "anyhow"),
-    ("room/rooms.rs", "anyhow"),
-];
-
 /// Uses within one line of the table, each with its reason.
 const SIDEWAYS: &[(&str, &str)] = &[
     // Its own section: what to export, and how.
@@ -185,10 +176,7 @@ fn foreign_crates_stay_in_their_modules() {
     let mut breaches = Vec::new();
     for source in sources() {
         for (name, modules) in ONLY {
-            if names(&source.code, name)
-                && !modules.contains(&source.module.as_str())
-                && !DEBTS.contains(&(source.path.as_str(), name))
-            {
+            if names(&source.code, name) && !modules.contains(&source.module.as_str()) {
                 breaches.push(format!(
                     "{} names {name}, which is for {modules:?}",
                     source.path

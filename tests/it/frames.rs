@@ -327,3 +327,46 @@ async fn pings_are_answered_with_the_same_payload_and_a_close_with_a_close() {
         .await;
     assert_eq!(closed, 4);
 }
+
+#[tokio::test]
+async fn a_peer_that_answers_no_ping_is_closed_and_one_that_does_is_not() {
+    let mesh = mesh().await;
+    let (mut silent, mut alive) = (raw(&mesh).await, raw(&mesh).await);
+    let (done, mut over) = tokio::sync::oneshot::channel::<()>();
+    let answering = tokio::spawn(async move {
+        let mut pings = 0;
+        loop {
+            tokio::select! {
+                received = alive.frame() => {
+                    let (opcode, payload) = received.expect("the peer that answers is kept");
+                    assert_eq!(opcode, FIN | PING);
+                    alive.write(&frame(FIN | PONG, &payload)).await;
+                    pings += 1;
+                }
+                _ = &mut over => return (alive, pings),
+            }
+        }
+    });
+    let mut pings = 0;
+    let close = loop {
+        let (opcode, payload) = silent
+            .frame()
+            .await
+            .expect("a close frame comes before the end");
+        if opcode == FIN | CLOSE {
+            break payload;
+        }
+        assert_eq!(opcode, FIN | PING);
+        pings += 1;
+    };
+    assert!(pings >= 1);
+    let code = u16::from_be_bytes([close[0], close[1]]);
+    assert_eq!(code, Close::PingTimeout.code());
+    done.send(()).unwrap();
+    let (mut alive, answered) = answering.await.unwrap();
+    assert!(answered >= 1);
+    assert_eq!(
+        alive.call(json!({"op": "ping", "rid": 1})).await["op"],
+        "pong"
+    );
+}

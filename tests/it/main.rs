@@ -21,4 +21,5 @@ mod slow;
 mod storm;
 mod support;
 mod tokens;
+mod tools;
 mod up;
