@@ -169,14 +169,13 @@ async fn a_subscription_that_drops_messages_loses_none() {
         // Exactly once: nothing comes after the last.
         assert_eq!(reply(&mut member, "ping", json!({})).await["op"], "pong");
     }
-    let overflows = mesh
-        .metric(0, "natter_gap_detected_total", "overflow")
-        .await;
+    // Seen by the feed itself, or first by the comparison that a busy room gets after every 1,000 messages.
+    let gaps = mesh.metric(0, "natter_gap_detected_total", "").await;
     let events = mesh.metric(0, "natter_nats_slow_consumer_total", "").await;
     let filled = mesh.metric(0, "natter_gap_filled_total", "").await;
-    println!("{overflows} overflows, {events} events, {filled} messages read from the stream");
+    println!("{gaps} gaps, {events} events, {filled} messages read from the stream");
     assert!(events > 0, "nothing was dropped: the test shows nothing");
-    assert!(overflows > 0 && filled > 0);
+    assert!(gaps > 0 && filled > 0);
     let delivered = mesh.metric(0, "natter_message_delivered_total", "").await;
     assert_eq!(delivered, 3 * MESSAGES as u64);
 }
