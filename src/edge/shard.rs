@@ -19,7 +19,7 @@ use tokio::{
     runtime::Builder,
     sync::{mpsc, oneshot},
     task::{LocalSet, spawn_local},
-    time::{interval, sleep, timeout_at},
+    time::{MissedTickBehavior, interval, sleep, timeout_at},
 };
 
 use tracing::Instrument as _;
@@ -185,6 +185,7 @@ async fn run(
         return;
     }
     let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let drain = loop {
         tokio::select! {
             // All three are cancel-safe.

@@ -11,7 +11,7 @@ use std::{
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     task::spawn_local,
-    time::{Instant, interval},
+    time::{Instant, MissedTickBehavior, interval},
 };
 
 use super::{hub::Hub, log::RoomLog};
@@ -164,6 +164,8 @@ impl Rooms {
     /// `rooms.resync`, all of them at once after a reconnect.
     pub async fn keep(self: Rc<Self>) {
         let mut tick = interval(TICK);
+        // A look that took long is not made up for by several at once.
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
             self.end_outdated();
