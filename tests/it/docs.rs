@@ -153,3 +153,17 @@ fn links_lead_somewhere() {
         }
     }
 }
+
+#[test]
+fn the_example_configurations_are_valid() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("config");
+    let mut examples = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        // Panics with the file's faults.
+        crate::support::config(&text);
+        examples += 1;
+    }
+    assert!(examples >= 2, "default.toml and at least one example");
+}
