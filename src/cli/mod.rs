@@ -22,7 +22,11 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{Parser, Subcommand};
 use figment::providers::{Format, Toml};
 
-use crate::config::{Config, ConfigError};
+use crate::{
+    auth::{AuthConfigError, Verifier},
+    config::{Config, ConfigError},
+    telemetry::InitError,
+};
 
 /// Exit code of wrong usage or configuration (`EX_USAGE` of sysexits.h).
 const EX_USAGE: u8 = 64;
@@ -76,7 +80,11 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("natter: {error:#}");
-            let usage = error.downcast_ref::<ConfigError>().is_some();
+            let usage = error.chain().any(|cause| {
+                cause.is::<ConfigError>()
+                    || cause.is::<AuthConfigError>()
+                    || cause.is::<InitError>()
+            });
             if usage {
                 ExitCode::from(EX_USAGE)
             } else {
@@ -93,7 +101,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Provision(args) => return provision::run(&args, &load()?),
         Command::Guard(args) => return guard::run(&args),
         Command::CheckConfig => {
-            load()?;
+            // The keys too: an edge would not start without those that are named.
+            Verifier::from_config(&load()?.auth)?;
             println!("the configuration is valid");
         }
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),

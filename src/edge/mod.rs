@@ -76,7 +76,7 @@ pub enum EdgeError {
         source: io::Error,
     },
     /// The keys for tokens can't be used.
-    #[error(transparent)]
+    #[error("the edge can't check tokens")]
     Auth(#[from] AuthConfigError),
     /// NATS can't be used with what the configuration says.
     #[error(transparent)]
