@@ -6,7 +6,10 @@ use std::{
     time::Instant,
 };
 
-use natter::client::{CallError, Commands, Connection};
+use natter::{
+    client::{CallError, Commands, Connection},
+    protocol::Close,
+};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::{net::TcpStream, sync::Notify, task::JoinSet};
@@ -267,4 +270,23 @@ async fn a_half_made_handshake_does_not_hold_up_a_drain() {
         .unwrap();
     assert_eq!(status.code(), Some(0), "{status}");
     drop(quiet);
+}
+
+#[tokio::test]
+async fn an_edge_drains_also_while_nats_is_away() {
+    let mut nats = support::dedicated_nats().await;
+    let mut mesh = Mesh::start(&nats.url(), 1, "edge.drain_spread = '100ms'").await;
+    let mut kim = mesh.connect(0, "kim").await;
+    reply(&mut kim, "join", json!({"room": "chat:a"})).await;
+    nats.server.kill().await;
+    let told = tokio::spawn(async move {
+        let mut told = false;
+        while let Some(frame) = kim.next().await {
+            told |= frame.op() == "reconnect";
+        }
+        (told, kim.end().map(|end| end.code))
+    });
+    let status = mesh.edges[0].process.stop().await.expect("it ran");
+    assert_eq!(status.code(), Some(0), "{status}");
+    assert_eq!(told.await.unwrap(), (true, Some(Close::Draining.code())));
 }
