@@ -193,11 +193,11 @@ impl Hub {
                 self.serve(&rooms, &mut feeds).await;
             }
             Ok(Err(error)) => {
-                tracing::warn!(error = %error, "a room could not be opened");
+                tracing::warn!(error = %error, room.id = %self.room, "a room could not be opened");
                 self.end(None);
             }
             Err(_elapsed) => {
-                tracing::warn!("a room could not be opened in time");
+                tracing::warn!(room.id = %self.room, "a room could not be opened in time");
                 self.end(None);
             }
         }
