@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr, sync::Arc};
 
+use super::partition::fnv1a;
+
 /// Most origins one cursor may name. A cursor comes from outside: it must not make us build a huge vector.
 const MAX_ORIGINS: usize = 32;
 
@@ -129,9 +131,7 @@ impl Fingerprint {
     /// The fingerprint of a message: 32-bit FNV-1a of `identity`, folded to 16 bits, never zero.
     #[must_use]
     pub fn of(identity: &[u8]) -> Self {
-        let hash = identity.iter().fold(0x811c_9dc5_u32, |hash, byte| {
-            (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
-        });
+        let hash = fnv1a(identity.iter().copied());
         #[expect(
             clippy::cast_possible_truncation,
             reason = "folding 32 bits to 16 is the point"

@@ -9,12 +9,13 @@ use super::RoomId;
 /// 32-bit FNV-1a and takes the remainder. A test compares this function with a running server.
 #[must_use]
 pub fn partition_of(room: &RoomId, partitions: u16) -> u16 {
-    let hash = room
-        .namespace()
-        .bytes()
-        .chain(room.name().bytes())
-        .fold(0x811c_9dc5_u32, |hash, byte| {
-            (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-        });
+    let hash = fnv1a(room.namespace().bytes().chain(room.name().bytes()));
     u16::try_from(hash % u32::from(partitions.max(1))).unwrap_or(0)
+}
+
+/// 32-bit FNV-1a.
+pub(super) fn fnv1a(bytes: impl Iterator<Item = u8>) -> u32 {
+    bytes.fold(0x811c_9dc5, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    })
 }
