@@ -485,7 +485,7 @@ async fn send_until_acked(connection: &mut Connection, room: &str, id: &str) -> 
 async fn nats_is_away() -> Seen {
     let mut seen = Seen::default();
     let mut nats = support::dedicated_nats().await;
-    let mesh = Mesh::start(&nats.url(), 1, "").await;
+    let mesh = Mesh::start(&nats.url(), 1, "edge.shards = 1").await;
     let address = mesh.edges[0].address;
     let token = token("kim");
     let mut raw = Raw::open(address, &token).await;
@@ -548,6 +548,15 @@ async fn nats_is_away() -> Seen {
     .await;
     // Again a time of quiet: acknowledged at the first try.
     send_until_acked(&mut kim, "chat:a", "back").await;
+
+    // The connections come back one by one: the edge's own, and the shard's for live messages and for replay.
+    eventually("all connections are back", LONG, async || {
+        match mesh.metric(0, "natter_nats_connected", "").await {
+            3 => Ok(()),
+            other => Err(format!("{other} connections")),
+        }
+    })
+    .await;
 
     // Frozen: it may have taken what was sent, or not.
     let mut joining = Raw::open(address, &token).await;
