@@ -38,7 +38,6 @@ const STREAMS_WATCH: Duration = Duration::from_secs(10);
 /// A running edge.
 #[derive(Debug)]
 pub struct Edge {
-    address: SocketAddr,
     shared: Arc<Shared>,
     /// Background tasks, which end with the process.
     tasks: Tasks,
@@ -126,7 +125,6 @@ impl Edge {
             config: Arc::new(config),
         });
         let edge = Self {
-            address,
             shared,
             tasks: Tasks::default(),
             http: Tasks::default(),
@@ -150,18 +148,6 @@ impl Edge {
         });
         tracing::info!(edge.id = %edge.shared.id, %address, "edge listening");
         Ok(edge)
-    }
-
-    /// Where it listens.
-    #[must_use]
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
-    /// Its name.
-    #[must_use]
-    pub fn id(&self) -> &str {
-        &self.shared.id
     }
 
     /// How far it is in its life.

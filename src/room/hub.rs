@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     bus::{LiveFeed, Message, ReadError, Record, Suspicion},
-    model::{Class, Fingerprint, RoomId, partition_of},
+    model::{Class, RoomId, partition_of},
     runtime::unix_ms,
     subject::{KIND_TYPING, header, rooms_stream},
     telemetry::metrics::{Counter, Dropped, GapCause, Suppressed, count},
@@ -389,14 +389,13 @@ impl Hub {
             let kind = headers
                 .and_then(|h| h.get_last(header::KIND))
                 .map(|v| v.as_str());
-            let mut record = Record::ephemeral(headers, message.payload.clone(), unix_ms());
+            let record = Record::ephemeral(headers, message.payload.clone(), unix_ms());
             if kind == Some(KIND_TYPING) {
                 self.push_typing(&record.from);
             } else if self.durable {
                 // Only what the stream has stored is shown in a durable room.
                 count(Counter::MessageDropped(Dropped::NotStored), 1);
             } else {
-                record.fingerprint = Fingerprint::default();
                 let frame = encode::message(&self.room, &record, None);
                 let mut log = self.log.borrow_mut();
                 if ready.frames.is_empty() {

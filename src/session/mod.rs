@@ -159,12 +159,6 @@ impl Session {
         })
     }
 
-    /// The session's number on this edge.
-    #[must_use]
-    pub fn id(&self) -> u64 {
-        self.id
-    }
-
     /// Serves the connection until it is gone. `first`: bytes that came with the handshake.
     pub async fn run(self: Rc<Self>, mut first: Vec<u8>) {
         let limit =

@@ -361,11 +361,6 @@ pub fn gauge_add(gauge: Gauge, by: i64) {
     GAUGE_VALUES[gauge as usize].0.fetch_add(by, Relaxed);
 }
 
-/// Sets a gauge that only one place knows.
-pub fn gauge_set(gauge: Gauge, value: i64) {
-    GAUGE_VALUES[gauge as usize].0.store(value, Relaxed);
-}
-
 /// What a gauge stands at.
 #[must_use]
 pub fn gauge(gauge: Gauge) -> i64 {
