@@ -1,6 +1,6 @@
 //! The only place that spells a NATS subject, stream or header name, both ways.
 
-use crate::model::{Class, Region, RoomId, is_token};
+use crate::model::{Class, Region, RoomId, header_unescape, is_token, key_escape};
 
 /// Header names of a message on NATS.
 pub mod header {
@@ -34,10 +34,33 @@ pub mod header {
     pub const SUBJECT: &str = "Nats-Subject";
     /// In an answer to a batched direct get: matches after this one.
     pub const NUM_PENDING: &str = "Nats-Num-Pending";
+    /// `DEL` or `PURGE` in a key-value message that removes its key.
+    pub const KV_OPERATION: &str = "KV-Operation";
+    /// Why the server itself removed a key, `MaxAge` for one that was not renewed in time.
+    pub const MARKER_REASON: &str = "Nats-Marker-Reason";
+    /// How long the stream keeps the message.
+    pub const TTL: &str = "Nats-TTL";
+    /// Store only if the newest message on the subject has this sequence; 0: if there is none.
+    pub const EXPECTED_LAST: &str = "Nats-Expected-Last-Subject-Sequence";
 }
 
 /// Value of [`header::KIND`] of a typing signal.
 pub const KIND_TYPING: &str = "typing";
+
+/// Value of [`header::KIND`] of a read receipt: the payload is a cursor.
+pub const KIND_READ: &str = "read";
+
+/// Buckets of a region.
+pub mod bucket {
+    /// Who is in which room, by edge.
+    pub const PRESENCE: &str = "presence";
+    /// Leases of edges.
+    pub const EDGES: &str = "edges";
+    /// Read markers.
+    pub const LASTREAD: &str = "lastread";
+    /// What every edge must obey.
+    pub const CONTROL: &str = "control";
+}
 
 /// Metadata key of a stream that holds its epoch.
 pub const EPOCH_METADATA: &str = "natter.epoch";
@@ -181,6 +204,22 @@ impl Subjects {
         format!("{}.kv.{region}.{origin}.{bucket}.>", self.prefix)
     }
 
+    /// Where `region` sees the changes of the keys of all origins that match `keys`.
+    #[must_use]
+    pub fn bucket_changes(&self, region: &Region, bucket: &str, keys: &str) -> String {
+        format!("{}.kv.{region}.*.{bucket}.{keys}", self.prefix)
+    }
+
+    /// Reads a subject under `kv`: origin and key.
+    #[must_use]
+    pub fn parse_change<'a>(&self, subject: &'a str, bucket: &str) -> Option<(Region, &'a str)> {
+        let rest = subject.strip_prefix(&*self.prefix)?.strip_prefix(".kv.")?;
+        let (_region, rest) = rest.split_once('.')?;
+        let (origin, rest) = rest.split_once('.')?;
+        let key = rest.strip_prefix(bucket)?.strip_prefix('.')?;
+        Some((Region::parse(origin)?, key))
+    }
+
     /// Reads a subject under `live` (`skip` = 1, the region) or under `in` (`skip` = 0).
     fn parse_log(&self, subject: &str, kind: &str, skip: usize) -> Option<LogSubject> {
         let rest = subject.strip_prefix(&*self.prefix)?.strip_prefix('.')?;
@@ -261,6 +300,60 @@ pub fn bucket_captured(bucket: &str, origin: &Region) -> String {
     format!("$KV.{}.>", bucket_name(bucket, origin))
 }
 
+/// The subject of a key, or of all keys that match.
+#[must_use]
+pub fn bucket_key(bucket: &str, origin: &Region, key: &str) -> String {
+    format!("$KV.{}.{key}", bucket_name(bucket, origin))
+}
+
+/// Key of a user who is in a room on the edge that has `lease`.
+#[must_use]
+pub fn presence_key(room: &RoomId, user: &str, lease: &str) -> String {
+    format!("{}.{lease}", marker_key(room, user))
+}
+
+/// The keys of everybody in a room.
+#[must_use]
+pub fn presence_keys(room: &RoomId) -> String {
+    format!("{}.{}.*.*", room.namespace(), room.name())
+}
+
+/// All keys written under a lease.
+#[must_use]
+pub fn presence_keys_of(lease: &str) -> String {
+    format!("*.*.*.{lease}")
+}
+
+/// User and lease of a [`presence_key`].
+#[must_use]
+pub fn parse_presence_key(key: &str) -> Option<(String, &str)> {
+    let mut tokens = key.split('.').skip(2);
+    let (user, lease) = (tokens.next()?, tokens.next()?);
+    let user = header_unescape(user).into_owned();
+    tokens.next().is_none().then_some((user, lease))
+}
+
+/// Key of a user's read marker in a room.
+#[must_use]
+pub fn marker_key(room: &RoomId, user: &str) -> String {
+    format!("{}.{}.{}", room.namespace(), room.name(), key_escape(user))
+}
+
+/// The keys of all read markers in a room.
+#[must_use]
+pub fn marker_keys(room: &RoomId) -> String {
+    format!("{}.{}.*", room.namespace(), room.name())
+}
+
+/// Room and user of a [`marker_key`].
+#[must_use]
+pub fn parse_marker_key(key: &str) -> Option<(RoomId, String)> {
+    let mut tokens = key.split('.');
+    let room = RoomId::from_parts(tokens.next()?, tokens.next()?).ok()?;
+    let user = header_unescape(tokens.next()?).into_owned();
+    tokens.next().is_none().then_some((room, user))
+}
+
 /// JetStream's own API, in the domain one is connected to.
 pub mod api {
     use crate::model::Region;
@@ -280,6 +373,12 @@ pub mod api {
     #[must_use]
     pub fn stream_create(stream: &str) -> String {
         format!("$JS.API.STREAM.CREATE.{stream}")
+    }
+
+    /// Remove messages of a stream.
+    #[must_use]
+    pub fn stream_purge(stream: &str) -> String {
+        format!("$JS.API.STREAM.PURGE.{stream}")
     }
 
     /// Change a stream.
@@ -324,6 +423,17 @@ mod tests {
             prop_assert_eq!(subjects.ephemeral(&room).split('.').count(), 4);
             prop_assert_eq!(room.as_str(), text.as_str());
         }
+
+        /// Whatever a user is called, their keys have exactly the tokens of such a key and lead back to them.
+        #[test]
+        fn keys_lead_back_to_user_room_and_lease(user in "\\PC{1,40}|[A-Za-z0-9_.:*>$= \\r\\n-]{1,40}") {
+            let room = RoomId::parse("chat:lobby").unwrap();
+            let key = presence_key(&room, &user, "edge-1_x");
+            prop_assert_eq!(key.split('.').count(), 4);
+            prop_assert!(!key.contains(['*', '>', ' ', '\r', '\n', '$', ':']));
+            prop_assert_eq!(parse_presence_key(&key), Some((user.clone(), "edge-1_x")));
+            prop_assert_eq!(parse_marker_key(&marker_key(&room, &user)), Some((room, user)));
+        }
     }
 
     #[test]
@@ -360,6 +470,12 @@ mod tests {
             "natter.live.seoul.virginia.0.>"
         );
         assert_eq!(subjects.by_hand(&room), "natter.pub.chat.lobby");
+        let change = "natter.kv.seoul.virginia.presence.chat.lobby.kim=40x.e1";
+        assert_eq!(
+            subjects.parse_change(change, bucket::PRESENCE),
+            Some((virginia.clone(), "chat.lobby.kim=40x.e1"))
+        );
+        assert_eq!(presence_key(&room, "kim@x", "e1"), "chat.lobby.kim=40x.e1");
         assert_eq!(
             subjects
                 .parse_live("natter.live.seoul.virginia.3.chat.lobby.msg")

@@ -3,7 +3,9 @@
 //! No consumer and no watcher is created here: live messages come from the streams' RePublish, replay from batched direct
 //! gets. Every request has a deadline of ours, since async-nats waits for ever while it is disconnected.
 
+mod ack;
 mod connection;
+mod kv;
 mod live;
 pub mod provision;
 mod publish;
@@ -14,6 +16,7 @@ mod streams;
 /// A message as it comes from NATS: subject, headers, payload.
 pub use async_nats::Message;
 pub use connection::{ConnectError, Connection};
+pub use kv::{Bucket, Entry, KvError, Put};
 pub use live::{LiveFeed, Suspicion};
 pub use publish::{Acked, Outgoing, PublishError, Publisher};
 pub use read::{MAX_HEADS, Page, ReadError, Reader, Stored};

@@ -4,14 +4,15 @@ use std::{sync::Arc, time::Duration};
 
 use async_nats::{HeaderMap, Request, RequestErrorKind};
 use bytes::Bytes;
-use serde::Deserialize;
 use tokio::{
     task::yield_now,
     time::{Instant, timeout},
 };
 
 use super::{
-    Connection, ReadError, Reader, StreamError, StreamState, Streams, record::message_key,
+    Connection, ReadError, Reader, StreamError, StreamState, Streams,
+    ack::{AckError, PubAck},
+    record::message_key,
 };
 use crate::{
     config,
@@ -109,23 +110,6 @@ impl PublishError {
             Self::Refused(_) => ErrorCode::Internal,
         }
     }
-}
-
-#[derive(Deserialize)]
-struct PubAck {
-    seq: Option<u64>,
-    #[serde(default)]
-    duplicate: bool,
-    error: Option<AckError>,
-}
-
-#[derive(Deserialize)]
-struct AckError {
-    code: u16,
-    #[serde(default)]
-    err_code: u32,
-    #[serde(default)]
-    description: String,
 }
 
 /// JetStream error codes (nats-server `errors.json`) that a publisher can meet and that mean "no room".

@@ -128,7 +128,7 @@ impl Reader {
         debug_assert!(subjects.len() <= MAX_HEADS, "the server refuses more");
         let request = serde_json::json!({ "multi_last": subjects, "batch": MAX_HEADS });
         self.stored(
-            &self.get(connection, stream, &request).await?.0,
+            &self.get_over(connection, stream, &request).await?.0,
             stream,
             epoch,
         )
@@ -148,14 +148,8 @@ impl Reader {
         filter: &str,
         from: u64,
     ) -> Result<Page, ReadError> {
-        let request = serde_json::json!({
-            "seq": from.max(1),
-            "next_by_subj": filter,
-            "batch": PAGE_MESSAGES,
-            "max_bytes": PAGE_BYTES,
-        });
         let started = Instant::now();
-        let answer = self.get(&self.connection, stream, &request).await;
+        let answer = self.raw_page(stream, filter, from).await;
         if answer.is_err() {
             count(Counter::ReplayFailed, 1);
         }
@@ -168,6 +162,22 @@ impl Reader {
             records: records.into_iter().map(|stored| stored.record).collect(),
             pending,
         })
+    }
+
+    /// Messages of one filter from sequence `from` on, and how many match after them.
+    pub(super) async fn raw_page(
+        &self,
+        stream: &str,
+        filter: &str,
+        from: u64,
+    ) -> Result<(Vec<Message>, Option<u64>), ReadError> {
+        let request = serde_json::json!({
+            "seq": from.max(1),
+            "next_by_subj": filter,
+            "batch": PAGE_MESSAGES,
+            "max_bytes": PAGE_BYTES,
+        });
+        self.get(stream, &request).await
     }
 
     /// The message at `seq`, whatever room it belongs to.
@@ -185,9 +195,7 @@ impl Reader {
         if seq == 0 {
             return Ok(None);
         }
-        let (messages, _) = self
-            .get(&self.connection, stream, &serde_json::json!({ "seq": seq }))
-            .await?;
+        let (messages, _) = self.get(stream, &serde_json::json!({ "seq": seq })).await?;
         Ok(self.stored(&messages, stream, epoch)?.pop())
     }
 
@@ -227,7 +235,15 @@ impl Reader {
     }
 
     /// Sends a direct get and collects its answers: messages, and what the end of a batch says is pending.
-    async fn get(
+    pub(super) async fn get(
+        &self,
+        stream: &str,
+        request: &serde_json::Value,
+    ) -> Result<(Vec<Message>, Option<u64>), ReadError> {
+        self.get_over(&self.connection, stream, request).await
+    }
+
+    async fn get_over(
         &self,
         connection: &Connection,
         stream: &str,

@@ -62,6 +62,14 @@ pub(super) fn last<'a>(headers: &'a HeaderMap, name: &'static str) -> Option<&'a
     headers.get_last(name).map(async_nats::HeaderValue::as_str)
 }
 
+/// When the stream stored a message, in ms since 1970.
+pub(super) fn stored_time(headers: &HeaderMap) -> Result<u64, BadRecord> {
+    last(headers, header::TIME_STAMP)
+        .and_then(|text| humantime::parse_rfc3339(text).ok())
+        .ok_or(BadRecord::Time)
+        .map(unix_ms)
+}
+
 /// What the stream de-duplicates by: room, sender and id.
 #[must_use]
 pub fn message_key(room: &str, from: &str, id: &str) -> String {
@@ -82,10 +90,7 @@ impl Record {
         let seq = last(headers, header::SEQUENCE)
             .and_then(|text| text.parse().ok())
             .ok_or(BadRecord::Sequence)?;
-        let ts = last(headers, header::TIME_STAMP)
-            .and_then(|text| humantime::parse_rfc3339(text).ok())
-            .ok_or(BadRecord::Time)
-            .map(unix_ms)?;
+        let ts = stored_time(headers)?;
         let mut record = Self::with_headers(Some(headers), payload, class, ts);
         record.seq = seq;
         record.previous = last(headers, header::LAST_SEQUENCE).and_then(|text| text.parse().ok());

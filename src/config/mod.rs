@@ -29,6 +29,12 @@ pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
 /// Longest a durable publish may wait: clients are promised an answer within 5 s.
 const MAX_PUBLISH_TIMEOUT: Duration = Duration::from_millis(4900);
 
+/// Shortest lease of an edge.
+const MIN_LEASE: Duration = Duration::from_secs(3);
+
+/// Most rooms of one `unread`.
+const MAX_UNREAD_ROOMS: usize = 1000;
+
 /// Shortest HS256 secret, in bytes (RFC 7518 section 3.2: as long as the hash).
 const MIN_SECRET: usize = 32;
 
@@ -44,6 +50,7 @@ pub struct Config {
     pub auth: Auth,
     pub limits: Limits,
     pub rooms: Rooms,
+    pub presence: Presence,
     pub telemetry: Telemetry,
     pub namespaces: BTreeMap<String, Namespace>,
 }
@@ -131,6 +138,10 @@ pub struct Limits {
     pub commands_burst: u32,
     pub sessions_per_user: usize,
     pub sessions_per_ip: usize,
+    pub presence_push_max: usize,
+    pub read_push_max: usize,
+    pub unread_rooms: usize,
+    pub unread_cap: u64,
 }
 
 /// `[rooms]`: hubs and replay.
@@ -147,6 +158,28 @@ pub struct Rooms {
     pub idle: Duration,
     #[serde(with = "humantime_serde")]
     pub resync: Duration,
+}
+
+/// `[presence]`: leases of edges, and how fast they write who is there.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Presence {
+    #[serde(with = "humantime_serde")]
+    pub lease: Duration,
+    pub writes_per_second: u32,
+}
+
+/// What is told of the users in the rooms of a namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PresencePolicy {
+    /// Who they are.
+    #[default]
+    Users,
+    /// How many they are.
+    Counts,
+    /// Nothing.
+    Off,
 }
 
 /// `[telemetry]`: logs, metrics, traces.
@@ -174,6 +207,8 @@ pub enum LogFormat {
 pub struct Namespace {
     pub durable: bool,
     pub typing: bool,
+    #[serde(default)]
+    pub presence: PresencePolicy,
 }
 
 /// The configuration can't be used.
@@ -360,7 +395,21 @@ impl Config {
                 secret.len()
             ),
         );
+        check(
+            self.presence.lease >= MIN_LEASE,
+            format!(
+                "presence.lease = {:?}: must be at least {MIN_LEASE:?}, it is renewed every third of that and NATS counts in seconds",
+                self.presence.lease
+            ),
+        );
         let limits = &self.limits;
+        check(
+            (1..=MAX_UNREAD_ROOMS).contains(&limits.unread_rooms),
+            format!(
+                "limits.unread_rooms = {}: must be 1 to {MAX_UNREAD_ROOMS}, NATS answers no more in one request",
+                limits.unread_rooms
+            ),
+        );
         for (key, size, at_least) in [
             ("limits.body", limits.body, 1),
             ("limits.frame", limits.frame, limits.body.as_u64() + 4096),
@@ -388,6 +437,11 @@ impl Config {
                 u64::from(limits.commands_per_second),
             ),
             ("limits.commands_burst", u64::from(limits.commands_burst)),
+            ("limits.unread_cap", limits.unread_cap),
+            (
+                "presence.writes_per_second",
+                u64::from(self.presence.writes_per_second),
+            ),
             ("rooms.replay_max", self.rooms.replay_max),
         ] {
             check(number > 0, format!("{key} = 0: must be at least 1"));

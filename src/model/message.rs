@@ -182,7 +182,27 @@ pub fn header_escape(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// The inverse of [`header_escape`]. Sequences that are not `=XX`, or not UTF-8 when decoded, are kept as they are.
+/// Text as one token of a key-value key: bytes outside `[A-Za-z0-9_-]` as `=XX`. Reversible by [`header_unescape`], and
+/// readable where the text is.
+#[must_use]
+pub fn key_escape(text: &str) -> Cow<'_, str> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+    if text.bytes().all(plain) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 8);
+    for byte in text.bytes() {
+        if plain(byte) {
+            out.push(char::from(byte));
+        } else {
+            // Writing to a String can't fail.
+            let _infallible = write!(out, "={byte:02X}");
+        }
+    }
+    Cow::Owned(out)
+}
+
+/// The inverse of [`header_escape`] and of [`key_escape`]. Sequences that are not `=XX`, or not UTF-8 when decoded, are kept as they are.
 #[must_use]
 pub fn header_unescape(text: &str) -> Cow<'_, str> {
     if !text.contains('=') {
@@ -241,6 +261,9 @@ mod tests {
             prop_assert!(!escaped.chars().any(char::is_control));
             prop_assert_eq!(escaped.trim(), escaped.as_ref());
             prop_assert_eq!(header_unescape(&escaped), text.as_str());
+            let key = key_escape(&text);
+            prop_assert!(key.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-=".contains(&b)));
+            prop_assert_eq!(header_unescape(&key), text.as_str());
         }
     }
 }

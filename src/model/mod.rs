@@ -12,6 +12,7 @@ mod room;
 pub use cursor::{BadCursor, Cursor, Epoch, Fingerprint, Position, Region};
 pub use message::{
     BadMessageId, BadReference, Class, Kind, MessageId, Reference, header_escape, header_unescape,
+    key_escape,
 };
 pub use partition::partition_of;
 pub use room::{BadRoom, RoomId, is_token};

@@ -54,6 +54,8 @@ pub enum Op {
         room: RoomId,
         /// The client's last cursor, not yet parsed.
         since: Option<String>,
+        /// What else than messages is to be pushed.
+        wants: Wants,
     },
     /// Stop being a member.
     Leave {
@@ -67,6 +69,32 @@ pub enum Op {
         /// Where.
         room: RoomId,
     },
+    /// Move the user's read marker.
+    Read {
+        /// Where.
+        room: RoomId,
+        /// Up to what, not yet parsed.
+        cursor: String,
+    },
+    /// Ask who is in a room.
+    Presence {
+        /// Which.
+        room: RoomId,
+        /// Which part of the list.
+        page: PageOf,
+    },
+    /// Ask who has read up to where.
+    Readers {
+        /// In which room.
+        room: RoomId,
+        /// Which part of the list.
+        page: PageOf,
+    },
+    /// Ask how much is new.
+    Unread {
+        /// In which rooms, in the order of the answer.
+        rooms: Vec<RoomId>,
+    },
     /// Replace the session's token.
     Refresh {
         /// The new JWT.
@@ -74,6 +102,46 @@ pub enum Op {
     },
     /// Ask for a `pong`.
     Ping,
+}
+
+/// What a member wants to be told besides messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wants {
+    /// Who comes and goes.
+    pub presence: bool,
+    /// Who has read up to where.
+    pub read: bool,
+}
+
+/// A part of a list of users, which is ordered by the bytes of their names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageOf {
+    /// The user before the first one wanted.
+    pub after: Option<String>,
+    /// At most this many.
+    pub limit: usize,
+}
+
+impl PageOf {
+    /// Users on a page where the client does not say how many.
+    pub const DEFAULT: usize = 100;
+    /// Most users on one page.
+    pub const MAX: usize = 1000;
+
+    /// A page after `after` of `limit` users.
+    ///
+    /// # Errors
+    /// `bad_request` when `limit` is not 1 to [`Self::MAX`].
+    pub fn new(after: Option<String>, limit: Option<u64>) -> Result<Self, (ErrorCode, String)> {
+        let limit = limit.map_or(Some(Self::DEFAULT), |limit| usize::try_from(limit).ok());
+        match limit {
+            Some(limit @ 1..=Self::MAX) => Ok(Self { after, limit }),
+            _ => Err((
+                ErrorCode::BadRequest,
+                format!("limit must be 1 to {}", Self::MAX),
+            )),
+        }
+    }
 }
 
 /// What a `send` or an HTTP publish carries.
@@ -119,6 +187,14 @@ struct Fields<'a> {
     #[serde(borrow)]
     reply_to: Option<Cow<'a, str>>,
     mentions: Option<Vec<String>>,
+    #[serde(borrow)]
+    cursor: Option<Cow<'a, str>>,
+    presence: Option<bool>,
+    read: Option<bool>,
+    #[serde(borrow)]
+    after: Option<Cow<'a, str>>,
+    limit: Option<u64>,
+    rooms: Option<Vec<String>>,
 }
 
 /// A field that is there is `Some`, also where it is `null`: any JSON is a body.
@@ -171,14 +247,7 @@ pub fn decode(text: &str) -> Result<Command, Refusal> {
 /// # Errors
 /// [`Refusal`] without a `rid`.
 pub fn decode_publication(room: RoomId, json: &[u8]) -> Result<Publication, Refusal> {
-    serde_json::from_slice::<Fields<'_>>(json)
-        .map_err(|error| json_refusal(&error))
-        .and_then(|fields| publication(room, fields))
-        .map_err(|(code, message)| Refusal {
-            rid: None,
-            code,
-            message,
-        })
+    decode_body(json, |fields| publication(room, fields))
 }
 
 fn json_refusal(error: &serde_json::Error) -> Refused {
@@ -211,15 +280,79 @@ fn op(fields: Fields<'_>) -> Result<Op, Refused> {
         Some("join") => Op::Join {
             room: room()?,
             since: fields.since.map(Cow::into_owned),
+            wants: Wants {
+                presence: fields.presence.unwrap_or_default(),
+                read: fields.read.unwrap_or_default(),
+            },
         },
         Some("leave") => Op::Leave { room: room()? },
         Some("typing") => Op::Typing { room: room()? },
+        Some("read") => Op::Read {
+            room: room()?,
+            cursor: cursor(fields.cursor)?,
+        },
+        Some("presence") => Op::Presence {
+            room: room()?,
+            page: PageOf::new(fields.after.map(Cow::into_owned), fields.limit)?,
+        },
+        Some("readers") => Op::Readers {
+            room: room()?,
+            page: PageOf::new(fields.after.map(Cow::into_owned), fields.limit)?,
+        },
+        Some("unread") => Op::Unread {
+            rooms: rooms(fields.rooms)?,
+        },
         Some("send") => Op::Send(Box::new(publication(room()?, fields)?)),
         Some(other) => {
             let shown: String = other.chars().take(80).collect();
             return Err((ErrorCode::UnknownOp, format!("there is no op {shown:?}")));
         }
     })
+}
+
+fn cursor(cursor: Option<Cow<'_, str>>) -> Result<String, Refused> {
+    cursor
+        .map(Cow::into_owned)
+        .ok_or_else(|| (ErrorCode::BadRequest, "cursor is missing".to_owned()))
+}
+
+fn rooms(names: Option<Vec<String>>) -> Result<Vec<RoomId>, Refused> {
+    let names = names.ok_or_else(|| (ErrorCode::BadRequest, "rooms is missing".to_owned()))?;
+    names
+        .iter()
+        .map(|name| RoomId::parse(name))
+        .collect::<Result<_, _>>()
+        .map_err(|error| (ErrorCode::BadRoom, error.to_string()))
+}
+
+/// Decodes the body of an HTTP request that moves a read marker: `{"cursor"}`; the cursor is not yet parsed.
+///
+/// # Errors
+/// [`Refusal`] without a `rid`.
+pub fn decode_read(json: &[u8]) -> Result<String, Refusal> {
+    decode_body(json, |fields| cursor(fields.cursor))
+}
+
+/// Decodes the body of an HTTP request for unread counts: `{"rooms"}`.
+///
+/// # Errors
+/// [`Refusal`] without a `rid`.
+pub fn decode_unread(json: &[u8]) -> Result<Vec<RoomId>, Refusal> {
+    decode_body(json, |fields| rooms(fields.rooms))
+}
+
+fn decode_body<T>(
+    json: &[u8],
+    read: impl FnOnce(Fields<'_>) -> Result<T, Refused>,
+) -> Result<T, Refusal> {
+    serde_json::from_slice::<Fields<'_>>(json)
+        .map_err(|error| json_refusal(&error))
+        .and_then(read)
+        .map_err(|(code, message)| Refusal {
+            rid: None,
+            code,
+            message,
+        })
 }
 
 fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused> {
@@ -421,6 +554,31 @@ mod tests {
             (
                 r#"{"op":"send","rid":7,"room":"chat:x","body":1,"reply_to":"/"}"#,
                 (Some(7), "bad_id"),
+            ),
+            (
+                r#"{"op":"read","rid":7,"room":"chat:x"}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"read","rid":7,"cursor":"a.b.1.1"}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"presence","rid":7,"room":"chat:x","limit":0}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"readers","rid":7,"room":"chat:x","limit":1001}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"join","rid":7,"room":"chat:x","presence":"yes"}"#,
+                (Some(7), "bad_request"),
+            ),
+            (r#"{"op":"unread","rid":7}"#, (Some(7), "bad_request")),
+            (
+                r#"{"op":"unread","rid":7,"rooms":["chat:x","chat.y"]}"#,
+                (Some(7), "bad_room"),
             ),
             (
                 r#"{"op":"send","rid":7,"room":"chat:x","body":1,"mentions":"kim"}"#,

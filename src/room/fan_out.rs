@@ -7,7 +7,7 @@ use tokio::task::yield_now;
 
 use super::{encode, hub::Hub};
 use crate::{
-    protocol::Close,
+    protocol::{Close, native::Wants},
     telemetry::metrics::{Counter, Gauge, Held, count},
     wire::Conn,
 };
@@ -21,6 +21,7 @@ pub struct Member {
     pub(super) session: u64,
     user: Arc<str>,
     pub(super) conn: Rc<Conn>,
+    pub(super) wants: Wants,
     /// Whether it is fed by the fan-out; otherwise it is catching up by a task of its own.
     live: Cell<bool>,
     /// Index in the log of the next frame it is to get.
@@ -30,11 +31,19 @@ pub struct Member {
 }
 
 impl Member {
-    pub(super) fn new(session: u64, user: Arc<str>, conn: Rc<Conn>, next: u64, live: bool) -> Self {
+    pub(super) fn new(
+        session: u64,
+        user: Arc<str>,
+        conn: Rc<Conn>,
+        wants: Wants,
+        next: u64,
+        live: bool,
+    ) -> Self {
         Self {
             session,
             user,
             conn,
+            wants,
             live: Cell::new(live),
             next: Cell::new(next),
             left: Cell::new(false),

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     model::{Cursor, Position, RoomId},
-    protocol::Close,
+    protocol::{Close, native::Wants},
     telemetry::metrics::{self, Counter, Histogram, Source, count},
     wire::Conn,
 };
@@ -34,6 +34,8 @@ pub struct NewMember {
     pub user: Arc<str>,
     /// Its connection.
     pub conn: Rc<Conn>,
+    /// What it is to be told besides messages.
+    pub wants: Wants,
 }
 
 /// What the reply to a join says.
@@ -286,6 +288,7 @@ impl Rooms {
             who.session,
             who.user,
             Rc::clone(&conn),
+            who.wants,
             head,
             fits,
         ));

@@ -14,7 +14,7 @@ use crate::{
     model::{Cursor, Kind, RoomId},
     protocol::{
         Close, ErrorCode,
-        native::{Command, Op, Publication, Refusal, Writer, write_error},
+        native::{Command, Op, Publication, Refusal, Wants, Writer, write_error},
     },
     room::{Joined, NewMember},
     runtime::unix_s,
@@ -82,7 +82,7 @@ pub(crate) fn namespace<'c>(
     })
 }
 
-fn forbidden(right: Right, room: &RoomId) -> Refused {
+pub(super) fn forbidden(right: Right, room: &RoomId) -> Refused {
     (
         ErrorCode::Forbidden,
         format!("the token does not grant {} on {room}", right.as_str()),
@@ -148,12 +148,16 @@ impl Session {
                 Ok(())
             }
             (Some(identity), Op::Refresh { token }) => self.refresh(rid, &identity, &token),
-            (Some(identity), Op::Join { room, since }) => {
-                self.join(rid, &identity, room, since).await
+            (Some(identity), Op::Join { room, since, wants }) => {
+                self.join(rid, &identity, room, since, wants).await
             }
             (Some(_), Op::Leave { room }) => self.leave(rid, &room),
             (Some(identity), Op::Send(publication)) => self.send(rid, identity, *publication).await,
             (Some(identity), Op::Typing { room }) => self.typing(rid, &identity, &room).await,
+            (Some(_), Op::Read { .. }) => Err(not_yet("read")),
+            (Some(_), Op::Presence { .. }) => Err(not_yet("presence")),
+            (Some(_), Op::Readers { .. }) => Err(not_yet("readers")),
+            (Some(_), Op::Unread { .. }) => Err(not_yet("unread")),
         };
         if let Err(refused) = done {
             self.refuse(rid, refused);
@@ -250,11 +254,15 @@ impl Session {
         identity: &Identity,
         room: RoomId,
         since: Option<String>,
+        wants: Wants,
     ) -> Result<(), Refused> {
         let config = &self.context.config;
         let durable = namespace(config, &room)?.durable;
         if !identity.may(Right::Read, &room) {
             return Err(forbidden(Right::Read, &room));
+        }
+        if wants.presence && !identity.may(Right::Presence, &room) {
+            return Err(forbidden(Right::Presence, &room));
         }
         let since: Option<Cursor> = since
             .map(|text| text.parse())
@@ -277,6 +285,7 @@ impl Session {
             session: self.id,
             user: Arc::clone(&identity.user),
             conn: Rc::clone(&self.conn),
+            wants,
         };
         let reply = |joined: &Joined| joined_frame(rid, &room, joined);
         let membership = self
@@ -419,6 +428,10 @@ impl Session {
     }
 }
 
+fn not_yet(op: &str) -> Refused {
+    (ErrorCode::UnknownOp, format!("there is no op {op:?}"))
+}
+
 fn not_joined(room: &RoomId) -> Refused {
     (
         ErrorCode::NotJoined,
@@ -480,6 +493,10 @@ fn label(op: &Op) -> metrics::Op {
         Op::Leave { .. } => metrics::Op::Leave,
         Op::Send(_) => metrics::Op::Send,
         Op::Typing { .. } => metrics::Op::Typing,
+        Op::Read { .. } => metrics::Op::Read,
+        Op::Presence { .. } => metrics::Op::Presence,
+        Op::Readers { .. } => metrics::Op::Readers,
+        Op::Unread { .. } => metrics::Op::Unread,
         Op::Refresh { .. } => metrics::Op::Refresh,
         Op::Ping => metrics::Op::Ping,
     }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     config::Config,
     model::Region,
-    subject::{self, EPOCH_METADATA, PARTITIONS_METADATA, Subjects, api},
+    subject::{self, EPOCH_METADATA, PARTITIONS_METADATA, Subjects, api, bucket},
 };
 
 /// What a message's headers may take on top of `limits.body` in the stream.
@@ -17,16 +17,19 @@ const ROOMS: &str = include_str!("../../../nats/streams/rooms.json");
 /// The buckets of a region, with their definitions.
 const BUCKETS: [(&str, &str); 4] = [
     (
-        "presence",
+        bucket::PRESENCE,
         include_str!("../../../nats/buckets/presence.json"),
     ),
-    ("edges", include_str!("../../../nats/buckets/edges.json")),
     (
-        "lastread",
+        bucket::EDGES,
+        include_str!("../../../nats/buckets/edges.json"),
+    ),
+    (
+        bucket::LASTREAD,
         include_str!("../../../nats/buckets/lastread.json"),
     ),
     (
-        "control",
+        bucket::CONTROL,
         include_str!("../../../nats/buckets/control.json"),
     ),
 ];
