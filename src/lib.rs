@@ -7,6 +7,7 @@
 //! edge                     accepts: sockets, requests
 //! session                  one connection: frames, commands, outbox
 //! room                     one hub a room: members, live + replay merge, fan-out
+//! read_marker              who has read up to where, how much is new
 //! auth   bus   servers   client   wire
 //! config   telemetry   runtime
 //! model   protocol   subject
@@ -24,6 +25,7 @@ pub mod config;
 pub mod edge;
 pub mod model;
 pub mod protocol;
+pub mod read_marker;
 pub mod room;
 pub mod runtime;
 pub mod servers;

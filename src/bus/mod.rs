@@ -5,6 +5,7 @@
 
 mod ack;
 mod connection;
+mod count;
 mod kv;
 mod live;
 pub mod provision;
@@ -16,6 +17,7 @@ mod streams;
 /// A message as it comes from NATS: subject, headers, payload.
 pub use async_nats::Message;
 pub use connection::{ConnectError, Connection};
+pub use count::Newer;
 pub use kv::{Bucket, Entry, KvError, Put};
 pub use live::{LiveFeed, Suspicion};
 pub use publish::{Acked, Outgoing, PublishError, Publisher};

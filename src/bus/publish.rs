@@ -19,7 +19,7 @@ use crate::{
     model::{Cursor, Fingerprint, Kind, Position, RoomId, header_escape, partition_of},
     protocol::{ErrorCode, native::Publication},
     runtime::unix_ms,
-    subject::{KIND_TYPING, Subjects, header, rooms_stream},
+    subject::{KIND_READ, KIND_TYPING, Subjects, header, rooms_stream},
     telemetry::{
         self,
         metrics::{Counter, Histogram, PublishFault, count, record},
@@ -306,6 +306,29 @@ impl Publisher {
         headers.insert(header::FROM, header_escape(user).as_ref());
         headers.insert(header::KIND, KIND_TYPING);
         self.signal(room, headers, Bytes::new()).await
+    }
+
+    /// Tells the members of a room up to where `user` has read. When it returns, the news is on its way: it survives the
+    /// end of this process.
+    ///
+    /// # Errors
+    /// [`PublishError`].
+    pub async fn receipt(
+        &self,
+        room: &RoomId,
+        user: &str,
+        marker: &Cursor,
+    ) -> Result<(), PublishError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::FROM, header_escape(user).as_ref());
+        headers.insert(header::KIND, KIND_READ);
+        self.signal(room, headers, marker.to_string().into())
+            .await?;
+        let flushed = timeout(self.timeout, self.connection.client().flush()).await;
+        flushed
+            .is_ok_and(|flushed| flushed.is_ok())
+            .then_some(())
+            .ok_or(PublishError::Unavailable)
     }
 
     async fn signal(

@@ -8,7 +8,10 @@ use std::{
 use async_nats::{Message, StatusCode};
 use bytes::Bytes;
 use futures_util::StreamExt;
-use tokio::{sync::Semaphore, time::timeout_at};
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout_at,
+};
 
 use super::{
     Connection, Record,
@@ -97,6 +100,24 @@ impl Reader {
             timeout: config.read_timeout,
             turns: Arc::new(Semaphore::new(config.replay_concurrency)),
         }
+    }
+
+    /// The connection it reads over.
+    #[must_use]
+    pub fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// How long one read may take.
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Waits for a turn to read.
+    pub(super) async fn turn(&self) -> Result<SemaphorePermit<'_>, ReadError> {
+        // The semaphore is never closed.
+        let turn = self.turns.acquire().await;
+        turn.map_err(|_closed| ReadError::Closed)
     }
 
     /// The last message of each of `subjects` that has one, in no particular order.
@@ -258,12 +279,7 @@ impl Reader {
         let body = Bytes::from(request.to_string());
         let client = connection.client();
         let exchange = async {
-            // The semaphore is never closed.
-            let _turn = self
-                .turns
-                .acquire()
-                .await
-                .map_err(|_closed| ReadError::Closed)?;
+            let _turn = self.turn().await?;
             let inbox = client.new_inbox();
             let closed = |_error| ReadError::Closed;
             let mut answers = client.subscribe(inbox.clone()).await.map_err(closed)?;
@@ -306,7 +322,8 @@ impl Reader {
     }
 }
 
-fn pending_of(message: &Message) -> Option<u64> {
+/// What a message or the end of a batch says of matches after it.
+pub(super) fn pending_of(message: &Message) -> Option<u64> {
     last(message.headers.as_ref()?, header::NUM_PENDING)?
         .parse()
         .ok()

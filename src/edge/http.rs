@@ -1,14 +1,16 @@
 //! Plain HTTP: publishing, health, metrics, the OpenAPI document, the page.
 
+mod state;
+
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use axum::{
     Json, Router,
-    body::to_bytes,
+    body::{Body, Bytes, to_bytes},
     extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{get, post, put},
 };
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -19,7 +21,7 @@ use super::{Shared, upgrade};
 use crate::{
     auth::Identity,
     bus::Outgoing,
-    model::RoomId,
+    model::{Kind, RoomId},
     protocol::{ErrorCode, native},
     runtime::unix_s,
     session::{Pace, check_publication, publish_refusal},
@@ -40,7 +42,10 @@ const MAX_PACES: usize = 10_000;
 #[derive(OpenApi)]
 #[openapi(
     info(title = "natter edge", description = "Rooms over plain HTTP. WebSocket clients connect to /ws."),
-    paths(upgrade::websocket, publish, healthz, readyz, metrics, openapi),
+    paths(
+        upgrade::websocket, publish, state::readers, state::read, state::unread,
+        healthz, readyz, metrics, openapi,
+    ),
     components(schemas(PublishRequest, PublishReply, ErrorBody)),
     modifiers(&BearerToken)
 )]
@@ -91,7 +96,10 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/v1/openapi.json", get(openapi))
-        .route("/v1/rooms/{room}/messages", post(publish));
+        .route("/v1/rooms/{room}/messages", post(publish))
+        .route("/v1/rooms/{room}/readers", get(state::readers))
+        .route("/v1/rooms/{room}/read", put(state::read))
+        .route("/v1/unread", post(state::unread));
     let router = if page {
         super::page::routes(router)
     } else {
@@ -153,6 +161,12 @@ impl HttpError {
 impl From<(ErrorCode, String)> for HttpError {
     fn from((code, message): (ErrorCode, String)) -> Self {
         Self::new(code, message)
+    }
+}
+
+impl From<native::Refusal> for HttpError {
+    fn from(refusal: native::Refusal) -> Self {
+        Self::new(refusal.code, refusal.message)
     }
 }
 
@@ -270,38 +284,49 @@ async fn publish(
     room: Result<Path<String>, PathRejection>,
     request: Request,
 ) -> Result<Json<PublishReply>, HttpError> {
-    // The only way to fail: what stands there is not UTF-8 once it is decoded.
-    let Path(room) = room.map_err(|error| HttpError::new(ErrorCode::BadRoom, error.body_text()))?;
-    let span = tracing::debug_span!("command", op = "send");
-    let parent = request.headers().get(subject::header::TRACEPARENT);
+    let span = command_span("send", request.headers());
+    publish_to(api, room, request).instrument(span).await
+}
+
+/// The span of one request, which goes on with the client's trace.
+fn command_span(op: &'static str, headers: &HeaderMap) -> tracing::Span {
+    let span = tracing::debug_span!("command", op);
+    let parent = headers.get(subject::header::TRACEPARENT);
     if let Some(parent) = parent.and_then(|value| value.to_str().ok()) {
         telemetry::set_remote_parent(&span, parent);
     }
-    publish_to(api, &room, request).instrument(span).await
+    span
+}
+
+/// The room that a path names.
+fn room_of(path: Result<Path<String>, PathRejection>) -> Result<RoomId, HttpError> {
+    let bad = |text: String| HttpError::new(ErrorCode::BadRoom, text);
+    // The only way to fail: what stands there is not UTF-8 once it is decoded.
+    let Path(room) = path.map_err(|error| bad(error.body_text()))?;
+    RoomId::parse(&room).map_err(|error| bad(error.to_string()))
+}
+
+async fn read_body(body: Body, most: u64) -> Result<Bytes, HttpError> {
+    to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX))
+        .await
+        .map_err(|_cut| {
+            let text = format!("the request has more than {most} bytes");
+            HttpError::new(ErrorCode::TooLarge, text)
+        })
 }
 
 async fn publish_to(
     api: Api,
-    room: &str,
+    room: Result<Path<String>, PathRejection>,
     request: Request,
 ) -> Result<Json<PublishReply>, HttpError> {
     let (parts, body) = request.into_parts();
     let identity = authorize(&api, &parts.headers)?;
     let config = &api.shared.config;
     let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
-    let room =
-        RoomId::parse(room).map_err(|e| HttpError::new(ErrorCode::BadRoom, e.to_string()))?;
-    let most = config.limits.body.as_u64() + ENVELOPE_BYTES;
-    let body = to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX))
-        .await
-        .map_err(|_cut| {
-            HttpError::new(
-                ErrorCode::TooLarge,
-                format!("the request has more than {most} bytes"),
-            )
-        })?;
-    let publication = native::decode_publication(room, &body)
-        .map_err(|refusal| HttpError::new(refusal.code, refusal.message))?;
+    let room = room_of(room)?;
+    let body = read_body(body, config.limits.body.as_u64() + ENVELOPE_BYTES).await?;
+    let publication = native::decode_publication(room, &body)?;
     let durable = check_publication(config, &identity, &publication)?;
     let id = match &publication.id {
         Some(id) => id.to_string(),
@@ -319,6 +344,10 @@ async fn publish_to(
             .durable(&outgoing, |_seq| None)
             .await
             .map_err(failed)?;
+        if publication.kind == Kind::Message {
+            let room = &publication.room;
+            ready.markers.sent(room, &identity.user, &acked.cursor);
+        }
         (Some(acked.cursor.to_string()), acked.ts, acked.duplicate)
     } else {
         (

@@ -24,6 +24,7 @@ use crate::{
     auth::{AuthConfigError, Verifier},
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
     config::Config,
+    read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},
 };
 use admission::Admission;
@@ -61,7 +62,10 @@ struct Shared {
 #[derive(Debug)]
 struct Ready {
     connection: Connection,
+    /// For presence and read markers: what they wait for holds up no message.
+    state: Connection,
     publisher: Publisher,
+    markers: Arc<Markers>,
     shards: Shards,
 }
 
@@ -166,13 +170,21 @@ impl Edge {
         tracing::info!(edge.id = %self.shared.id, "edge draining");
         self.http.stop();
         let mut left = 0;
-        if let Some(ready) = self.shared.ready.get() {
+        let ready = self.shared.ready.get();
+        if let Some(ready) = ready {
             let spread = self.shared.config.edge.drain_spread;
             left = ready.shards.drain(spread, deadline).await;
-            ready.connection.close().await;
         }
         let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
         let http = self.http.drain(rest).await;
+        if let Some(ready) = ready {
+            // Nobody moves a marker any more. Without NATS there is nowhere to write it to.
+            if ready.state.is_up() && !ready.markers.flush(deadline).await {
+                tracing::warn!("read markers could not be written before the end of the drain");
+            }
+            ready.state.close().await;
+            ready.connection.close().await;
+        }
         let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
         let tasks = self.tasks.drain(rest).await;
         self.shared.lifecycle.advance(Phase::Stopped);
@@ -216,7 +228,20 @@ async fn make_ready(
             }
         }
     });
-    let shards = Shards::start(shared, &streams).await?;
+    let name = format!("natter edge {} state", shared.id);
+    let state = Connection::open(&config.nats, &name).await?;
+    let state_reader = Reader::new(state.clone(), &config.nats);
+    let markers = Markers::new(&state, &state_reader, &streams, config, &shared.id);
+    tasks.spawn("keep read markers", {
+        let (markers, tasks) = (Arc::clone(&markers), tasks.clone());
+        async move {
+            tokio::select! {
+                () = markers.keep() => {}
+                () = tasks.stopping() => {}
+            }
+        }
+    });
+    let shards = Shards::start(shared, &streams, &markers).await?;
     let reader = Reader::new(connection.clone(), &config.nats);
     let publisher = Publisher::new(
         connection.clone(),
@@ -228,7 +253,9 @@ async fn make_ready(
     // Set once, here.
     let set = shared.ready.set(Ready {
         connection,
+        state,
         publisher,
+        markers,
         shards,
     });
     debug_assert!(set.is_ok(), "an edge is made ready once");

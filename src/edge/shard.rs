@@ -29,6 +29,7 @@ use crate::{
     auth::Identity,
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
     protocol::Close,
+    read_marker::Markers,
     room::Rooms,
     session::{Context, Session, UserSlot},
     subject::Subjects,
@@ -85,6 +86,7 @@ impl Shards {
     pub(super) async fn start(
         shared: &Arc<Shared>,
         streams: &Arc<Streams>,
+        markers: &Arc<Markers>,
     ) -> Result<Self, EdgeError> {
         let count = match shared.config.edge.shards {
             0 => thread::available_parallelism().map_or(1, usize::from),
@@ -96,6 +98,7 @@ impl Shards {
             let (drain, drains) = mpsc::channel(1);
             let (started, start) = oneshot::channel();
             let (shared, streams) = (Arc::clone(shared), Arc::clone(streams));
+            let markers = Arc::clone(markers);
             thread::Builder::new()
                 .name(format!("shard-{number}"))
                 .spawn(move || {
@@ -107,7 +110,8 @@ impl Shards {
                             return;
                         }
                     };
-                    let shard = run(number, shared, streams, new_sessions, drains, started);
+                    let state = (streams, markers);
+                    let shard = run(number, shared, state, new_sessions, drains, started);
                     LocalSet::new().block_on(&runtime, shard);
                 })
                 .map_err(EdgeError::Shard)?;
@@ -168,12 +172,12 @@ struct Shard {
 async fn run(
     number: usize,
     shared: Arc<Shared>,
-    streams: Arc<Streams>,
+    state: (Arc<Streams>, Arc<Markers>),
     mut new_sessions: mpsc::Receiver<NewSession>,
     mut drains: mpsc::Receiver<Drain>,
     started: oneshot::Sender<Result<(), EdgeError>>,
 ) {
-    let (shard, live, replay) = match Shard::open(number, &shared, streams).await {
+    let (shard, live, replay) = match Shard::open(number, &shared, state).await {
         Ok(parts) => parts,
         Err(error) => {
             let _stopping = started.send(Err(error.into()));
@@ -218,7 +222,7 @@ impl Shard {
     async fn open(
         number: usize,
         shared: &Arc<Shared>,
-        streams: Arc<Streams>,
+        (streams, markers): (Arc<Streams>, Arc<Markers>),
     ) -> Result<(Rc<Self>, Connection, Connection), ConnectError> {
         let config = Arc::clone(&shared.config);
         let name = |what: &str| format!("natter edge {} shard {number} {what}", shared.id);
@@ -234,7 +238,8 @@ impl Shard {
             reader.clone(),
             Arc::clone(&streams),
             subjects,
-            config.rooms.clone(),
+            &config,
+            Arc::clone(&markers),
         );
         let publisher = Publisher::new(live.clone(), reader, streams, &config.nats, &shared.id);
         let admission = Arc::clone(&shared.admission);
@@ -245,6 +250,7 @@ impl Shard {
         let context = Context {
             rooms,
             publisher,
+            markers,
             verifier: Arc::clone(&shared.verifier),
             config,
             buffer: RefCell::default(),

@@ -175,6 +175,34 @@ impl Cursor {
     pub fn get(&self, origin: &Region) -> Option<&Position> {
         self.0.iter().find(|position| position.origin == *origin)
     }
+
+    /// The least cursor that lies before neither of the two: of each origin the further one of the two positions. That is
+    /// how read markers grow.
+    ///
+    /// Sequences of two epochs can't be compared. `is_current` says which epoch an origin's stream has now: that one wins,
+    /// since the other means nothing any more. Where neither is, any choice will do, as long as all make the same.
+    ///
+    /// It is the maximum of a total order per origin: so it commutes, is associative and idempotent, and can be repeated
+    /// in any order on any edge of any region.
+    #[must_use]
+    pub fn merge(&self, other: &Self, is_current: impl Fn(&Region, &Epoch) -> bool) -> Self {
+        let rank = |position: &Position| {
+            (
+                is_current(&position.origin, &position.epoch),
+                position.epoch,
+                position.seq,
+                position.fingerprint,
+            )
+        };
+        let mut positions: Vec<Position> = self.0.iter().chain(&other.0).cloned().collect();
+        // The furthest of each origin first: it is the one that is kept.
+        positions.sort_by(|a, b| {
+            let by_origin = a.origin.cmp(&b.origin);
+            by_origin.then_with(|| rank(b).cmp(&rank(a)))
+        });
+        positions.dedup_by(|later, first| later.origin == first.origin);
+        Self(positions)
+    }
 }
 
 impl fmt::Display for Cursor {
@@ -244,6 +272,23 @@ mod tests {
 
     use super::*;
 
+    const EPOCHS: [&str; 2] = ["k3", "q8"];
+
+    fn cursors() -> impl Strategy<Value = Cursor> {
+        let position = (0..2_usize, 0..4_u64, 0..2_u16);
+        prop::collection::btree_map("seoul|virginia|frankfurt", position, 1..3).prop_map(|parts| {
+            let positions = parts
+                .into_iter()
+                .map(|(origin, (epoch, seq, fp))| Position {
+                    origin: Region::parse(&origin).unwrap(),
+                    epoch: Epoch::parse(EPOCHS[epoch]).unwrap(),
+                    seq,
+                    fingerprint: Fingerprint(fp),
+                });
+            Cursor(positions.collect())
+        })
+    }
+
     #[test]
     fn malformed_cursors_are_refused() {
         for text in [
@@ -289,6 +334,38 @@ mod tests {
                 fingerprint: Fingerprint(*fp),
             }).collect());
             prop_assert_eq!(cursor.to_string().parse::<Cursor>().unwrap(), cursor);
+        }
+
+        /// Two origins (and a third that only some name), two epochs each of which one is current or none.
+        #[test]
+        fn merging_commutes_is_associative_idempotent_and_monotone(
+            a in cursors(), b in cursors(), c in cursors(), current in prop::option::of(0..2_usize)
+        ) {
+            let is_current = |_: &Region, epoch: &Epoch| {
+                current.is_some_and(|at| epoch.as_str() == EPOCHS[at])
+            };
+            let merge = |x: &Cursor, y: &Cursor| x.merge(y, is_current);
+            let ab = merge(&a, &b);
+            prop_assert_eq!(&ab, &merge(&b, &a));
+            prop_assert_eq!(merge(&ab, &c), merge(&a, &merge(&b, &c)));
+            prop_assert_eq!(&merge(&ab, &b), &ab);
+            prop_assert_eq!(&merge(&a, &a), &a);
+            // No component is lost or goes back, and none comes from nowhere.
+            for position in ab.positions() {
+                let of = |cursor: &Cursor| cursor.get(&position.origin).cloned();
+                prop_assert!(of(&a).as_ref() == Some(position) || of(&b).as_ref() == Some(position));
+                for given in [of(&a), of(&b)].into_iter().flatten() {
+                    let comparable = given.epoch == position.epoch;
+                    prop_assert!(!comparable || given.seq <= position.seq);
+                    let loses = is_current(&given.origin, &given.epoch)
+                        && !is_current(&position.origin, &position.epoch);
+                    prop_assert!(!loses);
+                }
+            }
+            for given in a.positions().iter().chain(b.positions()) {
+                prop_assert!(ab.get(&given.origin).is_some());
+            }
+            prop_assert_eq!(ab.to_string().parse::<Cursor>().unwrap(), ab);
         }
 
         #[test]

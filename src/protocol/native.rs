@@ -468,6 +468,32 @@ impl<'a> Writer<'a> {
         self
     }
 
+    /// A list of objects with the fields that `fields` writes of each of `items`.
+    pub fn objects<T>(
+        &mut self,
+        key: &str,
+        items: &[T],
+        fields: impl Fn(&mut Writer<'_>, &T),
+    ) -> &mut Self {
+        self.key(key);
+        self.out.push(b'[');
+        for (number, item) in items.iter().enumerate() {
+            if number > 0 {
+                self.out.push(b',');
+            }
+            let start = self.out.len();
+            fields(&mut Writer { out: self.out }, item);
+            // Every field begins with a comma, the first one too.
+            match self.out.get_mut(start) {
+                Some(comma) => *comma = b'{',
+                None => self.out.push(b'{'),
+            }
+            self.out.push(b'}');
+        }
+        self.out.push(b']');
+        self
+    }
+
     /// `true` or `false`.
     pub fn boolean(&mut self, key: &str, value: bool) -> &mut Self {
         self.raw(key, if value { b"true" } else { b"false" })
@@ -623,8 +649,20 @@ mod tests {
             let mut out = Vec::new();
             Writer::reply(&mut out, "x", number).string("s", &text).boolean("b", true).end();
             let value: serde_json::Value = serde_json::from_slice(&out).unwrap();
-            prop_assert_eq!(value["s"].as_str().unwrap(), text);
+            prop_assert_eq!(value["s"].as_str().unwrap(), &text);
             prop_assert_eq!(value["rid"].as_u64().unwrap(), number);
+            let items: Vec<u64> = (0..number % 4).collect();
+            out.clear();
+            let mut writer = Writer::new(&mut out, "x");
+            writer.objects("empty", &items, |_, _| {});
+            writer.objects("list", &items, |writer, n| {
+                writer.number("n", *n).string("s", &text);
+            });
+            writer.end();
+            let value: serde_json::Value = serde_json::from_slice(&out).unwrap();
+            let list = items.iter().map(|n| serde_json::json!({"n": n, "s": text})).collect::<Vec<_>>();
+            prop_assert_eq!(&value["list"], &serde_json::Value::Array(list));
+            prop_assert_eq!(value["empty"].as_array().unwrap().len(), items.len());
         }
 
         #[test]

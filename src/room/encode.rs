@@ -48,6 +48,17 @@ pub(super) fn typing(room: &RoomId, user: &str) -> Bytes {
     text_frame(&out)
 }
 
+/// `read`.
+pub(super) fn read(room: &RoomId, user: &str, cursor: &Cursor) -> Bytes {
+    let mut out = Vec::with_capacity(128);
+    Writer::new(&mut out, "read")
+        .string("room", room.as_str())
+        .string("user", user)
+        .string("cursor", &cursor.to_string())
+        .end();
+    text_frame(&out)
+}
+
 /// `kicked`.
 pub(super) fn kicked(room: &RoomId, code: &str) -> Bytes {
     let mut out = Vec::with_capacity(64);

@@ -16,13 +16,14 @@ use super::{
     encode,
     fan_out::{Member, Pass},
     log::{Admission, RoomLog},
+    receipts::Receipts,
     rooms::Rooms,
 };
 use crate::{
     bus::{LiveFeed, Message, ReadError, Record, Suspicion},
     model::{Class, RoomId, partition_of},
     runtime::unix_ms,
-    subject::{KIND_TYPING, header, rooms_stream},
+    subject::{KIND_READ, KIND_TYPING, header, rooms_stream},
     telemetry::metrics::{Counter, Dropped, GapCause, Suppressed, count},
 };
 
@@ -56,6 +57,7 @@ pub struct Hub {
     /// Since when nobody is here.
     pub(super) empty_since: Cell<Option<Instant>>,
     pub(super) backlogs: Backlogs,
+    pub(super) receipts: Receipts,
 }
 
 /// A hub's life.
@@ -90,6 +92,7 @@ impl Hub {
             compared: Cell::new(false),
             empty_since: Cell::new(Some(Instant::now())),
             backlogs: Backlogs::default(),
+            receipts: Receipts::new(rooms.read_push_max),
             room,
         })
     }
@@ -117,9 +120,11 @@ impl Hub {
     }
 
     pub(super) fn add(&self, member: Rc<Member>) {
+        self.receipts.joined(&member);
         let replaced = self.members.borrow_mut().insert(member.session, member);
         if let Some(replaced) = replaced {
             replaced.left.set(true);
+            self.receipts.left(&replaced);
         }
         self.membership.set(self.membership.get() + 1);
         self.empty_since.set(None);
@@ -134,10 +139,13 @@ impl Hub {
             .is_some_and(|current| Rc::ptr_eq(current, member))
         {
             members.swap_remove(&member.session);
+            self.receipts.left(member);
             self.membership.set(self.membership.get() + 1);
             if members.is_empty() {
                 self.empty_since.set(Some(Instant::now()));
             }
+            drop(members);
+            self.tell_missed();
         }
     }
 
@@ -252,7 +260,7 @@ impl Hub {
         Ok(Feeds { live, ephemeral })
     }
 
-    async fn serve(&self, rooms: &Rc<Rooms>, feeds: &mut Feeds) {
+    async fn serve(self: &Rc<Self>, rooms: &Rc<Rooms>, feeds: &mut Feeds) {
         let mut stored = Vec::new();
         let mut passing = Vec::new();
         while !self.is_gone() {
@@ -270,7 +278,11 @@ impl Hub {
                 return self.end(None);
             }
             self.on_stored(rooms, feeds.live.as_mut(), &stored).await;
-            self.on_passing(&passing).await;
+            if feeds.ephemeral.suspicion().is_some() {
+                feeds.ephemeral.settle();
+                self.receipts_missed(rooms);
+            }
+            self.on_passing(rooms, &passing).await;
         }
     }
 
@@ -377,13 +389,18 @@ impl Hub {
                 }
                 ready.frames.push(frame.clone());
                 log.push(record, frame);
+                if record.class == Class::Msg {
+                    let cursor = log.cursor_at(record.seq, record.fingerprint);
+                    self.receipts.spoke(&record.from, &cursor, &log);
+                }
             }
             None => count(Counter::MessageSuppressed(Suppressed::Duplicate), 1),
         }
     }
 
-    async fn on_passing(&self, batch: &[Message]) {
+    async fn on_passing(&self, rooms: &Rooms, batch: &[Message]) {
         let mut ready = Pass::default();
+        let mut receipts = IndexMap::new();
         for message in batch {
             let headers = message.headers.as_ref();
             let kind = headers
@@ -392,6 +409,8 @@ impl Hub {
             let record = Record::ephemeral(headers, message.payload.clone(), unix_ms());
             if kind == Some(KIND_TYPING) {
                 self.push_typing(&record.from);
+            } else if kind == Some(KIND_READ) {
+                self.take_receipt(rooms, &record.from, &message.payload, &mut receipts);
             } else if self.durable {
                 // Only what the stream has stored is shown in a durable room.
                 count(Counter::MessageDropped(Dropped::NotStored), 1);
@@ -405,6 +424,7 @@ impl Hub {
                 log.push(&record, frame);
             }
         }
+        self.push_receipts(receipts);
         self.fan_out(ready).await;
     }
 }

@@ -117,6 +117,12 @@ impl Membership {
     pub fn time_of(&self, seq: u64) -> Option<u64> {
         self.hub.log.borrow().time_of(seq)
     }
+
+    /// Where the room stands, as far as its members were told; `None`: it keeps no log.
+    #[must_use]
+    pub fn head(&self) -> Option<Cursor> {
+        self.hub.durable.then(|| self.hub.log.borrow().cursor())
+    }
 }
 
 impl Drop for Membership {
@@ -126,6 +132,11 @@ impl Drop for Membership {
 }
 
 impl Rooms {
+    /// Begins to open a room that is about to be joined.
+    pub fn open(self: &Rc<Self>, room: &RoomId, durable: bool) {
+        self.hub(room, durable);
+    }
+
     /// Joins a room. `reply` makes the frame of the reply; it is sent, followed by the backlog, in the same step in which the
     /// membership begins: between backlog and live there is neither a gap nor a repeat.
     ///
@@ -293,6 +304,7 @@ impl Rooms {
             fits,
         ));
         hub.add(Rc::clone(&member));
+        hub.follow_receipts(self);
         if fits {
             conn.send(&frames);
         } else {

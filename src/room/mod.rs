@@ -10,6 +10,7 @@ mod gap;
 mod hub;
 mod join;
 mod log;
+mod receipts;
 mod rooms;
 
 pub use fan_out::Member;

@@ -17,8 +17,9 @@ use tokio::{
 use super::{hub::Hub, log::RoomLog};
 use crate::{
     bus::{Connection, MAX_HEADS, Reader, Record, StreamState, Streams},
-    config,
+    config::{self, Config},
     model::{Class, RoomId},
+    read_marker::Markers,
     subject::Subjects,
     telemetry::metrics::{Gauge, gauge_add},
 };
@@ -44,6 +45,9 @@ pub struct Rooms {
     pub(super) streams: Arc<Streams>,
     pub(super) subjects: Subjects,
     pub(super) config: config::Rooms,
+    pub(super) markers: Arc<Markers>,
+    /// Members of one room above which none of them is told who has read what.
+    pub(super) read_push_max: usize,
     hubs: RefCell<HashMap<RoomId, Rc<Hub>>>,
     replay_memory: Arc<Semaphore>,
     suspecting: Cell<bool>,
@@ -59,8 +63,11 @@ impl Rooms {
         reader: Reader,
         streams: Arc<Streams>,
         subjects: Subjects,
-        config: config::Rooms,
+        config: &Config,
+        markers: Arc<Markers>,
     ) -> Rc<Self> {
+        let read_push_max = config.limits.read_push_max;
+        let config = config.rooms.clone();
         let shares = usize::try_from(config.replay_memory.as_u64() / 1024).unwrap_or(usize::MAX);
         Rc::new(Self {
             generation: Cell::new(connection.generation()),
@@ -70,10 +77,18 @@ impl Rooms {
             streams,
             subjects,
             config,
+            markers,
+            read_push_max,
             hubs: RefCell::default(),
             replay_memory: Arc::new(Semaphore::new(shares.min(Semaphore::MAX_PERMITS))),
             suspecting: Cell::new(false),
         })
+    }
+
+    /// Reads streams over a connection that is no live one.
+    #[must_use]
+    pub fn reader(&self) -> &Reader {
+        &self.reader
     }
 
     pub(super) fn hub(self: &Rc<Self>, room: &RoomId, durable: bool) -> Rc<Hub> {
@@ -186,6 +201,9 @@ impl Rooms {
                     {
                         hub.end(None);
                     } else if hub.durable && (reconnected || self.is_due(hub)) {
+                        if reconnected {
+                            hub.receipts_missed(&self);
+                        }
                         due.entry(hub.part).or_default().push(Rc::clone(hub));
                     }
                 }

@@ -154,10 +154,14 @@ impl Session {
             (Some(_), Op::Leave { room }) => self.leave(rid, &room),
             (Some(identity), Op::Send(publication)) => self.send(rid, identity, *publication).await,
             (Some(identity), Op::Typing { room }) => self.typing(rid, &identity, &room).await,
-            (Some(_), Op::Read { .. }) => Err(not_yet("read")),
+            (Some(identity), Op::Read { room, cursor }) => {
+                self.read(rid, &identity, &room, &cursor).await
+            }
             (Some(_), Op::Presence { .. }) => Err(not_yet("presence")),
-            (Some(_), Op::Readers { .. }) => Err(not_yet("readers")),
-            (Some(_), Op::Unread { .. }) => Err(not_yet("unread")),
+            (Some(identity), Op::Readers { room, page }) => {
+                self.readers(rid, &identity, &room, &page).await
+            }
+            (Some(identity), Op::Unread { rooms }) => self.unread(rid, &identity, &rooms).await,
         };
         if let Err(refused) = done {
             self.refuse(rid, refused);
@@ -279,6 +283,13 @@ impl Session {
                 ));
             }
         }
+        self.context.rooms.open(&room, durable);
+        let marker = if durable {
+            let markers = &self.context.markers;
+            markers.for_join(&room, &identity.user).await
+        } else {
+            None
+        };
         // The reply begins the membership, and replies go in order: the acks before it first.
         self.replies.idle().await;
         let who = NewMember {
@@ -287,7 +298,7 @@ impl Session {
             conn: Rc::clone(&self.conn),
             wants,
         };
-        let reply = |joined: &Joined| joined_frame(rid, &room, joined);
+        let reply = |joined: &Joined| joined_frame(rid, &room, joined, marker.as_ref());
         let membership = self
             .context
             .rooms
@@ -420,6 +431,10 @@ impl Session {
         // A sender is usually a member, and then its hub knows the time.
         let known_time = |seq| self.rooms.borrow().get(room)?.time_of(seq);
         let acked = publisher.durable(outgoing, known_time).await?;
+        if outgoing.publication.kind == Kind::Message {
+            let markers = &self.context.markers;
+            markers.sent(room, outgoing.user, &acked.cursor);
+        }
         Ok(Accepted {
             cursor: Some(acked.cursor),
             ts: acked.ts,
@@ -453,7 +468,7 @@ fn error_frame(rid: u64, code: ErrorCode, message: String) -> Bytes {
     })
 }
 
-fn joined_frame(rid: u64, room: &RoomId, joined: &Joined) -> Bytes {
+fn joined_frame(rid: u64, room: &RoomId, joined: &Joined, marker: Option<&Cursor>) -> Bytes {
     frame(|out| {
         let mut writer = Writer::reply(out, "joined", rid);
         writer.string("room", room.as_str());
@@ -467,6 +482,9 @@ fn joined_frame(rid: u64, room: &RoomId, joined: &Joined) -> Bytes {
             writer
                 .boolean("reset", true)
                 .string("reason", reason.as_str());
+        }
+        if let Some(marker) = marker {
+            writer.string("marker", &marker.to_string());
         }
         writer.end();
     })

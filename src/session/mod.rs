@@ -18,6 +18,7 @@
 
 mod commands;
 mod pace;
+mod read;
 mod replies;
 
 use std::{
@@ -32,6 +33,7 @@ use bytes::Bytes;
 
 pub(crate) use commands::{check_publication, publish_refusal};
 pub use pace::Pace;
+pub(crate) use read::{check_read, check_readers, check_unread, marker_refusal};
 
 use crate::{
     auth::{Identity, Verifier},
@@ -42,6 +44,7 @@ use crate::{
         Close,
         native::{self, Command, Refusal, Writer},
     },
+    read_marker::Markers,
     room::{Membership, Rooms},
     runtime::unix_s,
     telemetry::metrics::{self, Counter, Gauge, Held, count},
@@ -70,6 +73,8 @@ pub struct Context {
     pub rooms: Rc<Rooms>,
     /// Publishes over the shard's connection.
     pub publisher: Publisher,
+    /// The edge's read markers.
+    pub markers: Arc<Markers>,
     /// Checks tokens.
     pub verifier: Arc<Verifier>,
     /// The process' configuration.

@@ -119,6 +119,13 @@ labels! {
     GapCause "cause" {
         Sequence "sequence", Reconnect "reconnect", Overflow "overflow", Resync "resync",
     }
+    /// What became of a write of a read marker: somebody else may have written it first; then it is merged and written again.
+    MarkerWrite "result" { Written "written", Conflict "conflict", Failed "failed" }
+    /// Why a read receipt was not shown: no user or no cursor in it, a room without a log, a cursor of another log, or more
+    /// members that want receipts than `limits.read_push_max`.
+    ReceiptFault "reason" {
+        Malformed "malformed", Ephemeral "ephemeral", Epoch "epoch", PushMax "push_max",
+    }
     /// Why a connection was not taken in.
     Admission "reason" {
         Draining "draining", PerUser "per_user", PerAddress "per_address", BadToken "bad_token",
@@ -279,6 +286,20 @@ counters! {
     NatsConnects = "natter.nats.connects", "{connection}";
     /// Times a NATS subscription said that it dropped messages; they are read from the stream.
     NatsSlowConsumer = "natter.nats.slow_consumer", "{event}";
+    /// Writes of read markers to their bucket.
+    MarkerWrites(result: MarkerWrite) = "natter.marker.writes", "{write}";
+    /// Requests for read markers to their bucket: many keys at once.
+    MarkerLoads = "natter.marker.loads", "{request}";
+    /// Read markers that were heard of and had not been written: their edge died before it could.
+    MarkerRepaired = "natter.marker.repaired", "{marker}";
+    /// Read receipts published.
+    ReceiptPublished = "natter.receipt.published", "{receipt}";
+    /// Read receipts handed to sessions.
+    ReceiptDelivered = "natter.receipt.delivered", "{receipt}";
+    /// Read receipts not shown.
+    ReceiptDropped(reason: ReceiptFault) = "natter.receipt.dropped", "{receipt}";
+    /// Requests to NATS for counts of unread messages: markers, heads and counts.
+    UnreadRequests = "natter.unread.requests", "{request}";
     /// Typing notices that clients sent and that were published.
     TypingPublished = "natter.typing.published", "{notice}";
     /// Typing frames handed to sessions.

@@ -1,0 +1,308 @@
+//! Loading and writing: what waits is taken together, and what grows again while it is written is written once more.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep_until, timeout_at},
+};
+
+use super::{
+    Markers,
+    marker::{Marker, Phase},
+    markers::{Key, State},
+};
+use crate::{
+    bus::{KvError, Put},
+    telemetry::metrics::{Counter, MarkerWrite, count},
+};
+
+/// Pause after a write of a key before it is written again.
+pub const WRITE_PAUSE: Duration = Duration::from_millis(250);
+
+/// Writes in flight at once; more wait, and what grows meanwhile is written once.
+const WRITES: usize = 64;
+
+/// Pause of all writes after one that failed.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// How long another edge has to write what it told, before this one looks whether it has.
+const CHECK_AFTER: Duration = Duration::from_secs(3);
+
+/// Conflicts in a row after which a key has to wait like others.
+const ATTEMPTS: usize = 5;
+
+/// How often markers that rest are forgotten.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// Keys on their way to the bucket, each in the queue of its [`Phase`].
+#[derive(Debug)]
+pub(super) struct Queues {
+    /// To be written at once.
+    now: VecDeque<Key>,
+    /// Written a moment ago: when they may be written again. All wait equally long, so the first is due first.
+    later: VecDeque<(Instant, Key)>,
+    /// Told by other edges: when to look whether they were written. All wait equally long.
+    checks: VecDeque<(Instant, Key)>,
+    check_after: Duration,
+    /// Who waits for the write of a key.
+    waiting: HashMap<Key, oneshot::Sender<()>>,
+    /// Nothing is written before this.
+    held: Option<Instant>,
+    /// The edge stops: no pauses.
+    flushing: bool,
+    writing: usize,
+}
+
+impl Default for Queues {
+    fn default() -> Self {
+        Self {
+            now: VecDeque::new(),
+            later: VecDeque::new(),
+            checks: VecDeque::new(),
+            // Another time on each edge: the first to look repairs, the others see that it is done.
+            check_after: CHECK_AFTER.mul_f64(rand::random_range(1.0..2.0)),
+            waiting: HashMap::new(),
+            held: None,
+            flushing: false,
+            writing: 0,
+        }
+    }
+}
+
+impl Queues {
+    pub(super) fn check_later(&mut self, key: Key, now: Instant) {
+        self.checks.push_back((now + self.check_after, key));
+    }
+}
+
+impl State {
+    /// Sees to it that a marker is written, if this edge has to. Who gets a receiver is told when it was; who comes while it
+    /// is written or right after that gets none: it has its turn later.
+    pub(super) fn queue(&mut self, key: &Key) -> Option<oneshot::Receiver<()>> {
+        let marker = self.marker(key);
+        if !marker.is_owed() {
+            return None;
+        }
+        match marker.phase() {
+            Phase::Resting | Phase::Checking => {
+                marker.set_phase(Phase::Queued);
+                self.queues.now.push_back(Arc::clone(key));
+                let (done, written) = oneshot::channel();
+                self.queues.waiting.insert(Arc::clone(key), done);
+                Some(written)
+            }
+            Phase::Queued | Phase::Writing | Phase::Pausing => None,
+        }
+    }
+
+    /// Moves keys whose pause is over to where they belong now.
+    fn wake(&mut self, now: Instant) {
+        let flushing = self.queues.flushing;
+        while let Some((due, _)) = self.queues.later.front()
+            && (*due <= now || flushing)
+            && let Some((_, key)) = self.queues.later.pop_front()
+        {
+            let Some(marker) = self.markers.get_mut(&key) else {
+                continue;
+            };
+            if marker.is_owed() {
+                marker.set_phase(Phase::Queued);
+                self.queues.now.push_back(key);
+            } else if marker.is_ahead() != Some(false) {
+                marker.set_phase(Phase::Checking);
+                self.queues.check_later(key, now);
+            } else {
+                marker.set_phase(Phase::Resting);
+            }
+        }
+        while let Some((due, _)) = self.queues.checks.front()
+            && *due <= now
+            && let Some((_, key)) = self.queues.checks.pop_front()
+        {
+            // Others have been queued by a command meanwhile.
+            if let Some(marker) = self.markers.get_mut(&key)
+                && marker.phase() == Phase::Checking
+            {
+                // What is known of the key may be older than what was heard.
+                marker.doubt();
+                marker.set_phase(Phase::Queued);
+                self.queues.now.push_back(key);
+            }
+        }
+    }
+
+    /// The next key to be written.
+    fn next(&mut self, now: Instant) -> Option<Key> {
+        if self.queues.held.is_some_and(|until| now < until) {
+            return None;
+        }
+        self.queues.held = None;
+        let key = self.queues.now.pop_front()?;
+        self.marker(&key).set_phase(Phase::Writing);
+        self.queues.writing += 1;
+        Some(key)
+    }
+
+    /// When there is something to do again; `None`: when somebody says so.
+    fn due(&self) -> Option<Instant> {
+        let queues = &self.queues;
+        let held = queues.held.filter(|_| !queues.now.is_empty());
+        let later = queues.later.front().map(|(due, _)| *due);
+        let check = queues.checks.front().map(|(due, _)| *due);
+        [held, later, check].into_iter().flatten().min()
+    }
+
+    fn done(&mut self, key: Key, written: bool, now: Instant) {
+        self.queues.writing -= 1;
+        if let Some(waits) = self.queues.waiting.remove(&key) {
+            // It may have given up.
+            let _gave_up = waits.send(());
+        }
+        if written {
+            self.marker(&key).set_phase(Phase::Pausing);
+            self.queues.later.push_back((now + WRITE_PAUSE, key));
+        } else {
+            self.marker(&key).set_phase(Phase::Queued);
+            self.queues.now.push_back(key);
+            self.queues.held = Some(now + RETRY);
+        }
+    }
+
+    /// Whether something of this edge's own is not in the bucket.
+    fn owes(&self) -> bool {
+        let queues = &self.queues;
+        queues.writing > 0
+            || !queues.now.is_empty()
+            || queues
+                .later
+                .iter()
+                .any(|(_, key)| self.markers.get(key).is_some_and(Marker::is_owed))
+    }
+}
+
+impl Markers {
+    /// Loads and writes, for ever.
+    pub async fn keep(self: Arc<Self>) {
+        tokio::join!(self.keep_loading(), self.keep_writing());
+    }
+
+    /// What waits while a read is under way is read together by the next one.
+    async fn keep_loading(&self) {
+        loop {
+            self.load.notified().await;
+            let loads = std::mem::take(&mut self.state.lock().loads);
+            let keys: HashSet<&Key> = loads.iter().flat_map(|load| &load.keys).collect();
+            let keys: Vec<String> = keys.into_iter().map(ToString::to_string).collect();
+            if keys.is_empty() {
+                continue;
+            }
+            let loaded = self.fetch(&keys).await;
+            for load in loads {
+                // Whoever asked may be gone.
+                let _gone = load.done.send(loaded.clone());
+            }
+        }
+    }
+
+    async fn keep_writing(&self) {
+        let mut writes = FuturesUnordered::new();
+        let mut sweep = Instant::now() + SWEEP;
+        loop {
+            let now = Instant::now();
+            let due = {
+                let mut state = self.state.lock();
+                state.wake(now);
+                while writes.len() < WRITES
+                    && let Some(key) = state.next(now)
+                {
+                    writes.push(self.write_key(key));
+                }
+                if now >= sweep {
+                    sweep = now + SWEEP;
+                    state.markers.retain(|_, marker| !marker.is_idle(now));
+                }
+                if state.queues.flushing && !state.owes() {
+                    self.written.notify_waiters();
+                }
+                state.due().map_or(sweep, |due| due.min(sweep))
+            };
+            // All branches are cancel-safe: a write that is not done stays in `writes`.
+            tokio::select! {
+                Some((key, written)) = writes.next() => {
+                    self.state.lock().done(key, written, Instant::now());
+                }
+                () = self.write.notified() => {}
+                () = sleep_until(due) => {}
+            }
+        }
+    }
+
+    /// Writes a key unless the bucket has it; whether that is settled.
+    async fn write_key(&self, key: Key) -> (Key, bool) {
+        for _ in 0..ATTEMPTS {
+            let known = self.state.lock().marker(&key).is_ahead().is_some();
+            if !known && self.load(vec![Arc::clone(&key)], true).await.is_err() {
+                return (key, false);
+            }
+            let (next, repair) = {
+                let mut state = self.state.lock();
+                let marker = state.marker(&key);
+                (marker.to_write(), marker.is_repair())
+            };
+            let Some((cursor, revision)) = next else {
+                return (key, true);
+            };
+            let value = Bytes::from(cursor.to_string());
+            let how = Put {
+                ttl: None,
+                expected: Some(revision),
+            };
+            let result = self.bucket.put(&key, value, how).await;
+            let mut state = self.state.lock();
+            let marker = state.marker(&key);
+            match result {
+                Ok(revision) => {
+                    marker.written(cursor, revision, Instant::now());
+                    count(Counter::MarkerWrites(MarkerWrite::Written), 1);
+                    count(Counter::MarkerRepaired, u64::from(repair));
+                    return (key, true);
+                }
+                Err(KvError::Conflict) => {
+                    marker.doubt();
+                    count(Counter::MarkerWrites(MarkerWrite::Conflict), 1);
+                }
+                Err(error) => {
+                    marker.doubt();
+                    drop(state);
+                    count(Counter::MarkerWrites(MarkerWrite::Failed), 1);
+                    tracing::debug!(error = %error, "a read marker is written again");
+                    return (key, false);
+                }
+            }
+        }
+        (key, false)
+    }
+
+    /// Writes at once what has not been written, at most until `deadline`; whether nothing is left.
+    pub async fn flush(&self, deadline: Instant) -> bool {
+        self.state.lock().queues.flushing = true;
+        let done = async {
+            loop {
+                let written = self.written.notified();
+                if !self.state.lock().owes() {
+                    return;
+                }
+                self.write.notify_one();
+                written.await;
+            }
+        };
+        timeout_at(deadline, done).await.is_ok()
+    }
+}

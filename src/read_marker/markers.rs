@@ -1,0 +1,498 @@
+//! The markers an edge works with: loading, moving, asking.
+
+use std::{collections::BTreeMap, collections::HashMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Notify, oneshot},
+    time::{Instant, timeout},
+};
+
+use super::{
+    keeper::Queues,
+    marker::{Marker, Phase},
+};
+use crate::{
+    bus::{Bucket, Connection, KvError, Publisher, ReadError, Reader, Streams},
+    config::Config,
+    model::{Class, Cursor, Epoch, Fingerprint, Position, Region, RoomId, partition_of},
+    protocol::{ErrorCode, native::PageOf},
+    runtime::unix_ms,
+    subject::{Subjects, bucket, marker_key, marker_keys, parse_marker_key, rooms_stream},
+    telemetry::metrics::{Counter, count},
+};
+
+/// How long the reply to a `read` waits for the write it caused; the write goes on without it.
+const WAIT_FOR_WRITE: Duration = Duration::from_secs(1);
+
+/// How long a join waits for its user's marker; then it goes on without.
+const WAIT_FOR_JOIN: Duration = Duration::from_secs(1);
+
+/// How long joins don't wait at all after the bucket failed to answer: a client with many rooms joins them one by one.
+const DISTRUST: Duration = Duration::from_secs(10);
+
+/// Markers in memory above which what other edges tell is not remembered, and so not repaired if they die.
+const MAX_HEARD: usize = 65_536;
+
+/// The read markers of an edge; its shards and HTTP share them.
+#[derive(Debug)]
+pub struct Markers {
+    pub(super) bucket: Bucket,
+    pub(super) reader: Reader,
+    publisher: Publisher,
+    pub(super) streams: Arc<Streams>,
+    pub(super) subjects: Subjects,
+    pub(super) unread_cap: u64,
+    pub(super) state: Mutex<State>,
+    /// There is something to load.
+    pub(super) load: Notify,
+    /// There is something to write.
+    pub(super) write: Notify,
+    /// Nothing is left to write.
+    pub(super) written: Notify,
+}
+
+/// A marker's key in the bucket: it names room and user.
+pub(super) type Key = Arc<str>;
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) markers: HashMap<Key, Marker>,
+    pub(super) queues: Queues,
+    pub(super) loads: Vec<Load>,
+    /// When the bucket last failed to answer.
+    failed: Option<Instant>,
+}
+
+/// Somebody who waits for keys to be read.
+#[derive(Debug)]
+pub(super) struct Load {
+    pub(super) keys: Vec<Key>,
+    pub(super) done: oneshot::Sender<Result<(), MarkerError>>,
+}
+
+/// A user's marker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reading {
+    /// Who.
+    pub user: String,
+    /// Up to where.
+    pub cursor: Cursor,
+    /// When they came to be there, in ms since 1970.
+    pub at: u64,
+}
+
+/// A marker can't be moved or read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MarkerError {
+    /// NATS can't be reached, or does not answer.
+    #[error("read markers are not reachable now")]
+    Unavailable,
+    /// The cursor is not one of the room.
+    #[error("the cursor {0} is not of this room's log")]
+    BadCursor(Cursor),
+    /// The bucket answers with an error.
+    #[error("read markers can't be read: {0}")]
+    Refused(String),
+}
+
+impl MarkerError {
+    /// What the client is told.
+    #[must_use]
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Unavailable => ErrorCode::Unavailable,
+            Self::BadCursor(_) => ErrorCode::BadCursor,
+            Self::Refused(_) => ErrorCode::Internal,
+        }
+    }
+}
+
+impl From<ReadError> for MarkerError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Timeout { .. } | ReadError::NoStream { .. } | ReadError::Closed => {
+                Self::Unavailable
+            }
+            ReadError::Refused { .. } | ReadError::Malformed { .. } => {
+                Self::Refused(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<KvError> for MarkerError {
+    fn from(error: KvError) -> Self {
+        match error {
+            KvError::Conflict | KvError::Unavailable | KvError::UnknownOutcome(_) => {
+                Self::Unavailable
+            }
+            KvError::Refused(text) => Self::Refused(text),
+            KvError::Read(error) => error.into(),
+        }
+    }
+}
+
+impl Markers {
+    /// The markers of an edge, which are written and read over `connection` and `reader`, never the ones of messages.
+    /// Nothing is read or written before [`Self::keep`] runs.
+    #[must_use]
+    pub fn new(
+        connection: &Connection,
+        reader: &Reader,
+        streams: &Arc<Streams>,
+        config: &Config,
+        edge: &str,
+    ) -> Arc<Self> {
+        let (connection, reader) = (connection.clone(), reader.clone());
+        Arc::new(Self {
+            publisher: Publisher::new(
+                connection.clone(),
+                reader.clone(),
+                Arc::clone(streams),
+                &config.nats,
+                edge,
+            ),
+            bucket: Bucket::new(connection, reader.clone(), config, bucket::LASTREAD),
+            reader,
+            streams: Arc::clone(streams),
+            subjects: Subjects::new(&config.nats.prefix),
+            unread_cap: config.limits.unread_cap,
+            state: Mutex::default(),
+            load: Notify::new(),
+            write: Notify::new(),
+            written: Notify::new(),
+        })
+    }
+
+    /// The reader over the connection of these markers, for who has none of their own.
+    #[must_use]
+    pub fn reader(&self) -> &Reader {
+        &self.reader
+    }
+
+    /// Moves a user's marker to `cursor`, at most to the room's newest message, and tells the room if it moved. The marker
+    /// after it. `head`: where the caller knows the room to stand.
+    ///
+    /// # Errors
+    /// [`MarkerError`]; nothing has moved then, or (if it could not be told) the same again tells it.
+    pub async fn read(
+        &self,
+        room: &RoomId,
+        user: &str,
+        cursor: &Cursor,
+        head: Option<&Cursor>,
+    ) -> Result<Cursor, MarkerError> {
+        if !self.bucket.connection().is_up() {
+            return Err(MarkerError::Unavailable);
+        }
+        let part = partition_of(room, self.streams.partitions());
+        let position = self.position(part, cursor).await?;
+        let position = self.clamp(room, part, position, head).await?;
+        let cursor = Cursor::single(position);
+        let key: Key = marker_key(room, user).into();
+        self.load(vec![Arc::clone(&key)], false).await?;
+        let grows = {
+            let mut state = self.state.lock();
+            let marker = state.marker(&key);
+            marker.would_grow(&cursor, self.is_current(part))
+        };
+        if grows {
+            // Told before it is noted: if it can't be told, the same command tells it again.
+            self.publisher
+                .receipt(room, user, &cursor)
+                .await
+                .map_err(|_any| MarkerError::Unavailable)?;
+            count(Counter::ReceiptPublished, 1);
+        }
+        let first = {
+            let mut state = self.state.lock();
+            if grows {
+                let marker = state.marker(&key);
+                marker.raise(&cursor, unix_ms(), true, self.is_current(part));
+            }
+            // Where nothing was written a moment ago, the answer waits for the write: then it knows what other edges wrote.
+            state.queue(&key)
+        };
+        if let Some(first) = first {
+            self.write.notify_one();
+            // Late or failed, the write goes on or is repeated.
+            let _in_time = timeout(WAIT_FOR_WRITE, first).await;
+        }
+        let mut state = self.state.lock();
+        Ok(state.marker(&key).cursor().cloned().unwrap_or(cursor))
+    }
+
+    /// A user has sent the message at `cursor`: that is as far as they have read. Nobody is told, the message tells it.
+    pub fn sent(&self, room: &RoomId, user: &str, cursor: &Cursor) {
+        let part = partition_of(room, self.streams.partitions());
+        let key: Key = marker_key(room, user).into();
+        let mut state = self.state.lock();
+        let marker = state.marker(&key);
+        marker.raise(cursor, unix_ms(), true, self.is_current(part));
+        if state.queue(&key).is_some() {
+            self.write.notify_one();
+        }
+    }
+
+    /// An edge has told the room that a user has read up to `cursor`. It writes that; if it dies before it could, we do.
+    pub fn heard(&self, room: &RoomId, user: &str, cursor: &Cursor) {
+        let part = partition_of(room, self.streams.partitions());
+        let key: Key = marker_key(room, user).into();
+        let mut state = self.state.lock();
+        if state.markers.len() >= MAX_HEARD && !state.markers.contains_key(&key) {
+            return;
+        }
+        let marker = state.marker(&key);
+        if marker.raise(cursor, unix_ms(), false, self.is_current(part))
+            && marker.phase() == Phase::Resting
+        {
+            marker.set_phase(Phase::Checking);
+            state.queues.check_later(key, Instant::now());
+            self.write.notify_one();
+        }
+    }
+
+    /// A user's marker, if it has one of this incarnation of the room. For a join: it waits a moment and no longer, and not
+    /// at all while the bucket is known not to answer.
+    pub async fn for_join(&self, room: &RoomId, user: &str) -> Option<Cursor> {
+        let failed = self.state.lock().failed;
+        if failed.is_some_and(|at| at.elapsed() < DISTRUST) || !self.bucket.connection().is_up() {
+            return None;
+        }
+        let key: Key = marker_key(room, user).into();
+        let load = self.load(vec![Arc::clone(&key)], true);
+        match timeout(WAIT_FOR_JOIN, load).await {
+            Ok(Ok(())) => self.known(room, &key),
+            Ok(Err(error)) => {
+                tracing::debug!(error = %error, "a join goes on without its read marker");
+                None
+            }
+            Err(_elapsed) => {
+                self.state.lock().failed = Some(Instant::now());
+                tracing::warn!(
+                    "joins go on without their read markers: the bucket does not answer"
+                );
+                None
+            }
+        }
+    }
+
+    /// The users that have read something of the room, in the order of the bytes of their names, and whether more follow.
+    ///
+    /// # Errors
+    /// [`MarkerError`].
+    pub async fn readers(
+        &self,
+        room: &RoomId,
+        page: &PageOf,
+    ) -> Result<(Vec<Reading>, bool), MarkerError> {
+        let all = self.all(room).await?;
+        let after = |user: &str| page.after.as_deref().is_none_or(|after| user > after);
+        let mut later = all.into_iter().filter(|reading| after(&reading.user));
+        let readers = later.by_ref().take(page.limit).collect();
+        Ok((readers, later.next().is_some()))
+    }
+
+    /// All markers of a room, ordered by user: what the bucket holds and what is on its way there.
+    ///
+    /// # Errors
+    /// [`MarkerError`].
+    pub async fn all(&self, room: &RoomId) -> Result<Vec<Reading>, MarkerError> {
+        if !self.bucket.connection().is_up() {
+            return Err(MarkerError::Unavailable);
+        }
+        let part = partition_of(room, self.streams.partitions());
+        let mut readings = BTreeMap::new();
+        // A key that changes meanwhile is there twice, the newer one later.
+        for entry in self.bucket.scan(&marker_keys(room)).await? {
+            let Some((_, user)) = parse_marker_key(&entry.key) else {
+                continue;
+            };
+            match entry.value.as_deref().and_then(parse) {
+                Some(cursor) => readings.insert(user, (cursor, entry.at)),
+                None => readings.remove(&user),
+            };
+        }
+        let prefix = marker_key(room, "");
+        for (key, marker) in &self.state.lock().markers {
+            let (true, Some(cursor)) = (key.starts_with(&prefix), marker.cursor()) else {
+                continue;
+            };
+            let Some((_, user)) = parse_marker_key(key) else {
+                continue;
+            };
+            let reading = readings
+                .entry(user)
+                .or_insert_with(|| (cursor.clone(), marker.at()));
+            let merged = reading.0.merge(cursor, self.is_current(part));
+            if merged != reading.0 {
+                *reading = (merged, marker.at());
+            }
+        }
+        let readings = readings.into_iter();
+        Ok(readings
+            .filter(|(_, (cursor, _))| self.means_something(part, cursor))
+            .map(|(user, (cursor, at))| Reading { user, cursor, at })
+            .collect())
+    }
+
+    /// What is known of a marker after it was loaded, if it means anything.
+    pub(super) fn known(&self, room: &RoomId, key: &str) -> Option<Cursor> {
+        let part = partition_of(room, self.streams.partitions());
+        let state = self.state.lock();
+        let cursor = state.markers.get(key)?.cursor()?;
+        self.means_something(part, cursor).then(|| cursor.clone())
+    }
+
+    /// A marker of an epoch that is over says nothing about the messages there are now.
+    fn means_something(&self, part: u16, cursor: &Cursor) -> bool {
+        let is_current = self.is_current(part);
+        let mut positions = cursor.positions().iter();
+        positions.any(|position| is_current(&position.origin, &position.epoch))
+    }
+
+    pub(super) fn is_current(&self, part: u16) -> impl Fn(&Region, &Epoch) -> bool + use<> {
+        let (current, ours) = (
+            self.streams.known(part).epoch,
+            self.streams.origin().clone(),
+        );
+        move |origin, epoch| *origin == ours && *epoch == current
+    }
+
+    /// Reads the keys that are not known (`anew`: all of them), together with those that others wait for.
+    ///
+    /// # Errors
+    /// [`MarkerError`].
+    pub(super) async fn load(&self, keys: Vec<Key>, anew: bool) -> Result<(), MarkerError> {
+        let done = {
+            let mut state = self.state.lock();
+            let now = Instant::now();
+            let known = |key: &Key| state.markers.get(key).is_some_and(|m| m.is_fresh(now));
+            if !anew && keys.iter().all(known) {
+                return Ok(());
+            }
+            let (done, loaded) = oneshot::channel();
+            state.loads.push(Load { keys, done });
+            loaded
+        };
+        self.load.notify_one();
+        // Without an answer the edge is stopping.
+        done.await.unwrap_or(Err(MarkerError::Unavailable))
+    }
+
+    /// Takes in what a read of `keys` found.
+    pub(super) async fn fetch(&self, keys: &[String]) -> Result<(), MarkerError> {
+        count(Counter::MarkerLoads, 1);
+        let found = match self.bucket.get(keys).await {
+            Ok(found) => found,
+            Err(error) => {
+                self.state.lock().failed = Some(Instant::now());
+                return Err(error.into());
+            }
+        };
+        let now = Instant::now();
+        let mut found: HashMap<&str, _> = found
+            .iter()
+            .map(|entry| (entry.key.as_str(), entry))
+            .collect();
+        let mut state = self.state.lock();
+        state.failed = None;
+        for key in keys {
+            let Some((room, _)) = parse_marker_key(key) else {
+                continue;
+            };
+            let is_current = self.is_current(partition_of(&room, self.streams.partitions()));
+            let (cursor, at, revision) = match found.remove(key.as_str()) {
+                // What was put there by hand and is no cursor is overwritten.
+                Some(entry) => {
+                    let cursor = entry.value.as_deref().and_then(parse);
+                    (cursor, entry.at, entry.revision)
+                }
+                None => (None, 0, 0),
+            };
+            let marker = state.marker(&Key::from(key.as_str()));
+            marker.read(cursor, at, revision, now, is_current);
+        }
+        Ok(())
+    }
+
+    /// The one component of a cursor of this mesh, if it is of the room's stream as it is now.
+    async fn position(&self, part: u16, cursor: &Cursor) -> Result<Position, MarkerError> {
+        let bad = || MarkerError::BadCursor(cursor.clone());
+        let [position] = cursor.positions() else {
+            return Err(bad());
+        };
+        if position.origin != *self.streams.origin() {
+            return Err(bad());
+        }
+        if position.epoch != self.streams.known(part).epoch {
+            // Is it we who have not noticed that the stream began anew?
+            let now = self.streams.verify(part, Instant::now()).await;
+            let now = now.map_err(|_any| MarkerError::Unavailable)?;
+            if position.epoch != now.epoch {
+                return Err(bad());
+            }
+        }
+        Ok(position.clone())
+    }
+
+    /// The position, or the room's head where that lies before it.
+    async fn clamp(
+        &self,
+        room: &RoomId,
+        part: u16,
+        position: Position,
+        head: Option<&Cursor>,
+    ) -> Result<Position, MarkerError> {
+        let same_log = |head: &&Position| head.epoch == position.epoch;
+        let known = head.and_then(|head| head.get(&position.origin));
+        let known = known.filter(same_log);
+        if let Some(head) = known
+            && position.seq <= head.seq
+        {
+            return Ok(if position.seq == head.seq {
+                head.clone()
+            } else {
+                position
+            });
+        }
+        let (origin, epoch) = (&position.origin, position.epoch);
+        let subjects =
+            [Class::Msg, Class::Ev].map(|class| self.subjects.publish(origin, part, room, class));
+        let stream = rooms_stream(origin, part);
+        let heads = self.reader.heads(&stream, epoch, &subjects).await?;
+        let read = heads
+            .into_iter()
+            .map(|head| (head.record.seq, head.record.fingerprint))
+            .max();
+        let head = known
+            .map(|head| (head.seq, head.fingerprint))
+            .max(read)
+            // A room of which the stream has nothing stands where the stream was last seen.
+            .unwrap_or_else(|| (self.streams.known(part).last_seq, Fingerprint::default()));
+        Ok(if position.seq < head.0 {
+            position
+        } else {
+            Position {
+                seq: head.0,
+                fingerprint: head.1,
+                ..position
+            }
+        })
+    }
+}
+
+impl State {
+    pub(super) fn marker(&mut self, key: &Key) -> &mut Marker {
+        // Most are there: no clone of the key for those.
+        if !self.markers.contains_key(key) {
+            self.markers.insert(Arc::clone(key), Marker::new());
+        }
+        self.markers.get_mut(key).expect("it was put there")
+    }
+}
+
+fn parse(value: &[u8]) -> Option<Cursor> {
+    std::str::from_utf8(value).ok()?.parse().ok()
+}

@@ -1,0 +1,207 @@
+//! Read receipts: telling the members that want it who has read up to where.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+};
+
+use bytes::Bytes;
+use indexmap::IndexMap;
+use tokio::task::spawn_local;
+
+use super::{encode, fan_out::Member, hub::Hub, log::RoomLog, rooms::Rooms};
+use crate::{
+    auth::MAX_USER,
+    model::{Cursor, Epoch, Region},
+    read_marker::Table,
+    telemetry::metrics::{Counter, ReceiptFault, count},
+};
+
+/// Who of a room was told what; there is a table as long as a member wants receipts.
+#[derive(Debug)]
+pub(super) struct Receipts {
+    /// Members that want receipts, and how many of these are too many to be told.
+    wanted: Cell<usize>,
+    most: usize,
+    table: RefCell<Option<Table>>,
+    /// Whether the bucket is to be read (again), and whether a task is at it.
+    stale: Cell<bool>,
+    reading: Cell<bool>,
+}
+
+/// Which positions count: those of the log that the room has now.
+fn is_current(log: &RoomLog) -> impl Fn(&Region, &Epoch) -> bool + use<> {
+    let (ours, current) = (log.origin().clone(), log.epoch());
+    move |origin, epoch| *origin == ours && *epoch == current
+}
+
+impl Receipts {
+    /// For a room of which at most `most` members are told.
+    pub(super) fn new(most: usize) -> Self {
+        Self {
+            wanted: Cell::new(0),
+            most,
+            table: RefCell::default(),
+            stale: Cell::new(false),
+            reading: Cell::new(false),
+        }
+    }
+
+    /// A member has joined.
+    pub(super) fn joined(&self, member: &Member) {
+        if member.wants.read {
+            self.wanted.set(self.wanted.get() + 1);
+        }
+    }
+
+    /// A member has left.
+    pub(super) fn left(&self, member: &Member) {
+        if member.wants.read {
+            self.wanted.set(self.wanted.get() - 1);
+            if self.wanted.get() == 0 {
+                self.table.take();
+            }
+        }
+    }
+
+    /// A message is delivered: whoever gets it knows that its sender has read up to it.
+    pub(super) fn spoke(&self, user: &str, cursor: &Cursor, log: &RoomLog) {
+        if let Some(table) = &mut *self.table.borrow_mut() {
+            table.spoke(user, cursor, is_current(log));
+        }
+    }
+}
+
+impl Hub {
+    /// After a member has joined: begins to follow who reads what, if a member wants it.
+    pub(super) fn follow_receipts(self: &Rc<Self>, rooms: &Rc<Rooms>) {
+        let receipts = &self.receipts;
+        if self.durable && receipts.wanted.get() > 0 && receipts.table.borrow().is_none() {
+            *receipts.table.borrow_mut() = Some(Table::default());
+            self.receipts_missed(rooms);
+        }
+    }
+
+    /// After a member has left: if those that want receipts were too many and are not any more, they are told what they missed.
+    pub(super) fn tell_missed(&self) {
+        if let Some(table) = &mut *self.receipts.table.borrow_mut() {
+            self.tell(table, Vec::new());
+        }
+    }
+
+    /// Receipts may be missing: reads the markers from the bucket, and again until that succeeds.
+    pub(super) fn receipts_missed(self: &Rc<Self>, rooms: &Rc<Rooms>) {
+        let receipts = &self.receipts;
+        if receipts.table.borrow().is_none() {
+            return;
+        }
+        receipts.stale.set(true);
+        if receipts.reading.replace(true) {
+            return;
+        }
+        let (hub, rooms) = (Rc::clone(self), Rc::clone(rooms));
+        spawn_local(async move {
+            let receipts = &hub.receipts;
+            while !hub.is_gone()
+                && receipts.table.borrow().is_some()
+                && receipts.stale.replace(false)
+            {
+                match rooms.markers.all(&hub.room).await {
+                    Ok(readings) => {
+                        let stored = readings.into_iter().map(|r| (r.user, r.cursor));
+                        let is_current = is_current(&hub.log.borrow());
+                        let mut table = receipts.table.borrow_mut();
+                        let Some(table) = &mut *table else { break };
+                        let news = table.seed(stored, is_current);
+                        hub.tell(table, news);
+                    }
+                    Err(error) => {
+                        tracing::debug!(error = %error, room.id = %hub.room, "read markers are read again");
+                        receipts.stale.set(true);
+                        hub.pause().await;
+                    }
+                }
+            }
+            receipts.reading.set(false);
+        });
+    }
+
+    /// Reads a receipt and merges it into those of its batch.
+    pub(super) fn take_receipt(
+        &self,
+        rooms: &Rooms,
+        user: &str,
+        payload: &[u8],
+        receipts: &mut IndexMap<String, Cursor>,
+    ) {
+        let dropped = |why| count(Counter::ReceiptDropped(why), 1);
+        if !self.durable {
+            return dropped(ReceiptFault::Ephemeral);
+        }
+        let cursor = std::str::from_utf8(payload)
+            .ok()
+            .and_then(|text| text.parse::<Cursor>().ok());
+        let (Some(cursor), true) = (cursor, names_a_user(user)) else {
+            return dropped(ReceiptFault::Malformed);
+        };
+        let is_current = is_current(&self.log.borrow());
+        if !cursor
+            .positions()
+            .iter()
+            .all(|position| is_current(&position.origin, &position.epoch))
+        {
+            return dropped(ReceiptFault::Epoch);
+        }
+        rooms.markers.heard(&self.room, user, &cursor);
+        match receipts.get_mut(user) {
+            Some(heard) => *heard = heard.merge(&cursor, is_current),
+            None => {
+                receipts.insert(user.to_owned(), cursor);
+            }
+        }
+    }
+
+    /// Tells the members that want it what is news of a batch of receipts.
+    pub(super) fn push_receipts(&self, receipts: IndexMap<String, Cursor>) {
+        let mut table = self.receipts.table.borrow_mut();
+        let Some(table) = &mut *table else { return };
+        let is_current = is_current(&self.log.borrow());
+        let mut news = Vec::new();
+        for (user, heard) in receipts {
+            if let Some(cursor) = table.hear(&user, &heard, &is_current) {
+                news.push((user, cursor));
+            }
+        }
+        self.tell(table, news);
+    }
+
+    /// Hands receipts to every member that wants them, unless these are too many: then it is kept for when they are fewer.
+    fn tell(&self, table: &mut Table, news: Vec<(String, Cursor)>) {
+        if self.receipts.wanted.get() > self.receipts.most {
+            count(
+                Counter::ReceiptDropped(ReceiptFault::PushMax),
+                news.len() as u64,
+            );
+            news.into_iter().for_each(|(user, _)| table.miss(user));
+            return;
+        }
+        let mut frames: Vec<Bytes> = Vec::with_capacity(news.len());
+        for (user, cursor) in table.missed().into_iter().chain(news) {
+            frames.push(encode::read(&self.room, &user, &cursor));
+        }
+        if frames.is_empty() {
+            return;
+        }
+        let mut told = 0;
+        for member in self.members.borrow().values().filter(|m| m.wants.read) {
+            member.conn.send(&frames);
+            told += frames.len() as u64;
+        }
+        count(Counter::ReceiptDelivered, told);
+    }
+}
+
+/// Whether it can be the user of a token.
+fn names_a_user(user: &str) -> bool {
+    (1..=MAX_USER).contains(&user.len()) && !user.starts_with('$')
+}
