@@ -33,7 +33,7 @@ const WRITES: usize = 64;
 const RETRY: Duration = Duration::from_millis(500);
 
 /// How long another edge has to write what it told, before this one looks whether it has.
-const CHECK_AFTER: Duration = Duration::from_secs(3);
+const CHECK_AFTER: Duration = Duration::from_secs(1);
 
 /// Conflicts in a row after which a key has to wait like others.
 const ATTEMPTS: usize = 5;
@@ -248,7 +248,7 @@ impl Markers {
     async fn write_key(&self, key: Key) -> (Key, bool) {
         for _ in 0..ATTEMPTS {
             let known = self.state.lock().marker(&key).is_ahead().is_some();
-            if !known && self.load(vec![Arc::clone(&key)], true).await.is_err() {
+            if !known && self.load(vec![Arc::clone(&key)]).await.is_err() {
                 return (key, false);
             }
             let (next, repair) = {

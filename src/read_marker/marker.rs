@@ -6,10 +6,8 @@ use tokio::time::Instant;
 
 use crate::model::{Cursor, Epoch, Region};
 
-/// How long what was read from the bucket is taken for true. Another edge may have written meanwhile; only a write tells.
-const FRESH: Duration = Duration::from_secs(1);
-
-/// How long a marker is remembered that is in its key: longer than anything takes that has just read it.
+/// How long a marker is remembered that is in its key: longer than anything takes that has just read it. It is read again
+/// whenever somebody asks, since other edges write too.
 const REMEMBERED: Duration = Duration::from_secs(30);
 
 /// A marker, what its key holds, and where it is on its way there.
@@ -141,16 +139,6 @@ impl Marker {
         self.own &= self.is_ahead() != Some(false);
     }
 
-    /// Whether a decision may rest on what is known of the key.
-    pub(super) fn is_fresh(&self, now: Instant) -> bool {
-        self.is_known_since(now, FRESH)
-    }
-
-    fn is_known_since(&self, now: Instant, time: Duration) -> bool {
-        let key = self.key.as_ref();
-        key.is_some_and(|key| now.duration_since(key.known) < time)
-    }
-
     /// Whether the key is to be written; `None`: it must be read first.
     pub(super) fn is_ahead(&self) -> Option<bool> {
         let key = self.key.as_ref()?;
@@ -193,7 +181,9 @@ impl Marker {
 
     /// Whether it can be forgotten.
     pub(super) fn is_idle(&self, now: Instant) -> bool {
-        self.phase == Phase::Resting && !self.is_known_since(now, REMEMBERED) && !self.is_owed()
+        let key = self.key.as_ref();
+        let recent = key.is_some_and(|key| now.duration_since(key.known) < REMEMBERED);
+        self.phase == Phase::Resting && !recent && !self.is_owed()
     }
 }
 

@@ -191,7 +191,7 @@ impl Markers {
         let position = self.clamp(room, part, position, head).await?;
         let cursor = Cursor::single(position);
         let key: Key = marker_key(room, user).into();
-        self.load(vec![Arc::clone(&key)], false).await?;
+        self.load(vec![Arc::clone(&key)]).await?;
         let grows = {
             let mut state = self.state.lock();
             let marker = state.marker(&key);
@@ -261,7 +261,7 @@ impl Markers {
             return None;
         }
         let key: Key = marker_key(room, user).into();
-        let load = self.load(vec![Arc::clone(&key)], true);
+        let load = self.load(vec![Arc::clone(&key)]);
         match timeout(WAIT_FOR_JOIN, load).await {
             Ok(Ok(())) => self.known(room, &key),
             Ok(Err(error)) => {
@@ -360,25 +360,16 @@ impl Markers {
         move |origin, epoch| *origin == ours && *epoch == current
     }
 
-    /// Reads the keys that are not known (`anew`: all of them), together with those that others wait for.
+    /// Reads keys, together with those that others wait for.
     ///
     /// # Errors
     /// [`MarkerError`].
-    pub(super) async fn load(&self, keys: Vec<Key>, anew: bool) -> Result<(), MarkerError> {
-        let done = {
-            let mut state = self.state.lock();
-            let now = Instant::now();
-            let known = |key: &Key| state.markers.get(key).is_some_and(|m| m.is_fresh(now));
-            if !anew && keys.iter().all(known) {
-                return Ok(());
-            }
-            let (done, loaded) = oneshot::channel();
-            state.loads.push(Load { keys, done });
-            loaded
-        };
+    pub(super) async fn load(&self, keys: Vec<Key>) -> Result<(), MarkerError> {
+        let (done, loaded) = oneshot::channel();
+        self.state.lock().loads.push(Load { keys, done });
         self.load.notify_one();
         // Without an answer the edge is stopping.
-        done.await.unwrap_or(Err(MarkerError::Unavailable))
+        loaded.await.unwrap_or(Err(MarkerError::Unavailable))
     }
 
     /// Takes in what a read of `keys` found.

@@ -51,8 +51,7 @@ impl Markers {
         }
         let requests = keys.len().div_ceil(MAX_HEADS);
         // What another edge wrote a moment ago counts too.
-        self.load(keys.values().map(Arc::clone).collect(), true)
-            .await?;
+        self.load(keys.values().map(Arc::clone).collect()).await?;
         let markers: HashMap<&RoomId, Cursor> = keys
             .iter()
             .filter_map(|(room, key)| Some((*room, self.known(room, key)?)))
