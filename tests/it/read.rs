@@ -861,3 +861,65 @@ async fn devices_that_read_while_an_edge_is_killed_end_at_the_maximum() {
     }
     println!("{repaired} markers were written by the edge that had only heard of them");
 }
+
+/// Without members in the rooms nobody hears anything: the edges meet in the bucket only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn edges_that_write_the_same_key_never_overwrite_the_higher_marker() {
+    const ROUNDS: usize = 10;
+    const CURSORS: usize = 30;
+    let seed: u64 = rand::random();
+    println!("seed {seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mesh = Mesh::start(support::nats_url(), 2, "").await;
+    let edges = [mesh.endpoint(0), mesh.endpoint(1)];
+    let mut writer = mesh.connect(1, "writer").await;
+    let store = markers_of(&mesh).await;
+    let mut rounds = Vec::new();
+    for round in 0..ROUNDS {
+        let room = format!("chat:round{round}");
+        let cursors = say(&mut writer, &room, CURSORS).await;
+        let key = marker_key(&room.parse_room(), "kim");
+        let mut changes = store.watch(key).await.unwrap();
+        let highest = cursors[CURSORS - 1].clone();
+        let until = seq(&highest);
+        let watched = tokio::spawn(async move {
+            let mut last = 0;
+            while last < until {
+                let change = futures_util::StreamExt::next(&mut changes).await;
+                let value = change.expect("the watch goes on").unwrap().value;
+                let at = seq(&json!(String::from_utf8(value.to_vec()).unwrap()));
+                assert!(at > last, "the key went from {last} to {at}");
+                last = at;
+            }
+        });
+        let devices = [0, 1].map(|edge| {
+            let mut list = cursors[..CURSORS - edge].to_vec();
+            list.shuffle(&mut rng);
+            tokio::spawn(device(edges.clone(), edge, room.clone(), list, None))
+        });
+        rounds.push((room, highest, watched, devices));
+    }
+    for (room, highest, watched, devices) in rounds {
+        for device in devices {
+            device.await.unwrap();
+        }
+        let watched = tokio::time::timeout(LONG, watched).await;
+        watched.expect("the highest is not written").unwrap();
+        until_stored(&mesh, &room, "kim", &highest).await;
+    }
+    let of = async |result: &str| {
+        let mut sum = 0;
+        for edge in [0, 1] {
+            let label = format!("result=\"{result}\"");
+            sum += mesh
+                .metric(edge, "natter_marker_writes_total", &label)
+                .await;
+        }
+        sum
+    };
+    println!(
+        "{} writes, {} conflicts",
+        of("written").await,
+        of("conflict").await
+    );
+}
