@@ -38,6 +38,9 @@ const CHECK_AFTER: Duration = Duration::from_secs(1);
 /// Conflicts in a row after which a key has to wait like others.
 const ATTEMPTS: usize = 5;
 
+/// How long the last writes of an edge may take: a bucket that does not answer must not cut the rest of a drain.
+const FLUSH_WITHIN: Duration = Duration::from_secs(5);
+
 /// How often markers that rest are forgotten.
 const SWEEP: Duration = Duration::from_secs(1);
 
@@ -290,8 +293,9 @@ impl Markers {
         (key, false)
     }
 
-    /// Writes at once what has not been written, at most until `deadline`; whether nothing is left.
+    /// Writes at once what has not been written, at most until `deadline` and not for ever; whether nothing is left.
     pub async fn flush(&self, deadline: Instant) -> bool {
+        let deadline = deadline.min(Instant::now() + FLUSH_WITHIN);
         self.state.lock().queues.flushing = true;
         let done = async {
             loop {

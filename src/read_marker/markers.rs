@@ -43,6 +43,8 @@ pub struct Markers {
     pub(super) streams: Arc<Streams>,
     pub(super) subjects: Subjects,
     pub(super) unread_cap: u64,
+    /// How long a `read`, or the keys it needs, may take.
+    timeout: Duration,
     pub(super) state: Mutex<State>,
     /// There is something to load.
     pub(super) load: Notify,
@@ -158,6 +160,7 @@ impl Markers {
             streams: Arc::clone(streams),
             subjects: Subjects::new(&config.nats.prefix),
             unread_cap: config.limits.unread_cap,
+            timeout: config.nats.publish_timeout,
             state: Mutex::default(),
             load: Notify::new(),
             write: Notify::new(),
@@ -177,6 +180,19 @@ impl Markers {
     /// # Errors
     /// [`MarkerError`]; nothing has moved then, or (if it could not be told) the same again tells it.
     pub async fn read(
+        &self,
+        room: &RoomId,
+        user: &str,
+        cursor: &Cursor,
+        head: Option<&Cursor>,
+    ) -> Result<Cursor, MarkerError> {
+        // Clients are promised an answer within some seconds, whichever part of it takes long.
+        timeout(self.timeout, self.move_to(room, user, cursor, head))
+            .await
+            .unwrap_or(Err(MarkerError::Unavailable))
+    }
+
+    async fn move_to(
         &self,
         room: &RoomId,
         user: &str,
@@ -236,6 +252,7 @@ impl Markers {
     }
 
     /// An edge has told the room that a user has read up to `cursor`. It writes that; if it dies before it could, we do.
+    /// What is heard while too many markers are in memory is not remembered.
     pub fn heard(&self, room: &RoomId, user: &str, cursor: &Cursor) {
         let part = partition_of(room, self.streams.partitions());
         let key: Key = marker_key(room, user).into();
@@ -249,7 +266,6 @@ impl Markers {
         {
             marker.set_phase(Phase::Checking);
             state.queues.check_later(key, Instant::now());
-            self.write.notify_one();
         }
     }
 
@@ -368,8 +384,11 @@ impl Markers {
         let (done, loaded) = oneshot::channel();
         self.state.lock().loads.push(Load { keys, done });
         self.load.notify_one();
-        // Without an answer the edge is stopping.
-        loaded.await.unwrap_or(Err(MarkerError::Unavailable))
+        // Without an answer the edge is stopping, or the read before ours does not end.
+        match timeout(self.timeout, loaded).await {
+            Ok(Ok(loaded)) => loaded,
+            Ok(Err(_)) | Err(_) => Err(MarkerError::Unavailable),
+        }
     }
 
     /// Takes in what a read of `keys` found.

@@ -5,6 +5,8 @@ use std::{
     sync::Arc,
 };
 
+use futures_util::future::try_join_all;
+
 use super::{MarkerError, Markers, markers::Key};
 use crate::{
     bus::{MAX_HEADS, Newer, Reader},
@@ -61,40 +63,15 @@ impl Markers {
             let part = partition_of(room, self.streams.partitions());
             by_part.entry(part).or_default().push(room);
         }
-        let mut asked = requests;
-        let mut behind = Vec::new();
-        let origin = self.streams.origin();
-        for (part, rooms) in by_part {
-            let stream = rooms_stream(origin, part);
-            let epoch = self.streams.known(part).epoch;
-            for rooms in rooms.chunks(MAX_HEADS) {
-                let subject = |room: &RoomId| self.subjects.publish(origin, part, room, Class::Msg);
-                let subjects: Vec<String> = rooms.iter().copied().map(subject).collect();
-                asked += 1;
-                let heads = reader.heads(&stream, epoch, &subjects).await?;
-                let heads: HashMap<&RoomId, u64> = heads
-                    .iter()
-                    .map(|head| (&head.room, head.record.seq))
-                    .collect();
-                for (room, subject) in rooms.iter().zip(subjects) {
-                    // A marker of another epoch is as good as none: everything that is there is new.
-                    let position = markers.get(*room).and_then(|marker| marker.get(origin));
-                    let after = position
-                        .filter(|position| position.epoch == epoch)
-                        .map_or(0, |position| position.seq);
-                    if heads.get(*room).is_some_and(|head| *head > after) {
-                        let stream = stream.clone();
-                        let newer = Newer {
-                            stream,
-                            subject,
-                            after,
-                        };
-                        behind.push((*room, newer));
-                    }
-                }
-            }
-        }
-        asked += behind.len();
+        let asks: Vec<(u16, &[&RoomId])> = by_part
+            .iter()
+            .flat_map(|(part, rooms)| rooms.chunks(MAX_HEADS).map(|rooms| (*part, rooms)))
+            .collect();
+        let behind = asks
+            .iter()
+            .map(async |(part, rooms)| self.behind(*part, rooms, &markers, reader).await);
+        let behind = try_join_all(behind).await?.concat();
+        let asked = requests + asks.len() + behind.len();
         count(
             Counter::UnreadRequests,
             u64::try_from(asked).unwrap_or(u64::MAX),
@@ -110,5 +87,41 @@ impl Markers {
             );
         }
         Ok(unread)
+    }
+
+    /// Which of `rooms`, all of one partition, have messages after the marker, and from where on they are to be counted.
+    async fn behind<'r>(
+        &self,
+        part: u16,
+        rooms: &[&'r RoomId],
+        markers: &HashMap<&RoomId, Cursor>,
+        reader: &Reader,
+    ) -> Result<Vec<(&'r RoomId, Newer)>, MarkerError> {
+        let origin = self.streams.origin();
+        let stream = rooms_stream(origin, part);
+        let epoch = self.streams.known(part).epoch;
+        let subjects: Vec<String> = rooms
+            .iter()
+            .map(|room| self.subjects.publish(origin, part, room, Class::Msg))
+            .collect();
+        let heads = reader.heads(&stream, epoch, &subjects).await?;
+        let heads: HashMap<&RoomId, u64> = heads
+            .iter()
+            .map(|head| (&head.room, head.record.seq))
+            .collect();
+        let rooms = rooms.iter().zip(subjects).filter_map(|(room, subject)| {
+            // A marker of another epoch is as good as none: everything that is there is new.
+            let position = markers.get(*room).and_then(|marker| marker.get(origin));
+            let after = position
+                .filter(|position| position.epoch == epoch)
+                .map_or(0, |position| position.seq);
+            let newer = Newer {
+                stream: stream.clone(),
+                subject,
+                after,
+            };
+            (*heads.get(*room)? > after).then_some((*room, newer))
+        });
+        Ok(rooms.collect())
     }
 }

@@ -389,10 +389,7 @@ impl Hub {
                 }
                 ready.frames.push(frame.clone());
                 log.push(record, frame);
-                if record.class == Class::Msg {
-                    let cursor = log.cursor_at(record.seq, record.fingerprint);
-                    self.receipts.spoke(&record.from, &cursor, &log);
-                }
+                self.receipts.spoke(record, &log);
             }
             None => count(Counter::MessageSuppressed(Suppressed::Duplicate), 1),
         }

@@ -12,7 +12,8 @@ use tokio::task::spawn_local;
 use super::{encode, fan_out::Member, hub::Hub, log::RoomLog, rooms::Rooms};
 use crate::{
     auth::MAX_USER,
-    model::{Cursor, Epoch, Region},
+    bus::Record,
+    model::{Class, Cursor, Epoch, Region},
     read_marker::Table,
     telemetry::metrics::{Counter, ReceiptFault, count},
 };
@@ -65,9 +66,10 @@ impl Receipts {
     }
 
     /// A message is delivered: whoever gets it knows that its sender has read up to it.
-    pub(super) fn spoke(&self, user: &str, cursor: &Cursor, log: &RoomLog) {
-        if let Some(table) = &mut *self.table.borrow_mut() {
-            table.spoke(user, cursor, is_current(log));
+    pub(super) fn spoke(&self, record: &Record, log: &RoomLog) {
+        if let (Some(table), Class::Msg) = (&mut *self.table.borrow_mut(), record.class) {
+            let cursor = log.cursor_at(record.seq, record.fingerprint);
+            table.spoke(&record.from, &cursor, is_current(log));
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::{
         native::{PageOf, Writer},
     },
     read_marker::{MarkerError, Reading, Unread},
+    room::Membership,
 };
 
 use super::{
@@ -97,7 +98,8 @@ impl Session {
         let cursor = check_read(&self.context.config, identity, room, cursor)?;
         let head = {
             let rooms = self.rooms.borrow();
-            rooms.get(room).and_then(|membership| membership.head())
+            let membership = rooms.get(room).filter(|joined| !joined.has_ended());
+            membership.and_then(Membership::head)
         };
         let markers = &self.context.markers;
         let marker = markers

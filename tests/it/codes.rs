@@ -20,13 +20,8 @@ use crate::{
     },
 };
 
-/// Codes that have no HTTP request: it has no cursor, no `op`, no room to be in and no rooms to be counted.
-const NOT_OVER_HTTP: [ErrorCode; 4] = [
-    ErrorCode::UnknownOp,
-    ErrorCode::BadCursor,
-    ErrorCode::NotJoined,
-    ErrorCode::Limit,
-];
+/// Codes that have no HTTP request: it has no `op`, and no room to be in.
+const NOT_OVER_HTTP: [ErrorCode; 2] = [ErrorCode::UnknownOp, ErrorCode::NotJoined];
 
 /// The codes that were seen, each with all that belongs to it.
 #[derive(Debug, Default)]
@@ -74,9 +69,21 @@ impl Seen {
         expected: ErrorCode,
     ) {
         let path = format!("/v1/rooms/{room}/messages");
-        let answer = request(address, "POST", &path, &bearer(token), body).await;
+        self.request(address, token, ("POST", &path, body), expected)
+            .await;
+    }
+
+    /// Asks over HTTP what is refused.
+    async fn request(
+        &mut self,
+        address: SocketAddr,
+        token: &str,
+        (method, path, body): (&str, &str, &str),
+        expected: ErrorCode,
+    ) {
+        let answer = request(address, method, path, &bearer(token), body).await;
         let json = answer.json();
-        let what = format!("POST {path}: {} {json}", answer.status);
+        let what = format!("{method} {path}: {} {json}", answer.status);
         assert_eq!(code_of(&json), expected, "{what}");
         assert_eq!(answer.status, expected.http_status(), "{what}");
         assert_eq!(json["retry"], json!(expected.retry()), "{what}");
@@ -270,6 +277,12 @@ async fn refused_by_the_edge() -> Seen {
     for since in ["", "x", "a.b.c", "a.b.1.1_", "a.b.-1.1", "a.b.1.zz"] {
         let join = json!({"op": "join", "rid": 1, "room": "chat:a", "since": since});
         seen.call(&mut kim, join, ErrorCode::BadCursor).await;
+        let read = json!({"op": "read", "rid": 1, "room": "chat:a", "cursor": since});
+        seen.call(&mut kim, read, ErrorCode::BadCursor).await;
+        let body = json!({"cursor": since}).to_string();
+        let put = ("PUT", "/v1/rooms/chat:a/read", body.as_str());
+        seen.request(address, &token, put, ErrorCode::BadCursor)
+            .await;
     }
 
     // Size: the JSON text of the body counts, with its quotes.
@@ -333,6 +346,11 @@ async fn refused_by_the_edge() -> Seen {
         let ack = lee.call(send).await;
         assert_eq!(ack["op"], "ack", "{kind} of {target} in {room}: {ack}");
     }
+
+    // Rooms at once.
+    let rooms = json!({"rooms": vec!["chat:a"; 501]}).to_string();
+    let post = ("POST", "/v1/unread", rooms.as_str());
+    seen.request(address, &token, post, ErrorCode::Limit).await;
 
     // Membership.
     for op in ["leave", "typing"] {
@@ -549,10 +567,10 @@ async fn nats_is_away() -> Seen {
     // Again a time of quiet: acknowledged at the first try.
     send_until_acked(&mut kim, "chat:a", "back").await;
 
-    // The connections come back one by one: the edge's own, and the shard's for live messages and for replay.
+    // The connections come back one by one: the edge's own two, and the shard's for live messages and for replay.
     eventually("all connections are back", LONG, async || {
         match mesh.metric(0, "natter_nats_connected", "").await {
-            3 => Ok(()),
+            4 => Ok(()),
             other => Err(format!("{other} connections")),
         }
     })
