@@ -9,6 +9,7 @@ use natter::{
     subject::{bucket, bucket_name, marker_key},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
@@ -18,6 +19,7 @@ use crate::{
         self, LONG, eventually,
         mesh::{Mesh, token, token_with},
         raw::{self, bearer},
+        signal,
     },
 };
 
@@ -922,4 +924,42 @@ async fn edges_that_write_the_same_key_never_overwrite_the_higher_marker() {
         of("written").await,
         of("conflict").await
     );
+}
+
+/// The edge is stopped while the key changes and the connection breaks: no receipt can have reached it.
+#[tokio::test]
+async fn receipts_that_were_missed_are_read_from_the_bucket() {
+    let mut nats = support::dedicated_nats().await;
+    let mesh = Mesh::start(&nats.url(), 1, "").await;
+    let mut kim = mesh.connect(0, "kim").await;
+    let mut lee = mesh.connect(0, "lee").await;
+    join(&mut lee, json!({"room": ROOM, "read": true})).await;
+    let cursors = say(&mut lee, ROOM, 6).await;
+    read(&mut kim, ROOM, &cursors[1]).await;
+    assert_eq!(receipt(&mut lee).await["cursor"], cursors[1]);
+    until_stored(&mesh, ROOM, "kim", &cursors[1]).await;
+    let edge = mesh.edges[0].process.pid().unwrap();
+    signal(edge, Signal::STOP);
+    nats.server.kill().await;
+    nats.server.restart().await.unwrap();
+    let store = markers_of(&mesh).await;
+    for (user, at) in [("kim", 4), ("lee", 0), ("park", 2)] {
+        let key = marker_key(&ROOM.parse_room(), user);
+        let value = cursors[at].as_str().unwrap().to_owned();
+        store.put(key, value.into()).await.unwrap();
+    }
+    signal(edge, Signal::CONT);
+    let mut told = BTreeMap::new();
+    while told.len() < 2 {
+        let receipt = receipt(&mut lee).await;
+        told.insert(
+            receipt["user"].as_str().unwrap().to_owned(),
+            receipt["cursor"].clone(),
+        );
+    }
+    // Not that of the member itself, which somebody has put back by hand.
+    let expected =
+        [("kim", 4), ("park", 2)].map(|(user, at)| (user.to_owned(), cursors[at].clone()));
+    assert_eq!(told, BTreeMap::from(expected));
+    assert!(receipts_by_now(&mut lee).await.is_empty());
 }
