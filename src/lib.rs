@@ -6,7 +6,7 @@
 //! cli                      roles and tools; the only place that exits or prints
 //! edge                     accepts: sockets, requests
 //! session                  one connection: frames, commands, outbox
-//! room                     one hub a room: members, live + replay merge, fan-out
+//! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! auth   bus   servers   client   wire
 //! config   telemetry   runtime
 //! model   protocol   subject
@@ -23,6 +23,7 @@ pub mod client;
 pub mod config;
 pub mod edge;
 pub mod model;
+pub mod presence;
 pub mod protocol;
 pub mod room;
 pub mod runtime;

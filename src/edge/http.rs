@@ -1,4 +1,6 @@
-//! Plain HTTP: publishing, health, metrics, the OpenAPI document, the page.
+//! Plain HTTP: publishing, who is there, health, metrics, the OpenAPI document, the page.
+
+mod presence;
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
@@ -21,8 +23,8 @@ use crate::{
     bus::Outgoing,
     model::RoomId,
     protocol::{ErrorCode, native},
-    runtime::unix_s,
-    session::{Pace, check_publication, publish_refusal},
+    runtime::{Pace, unix_s},
+    session::{check_publication, publish_refusal},
     subject,
     telemetry::{
         self,
@@ -40,8 +42,8 @@ const MAX_PACES: usize = 10_000;
 #[derive(OpenApi)]
 #[openapi(
     info(title = "natter edge", description = "Rooms over plain HTTP. WebSocket clients connect to /ws."),
-    paths(upgrade::websocket, publish, healthz, readyz, metrics, openapi),
-    components(schemas(PublishRequest, PublishReply, ErrorBody)),
+    paths(upgrade::websocket, publish, presence::presence, healthz, readyz, metrics, openapi),
+    components(schemas(PublishRequest, PublishReply, presence::PresenceReply, ErrorBody)),
     modifiers(&BearerToken)
 )]
 struct ApiDoc;
@@ -91,7 +93,8 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/v1/openapi.json", get(openapi))
-        .route("/v1/rooms/{room}/messages", post(publish));
+        .route("/v1/rooms/{room}/messages", post(publish))
+        .route("/v1/rooms/{room}/presence", get(presence::presence));
     let router = if page {
         super::page::routes(router)
     } else {
@@ -209,6 +212,13 @@ fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>, HttpError>
     Ok(identity)
 }
 
+/// The room in a path.
+fn room_of(room: Result<Path<String>, PathRejection>) -> Result<RoomId, HttpError> {
+    // The only way to fail: what stands there is not UTF-8 once it is decoded.
+    let Path(room) = room.map_err(|error| HttpError::new(ErrorCode::BadRoom, error.body_text()))?;
+    RoomId::parse(&room).map_err(|error| HttpError::new(ErrorCode::BadRoom, error.to_string()))
+}
+
 /// What a publish sends: the fields of a `send`.
 #[derive(Debug, ToSchema)]
 #[expect(
@@ -270,27 +280,24 @@ async fn publish(
     room: Result<Path<String>, PathRejection>,
     request: Request,
 ) -> Result<Json<PublishReply>, HttpError> {
-    // The only way to fail: what stands there is not UTF-8 once it is decoded.
-    let Path(room) = room.map_err(|error| HttpError::new(ErrorCode::BadRoom, error.body_text()))?;
+    let room = room_of(room)?;
     let span = tracing::debug_span!("command", op = "send");
     let parent = request.headers().get(subject::header::TRACEPARENT);
     if let Some(parent) = parent.and_then(|value| value.to_str().ok()) {
         telemetry::set_remote_parent(&span, parent);
     }
-    publish_to(api, &room, request).instrument(span).await
+    publish_to(api, room, request).instrument(span).await
 }
 
 async fn publish_to(
     api: Api,
-    room: &str,
+    room: RoomId,
     request: Request,
 ) -> Result<Json<PublishReply>, HttpError> {
     let (parts, body) = request.into_parts();
     let identity = authorize(&api, &parts.headers)?;
     let config = &api.shared.config;
     let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
-    let room =
-        RoomId::parse(room).map_err(|e| HttpError::new(ErrorCode::BadRoom, e.to_string()))?;
     let most = config.limits.body.as_u64() + ENVELOPE_BYTES;
     let body = to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX))
         .await

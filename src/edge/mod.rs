@@ -24,6 +24,7 @@ use crate::{
     auth::{AuthConfigError, Verifier},
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
     config::Config,
+    presence::Presence,
     runtime::{Late, Lifecycle, Phase, Tasks},
 };
 use admission::Admission;
@@ -62,6 +63,9 @@ struct Shared {
 struct Ready {
     connection: Connection,
     publisher: Publisher,
+    presence: Arc<Presence>,
+    /// The connection of what is neither on the path of messages nor a client's request.
+    state: Connection,
     shards: Shards,
 }
 
@@ -168,7 +172,10 @@ impl Edge {
         let mut left = 0;
         if let Some(ready) = self.shared.ready.get() {
             let spread = self.shared.config.edge.drain_spread;
+            ready.presence.drain();
             left = ready.shards.drain(spread, deadline).await;
+            ready.presence.give_up(deadline).await;
+            ready.state.close().await;
             ready.connection.close().await;
         }
         let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
@@ -216,7 +223,11 @@ async fn make_ready(
             }
         }
     });
-    let shards = Shards::start(shared, &streams).await?;
+    let name = format!("natter edge {} state", shared.id);
+    let state = Connection::open(&config.nats, &name).await?;
+    let count = Shards::count(config);
+    let (presence, pushes) = Presence::start(config, &shared.id, &state, count, tasks);
+    let shards = Shards::start(shared, &streams, &presence, pushes).await?;
     let reader = Reader::new(connection.clone(), &config.nats);
     let publisher = Publisher::new(
         connection.clone(),
@@ -229,6 +240,8 @@ async fn make_ready(
     let set = shared.ready.set(Ready {
         connection,
         publisher,
+        presence,
+        state,
         shards,
     });
     debug_assert!(set.is_ok(), "an edge is made ready once");

@@ -28,6 +28,8 @@ use super::{EdgeError, Shared, admission::Place};
 use crate::{
     auth::Identity,
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
+    config::Config,
+    presence::{Presence, Push},
     protocol::Close,
     room::Rooms,
     session::{Context, Session, UserSlot},
@@ -80,22 +82,39 @@ struct Drain {
     done: oneshot::Sender<usize>,
 }
 
+/// What all shards share.
+struct Common {
+    shared: Arc<Shared>,
+    streams: Arc<Streams>,
+    presence: Arc<Presence>,
+}
+
 impl Shards {
-    /// Starts the threads and waits until each has its connections.
+    /// How many there are.
+    pub(super) fn count(config: &Config) -> usize {
+        match config.edge.shards {
+            0 => thread::available_parallelism().map_or(1, usize::from),
+            count => count,
+        }
+    }
+
+    /// Starts the threads, one for each of `pushes`, and waits until each has its connections.
     pub(super) async fn start(
         shared: &Arc<Shared>,
         streams: &Arc<Streams>,
+        presence: &Arc<Presence>,
+        pushes: Vec<mpsc::Receiver<Push>>,
     ) -> Result<Self, EdgeError> {
-        let count = match shared.config.edge.shards {
-            0 => thread::available_parallelism().map_or(1, usize::from),
-            count => count,
-        };
         let mut shards = Vec::new();
-        for number in 0..count {
+        for (number, pushes) in pushes.into_iter().enumerate() {
             let (sessions, new_sessions) = mpsc::channel(WAITING);
             let (drain, drains) = mpsc::channel(1);
             let (started, start) = oneshot::channel();
-            let (shared, streams) = (Arc::clone(shared), Arc::clone(streams));
+            let common = Common {
+                shared: Arc::clone(shared),
+                streams: Arc::clone(streams),
+                presence: Arc::clone(presence),
+            };
             thread::Builder::new()
                 .name(format!("shard-{number}"))
                 .spawn(move || {
@@ -107,7 +126,7 @@ impl Shards {
                             return;
                         }
                     };
-                    let shard = run(number, shared, streams, new_sessions, drains, started);
+                    let shard = run(number, common, pushes, new_sessions, drains, started);
                     LocalSet::new().block_on(&runtime, shard);
                 })
                 .map_err(EdgeError::Shard)?;
@@ -167,13 +186,13 @@ struct Shard {
 
 async fn run(
     number: usize,
-    shared: Arc<Shared>,
-    streams: Arc<Streams>,
+    common: Common,
+    mut pushes: mpsc::Receiver<Push>,
     mut new_sessions: mpsc::Receiver<NewSession>,
     mut drains: mpsc::Receiver<Drain>,
     started: oneshot::Sender<Result<(), EdgeError>>,
 ) {
-    let (shard, live, replay) = match Shard::open(number, &shared, streams).await {
+    let (shard, live, replay) = match Shard::open(number, common).await {
         Ok(parts) => parts,
         Err(error) => {
             let _stopping = started.send(Err(error.into()));
@@ -181,6 +200,12 @@ async fn run(
         }
     };
     let keeper = spawn_local(Rc::clone(&shard.context.rooms).keep());
+    let rooms = Rc::clone(&shard.context.rooms);
+    let pusher = spawn_local(async move {
+        while let Some(Push { room, frames }) = pushes.recv().await {
+            rooms.push_presence(&room, &frames).await;
+        }
+    });
     if started.send(Ok(())).is_err() {
         return;
     }
@@ -212,14 +237,19 @@ async fn run(
         let _gave_up = done.send(left);
     }
     keeper.abort();
+    pusher.abort();
 }
 
 impl Shard {
     async fn open(
         number: usize,
-        shared: &Arc<Shared>,
-        streams: Arc<Streams>,
+        common: Common,
     ) -> Result<(Rc<Self>, Connection, Connection), ConnectError> {
+        let Common {
+            shared,
+            streams,
+            presence,
+        } = common;
         let config = Arc::clone(&shared.config);
         let name = |what: &str| format!("natter edge {} shard {number} {what}", shared.id);
         let live = Connection::open(&config.nats, &name("live")).await?;
@@ -245,6 +275,8 @@ impl Shard {
         let context = Context {
             rooms,
             publisher,
+            presence,
+            shard: number,
             verifier: Arc::clone(&shared.verifier),
             config,
             buffer: RefCell::default(),

@@ -435,7 +435,10 @@ impl<'a> Writer<'a> {
     }
 
     fn key(&mut self, key: &str) {
-        self.out.extend_from_slice(b",\"");
+        if self.out.last() != Some(&b'{') {
+            self.out.push(b',');
+        }
+        self.out.push(b'"');
         self.out.extend_from_slice(key.as_bytes());
         self.out.extend_from_slice(b"\":");
     }
@@ -471,6 +474,25 @@ impl<'a> Writer<'a> {
     /// `true` or `false`.
     pub fn boolean(&mut self, key: &str, value: bool) -> &mut Self {
         self.raw(key, if value { b"true" } else { b"false" })
+    }
+
+    /// A list of objects; `write` gives the fields of each.
+    pub fn list<T>(
+        &mut self,
+        key: &str,
+        items: &[T],
+        mut write: impl FnMut(&mut Writer<'_>, &T),
+    ) -> &mut Self {
+        self.key(key);
+        self.out.push(b'[');
+        for (i, item) in items.iter().enumerate() {
+            self.out
+                .extend_from_slice(if i == 0 { b"{" } else { b",{" });
+            write(&mut Writer { out: self.out }, item);
+            self.out.push(b'}');
+        }
+        self.out.push(b']');
+        self
     }
 
     /// Ends the object.
@@ -621,10 +643,20 @@ mod tests {
         #[test]
         fn whatever_is_written_is_json(text in "\\PC*|[\\x00-\\x7f]*", number: u64) {
             let mut out = Vec::new();
-            Writer::reply(&mut out, "x", number).string("s", &text).boolean("b", true).end();
+            Writer::reply(&mut out, "x", number)
+                .string("s", &text)
+                .boolean("b", true)
+                .list("none", &[0_u64; 0], |_, _| {})
+                .list("some", &[number, 7], |item, n| {
+                    item.number("n", *n).string("s", &text);
+                })
+                .end();
             let value: serde_json::Value = serde_json::from_slice(&out).unwrap();
             prop_assert_eq!(value["s"].as_str().unwrap(), text);
             prop_assert_eq!(value["rid"].as_u64().unwrap(), number);
+            prop_assert_eq!(value["some"][1]["n"].as_u64().unwrap(), 7);
+            prop_assert_eq!(value["some"][0]["s"].as_str().unwrap(), value["s"].as_str().unwrap());
+            prop_assert_eq!(value["none"].as_array().unwrap().len(), 0);
         }
 
         #[test]
