@@ -100,8 +100,14 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
         tracing::info!(lease = %lease, "lease taken");
         presence.set_lease(&lease);
         if let Some(before) = before.replace(Arc::clone(&lease)) {
-            // Nothing is written under it any more. What the survivors' purge came too early for goes now.
-            purge(&presence, &edges, &before).await;
+            // Nothing is written under it any more. It goes when everything has been written under the new one, or who reads
+            // a room in between would find nobody; and again if the survivors' purge came before our last write under it.
+            let (presence, edges) = (Arc::clone(&presence), edges.clone());
+            let later = 2 * presence.config.presence.lease;
+            Arc::clone(&presence).background("purge", async move {
+                sleep(later).await;
+                purge(&presence, &edges, &before).await;
+            });
         }
         let every = presence.config.presence.lease.mul_f64(0.3);
         let mut pause = every;
@@ -205,6 +211,14 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
             _ = tick.tick() => {}
         }
         let now = Instant::now();
+        // Before the batch: what the server told right after it came back is under grace too.
+        let established = edges.connection().generation();
+        if generation != established {
+            generation = established;
+            table.grace = Some(now + lease);
+            unread = true;
+            presence.resync_all();
+        }
         let mut ended = Vec::new();
         let changes = batch
             .iter()
@@ -217,12 +231,6 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
                 ended.push(Arc::from(entry.key));
             }
         }
-        if edges.connection().generation() != generation && edges.connection().is_up() {
-            generation = edges.connection().generation();
-            table.grace = Some(now + lease);
-            unread = true;
-            presence.resync_all();
-        }
         let had_grace = table.grace.is_some();
         table.tick(now);
         unread |= had_grace && table.grace.is_none();
@@ -231,6 +239,8 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
         if unread || sweep {
             feed.settle();
             match edges.scan(">").await {
+                // Asked before NATS was away, answered after: what is missing there has its grace first.
+                Ok(_) if edges.connection().generation() != generation => unread = true,
                 Ok(entries) => {
                     unread = false;
                     let living = |entry: &&Entry| entry.value.is_some();
@@ -258,6 +268,8 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
             }
         }
         presence.set_alive(table.alive.keys());
+        // Its own, its holder looks after.
+        ended.retain(|lease: &Arc<str>| !presence.is_own(lease));
         for lease in &ended {
             count(Counter::LeaseEnded(LeaseEnd::Seen), 1);
             tracing::info!(lease = %lease, "a lease is over");
@@ -265,14 +277,11 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
         // A lease that is being taken has its key `used.…` a moment before itself.
         let old = left
             .iter()
-            .filter(|(_, since)| now >= **since + 2 * lease)
+            .filter(|(old, since)| now >= **since + 2 * lease && !presence.is_own(old))
             .map(|(lease, _)| Arc::clone(lease));
         let to_purge: HashSet<Arc<str>> = ended.into_iter().chain(old).collect();
         if !to_purge.is_empty() && presence.is_first(table.alive.keys()) {
-            let purges = to_purge
-                .iter()
-                .filter(|lease| !presence.is_own(lease))
-                .map(|lease| purge(&presence, &edges, lease));
+            let purges = to_purge.iter().map(|lease| purge(&presence, &edges, lease));
             future::join_all(purges).await;
             left.retain(|lease, _| !to_purge.contains(lease));
         }

@@ -201,10 +201,10 @@ fn the_path_of_a_message_has_no_lock_consumer_or_watcher() {
                 "RwLock",
                 "consumer::",
                 "CONSUMER.",
-                "kv::",
+                "jetstream::kv",
                 ".watch_all(",
             ],
-            (false, true) => &["consumer::", "CONSUMER.", "kv::", ".watch_all("],
+            (false, true) => &["consumer::", "CONSUMER.", "jetstream::kv", ".watch_all("],
             (false, false) => &[],
         };
         for word in forbidden.iter().filter(|word| source.code.contains(**word)) {
