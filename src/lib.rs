@@ -6,7 +6,7 @@
 //! cli                      roles and tools; the only place that exits or prints
 //! edge                     accepts: sockets, requests
 //! session                  one connection: frames, commands, outbox
-//! room                     one hub a room: members, live + replay merge, fan-out
+//! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! read_marker              who has read up to where, how much is new
 //! auth   bus   servers   client   wire
 //! config   telemetry   runtime
@@ -24,6 +24,7 @@ pub mod client;
 pub mod config;
 pub mod edge;
 pub mod model;
+pub mod presence;
 pub mod protocol;
 pub mod read_marker;
 pub mod room;

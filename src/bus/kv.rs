@@ -104,6 +104,12 @@ impl Bucket {
         }
     }
 
+    /// The same with another time that a write may take.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
     /// The region whose bucket it is.
     #[must_use]
     pub fn origin(&self) -> &Region {

@@ -1,6 +1,7 @@
-//! Plain HTTP: publishing, health, metrics, the OpenAPI document, the page.
+//! Plain HTTP: publishing, who is there, health, metrics, the OpenAPI document, the page.
 
-mod state;
+mod presence;
+mod read;
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
@@ -23,8 +24,8 @@ use crate::{
     bus::Outgoing,
     model::{Kind, RoomId},
     protocol::{ErrorCode, native},
-    runtime::unix_s,
-    session::{Pace, check_publication, publish_refusal},
+    runtime::{Pace, unix_s},
+    session::{check_publication, publish_refusal},
     subject,
     telemetry::{
         self,
@@ -43,10 +44,10 @@ const MAX_PACES: usize = 10_000;
 #[openapi(
     info(title = "natter edge", description = "Rooms over plain HTTP. WebSocket clients connect to /ws."),
     paths(
-        upgrade::websocket, publish, state::readers, state::read, state::unread,
+        upgrade::websocket, publish, presence::presence, read::readers, read::read, read::unread,
         healthz, readyz, metrics, openapi,
     ),
-    components(schemas(PublishRequest, PublishReply, ErrorBody)),
+    components(schemas(PublishRequest, PublishReply, presence::PresenceReply, ErrorBody)),
     modifiers(&BearerToken)
 )]
 struct ApiDoc;
@@ -97,9 +98,10 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/metrics", get(metrics))
         .route("/v1/openapi.json", get(openapi))
         .route("/v1/rooms/{room}/messages", post(publish))
-        .route("/v1/rooms/{room}/readers", get(state::readers))
-        .route("/v1/rooms/{room}/read", put(state::read))
-        .route("/v1/unread", post(state::unread));
+        .route("/v1/rooms/{room}/presence", get(presence::presence))
+        .route("/v1/rooms/{room}/readers", get(read::readers))
+        .route("/v1/rooms/{room}/read", put(read::read))
+        .route("/v1/unread", post(read::unread));
     let router = if page {
         super::page::routes(router)
     } else {

@@ -24,6 +24,7 @@ use crate::{
     auth::{AuthConfigError, Verifier},
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
     config::Config,
+    presence::Presence,
     read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},
 };
@@ -65,6 +66,7 @@ struct Ready {
     /// For presence and read markers: what they wait for holds up no message.
     state: Connection,
     publisher: Publisher,
+    presence: Arc<Presence>,
     markers: Arc<Markers>,
     shards: Shards,
 }
@@ -173,7 +175,9 @@ impl Edge {
         let ready = self.shared.ready.get();
         if let Some(ready) = ready {
             let spread = self.shared.config.edge.drain_spread;
+            ready.presence.drain();
             left = ready.shards.drain(spread, deadline).await;
+            ready.presence.give_up(deadline).await;
         }
         let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
         let http = self.http.drain(rest).await;
@@ -241,7 +245,9 @@ async fn make_ready(
             }
         }
     });
-    let shards = Shards::start(shared, &streams, &markers).await?;
+    let count = Shards::count(config);
+    let (presence, pushes) = Presence::start(config, &shared.id, &state, count, tasks);
+    let shards = Shards::start(shared, &streams, (&presence, pushes), &markers).await?;
     let reader = Reader::new(connection.clone(), &config.nats);
     let publisher = Publisher::new(
         connection.clone(),
@@ -255,6 +261,7 @@ async fn make_ready(
         connection,
         state,
         publisher,
+        presence,
         markers,
         shards,
     });

@@ -28,6 +28,8 @@ use super::{EdgeError, Shared, admission::Place};
 use crate::{
     auth::Identity,
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
+    config::Config,
+    presence::{Presence, Push},
     protocol::Close,
     read_marker::Markers,
     room::Rooms,
@@ -81,24 +83,41 @@ struct Drain {
     done: oneshot::Sender<usize>,
 }
 
+/// What all shards share.
+struct Common {
+    shared: Arc<Shared>,
+    streams: Arc<Streams>,
+    presence: Arc<Presence>,
+    markers: Arc<Markers>,
+}
+
 impl Shards {
-    /// Starts the threads and waits until each has its connections.
+    /// How many there are.
+    pub(super) fn count(config: &Config) -> usize {
+        match config.edge.shards {
+            0 => thread::available_parallelism().map_or(1, usize::from),
+            count => count,
+        }
+    }
+
+    /// Starts the threads, one for each of `pushes`, and waits until each has its connections.
     pub(super) async fn start(
         shared: &Arc<Shared>,
         streams: &Arc<Streams>,
+        (presence, pushes): (&Arc<Presence>, Vec<mpsc::Receiver<Push>>),
         markers: &Arc<Markers>,
     ) -> Result<Self, EdgeError> {
-        let count = match shared.config.edge.shards {
-            0 => thread::available_parallelism().map_or(1, usize::from),
-            count => count,
-        };
         let mut shards = Vec::new();
-        for number in 0..count {
+        for (number, pushes) in pushes.into_iter().enumerate() {
             let (sessions, new_sessions) = mpsc::channel(WAITING);
             let (drain, drains) = mpsc::channel(1);
             let (started, start) = oneshot::channel();
-            let (shared, streams) = (Arc::clone(shared), Arc::clone(streams));
-            let markers = Arc::clone(markers);
+            let common = Common {
+                shared: Arc::clone(shared),
+                streams: Arc::clone(streams),
+                presence: Arc::clone(presence),
+                markers: Arc::clone(markers),
+            };
             thread::Builder::new()
                 .name(format!("shard-{number}"))
                 .spawn(move || {
@@ -110,8 +129,7 @@ impl Shards {
                             return;
                         }
                     };
-                    let state = (streams, markers);
-                    let shard = run(number, shared, state, new_sessions, drains, started);
+                    let shard = run(number, common, pushes, new_sessions, drains, started);
                     LocalSet::new().block_on(&runtime, shard);
                 })
                 .map_err(EdgeError::Shard)?;
@@ -171,13 +189,13 @@ struct Shard {
 
 async fn run(
     number: usize,
-    shared: Arc<Shared>,
-    state: (Arc<Streams>, Arc<Markers>),
+    common: Common,
+    mut pushes: mpsc::Receiver<Push>,
     mut new_sessions: mpsc::Receiver<NewSession>,
     mut drains: mpsc::Receiver<Drain>,
     started: oneshot::Sender<Result<(), EdgeError>>,
 ) {
-    let (shard, live, replay) = match Shard::open(number, &shared, state).await {
+    let (shard, live, replay) = match Shard::open(number, common).await {
         Ok(parts) => parts,
         Err(error) => {
             let _stopping = started.send(Err(error.into()));
@@ -185,6 +203,12 @@ async fn run(
         }
     };
     let keeper = spawn_local(Rc::clone(&shard.context.rooms).keep());
+    let rooms = Rc::clone(&shard.context.rooms);
+    let pusher = spawn_local(async move {
+        while let Some(Push { room, frames }) = pushes.recv().await {
+            rooms.push_presence(&room, &frames).await;
+        }
+    });
     if started.send(Ok(())).is_err() {
         return;
     }
@@ -216,14 +240,20 @@ async fn run(
         let _gave_up = done.send(left);
     }
     keeper.abort();
+    pusher.abort();
 }
 
 impl Shard {
     async fn open(
         number: usize,
-        shared: &Arc<Shared>,
-        (streams, markers): (Arc<Streams>, Arc<Markers>),
+        common: Common,
     ) -> Result<(Rc<Self>, Connection, Connection), ConnectError> {
+        let Common {
+            shared,
+            streams,
+            presence,
+            markers,
+        } = common;
         let config = Arc::clone(&shared.config);
         let name = |what: &str| format!("natter edge {} shard {number} {what}", shared.id);
         let live = Connection::open(&config.nats, &name("live")).await?;
@@ -251,6 +281,8 @@ impl Shard {
             rooms,
             publisher,
             markers,
+            presence,
+            shard: number,
             verifier: Arc::clone(&shared.verifier),
             config,
             buffer: RefCell::default(),

@@ -435,7 +435,10 @@ impl<'a> Writer<'a> {
     }
 
     fn key(&mut self, key: &str) {
-        self.out.extend_from_slice(b",\"");
+        if self.out.last() != Some(&b'{') {
+            self.out.push(b',');
+        }
+        self.out.push(b'"');
         self.out.extend_from_slice(key.as_bytes());
         self.out.extend_from_slice(b"\":");
     }
@@ -468,35 +471,28 @@ impl<'a> Writer<'a> {
         self
     }
 
-    /// A list of objects with the fields that `fields` writes of each of `items`.
-    pub fn objects<T>(
+    /// `true` or `false`.
+    pub fn boolean(&mut self, key: &str, value: bool) -> &mut Self {
+        self.raw(key, if value { b"true" } else { b"false" })
+    }
+
+    /// A list of objects; `write` gives the fields of each.
+    pub fn list<T>(
         &mut self,
         key: &str,
         items: &[T],
-        fields: impl Fn(&mut Writer<'_>, &T),
+        mut write: impl FnMut(&mut Writer<'_>, &T),
     ) -> &mut Self {
         self.key(key);
         self.out.push(b'[');
-        for (number, item) in items.iter().enumerate() {
-            if number > 0 {
-                self.out.push(b',');
-            }
-            let start = self.out.len();
-            fields(&mut Writer { out: self.out }, item);
-            // Every field begins with a comma, the first one too.
-            match self.out.get_mut(start) {
-                Some(comma) => *comma = b'{',
-                None => self.out.push(b'{'),
-            }
+        for (i, item) in items.iter().enumerate() {
+            self.out
+                .extend_from_slice(if i == 0 { b"{" } else { b",{" });
+            write(&mut Writer { out: self.out }, item);
             self.out.push(b'}');
         }
         self.out.push(b']');
         self
-    }
-
-    /// `true` or `false`.
-    pub fn boolean(&mut self, key: &str, value: bool) -> &mut Self {
-        self.raw(key, if value { b"true" } else { b"false" })
     }
 
     /// Ends the object.
@@ -647,22 +643,20 @@ mod tests {
         #[test]
         fn whatever_is_written_is_json(text in "\\PC*|[\\x00-\\x7f]*", number: u64) {
             let mut out = Vec::new();
-            Writer::reply(&mut out, "x", number).string("s", &text).boolean("b", true).end();
+            Writer::reply(&mut out, "x", number)
+                .string("s", &text)
+                .boolean("b", true)
+                .list("none", &[0_u64; 0], |_, _| {})
+                .list("some", &[number, 7], |item, n| {
+                    item.number("n", *n).string("s", &text);
+                })
+                .end();
             let value: serde_json::Value = serde_json::from_slice(&out).unwrap();
             prop_assert_eq!(value["s"].as_str().unwrap(), &text);
             prop_assert_eq!(value["rid"].as_u64().unwrap(), number);
-            let items: Vec<u64> = (0..number % 4).collect();
-            out.clear();
-            let mut writer = Writer::new(&mut out, "x");
-            writer.objects("empty", &items, |_, _| {});
-            writer.objects("list", &items, |writer, n| {
-                writer.number("n", *n).string("s", &text);
-            });
-            writer.end();
-            let value: serde_json::Value = serde_json::from_slice(&out).unwrap();
-            let list = items.iter().map(|n| serde_json::json!({"n": n, "s": text})).collect::<Vec<_>>();
-            prop_assert_eq!(&value["list"], &serde_json::Value::Array(list));
-            prop_assert_eq!(value["empty"].as_array().unwrap().len(), items.len());
+            prop_assert_eq!(value["some"][1]["n"].as_u64().unwrap(), 7);
+            prop_assert_eq!(value["some"][0]["s"].as_str().unwrap(), value["s"].as_str().unwrap());
+            prop_assert_eq!(value["none"].as_array().unwrap().len(), 0);
         }
 
         #[test]

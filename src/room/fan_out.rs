@@ -5,8 +5,9 @@ use std::{cell::Cell, rc::Rc, sync::Arc};
 use bytes::Bytes;
 use tokio::task::yield_now;
 
-use super::{encode, hub::Hub};
+use super::{encode, hub::Hub, rooms::Rooms};
 use crate::{
+    model::RoomId,
     protocol::{Close, native::Wants},
     telemetry::metrics::{Counter, Gauge, Held, count},
     wire::Conn,
@@ -21,7 +22,7 @@ pub struct Member {
     pub(super) session: u64,
     user: Arc<str>,
     pub(super) conn: Rc<Conn>,
-    pub(super) wants: Wants,
+    pub(super) wants: Cell<Wants>,
     /// Whether it is fed by the fan-out; otherwise it is catching up by a task of its own.
     live: Cell<bool>,
     /// Index in the log of the next frame it is to get.
@@ -43,7 +44,7 @@ impl Member {
             session,
             user,
             conn,
-            wants,
+            wants: Cell::new(wants),
             live: Cell::new(live),
             next: Cell::new(next),
             left: Cell::new(false),
@@ -70,6 +71,15 @@ pub(super) struct Pass {
     pub(super) frames: Vec<Bytes>,
 }
 
+impl Rooms {
+    /// Tells the members of a room that want to know who comes and goes.
+    pub async fn push_presence(&self, room: &RoomId, frames: &[Bytes]) {
+        if let Some(hub) = self.existing(room) {
+            hub.push_presence(frames).await;
+        }
+    }
+}
+
 impl Hub {
     /// Tells all members but the user's own sessions.
     pub(super) fn push_typing(&self, user: &str) {
@@ -85,6 +95,27 @@ impl Hub {
             told += 1;
         }
         count(Counter::TypingDelivered, told);
+    }
+
+    /// Tells the members that want to know who comes and goes.
+    async fn push_presence(&self, frames: &[Bytes]) {
+        // Whoever joins during a pause asks for the list themselves; whoever leaves is looked at again.
+        let members: Vec<Rc<Member>> = {
+            let members = self.members.borrow();
+            let want = members
+                .values()
+                .filter(|member| member.wants.get().presence);
+            want.cloned().collect()
+        };
+        let mut told = 0;
+        for group in members.chunks(MEMBERS_A_TURN) {
+            for member in group.iter().filter(|member| !member.has_left()) {
+                member.conn.send(frames);
+                told += frames.len() as u64;
+            }
+            yield_now().await;
+        }
+        count(Counter::PresenceDelivered, told);
     }
 
     /// Gives the frames of a pass to every member that is live. Yields between groups of members; who joins meanwhile stands

@@ -112,6 +112,15 @@ impl Membership {
         self.member.has_left()
     }
 
+    /// Tells the member no more who comes and goes.
+    pub fn ignore_presence(&self) {
+        let wants = Wants {
+            presence: false,
+            ..self.member.wants.get()
+        };
+        self.member.wants.set(wants);
+    }
+
     /// The time of a message that the room holds in memory, in ms since 1970.
     #[must_use]
     pub fn time_of(&self, seq: u64) -> Option<u64> {

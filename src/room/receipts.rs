@@ -50,14 +50,14 @@ impl Receipts {
 
     /// A member has joined.
     pub(super) fn joined(&self, member: &Member) {
-        if member.wants.read {
+        if member.wants.get().read {
             self.wanted.set(self.wanted.get() + 1);
         }
     }
 
     /// A member has left.
     pub(super) fn left(&self, member: &Member) {
-        if member.wants.read {
+        if member.wants.get().read {
             self.wanted.set(self.wanted.get() - 1);
             if self.wanted.get() == 0 {
                 self.table.take();
@@ -195,7 +195,12 @@ impl Hub {
             return;
         }
         let mut told = 0;
-        for member in self.members.borrow().values().filter(|m| m.wants.read) {
+        for member in self
+            .members
+            .borrow()
+            .values()
+            .filter(|m| m.wants.get().read)
+        {
             member.conn.send(&frames);
             told += frames.len() as u64;
         }

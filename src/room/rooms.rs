@@ -106,6 +106,11 @@ impl Rooms {
         hub
     }
 
+    /// A room's hub, if it has one.
+    pub(super) fn existing(&self, room: &RoomId) -> Option<Rc<Hub>> {
+        self.hubs.borrow().get(room).cloned()
+    }
+
     /// Called by a hub's task when it ends.
     pub(super) fn forget(&self, hub: &Rc<Hub>) {
         gauge_add(Gauge::RoomActive, -1);

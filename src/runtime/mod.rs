@@ -1,14 +1,16 @@
-//! What a long-lived process needs around its work: signals, phases, named tasks, the time.
+//! What a long-lived process needs around its work: signals, phases, named tasks, the time, pace.
 //!
 //! Knows nothing of what the process does. The one order of a drain: phase to [`Phase::Draining`], the work ends, then
 //! [`Tasks::drain`], then [`Phase::Stopped`].
 
+mod pace;
 mod phase;
 mod signals;
 mod tasks;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+pub use pace::Pace;
 pub use phase::{Lifecycle, Phase};
 pub use signals::{Signal, Signals, shutdown_signal};
 pub use tasks::{Late, Tasks};

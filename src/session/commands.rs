@@ -6,7 +6,9 @@ use bytes::Bytes;
 use tokio::task::spawn_local;
 use tracing::Instrument as _;
 
-use super::{Context, MAX_RATE_STRIKES, MAX_UNDECODABLE, Session, frame};
+use super::{
+    Context, MAX_RATE_STRIKES, MAX_UNDECODABLE, Seat, Session, frame, state::may_see_presence,
+};
 use crate::{
     auth::{Identity, Right},
     bus::{Outgoing, PublishError},
@@ -157,7 +159,9 @@ impl Session {
             (Some(identity), Op::Read { room, cursor }) => {
                 self.read(rid, &identity, &room, &cursor).await
             }
-            (Some(_), Op::Presence { .. }) => Err(not_yet("presence")),
+            (Some(identity), Op::Presence { room, page }) => {
+                self.presence(rid, &identity, &room, &page).await
+            }
             (Some(identity), Op::Readers { room, page }) => {
                 self.readers(rid, &identity, &room, &page).await
             }
@@ -246,6 +250,12 @@ impl Session {
                     .end();
             });
         }
+        for (room, seat) in self.rooms.borrow_mut().iter_mut() {
+            if seat.watch.is_some() && !new.may(Right::Presence, room) {
+                seat.membership.ignore_presence();
+                seat.watch = None;
+            }
+        }
         *self.identity.borrow_mut() = Some(new);
         self.expiry_told.set(false);
         self.tell_expiry(unix_s());
@@ -265,8 +275,8 @@ impl Session {
         if !identity.may(Right::Read, &room) {
             return Err(forbidden(Right::Read, &room));
         }
-        if wants.presence && !identity.may(Right::Presence, &room) {
-            return Err(forbidden(Right::Presence, &room));
+        if wants.presence {
+            may_see_presence(config, identity, &room)?;
         }
         let since: Option<Cursor> = since
             .map(|text| text.parse())
@@ -275,7 +285,7 @@ impl Session {
         let limit = config.limits.rooms_per_session;
         {
             let mut rooms = self.rooms.borrow_mut();
-            rooms.retain(|_, membership| !membership.has_ended());
+            rooms.retain(|_, seat| !seat.membership.has_ended());
             if rooms.len() >= limit && !rooms.contains_key(&room) {
                 return Err((
                     ErrorCode::Limit,
@@ -284,14 +294,14 @@ impl Session {
             }
         }
         self.context.rooms.open(&room, durable);
+        // The reply begins the membership, and replies go in order: the acks before it first. They move the marker too.
+        self.replies.idle().await;
         let marker = if durable {
             let markers = &self.context.markers;
             markers.for_join(&room, &identity.user).await
         } else {
             None
         };
-        // The reply begins the membership, and replies go in order: the acks before it first.
-        self.replies.idle().await;
         let who = NewMember {
             session: self.id,
             user: Arc::clone(&identity.user),
@@ -308,13 +318,23 @@ impl Session {
                 count(Counter::JoinResult(metrics::Joined::Unavailable), 1);
                 (ErrorCode::Unavailable, error.to_string())
             })?;
-        self.rooms.borrow_mut().insert(room, membership);
+        // Before the seat that it replaces is given up: who joins again does not leave.
+        let presence = &self.context.presence;
+        let seat = Seat {
+            membership,
+            _present: presence.enter(&room, &identity.user, identity.info.as_ref()),
+            watch: wants
+                .presence
+                .then(|| presence.watch(&room, self.context.shard)),
+        };
+        let replaced = self.rooms.borrow_mut().insert(room, seat);
+        drop(replaced);
         Ok(())
     }
 
     fn leave(&self, rid: u64, room: &RoomId) -> Result<(), Refused> {
-        let membership = self.rooms.borrow_mut().remove(room);
-        if membership.is_none_or(|membership| membership.has_ended()) {
+        let seat = self.rooms.borrow_mut().remove(room);
+        if seat.is_none_or(|seat| seat.membership.has_ended()) {
             return Err(not_joined(room));
         }
         self.replies.now(frame(|out| {
@@ -337,7 +357,7 @@ impl Session {
             .rooms
             .borrow()
             .get(room)
-            .is_none_or(|membership| membership.has_ended())
+            .is_none_or(|seat| seat.membership.has_ended())
         {
             return Err(not_joined(room));
         }
@@ -429,7 +449,7 @@ impl Session {
         }
         let room = &outgoing.publication.room;
         // A sender is usually a member, and then its hub knows the time.
-        let known_time = |seq| self.rooms.borrow().get(room)?.time_of(seq);
+        let known_time = |seq| self.rooms.borrow().get(room)?.membership.time_of(seq);
         let acked = publisher.durable(outgoing, known_time).await?;
         if outgoing.publication.kind == Kind::Message {
             let markers = &self.context.markers;
@@ -441,10 +461,6 @@ impl Session {
             duplicate: acked.duplicate,
         })
     }
-}
-
-fn not_yet(op: &str) -> Refused {
-    (ErrorCode::UnknownOp, format!("there is no op {op:?}"))
 }
 
 fn not_joined(room: &RoomId) -> Refused {

@@ -17,9 +17,9 @@
 //! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
 
 mod commands;
-mod pace;
 mod read;
 mod replies;
+mod state;
 
 use std::{
     cell::{Cell, RefCell},
@@ -32,21 +32,22 @@ use std::{
 use bytes::Bytes;
 
 pub(crate) use commands::{check_publication, publish_refusal};
-pub use pace::Pace;
 pub(crate) use read::{check_read, check_readers, check_unread, marker_refusal};
+pub(crate) use state::{may_see_presence, presence_refusal};
 
 use crate::{
     auth::{Identity, Verifier},
     bus::Publisher,
     config::Config,
     model::RoomId,
+    presence::{Presence, Present, Watch},
     protocol::{
         Close,
         native::{self, Command, Refusal, Writer},
     },
     read_marker::Markers,
     room::{Membership, Rooms},
-    runtime::unix_s,
+    runtime::{Pace, unix_s},
     telemetry::metrics::{self, Counter, Gauge, Held, count},
     wire::{Conn, Decoder, Incoming, ping_frame, pong_frame, text_frame},
 };
@@ -75,6 +76,10 @@ pub struct Context {
     pub publisher: Publisher,
     /// The edge's read markers.
     pub markers: Arc<Markers>,
+    /// Who is where, on all shards.
+    pub presence: Arc<Presence>,
+    /// The shard's number.
+    pub shard: usize,
     /// Checks tokens.
     pub verifier: Arc<Verifier>,
     /// The process' configuration.
@@ -104,7 +109,7 @@ pub struct Session {
     conn: Rc<Conn>,
     identity: RefCell<Option<Arc<Identity>>>,
     user_slot: RefCell<Option<UserSlot>>,
-    rooms: RefCell<HashMap<RoomId, Membership>>,
+    rooms: RefCell<HashMap<RoomId, Seat>>,
     replies: Replies,
     opened: Instant,
     last_seen: Cell<Instant>,
@@ -123,6 +128,15 @@ impl std::fmt::Debug for Session {
             .field("id", &self.id)
             .finish_non_exhaustive()
     }
+}
+
+/// A session's place in one room.
+#[derive(Debug)]
+struct Seat {
+    membership: Membership,
+    /// Shown to others for as long as it is held.
+    _present: Option<Present>,
+    watch: Option<Watch>,
 }
 
 /// What was read and waits for its turn.
@@ -263,6 +277,10 @@ impl Session {
             self.conn.send(&[ping_frame()]);
         }
         self.tell_expiry(unix_s());
+        // Who was let go by a room and has not come back is not there any more.
+        self.rooms
+            .borrow_mut()
+            .retain(|_, seat| !seat.membership.has_ended());
     }
 
     /// Tells the client that its token runs out, and closes when it has.

@@ -98,8 +98,10 @@ impl Session {
         let cursor = check_read(&self.context.config, identity, room, cursor)?;
         let head = {
             let rooms = self.rooms.borrow();
-            let membership = rooms.get(room).filter(|joined| !joined.has_ended());
-            membership.and_then(Membership::head)
+            let membership = rooms.get(room).map(|seat| &seat.membership);
+            membership
+                .filter(|membership| !membership.has_ended())
+                .and_then(Membership::head)
         };
         let markers = &self.context.markers;
         let marker = markers
@@ -131,7 +133,7 @@ impl Session {
         self.replies.now(frame(|out| {
             let mut writer = Writer::reply(out, "readers", rid);
             writer.string("room", room.as_str());
-            writer.objects("readers", &readers, |writer, reading| {
+            writer.list("readers", &readers, |writer, reading| {
                 let Reading { user, cursor, at } = reading;
                 writer
                     .string("user", user)
@@ -162,7 +164,7 @@ impl Session {
             .map_err(|error| marker_refusal(&error))?;
         self.replies.now(frame(|out| {
             let mut writer = Writer::reply(out, "unread", rid);
-            writer.objects("rooms", rooms, |writer, room| {
+            writer.list("rooms", rooms, |writer, room| {
                 let Unread { count, capped } = counts.get(room).copied().unwrap_or_default();
                 writer.string("room", room.as_str()).number("count", count);
                 if capped {

@@ -131,6 +131,10 @@ labels! {
         Draining "draining", PerUser "per_user", PerAddress "per_address", BadToken "bad_token",
         BadHandshake "bad_handshake", FirstFrame "first_frame",
     }
+    /// What members were told of who is there: a user's coming or going, or how many there are.
+    PresencePush "kind" { User "user", Count "count" }
+    /// Which lease ended: the edge's own, or another's, as it was seen.
+    LeaseEnd "whose" { Lost "own", Seen "other" }
     /// How a token was verified.
     TokenCheck "check" { Signature "signature", Cached "cached" }
     /// Why a token was refused.
@@ -304,6 +308,18 @@ counters! {
     TypingPublished = "natter.typing.published", "{notice}";
     /// Typing frames handed to sessions.
     TypingDelivered = "natter.typing.delivered", "{notice}";
+    /// Keys of users in rooms written or removed.
+    PresenceWrites = "natter.presence.writes", "{write}";
+    /// Such writes that failed, and were repeated.
+    PresenceWriteFailed = "natter.presence.write_failed", "{write}";
+    /// Pushes made of who comes to a room and leaves it, once for all its members.
+    PresencePushed(kind: PresencePush) = "natter.presence.pushed", "{push}";
+    /// Presence frames handed to sessions.
+    PresenceDelivered = "natter.presence.delivered", "{frame}";
+    /// Rooms whose users were read from NATS.
+    PresenceScans = "natter.presence.scans", "{room}";
+    /// Leases of edges that ended.
+    LeaseEnded(whose: LeaseEnd) = "natter.lease.ended", "{lease}";
 }
 
 plain! {
@@ -315,6 +331,10 @@ plain! {
     RoomActive = "natter.room.active", "{room}";
     /// Memberships: sessions times their rooms.
     MemberActive = "natter.member.active", "{member}";
+    /// Sessions that are present in rooms.
+    PresenceSessions = "natter.presence.sessions", "{session}";
+    /// Rooms whose users are followed, because somebody looks.
+    RosterActive = "natter.roster.active", "{room}";
     /// Connections to NATS that are up.
     NatsConnected = "natter.nats.connected", "{connection}";
     /// Bytes that wait in the outboxes of sessions.

@@ -222,6 +222,7 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
             "/readyz",
             "/v1/openapi.json",
             "/v1/rooms/{room}/messages",
+            "/v1/rooms/{room}/presence",
             "/v1/rooms/{room}/read",
             "/v1/rooms/{room}/readers",
             "/v1/unread",

@@ -1,4 +1,4 @@
-//! The state of rooms over HTTP: who has read what, and how much is new.
+//! Read markers over HTTP: who has read what, and how much is new.
 
 use axum::{
     Json,
@@ -8,34 +8,22 @@ use axum::{
     },
     http::HeaderMap,
 };
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tracing::Instrument as _;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::ToSchema;
 
 use super::{
-    Api, ENVELOPE_BYTES, ErrorBody, HttpError, authorize, command_span, read_body, room_of,
+    Api, ENVELOPE_BYTES, ErrorBody, HttpError, authorize, command_span, presence::ListQuery,
+    read_body, room_of,
 };
 use crate::{
     model::RoomId,
-    protocol::{
-        ErrorCode,
-        native::{self, PageOf},
-    },
+    protocol::native,
     session::{check_read, check_readers, check_unread, marker_refusal},
 };
 
 /// Bytes that one room may take in the list of a request for unread counts.
 const ROOM_BYTES: u64 = 256;
-
-/// Which part of a list.
-#[derive(Debug, Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-pub(super) struct PageQuery {
-    /// The user before the first one wanted: `next` of the page before.
-    after: Option<String>,
-    /// Users on a page, 1 to 1000; 100 if absent.
-    limit: Option<u64>,
-}
 
 /// Who has read what.
 #[derive(Debug, Serialize, ToSchema)]
@@ -67,7 +55,7 @@ pub(super) struct ReaderBody {
     path = "/v1/rooms/{room}/readers",
     params(
         ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
-        PageQuery,
+        ListQuery,
     ),
     responses(
         (status = 200, body = ReadersReply),
@@ -83,7 +71,7 @@ pub(super) struct ReaderBody {
 pub(super) async fn readers(
     State(api): State<Api>,
     room: Result<Path<String>, PathRejection>,
-    query: Result<Query<PageQuery>, QueryRejection>,
+    query: Result<Query<ListQuery>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Json<ReadersReply>, HttpError> {
     let span = command_span("readers", &headers);
@@ -91,9 +79,7 @@ pub(super) async fn readers(
         let identity = authorize(&api, &headers)?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let room = room_of(room)?;
-        let Query(PageQuery { after, limit }) =
-            query.map_err(|error| HttpError::new(ErrorCode::BadRequest, error.body_text()))?;
-        let page = PageOf::new(after, limit)?;
+        let page = ListQuery::page(query)?;
         check_readers(&api.shared.config, &identity, &room)?;
         let (readings, more) = ready
             .markers

@@ -1,0 +1,115 @@
+//! Who is in a room, over HTTP.
+
+use axum::{
+    Json,
+    extract::{
+        Path, Query, State,
+        rejection::{PathRejection, QueryRejection},
+    },
+    http::HeaderMap,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use std::sync::Arc;
+use utoipa::{IntoParams, ToSchema};
+
+use super::{Api, ErrorBody, HttpError, authorize, room_of};
+use crate::{
+    model::RoomId,
+    protocol::{ErrorCode, native::PageOf},
+    session::{may_see_presence, presence_refusal},
+};
+
+/// Which part of a list of users is wanted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ListQuery {
+    /// The user before the first one wanted: `next` of the page before.
+    after: Option<String>,
+    /// At most this many users, 1 to 1000; 100 where it is absent.
+    limit: Option<u64>,
+}
+
+impl ListQuery {
+    /// The page that is wanted.
+    pub(super) fn page(query: Result<Query<Self>, QueryRejection>) -> Result<PageOf, HttpError> {
+        let Query(Self { after, limit }) =
+            query.map_err(|error| HttpError::new(ErrorCode::BadRequest, error.body_text()))?;
+        Ok(PageOf::new(after, limit)?)
+    }
+}
+
+/// Who is in a room.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct PresenceReply {
+    /// The room.
+    #[schema(value_type = String, example = "chat:lobby")]
+    room: RoomId,
+    /// How many users are there.
+    count: usize,
+    /// Some of them, ordered by name; none where the namespace tells only counts.
+    users: Vec<PresentUser>,
+    /// What to give as `after` for the next page, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    next: Option<Arc<str>>,
+}
+
+/// A user who is there.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct PresentUser {
+    /// Who.
+    #[schema(value_type = String)]
+    user: Arc<str>,
+    /// What the user's token says of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    info: Option<Arc<RawValue>>,
+    /// Since when, in ms since 1970.
+    since: u64,
+}
+
+/// Who is in a room.
+#[utoipa::path(
+    get,
+    path = "/v1/rooms/{room}/presence",
+    params(("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"), ListQuery),
+    responses(
+        (status = 200, body = PresenceReply),
+        (status = 400, body = ErrorBody, description = "bad_room, bad_request; also where presence is off"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn presence(
+    State(api): State<Api>,
+    room: Result<Path<String>, PathRejection>,
+    query: Result<Query<ListQuery>, QueryRejection>,
+    headers: HeaderMap,
+) -> Result<Json<PresenceReply>, HttpError> {
+    let identity = authorize(&api, &headers)?;
+    let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+    let room = room_of(room)?;
+    let page = ListQuery::page(query)?;
+    may_see_presence(&api.shared.config, &identity, &room)?;
+    let page = ready
+        .presence
+        .page(&room, &page)
+        .await
+        .map_err(presence_refusal)?;
+    let users = page.users.into_iter().map(|(user, seen)| PresentUser {
+        user,
+        info: seen.info,
+        since: seen.since,
+    });
+    Ok(Json(PresenceReply {
+        room,
+        count: page.count,
+        users: users.collect(),
+        next: page.next,
+    }))
+}

@@ -1,0 +1,210 @@
+//! What the members of a room are told of who comes and goes: everything in small rooms, counts in large or hasty ones.
+//!
+//! A push of a count means that a member's list is stale. After the last such push every change is pushed by name again, so a
+//! list that is asked for after a count push, and followed from there, is right.
+
+use std::time::{Duration, Instant};
+
+use super::roster::Change;
+use crate::config::PresencePolicy;
+
+/// Shortest time between two counts, and the time in which changes by name are counted.
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// A push to the members of a room that want to know.
+#[derive(Debug, Clone)]
+pub(super) enum Push {
+    User(Change),
+    Count(usize),
+}
+
+/// Decides what is pushed: pure state.
+#[derive(Debug)]
+pub(super) struct Announcer {
+    /// Most users of a room, and most changes per second, that are pushed by name.
+    max: usize,
+    policy: PresencePolicy,
+    counting: bool,
+    window: Instant,
+    changes: usize,
+    /// What was pushed last in counts, and when.
+    told: Option<(usize, Instant)>,
+    pending: bool,
+}
+
+impl Announcer {
+    pub(super) fn new(policy: PresencePolicy, max: usize, now: Instant) -> Self {
+        Self {
+            max,
+            policy,
+            counting: policy != PresencePolicy::Users,
+            window: now,
+            changes: 0,
+            told: None,
+            pending: false,
+        }
+    }
+
+    /// What to push of `changes` that led to `count` users; `total` is how many changes there were, of which not all need
+    /// be named.
+    pub(super) fn on(
+        &mut self,
+        changes: Vec<Change>,
+        total: usize,
+        count: usize,
+        now: Instant,
+    ) -> Vec<Push> {
+        let mut pushes: Vec<Push> = self.tick(count, now).into_iter().collect();
+        if total == 0 {
+            return pushes;
+        }
+        self.changes += total;
+        self.counting |= count > self.max || self.changes > self.max || changes.len() < total;
+        if self.counting {
+            self.pending = true;
+            pushes.extend(self.tick(count, now));
+        } else {
+            pushes.extend(changes.into_iter().map(Push::User));
+        }
+        pushes
+    }
+
+    /// When [`Self::tick`] has something to do, if nothing happens before.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let count_due = self.told.map_or(self.window, |(_, at)| at + WINDOW);
+        match (
+            self.pending,
+            self.counting && self.policy == PresencePolicy::Users,
+        ) {
+            (true, _) => Some(count_due),
+            // Perhaps the names can be told again.
+            (false, true) if self.changes > 0 => Some(self.window + WINDOW),
+            (false, _) => None,
+        }
+    }
+
+    /// Time has passed.
+    pub(super) fn tick(&mut self, count: usize, now: Instant) -> Option<Push> {
+        let mut push = None;
+        if self.pending && self.told.is_none_or(|(_, at)| now >= at + WINDOW) {
+            self.pending = false;
+            // The same number of other people is news too while their names are not told.
+            self.told = Some((count, now));
+            push = Some(Push::Count(count));
+        }
+        if now >= self.window + WINDOW {
+            let quiet = self.changes <= self.max / 2;
+            // Not at the limit itself, or a room around it would change its ways with every user.
+            let small = count <= self.max - self.max / 5;
+            if self.policy == PresencePolicy::Users && !self.pending && quiet && small {
+                self.counting = false;
+            }
+            self.window = now;
+            self.changes = 0;
+        }
+        push
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, sync::Arc};
+
+    use proptest::prelude::*;
+
+    use super::{super::roster::Seen, *};
+
+    fn change(user: usize, here: bool) -> Change {
+        Change {
+            user: Arc::from(user.to_string()),
+            seen: here.then_some(Seen {
+                since: 0,
+                info: None,
+            }),
+        }
+    }
+
+    proptest! {
+        /// Whatever comes and goes: pushes are bounded per second, and a client that asks for the list after each count push
+        /// and follows the names from there has the right list in the end.
+        #[test]
+        fn who_follows_the_pushes_has_the_right_list(
+            steps in prop::collection::vec((0..40_usize, 0..1500_u64), 1..300),
+        ) {
+            let max = 10;
+            let start = Instant::now();
+            let mut now = start;
+            let mut announcer = Announcer::new(PresencePolicy::Users, max, now);
+            let (mut truth, mut client) = (BTreeSet::new(), BTreeSet::new());
+            let mut sent = Vec::new();
+            let mut take = |pushes: Vec<Push>, truth: &BTreeSet<usize>, now: Instant| {
+                for push in pushes {
+                    sent.push(now);
+                    match push {
+                        Push::User(change) => {
+                            let user = change.user.parse::<usize>().unwrap();
+                            if change.seen.is_some() { client.insert(user); } else { client.remove(&user); }
+                        }
+                        Push::Count(count) => {
+                            assert_eq!(count, truth.len());
+                            client.clone_from(truth);
+                        }
+                    }
+                }
+                client.clone()
+            };
+            for (user, wait) in steps {
+                // The task wakes when it is due.
+                let then = now + Duration::from_millis(wait / 10);
+                while let Some(due) = announcer.due().filter(|due| *due <= then) {
+                    now = due.max(now);
+                    let push = announcer.tick(truth.len(), now);
+                    take(push.into_iter().collect(), &truth, now);
+                }
+                now = then;
+                let here = truth.insert(user);
+                if !here { truth.remove(&user); }
+                let pushes = announcer.on(vec![change(user, here)], 1, truth.len(), now);
+                take(pushes, &truth, now);
+            }
+            while let Some(due) = announcer.due() {
+                now = due.max(now);
+                let push = announcer.tick(truth.len(), now);
+                take(push.into_iter().collect(), &truth, now);
+            }
+            let client = take(Vec::new(), &truth, now);
+            prop_assert_eq!(client, truth);
+            for (i, at) in sent.iter().enumerate() {
+                let second = sent[i..].iter().take_while(|t| **t < *at + WINDOW).count();
+                // Two windows of names, and a count, may touch within one second.
+                prop_assert!(second <= 2 * max + 2, "{second} pushes in a second");
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_room_pushes_one_count_a_second() {
+        let start = Instant::now();
+        let mut announcer = Announcer::new(PresencePolicy::Users, 200, start);
+        let mut pushes = 0;
+        for i in 0..10_000_usize {
+            let now = start + Duration::from_micros(400) * u32::try_from(i).unwrap();
+            pushes += announcer.on(vec![change(i, true)], 1, i + 1, now).len();
+        }
+        // 200 names, then at most one count a second, for 4 s.
+        assert!((200..=206).contains(&pushes), "{pushes}");
+    }
+
+    #[test]
+    fn a_namespace_of_counts_names_nobody() {
+        let start = Instant::now();
+        let mut announcer = Announcer::new(PresencePolicy::Counts, 200, start);
+        let first = announcer.on(vec![change(1, true)], 1, 1, start);
+        assert!(matches!(first[..], [Push::Count(1)]));
+        assert!(announcer.on(vec![change(2, true)], 1, 2, start).is_empty());
+        let due = announcer.due().unwrap();
+        assert_eq!(due, start + WINDOW);
+        assert!(matches!(announcer.tick(2, due), Some(Push::Count(2))));
+        assert_eq!(announcer.due(), None);
+    }
+}

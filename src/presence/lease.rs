@@ -1,0 +1,373 @@
+//! Leases: which edges live.
+//!
+//! An edge's lease is a key of the bucket `edges` with a time to live, renewed by compare-and-set. Its name is new with every
+//! lease: `<edge id>-<random>`, so that a lease that is over never lives again, and whatever was written under it can be
+//! purged at any time. Beside it stands a key `used.<lease>` without a time to live: while that is there and the lease is
+//! not, keys may be left that somebody must purge.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::future;
+use rand::Rng as _;
+use tokio::time::{interval, sleep};
+
+use super::{Presence, watch::LOCAL};
+use crate::{
+    bus::{Bucket, Entry, KvError, Put},
+    subject,
+    telemetry::metrics::{Counter, LeaseEnd, count},
+};
+
+/// Prefix of the keys that say that keys were written under a lease.
+const USED: &str = "used.";
+
+/// Pause before a write that failed is repeated.
+const RETRY: Duration = Duration::from_millis(250);
+
+/// How often leases are looked after.
+const TICK: Duration = Duration::from_millis(500);
+
+/// How long after its end a lease is remembered: longer than news of it can be late.
+const REMEMBERED: Duration = Duration::from_secs(600);
+
+/// How often keys are looked for that were left behind.
+const SWEEP: Duration = Duration::from_secs(30);
+
+/// What is known of the leases of a mesh: pure state.
+#[derive(Debug, Default)]
+struct Table {
+    /// When each was last seen renewed.
+    alive: HashMap<Arc<str>, Instant>,
+    over: HashMap<Arc<str>, Instant>,
+    /// Until then no lease counts as over: NATS was away, and its edge has had no chance to renew it.
+    grace: Option<Instant>,
+}
+
+impl Table {
+    /// A lease was renewed, or taken.
+    fn renewed(&mut self, lease: &str, now: Instant) -> bool {
+        if self.over.contains_key(lease) {
+            return false;
+        }
+        self.alive.insert(lease.into(), now).is_none()
+    }
+
+    /// A lease has ended; whether that is news.
+    fn ended(&mut self, lease: &str, now: Instant) -> bool {
+        if self.grace.is_some() {
+            return false;
+        }
+        self.over.insert(lease.into(), now);
+        self.alive.remove(lease).is_some()
+    }
+
+    /// All leases that exist were read; those that ended since.
+    fn read(&mut self, found: &HashSet<Arc<str>>, now: Instant) -> Vec<Arc<str>> {
+        for lease in found {
+            self.renewed(lease, now);
+        }
+        let missing: Vec<Arc<str>> = self.alive.keys().cloned().collect();
+        missing
+            .into_iter()
+            .filter(|lease| !found.contains(lease) && self.ended(lease, now))
+            .collect()
+    }
+
+    /// Whether some lease should have been renewed, and was not: its end may have escaped us.
+    fn is_doubtful(&self, lease: Duration, now: Instant) -> bool {
+        let late = lease + TICK;
+        self.alive.values().any(|renewed| now >= *renewed + late)
+    }
+
+    fn tick(&mut self, now: Instant) {
+        self.over.retain(|_, at| now < *at + REMEMBERED);
+        if self.grace.is_some_and(|until| now >= until) {
+            self.grace = None;
+        }
+    }
+}
+
+/// Holds this edge's lease for ever: takes one, renews it, takes another when it is lost.
+pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
+    let mut before: Option<Arc<str>> = None;
+    loop {
+        let (lease, mut revision) = take(&presence, &edges).await;
+        tracing::info!(lease = %lease, "lease taken");
+        presence.set_lease(&lease);
+        if let Some(before) = before.replace(Arc::clone(&lease)) {
+            // Nothing is written under it any more. It goes when everything has been written under the new one, or who reads
+            // a room in between would find nobody; and again if the survivors' purge came before our last write under it.
+            let (presence, edges) = (Arc::clone(&presence), edges.clone());
+            let later = 2 * presence.config.presence.lease;
+            Arc::clone(&presence).background("purge", async move {
+                sleep(later).await;
+                purge(&presence, &edges, &before).await;
+            });
+        }
+        let every = presence.config.presence.lease.mul_f64(0.3);
+        let mut pause = every;
+        loop {
+            sleep(pause).await;
+            let how = Put {
+                ttl: Some(presence.config.presence.lease),
+                expected: Some(revision),
+            };
+            pause = every;
+            match edges.put(&lease, presence.lease_value(), how).await {
+                Ok(renewed) => revision = renewed,
+                // Ours all the same, if an answer of ours was lost.
+                Err(KvError::Conflict) => match current(&edges, &lease).await {
+                    Ok(Some(renewed)) => revision = renewed,
+                    Ok(None) => break,
+                    Err(_unknown) => pause = RETRY,
+                },
+                Err(error) => {
+                    tracing::debug!(%error, "the lease could not be renewed");
+                    pause = RETRY;
+                }
+            }
+        }
+        count(Counter::LeaseEnded(LeaseEnd::Lost), 1);
+        tracing::warn!(lease = %lease, "the lease is lost: who is here is announced anew");
+    }
+}
+
+async fn current(edges: &Bucket, lease: &str) -> Result<Option<u64>, KvError> {
+    let entries = edges.get(&[lease.to_owned()]).await?;
+    let living = entries.iter().find(|entry| entry.value.is_some());
+    Ok(living.map(|entry| entry.revision))
+}
+
+/// Takes a new lease; its name and revision.
+async fn take(presence: &Presence, edges: &Bucket) -> (Arc<str>, u64) {
+    let how = Put {
+        ttl: Some(presence.config.presence.lease),
+        expected: Some(0),
+    };
+    loop {
+        let number: u32 = rand::rng().random();
+        let lease: Arc<str> = format!("{}-{number:08x}", presence.edge).into();
+        let taken = async {
+            let used = format!("{USED}{lease}");
+            edges
+                .put(&used, presence.lease_value(), Put::default())
+                .await?;
+            edges.put(&lease, presence.lease_value(), how).await
+        };
+        match taken.await {
+            Ok(revision) => return (lease, revision),
+            Err(error) => tracing::debug!(%error, "a lease could not be taken"),
+        }
+        sleep(RETRY).await;
+    }
+}
+
+/// Gives up a lease: whoever is still said to be here is gone, at once.
+pub(super) async fn give_up(presence: &Presence, edges: &Bucket, lease: &str) {
+    match edges.remove(lease).await {
+        Ok(_revision) => purge(presence, edges, lease).await,
+        Err(error) => tracing::debug!(%error, "the lease could not be given up: it will end"),
+    }
+}
+
+/// Removes what was written under a lease that is over.
+async fn purge(presence: &Presence, edges: &Bucket, lease: &str) {
+    let purged = async {
+        let keys = subject::presence_keys_of(lease);
+        let purged = presence.bucket.purge(&keys).await?;
+        edges.purge(&format!("{USED}{lease}")).await?;
+        Ok::<_, KvError>(purged)
+    };
+    match purged.await {
+        Ok(keys) => tracing::info!(lease, keys, "keys of a lease that is over purged"),
+        // The key `used.…` is still there: the next sweep finds it.
+        Err(error) => tracing::debug!(lease, %error, "keys could not be purged yet"),
+    }
+}
+
+/// Follows all leases for ever, tells rosters which live, and purges what dead ones left.
+pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
+    let lease = presence.config.presence.lease;
+    let mut table = Table::default();
+    let mut generation = edges.connection().generation();
+    let Ok(mut feed) = edges.changes(">").await else {
+        return;
+    };
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut batch = Vec::new();
+    let (mut unread, mut swept) = (true, Instant::now());
+    // Since when keys of a lease that does not live were seen.
+    let mut left: HashMap<Arc<str>, Instant> = HashMap::new();
+    loop {
+        batch.clear();
+        tokio::select! {
+            more = feed.next_batch(&mut batch, 64) => if !more { return },
+            _ = tick.tick() => {}
+        }
+        let now = Instant::now();
+        // Before the batch: what the server told right after it came back is under grace too.
+        let established = edges.connection().generation();
+        if generation != established {
+            generation = established;
+            table.grace = Some(now + lease);
+            unread = true;
+            presence.resync_all();
+        }
+        let mut ended = Vec::new();
+        let changes = batch
+            .iter()
+            .filter_map(|message| edges.change(message))
+            .filter(|(_, entry)| !entry.key.starts_with(USED));
+        for (_origin, entry) in changes {
+            if entry.value.is_some() {
+                table.renewed(&entry.key, now);
+            } else if table.ended(&entry.key, now) {
+                ended.push(Arc::from(entry.key));
+            }
+        }
+        let had_grace = table.grace.is_some();
+        table.tick(now);
+        unread |= had_grace && table.grace.is_none();
+        unread |= feed.suspicion().is_some() || table.is_doubtful(lease, now);
+        let sweep = now >= swept + SWEEP;
+        if unread || sweep {
+            feed.settle();
+            match edges.scan(">").await {
+                // Asked before NATS was away, answered after: what is missing there has its grace first.
+                Ok(_) if edges.connection().generation() != generation => unread = true,
+                Ok(entries) => {
+                    unread = false;
+                    let living = |entry: &&Entry| entry.value.is_some();
+                    let (used, found): (Vec<&Entry>, Vec<&Entry>) = entries
+                        .iter()
+                        .filter(living)
+                        .partition(|entry| entry.key.starts_with(USED));
+                    let found: HashSet<Arc<str>> =
+                        found.iter().map(|entry| Arc::from(&*entry.key)).collect();
+                    ended.extend(table.read(&found, now));
+                    if sweep {
+                        swept = now;
+                    }
+                    let used: HashSet<Arc<str>> = used
+                        .iter()
+                        .filter_map(|entry| entry.key.strip_prefix(USED).map(Arc::from))
+                        .filter(|lease| !table.alive.contains_key(lease))
+                        .collect();
+                    left.retain(|lease, _| used.contains(lease));
+                    for lease in used {
+                        left.entry(lease).or_insert(now);
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "the leases can't be read"),
+            }
+        }
+        presence.set_alive(table.alive.keys());
+        // Its own, its holder looks after.
+        ended.retain(|lease: &Arc<str>| !presence.is_own(lease));
+        for lease in &ended {
+            count(Counter::LeaseEnded(LeaseEnd::Seen), 1);
+            tracing::info!(lease = %lease, "a lease is over");
+        }
+        // A lease that is being taken has its key `used.…` a moment before itself.
+        let old = left
+            .iter()
+            .filter(|(old, since)| now >= **since + 2 * lease && !presence.is_own(old))
+            .map(|(lease, _)| Arc::clone(lease));
+        let to_purge: HashSet<Arc<str>> = ended.into_iter().chain(old).collect();
+        if !to_purge.is_empty() && presence.is_first(table.alive.keys()) {
+            let purges = to_purge.iter().map(|lease| purge(&presence, &edges, lease));
+            future::join_all(purges).await;
+            left.retain(|lease, _| !to_purge.contains(lease));
+        }
+    }
+}
+
+/// What stands in a lease's key.
+pub(super) fn value(edge: &str, since: u64) -> Bytes {
+    serde_json::json!({ "edge": edge, "since": since })
+        .to_string()
+        .into()
+}
+
+/// The leases that rosters count as alive: those of other edges, and who is here.
+pub(super) fn alive<'a>(
+    others: impl Iterator<Item = &'a Arc<str>>,
+    own: impl Fn(&str) -> bool,
+) -> HashSet<Arc<str>> {
+    others
+        .filter(|lease| !own(lease))
+        .cloned()
+        .chain([Arc::from(LOCAL)])
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn a_lease_that_is_over_never_lives_again() {
+        let now = Instant::now();
+        let mut table = Table::default();
+        assert!(table.renewed("a", now));
+        assert!(!table.renewed("a", now));
+        assert!(table.ended("a", now));
+        assert!(!table.ended("a", now));
+        // A renewal that comes late.
+        assert!(!table.renewed("a", now));
+        assert!(table.alive.is_empty());
+        // The end may come before the beginning.
+        assert!(!table.ended("b", now));
+        assert!(!table.renewed("b", now));
+        assert!(table.alive.is_empty());
+    }
+
+    #[test]
+    fn an_end_that_nobody_told_is_found() {
+        let now = Instant::now();
+        let mut table = Table::default();
+        table.renewed("a", now);
+        table.renewed("b", now + LEASE / 2);
+        assert!(!table.is_doubtful(LEASE, now + LEASE));
+        assert!(table.is_doubtful(LEASE, now + LEASE + TICK));
+        let found = HashSet::from([Arc::from("b"), Arc::from("c")]);
+        assert_eq!(table.read(&found, now + LEASE + TICK), [Arc::from("a")]);
+        assert_eq!(table.alive.len(), 2);
+    }
+
+    #[test]
+    fn after_nats_was_away_edges_get_time_to_renew() {
+        let now = Instant::now();
+        let mut table = Table::default();
+        table.renewed("a", now);
+        table.renewed("b", now);
+        table.grace = Some(now + LEASE);
+        assert!(!table.ended("a", now));
+        assert!(table.read(&HashSet::new(), now).is_empty());
+        table.tick(now + LEASE / 2);
+        assert!(!table.ended("a", now + LEASE / 2));
+        table.tick(now + LEASE);
+        let found = HashSet::from([Arc::from("b")]);
+        assert_eq!(table.read(&found, now + LEASE), [Arc::from("a")]);
+    }
+
+    #[test]
+    fn what_is_over_is_forgotten_in_time() {
+        let now = Instant::now();
+        let mut table = Table::default();
+        table.renewed("a", now);
+        table.ended("a", now);
+        table.tick(now + REMEMBERED - TICK);
+        assert_eq!(table.over.len(), 1);
+        table.tick(now + REMEMBERED);
+        assert!(table.over.is_empty());
+    }
+}

@@ -1,0 +1,368 @@
+//! Who is where: kept per edge, written to NATS under the edge's lease, read from there where somebody looks.
+//!
+//! ```text
+//! sessions ─► Local ─► writer ─► bucket `presence` ─► RePublish ─► Watched (of every edge where somebody looks)
+//!               └────────────────── at once ─────────────────────────┘   └─► pushes ─► shards ─► members
+//! lease ─► bucket `edges` (TTL) ─► RePublish, or its absence ─► which leases live ─► Watched
+//! ```
+//!
+//! All of it runs beside the shards, over a NATS connection of its own: if it is slow, or NATS refuses it, messages are
+//! delivered as ever. Shards share one `Presence`, behind a lock that is held for the change of a map.
+//!
+//! # Invariants
+//! - A key says "this user is here" only under the lease of the edge that wrote it, and counts only while that lease lives.
+//! - Who is on this edge is shown by it without NATS.
+//! - Pushes of a room go out in the order of its changes; the list is never older than a push that went out before it was
+//!   asked for.
+
+mod announce;
+mod lease;
+mod local;
+mod roster;
+mod watch;
+mod writer;
+
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use parking_lot::Mutex;
+use serde_json::value::RawValue;
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, mpsc, watch as channel},
+    time::{MissedTickBehavior, interval, timeout_at},
+};
+
+use crate::{
+    bus::{Bucket, Connection, Reader},
+    config::{Config, PresencePolicy},
+    model::RoomId,
+    protocol::native::PageOf,
+    runtime::{Tasks, unix_ms},
+    subject::bucket,
+    telemetry::metrics::{Gauge, Held},
+};
+use local::Local;
+use roster::Alive;
+pub use roster::{Page, Seen};
+
+use watch::Watched;
+
+/// Pushes that wait for a shard; rooms wait with theirs when it is full.
+const WAITING: usize = 1024;
+
+/// How often rooms that are looked at are looked after.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Rooms compared with what is stored at once.
+const COMPARED_AT_ONCE: usize = 8;
+
+/// Frames for the members of a room who want to know who is there.
+#[derive(Debug)]
+pub struct Push {
+    /// Which room.
+    pub room: RoomId,
+    /// `presence` frames.
+    pub frames: Vec<Bytes>,
+}
+
+/// Who is where, of one edge; shared by its shards.
+#[derive(Debug)]
+pub struct Presence {
+    config: Arc<Config>,
+    edge: Arc<str>,
+    since: u64,
+    bucket: Bucket,
+    edges: Bucket,
+    local: Mutex<Local>,
+    /// Wakes the writer.
+    changed: Notify,
+    alive: channel::Sender<Alive>,
+    /// This edge's lease, and those it had before.
+    own: Mutex<Vec<Arc<str>>>,
+    shards: Vec<mpsc::Sender<Push>>,
+    runtime: Handle,
+    tasks: Tasks,
+}
+
+/// Who is in a room can't be told now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("who is in the room can't be read now")]
+pub struct Unavailable;
+
+/// A session that is in a room. Dropped when it leaves.
+#[derive(Debug)]
+pub struct Present {
+    presence: Arc<Presence>,
+    room: RoomId,
+    user: Arc<str>,
+    _active: Held,
+}
+
+/// A member that wants to be told who comes and goes. Dropped when it does not.
+#[derive(Debug)]
+pub struct Watch {
+    watched: Arc<Watched>,
+    shard: usize,
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        self.presence.local.lock().leave(&self.room, &self.user);
+        self.presence.changed.notify_one();
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.watched
+            .watchers(self.shard, |watchers| watchers.saturating_sub(1));
+    }
+}
+
+impl Presence {
+    /// Begins to keep who is where, over `connection`, for an edge of `shards` shards; what each of them is to push comes
+    /// out of its receiver. The tasks run on the current runtime and end with `tasks`.
+    #[must_use]
+    pub fn start(
+        config: &Arc<Config>,
+        edge: &Arc<str>,
+        connection: &Connection,
+        shards: usize,
+        tasks: &Tasks,
+    ) -> (Arc<Self>, Vec<mpsc::Receiver<Push>>) {
+        let (shards, pushes) = (0..shards).map(|_| mpsc::channel(WAITING)).unzip();
+        let reader = Reader::new(connection.clone(), &config.nats);
+        let of = |name| Bucket::new(connection.clone(), reader.clone(), config, name);
+        let writes_per_second = config.presence.writes_per_second;
+        let presence = Arc::new(Self {
+            edge: Arc::clone(edge),
+            since: unix_ms(),
+            bucket: of(bucket::PRESENCE),
+            // Several attempts must fit into a lease.
+            edges: of(bucket::EDGES).with_timeout(config.presence.lease / 5),
+            local: Mutex::new(Local::new(writes_per_second, Instant::now())),
+            changed: Notify::new(),
+            alive: channel::Sender::new(Arc::new(lease::alive([].iter(), |_| false))),
+            own: Mutex::default(),
+            shards,
+            runtime: Handle::current(),
+            tasks: tasks.clone(),
+            config: Arc::clone(config),
+        });
+        let (this, edges) = (Arc::clone(&presence), presence.edges.clone());
+        presence.background("lease", lease::hold(this, edges));
+        let (this, edges) = (Arc::clone(&presence), presence.edges.clone());
+        presence.background("leases", lease::follow(this, edges));
+        presence.background("presence writer", writer::run(Arc::clone(&presence)));
+        presence.background("presence", Arc::clone(&presence).keep());
+        (presence, pushes)
+    }
+
+    /// Runs a task until it ends or the edge does.
+    fn background(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let tasks = self.tasks.clone();
+        let _guard = self.runtime.enter();
+        self.tasks.spawn(name, async move {
+            tokio::select! {
+                () = task => {}
+                () = tasks.stopping() => {}
+            }
+        });
+    }
+
+    /// What is told of the users of a room.
+    #[must_use]
+    pub fn policy(&self, room: &RoomId) -> PresencePolicy {
+        self.config
+            .namespaces
+            .get(room.namespace())
+            .map_or(PresencePolicy::Off, |namespace| namespace.presence)
+    }
+
+    /// A session of `user` is in `room` from now on; `None` where the namespace has no presence.
+    #[must_use]
+    pub fn enter(
+        self: &Arc<Self>,
+        room: &RoomId,
+        user: &Arc<str>,
+        info: Option<&Arc<RawValue>>,
+    ) -> Option<Present> {
+        if self.policy(room) == PresencePolicy::Off {
+            return None;
+        }
+        self.local
+            .lock()
+            .enter(room, user, info, unix_ms(), Instant::now());
+        self.changed.notify_one();
+        Some(Present {
+            presence: Arc::clone(self),
+            room: room.clone(),
+            user: Arc::clone(user),
+            _active: Held::new(Gauge::PresenceSessions),
+        })
+    }
+
+    /// A member on `shard` wants to be told who comes to `room` and leaves it.
+    #[must_use]
+    pub fn watch(self: &Arc<Self>, room: &RoomId, shard: usize) -> Watch {
+        let watched = self.watched(room);
+        watched.watchers(shard, |watchers| watchers + 1);
+        Watch { watched, shard }
+    }
+
+    /// A page of who is in a room.
+    ///
+    /// # Errors
+    /// [`Unavailable`] when it could not be read within `rooms.join_timeout`.
+    pub async fn page(self: &Arc<Self>, room: &RoomId, page: &PageOf) -> Result<Page, Unavailable> {
+        let deadline = tokio::time::Instant::now() + self.config.rooms.join_timeout;
+        let watched = self.watched(room);
+        let page = timeout_at(deadline, watched.page(page.after.as_deref(), page.limit))
+            .await
+            .map_err(|_elapsed| Unavailable)?;
+        Ok(watch::within(self.policy(room), page))
+    }
+
+    fn watched(self: &Arc<Self>, room: &RoomId) -> Arc<Watched> {
+        let mut local = self.local.lock();
+        if let Some(watched) = local.watched(room) {
+            watched.touch();
+            return Arc::clone(watched);
+        }
+        let alive = Arc::clone(&self.alive.borrow());
+        let max = self.config.limits.presence_push_max;
+        let watched = Watched::new(room.clone(), alive, self.shards.len(), max);
+        local.watch(room, &watched);
+        drop(local);
+        self.background("roster", Arc::clone(&watched).run(Arc::clone(self)));
+        watched
+    }
+
+    /// Called by a roster's task when it ends.
+    fn forget(&self, watched: &Arc<Watched>) {
+        let mut local = self.local.lock();
+        if local
+            .watched(&watched.room)
+            .is_some_and(|current| Arc::ptr_eq(current, watched))
+        {
+            local.unwatch(&watched.room);
+        }
+    }
+
+    /// As [`Self::forget`], unless somebody has come to look meanwhile; whether it was forgotten.
+    fn forget_if_idle(&self, watched: &Arc<Watched>) -> bool {
+        let mut local = self.local.lock();
+        // Whoever begins to look holds the lock while they take hold of it.
+        let idle = watched.is_idle();
+        if idle {
+            local.unwatch(&watched.room);
+        }
+        idle
+    }
+
+    /// Looks after the rooms that are looked at, for ever: each is compared with what is stored once in `rooms.resync`, since
+    /// a republish can be lost.
+    async fn keep(self: Arc<Self>) {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            if !self.bucket.connection().is_up() {
+                continue;
+            }
+            let due: Vec<_> = self
+                .all_watched()
+                .into_iter()
+                .filter_map(|watched| Some((watched.due(self.config.rooms.resync)?, watched)))
+                .collect();
+            stream::iter(due)
+                .for_each_concurrent(COMPARED_AT_ONCE, async |(newest, watched)| {
+                    let keys = crate::subject::presence_keys(&watched.room);
+                    match self.bucket.newest(&keys).await {
+                        Ok(stored) if stored == newest => {}
+                        Ok(_other) => watched.resync(),
+                        Err(error) => tracing::debug!(%error, "a roster can't be compared"),
+                    }
+                })
+                .await;
+        }
+    }
+
+    fn all_watched(&self) -> Vec<Arc<Watched>> {
+        self.local.lock().all_watched()
+    }
+
+    /// Everything is to be read again: NATS was away.
+    fn resync_all(&self) {
+        for watched in self.all_watched() {
+            watched.resync();
+        }
+    }
+
+    async fn push(&self, shard: usize, push: Push) {
+        if let Some(shard) = self.shards.get(shard)
+            && shard.send(push).await.is_err()
+        {
+            tracing::debug!("a shard that has ended gets no pushes");
+        }
+    }
+
+    fn set_lease(&self, lease: &Arc<str>) {
+        self.own.lock().push(Arc::clone(lease));
+        self.local.lock().set_lease(Some(Arc::clone(lease)));
+        self.changed.notify_one();
+    }
+
+    fn is_own(&self, lease: &str) -> bool {
+        self.own.lock().iter().any(|own| **own == *lease)
+    }
+
+    fn lease_value(&self) -> Bytes {
+        lease::value(&self.edge, self.since)
+    }
+
+    fn set_alive<'a>(&self, leases: impl Iterator<Item = &'a Arc<str>>) {
+        let alive: HashSet<Arc<str>> = lease::alive(leases, |lease| self.is_own(lease));
+        self.alive.send_if_modified(|current| {
+            let changed = **current != alive;
+            if changed {
+                *current = Arc::new(alive);
+            }
+            changed
+        });
+    }
+
+    /// Whether this edge is the one to clean up: of those that live, the first by name.
+    fn is_first<'a>(&self, mut leases: impl Iterator<Item = &'a Arc<str>>) -> bool {
+        let own = self.own.lock().last().cloned();
+        own.is_some_and(|own| leases.all(|lease| own <= *lease))
+    }
+
+    /// From now on who leaves is kept: the edge drains, and its users have until its lease is given up to come back
+    /// elsewhere without anybody seeing them gone.
+    pub fn drain(&self) {
+        self.local.lock().drain();
+    }
+
+    /// Gives up the lease: who has not come back elsewhere is gone, at once. The end of a drain.
+    pub async fn give_up(&self, deadline: tokio::time::Instant) {
+        let own = self.own.lock().last().cloned();
+        let Some(own) = own.filter(|_| self.edges.connection().is_up()) else {
+            return;
+        };
+        // No more writes: those under way come before the purge.
+        self.local.lock().set_lease(None);
+        if timeout_at(deadline, lease::give_up(self, &self.edges, &own))
+            .await
+            .is_err()
+        {
+            tracing::debug!("there was no time to give up the lease: it will end");
+        }
+    }
+}

@@ -1,0 +1,506 @@
+//! Who is in one room, as a union of what edges say: pure state.
+//!
+//! A fact is "under this lease, this user is (not) here", with a revision, or "this lease lives", "this lease is over". Facts
+//! may come in any order, late and repeated, from any number of regions: of two about the same user and lease the one with
+//! the higher revision counts, and a lease that is over never lives again (an edge that comes back takes a new one). So
+//! merging commutes, and all who have the same facts show the same users.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    ops::Bound,
+    sync::Arc,
+};
+
+use serde_json::value::RawValue;
+
+/// What is known of a user in a room.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// Since when, in ms since 1970.
+    pub since: u64,
+    /// What the user's token says about them: a JSON object.
+    pub info: Option<Arc<RawValue>>,
+}
+
+/// A user came or went.
+#[derive(Debug, Clone)]
+pub(super) struct Change {
+    /// Who.
+    pub(super) user: Arc<str>,
+    /// What is known of who came; `None`: they went.
+    pub(super) seen: Option<Seen>,
+}
+
+/// What one lease says of one user.
+#[derive(Debug)]
+pub(super) struct Fact {
+    pub(super) lease: Arc<str>,
+    pub(super) user: Arc<str>,
+    /// Newer than every fact of the same lease and user with a lower one.
+    pub(super) revision: u64,
+    /// `None`: not here.
+    pub(super) seen: Option<Seen>,
+}
+
+/// A part of the list of users.
+#[derive(Debug, Clone, Default)]
+pub struct Page {
+    /// Users in the room.
+    pub count: usize,
+    /// Some of them, ordered by the bytes of their names.
+    pub users: Vec<(Arc<str>, Seen)>,
+    /// The last of `users`, if there are more after it.
+    pub next: Option<Arc<str>>,
+}
+
+/// The leases that live. Who is said to be here under any other lease is not shown: its edge is gone, or not yet heard of.
+pub(super) type Alive = Arc<HashSet<Arc<str>>>;
+
+/// The users of one room.
+#[derive(Debug, Default)]
+pub(super) struct Roster {
+    users: BTreeMap<Arc<str>, User>,
+    alive: Alive,
+    shown: usize,
+}
+
+#[derive(Debug, Default)]
+struct User {
+    holds: Vec<Hold>,
+    shown: bool,
+}
+
+/// What one lease says of one user.
+#[derive(Debug)]
+struct Hold {
+    lease: Arc<str>,
+    revision: u64,
+    /// `None`: gone. Kept for as long as an older fact may still come.
+    seen: Option<Seen>,
+}
+
+impl User {
+    fn seen(&self, alive: &HashSet<Arc<str>>) -> Option<Seen> {
+        let living = self
+            .holds
+            .iter()
+            .filter(|hold| alive.contains(&hold.lease))
+            .filter_map(|hold| hold.seen.as_ref());
+        // Here since they first came, as they called themselves last.
+        let first = living.clone().map(|seen| seen.since).min()?;
+        let last = living.max_by_key(|seen| seen.since)?;
+        Some(Seen {
+            since: first,
+            info: last.info.clone(),
+        })
+    }
+}
+
+impl Roster {
+    /// A room of which nothing is known yet.
+    #[must_use]
+    pub(super) fn new(alive: Alive) -> Self {
+        Self {
+            alive,
+            ..Self::default()
+        }
+    }
+
+    /// How many users are shown.
+    #[must_use]
+    pub(super) fn count(&self) -> usize {
+        self.shown
+    }
+
+    /// Takes in what one lease says of one user.
+    pub(super) fn apply(&mut self, fact: Fact) -> Option<Change> {
+        let entry = self.users.entry(Arc::clone(&fact.user)).or_default();
+        match entry.holds.iter_mut().find(|hold| hold.lease == fact.lease) {
+            Some(hold) if hold.revision >= fact.revision => return None,
+            Some(hold) => {
+                hold.revision = fact.revision;
+                hold.seen = fact.seen;
+            }
+            None => entry.holds.push(Hold {
+                lease: fact.lease,
+                revision: fact.revision,
+                seen: fact.seen,
+            }),
+        }
+        self.look(&fact.user)
+    }
+
+    /// Takes in which leases live now.
+    pub(super) fn set_alive(&mut self, alive: &Alive) -> Vec<Change> {
+        self.alive = Arc::clone(alive);
+        self.look_at_all()
+    }
+
+    /// Takes in all that the buckets hold of this room. `known` tells which leases they speak of; what else is known of
+    /// those, and not in `facts`, is over.
+    pub(super) fn replace(
+        &mut self,
+        facts: Vec<Fact>,
+        known: impl Fn(&str) -> bool,
+    ) -> Vec<Change> {
+        for user in self.users.values_mut() {
+            user.holds.retain(|hold| !known(&hold.lease));
+        }
+        for fact in facts {
+            let holds = &mut self.users.entry(fact.user).or_default().holds;
+            holds.push(Hold {
+                lease: fact.lease,
+                revision: fact.revision,
+                seen: fact.seen,
+            });
+        }
+        self.look_at_all()
+    }
+
+    /// Forgets what is over, once nothing can come any more that is older than it.
+    pub(super) fn forget_gone(&mut self) {
+        for user in self.users.values_mut() {
+            user.holds.retain(|hold| hold.seen.is_some());
+        }
+        self.users.retain(|_, user| !user.holds.is_empty());
+    }
+
+    /// The users after `after`, at most `limit`.
+    #[must_use]
+    pub(super) fn page(&self, after: Option<&str>, limit: usize) -> Page {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut users = self
+            .users
+            .range::<str, _>((from, Bound::Unbounded))
+            .filter_map(|(user, entry)| Some((Arc::clone(user), entry.seen(&self.alive)?)));
+        let page: Vec<_> = users.by_ref().take(limit).collect();
+        let next = users.next().and(page.last());
+        Page {
+            count: self.shown,
+            next: next.map(|(user, _)| Arc::clone(user)),
+            users: page,
+        }
+    }
+
+    /// Compares what is shown of a user with what is so.
+    fn look(&mut self, user: &Arc<str>) -> Option<Change> {
+        let entry = self.users.get_mut(user)?;
+        let change = Self::update(&self.alive, user, entry)?;
+        self.note(&change);
+        Some(change)
+    }
+
+    fn look_at_all(&mut self) -> Vec<Change> {
+        let alive = &self.alive;
+        let changes: Vec<Change> = self
+            .users
+            .iter_mut()
+            .filter_map(|(user, entry)| Self::update(alive, user, entry))
+            .collect();
+        for change in &changes {
+            self.note(change);
+        }
+        changes
+    }
+
+    fn update(alive: &HashSet<Arc<str>>, name: &Arc<str>, user: &mut User) -> Option<Change> {
+        let seen = user.seen(alive);
+        (seen.is_some() != user.shown).then(|| {
+            user.shown = seen.is_some();
+            Change {
+                user: Arc::clone(name),
+                seen,
+            }
+        })
+    }
+
+    fn note(&mut self, change: &Change) {
+        if change.seen.is_some() {
+            self.shown += 1;
+        } else {
+            self.shown -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeSet, HashMap};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What can be known: two regions with two edges each, and what they say of some users.
+    #[derive(Debug, Clone)]
+    enum News {
+        Says {
+            lease: usize,
+            user: usize,
+            revision: u64,
+            here: bool,
+        },
+        Lives(usize),
+        Over(usize),
+    }
+
+    const LEASES: [&str; 4] = ["seoul-a", "seoul-b", "virginia-a", "virginia-b"];
+    const USERS: [&str; 3] = ["kim", "lee", "zoë"];
+
+    /// A receiver of facts: a roster, and what it has heard of leases, as the lease table keeps it.
+    #[derive(Default)]
+    struct Receiver {
+        roster: Roster,
+        lives: BTreeSet<usize>,
+        over: BTreeSet<usize>,
+        facts: Vec<News>,
+        /// What its pushes made of an empty list.
+        pushed: BTreeSet<String>,
+    }
+
+    impl Receiver {
+        fn hear(&mut self, fact: &News) {
+            self.facts.push(fact.clone());
+            let changes = match fact {
+                News::Says {
+                    lease,
+                    user,
+                    revision,
+                    here,
+                } => {
+                    let seen = here.then(|| Seen {
+                        since: *revision,
+                        info: None,
+                    });
+                    let change = self.roster.apply(Fact {
+                        lease: LEASES[*lease].into(),
+                        user: USERS[*user].into(),
+                        revision: *revision,
+                        seen,
+                    });
+                    change.into_iter().collect()
+                }
+                News::Lives(lease) => {
+                    self.lives.insert(*lease);
+                    self.leases()
+                }
+                News::Over(lease) => {
+                    self.over.insert(*lease);
+                    self.leases()
+                }
+            };
+            for change in changes {
+                let news = if change.seen.is_some() {
+                    self.pushed.insert(change.user.to_string())
+                } else {
+                    self.pushed.remove(&*change.user)
+                };
+                assert!(news, "a push that says nothing new: {change:?}");
+            }
+        }
+
+        fn leases(&mut self) -> Vec<Change> {
+            let alive = self.lives.difference(&self.over);
+            let alive: HashSet<Arc<str>> = alive.map(|lease| LEASES[*lease].into()).collect();
+            self.roster.set_alive(&Arc::new(alive))
+        }
+
+        fn shown(&self) -> Vec<(String, u64)> {
+            let page = self.roster.page(None, usize::MAX);
+            assert_eq!(page.count, page.users.len());
+            assert_eq!(page.next, None);
+            let names: BTreeSet<String> = page.users.iter().map(|(u, _)| u.to_string()).collect();
+            assert_eq!(names, self.pushed, "pushes and list differ");
+            page.users
+                .iter()
+                .map(|(user, seen)| (user.to_string(), seen.since))
+                .collect()
+        }
+    }
+
+    /// The truth: a user is here if under some lease that lives the newest thing said is that they are.
+    fn model(facts: &[News]) -> Vec<(String, u64)> {
+        let mut newest: HashMap<(usize, usize), (u64, bool)> = HashMap::new();
+        let (mut lives, mut over) = (BTreeSet::new(), BTreeSet::new());
+        for fact in facts {
+            match fact {
+                News::Says {
+                    lease,
+                    user,
+                    revision,
+                    here,
+                } => {
+                    let entry = newest.entry((*lease, *user)).or_insert((0, false));
+                    *entry = (*entry).max((*revision, *here));
+                }
+                News::Lives(lease) => drop(lives.insert(*lease)),
+                News::Over(lease) => drop(over.insert(*lease)),
+            }
+        }
+        let mut users: BTreeMap<String, u64> = BTreeMap::new();
+        for ((lease, user), (revision, here)) in newest {
+            if here && lives.contains(&lease) && !over.contains(&lease) {
+                let since = users.entry(USERS[user].to_owned()).or_insert(revision);
+                *since = revision.min(*since);
+            }
+        }
+        users.into_iter().collect()
+    }
+
+    fn fact() -> impl Strategy<Value = News> {
+        let says =
+            (0..LEASES.len(), 0..USERS.len(), 1..12_u64).prop_map(|(lease, user, revision)| {
+                News::Says {
+                    lease,
+                    user,
+                    revision,
+                    // One truth a revision, as in a stream.
+                    here: !(revision + user as u64 + lease as u64).is_multiple_of(3),
+                }
+            });
+        prop_oneof![
+            6 => says,
+            2 => (0..LEASES.len()).prop_map(News::Lives),
+            1 => (0..LEASES.len()).prop_map(News::Over),
+        ]
+    }
+
+    fn hear(facts: &[News]) -> Receiver {
+        let mut receiver = Receiver::default();
+        facts.iter().for_each(|fact| receiver.hear(fact));
+        receiver
+    }
+
+    /// What `a` shows once it has been told all that `b` knows.
+    fn merged(mut a: Receiver, b: &Receiver) -> Receiver {
+        b.facts.iter().for_each(|fact| a.hear(fact));
+        a
+    }
+
+    proptest! {
+        /// Joins, leaves and ends of leases, late, repeated and out of order, of two regions: the list is that of the model,
+        /// and the pushes lead to it.
+        #[test]
+        fn the_list_is_that_of_the_model(
+            facts in prop::collection::vec(fact(), 0..60),
+            order in prop::collection::vec(any::<prop::sample::Index>(), 0..60),
+        ) {
+            let expected = model(&facts);
+            prop_assert_eq!(hear(&facts).shown(), expected.clone());
+            let mut shuffled = facts.clone();
+            for (at, index) in order.iter().enumerate().take(shuffled.len()) {
+                let other = index.index(shuffled.len());
+                shuffled.swap(at, other);
+            }
+            shuffled.extend(facts.iter().rev().take(7).cloned());
+            prop_assert_eq!(hear(&shuffled).shown(), expected);
+        }
+
+        #[test]
+        fn merging_is_commutative_associative_and_idempotent(
+            a in prop::collection::vec(fact(), 0..30),
+            b in prop::collection::vec(fact(), 0..30),
+            c in prop::collection::vec(fact(), 0..30),
+        ) {
+            let ab = merged(hear(&a), &hear(&b));
+            let ba = merged(hear(&b), &hear(&a));
+            prop_assert_eq!(ab.shown(), ba.shown());
+            let left = merged(merged(hear(&a), &hear(&b)), &hear(&c));
+            let right = merged(hear(&a), &merged(hear(&b), &hear(&c)));
+            prop_assert_eq!(left.shown(), right.shown());
+            let before = ab.shown();
+            let again = merged(merged(ab, &hear(&b)), &hear(&a));
+            prop_assert_eq!(again.shown(), before);
+        }
+
+        /// Losing live changes and reading all that is stored leads to the same list as hearing everything, and what comes
+        /// late afterwards changes nothing.
+        #[test]
+        fn reading_everything_makes_up_for_what_was_lost(
+            facts in prop::collection::vec(fact(), 0..60),
+            heard in prop::collection::vec(any::<bool>(), 60),
+        ) {
+            let mut lossy = Receiver::default();
+            for (fact, heard) in facts.iter().zip(&heard) {
+                if *heard || !matches!(fact, News::Says { .. }) {
+                    lossy.hear(fact);
+                }
+            }
+            let mut stored: HashMap<(usize, usize), (u64, bool)> = HashMap::new();
+            for fact in &facts {
+                if let News::Says { lease, user, revision, here } = fact {
+                    let entry = stored.entry((*lease, *user)).or_default();
+                    *entry = (*entry).max((*revision, *here));
+                }
+            }
+            let stored = stored.into_iter().map(|((lease, user), (revision, here))| Fact {
+                lease: LEASES[lease].into(),
+                user: USERS[user].into(),
+                revision,
+                seen: here.then_some(Seen { since: revision, info: None }),
+            });
+            for change in lossy.roster.replace(stored.collect(), |_| true) {
+                let news = if change.seen.is_some() {
+                    lossy.pushed.insert(change.user.to_string())
+                } else {
+                    lossy.pushed.remove(&*change.user)
+                };
+                prop_assert!(news);
+            }
+            let expected = model(&facts);
+            prop_assert_eq!(lossy.shown(), expected.clone());
+            for (fact, heard) in facts.iter().zip(&heard) {
+                if !heard {
+                    lossy.hear(fact);
+                }
+            }
+            prop_assert_eq!(lossy.shown(), expected.clone());
+            lossy.roster.forget_gone();
+            prop_assert_eq!(lossy.shown(), expected);
+        }
+    }
+
+    #[test]
+    fn pages_follow_each_other_without_gap_or_repeat() {
+        let lease: Arc<str> = "e1".into();
+        let mut roster = Roster::new(Arc::new(HashSet::from([Arc::clone(&lease)])));
+        let mut expected = Vec::new();
+        for i in 0..25_u64 {
+            let user: Arc<str> = format!("user-{i:02}").into();
+            let mut say = |revision, seen| {
+                roster.apply(Fact {
+                    lease: Arc::clone(&lease),
+                    user: Arc::clone(&user),
+                    revision,
+                    seen,
+                })
+            };
+            say(
+                1,
+                Some(Seen {
+                    since: i,
+                    info: None,
+                }),
+            );
+            if i % 5 == 0 {
+                say(2, None);
+            } else {
+                expected.push(user);
+            }
+        }
+        let (mut found, mut after) = (Vec::new(), None);
+        loop {
+            let page = roster.page(after.as_deref(), 7);
+            assert_eq!(page.count, 20);
+            assert!(page.users.len() <= 7);
+            found.extend(page.users.into_iter().map(|(user, _)| user));
+            after = page.next;
+            if after.is_none() {
+                break;
+            }
+        }
+        assert_eq!(found, expected);
+        // The page that ends with the last user says so.
+        assert_eq!(roster.page(Some("user-18"), 5).next.as_deref(), None);
+    }
+}

@@ -1,0 +1,391 @@
+//! One room that somebody on this edge looks at: its roster, kept up to date, and pushes to those who want them.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use tokio::{
+    sync::{Notify, watch},
+    time::sleep_until,
+};
+
+use super::{
+    Presence, Push,
+    announce::{self, Announcer},
+    roster::{Alive, Change, Fact, Page, Roster, Seen},
+};
+use crate::{
+    bus::{Entry, KvError, LiveFeed},
+    config::PresencePolicy,
+    model::RoomId,
+    protocol::native::Writer,
+    runtime::unix_ms,
+    subject,
+    telemetry::metrics::{Counter, Gauge, Held, PresencePush, count},
+    wire::text_frame,
+};
+
+/// The lease of who is on this edge: always alive, and never written.
+pub(super) const LOCAL: &str = "";
+
+/// Changes taken in one go.
+const BATCH: usize = 256;
+
+/// How long a room nobody looks at is kept: the next page of a list, or who comes back, finds it.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// Pause before a read that failed is repeated.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// A room that is looked at.
+#[derive(Debug)]
+pub(super) struct Watched {
+    pub(super) room: RoomId,
+    state: Mutex<State>,
+    wake: Notify,
+    loaded: watch::Sender<bool>,
+    /// Most changes that are pushed by name.
+    max: usize,
+    _active: Held,
+}
+
+#[derive(Debug)]
+struct State {
+    roster: Roster,
+    /// What is still to be pushed, and how many changes that is in all.
+    changes: Vec<Change>,
+    total: usize,
+    /// Members that want pushes, a shard.
+    watchers: Vec<u32>,
+    used: Instant,
+    /// When the room was last compared with what is stored.
+    checked: Instant,
+    resync: bool,
+    /// Newest revision that was taken in.
+    newest: u64,
+}
+
+/// The value of a presence key.
+#[derive(Debug, Deserialize)]
+struct Value {
+    since: u64,
+    info: Option<Box<RawValue>>,
+}
+
+/// The value of a user's key.
+pub(super) fn value(seen: &Seen) -> Bytes {
+    let since = seen.since;
+    match &seen.info {
+        Some(info) => format!(r#"{{"since":{since},"info":{}}}"#, info.get()),
+        None => format!(r#"{{"since":{since}}}"#),
+    }
+    .into()
+}
+
+/// What a key says.
+fn fact(entry: &Entry) -> Option<Fact> {
+    let (user, lease) = subject::parse_presence_key(&entry.key)?;
+    let seen = entry.value.as_ref().map(|value| {
+        // Whoever wrote something else by hand is here all the same.
+        let value = serde_json::from_slice(value).unwrap_or(Value {
+            since: entry.at,
+            info: None,
+        });
+        Seen {
+            since: value.since,
+            info: value.info.map(Arc::from),
+        }
+    });
+    Some(Fact {
+        lease: lease.into(),
+        user: user.into(),
+        revision: entry.revision,
+        seen,
+    })
+}
+
+impl State {
+    fn record(&mut self, changes: impl IntoIterator<Item = Change>, max: usize) {
+        for change in changes {
+            self.total += 1;
+            if self.changes.len() < max {
+                self.changes.push(change);
+            }
+        }
+    }
+}
+
+impl Watched {
+    pub(super) fn new(room: RoomId, alive: Alive, shards: usize, max: usize) -> Arc<Self> {
+        let now = Instant::now();
+        Arc::new(Self {
+            room,
+            state: Mutex::new(State {
+                roster: Roster::new(alive),
+                changes: Vec::new(),
+                total: 0,
+                watchers: vec![0; shards],
+                used: now,
+                checked: now,
+                resync: true,
+                newest: 0,
+            }),
+            wake: Notify::new(),
+            loaded: watch::Sender::new(false),
+            max,
+            _active: Held::new(Gauge::RosterActive),
+        })
+    }
+
+    /// Takes in who is on this edge.
+    pub(super) fn apply_local(&self, user: &Arc<str>, revision: u64, seen: Option<Seen>) {
+        let mut state = self.state.lock();
+        let change = state.roster.apply(Fact {
+            lease: Arc::from(LOCAL),
+            user: Arc::clone(user),
+            revision,
+            seen,
+        });
+        state.record(change, self.max);
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    /// A member on `shard` begins or ends to want pushes.
+    pub(super) fn watchers(&self, shard: usize, change: impl FnOnce(u32) -> u32) {
+        let mut state = self.state.lock();
+        state.used = Instant::now();
+        if let Some(watchers) = state.watchers.get_mut(shard) {
+            *watchers = change(*watchers);
+        }
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    /// Somebody looks.
+    pub(super) fn touch(&self) {
+        self.state.lock().used = Instant::now();
+    }
+
+    /// Makes the task read everything again.
+    pub(super) fn resync(&self) {
+        self.state.lock().resync = true;
+        self.wake.notify_one();
+    }
+
+    /// Whether the room is due to be compared with what is stored; if so, it is taken for compared. Then its newest revision.
+    pub(super) fn due(&self, interval: Duration) -> Option<u64> {
+        let mut state = self.state.lock();
+        // Spread, so that rooms that were opened together are not all compared together.
+        let wait = interval.mul_f64(rand::random_range(0.6..1.0));
+        if state.resync || state.checked.elapsed() < wait {
+            return None;
+        }
+        state.checked = Instant::now();
+        state.roster.forget_gone();
+        Some(state.newest)
+    }
+
+    /// A page of the list, once the room is known.
+    pub(super) async fn page(&self, after: Option<&str>, limit: usize) -> Page {
+        // The sender is in `self`: it can't be dropped while we wait.
+        let mut loaded = self.loaded.subscribe();
+        drop(loaded.wait_for(|loaded| *loaded).await);
+        let mut state = self.state.lock();
+        state.used = Instant::now();
+        state.roster.page(after, limit)
+    }
+
+    /// Keeps the roster up to date until nobody has looked at it for a while, or NATS is closed.
+    pub(super) async fn run(self: Arc<Self>, presence: Arc<Presence>) {
+        let policy = presence.policy(&self.room);
+        let mut announcer = Announcer::new(policy, self.max, Instant::now());
+        let mut alive = presence.alive.subscribe();
+        {
+            let now = Arc::clone(&*alive.borrow_and_update());
+            self.state.lock().roster.set_alive(&now);
+        }
+        let keys = subject::presence_keys(&self.room);
+        let Ok(mut feed) = presence.bucket.changes(&keys).await else {
+            return presence.forget(&self);
+        };
+        let mut batch = Vec::new();
+        let mut retry = None;
+        loop {
+            self.sync(&presence, &keys, &mut feed, &mut retry).await;
+            self.push(&presence, &mut announcer).await;
+            let idle_at = {
+                let state = self.state.lock();
+                let watched = state.watchers.iter().any(|watchers| *watchers > 0);
+                (!watched).then(|| state.used + IDLE)
+            };
+            if idle_at.is_some_and(|at| at <= Instant::now()) && presence.forget_if_idle(&self) {
+                return;
+            }
+            let due = [announcer.due(), idle_at, retry]
+                .into_iter()
+                .flatten()
+                .min();
+            batch.clear();
+            // A batch is only taken when it is put into `batch`, a notification that is not waited for is kept: all
+            // branches are cancel-safe.
+            tokio::select! {
+                more = feed.next_batch(&mut batch, BATCH) => if !more {
+                    return presence.forget(&self);
+                },
+                () = self.wake.notified() => {}
+                changed = alive.changed() => {
+                    let changes = {
+                        let alive = Arc::clone(&*alive.borrow_and_update());
+                        self.state.lock().roster.set_alive(&alive)
+                    };
+                    self.state.lock().record(changes, self.max);
+                    if changed.is_err() {
+                        return presence.forget(&self);
+                    }
+                }
+                () = sleep_until(due.unwrap_or_else(|| Instant::now() + IDLE).into()) => {}
+            }
+            if feed.suspicion().is_some() {
+                self.state.lock().resync = true;
+            }
+            let mut state = self.state.lock();
+            for message in &batch {
+                let Some((_origin, entry)) = presence.bucket.change(message) else {
+                    continue;
+                };
+                state.newest = state.newest.max(entry.revision);
+                if let Some(fact) = fact(&entry) {
+                    let change = state.roster.apply(fact);
+                    state.record(change, self.max);
+                }
+            }
+        }
+    }
+
+    /// Reads everything that is stored of the room, if that is wanted.
+    async fn sync(
+        &self,
+        presence: &Presence,
+        keys: &str,
+        feed: &mut LiveFeed,
+        retry: &mut Option<Instant>,
+    ) {
+        if !self.state.lock().resync || retry.is_some_and(|at| at > Instant::now()) {
+            return;
+        }
+        // Before the read, so that a cause to be suspect during it makes us read again.
+        feed.settle();
+        self.state.lock().resync = false;
+        let entries: Result<Vec<Entry>, KvError> = presence.bucket.scan(keys).await;
+        let entries = match entries {
+            Ok(entries) => entries,
+            Err(error) => {
+                tracing::debug!(room.id = %self.room, %error, "who is in a room can't be read");
+                self.state.lock().resync = true;
+                *retry = Some(Instant::now() + RETRY);
+                return;
+            }
+        };
+        *retry = None;
+        count(Counter::PresenceScans, 1);
+        let mut state = self.state.lock();
+        state.newest = entries.last().map_or(0, |entry| entry.revision);
+        state.checked = Instant::now();
+        let facts = entries.iter().filter_map(fact).collect();
+        let changes = state.roster.replace(facts, |lease| lease != LOCAL);
+        state.record(changes, self.max);
+        if !*self.loaded.borrow() {
+            // Who asks for the list from now on gets all of it: there is nothing to push of what was so before.
+            state.changes.clear();
+            state.total = 0;
+            self.loaded.send_replace(true);
+        }
+    }
+
+    async fn push(&self, presence: &Presence, announcer: &mut Announcer) {
+        let (pushes, shards) = {
+            let mut state = self.state.lock();
+            if !*self.loaded.borrow() {
+                return;
+            }
+            let changes = std::mem::take(&mut state.changes);
+            let total = std::mem::take(&mut state.total);
+            let count = state.roster.count();
+            let pushes = announcer.on(changes, total, count, Instant::now());
+            let shards = state.watchers.iter().enumerate();
+            let shards: Vec<usize> = shards
+                .filter_map(|(shard, watchers)| (*watchers > 0).then_some(shard))
+                .collect();
+            (pushes, shards)
+        };
+        if pushes.is_empty() || shards.is_empty() {
+            return;
+        }
+        let frames: Vec<Bytes> = pushes.iter().map(|push| frame(&self.room, push)).collect();
+        for shard in shards {
+            presence
+                .push(
+                    shard,
+                    Push {
+                        room: self.room.clone(),
+                        frames: frames.clone(),
+                    },
+                )
+                .await;
+        }
+    }
+
+    /// Whether nobody wants pushes or has looked lately.
+    pub(super) fn is_idle(&self) -> bool {
+        let state = self.state.lock();
+        state.watchers.iter().all(|watchers| *watchers == 0) && state.used.elapsed() >= IDLE
+    }
+}
+
+/// `presence`, as it is pushed.
+fn frame(room: &RoomId, push: &announce::Push) -> Bytes {
+    let mut out = Vec::with_capacity(128);
+    let mut writer = Writer::new(&mut out, "presence");
+    writer.string("room", room.as_str());
+    match push {
+        announce::Push::Count(users) => {
+            count(Counter::PresencePushed(PresencePush::Count), 1);
+            writer.number("count", *users as u64);
+        }
+        announce::Push::User(change) => {
+            count(Counter::PresencePushed(PresencePush::User), 1);
+            writer.string("user", &change.user);
+            match &change.seen {
+                Some(seen) => {
+                    writer.string("state", "join");
+                    if let Some(info) = &seen.info {
+                        writer.raw("info", info.get().as_bytes());
+                    }
+                    writer.number("at", seen.since);
+                }
+                None => {
+                    writer.string("state", "leave").number("at", unix_ms());
+                }
+            }
+        }
+    }
+    writer.end();
+    text_frame(&out)
+}
+
+/// What of a page is shown under a policy.
+pub(super) fn within(policy: PresencePolicy, page: Page) -> Page {
+    match policy {
+        PresencePolicy::Users => page,
+        PresencePolicy::Counts | PresencePolicy::Off => Page {
+            count: page.count,
+            ..Page::default()
+        },
+    }
+}

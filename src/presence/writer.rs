@@ -1,0 +1,68 @@
+//! Writes to NATS what [`super::local::Local`] says is to be written.
+
+use std::{sync::Arc, time::Instant};
+
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use tokio::time::{Duration, sleep, sleep_until};
+
+use super::{Presence, local::Next, watch::value};
+use crate::{
+    bus::Put,
+    subject::presence_key,
+    telemetry::metrics::{Counter, count},
+};
+
+/// Writes that wait for their acknowledgement.
+const IN_FLIGHT: usize = 256;
+
+/// How often is looked whether NATS is back.
+const AWAY: Duration = Duration::from_millis(100);
+
+/// Writes for ever.
+pub(super) async fn run(presence: Arc<Presence>) {
+    let mut writes = FuturesUnordered::new();
+    loop {
+        if !presence.bucket.connection().is_up() && writes.is_empty() {
+            sleep(AWAY).await;
+            continue;
+        }
+        let next = if writes.len() < IN_FLIGHT {
+            presence.local.lock().next_write(Instant::now())
+        } else {
+            Next::Idle
+        };
+        let wait = match next {
+            Next::Write(write) => {
+                let bucket = presence.bucket.clone();
+                writes.push(async move {
+                    let key = presence_key(&write.room, &write.user, &write.lease);
+                    let written = match &write.seen {
+                        Some(seen) => bucket.put(&key, value(seen), Put::default()).await,
+                        None => bucket.remove(&key).await,
+                    };
+                    (write, written)
+                });
+                continue;
+            }
+            Next::At(at) => Some(at),
+            Next::Idle => None,
+        };
+        tokio::select! {
+            Some((write, written)) = writes.next() => {
+                count(Counter::PresenceWrites, 1);
+                if let Err(error) = &written {
+                    count(Counter::PresenceWriteFailed, 1);
+                    tracing::debug!(%error, "who is in a room could not be written yet");
+                }
+                presence.local.lock().written(&write, written.is_ok(), Instant::now());
+            }
+            () = presence.changed.notified() => {}
+            () = async {
+                match wait {
+                    Some(at) => sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            } => {}
+        }
+    }
+}
