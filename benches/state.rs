@@ -1,0 +1,325 @@
+//! What the state of a room costs: time, CPU of the edge, and messages that reach NATS. Real processes on this machine, two
+//! edges of one shard; run with `cargo bench --bench state`. Results stand in `benches/RESULTS.md`.
+
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a benchmark prints, and fails as tests do"
+)]
+
+#[path = "../tests/it/support/mod.rs"]
+mod support;
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use natter::{
+    client::Connection,
+    servers::{Process, Spec, free_port},
+};
+use serde_json::{Value, json};
+use support::{
+    LONG, binaries, launcher,
+    mesh::{Mesh, http},
+};
+use tokio::task::JoinSet;
+
+/// Members of the large room.
+const MEMBERS: usize = 10_000;
+/// Joins that are timed in each scenario.
+const JOINS: usize = 2_000;
+/// Rooms of one `unread`.
+const ROOMS: usize = 500;
+/// Repetitions of what is timed; the median is printed, with the fastest and the slowest.
+const RUNS: usize = 9;
+
+/// A nats-server that counts what reaches it.
+struct Nats {
+    _process: Process,
+    url: String,
+    monitor: SocketAddr,
+}
+
+impl Nats {
+    async fn start(dir: &Path) -> Self {
+        let [port, monitor] = [free_port().unwrap(), free_port().unwrap()];
+        let config = format!(
+            "listen: 127.0.0.1:{port}\nhttp: 127.0.0.1:{monitor}\njetstream {{ store_dir: {:?}, domain: bench }}\n",
+            dir.join("store")
+        );
+        let file = dir.join("nats.conf");
+        std::fs::write(&file, config).unwrap();
+        let monitor = SocketAddr::from(([127, 0, 0, 1], monitor));
+        let spec = Spec {
+            name: "nats-server".to_owned(),
+            program: binaries().await.nats_server.clone(),
+            args: vec!["-c".into(), file.into()],
+            env: Vec::new(),
+            log: dir.join("nats.log"),
+            ready: Arc::new(move |_pid| {
+                Box::pin(async move {
+                    match http(monitor, "GET", "/healthz", "", "").await? {
+                        (200, _) => Ok(()),
+                        (status, body) => Err(format!("{status}: {body}").into()),
+                    }
+                })
+            }),
+            alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
+            ready_within: LONG,
+            stop_within: LONG,
+        };
+        let mut process = Process::new(launcher(), spec);
+        process.start().await.unwrap();
+        Self {
+            _process: process,
+            url: format!("nats://127.0.0.1:{port}"),
+            monitor,
+        }
+    }
+
+    /// Messages that clients have sent to the server: requests and publishes.
+    async fn received(&self) -> u64 {
+        let (_, body) = http(self.monitor, "GET", "/varz", "", "").await.unwrap();
+        let varz: Value = serde_json::from_str(&body).unwrap();
+        varz["in_msgs"].as_u64().unwrap()
+    }
+}
+
+/// CPU time that a process has used, in clock ticks of 10 ms.
+fn cpu(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, rest) = stat.rsplit_once(") ").unwrap();
+    let fields: Vec<&str> = rest.split(' ').collect();
+    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+    Duration::from_millis(ticks * 10)
+}
+
+async fn call(connection: &Connection, op: &str, fields: Value) -> Value {
+    connection.commands().call(op, fields).await.unwrap().json()
+}
+
+/// Connections of users, made some at a time. Nobody reads their pushes but the connection itself.
+async fn connect(mesh: &Mesh, users: usize, prefix: &str) -> Vec<Connection> {
+    let mut connections = Vec::with_capacity(users);
+    while connections.len() < users {
+        let some = (users - connections.len()).min(200);
+        let opening = (0..some).map(|i| {
+            let user = format!("{prefix}{:05}", connections.len() + i);
+            async move { mesh.connect(0, &user).await }
+        });
+        connections.extend(futures_util::future::join_all(opening).await);
+    }
+    connections
+}
+
+struct Timed {
+    times: Vec<Duration>,
+    wall: Duration,
+    cpu: Duration,
+    nats: u64,
+}
+
+/// Times one call after the other, and the CPU of the edge that answers them.
+async fn time(
+    nats: &Nats,
+    mesh: &Mesh,
+    edge: usize,
+    calls: usize,
+    mut call: impl AsyncFnMut(usize),
+) -> Timed {
+    let pid = mesh.edges[edge].process.pid().unwrap();
+    let (before, cpu_before, started) = (nats.received().await, cpu(pid), Instant::now());
+    let mut times = Vec::with_capacity(calls);
+    for i in 0..calls {
+        let started = Instant::now();
+        call(i).await;
+        times.push(started.elapsed());
+    }
+    let wall = started.elapsed();
+    let cpu = cpu(pid) - cpu_before;
+    let nats = nats.received().await - before;
+    times.sort_unstable();
+    Timed {
+        times,
+        wall,
+        cpu,
+        nats,
+    }
+}
+
+impl Timed {
+    fn at(&self, part: f64) -> Duration {
+        let last = self.times.len() - 1;
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "a place in a short list"
+        )]
+        let index = (part * last as f64).round() as usize;
+        self.times[index]
+    }
+
+    fn print(&self, what: &str) {
+        let calls = u32::try_from(self.times.len()).unwrap();
+        let per_call = f64::from(u32::try_from(self.nats).unwrap()) / f64::from(calls);
+        println!(
+            "{what:<58} p50 {:>9.1?} p99 {:>9.1?} min {:>9.1?} max {:>9.1?}  CPU {:>8.1?}  NATS {per_call:>7.2}  ({calls} calls in {:.2?})",
+            self.at(0.5),
+            self.at(0.99),
+            self.at(0.0),
+            self.at(1.0),
+            self.cpu / calls,
+            self.wall,
+        );
+    }
+}
+
+fn main() {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(run());
+}
+
+async fn run() {
+    let dir = tempfile::tempdir().unwrap();
+    let nats = Nats::start(dir.path()).await;
+    let toml = "edge.shards = 1\nlimits.commands_per_second = 1000000\nlimits.commands_burst = 1000000\n\
+        namespaces.quiet = {durable = true, typing = true, presence = 'off'}";
+    let mesh = Mesh::start(&nats.url, 2, toml).await;
+    println!(
+        "a call: time as the client sees it, CPU of the edge, messages that reached NATS from whomever"
+    );
+    joins(&nats, &mesh).await;
+    snapshots(&nats, &mesh).await;
+    unread(&nats, &mesh).await;
+}
+
+/// Joins, one after the other: without presence, shown to others, and told of others; in a room that is open, and in a new
+/// room each.
+async fn joins(nats: &Nats, mesh: &Mesh) {
+    let users = connect(mesh, JOINS, "join").await;
+    let watcher = mesh.connect(0, "watcher").await;
+    for (what, room, presence) in [
+        ("presence off", "quiet:a", false),
+        ("shown", "chat:b", false),
+        ("shown and told", "chat:c", true),
+    ] {
+        call(
+            &watcher,
+            "join",
+            json!({"room": room, "presence": presence}),
+        )
+        .await;
+        let timed = time(nats, mesh, 0, JOINS, async |i: usize| {
+            call(
+                &users[i],
+                "join",
+                json!({"room": room, "presence": presence}),
+            )
+            .await;
+        })
+        .await;
+        timed.print(&format!("join of an open room, {what}"));
+        let timed = time(nats, mesh, 0, JOINS, async |i: usize| {
+            let room = format!("{room}{i}");
+            call(
+                &users[i],
+                "join",
+                json!({"room": room, "presence": presence}),
+            )
+            .await;
+        })
+        .await;
+        timed.print(&format!("join of a new room, {what}"));
+    }
+    close(users).await;
+}
+
+/// The list of a room of 10,000, asked for on the edge where nobody of them is.
+async fn snapshots(nats: &Nats, mesh: &Mesh) {
+    let users = connect(mesh, MEMBERS, "member").await;
+    for user in &users {
+        call(user, "join", json!({"room": "chat:big"})).await;
+    }
+    let asks = mesh.connect(1, "asks").await;
+    let list = async |room: &str| {
+        let (mut listed, mut after) = (0, Value::Null);
+        loop {
+            let fields = json!({"room": room, "limit": 1000, "after": after});
+            let page = call(&asks, "presence", fields).await;
+            listed += page["users"].as_array().unwrap().len();
+            after = page["next"].clone();
+            if after.is_null() {
+                return listed;
+            }
+        }
+    };
+    // The first list reads the keys from NATS, the others come from memory.
+    let timed = time(nats, mesh, 1, 1, async |_i: usize| {
+        assert_eq!(list("chat:big").await, MEMBERS);
+    })
+    .await;
+    timed.print("list of 10,000 in 10 pages, the first time");
+    let timed = time(nats, mesh, 1, RUNS, async |_i: usize| {
+        assert_eq!(list("chat:big").await, MEMBERS);
+    })
+    .await;
+    timed.print("list of 10,000 in 10 pages, again");
+    let timed = time(nats, mesh, 1, 200, async |_i: usize| {
+        let page = call(&asks, "presence", json!({"room": "chat:big"})).await;
+        assert_eq!(page["users"].as_array().unwrap().len(), 100);
+    })
+    .await;
+    timed.print("one page of 100 of them");
+    close(users).await;
+}
+
+/// Counts of 500 rooms with 20 messages each.
+async fn unread(nats: &Nats, mesh: &Mesh) {
+    let (writer, reader) = (
+        mesh.connect(0, "writer").await,
+        mesh.connect(0, "reader").await,
+    );
+    let rooms: Vec<String> = (0..ROOMS).map(|i| format!("chat:u{i}")).collect();
+    let mut cursors = Vec::new();
+    for room in &rooms {
+        let mut here = Vec::new();
+        for n in 0..20 {
+            let ack = call(&writer, "send", json!({"room": room, "body": n})).await;
+            here.push(ack["cursor"].clone());
+        }
+        cursors.push(here);
+    }
+    // How many of the rooms have something new.
+    for new in [ROOMS, ROOMS / 2, 0] {
+        for (room, here) in rooms.iter().zip(&cursors).skip(new) {
+            let ok = call(&reader, "read", json!({"room": room, "cursor": here[19]})).await;
+            assert_eq!(ok["op"], "ok", "{ok}");
+        }
+        let timed = time(nats, mesh, 0, RUNS, async |_i: usize| {
+            let answer = call(&reader, "unread", json!({"rooms": rooms})).await;
+            let counts = answer["rooms"].as_array().unwrap();
+            let sum: u64 = counts.iter().map(|r| r["count"].as_u64().unwrap()).sum();
+            assert_eq!(sum, 20 * new as u64);
+        })
+        .await;
+        timed.print(&format!("unread of 500 rooms, {new} with news"));
+    }
+}
+
+async fn close(users: Vec<Connection>) {
+    let mut closing = JoinSet::new();
+    for user in users {
+        closing.spawn(user.close());
+    }
+    closing.join_all().await;
+}
