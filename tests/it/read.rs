@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use natter::{
     auth::{Grant, Right},
     client::{CallError, Connection, Endpoint},
-    model::Cursor,
+    model::{Cursor, RoomId},
     subject::{bucket, bucket_name, marker_key},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
@@ -50,19 +50,13 @@ async fn stored(
     room: &str,
     user: &str,
 ) -> Option<String> {
-    let key = marker_key(&room.parse_room(), user);
+    let key = marker_key(&room_id(room), user);
     let value = store.get(key).await.unwrap()?;
     Some(String::from_utf8(value.to_vec()).unwrap())
 }
 
-trait ParseRoom {
-    fn parse_room(&self) -> natter::model::RoomId;
-}
-
-impl ParseRoom for str {
-    fn parse_room(&self) -> natter::model::RoomId {
-        natter::model::RoomId::parse(self).unwrap()
-    }
+fn room_id(room: &str) -> RoomId {
+    RoomId::parse(room).unwrap()
 }
 
 /// Waits until the key of a user holds `cursor`.
@@ -880,7 +874,7 @@ async fn edges_that_write_the_same_key_never_overwrite_the_higher_marker() {
     for round in 0..ROUNDS {
         let room = format!("chat:round{round}");
         let cursors = say(&mut writer, &room, CURSORS).await;
-        let key = marker_key(&room.parse_room(), "kim");
+        let key = marker_key(&room_id(&room), "kim");
         let mut changes = store.watch(key).await.unwrap();
         let highest = cursors[CURSORS - 1].clone();
         let until = seq(&highest);
@@ -944,7 +938,7 @@ async fn receipts_that_were_missed_are_read_from_the_bucket() {
     nats.server.restart().await.unwrap();
     let store = markers_of(&mesh).await;
     for (user, at) in [("kim", 4), ("lee", 0), ("park", 2)] {
-        let key = marker_key(&ROOM.parse_room(), user);
+        let key = marker_key(&room_id(ROOM), user);
         let value = cursors[at].as_str().unwrap().to_owned();
         store.put(key, value.into()).await.unwrap();
     }
