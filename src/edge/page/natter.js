@@ -11,7 +11,7 @@ const HEALTHY_MS = 5_000; // a connection that lived this long starts the backof
 const CALL_MS = 10_000; // an edge answers a publish within 5 s, whatever happens behind it
 const JOIN_MS = 15_000;
 const READ_EVERY_MS = 300; // between two moves of our read marker
-const LOOK_AGAIN_MS = 1_000; // at least, before the list of who is here is asked for once more
+const LOOK_AGAIN_MS = 2_000; // at least, before the list of who is here is asked for once more
 const LISTED = 1_000; // people, and readers: the first page of the list, which is as long as the edge makes one
 
 // What close codes advise (1006 and unknown ones below 4000: come back).
@@ -31,8 +31,9 @@ const REASONS = new Map([
  * One session that follows one room through reconnects.
  *
  * Events (CustomEvent, data in `detail`): `state` {state, why?, retryMs?}, `joined` {cursor, replay, reset?, reason?},
- * `msg`, `typing`, `people` {user?, info?, state?} (`here` or `people` changed; with a user where one came or left),
- * `readers` (`readers` changed), `token_expiring`, `kicked`, `refused` {code, message}.
+ * `msg`, `typing`, `people` {user?, info?, state?, counted?} (`here`, `people` or `named` changed; with a user where one
+ * came or left, `counted` where names are not told any more), `readers` (`readers` changed), `token_expiring`, `kicked`,
+ * `refused` {code, message}.
  */
 export class Natter extends EventTarget {
   #url; #token; #room;
@@ -44,8 +45,7 @@ export class Natter extends EventTarget {
   #stopped = false;
   #rid = 0;
   #calls = new Map(); // rid -> {resolve, reject, timer}
-  #presence = true; // whether to ask for it; until the edge says that the token does not cover it
-  #named = false; // whether `people` are all who are here
+  #presence = true; // whether to ask for it; until the edge says that it is off, or that the token does not cover it
   #early = null; // presence pushes that came while the list is asked for
   #look = 0; // timer
   #wanted = null; // the cursor that our read marker shall have
@@ -63,6 +63,7 @@ export class Natter extends EventTarget {
     this.user = userOf(token);
     this.here = null; // how many people are in the room; null where that is not told
     this.people = new Map(); // user -> info: who they are, as far as that is told
+    this.named = false; // whether `people` are all who are here, and nobody else
     this.readers = new Map(); // user -> cursor up to which they have read
   }
 
@@ -125,6 +126,15 @@ export class Natter extends EventTarget {
 
   typing() {
     if (this.joined) this.call("typing", { room: this.#room }).catch(() => {});
+  }
+
+  /** Asks once more who is here, where that is not known. */
+  look(afterMs = LOOK_AGAIN_MS * (1 + Math.random())) {
+    if (this.named || this.here == null) return;
+    this.#look ||= setTimeout(() => {
+      this.#look = 0;
+      this.#lookAround();
+    }, afterMs);
   }
 
   /** Moves this user's read marker to `cursor`, soon; only ever forward. */
@@ -199,7 +209,7 @@ export class Natter extends EventTarget {
       },
       reject: (error) => {
         if (error.code === "disconnected") return; // `#lost` takes care
-        if (error.code === "forbidden" && this.#presence) {
+        if (this.#presence && (error.code === "forbidden" || error.code === "bad_request")) {
           this.#presence = false;
           this.#join();
           return;
@@ -255,7 +265,7 @@ export class Natter extends EventTarget {
     this.#early = null;
     this.here = page?.count ?? null;
     this.people = new Map(page?.users?.map(({ user, info }) => [user, info]));
-    this.#named = this.people.size === this.here;
+    this.named = this.people.size === this.here;
     this.#emit("people", {});
     // Older than the list or newer: what is true comes last.
     for (const push of early) this.#comeOrGo(push);
@@ -264,17 +274,12 @@ export class Natter extends EventTarget {
   #comeOrGo({ count, user, state, info }) {
     if (this.here == null) return;
     if (count != null) {
-      // Only counted, because there are many: who they are is of the past.
+      // Many are here, or come and go: from now on the names are of the past.
       this.here = count;
-      this.people.clear();
-      this.#named = false;
-      this.#emit("people", {});
-    } else if (!this.#named) {
-      // Few enough again. All in the room are told at once: not everybody shall ask in the same moment.
-      this.#look ||= setTimeout(() => {
-        this.#look = 0;
-        this.#lookAround();
-      }, LOOK_AGAIN_MS * (1 + Math.random()));
+      this.named = false;
+      this.#emit("people", { counted: true });
+    } else if (!this.named) {
+      this.look(); // names again; all in the room are told at once, and shall not ask in the same moment
     } else {
       const known = this.people.has(user);
       const details = info ?? this.people.get(user);
@@ -283,6 +288,12 @@ export class Natter extends EventTarget {
       this.here = this.people.size;
       this.#emit("people", known === (state === "leave") ? { user, info: details, state } : {});
     }
+  }
+
+  /** Whoever says something has read what was before. Only those known: a program that publishes need not be a reader. */
+  #hasSaid({ from, cursor, kind = "message" }) {
+    if (cursor == null || kind !== "message") return;
+    if (this.readers.has(from) || this.people.has(from)) this.#hasRead(from, cursor);
   }
 
   #hasRead(user, cursor) {
@@ -313,10 +324,7 @@ export class Natter extends EventTarget {
       case "msg":
         if (frame.cursor != null) this.cursor = frame.cursor;
         this.#emit("msg", frame);
-        // Whoever says something has read what was before; those known only: a program need not be a reader.
-        if (frame.cursor != null && (this.readers.has(frame.from) || this.people.has(frame.from))) {
-          this.#hasRead(frame.from, frame.cursor);
-        }
+        this.#hasSaid(frame);
         break;
       case "presence":
         if (this.#early) this.#early.push(frame);

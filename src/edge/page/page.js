@@ -109,6 +109,7 @@ function start() {
   });
   mine.addEventListener("people", ({ detail }) => {
     showPeople();
+    if (detail.counted && here.open && mine.people.size > 0) mine.look();
     if (detail.user != null && detail.user !== me) {
       tell(`${nameOf(detail.user, detail.info)} ${detail.state === "leave" ? "left" : "came"}`);
     }
@@ -344,12 +345,12 @@ function soon(act, after = 100) {
 }
 
 const showPeople = soon(() => {
-  const { here: count, people } = client;
+  const { here: count, people, named } = client;
   here.hidden = count == null;
   const names = [...people].map(([name, info]) => [nameOf(name, info), name]);
   names.sort((a, b) => a[0].localeCompare(b[0]) || a[1].localeCompare(b[1]));
   $("count").textContent = `${count} here`;
-  $("names").textContent = listOf(names.map(([, name]) => knownAs(name)));
+  $("names").textContent = named ? listOf(names.map(([, name]) => knownAs(name))) : "";
   $("people").replaceChildren(...names.map(([shownAs, name]) => {
     const item = element("li");
     item.append(element("span", "name", shownAs));
@@ -362,6 +363,10 @@ const showPeople = soon(() => {
     $("people").append(element("li", "quiet", rest));
   }
   showReaders(); // they have names now
+});
+
+here.addEventListener("toggle", () => {
+  if (here.open) client.look(0);
 });
 
 /** What happened beside the messages, for those who listen to the page. */
