@@ -8,26 +8,28 @@ use axum::{
 };
 
 const HTML: &str = include_str!("page/index.html");
-const SCRIPT: &str = include_str!("page/natter.js");
+const PAGE: &str = include_str!("page/page.js");
+const CLIENT: &str = include_str!("page/natter.js");
 
 /// Only what the page itself brings, and its own server's WebSocket.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; \
                       img-src data:; base-uri 'none'; form-action 'none'";
 
-/// Adds `/` and `/natter.js`.
+/// Adds `/`, and the scripts beside it.
 pub(super) fn routes<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
     router
         .route("/", get(html))
-        .route("/natter.js", get(script))
+        .route("/page.js", get(|| async { script(PAGE) }))
+        .route("/natter.js", get(|| async { script(CLIENT) }))
 }
 
 async fn html() -> impl IntoResponse {
     ([(header::CONTENT_SECURITY_POLICY, POLICY)], Html(HTML))
 }
 
-async fn script() -> impl IntoResponse {
+fn script(text: &'static str) -> impl IntoResponse {
     (
         [(header::CONTENT_TYPE, "text/javascript; charset=utf-8")],
-        SCRIPT,
+        text,
     )
 }

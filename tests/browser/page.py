@@ -34,6 +34,7 @@ DEADLINE = 20  # seconds, for what should take milliseconds
 START_DEADLINE = 180  # `natter up` may have to fetch its servers
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 ENTER = "\ue007"
+NAMES = {"kim": "Kim Yuna"}  # what a token says besides the user
 # Never through a proxy: everything is on loopback.
 HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -214,6 +215,36 @@ class Window:
     def lines(self):
         return self.run("return [...document.querySelectorAll('#log .line')].map((line) => line.textContent)")
 
+    def people(self):
+        """Who is here, as the list says."""
+        return self.run("return [...document.querySelectorAll('#people .name')].map((name) => name.textContent)")
+
+    def read_by(self, text):
+        """The read mark beside the newest message with this text, and the names behind it; None where there is none."""
+        return self.run(
+            "const bodies = [...document.querySelectorAll('#log .message .body')];"
+            "const mark = bodies.findLast((body) => body.textContent === arguments[0])?.parentNode.querySelector('.read');"
+            "return mark && !mark.hidden ? [mark.textContent, mark.title] : null",
+            text,
+        )
+
+    def rooms(self):
+        """The rooms of the tab and their badges, None where there is none."""
+        return self.run(
+            "return Object.fromEntries([...document.querySelectorAll('#rooms button')].map((button) => {"
+            "const badge = button.querySelector('.badge');"
+            "return [button.dataset.room, badge.hidden ? null : badge.firstElementChild.textContent]}))"
+        )
+
+    def look_away(self, away):
+        """As if another tab were in front, or this one again: headless windows are always visible."""
+        self.run(
+            "Object.defineProperty(document, 'visibilityState',"
+            "{value: arguments[0] ? 'hidden' : 'visible', configurable: true});"
+            "document.dispatchEvent(new Event('visibilitychange'))",
+            away,
+        )
+
     def say(self, text):
         self.write("#text", text)
         self.click("#send")
@@ -272,14 +303,16 @@ class Up:
     def kill_edge(self):
         os.kill(self.edge["pid"], signal.SIGKILL)
 
-    def token(self, user, ttl=3600):
+    def token(self, user, ttl=3600, can=("read", "write", "presence", "history")):
         def part(value):
             return base64.urlsafe_b64encode(value).rstrip(b"=")
 
         secret = (self.data / "dev-secret").read_text().rstrip().encode()
-        grants = [{"rooms": "*:*", "can": ["read", "write", "presence", "history"]}]
+        grants = [{"rooms": "*:*", "can": can}]
         now = int(time.time())
         claims = {"sub": user, "iat": now, "exp": now + ttl, "grants": grants}
+        if user in NAMES:
+            claims["info"] = {"name": NAMES[user]}
         head = part(json.dumps({"alg": "HS256", "typ": "JWT"}).encode())
         signed = head + b"." + part(json.dumps(claims).encode())
         return (signed + b"." + part(hmac.new(secret, signed, hashlib.sha256).digest())).decode()
@@ -347,6 +380,136 @@ def messages_are_text_not_html(up, kim, lee):
     assert kim.run("return document.title") != "owned"
 
 
+def both_see_who_is_here(up, kim, lee):
+    for window in (kim, lee):
+        until("both are listed", lambda window=window: window.people() == ["Kim Yuna", "lee"])
+        until("both are counted", lambda window=window: window.text("#count") == "2 here")
+    assert kim.text("#names") == "you, lee" and lee.text("#names") == "Kim Yuna, you"
+
+
+def one_leaves_and_comes_back(up, kim, lee):
+    lee.go("about:blank")
+    until("lee is gone", lambda: kim.people() == ["Kim Yuna"])
+    until("it is told to who listens", lambda: "lee left" in kim.text("#news"))
+    lee.go(up.url())
+    until("lee is back", lambda: kim.people() == ["Kim Yuna", "lee"])
+    until("both are listed", lambda: lee.people() == ["Kim Yuna", "lee"])
+
+
+def read_marks_follow_who_looks(up, kim, lee):
+    lee.look_away(True)
+    kim.say("have you seen this?")
+    lee.until_shows("kim", "have you seen this?")
+    until("it waits in the title", lambda: lee.run("return document.title").startswith("(1) "))
+    assert kim.read_by("have you seen this?") is None, "read without having been looked at"
+    lee.look_away(False)
+    until("read mark at the sender", lambda: kim.read_by("have you seen this?") == ["read by 1", "lee"])
+    until("read mark at the reader", lambda: lee.read_by("have you seen this?") == ["read by 1", "you"])
+    assert lee.run("return document.title").startswith("chat:lobby"), lee.run("return document.title")
+    # By keyboard the names come out, too.
+    kim.run("[...document.querySelectorAll('.read')].findLast((mark) => !mark.hidden).focus()")
+    kim.command("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": [
+        {"type": "keyDown", "value": ENTER}, {"type": "keyUp", "value": ENTER}]}]})
+    until("names", lambda: kim.read_by("have you seen this?") == ["read by lee", "lee"])
+    # A reader who goes on takes the mark along.
+    kim.say("and this?")
+    until("mark moves on", lambda: kim.read_by("and this?") == ["read by 1", "lee"])
+    until("mark is gone", lambda: kim.read_by("have you seen this?") is None)
+
+
+def what_is_off_screen_is_not_read(up, kim, lee):
+    for n in range(25):
+        kim.say(f"line {n}")
+    lee.until_shows("kim", "line 24")
+    until("all read", lambda: kim.read_by("line 24") == ["read by 1", "lee"])
+    lee.run("document.querySelector('#log').scrollTop = 0")
+    until("scrolled", lambda: lee.run("return document.querySelector('#log').scrollTop") == 0)
+    kim.say("below the edge")
+    lee.until_shows("kim", "below the edge")
+    until("it waits in the title", lambda: lee.run("return document.title").startswith("(1) "))
+    assert kim.read_by("below the edge") is None, "read without having been on the screen"
+    lee.run("const log = document.querySelector('#log'); log.scrollTop = log.scrollHeight")
+    until("read", lambda: kim.read_by("below the edge") == ["read by 1", "lee"])
+
+
+def badge_of_another_room(up, kim, lee):
+    lee.clear("#room")
+    lee.write("#room", "chat:annex")
+    lee.click("#join")
+    until("both rooms", lambda: lee.rooms() == {"chat:lobby": None, "chat:annex": None})
+    until("lee left the lobby", lambda: kim.people() == ["Kim Yuna"])
+    kim.say("anybody?")
+    until("badge", lambda: lee.rooms() == {"chat:lobby": "1", "chat:annex": None})
+    assert lee.run("return document.title") == "(1) chat:annex · natter"
+    label = lee.label("#rooms button")
+    assert label == "chat:lobby 1 unread", f"the room with a badge is called {label!r}"
+    kim.say("nobody?")
+    until("badge grows", lambda: lee.rooms() == {"chat:lobby": "2", "chat:annex": None})
+    lee.click("#rooms [data-room='chat:lobby']")
+    lee.until_state("connected")
+    lee.until_shows("kim", "nobody?")
+    assert lee.rooms() == {"chat:lobby": None, "chat:annex": None}, lee.rooms()
+    until("read", lambda: kim.read_by("nobody?") == ["read by 1", "lee"])
+    assert lee.run("return document.querySelector('#rooms [aria-current]').dataset.room") == "chat:lobby"
+    # What was read stays read for those who ask the edge anew.
+    lee.click("#rooms [data-room='chat:annex']")
+    lee.until_state("connected")
+    kim.say("still there?")
+    until("badge again", lambda: lee.rooms()["chat:lobby"])
+    assert lee.rooms()["chat:lobby"] == "1", lee.rooms()
+    lee.click("#rooms [data-room='chat:lobby']")
+    lee.until_state("connected")
+
+
+def counts_where_names_are_not_told(up, kim, lee):
+    for window in (kim, lee):
+        window.clear("#room")
+        window.write("#room", "live:pitch")
+        window.click("#join")
+        window.until_state("connected")
+    kim.say("goal!")
+    lee.until_shows("kim", "goal!")
+    for window in (kim, lee):
+        until("both are counted", lambda window=window: window.text("#count") == "2 here")
+        assert window.people() == [], window.people()
+    # Without cursors there is nothing to have read.
+    assert lee.read_by("goal!") is None and lee.rooms()["live:pitch"] is None
+    for window in (kim, lee):
+        window.click("#rooms [data-room='chat:lobby']")
+        window.until_state("connected")
+
+
+def cursors_are_compared_by_component(up, kim, lee):
+    reached = kim.run(
+        "return import('/natter.js').then(({ reaches }) => arguments[0].map(([marker, cursor]) => reaches(marker, cursor)))",
+        [
+            ["a.e1.7.ff", "a.e1.7.ff"],
+            ["a.e1.10.ff", "a.e1.9.ff"],
+            ["a.e1.7.ff_b.e2.3.00", "b.e2.3.00"],
+            ["a.e1.7.ff", "a.e1.7.ff_b.e2.0.00"],
+            ["a.e1.7.ff", "a.e1.8.ff"],
+            ["a.e2.9.ff", "a.e1.8.ff"],
+            ["a.e1.9.ff_b.e2.2.00", "a.e1.7.ff_b.e2.3.00"],
+            ["", "a.e1.1.ff"],
+        ],
+    )
+    assert reached == [True] * 4 + [False] * 4, reached
+
+
+def without_the_right_no_presence(up, kim, lee):
+    lee.go("about:blank")
+    lee.go(f"{up.url()}#token={up.token('lee', can=['read', 'write'])}&room=chat:lobby")
+    lee.until_state("connected")
+    kim.say("who are you?")
+    lee.until_shows("kim", "who are you?")
+    assert lee.run("return document.querySelector('#here').hidden"), "who is here is shown"
+    assert not any("forbidden" in line for line in lee.lines()), lee.lines()
+    until("read marks all the same", lambda: kim.read_by("who are you?") == ["read by 1", "lee"])
+    lee.go("about:blank")
+    lee.go(entry(up, "lee"))
+    lee.until_state("connected")
+
+
 def reload_resumes_with_what_was_missed(up, kim, lee):
     before = lee.messages()
     lee.go("about:blank")
@@ -390,6 +553,8 @@ def edge_killed_and_restarted(up, kim, lee):
         texts = [text for _, text, _ in window.messages()]
         assert texts.count("said while the edge was down") == 1, texts
         assert any("reconnected" in line for line in window.lines()), window.lines()
+        until("both are here again", lambda window=window: window.people() == ["Kim Yuna", "lee"])
+    until("read", lambda: kim.read_by("said while the edge was down") == ["read by 1", "lee"])
 
 
 def refusals_are_shown(up, kim, lee):
@@ -435,9 +600,17 @@ CHECKS = [
     chat_both_ways,
     typing_is_shown_and_goes_away,
     messages_are_text_not_html,
+    both_see_who_is_here,
+    one_leaves_and_comes_back,
+    read_marks_follow_who_looks,
+    what_is_off_screen_is_not_read,
+    badge_of_another_room,
     reload_resumes_with_what_was_missed,
     reload_without_loss_repeats_nothing,
     edge_killed_and_restarted,
+    counts_where_names_are_not_told,
+    without_the_right_no_presence,
+    cursors_are_compared_by_component,
     has_names_for_screen_readers,
     refusals_are_shown,
     fits_a_phone,

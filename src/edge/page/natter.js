@@ -1,7 +1,7 @@
-// natter's chat page: a small client of the native protocol (natter.v1), and the page on top of it.
+// A small client of natter's native protocol (natter.v1). The chat page on top of it is page.js.
 //
-// The client keeps one promise: `cursor` is the position of the last message it handed out, so a reconnect or a reload
-// asks for exactly what is missing. Nothing from the network is ever put into the page as HTML.
+// It keeps one promise: `cursor` is the position of the last message it handed out, so a reconnect or a reload asks for
+// exactly what is missing.
 
 const SUBPROTOCOL = "natter.v1";
 const BACKOFF_BASE_MS = 250;
@@ -10,9 +10,9 @@ const LATER_MS = 5_000; // at least, where the edge says "later"
 const HEALTHY_MS = 5_000; // a connection that lived this long starts the backoff anew
 const CALL_MS = 10_000; // an edge answers a publish within 5 s, whatever happens behind it
 const JOIN_MS = 15_000;
-const TYPING_EVERY_MS = 2_000;
-const TYPING_SHOWN_MS = 3_000;
-const KEPT_MESSAGES = 200; // shown again after a reload, and kept on the page
+const READ_EVERY_MS = 300; // between two moves of our read marker
+const LOOK_AGAIN_MS = 2_000; // at least, before the list of who is here is asked for once more
+const LISTED = 1_000; // people, and readers: the first page of the list, which is as long as the edge makes one
 
 // What close codes advise (1006 and unknown ones below 4000: come back).
 const NEW_TOKEN = 4001;
@@ -31,7 +31,9 @@ const REASONS = new Map([
  * One session that follows one room through reconnects.
  *
  * Events (CustomEvent, data in `detail`): `state` {state, why?, retryMs?}, `joined` {cursor, replay, reset?, reason?},
- * `msg`, `typing`, `token_expiring`, `kicked`, `refused` {code, message}.
+ * `msg`, `typing`, `people` {user?, info?, state?, counted?} (`here`, `people` or `named` changed; with a user where one
+ * came or left, `counted` where names are not told any more), `readers` (`readers` changed), `token_expiring`, `kicked`,
+ * `refused` {code, message}.
  */
 export class Natter extends EventTarget {
   #url; #token; #room;
@@ -43,6 +45,12 @@ export class Natter extends EventTarget {
   #stopped = false;
   #rid = 0;
   #calls = new Map(); // rid -> {resolve, reject, timer}
+  #presence = true; // whether to ask for it; until the edge says that it is off, or that the token does not cover it
+  #early = null; // presence pushes that came while the list is asked for
+  #look = 0; // timer
+  #wanted = null; // the cursor that our read marker shall have
+  #told = null; // the one that the edge was told last
+  #telling = false;
 
   /** @param {{url: string, token: string, room: string, cursor?: string}} options */
   constructor({ url, token, room, cursor }) {
@@ -52,6 +60,11 @@ export class Natter extends EventTarget {
     this.#room = room;
     this.cursor = cursor ?? null;
     this.joined = false;
+    this.user = userOf(token);
+    this.here = null; // how many people are in the room; null where that is not told
+    this.people = new Map(); // user -> info: who they are, as far as that is told
+    this.named = false; // whether `people` are all who are here, and nobody else
+    this.readers = new Map(); // user -> cursor up to which they have read
   }
 
   connect() {
@@ -76,6 +89,8 @@ export class Natter extends EventTarget {
   stop() {
     this.#stopped = true;
     clearTimeout(this.#retry);
+    // What was read a moment ago must not count as unread.
+    if (this.#owed) this.#sendRead().catch(() => {});
     this.#drop(1000);
   }
 
@@ -113,6 +128,47 @@ export class Natter extends EventTarget {
     if (this.joined) this.call("typing", { room: this.#room }).catch(() => {});
   }
 
+  /** Asks once more who is here, where that is not known. */
+  look(afterMs = LOOK_AGAIN_MS * (1 + Math.random())) {
+    if (this.named || this.here == null) return;
+    this.#look ||= setTimeout(() => {
+      this.#look = 0;
+      this.#lookAround();
+    }, afterMs);
+  }
+
+  /** Moves this user's read marker to `cursor`, soon; only ever forward. */
+  read(cursor) {
+    if (cursor == null || (this.#wanted != null && reaches(this.#wanted, cursor))) return;
+    this.#wanted = cursor;
+    this.#tellRead();
+  }
+
+  async #tellRead() {
+    if (this.#telling) return;
+    this.#telling = true;
+    while (this.#owed) {
+      const cursor = this.#wanted;
+      try {
+        const { cursor: marker } = await this.#sendRead();
+        this.#told = cursor;
+        this.#hasRead(this.user, marker);
+      } catch (error) {
+        if (!error.retry) this.#told = cursor; // not to be had here
+      }
+      await sleep(READ_EVERY_MS);
+    }
+    this.#telling = false;
+  }
+
+  get #owed() {
+    return this.joined && this.#wanted != null && this.#wanted !== this.#told;
+  }
+
+  #sendRead() {
+    return this.call("read", { room: this.#room, cursor: this.#wanted });
+  }
+
   /** Sends a command and gives its reply; rejects with {code, message, retry}. */
   call(op, fields = {}, within = CALL_MS) {
     const socket = this.#socket;
@@ -148,17 +204,103 @@ export class Natter extends EventTarget {
         this.joined = true;
         if (joined.cursor != null) this.cursor = joined.cursor;
         this.#emit("state", { state: "connected" });
+        this.#meet(joined);
         this.#emit("joined", joined);
       },
       reject: (error) => {
         if (error.code === "disconnected") return; // `#lost` takes care
+        if (this.#presence && (error.code === "forbidden" || error.code === "bad_request")) {
+          this.#presence = false;
+          this.#join();
+          return;
+        }
         this.#emit("refused", error);
         if (error.retry) again(3);
         else this.#end(`${error.code}: ${error.message}`);
       },
     });
-    const since = this.cursor == null ? {} : { since: this.cursor };
-    socket.send(JSON.stringify({ op: "join", rid, room: this.#room, ...since }));
+    const since = this.cursor ?? undefined; // `undefined` is left out
+    const wants = { presence: this.#presence || undefined, read: true };
+    socket.send(JSON.stringify({ op: "join", rid, room: this.#room, since, ...wants }));
+  }
+
+  /** After a join: who is here, and who has read up to where. */
+  #meet(joined) {
+    if (joined.reset) {
+      this.readers.clear();
+      this.#wanted = this.#told = null;
+    }
+    if (this.#presence) this.#lookAround();
+    if (joined.cursor == null) return; // an ephemeral room: nothing to have read
+    if (joined.marker != null) this.#hasRead(this.user, joined.marker);
+    // An edge that died may have taken our last marker with it.
+    if (this.#wanted != null && !reaches(joined.marker ?? "", this.#wanted)) {
+      this.#told = null;
+      this.#tellRead();
+    }
+    this.#ask("readers").then((page) => {
+      for (const { user, cursor } of page?.readers ?? []) this.#hasRead(user, cursor);
+    });
+  }
+
+  /** Asks for a list of the room until this connection answers; null where it refuses. */
+  async #ask(op) {
+    const socket = this.#socket;
+    for (let attempt = 1; socket === this.#socket; attempt += 1) {
+      try {
+        return await this.call(op, { room: this.#room, limit: LISTED });
+      } catch (error) {
+        if (!error.retry) break;
+      }
+      await sleep(jitter(attempt));
+    }
+    return null;
+  }
+
+  async #lookAround() {
+    const early = [];
+    this.#early = early;
+    const page = await this.#ask("presence");
+    if (early !== this.#early) return; // of an earlier join
+    this.#early = null;
+    this.here = page?.count ?? null;
+    this.people = new Map(page?.users?.map(({ user, info }) => [user, info]));
+    this.named = this.people.size === this.here;
+    this.#emit("people", {});
+    // Older than the list or newer: what is true comes last.
+    for (const push of early) this.#comeOrGo(push);
+  }
+
+  #comeOrGo({ count, user, state, info }) {
+    if (this.here == null) return;
+    if (count != null) {
+      // Many are here, or come and go: from now on the names are of the past.
+      this.here = count;
+      this.named = false;
+      this.#emit("people", { counted: true });
+    } else if (!this.named) {
+      this.look(); // names again; all in the room are told at once, and shall not ask in the same moment
+    } else {
+      const known = this.people.has(user);
+      const details = info ?? this.people.get(user);
+      if (state === "leave") this.people.delete(user);
+      else this.people.set(user, details);
+      this.here = this.people.size;
+      this.#emit("people", known === (state === "leave") ? { user, info: details, state } : {});
+    }
+  }
+
+  /** Whoever says something has read what was before. Only those known: a program that publishes need not be a reader. */
+  #hasSaid({ from, cursor, kind = "message" }) {
+    if (cursor == null || kind !== "message") return;
+    if (this.readers.has(from) || this.people.has(from)) this.#hasRead(from, cursor);
+  }
+
+  #hasRead(user, cursor) {
+    const marker = this.readers.get(user);
+    if (marker != null && reaches(marker, cursor)) return;
+    this.readers.set(user, cursor);
+    this.#emit("readers", {});
   }
 
   #receive(text) {
@@ -182,6 +324,14 @@ export class Natter extends EventTarget {
       case "msg":
         if (frame.cursor != null) this.cursor = frame.cursor;
         this.#emit("msg", frame);
+        this.#hasSaid(frame);
+        break;
+      case "presence":
+        if (this.#early) this.#early.push(frame);
+        else this.#comeOrGo(frame);
+        break;
+      case "read":
+        this.#hasRead(frame.user, frame.cursor);
         break;
       case "kicked":
         if (frame.code === "reset") {
@@ -234,6 +384,9 @@ export class Natter extends EventTarget {
     const socket = this.#socket;
     this.#socket = null;
     this.joined = false;
+    this.#early = null;
+    clearTimeout(this.#look);
+    this.#look = 0;
     clearTimeout(this.#leave);
     const calls = [...this.#calls.values()];
     this.#calls.clear();
@@ -249,6 +402,16 @@ export class Natter extends EventTarget {
   }
 }
 
+/**
+ * Whether `marker` is at `cursor` or beyond, both of one room. To a client cursors are opaque; their wire form, which the
+ * README documents (`origin.epoch.seq.fingerprint`, several joined with `_`), is needed only to compare them.
+ */
+export function reaches(marker, cursor) {
+  const places = (text) => text.split("_").map((place) => place.split("."));
+  const seqs = new Map(places(marker).map(([origin, epoch, seq]) => [`${origin}.${epoch}`, Number(seq)]));
+  return places(cursor).every(([origin, epoch, seq]) => (seqs.get(`${origin}.${epoch}`) ?? 0) >= Number(seq));
+}
+
 /** Exponential backoff with full jitter. */
 function jitter(attempt) {
   return Math.random() * Math.min(BACKOFF_CAP_MS, BACKOFF_BASE_MS * 2 ** attempt);
@@ -259,7 +422,7 @@ function sleep(ms) {
 }
 
 /** A new message id: 48 bits of time and 80 of chance in Crockford's base 32 (a ULID). */
-function newId() {
+export function newId() {
   const alphabet = "0123456789ABCDEFGHJKMNPQRSTVWXYZ";
   let time = Date.now();
   let head = "";
@@ -271,7 +434,7 @@ function newId() {
 }
 
 /** The user a token is for; only for display, the edge is the judge. */
-function userOf(token) {
+export function userOf(token) {
   try {
     const claims = token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/");
     const bytes = Uint8Array.from(atob(claims), (c) => c.charCodeAt(0));
@@ -280,297 +443,3 @@ function userOf(token) {
     return "";
   }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The page.
-
-const $ = (id) => document.getElementById(id);
-const state = $("state"), log = $("log"), text = $("text"), send = $("send");
-const room = $("room"), token = $("token"), user = $("user"), typing = $("typing"), where = $("where");
-
-let client = null;
-let shown = null; // {room, user, cursor, messages: […]}: what this tab shows, kept over a reload
-let items = new Map(); // message key -> its <li>
-let bottom = true; // whether the log is scrolled to its end
-
-/** sessionStorage, which may be full or switched off: the page works without it, only without memory. */
-const memory = {
-  get(key) {
-    try {
-      return JSON.parse(sessionStorage.getItem(key));
-    } catch {
-      return null;
-    }
-  },
-  set(key, value) {
-    try {
-      sessionStorage.setItem(key, JSON.stringify(value));
-    } catch {
-      // Full: what counts is that nothing wrong is kept. Without the cursor a reload starts from now.
-      sessionStorage.removeItem(key);
-    }
-  },
-};
-
-function start() {
-  client?.stop();
-  saveNow();
-  const roomName = room.value.trim();
-  const me = userOf(token.value.trim());
-  const kept = memory.get(storeOf(roomName));
-  // Another user's view is not ours to show.
-  shown = kept && kept.user === me ? kept : { room: roomName, user: me, cursor: null, messages: [] };
-  memory.set("natter:entry", { token: token.value.trim(), room: roomName });
-  user.value = me;
-  where.textContent = roomName;
-  document.title = `${roomName} · natter`;
-  log.replaceChildren();
-  items = new Map();
-  for (const message of shown.messages) show(message);
-
-  let first = true; // the first join of this page load
-  const hadMessages = shown.messages.length > 0;
-  const url = new URL("ws", document.baseURI);
-  url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
-  url.hash = "";
-  const mine = new Natter({ url: url.href, token: token.value.trim(), room: roomName, cursor: shown.cursor });
-  client = mine;
-  mine.addEventListener("state", ({ detail }) => showState(detail));
-  mine.addEventListener("joined", ({ detail }) => {
-    const missed = `${detail.replay ?? 0} missed`;
-    if (detail.reset) {
-      shown.messages = [];
-      line(`— can't resume (${detail.reason ?? "reset"}): messages may be missing here —`);
-    } else if (first && hadMessages) {
-      line(`— resumed, ${missed} —`);
-    } else if (!first) {
-      line(`— reconnected, ${missed} —`);
-    }
-    first = false;
-    keep();
-    text.disabled = false;
-    send.disabled = false;
-  });
-  mine.addEventListener("msg", ({ detail }) => {
-    const message = {
-      id: detail.id, from: detail.from, ts: detail.ts, kind: detail.kind, target: detail.target, body: detail.body,
-    };
-    shown.messages.push(message);
-    shown.messages.splice(0, shown.messages.length - KEPT_MESSAGES);
-    keep();
-    stopTyping(detail.from);
-    show(message);
-  });
-  mine.addEventListener("typing", ({ detail }) => detail.user !== me && startTyping(detail.user));
-  mine.addEventListener("refused", ({ detail }) => line(`${detail.code}: ${detail.message}`, "error"));
-  mine.addEventListener("token_expiring", ({ detail }) => {
-    line(`This token ends at ${clock(detail.exp * 1000)}. Paste a new one and join again.`);
-  });
-  mine.connect();
-}
-
-// Cursor and messages are stored together or not at all: a reload must never ask for what it shows, or skip what it
-// does not. In a burst that is done every SAVE_MS, and when the page goes.
-const SAVE_MS = 50;
-const storeOf = (roomName) => `natter:room:${roomName}`;
-let saving = 0; // timer
-function keep() {
-  shown.cursor = client.cursor;
-  saving ||= setTimeout(saveNow, SAVE_MS);
-}
-function saveNow() {
-  if (!saving) return;
-  clearTimeout(saving);
-  saving = 0;
-  memory.set(storeOf(shown.room), shown);
-}
-addEventListener("pagehide", saveNow);
-
-// State of the connection -----------------------------------------------------------------------------------------------
-
-let countdown = 0;
-function showState({ state: name, why, retryMs }) {
-  clearInterval(countdown);
-  state.dataset.state = name;
-  state.title = why ?? "";
-  if (name === "reconnecting") {
-    const due = performance.now() + retryMs;
-    const tick = () => {
-      const left = Math.max(0, Math.ceil((due - performance.now()) / 1000));
-      state.textContent = `reconnecting in ${left} s`;
-    };
-    tick();
-    countdown = setInterval(tick, 500);
-  } else {
-    state.textContent = name === "closed" ? `closed: ${why}` : name;
-  }
-  if (name === "closed") {
-    text.disabled = true;
-    send.disabled = true;
-  }
-}
-addEventListener("online", () => client?.hurry());
-
-// Messages --------------------------------------------------------------------------------------------------------------
-
-/** A message is identified by its sender and id: nobody can take another's place. */
-const keyOf = (from, id) => `${from}/${id}`;
-const refOf = (from, ref) => (ref.includes("/") ? ref : keyOf(from, ref));
-const bodyText = (body) => (typeof body?.text === "string" ? body.text : JSON.stringify(body ?? null));
-
-/** Puts a stored message into the log; a pending one of ours with the same id becomes it. */
-function show(message) {
-  const { id, from, ts, kind, target, body } = message;
-  if (target != null && kind != null && kind !== "message") {
-    const item = items.get(refOf(from, target));
-    if (!item) return; // older than what is shown
-    const note = item.querySelector(".note");
-    if (kind === "edit") {
-      item.querySelector(".body").textContent = bodyText(body);
-      note.textContent = "edited";
-    } else if (kind === "delete") {
-      item.querySelector(".body").textContent = "";
-      note.textContent = "deleted";
-    } else if (kind === "reaction") {
-      note.textContent = `${note.textContent} ${bodyText(body)}`.trim();
-    }
-    return;
-  }
-  const key = keyOf(from, id);
-  const pending = items.get(key);
-  const item = pending ?? newItem(from, id, bodyText(body));
-  item.classList.remove("pending", "failed");
-  item.querySelector(".body").textContent = bodyText(body);
-  item.querySelector(".note").textContent = "";
-  item.querySelector("time").textContent = clock(ts);
-  item.querySelector("time").dateTime = new Date(ts).toISOString();
-  // A pending message moves to its place in the room's order, which is the end.
-  add(item);
-  items.set(key, item);
-}
-
-function newItem(from, id, content) {
-  const item = element("li", "message");
-  item.dataset.id = id;
-  item.dataset.from = from;
-  if (from === shown.user) item.classList.add("own");
-  const meta = element("div", "meta");
-  meta.append(element("span", "from", from), element("time", ""), element("span", "note"));
-  item.append(meta, element("div", "body", content));
-  return item;
-}
-
-function line(content, kind) {
-  const item = element("li", "line", content);
-  if (kind) item.classList.add(kind);
-  add(item);
-}
-
-function element(name, className, content = "") {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  made.textContent = content;
-  return made;
-}
-
-function add(item) {
-  log.append(item);
-  while (log.childElementCount > KEPT_MESSAGES * 2) {
-    const oldest = log.firstElementChild;
-    items.delete(keyOf(oldest.dataset.from, oldest.dataset.id));
-    oldest.remove();
-  }
-  if (bottom) log.scrollTop = log.scrollHeight;
-}
-log.addEventListener("scroll", () => {
-  bottom = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-});
-
-const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
-const clock = (ms) => clockFormat.format(new Date(ms));
-
-// Sending ---------------------------------------------------------------------------------------------------------------
-
-$("say").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  const content = text.value;
-  if (!content.trim() || !client) return;
-  text.value = "";
-  lastTyping = 0;
-  const id = newId();
-  const key = keyOf(shown.user, id);
-  const item = newItem(shown.user, id, content);
-  item.classList.add("pending");
-  item.querySelector(".note").textContent = "sending…";
-  items.set(key, item);
-  bottom = true;
-  add(item);
-  const mine = client;
-  try {
-    const ack = await mine.publish(id, { text: content });
-    // In a durable room the pushed message settles it; ephemeral rooms, too, but a lost push must not leave it grey.
-    if (item.classList.contains("pending")) {
-      item.classList.remove("pending");
-      item.querySelector(".note").textContent = "";
-      item.querySelector("time").textContent = clock(ack.ts);
-    }
-  } catch (error) {
-    if (mine !== client && error.code === "closed") return;
-    item.classList.replace("pending", "failed");
-    item.querySelector(".note").textContent = `not sent: ${error.code}`;
-    line(`${error.code}: ${error.message}`, "error");
-  }
-});
-
-// Typing ----------------------------------------------------------------------------------------------------------------
-
-let lastTyping = 0;
-text.addEventListener("input", () => {
-  const now = performance.now();
-  if (!text.value || (lastTyping && now - lastTyping < TYPING_EVERY_MS)) return;
-  lastTyping = now;
-  client?.typing();
-});
-
-const typists = new Map(); // user -> timer
-function startTyping(name) {
-  clearTimeout(typists.get(name));
-  typists.set(name, setTimeout(() => stopTyping(name), TYPING_SHOWN_MS));
-  showTyping();
-}
-function stopTyping(name) {
-  clearTimeout(typists.get(name));
-  if (typists.delete(name)) showTyping();
-}
-function showTyping() {
-  const names = [...typists.keys()];
-  if (names.length === 0) typing.textContent = "";
-  else if (names.length === 1) typing.textContent = `${names[0]} is typing…`;
-  else if (names.length === 2) typing.textContent = `${names[0]} and ${names[1]} are typing…`;
-  else typing.textContent = `${names.length} people are typing…`;
-}
-
-// Entry -----------------------------------------------------------------------------------------------------------------
-
-token.addEventListener("input", () => {
-  user.value = userOf(token.value.trim());
-});
-$("entry").addEventListener("submit", (event) => {
-  event.preventDefault();
-  start();
-});
-
-/** Token and room: from the address (`#token=…&room=…`, which no server sees), else as they were before a reload. */
-function enter() {
-  const given = new URLSearchParams(location.hash.slice(1));
-  const kept = memory.get("natter:entry") ?? {};
-  token.value = given.get("token") ?? kept.token ?? "";
-  room.value = given.get("room") ?? kept.room ?? room.value;
-  user.value = userOf(token.value);
-  // The token must not stay in the address bar, the history, or a screenshot.
-  if (given.has("token")) history.replaceState(null, "", location.pathname);
-  if (token.value && room.checkValidity()) start();
-  else token.focus();
-}
-addEventListener("hashchange", enter);
-enter();
