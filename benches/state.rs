@@ -20,7 +20,7 @@ use std::{
 };
 
 use natter::{
-    client::Connection,
+    client::Commands,
     servers::{Process, Spec, free_port},
 };
 use serde_json::{Value, json};
@@ -28,7 +28,7 @@ use support::{
     LONG, binaries, launcher,
     mesh::{Mesh, http},
 };
-use tokio::task::JoinSet;
+use tokio::task::JoinHandle;
 
 /// Members of the large room.
 const MEMBERS: usize = 10_000;
@@ -86,8 +86,10 @@ impl Nats {
     /// Messages that clients have sent to the server: requests and publishes.
     async fn received(&self) -> u64 {
         let (_, body) = http(self.monitor, "GET", "/varz", "", "").await.unwrap();
-        let varz: Value = serde_json::from_str(&body).unwrap();
-        varz["in_msgs"].as_u64().unwrap()
+        // The answer comes in chunks: not JSON as a whole.
+        let (_, after) = body.split_once("\"in_msgs\": ").unwrap();
+        let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().unwrap()
     }
 }
 
@@ -100,18 +102,40 @@ fn cpu(pid: u32) -> Duration {
     Duration::from_millis(ticks * 10)
 }
 
-async fn call(connection: &Connection, op: &str, fields: Value) -> Value {
-    connection.commands().call(op, fields).await.unwrap().json()
+/// A connected user whose pushes are taken and thrown away.
+struct User {
+    commands: Commands,
+    reads: JoinHandle<()>,
 }
 
-/// Connections of users, made some at a time. Nobody reads their pushes but the connection itself.
-async fn connect(mesh: &Mesh, users: usize, prefix: &str) -> Vec<Connection> {
+impl User {
+    async fn connect(mesh: &Mesh, edge: usize, name: &str) -> Self {
+        let mut connection = mesh.connect(edge, name).await;
+        Self {
+            commands: connection.commands().clone(),
+            reads: tokio::spawn(async move { while connection.next().await.is_some() {} }),
+        }
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        self.reads.abort();
+    }
+}
+
+async fn call(user: &User, op: &str, fields: Value) -> Value {
+    user.commands.call(op, fields).await.unwrap().json()
+}
+
+/// Users on the first edge, connected some at a time.
+async fn connect(mesh: &Mesh, users: usize, prefix: &str) -> Vec<User> {
     let mut connections = Vec::with_capacity(users);
     while connections.len() < users {
         let some = (users - connections.len()).min(200);
         let opening = (0..some).map(|i| {
             let user = format!("{prefix}{:05}", connections.len() + i);
-            async move { mesh.connect(0, &user).await }
+            async move { User::connect(mesh, 0, &user).await }
         });
         connections.extend(futures_util::future::join_all(opening).await);
     }
@@ -207,7 +231,7 @@ async fn run() {
 /// room each.
 async fn joins(nats: &Nats, mesh: &Mesh) {
     let users = connect(mesh, JOINS, "join").await;
-    let watcher = mesh.connect(0, "watcher").await;
+    let watcher = User::connect(mesh, 0, "watcher").await;
     for (what, room, presence) in [
         ("presence off", "quiet:a", false),
         ("shown", "chat:b", false),
@@ -241,7 +265,7 @@ async fn joins(nats: &Nats, mesh: &Mesh) {
         .await;
         timed.print(&format!("join of a new room, {what}"));
     }
-    close(users).await;
+    drop(users);
 }
 
 /// The list of a room of 10,000, asked for on the edge where nobody of them is.
@@ -250,7 +274,7 @@ async fn snapshots(nats: &Nats, mesh: &Mesh) {
     for user in &users {
         call(user, "join", json!({"room": "chat:big"})).await;
     }
-    let asks = mesh.connect(1, "asks").await;
+    let asks = User::connect(mesh, 1, "asks").await;
     let list = async |room: &str| {
         let (mut listed, mut after) = (0, Value::Null);
         loop {
@@ -280,14 +304,14 @@ async fn snapshots(nats: &Nats, mesh: &Mesh) {
     })
     .await;
     timed.print("one page of 100 of them");
-    close(users).await;
+    drop(users);
 }
 
 /// Counts of 500 rooms with 20 messages each.
 async fn unread(nats: &Nats, mesh: &Mesh) {
     let (writer, reader) = (
-        mesh.connect(0, "writer").await,
-        mesh.connect(0, "reader").await,
+        User::connect(mesh, 0, "writer").await,
+        User::connect(mesh, 0, "reader").await,
     );
     let rooms: Vec<String> = (0..ROOMS).map(|i| format!("chat:u{i}")).collect();
     let mut cursors = Vec::new();
@@ -314,12 +338,4 @@ async fn unread(nats: &Nats, mesh: &Mesh) {
         .await;
         timed.print(&format!("unread of 500 rooms, {new} with news"));
     }
-}
-
-async fn close(users: Vec<Connection>) {
-    let mut closing = JoinSet::new();
-    for user in users {
-        closing.spawn(user.close());
-    }
-    closing.join_all().await;
 }
