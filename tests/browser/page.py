@@ -342,6 +342,14 @@ def entry(up, user, room="chat:lobby"):
     return f"{up.url()}#token={up.token(user)}&room={room}"
 
 
+def go_to_room(window, room):
+    window.clear("#room")
+    window.write("#room", room)
+    window.click("#join")
+    until(f"{room} joined", lambda: window.run(
+        "return document.querySelector('#rooms [aria-current]')?.dataset.room") == room and window.state() == "connected")
+
+
 def both_connect(up, kim, lee):
     for window, user in [(kim, "kim"), (lee, "lee")]:
         window.go(entry(up, user))
@@ -433,9 +441,7 @@ def what_is_off_screen_is_not_read(up, kim, lee):
 
 
 def badge_of_another_room(up, kim, lee):
-    lee.clear("#room")
-    lee.write("#room", "chat:annex")
-    lee.click("#join")
+    go_to_room(lee, "chat:annex")
     until("both rooms", lambda: lee.rooms() == {"chat:lobby": None, "chat:annex": None})
     until("lee left the lobby", lambda: kim.people() == ["Kim Yuna"])
     kim.say("anybody?")
@@ -463,10 +469,7 @@ def badge_of_another_room(up, kim, lee):
 
 def counts_where_names_are_not_told(up, kim, lee):
     for window in (kim, lee):
-        window.clear("#room")
-        window.write("#room", "live:pitch")
-        window.click("#join")
-        window.until_state("connected")
+        go_to_room(window, "live:pitch")
     kim.say("goal!")
     lee.until_shows("kim", "goal!")
     for window in (kim, lee):
@@ -574,12 +577,22 @@ def fits_a_phone(up, kim, lee):
     lee.go("about:blank")
     lee.go(entry(up, "lee"))
     lee.until_state("connected")
-    wide, inner = lee.run("return [document.documentElement.scrollWidth, innerWidth]")
-    assert wide <= inner, f"{wide} px wide in a window of {inner} px"
+
+    def assert_fits(what):
+        wide, inner = lee.run("return [document.documentElement.scrollWidth, innerWidth]")
+        assert wide <= inner, f"{what} makes it {wide} px wide in {inner} px"
+
+    assert_fits("an empty room")
     lee.say("a" * 300)
     lee.until_shows("lee", "a" * 300)
-    wide, inner = lee.run("return [document.documentElement.scrollWidth, innerWidth]")
-    assert wide <= inner, f"a long word makes it {wide} px wide in {inner} px"
+    assert_fits("a long word")
+    last = "chat:" + "r" * 60
+    for window, room in [(lee, last), (lee, "chat:lobby"), (kim, last)]:
+        go_to_room(window, room)
+    kim.say("beyond the edge of the screen")
+    until("badge", lambda: lee.rooms().get(last) == "1")
+    assert_fits("a badge that is not on the screen")
+    go_to_room(kim, "chat:lobby")
 
 
 def has_names_for_screen_readers(up, kim, lee):
