@@ -196,6 +196,27 @@ mod tests {
     }
 
     #[test]
+    fn a_small_room_in_a_hurry_pushes_counts_and_then_names_again() {
+        let start = Instant::now();
+        let mut announcer = Announcer::new(PresencePolicy::Users, 200, start);
+        let mut pushes = 0;
+        let mut now = start;
+        for i in 0..10_000_usize {
+            now = start + Duration::from_micros(400) * u32::try_from(i).unwrap();
+            let changes = vec![change(i / 2 % 10, i % 2 == 0)];
+            pushes += announcer.on(changes, 1, 1 - i % 2, now).len();
+        }
+        assert!((200..=206).contains(&pushes), "{pushes}");
+        // Calm again: the last count, and then the next who comes has a name.
+        while let Some(due) = announcer.due() {
+            now = due.max(now);
+            announcer.tick(0, now);
+        }
+        let named = announcer.on(vec![change(1, true)], 1, 1, now + WINDOW);
+        assert!(matches!(named[..], [Push::User(_)]), "{named:?}");
+    }
+
+    #[test]
     fn a_namespace_of_counts_names_nobody() {
         let start = Instant::now();
         let mut announcer = Announcer::new(PresencePolicy::Counts, 200, start);

@@ -195,7 +195,7 @@ impl Local {
             if !here.dirty || here.in_flight {
                 continue;
             }
-            let wanted = here.sessions > 0 || (self.draining && here.stored);
+            let wanted = here.sessions > 0;
             if !wanted && !here.stored {
                 // Came and went unwritten; forgotten once that says nothing about the key's pace any more.
                 if here.pace.is_idle(now) {
