@@ -97,11 +97,14 @@ async fn left(follower: &mut Follower) -> BTreeSet<String> {
 async fn lease_of(mesh: &Mesh, edge: usize) -> String {
     let edges = bucket_of(mesh, bucket::EDGES).await;
     let prefix = format!("edge-{edge}-");
-    let keys = living(&edges, ">").await;
-    let found = keys
-        .into_iter()
-        .find(|entry| entry.key.starts_with(&prefix));
-    found.expect("the edge has a lease").key
+    eventually("the edge has a lease", LONG, async || {
+        let keys = living(&edges, ">").await;
+        let found = keys
+            .into_iter()
+            .find(|entry| entry.key.starts_with(&prefix));
+        found.map(|entry| entry.key).ok_or_else(String::new)
+    })
+    .await
 }
 
 async fn purged(mesh: &Mesh, lease: &str) {
@@ -280,6 +283,31 @@ async fn nobody_is_gone_because_nats_was() {
         follower.load().await;
         assert!(follower.users.keys().eq(everybody().iter()));
     }
+}
+
+/// Nobody survived that could have purged what a killed edge left: the next one that starts does it.
+#[tokio::test]
+async fn what_an_edge_that_died_alone_left_is_purged_by_the_next() {
+    let toml = format!("{NAMED}\npresence.lease = '3s'");
+    let mut mesh = Mesh::start(support::nats_url(), 1, &toml).await;
+    let mut kim = Follower::join(&mesh, 0, "kim", ROOM).await;
+    kim.until(&["kim"]).await;
+    let lease = lease_of(&mesh, 0).await;
+    let presence = bucket_of(&mesh, bucket::PRESENCE).await;
+    eventually("the key is written", LONG, async || {
+        match living(&presence, &presence_keys_of(&lease)).await.len() {
+            1 => Ok(()),
+            count => Err(format!("{count} keys")),
+        }
+    })
+    .await;
+    mesh.edges[0].process.kill().await;
+    mesh.edges[0].process.start().await.unwrap();
+    let mut lee = Follower::join(&mesh, 0, "lee", ROOM).await;
+    // Gone when the lease is, and then without a trace.
+    lee.until(&["lee"]).await;
+    purged(&mesh, &lease).await;
+    assert_eq!(living(&presence, ">").await.len(), 1);
 }
 
 /// A TCP relay between an edge and NATS that can be cut: the network, simulated.

@@ -133,15 +133,18 @@ async fn join(mesh: &Mesh, edge: usize, user: &str, room: &str) -> Connection {
 
 /// What a presence command answers once `count` users are there.
 async fn list_of(connection: &mut Connection, room: &str, count: u64) -> Value {
-    let deadline = tokio::time::Instant::now() + LONG;
-    loop {
-        let answer = reply(connection, "presence", json!({"room": room, "limit": 1000})).await;
+    let commands = connection.commands();
+    eventually("the list is complete", LONG, async || {
+        let fields = json!({"room": room, "limit": 1000});
+        let answer = commands.call("presence", fields).await;
+        let answer = answer.map_err(|error| error.to_string())?.json();
         if answer["count"] == json!(count) {
-            return answer;
+            Ok(answer)
+        } else {
+            Err(answer.to_string())
         }
-        assert!(tokio::time::Instant::now() < deadline, "{count}: {answer}");
-        tokio::task::yield_now().await;
-    }
+    })
+    .await
 }
 
 /// The bucket of a mesh, read as any NATS client would.
@@ -564,4 +567,59 @@ async fn who_moves_on_when_an_edge_drains_was_never_gone() {
         }
     })
     .await;
+}
+
+/// Contract 5: messages wait for nothing but their stream, also when the buckets of presence and read markers are gone.
+#[tokio::test]
+async fn messages_go_on_without_the_buckets() {
+    let mesh = Mesh::start(support::nats_url(), 2, "rooms.join_timeout = '1s'").await;
+    let client = natter::bus::provision::connect(&mesh.config.nats)
+        .await
+        .unwrap();
+    for name in [bucket::PRESENCE, bucket::LASTREAD, bucket::EDGES] {
+        let stream = natter::subject::bucket_stream(name, &mesh.config.region());
+        let subject = format!("$JS.API.STREAM.DELETE.{stream}");
+        let answer = client.request(subject, "".into()).await.unwrap();
+        let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+        assert_eq!(answer["success"], true, "{answer}");
+    }
+    let room = "chat:bare";
+    let fields = json!({"room": room, "presence": true, "read": true});
+    let mut kim = mesh.connect(0, "kim").await;
+    let mut lee = mesh.connect(1, "lee").await;
+    for member in [&mut kim, &mut lee] {
+        let joined = reply(member, "join", fields.clone()).await;
+        assert_eq!(joined["op"], "joined", "{joined}");
+        assert_eq!(joined.get("marker"), None);
+    }
+    let ack = reply(&mut kim, "send", json!({"room": room, "body": 1})).await;
+    assert_eq!(ack["op"], "ack", "{ack}");
+    let push = loop {
+        let frame = next(&mut lee).await.json();
+        if frame["op"] == "msg" {
+            break frame;
+        }
+    };
+    assert_eq!(push["cursor"], ack["cursor"]);
+    // What needs them says so.
+    for (op, fields) in [
+        ("presence", json!({"room": room})),
+        ("readers", json!({"room": room})),
+        ("unread", json!({"rooms": [room]})),
+        ("read", json!({"room": room, "cursor": ack["cursor"]})),
+    ] {
+        let answer = reply(&mut lee, op, fields).await;
+        assert_eq!(answer["code"], "unavailable", "{op}: {answer}");
+    }
+    // And when they are back, so is everything.
+    mesh.provision().await;
+    let list = list_of(&mut lee, room, 2).await;
+    assert_eq!(names(&list), ["kim", "lee"]);
+    let read = reply(
+        &mut lee,
+        "read",
+        json!({"room": room, "cursor": ack["cursor"]}),
+    )
+    .await;
+    assert_eq!(read["cursor"], ack["cursor"], "{read}");
 }
