@@ -38,6 +38,11 @@ const REMEMBERED: Duration = Duration::from_secs(600);
 /// How often keys are looked for that were left behind.
 const SWEEP: Duration = Duration::from_secs(30);
 
+/// How often a lease is renewed: three attempts fit into one.
+pub(super) fn renewed_every(lease: Duration) -> Duration {
+    lease.mul_f64(0.3)
+}
+
 /// What is known of the leases of a mesh: pure state.
 #[derive(Debug, Default)]
 struct Table {
@@ -109,7 +114,8 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
                 purge(&presence, &edges, &before).await;
             });
         }
-        let every = presence.config.presence.lease.mul_f64(0.3);
+        presence.set_renewed();
+        let every = renewed_every(presence.config.presence.lease);
         let mut pause = every;
         loop {
             sleep(pause).await;
@@ -119,7 +125,10 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
             };
             pause = every;
             match edges.put(&lease, presence.lease_value(), how).await {
-                Ok(renewed) => revision = renewed,
+                Ok(renewed) => {
+                    revision = renewed;
+                    presence.set_renewed();
+                }
                 // Ours all the same, if an answer of ours was lost.
                 Err(KvError::Conflict) => match current(&edges, &lease).await {
                     Ok(Some(renewed)) => revision = renewed,
@@ -213,11 +222,15 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
         let now = Instant::now();
         // Before the batch: what the server told right after it came back is under grace too.
         let established = edges.connection().generation();
-        if generation != established {
+        let reconnected = generation != established;
+        if reconnected {
             generation = established;
+            presence.resync_all();
+        }
+        // It may also have stood still without a connection being lost.
+        if reconnected || presence.is_renewal_overdue() {
             table.grace = Some(now + lease);
             unread = true;
-            presence.resync_all();
         }
         let mut ended = Vec::new();
         let changes = batch
@@ -240,7 +253,12 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
             feed.settle();
             match edges.scan(">").await {
                 // Asked before NATS was away, answered after: what is missing there has its grace first.
-                Ok(_) if edges.connection().generation() != generation => unread = true,
+                Ok(_)
+                    if edges.connection().generation() != generation
+                        || presence.is_renewal_overdue() =>
+                {
+                    unread = true;
+                }
                 Ok(entries) => {
                     unread = false;
                     let living = |entry: &&Entry| entry.value.is_some();

@@ -85,6 +85,8 @@ pub struct Presence {
     alive: channel::Sender<Alive>,
     /// This edge's lease, and those it had before.
     own: Mutex<Vec<Arc<str>>>,
+    /// When NATS last acknowledged that lease.
+    renewed: Mutex<Instant>,
     shards: Vec<mpsc::Sender<Push>>,
     runtime: Handle,
     tasks: Tasks,
@@ -150,6 +152,7 @@ impl Presence {
             changed: Notify::new(),
             alive: channel::Sender::new(Arc::new(lease::alive([].iter(), |_| false))),
             own: Mutex::default(),
+            renewed: Mutex::new(Instant::now()),
             shards,
             runtime: Handle::current(),
             tasks: tasks.clone(),
@@ -317,6 +320,16 @@ impl Presence {
         self.own.lock().push(Arc::clone(lease));
         self.local.lock().set_lease(Some(Arc::clone(lease)));
         self.changed.notify_one();
+    }
+
+    /// NATS has just acknowledged this edge's lease.
+    fn set_renewed(&self) {
+        *self.renewed.lock() = Instant::now();
+    }
+
+    /// Whether NATS has not acknowledged this edge's own lease for so long that others' may have ended for the same reason.
+    fn is_renewal_overdue(&self) -> bool {
+        self.renewed.lock().elapsed() > 2 * lease::renewed_every(self.config.presence.lease)
     }
 
     fn is_own(&self, lease: &str) -> bool {

@@ -285,6 +285,57 @@ async fn nobody_is_gone_because_nats_was() {
     }
 }
 
+/// A server that stood still lets leases end whose edges could not renew them, and no connection tells of it.
+#[tokio::test]
+async fn nobody_is_gone_because_nats_stood_still() {
+    let nats = dedicated_nats().await;
+    let toml = format!("{NAMED}\npresence.lease = '3s'");
+    let mesh = Mesh::start(&nats.url(), 2, &toml).await;
+    let mut followers = [
+        Follower::join(&mesh, 0, "kim", ROOM).await,
+        Follower::join(&mesh, 1, "lee", ROOM).await,
+    ];
+    for follower in &mut followers {
+        follower.until(&["kim", "lee"]).await;
+        follower.pushed().await;
+    }
+    let edges = bucket_of(&mesh, bucket::EDGES).await;
+    let connects = mesh.metric(0, "natter_nats_connects_total", "").await;
+    let pid = nats.server.pid().unwrap();
+    let before = edges.newest(">").await.unwrap();
+    signal(pid, Signal::STOP);
+    // As long as is to be tried: longer than a lease, and too short for a connection to be given up.
+    sleep_until(Instant::now() + Duration::from_secs(4)).await;
+    signal(pid, Signal::CONT);
+    let lost = eventually("the edges agree which leases are over", LONG, async || {
+        let living = living(&edges, "*").await;
+        let renewed = living.iter().filter(|entry| entry.revision > before + 4);
+        if renewed.count() != 2 {
+            return Err(format!("{living:?}"));
+        }
+        let (mut own, mut others) = (Vec::new(), Vec::new());
+        for edge in [0, 1] {
+            let ended = async |whose| mesh.metric(edge, "natter_lease_ended_total", whose).await;
+            own.push(ended("own").await);
+            others.push(ended("other").await);
+        }
+        if own[0] == others[1] && own[1] == others[0] {
+            Ok(own[0] + own[1])
+        } else {
+            Err(format!("{own:?} own, {others:?} others"))
+        }
+    })
+    .await;
+    println!("nats-server stood still for 4 s (lease 3 s): {lost} of 2 leases lost");
+    assert_eq!(
+        mesh.metric(0, "natter_nats_connects_total", "").await,
+        connects
+    );
+    for follower in &mut followers {
+        assert_eq!(left(follower).await, BTreeSet::new());
+    }
+}
+
 /// Nobody survived that could have purged what a killed edge left: the next one that starts does it.
 #[tokio::test]
 async fn what_an_edge_that_died_alone_left_is_purged_by_the_next() {
