@@ -6,6 +6,7 @@ use natter::{
     auth::{Claims, Grant, Right, issue},
     bus::{Bucket, Connection as Nats, Entry, Reader},
     client::Connection,
+    model::RoomId,
     runtime::unix_s,
     subject::{bucket, presence_keys},
 };
@@ -246,7 +247,7 @@ async fn keys_are_for_people_to_read() {
     let _kim = join(&mesh, 0, "kim@x.org", "chat:lobby").await;
     let presence = bucket_of(&mesh, bucket::PRESENCE).await;
     let entry = eventually("the key is written", LONG, async || {
-        let room = "chat:lobby".parse_room();
+        let room = RoomId::parse("chat:lobby").unwrap();
         living(&presence, &presence_keys(&room))
             .await
             .pop()
@@ -262,16 +263,6 @@ async fn keys_are_for_people_to_read() {
     let leases = living(&edges, ">").await;
     let keys: Vec<&str> = leases.iter().map(|entry| &*entry.key).collect();
     assert_eq!(keys, [&*format!("used.{lease}"), lease]);
-}
-
-trait ParseRoom {
-    fn parse_room(&self) -> natter::model::RoomId;
-}
-
-impl ParseRoom for str {
-    fn parse_room(&self) -> natter::model::RoomId {
-        natter::model::RoomId::parse(self).unwrap()
-    }
 }
 
 #[tokio::test]
