@@ -223,30 +223,15 @@ async fn make_ready(
             }
         }
     };
-    tasks.spawn("watch streams", {
-        let (streams, tasks) = (Arc::clone(&streams), tasks.clone());
-        async move {
-            tokio::select! {
-                () = streams.watch(STREAMS_WATCH) => {}
-                () = tasks.stopping() => {}
-            }
-        }
-    });
+    let watch = Arc::clone(&streams).watch(STREAMS_WATCH);
+    tasks.spawn_until_stopping("watch streams", watch);
     let name = format!("natter edge {} state", shared.id);
     let state = Connection::open(&config.nats, &name).await?;
     let state_reader = Reader::new(state.clone(), &config.nats);
-    let markers = Markers::new(&state, &state_reader, &streams, config, &shared.id);
-    tasks.spawn("keep read markers", {
-        let (markers, tasks) = (Arc::clone(&markers), tasks.clone());
-        async move {
-            tokio::select! {
-                () = markers.keep() => {}
-                () = tasks.stopping() => {}
-            }
-        }
-    });
+    let markers = Markers::new(&state_reader, &streams, config, &shared.id);
+    tasks.spawn_until_stopping("keep read markers", Arc::clone(&markers).keep());
     let count = Shards::count(config);
-    let (presence, pushes) = Presence::start(config, &shared.id, &state, count, tasks);
+    let (presence, pushes) = Presence::start(config, &shared.id, &state_reader, count, tasks);
     let shards = Shards::start(shared, &streams, (&presence, pushes), &markers).await?;
     let reader = Reader::new(connection.clone(), &config.nats);
     let publisher = Publisher::new(

@@ -97,7 +97,7 @@ impl Table {
     }
 }
 
-/// Holds this edge's lease for ever: takes one, renews it, takes another when it is lost.
+/// Holds this edge's lease until it is given up: takes one, renews it, takes another when it is lost.
 pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
     let mut before: Option<Arc<str>> = None;
     loop {
@@ -119,6 +119,9 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
         let mut pause = every;
         loop {
             sleep(pause).await;
+            if presence.has_given_up() {
+                return;
+            }
             let how = Put {
                 ttl: Some(presence.config.presence.lease),
                 expected: Some(revision),
@@ -140,6 +143,10 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
                     pause = RETRY;
                 }
             }
+        }
+        // It may have been given up while it was renewed.
+        if presence.has_given_up() {
+            return;
         }
         count(Counter::LeaseEnded(LeaseEnd::Lost), 1);
         tracing::warn!(lease = %lease, "the lease is lost: who is here is announced anew");

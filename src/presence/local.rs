@@ -168,6 +168,11 @@ impl Local {
         }
     }
 
+    /// Whether keys are written.
+    pub(super) fn has_lease(&self) -> bool {
+        self.lease.is_some()
+    }
+
     /// The next key to write, if it may be written now.
     pub(super) fn next_write(&mut self, now: Instant) -> Next {
         let Some(lease) = self.lease.clone() else {

@@ -39,7 +39,7 @@ use tokio::{
 };
 
 use crate::{
-    bus::{Bucket, Connection, Reader},
+    bus::{Bucket, Reader},
     config::{Config, PresencePolicy},
     model::RoomId,
     protocol::native::PageOf,
@@ -128,19 +128,18 @@ impl Drop for Watch {
 }
 
 impl Presence {
-    /// Begins to keep who is where, over `connection`, for an edge of `shards` shards; what each of them is to push comes
+    /// Begins to keep who is where, read by `reader` and written over its connection, for an edge of `shards` shards; what each of them is to push comes
     /// out of its receiver. The tasks run on the current runtime and end with `tasks`.
     #[must_use]
     pub fn start(
         config: &Arc<Config>,
         edge: &Arc<str>,
-        connection: &Connection,
+        reader: &Reader,
         shards: usize,
         tasks: &Tasks,
     ) -> (Arc<Self>, Vec<mpsc::Receiver<Push>>) {
         let (shards, pushes) = (0..shards).map(|_| mpsc::channel(WAITING)).unzip();
-        let reader = Reader::new(connection.clone(), &config.nats);
-        let of = |name| Bucket::new(connection.clone(), reader.clone(), config, name);
+        let of = |name| Bucket::new(reader.connection().clone(), reader.clone(), config, name);
         let writes_per_second = config.presence.writes_per_second;
         let presence = Arc::new(Self {
             edge: Arc::clone(edge),
@@ -169,14 +168,9 @@ impl Presence {
 
     /// Runs a task until it ends or the edge does.
     fn background(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        let tasks = self.tasks.clone();
+        // Rosters are opened from the shards, and live here.
         let _guard = self.runtime.enter();
-        self.tasks.spawn(name, async move {
-            tokio::select! {
-                () = task => {}
-                () = tasks.stopping() => {}
-            }
-        });
+        self.tasks.spawn_until_stopping(name, task);
     }
 
     /// What is told of the users of a room.
@@ -320,6 +314,11 @@ impl Presence {
         self.own.lock().push(Arc::clone(lease));
         self.local.lock().set_lease(Some(Arc::clone(lease)));
         self.changed.notify_one();
+    }
+
+    /// Whether the lease was given up: the edge ends.
+    fn has_given_up(&self) -> bool {
+        !self.local.lock().has_lease()
     }
 
     /// NATS has just acknowledged this edge's lease.

@@ -13,7 +13,7 @@ use super::{
     marker::{Marker, Phase},
 };
 use crate::{
-    bus::{Bucket, Connection, KvError, Publisher, ReadError, Reader, Streams},
+    bus::{Bucket, KvError, Publisher, ReadError, Reader, Streams},
     config::Config,
     model::{Class, Cursor, Epoch, Fingerprint, Position, Region, RoomId, partition_of},
     protocol::{ErrorCode, native::PageOf},
@@ -136,17 +136,11 @@ impl From<KvError> for MarkerError {
 }
 
 impl Markers {
-    /// The markers of an edge, which are written and read over `connection` and `reader`, never the ones of messages.
+    /// The markers of an edge, which are read by `reader` and written over its connection, never the ones of messages.
     /// Nothing is read or written before [`Self::keep`] runs.
     #[must_use]
-    pub fn new(
-        connection: &Connection,
-        reader: &Reader,
-        streams: &Arc<Streams>,
-        config: &Config,
-        edge: &str,
-    ) -> Arc<Self> {
-        let (connection, reader) = (connection.clone(), reader.clone());
+    pub fn new(reader: &Reader, streams: &Arc<Streams>, config: &Config, edge: &str) -> Arc<Self> {
+        let (connection, reader) = (reader.connection().clone(), reader.clone());
         Arc::new(Self {
             publisher: Publisher::new(
                 connection.clone(),

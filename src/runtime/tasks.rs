@@ -69,6 +69,20 @@ impl Tasks {
         })
     }
 
+    /// Starts a task on the current runtime that is dropped where it stands when the others are told to end.
+    pub fn spawn_until_stopping<F>(&self, name: &'static str, task: F) -> JoinHandle<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let tasks = self.clone();
+        self.spawn(name, async move {
+            tokio::select! {
+                () = task => {}
+                () = tasks.stopping() => {}
+            }
+        })
+    }
+
     /// Starts a task on the current `LocalSet`: a shard's.
     pub fn spawn_local<F>(&self, name: &'static str, task: F) -> JoinHandle<F::Output>
     where

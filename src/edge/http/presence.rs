@@ -11,9 +11,10 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::sync::Arc;
+use tracing::Instrument as _;
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Api, ErrorBody, HttpError, authorize, room_of};
+use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
 use crate::{
     model::RoomId,
     protocol::{ErrorCode, native::PageOf},
@@ -91,25 +92,29 @@ pub(super) async fn presence(
     query: Result<Query<ListQuery>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Json<PresenceReply>, HttpError> {
-    let identity = authorize(&api, &headers)?;
-    let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
-    let room = room_of(room)?;
-    let page = ListQuery::page(query)?;
-    may_see_presence(&api.shared.config, &identity, &room)?;
-    let page = ready
-        .presence
-        .page(&room, &page)
-        .await
-        .map_err(presence_refusal)?;
-    let users = page.users.into_iter().map(|(user, seen)| PresentUser {
-        user,
-        info: seen.info,
-        since: seen.since,
-    });
-    Ok(Json(PresenceReply {
-        room,
-        count: page.count,
-        users: users.collect(),
-        next: page.next,
-    }))
+    let span = command_span("presence", &headers);
+    let ask = async {
+        let identity = authorize(&api, &headers)?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let room = room_of(room)?;
+        let page = ListQuery::page(query)?;
+        may_see_presence(&api.shared.config, &identity, &room)?;
+        let page = ready
+            .presence
+            .page(&room, &page)
+            .await
+            .map_err(presence_refusal)?;
+        let users = page.users.into_iter().map(|(user, seen)| PresentUser {
+            user,
+            info: seen.info,
+            since: seen.since,
+        });
+        Ok(Json(PresenceReply {
+            room,
+            count: page.count,
+            users: users.collect(),
+            next: page.next,
+        }))
+    };
+    ask.instrument(span).await
 }
