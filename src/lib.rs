@@ -7,13 +7,14 @@
 //! edge                     accepts: sockets, requests
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
-//! read_marker              who has read up to where, how much is new
-//! auth   bus   servers   client   wire
+//! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
+//! auth   bus   store   servers   client   wire
 //! config   telemetry   runtime
 //! model   protocol   subject
 //! ```
 //!
 //! - Only `bus` (and `servers`, to see whether a server it started is ready) imports async-nats.
+//! - Only `store` (and `servers`, likewise) imports mongodb.
 //! - Only `auth` imports jsonwebtoken.
 //! - Only `subject` spells a subject, stream or header name.
 
@@ -23,6 +24,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod edge;
+pub mod history;
 pub mod model;
 pub mod presence;
 pub mod protocol;
@@ -31,6 +33,7 @@ pub mod room;
 pub mod runtime;
 pub mod servers;
 pub mod session;
+pub mod store;
 pub mod subject;
 pub mod telemetry;
 pub mod wire;

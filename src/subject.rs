@@ -22,6 +22,12 @@ pub mod header {
     pub const TS: &str = "Natter-Ts";
     /// Edge that published it, for people who debug.
     pub const CLIENT: &str = "Natter-Client";
+    /// `1` on an edit or delete that an edge let through because its sender has the right `moderate`.
+    pub const MODERATED: &str = "Natter-Moderated";
+    /// In a dead letter: why the message could not be written.
+    pub const REASON: &str = "Natter-Reason";
+    /// In a dead letter: epoch, sequence, time (ms since 1970) and fingerprint of the message in its stream.
+    pub const PLACE: &str = "Natter-Place";
     /// W3C trace context.
     pub const TRACEPARENT: &str = "traceparent";
     /// Sequence, in what a stream republishes or answers.
@@ -34,6 +40,8 @@ pub mod header {
     pub const SUBJECT: &str = "Nats-Subject";
     /// In an answer to a batched direct get: matches after this one.
     pub const NUM_PENDING: &str = "Nats-Num-Pending";
+    /// What the end of a request to a consumer says: messages that it asked for and was not given.
+    pub const PENDING_MESSAGES: &str = "Nats-Pending-Messages";
     /// `DEL` or `PURGE` in a key-value message that removes its key.
     pub const KV_OPERATION: &str = "KV-Operation";
     /// Why the server itself removed a key, `MaxAge` for one that was not renewed in time.
@@ -49,6 +57,15 @@ pub const KIND_TYPING: &str = "typing";
 
 /// Value of [`header::KIND`] of a read receipt: the payload is a cursor.
 pub const KIND_READ: &str = "read";
+
+/// Sender of what natter itself says in a room. Tokens can't have it: a `sub` must not begin with `$`.
+pub const FROM_NATTER: &str = "$natter";
+
+/// Name of the history service, as `nats micro ls` shows it.
+pub const HISTORY_SERVICE: &str = "natter-history";
+
+/// Durable consumer of the history service on each stream of rooms.
+pub const HISTORY_CONSUMER: &str = "history";
 
 /// Buckets of a region.
 pub mod bucket {
@@ -151,6 +168,38 @@ impl Subjects {
     #[must_use]
     pub fn by_hand(&self, room: &RoomId) -> String {
         format!("{}.pub.{}.{}", self.prefix, room.namespace(), room.name())
+    }
+
+    /// Where the history service of `region` answers; `endpoint` is `page`, `search` or `erase`.
+    #[must_use]
+    pub fn history(&self, region: &Region, endpoint: &str) -> String {
+        format!("{}.svc.history.{region}.{endpoint}", self.prefix)
+    }
+
+    /// Everything of a partition's rooms: a filter for a read of the whole stream. The room's tokens are wildcards.
+    #[must_use]
+    pub fn stored_any(&self, origin: &Region, part: u16) -> String {
+        format!("{}.in.{origin}.{part}.*.*.*", self.prefix)
+    }
+
+    /// Where a message that history can't write is kept: the subject under which its stream had it, below `dead`.
+    #[must_use]
+    pub fn dead(&self, stored: &str) -> Option<String> {
+        let rest = stored.strip_prefix(&*self.prefix)?.strip_prefix(".in.")?;
+        Some(format!("{}.dead.{rest}", self.prefix))
+    }
+
+    /// The inverse of [`Self::dead`].
+    #[must_use]
+    pub fn dead_stored(&self, dead: &str) -> Option<String> {
+        let rest = dead.strip_prefix(&*self.prefix)?.strip_prefix(".dead.")?;
+        Some(format!("{}.in.{rest}", self.prefix))
+    }
+
+    /// All dead letters of `origin`.
+    #[must_use]
+    pub fn dead_all(&self, origin: &Region) -> String {
+        format!("{}.dead.{origin}.>", self.prefix)
     }
 
     /// A subject that nobody serves: the server says so at once.
@@ -275,6 +324,12 @@ pub fn rooms_stream(origin: &Region, part: u16) -> String {
     format!("ROOMS_{origin}_{part}")
 }
 
+/// Name of the stream of dead letters of `origin`.
+#[must_use]
+pub fn dead_stream(origin: &Region) -> String {
+    format!("HISTORY_DEAD_{origin}")
+}
+
 /// Origin and partition of a [`rooms_stream`], by its name.
 #[must_use]
 pub fn parse_rooms_stream(name: &str) -> Option<(Region, u16)> {
@@ -363,6 +418,9 @@ pub mod api {
     /// Names of streams, a page a request.
     pub const STREAM_NAMES: &str = "$JS.API.STREAM.NAMES";
 
+    /// Begins the subjects at which a consumer is answered.
+    pub const ACK: &str = "$JS.ACK.";
+
     /// What a stream is.
     #[must_use]
     pub fn stream_info(stream: &str) -> String {
@@ -381,10 +439,40 @@ pub mod api {
         format!("$JS.API.STREAM.PURGE.{stream}")
     }
 
+    /// Remove one message of a stream.
+    #[must_use]
+    pub fn message_delete(stream: &str) -> String {
+        format!("$JS.API.STREAM.MSG.DELETE.{stream}")
+    }
+
+    /// Create a durable consumer, or change it.
+    #[must_use]
+    pub fn consumer_create(stream: &str, consumer: &str) -> String {
+        format!("$JS.API.CONSUMER.CREATE.{stream}.{consumer}")
+    }
+
+    /// What a consumer is, and how far it has come.
+    #[must_use]
+    pub fn consumer_info(stream: &str, consumer: &str) -> String {
+        format!("$JS.API.CONSUMER.INFO.{stream}.{consumer}")
+    }
+
+    /// Ask a pull consumer for messages.
+    #[must_use]
+    pub fn consumer_next(stream: &str, consumer: &str) -> String {
+        format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}")
+    }
+
     /// Change a stream.
     #[must_use]
     pub fn stream_update(stream: &str) -> String {
         format!("$JS.API.STREAM.UPDATE.{stream}")
+    }
+
+    /// Ask all instances of a micro service for their statistics.
+    #[must_use]
+    pub fn service_stats(service: &str) -> String {
+        format!("$SRV.STATS.{service}")
     }
 
     /// The API of another region's domain, as a mirror's configuration names it.

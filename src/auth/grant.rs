@@ -124,8 +124,9 @@ pub(super) struct Allowed {
     rights: Rights,
 }
 
+/// The rooms of one grant.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Rooms {
+pub(super) enum Rooms {
     All,
     Namespace(Box<str>),
     One {
@@ -147,6 +148,11 @@ impl Allowed {
                 .filter_map(|name| Right::parse(name))
                 .collect(),
         })
+    }
+
+    /// The rooms that it covers, if it gives `right`.
+    pub(super) fn rooms_with(&self, right: Right) -> Option<&Rooms> {
+        self.rights.contains(right).then_some(&self.rooms)
     }
 
     /// What it allows in `room`.

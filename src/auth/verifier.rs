@@ -7,10 +7,15 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde::Deserialize;
 use serde_json::{Map, Value, value::RawValue};
 
-use super::{BadClaim, BadPattern, Claims, Right, Rights, cache::Cache, grant::Allowed, key::Key};
+use super::{
+    BadClaim, BadPattern, Claims, Right, Rights,
+    cache::Cache,
+    grant::{Allowed, Rooms},
+    key::Key,
+};
 use crate::{
     config,
-    model::RoomId,
+    model::{RoomId, RoomScope},
     telemetry::metrics::{Counter, TokenCheck, TokenFault, count},
 };
 
@@ -44,6 +49,27 @@ impl Identity {
         self.allowed
             .iter()
             .any(|allowed| allowed.rights(room).contains(right))
+    }
+
+    /// All rooms in which the grants give `right`.
+    #[must_use]
+    pub fn scope(&self, right: Right) -> RoomScope {
+        let mut scope = RoomScope::default();
+        for rooms in self
+            .allowed
+            .iter()
+            .filter_map(|allowed| allowed.rooms_with(right))
+        {
+            match rooms {
+                Rooms::All => scope.all = true,
+                Rooms::Namespace(namespace) => scope.namespaces.push(namespace.to_string()),
+                Rooms::One { namespace, name } => {
+                    scope.rooms.extend(RoomId::from_parts(namespace, name));
+                }
+                Rooms::None => {}
+            }
+        }
+        scope
     }
 
     /// Everything the grants cover in `room`.

@@ -373,8 +373,12 @@ impl Publisher {
         if publication.kind != Kind::Message {
             headers.insert(header::KIND, publication.kind.as_str());
         }
-        if let Some((target, _)) = &publication.target {
+        if let Some((target, reference)) = &publication.target {
             headers.insert(header::TARGET, header_escape(target).as_ref());
+            // Who publishes has checked it: without the right it would not have come here.
+            if matches!(publication.kind, Kind::Edit | Kind::Delete) && !reference.is_by(user) {
+                headers.insert(header::MODERATED, "1");
+            }
         }
         if let Some(reply_to) = &publication.reply_to {
             headers.insert(header::REPLY_TO, header_escape(reply_to).as_ref());

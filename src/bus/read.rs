@@ -185,6 +185,22 @@ impl Reader {
         })
     }
 
+    /// A page of several rooms' logs, as far as messages are a room's at all; with the matches after it.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn log(
+        &self,
+        stream: &str,
+        epoch: Epoch,
+        filter: &str,
+        from: u64,
+    ) -> Result<(Vec<Stored>, u64), ReadError> {
+        let (messages, end) = self.raw_page(stream, filter, from).await?;
+        let stored = self.stored(&messages, stream, epoch)?;
+        Ok((stored, end.unwrap_or_default()))
+    }
+
     /// Messages of one filter from sequence `from` on, and how many match after them.
     pub(super) async fn raw_page(
         &self,
@@ -199,6 +215,23 @@ impl Reader {
             "max_bytes": PAGE_BYTES,
         });
         self.get(stream, &request).await
+    }
+
+    /// The first message of one filter from sequence `from` on.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn next(
+        &self,
+        stream: &str,
+        epoch: Epoch,
+        filter: &str,
+        from: u64,
+    ) -> Result<Option<Record>, ReadError> {
+        let request = serde_json::json!({ "seq": from.max(1), "next_by_subj": filter, "batch": 1 });
+        let (messages, _) = self.get(stream, &request).await?;
+        let first = self.stored(&messages, stream, epoch)?.into_iter().next();
+        Ok(first.map(|stored| stored.record))
     }
 
     /// The message at `seq`, whatever room it belongs to.

@@ -38,6 +38,8 @@ pub struct Record {
     pub kind: Option<&'static str>,
     /// What it is about.
     pub target: Option<String>,
+    /// Whether its sender edits or deletes by the right `moderate`.
+    pub moderated: bool,
     /// What it answers.
     pub reply_to: Option<String>,
     /// JSON array of users.
@@ -91,17 +93,30 @@ impl Record {
             .and_then(|text| text.parse().ok())
             .ok_or(BadRecord::Sequence)?;
         let ts = stored_time(headers)?;
-        let mut record = Self::with_headers(Some(headers), payload, class, ts);
-        record.seq = seq;
+        let mut record = Self::at(Some(headers), payload, class, epoch, (seq, ts));
         record.previous = last(headers, header::LAST_SEQUENCE).and_then(|text| text.parse().ok());
-        record.fingerprint = match headers.get(header::MSG_ID) {
+        Ok(record)
+    }
+
+    /// Reads a message that a stream stored at `place`, its sequence and its time in ms since 1970.
+    #[must_use]
+    pub(super) fn at(
+        headers: Option<&HeaderMap>,
+        payload: Bytes,
+        class: Class,
+        epoch: Epoch,
+        (seq, ts): (u64, u64),
+    ) -> Self {
+        let mut record = Self::with_headers(headers, payload, class, ts);
+        record.seq = seq;
+        record.fingerprint = match headers.and_then(|headers| headers.get(header::MSG_ID)) {
             Some(key) => Fingerprint::of(key.as_str().as_bytes()),
             None => Fingerprint::of(&record.body),
         };
         if record.id.is_empty() {
             record.id = format!("{epoch}-{seq}");
         }
-        Ok(record)
+        record
     }
 
     /// Reads an ephemeral message; `now` in ms stands in for a missing time.
@@ -140,6 +155,7 @@ impl Record {
                 .filter(|kind| *kind != Kind::Message)
                 .map(Kind::as_str),
             target: unescaped(header::TARGET),
+            moderated: text(header::MODERATED).is_some(),
             reply_to: unescaped(header::REPLY_TO),
             mentions: text(header::MENTIONS).filter(json_array).map(str::to_owned),
             body: json_or_string(payload),

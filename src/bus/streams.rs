@@ -10,7 +10,7 @@ use std::{
 
 use parking_lot::RwLock;
 use serde::Deserialize;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::Connection;
 use crate::{
@@ -18,6 +18,9 @@ use crate::{
     model::{Epoch, Region},
     subject::{EPOCH_METADATA, rooms_stream, stream_info},
 };
+
+/// How often the streams are looked for while they are not there.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The state of one stream, as last seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,6 +138,28 @@ impl Streams {
             parts,
             version: AtomicU64::new(0),
         }))
+    }
+
+    /// As [`Self::load`], as soon as the streams are there; says what it waits for, once each.
+    pub async fn wait_for(
+        connection: &Connection,
+        origin: &Region,
+        config: &config::Nats,
+    ) -> Arc<Self> {
+        let mut told = String::new();
+        loop {
+            match Self::load(connection.clone(), origin.clone(), config).await {
+                Ok(streams) => return streams,
+                Err(error) => {
+                    let text = error.to_string();
+                    if text != told {
+                        tracing::warn!(error = %text, "waiting for the streams");
+                        told = text;
+                    }
+                    sleep(RETRY).await;
+                }
+            }
+        }
     }
 
     /// The region whose streams these are.

@@ -1,4 +1,4 @@
-//! What `tail` and `send` share: which edges, which token, and how output ends.
+//! What `tail`, `send` and `history export` share: which edges, which token, and how output ends.
 
 use std::{
     io::{self, Write},
@@ -19,7 +19,7 @@ use crate::{
     model::RoomId,
 };
 
-/// Life of the tokens that `tail` and `send` make for themselves; they make a new one when it ends.
+/// Life of the tokens that these tools make for themselves; they make a new one when it ends.
 const TOKEN_TTL: Duration = Duration::from_secs(3600);
 
 /// Where to connect, and as whom.
@@ -50,15 +50,16 @@ pub(super) struct Connect {
 }
 
 impl Connect {
-    /// The edges and the token to use for `room`.
+    /// The edges and the token to use for `room`; one that is made has `rights` there.
     pub(super) fn target(
         &self,
         room: &RoomId,
+        rights: &[Right],
         config: impl FnOnce() -> Result<Config, ConfigError>,
     ) -> anyhow::Result<Target> {
         let token = match &self.token {
             Some(token) => Token::Fixed(token.clone()),
-            None => self.made(room, config)?,
+            None => self.made(room, rights, config)?,
         };
         Ok(Target::new(self.url.clone(), token))
     }
@@ -66,29 +67,30 @@ impl Connect {
     fn made(
         &self,
         room: &RoomId,
+        rights: &[Right],
         config: impl FnOnce() -> Result<Config, ConfigError>,
     ) -> anyhow::Result<Token> {
         let config = config()?;
         let secret = secret(&config, &self.data)?;
         let auth = config.auth;
         // Once here, so that a secret that can't be used is an error of the command and not of the first connection.
-        token_for(&auth, &self.user, room, &secret)?;
-        let (user, room) = (self.user.clone(), room.clone());
+        let grant = Grant::new(room.as_str(), rights);
+        let user = self.user.clone();
+        token_for(&auth, &user, &grant, &secret)?;
         Ok(Token::Made(Arc::new(move || {
-            token_for(&auth, &user, &room, &secret).map_err(|error| format!("{error:#}"))
+            token_for(&auth, &user, &grant, &secret).map_err(|error| format!("{error:#}"))
         })))
     }
 }
 
-/// A token of `user` for reading and writing in `room`.
+/// A token of `user` for one grant.
 fn token_for(
     auth: &config::Auth,
     user: &str,
-    room: &RoomId,
+    grant: &Grant,
     secret: &str,
 ) -> anyhow::Result<String> {
-    let grant = Grant::new(room.as_str(), &[Right::Read, Right::Write]);
-    sign(auth, user, vec![grant], TOKEN_TTL, None, secret)
+    sign(auth, user, vec![grant.clone()], TOKEN_TTL, None, secret)
 }
 
 /// Parses a room for clap.

@@ -10,7 +10,9 @@
 
 mod connect;
 mod edge;
+mod export;
 mod guard;
+mod history;
 mod provision;
 mod send;
 mod tail;
@@ -56,6 +58,7 @@ enum Command {
     ShowConfig,
     Token(token::Token),
     Edge(edge::EdgeCommand),
+    History(history::HistoryCommand),
     /// Follow a room in the terminal; reconnects and resumes by itself.
     Tail(tail::Tail),
     /// Say something in a room, and wait until it is stored.
@@ -106,6 +109,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             println!("the configuration is valid");
         }
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
+        Command::History(history) => return history.run(cli.config.as_deref()),
         Command::Token(token) => println!("{}", token.make(cli.config.as_deref())?),
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
         Command::Tail(tail) => tail::run(tail, load)?,

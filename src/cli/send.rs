@@ -9,6 +9,7 @@ use tokio::{sync::mpsc, time::timeout};
 
 use super::connect::{Connect, print_line, room, run_tool};
 use crate::{
+    auth::Right,
     client::{Draft, Publisher},
     config::{Config, ConfigError},
     model::{Kind, MessageId, Reference, RoomId},
@@ -74,7 +75,9 @@ pub(super) fn run(
     if about && send.target.is_none() {
         bail!("--kind needs --target: the message that it is about");
     }
-    let target = send.connect.target(&send.room, config)?;
+    let target = send
+        .connect
+        .target(&send.room, &[Right::Read, Right::Write], config)?;
     run_tool(async move {
         let publisher = Publisher::open(target);
         // A withdrawal needs no words.

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::connect::{Connect, print_line, room, run_tool, stdout_closed};
 use crate::{
+    auth::Right,
     client::{Event, Frame, Room},
     config::{Config, ConfigError},
     model::RoomId,
@@ -47,7 +48,9 @@ pub(super) fn run(
     tail: Tail,
     config: impl FnOnce() -> Result<Config, ConfigError>,
 ) -> anyhow::Result<()> {
-    let target = tail.connect.target(&tail.room, config)?;
+    let target = tail
+        .connect
+        .target(&tail.room, &[Right::Read, Right::Write], config)?;
     run_tool(async move {
         let room = Room::follow(target, tail.room.as_str(), tail.since);
         tokio::select! {

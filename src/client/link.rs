@@ -181,7 +181,11 @@ impl Link {
 }
 
 impl Token {
-    fn get(&self) -> Result<String, String> {
+    /// A token to connect with; the error is a sentence for people.
+    ///
+    /// # Errors
+    /// When none can be made.
+    pub fn get(&self) -> Result<String, String> {
         match self {
             Self::Fixed(token) => Ok(token.clone()),
             Self::Made(make) => make(),

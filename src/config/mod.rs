@@ -35,6 +35,15 @@ const MIN_LEASE: Duration = Duration::from_secs(3);
 /// Most rooms of one `unread`.
 const MAX_UNREAD_ROOMS: usize = 1000;
 
+/// Most messages of one batch for MongoDB (its own limit of operations in one command).
+const MAX_BATCH: usize = 100_000;
+
+/// Shortest time after which a message may be given to another worker.
+const MIN_ACK_WAIT: Duration = Duration::from_secs(3);
+
+/// Longest name of a database (MongoDB's own limit).
+const MAX_DATABASE: usize = 63;
+
 /// Shortest HS256 secret, in bytes (RFC 7518 section 3.2: as long as the hash).
 const MIN_SECRET: usize = 32;
 
@@ -45,6 +54,8 @@ pub struct Config {
     pub region: String,
     pub nats: Nats,
     pub streams: Streams,
+    pub mongodb: Mongodb,
+    pub history: History,
     pub servers: Servers,
     pub edge: Edge,
     pub auth: Auth,
@@ -85,6 +96,35 @@ pub struct Streams {
     pub max_msgs_per_room: u64,
     #[serde(with = "humantime_serde")]
     pub duplicate_window: Duration,
+}
+
+/// `[mongodb]`: where history is kept.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mongodb {
+    pub url: Secret,
+    pub url_file: PathBuf,
+    pub database: String,
+    #[serde(with = "humantime_serde")]
+    pub read_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    pub write_timeout: Duration,
+}
+
+/// `[history]`: the service that writes to MongoDB and reads from it.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct History {
+    pub listen: SocketAddr,
+    pub batch_messages: usize,
+    pub batch_bytes: ByteSize,
+    #[serde(with = "humantime_serde")]
+    pub batch_wait: Duration,
+    #[serde(with = "humantime_serde")]
+    pub ack_wait: Duration,
+    pub max_deliver: u32,
+    #[serde(with = "humantime_serde")]
+    pub ask_timeout: Duration,
 }
 
 /// `[servers]`: the programs that `natter up` runs.
@@ -208,6 +248,8 @@ pub struct Namespace {
     pub durable: bool,
     pub typing: bool,
     #[serde(default)]
+    pub history: bool,
+    #[serde(default)]
     pub presence: PresencePolicy,
 }
 
@@ -273,6 +315,10 @@ impl Config {
             .auth
             .hs256_secret
             .read_file("auth.hs256_secret_file", &config.auth.hs256_secret_file)?;
+        config
+            .mongodb
+            .url
+            .read_file("mongodb.url_file", &config.mongodb.url_file)?;
         let faults = config.faults();
         if faults.is_empty() {
             Ok(config)
@@ -402,6 +448,34 @@ impl Config {
                 self.presence.lease
             ),
         );
+        let history = &self.history;
+        check(
+            (1..=MAX_BATCH).contains(&history.batch_messages),
+            format!(
+                "history.batch_messages = {}: must be 1 to {MAX_BATCH}, MongoDB takes no larger batch",
+                history.batch_messages
+            ),
+        );
+        check(
+            history.ack_wait >= MIN_ACK_WAIT,
+            format!(
+                "history.ack_wait = {:?}: must be at least {MIN_ACK_WAIT:?}, it is renewed every third of that",
+                history.ack_wait
+            ),
+        );
+        check(
+            is_token(&self.mongodb.database) && self.mongodb.database.len() <= MAX_DATABASE,
+            format!(
+                "mongodb.database = {:?}: must match [A-Za-z0-9_-]{{1,{MAX_DATABASE}}}",
+                self.mongodb.database
+            ),
+        );
+        for (name, namespace) in &self.namespaces {
+            check(
+                namespace.durable || !namespace.history,
+                format!("namespaces.{name}.history = true: only a durable namespace has a history"),
+            );
+        }
         let limits = &self.limits;
         check(
             (1..=MAX_UNREAD_ROOMS).contains(&limits.unread_rooms),
@@ -414,6 +488,7 @@ impl Config {
             ("limits.body", limits.body, 1),
             ("limits.frame", limits.frame, limits.body.as_u64() + 4096),
             ("limits.outbox", limits.outbox, 16 * 1024),
+            ("history.batch_bytes", history.batch_bytes, 1),
             (
                 "rooms.replay_max_bytes",
                 self.rooms.replay_max_bytes,
@@ -442,6 +517,7 @@ impl Config {
                 "presence.writes_per_second",
                 u64::from(self.presence.writes_per_second),
             ),
+            ("history.max_deliver", u64::from(history.max_deliver)),
             ("rooms.replay_max", self.rooms.replay_max),
         ] {
             check(number > 0, format!("{key} = 0: must be at least 1"));
@@ -452,6 +528,9 @@ impl Config {
             ("rooms.resync", self.rooms.resync),
             ("auth.first_frame_timeout", self.auth.first_frame_timeout),
             ("telemetry.otlp_interval", self.telemetry.otlp_interval),
+            ("mongodb.read_timeout", self.mongodb.read_timeout),
+            ("mongodb.write_timeout", self.mongodb.write_timeout),
+            ("history.ask_timeout", history.ask_timeout),
         ] {
             check(!time.is_zero(), format!("{key} = 0s: must be above 0"));
         }

@@ -1,5 +1,7 @@
 //! Plain HTTP: publishing, who is there, health, metrics, the OpenAPI document, the page.
 
+mod erase;
+mod history;
 mod presence;
 mod read;
 
@@ -11,7 +13,7 @@ use axum::{
     extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::{get, post, put},
+    routing::{delete, get, post, put},
 };
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -44,10 +46,11 @@ const MAX_PACES: usize = 10_000;
 #[openapi(
     info(title = "natter edge", description = "Rooms over plain HTTP. WebSocket clients connect to /ws."),
     paths(
-        upgrade::websocket, publish, presence::presence, read::readers, read::read, read::unread,
+        upgrade::websocket, publish, history::messages, history::search_room, history::search,
+        erase::room, erase::user, presence::presence, read::readers, read::read, read::unread,
         healthz, readyz, metrics, openapi,
     ),
-    components(schemas(PublishRequest, PublishReply, presence::PresenceReply, ErrorBody)),
+    components(schemas(PublishRequest, PublishReply, presence::PresenceReply, history::MessageBody, ErrorBody)),
     modifiers(&BearerToken)
 )]
 struct ApiDoc;
@@ -97,7 +100,14 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/v1/openapi.json", get(openapi))
-        .route("/v1/rooms/{room}/messages", post(publish))
+        .route(
+            "/v1/rooms/{room}/messages",
+            get(history::messages).post(publish),
+        )
+        .route("/v1/rooms/{room}", delete(erase::room))
+        .route("/v1/users/{user}/messages", delete(erase::user))
+        .route("/v1/rooms/{room}/search", get(history::search_room))
+        .route("/v1/search", get(history::search))
         .route("/v1/rooms/{room}/presence", get(presence::presence))
         .route("/v1/rooms/{room}/readers", get(read::readers))
         .route("/v1/rooms/{room}/read", put(read::read))

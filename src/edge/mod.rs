@@ -24,15 +24,13 @@ use crate::{
     auth::{AuthConfigError, Verifier},
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
     config::Config,
+    history,
     presence::Presence,
     read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},
 };
 use admission::Admission;
 use shard::Shards;
-
-/// How often the streams are looked for while they are not there.
-const STREAMS_RETRY: Duration = Duration::from_secs(1);
 
 /// How often each stream's state is looked at when nothing else asks for it.
 const STREAMS_WATCH: Duration = Duration::from_secs(10);
@@ -63,11 +61,12 @@ struct Shared {
 #[derive(Debug)]
 struct Ready {
     connection: Connection,
-    /// For presence and read markers: what they wait for holds up no message.
+    /// For presence, read markers and history: what they wait for holds up no message.
     state: Connection,
     publisher: Publisher,
     presence: Arc<Presence>,
     markers: Arc<Markers>,
+    history: Arc<history::Client>,
     shards: Shards,
 }
 
@@ -209,20 +208,7 @@ async fn make_ready(
     tasks: &Tasks,
 ) -> Result<(), EdgeError> {
     let config = &shared.config;
-    let mut told = String::new();
-    let streams = loop {
-        match Streams::load(connection.clone(), config.region(), &config.nats).await {
-            Ok(streams) => break streams,
-            Err(error) => {
-                let text = error.to_string();
-                if text != told {
-                    tracing::warn!(error = %text, "waiting for the streams");
-                    told = text;
-                }
-                tokio::time::sleep(STREAMS_RETRY).await;
-            }
-        }
-    };
+    let streams = Streams::wait_for(&connection, &config.region(), &config.nats).await;
     let watch = Arc::clone(&streams).watch(STREAMS_WATCH);
     tasks.spawn_until_stopping("watch streams", watch);
     let name = format!("natter edge {} state", shared.id);
@@ -232,7 +218,9 @@ async fn make_ready(
     tasks.spawn_until_stopping("keep read markers", Arc::clone(&markers).keep());
     let count = Shards::count(config);
     let (presence, pushes) = Presence::start(config, &shared.id, &state_reader, count, tasks);
-    let shards = Shards::start(shared, &streams, (&presence, pushes), &markers).await?;
+    let history = history::Client::new(&state_reader, &streams, config);
+    let presences = (&presence, pushes);
+    let shards = Shards::start(shared, &streams, presences, &markers, &history).await?;
     let reader = Reader::new(connection.clone(), &config.nats);
     let publisher = Publisher::new(
         connection.clone(),
@@ -248,6 +236,7 @@ async fn make_ready(
         publisher,
         presence,
         markers,
+        history,
         shards,
     });
     debug_assert!(set.is_ok(), "an edge is made ready once");

@@ -10,6 +10,8 @@ use axum::{
 const HTML: &str = include_str!("page/index.html");
 const PAGE: &str = include_str!("page/page.js");
 const CLIENT: &str = include_str!("page/natter.js");
+const LOG: &str = include_str!("page/log.js");
+const PAST: &str = include_str!("page/past.js");
 
 /// Only what the page itself brings, and its own server's WebSocket.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; \
@@ -21,6 +23,8 @@ pub(super) fn routes<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Rou
         .route("/", get(html))
         .route("/page.js", get(|| async { script(PAGE) }))
         .route("/natter.js", get(|| async { script(CLIENT) }))
+        .route("/log.js", get(|| async { script(LOG) }))
+        .route("/past.js", get(|| async { script(PAST) }))
 }
 
 async fn html() -> impl IntoResponse {

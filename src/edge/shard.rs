@@ -29,6 +29,7 @@ use crate::{
     auth::Identity,
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
     config::Config,
+    history,
     presence::{Presence, Push},
     protocol::Close,
     read_marker::Markers,
@@ -89,6 +90,7 @@ struct Common {
     streams: Arc<Streams>,
     presence: Arc<Presence>,
     markers: Arc<Markers>,
+    history: Arc<history::Client>,
 }
 
 impl Shards {
@@ -106,6 +108,7 @@ impl Shards {
         streams: &Arc<Streams>,
         (presence, pushes): (&Arc<Presence>, Vec<mpsc::Receiver<Push>>),
         markers: &Arc<Markers>,
+        history: &Arc<history::Client>,
     ) -> Result<Self, EdgeError> {
         let mut shards = Vec::new();
         for (number, pushes) in pushes.into_iter().enumerate() {
@@ -117,6 +120,7 @@ impl Shards {
                 streams: Arc::clone(streams),
                 presence: Arc::clone(presence),
                 markers: Arc::clone(markers),
+                history: Arc::clone(history),
             };
             thread::Builder::new()
                 .name(format!("shard-{number}"))
@@ -253,6 +257,7 @@ impl Shard {
             streams,
             presence,
             markers,
+            history,
         } = common;
         let config = Arc::clone(&shared.config);
         let name = |what: &str| format!("natter edge {} shard {number} {what}", shared.id);
@@ -282,6 +287,7 @@ impl Shard {
             publisher,
             markers,
             presence,
+            history,
             shard: number,
             verifier: Arc::clone(&shared.verifier),
             config,

@@ -50,6 +50,8 @@ pub enum Kind {
     Reaction,
     /// What a worker says about `target`: translation, sentiment, a moderation verdict.
     Annotation,
+    /// Messages were erased for good: those of one user, or all there were. Only natter itself says so.
+    Erase,
 }
 
 impl MessageId {
@@ -122,12 +124,13 @@ impl Class {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Message,
         Self::Edit,
         Self::Delete,
         Self::Reaction,
         Self::Annotation,
+        Self::Erase,
     ];
 
     /// The word on the wire.
@@ -139,6 +142,7 @@ impl Kind {
             Self::Delete => "delete",
             Self::Reaction => "reaction",
             Self::Annotation => "annotation",
+            Self::Erase => "erase",
         }
     }
 
@@ -153,7 +157,9 @@ impl Kind {
     pub fn class(self) -> Class {
         match self {
             Self::Message => Class::Msg,
-            Self::Edit | Self::Delete | Self::Reaction | Self::Annotation => Class::Ev,
+            Self::Edit | Self::Delete | Self::Reaction | Self::Annotation | Self::Erase => {
+                Class::Ev
+            }
         }
     }
 }

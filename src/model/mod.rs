@@ -7,6 +7,7 @@
 mod cursor;
 mod message;
 mod partition;
+mod place;
 mod room;
 
 pub use cursor::{BadCursor, Cursor, Epoch, Fingerprint, Position, Region};
@@ -15,4 +16,5 @@ pub use message::{
     key_escape,
 };
 pub use partition::partition_of;
-pub use room::{BadRoom, RoomId, is_token};
+pub use place::Place;
+pub use room::{BadRoom, RoomId, RoomScope, is_token};

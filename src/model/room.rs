@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 /// Longest namespace or name, in bytes.
 const MAX_PART: usize = 64;
@@ -97,6 +97,53 @@ impl fmt::Debug for RoomId {
 impl Serialize for RoomId {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.text)
+    }
+}
+
+impl<'de> Deserialize<'de> for RoomId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+        Self::parse(&text).map_err(D::Error::custom)
+    }
+}
+
+/// A set of rooms, as grants name them: the union of what it has.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RoomScope {
+    /// Every room.
+    pub all: bool,
+    /// All rooms of these namespaces.
+    pub namespaces: Vec<String>,
+    /// These rooms.
+    pub rooms: Vec<RoomId>,
+}
+
+impl RoomScope {
+    /// One room.
+    #[must_use]
+    pub fn one(room: RoomId) -> Self {
+        Self {
+            rooms: vec![room],
+            ..Self::default()
+        }
+    }
+
+    /// Whether there is no room in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        !self.all && self.namespaces.is_empty() && self.rooms.is_empty()
+    }
+
+    /// Whether `room` is in it.
+    #[must_use]
+    pub fn contains(&self, room: &RoomId) -> bool {
+        self.all
+            || self
+                .namespaces
+                .iter()
+                .any(|namespace| namespace == room.namespace())
+            || self.rooms.contains(room)
     }
 }
 

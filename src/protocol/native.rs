@@ -95,6 +95,13 @@ pub enum Op {
         /// In which rooms, in the order of the answer.
         rooms: Vec<RoomId>,
     },
+    /// Ask for a page of what was said.
+    History {
+        /// In which room.
+        room: RoomId,
+        /// Which part of it.
+        page: HistoryOf,
+    },
     /// Replace the session's token.
     Refresh {
         /// The new JWT.
@@ -140,6 +147,60 @@ impl PageOf {
                 ErrorCode::BadRequest,
                 format!("limit must be 1 to {}", Self::MAX),
             )),
+        }
+    }
+}
+
+/// A part of a room's history. What anchors it is a cursor or a message reference, not yet parsed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HistoryOf {
+    /// Where it lies.
+    pub anchor: Anchor,
+    /// At most this many messages.
+    pub limit: usize,
+}
+
+/// Where a page of a room's history lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Anchor {
+    /// At the end.
+    Newest,
+    /// Before a message, which is not in it.
+    Before(String),
+    /// After a message, which is not in it; empty: from the first message on.
+    After(String),
+    /// Around a message, which is in it.
+    Around(String),
+}
+
+impl HistoryOf {
+    /// Messages on a page where the client does not say how many.
+    pub const DEFAULT: usize = 50;
+    /// Most messages on one page.
+    pub const MAX: usize = 200;
+
+    /// The page that is named by at most one of `before`, `after` and `around`.
+    ///
+    /// # Errors
+    /// `bad_request` when more than one is given, or `limit` is not 1 to [`Self::MAX`].
+    pub fn new(
+        before: Option<String>,
+        after: Option<String>,
+        around: Option<String>,
+        limit: Option<u64>,
+    ) -> Result<Self, (ErrorCode, String)> {
+        let bad = |text: String| (ErrorCode::BadRequest, text);
+        let anchor = match (before, after, around) {
+            (None, None, None) => Anchor::Newest,
+            (Some(at), None, None) => Anchor::Before(at),
+            (None, Some(at), None) => Anchor::After(at),
+            (None, None, Some(at)) => Anchor::Around(at),
+            _ => return Err(bad("only one of before, after and around".to_owned())),
+        };
+        let limit = limit.map_or(Some(Self::DEFAULT), |limit| usize::try_from(limit).ok());
+        match limit {
+            Some(limit @ 1..=Self::MAX) => Ok(Self { anchor, limit }),
+            _ => Err(bad(format!("limit must be 1 to {}", Self::MAX))),
         }
     }
 }
@@ -193,6 +254,10 @@ struct Fields<'a> {
     read: Option<bool>,
     #[serde(borrow)]
     after: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    before: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    around: Option<Cow<'a, str>>,
     limit: Option<u64>,
     rooms: Option<Vec<String>>,
 }
@@ -302,6 +367,15 @@ fn op(fields: Fields<'_>) -> Result<Op, Refused> {
         Some("unread") => Op::Unread {
             rooms: rooms(fields.rooms)?,
         },
+        Some("history") => Op::History {
+            room: room()?,
+            page: HistoryOf::new(
+                fields.before.map(Cow::into_owned),
+                fields.after.map(Cow::into_owned),
+                fields.around.map(Cow::into_owned),
+                fields.limit,
+            )?,
+        },
         Some("send") => Op::Send(Box::new(publication(room()?, fields)?)),
         Some(other) => {
             let shown: String = other.chars().take(80).collect();
@@ -359,9 +433,11 @@ fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused>
     let bad = |message: String| (ErrorCode::BadRequest, message);
     let kind = match fields.kind.as_deref() {
         None => Kind::Message,
-        Some(word) => Kind::parse(word).ok_or_else(|| {
-            bad("kind is not one of message, edit, delete, reaction, annotation".to_owned())
-        })?,
+        Some(word) => Kind::parse(word)
+            .filter(|kind| *kind != Kind::Erase)
+            .ok_or_else(|| {
+                bad("kind is not one of message, edit, delete, reaction, annotation".to_owned())
+            })?,
     };
     let reference =
         |text: &str| Reference::parse(text).map_err(|error| (ErrorCode::BadId, error.to_string()));
@@ -595,6 +671,14 @@ mod tests {
             ),
             (
                 r#"{"op":"join","rid":7,"room":"chat:x","presence":"yes"}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"history","rid":7,"room":"chat:x","limit":201}"#,
+                (Some(7), "bad_request"),
+            ),
+            (
+                r#"{"op":"history","rid":7,"room":"chat:x","before":"a","after":"b"}"#,
                 (Some(7), "bad_request"),
             ),
             (r#"{"op":"unread","rid":7}"#, (Some(7), "bad_request")),

@@ -21,9 +21,9 @@ use super::{
 };
 use crate::{
     bus::{LiveFeed, Message, ReadError, Record, Suspicion},
-    model::{Class, RoomId, partition_of},
+    model::{Class, Kind, RoomId, partition_of},
     runtime::unix_ms,
-    subject::{KIND_READ, KIND_TYPING, header, rooms_stream},
+    subject::{FROM_NATTER, KIND_READ, KIND_TYPING, header, rooms_stream},
     telemetry::metrics::{Counter, Dropped, GapCause, Suppressed, count},
 };
 
@@ -380,6 +380,10 @@ impl Hub {
     /// Takes an admitted message into the log and its frame into the pass.
     pub(super) fn deliver(&self, record: &Record, ready: &mut Pass) {
         let mut log = self.log.borrow_mut();
+        if is_erasure(record) {
+            // What it speaks of is not in the stream any more, and nobody shall get it from memory.
+            log.forget();
+        }
         let first = log.head_index();
         match log.advance(record) {
             Some(cursor) => {
@@ -424,6 +428,11 @@ impl Hub {
         self.push_receipts(receipts);
         self.fan_out(ready).await;
     }
+}
+
+/// Whether natter itself says that messages of the room were erased.
+fn is_erasure(record: &Record) -> bool {
+    record.kind == Some(Kind::Erase.as_str()) && record.from == FROM_NATTER
 }
 
 /// What a hub listens to.

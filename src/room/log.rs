@@ -269,6 +269,16 @@ impl RoomLog {
         }
     }
 
+    /// Forgets the frames of all that was delivered: who resumes from before here is sent to the stream. Position, indices and
+    /// what is verified stay.
+    pub(super) fn forget(&mut self) {
+        self.base = self.head_index();
+        self.entries.clear();
+        self.bytes = 0;
+        self.floor = self.position;
+        self.floor_fingerprint = self.fingerprint;
+    }
+
     /// Where a session with the component `since` of this log's origin and epoch can go on.
     #[must_use]
     pub(super) fn resume(&self, since: &Position) -> Resume {
@@ -378,6 +388,7 @@ mod tests {
             from: "kim".to_owned(),
             kind: None,
             target: None,
+            moderated: false,
             reply_to: None,
             mentions: None,
             body: Bytes::from_static(b"1"),
@@ -464,6 +475,34 @@ mod tests {
                 .collect::<Vec<_>>(),
             [16, 18]
         );
+    }
+
+    #[test]
+    fn what_was_forgotten_is_resumed_from_the_stream() {
+        let mut log = log(&[], 0, 1000);
+        for seq in [2, 4, 6] {
+            deliver(&mut log, &record(seq, Class::Msg, &format!("m{seq}")));
+        }
+        log.verify(4);
+        let (index, unverified) = (log.head_index(), log.unverified());
+        log.forget();
+        assert_eq!((log.head_index(), log.unverified()), (index, unverified));
+        assert_eq!((log.position(), log.floor()), (6, 6));
+        assert_eq!(log.time_of(4), None);
+        assert_eq!(log.resume(&since(4, "m4")), Resume::Stream);
+        assert_eq!(log.resume(&since(6, "m6")), Resume::Memory(3));
+        deliver(&mut log, &record(8, Class::Ev, "erasure"));
+        assert_eq!(log.resume(&since(4, "")), Resume::Stream);
+        assert_eq!(log.resume(&since(6, "m6")), Resume::Memory(3));
+        assert_eq!(
+            log.entries_from(3)
+                .unwrap()
+                .map(|e| e.seq)
+                .collect::<Vec<_>>(),
+            [8]
+        );
+        assert!(log.entries_from(2).is_none());
+        assert_eq!(log.admit(Class::Msg, 4, Some(2)), Admission::Old);
     }
 
     #[test]

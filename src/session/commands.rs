@@ -166,6 +166,9 @@ impl Session {
                 self.readers(rid, &identity, &room, &page).await
             }
             (Some(identity), Op::Unread { rooms }) => self.unread(rid, &identity, &rooms).await,
+            (Some(identity), Op::History { room, page }) => {
+                self.history(rid, &identity, room, page).await
+            }
         };
         if let Err(refused) = done {
             self.refuse(rid, refused);
@@ -470,7 +473,7 @@ fn not_joined(room: &RoomId) -> Refused {
     )
 }
 
-fn error_frame(rid: u64, code: ErrorCode, message: String) -> Bytes {
+pub(super) fn error_frame(rid: u64, code: ErrorCode, message: String) -> Bytes {
     count(Counter::CommandRefused(code), 1);
     frame(|out| {
         write_error(
@@ -531,6 +534,7 @@ fn label(op: &Op) -> metrics::Op {
         Op::Presence { .. } => metrics::Op::Presence,
         Op::Readers { .. } => metrics::Op::Readers,
         Op::Unread { .. } => metrics::Op::Unread,
+        Op::History { .. } => metrics::Op::History,
         Op::Refresh { .. } => metrics::Op::Refresh,
         Op::Ping => metrics::Op::Ping,
     }

@@ -17,6 +17,7 @@
 //! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
 
 mod commands;
+mod history;
 mod read;
 mod replies;
 mod state;
@@ -32,6 +33,7 @@ use std::{
 use bytes::Bytes;
 
 pub(crate) use commands::{check_publication, publish_refusal};
+pub(crate) use history::check_history;
 pub(crate) use read::{check_read, check_readers, check_unread, marker_refusal};
 pub(crate) use state::{may_see_presence, presence_refusal};
 
@@ -78,6 +80,8 @@ pub struct Context {
     pub markers: Arc<Markers>,
     /// Who is where, on all shards.
     pub presence: Arc<Presence>,
+    /// What was said before.
+    pub history: Arc<crate::history::Client>,
     /// The shard's number.
     pub shard: usize,
     /// Checks tokens.

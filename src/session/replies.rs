@@ -11,9 +11,9 @@ use tokio::sync::Notify;
 
 use crate::{model::RoomId, wire::Conn};
 
-/// Publishes of one session that may wait for their acknowledgement, and bytes of theirs; then it is not read further.
+/// Publishes and questions of one session that may wait for their answer, and bytes of theirs; then it is not read further.
 const MAX_WAITING: usize = 256;
-const MAX_WAITING_BYTES: usize = 1 << 20;
+pub(super) const MAX_WAITING_BYTES: usize = 1 << 20;
 
 /// Replies that wait for earlier ones.
 ///
@@ -70,17 +70,26 @@ impl Replies {
 
     /// Takes the next place for the ack of a publish of `bytes` to `room`.
     pub(super) fn promise(&self, room: RoomId, bytes: usize) -> Ticket {
+        self.place(Some(room), bytes)
+    }
+
+    /// Takes the next place for a reply that nothing overtakes; it may have `bytes`.
+    pub(super) fn promise_in_order(&self, bytes: usize) -> Ticket {
+        self.place(None, bytes)
+    }
+
+    fn place(&self, room: Option<RoomId>, bytes: usize) -> Ticket {
         let mut state = self.state.borrow_mut();
         let number = state.base + state.slots.len() as u64;
         state.slots.push_back(Slot {
-            room: Some(room),
+            room,
             reply: Reply::Awaited,
         });
         self.bytes.set(self.bytes.get() + bytes);
         Ticket { number, bytes }
     }
 
-    /// Sends the ack that was promised as soon as its turn has come.
+    /// Sends the reply that was promised as soon as its turn has come.
     pub(super) fn keep(&self, ticket: Ticket, reply: Bytes) {
         self.bytes.set(self.bytes.get() - ticket.bytes);
         {
@@ -234,5 +243,20 @@ mod tests {
         })
         .await;
         assert_eq!(order, "b12PcB");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn nothing_overtakes_a_page_of_history_nor_does_it_overtake() {
+        let order = sent(4, |replies| {
+            let a = replies.promise(room("chat:a"), 1);
+            let page = replies.promise_in_order(1);
+            let b = replies.promise(room("chat:b"), 1);
+            replies.now(Bytes::from_static(b"P"));
+            replies.keep(b, Bytes::from_static(b"b"));
+            replies.keep(page, Bytes::from_static(b"H"));
+            replies.keep(a, Bytes::from_static(b"a"));
+        })
+        .await;
+        assert_eq!(order, "aHbP");
     }
 }

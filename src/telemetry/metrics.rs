@@ -135,6 +135,11 @@ labels! {
     PresencePush "kind" { User "user", Count "count" }
     /// Which lease ended: the edge's own, or another's, as it was seen.
     LeaseEnd "whose" { Lost "own", Seen "other" }
+    /// What became of a message of a log in history: a document, a change of one, or nothing.
+    HistoryEntry "kind" { Message "message", Change "change", Nothing "nothing" }
+    /// What an answer from history was made of: MongoDB and the streams, only what was at hand of both, the streams alone by
+    /// the edge itself; or nothing.
+    HistoryAnswer "source" { Full "full", Partial "partial", Streams "streams", Failed "failed" }
     /// How a token was verified.
     TokenCheck "check" { Signature "signature", Cached "cached" }
     /// Why a token was refused.
@@ -320,6 +325,20 @@ counters! {
     PresenceScans = "natter.presence.scans", "{room}";
     /// Leases of edges that ended.
     LeaseEnded(whose: LeaseEnd) = "natter.lease.ended", "{lease}";
+    /// Messages of the log that are in MongoDB now, and confirmed by its majority.
+    HistoryWritten(kind: HistoryEntry) = "natter.history.written", "{message}";
+    /// Batches written to MongoDB.
+    HistoryBatches = "natter.history.batches", "{batch}";
+    /// Batches that MongoDB did not take, and that were repeated.
+    HistoryBatchFailed = "natter.history.batch_failed", "{batch}";
+    /// Messages that MongoDB refused, each time one was given out again.
+    HistoryRefused = "natter.history.refused", "{message}";
+    /// Messages that went to the dead-letter stream.
+    HistoryDead = "natter.history.dead", "{message}";
+    /// Questions for pages and searches answered.
+    HistoryAnswered(source: HistoryAnswer) = "natter.history.answered", "{request}";
+    /// Messages erased from MongoDB and the streams.
+    HistoryErased = "natter.history.erased", "{message}";
 }
 
 plain! {
@@ -341,6 +360,12 @@ plain! {
     OutboxBytes = "natter.outbox.size", "By";
     /// Bytes of backlog in memory for joins under way.
     ReplayBytes = "natter.replay.memory", "By";
+    /// Messages that the history service has not confirmed yet.
+    HistoryPending = "natter.history.pending", "{message}";
+    /// Age of the oldest of them.
+    HistoryLag = "natter.history.lag", "s";
+    /// Messages in the dead-letter stream.
+    HistoryDeadLetters = "natter.history.dead_letters", "{message}";
 }
 
 plain! {
@@ -352,6 +377,10 @@ plain! {
     PublishDuration = "natter.publish.duration", "s";
     /// From a join command to its reply.
     JoinDuration = "natter.join.duration", "s";
+    /// From the last message of a batch to MongoDB's confirmation.
+    HistoryBatchDuration = "natter.history.batch_duration", "s";
+    /// From a question for a page or a search to its answer.
+    HistoryReadDuration = "natter.history.read_duration", "s";
 }
 
 /// Bounds of the buckets of every histogram, in seconds: from a local acknowledgement to a client's patience.
@@ -571,7 +600,7 @@ mod tests {
             .for_each(|op| add(Counter::CommandReceived(*op)));
         add(Counter::MessageDelivered);
         add(Counter::TypingDelivered);
-        let last = Counter::LeaseEnded(LeaseEnd::Seen);
+        let last = Counter::HistoryErased;
         add(last);
         assert_eq!(last.slot(), COUNTER_SLOTS - 1);
     }

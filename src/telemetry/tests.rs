@@ -52,7 +52,7 @@ fn the_text_has_every_metric_with_its_help_and_what_was_counted() {
                 line.strip_prefix("# HELP ")
                     .and_then(|rest| rest.split_once(' '))
                     .is_some_and(|(found, shown)| {
-                        ["", "_total", "_bytes"]
+                        ["", "_total", "_bytes", "_seconds"]
                             .iter()
                             .any(|end| *found == format!("{name}{end}"))
                             && shown == *help
@@ -126,8 +126,9 @@ fn wrong_settings_are_named() {
     );
 }
 
-/// Answers one request and says its path and body.
-fn serve(mut stream: TcpStream) -> io::Result<(String, Vec<u8>)> {
+/// Takes one request, tells its path and body, and only then answers: who sent it may look for it at once. Whether anybody
+/// listens.
+fn serve(mut stream: TcpStream, requests: &mpsc::Sender<(String, Vec<u8>)>) -> io::Result<bool> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     reader.read_line(&mut line)?;
@@ -145,8 +146,9 @@ fn serve(mut stream: TcpStream) -> io::Result<(String, Vec<u8>)> {
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
+    let heard = requests.send((path, body)).is_ok();
     stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")?;
-    Ok((path, body))
+    Ok(heard)
 }
 
 fn contains(body: &[u8], text: &str) -> bool {
@@ -161,8 +163,7 @@ fn collector() -> (String, mpsc::Receiver<(String, Vec<u8>)>) {
     let (requests, received) = mpsc::channel();
     thread::spawn(move || {
         for stream in listener.incoming() {
-            let request = serve(stream.unwrap());
-            if requests.send(request.unwrap()).is_err() {
+            if !serve(stream.unwrap(), &requests).unwrap() {
                 break;
             }
         }

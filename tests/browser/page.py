@@ -269,7 +269,7 @@ class Up:
     def __init__(self, binary, data):
         self.data = pathlib.Path(data)
         self.process = subprocess.Popen(
-            [binary, "up", "--json", "--no-mongodb", "--data", data, "--port", str(free_port())],
+            [binary, "up", "--json", "--data", data, "--port", str(free_port())],
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -302,6 +302,26 @@ class Up:
 
     def kill_edge(self):
         os.kill(self.edge["pid"], signal.SIGKILL)
+
+    def post(self, room, user, **fields):
+        """Says something over HTTP."""
+        request = urllib.request.Request(
+            f"{self.url()}v1/rooms/{room}/messages",
+            data=json.dumps(fields).encode(),
+            headers={"Authorization": f"Bearer {self.token(user)}"},
+        )
+        with HTTP.open(request, timeout=30) as response:
+            return json.load(response)
+
+    def erase(self, path):
+        """Erases for good; `running` is repeated until it is done."""
+        request = urllib.request.Request(
+            f"{self.url()}{path}",
+            method="DELETE",
+            headers={"Authorization": f"Bearer {self.token('mod', can=['moderate'])}"},
+        )
+        with HTTP.open(request, timeout=30) as response:
+            return json.load(response)["state"] == "done"
 
     def token(self, user, ttl=3600, can=("read", "write", "presence", "history")):
         def part(value):
@@ -560,6 +580,124 @@ def edge_killed_and_restarted(up, kim, lee):
     until("read", lambda: kim.read_by("said while the edge was down") == ["read by 1", "lee"])
 
 
+def texts(window):
+    return [text for _, text, _ in window.messages()]
+
+
+def press(window, key):
+    window.command("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": [
+        {"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]}]})
+
+
+def history_is_shown_and_goes_on_above(up, kim, lee):
+    room = "chat:past"
+    for n in range(130):
+        up.post(room, "park", id=f"p{n}", body={"text": f"note {n}"})
+    up.post(room, "park", kind="edit", target="p127", body={"text": "note 127, corrected"})
+    up.post(room, "park", kind="delete", target="p128", body={})
+    for user in ("lee", "kim"):
+        up.post(room, user, kind="reaction", target="park/p129", body="👍")
+    lee.go("about:blank")
+    lee.go(entry(up, "lee", room))
+    lee.until_state("connected")
+    expected = [f"note {n}" for n in range(80, 127)] + ["note 127, corrected", "", "note 129"]
+    until("the newest page", lambda: texts(lee) == expected)
+    notes = lee.run("return [...document.querySelectorAll('#log .note')].slice(-3).map((note) => note.textContent)")
+    assert notes == ["edited", "deleted", ""], notes
+    reactions = lee.text("#log .message:last-child .reactions")
+    assert reactions == "👍 2", reactions
+    above = lee.run("const log = document.querySelector('#log'); return log.scrollHeight - log.scrollTop - log.clientHeight")
+    assert above < 5, f"{above} px above the end"
+    # What comes live is below it, once.
+    go_to_room(kim, room)
+    kim.say("and now")
+    until("live below", lambda: texts(lee) == expected + ["and now"])
+    until("and for who joined", lambda: texts(kim)[-2:] == ["note 129", "and now"])
+    # Up by scrolling; what one reads stays in its place.
+    lee.run("document.querySelector('#log').scrollTop = 0")
+    until("more above", lambda: texts(lee)[0] == "note 30")
+    assert lee.run("return document.querySelector('#log').scrollTop") > 100, "it jumped to the new top"
+    # By keyboard.
+    lee.run("document.querySelector('#log .older button').focus()")
+    press(lee, ENTER)
+    until("all of it", lambda: texts(lee)[0] == "note 0")
+    assert texts(lee) == [f"note {n}" for n in range(80)] + expected + ["and now"], texts(lee)
+    assert not lee.run("return document.querySelector('#log .older') != null"), "older messages than all are offered"
+    lee.reload()
+    lee.until_state("connected")
+    until("history after a reload", lambda: texts(lee) == expected[1:] + ["and now"])
+
+
+def search_finds_parts_of_words(up, kim, lee):
+    room = "chat:past"
+    up.post(room, "park", id="hello", body={"text": "여러분 안녕하세요, 반갑습니다"})
+    lee.go("about:blank")
+    for n in range(60):
+        up.post(room, "park", body={"text": f"later {n}"})
+    # A user whose tab has nothing to show from before.
+    lee.go(entry(up, "cho", room))
+    lee.until_state("connected")
+    lee.until_shows("park", "later 59")
+    found = "return [...document.querySelectorAll('#hits .hit .body')].map((body) => body.textContent)"
+
+    def search(words):
+        lee.clear("#query")
+        lee.write("#query", words + ENTER)
+        until("an answer", lambda: not lee.run("return document.querySelector('#hits').hidden"))
+        return lee.run(found)
+
+    # MongoDB may be a moment behind.
+    until("a part of a Korean word", lambda: search("안녕") == ["여러분 안녕하세요, 반갑습니다"], interval=0.5)
+    until("nothing", lambda: search("고양이") == [] and lee.text("#hits") == "No messages found.", interval=0.5)
+    until("words of the past", lambda: "note 3" in search("note 3"), interval=0.5)
+    lee.run("[...document.querySelectorAll('#hits .hit')]"
+            ".find((hit) => hit.querySelector('.body').textContent === 'note 3').click()")
+    until("the one that was found", lambda: lee.text("#log .found .body") == "note 3")
+    assert "later 59" not in texts(lee) and not lee.run("return document.querySelector('#now').hidden")
+    assert lee.run("return document.activeElement.matches('.found')"), "the focus is elsewhere"
+    # What is said meanwhile is not put below what is far back.
+    up.post(room, "park", body={"text": "meanwhile"})
+    until("it waits in the title", lambda: lee.run("return document.title").startswith("("))
+    assert "meanwhile" not in texts(lee)
+    lee.click("#now")
+    lee.until_shows("park", "meanwhile")
+    until("the present", lambda: texts(lee)[-2:] == ["later 59", "meanwhile"] and "note 3" not in texts(lee))
+    # And back again by reading on: nothing is left out, nothing is there twice.
+    lee.run("document.querySelector('#hits .hit').click()")
+    until("the one that was found", lambda: (lee.text("#log .found .body") or "").startswith("note 3"))
+    down = "const log = document.querySelector('#log'); log.scrollTop = log.scrollHeight; log.dispatchEvent(new Event('scroll'))"
+    until("the present by reading on", lambda: lee.run(down) or lee.run("return document.querySelector('#now').hidden"))
+    shown = texts(lee)
+    first = int(shown[0].removeprefix("note "))
+    wanted = [f"note {n}" for n in range(first, 127)] + ["note 127, corrected", "", "note 129", "and now"]
+    wanted += ["여러분 안녕하세요, 반갑습니다"] + [f"later {n}" for n in range(60)] + ["meanwhile"]
+    assert shown == wanted, shown
+    lee.run("document.querySelector('#query').focus()")
+    press(lee, "\ue00c")
+    until("closed", lambda: lee.run("return document.querySelector('#hits').hidden"))
+
+
+def erased_messages_go_away(up, kim, lee):
+    room = "chat:past"
+    kim.say("kim stays")
+    lee.until_shows("kim", "kim stays")
+    until("park is erased", lambda: up.erase("v1/users/park/messages"))
+    for window in (kim, lee):
+        until("only kim is left", lambda window=window: {who for who, _, _ in window.messages()} == {"kim"})
+        until("it is said", lambda window=window: any("messages of park were erased" in line for line in window.lines()))
+    until("the room is erased", lambda: up.erase(f"v1/rooms/{room}"))
+    for window in (kim, lee):
+        until("nothing is left", lambda window=window: window.messages() == [])
+    lee.reload()
+    lee.until_state("connected")
+    kim.say("a new beginning")
+    until("only what is new", lambda: texts(lee) == ["a new beginning"])
+    go_to_room(kim, "chat:lobby")
+    lee.go("about:blank")
+    lee.go(entry(up, "lee"))
+    lee.until_state("connected")
+
+
 def refusals_are_shown(up, kim, lee):
     lee.clear("#room")
     lee.write("#room", "nowhere:lobby")
@@ -624,6 +762,9 @@ CHECKS = [
     counts_where_names_are_not_told,
     without_the_right_no_presence,
     cursors_are_compared_by_component,
+    history_is_shown_and_goes_on_above,
+    search_finds_parts_of_words,
+    erased_messages_go_away,
     has_names_for_screen_readers,
     refusals_are_shown,
     fits_a_phone,

@@ -17,7 +17,7 @@ const ONLY: &[(&str, &[&str])] = &[
     ("jsonwebtoken", &["auth"]),
     ("mongodb", &["servers", "store"]),
     ("fastwebsockets", &["wire", "edge", "client"]),
-    ("axum", &["edge", "http"]),
+    ("axum", &["edge", "history"]),
     ("clap", &["cli"]),
     ("anyhow", &["cli"]),
 ];
@@ -212,6 +212,22 @@ fn the_path_of_a_message_has_no_lock_consumer_or_watcher() {
         }
     }
     assert!(breaches.is_empty(), "{breaches:#?}");
+}
+
+/// The one consumer there is belongs to the history service: nobody else takes messages from one.
+#[test]
+fn only_history_has_a_consumer() {
+    let mut users = BTreeSet::new();
+    for source in sources() {
+        let words: BTreeSet<&str> = source.code.split(|c| !is_word(c)).collect();
+        for word in ["Pull", "consumer_create", "consumer_next"] {
+            if words.contains(word) && !["subject.rs", "bus/mod.rs"].contains(&&*source.path) {
+                users.insert(source.path.clone());
+            }
+        }
+    }
+    let users: Vec<&str> = users.iter().map(String::as_str).collect();
+    assert_eq!(users, ["bus/pull.rs", "history/worker.rs"]);
 }
 
 /// The reader of sources is itself read: a check that sees nothing passes for ever.

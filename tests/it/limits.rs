@@ -189,8 +189,8 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
     }
     // A path that is there, but not for this method.
     for (method, path, allowed) in [
-        ("GET", "/v1/rooms/chat:a/messages", "post"),
-        ("DELETE", "/v1/rooms/chat:a/messages", "post"),
+        ("PUT", "/v1/rooms/chat:a/messages", "get,head,post"),
+        ("DELETE", "/v1/rooms/chat:a/messages", "get,head,post"),
         ("POST", "/healthz", "get,head"),
         ("POST", "/ws", "get,head"),
     ] {
@@ -221,11 +221,15 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
             "/metrics",
             "/readyz",
             "/v1/openapi.json",
+            "/v1/rooms/{room}",
             "/v1/rooms/{room}/messages",
             "/v1/rooms/{room}/presence",
             "/v1/rooms/{room}/read",
             "/v1/rooms/{room}/readers",
+            "/v1/rooms/{room}/search",
+            "/v1/search",
             "/v1/unread",
+            "/v1/users/{user}/messages",
             "/ws",
         ]
     );
@@ -251,7 +255,11 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
         assert!(exported(&name), "{name} is not in\n{text}");
     }
     for gauge in Gauge::LIST {
-        let unit = if gauge.unit == "By" { "_bytes" } else { "" };
+        let unit = match gauge.unit {
+            "By" => "_bytes",
+            "s" => "_seconds",
+            _ => "",
+        };
         let name = format!("{}{unit}", gauge.name.replace('.', "_"));
         assert!(exported(&name), "{name} is not in\n{text}");
     }

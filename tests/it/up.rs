@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{self, LONG, eventually, is_running};
+use crate::support::{self, LONG, eventually, is_running, mesh};
 
 /// Edges of these tests.
 const EDGES: &str = "2";
@@ -76,7 +76,8 @@ impl Up {
             .as_array()
             .unwrap()
             .iter()
-            .map(|edge| &edge["pid"]);
+            .chain(region["history"].as_array().unwrap())
+            .map(|child| &child["pid"]);
         [
             &self.report["pid"],
             &self.report["mongod_pid"],
@@ -149,24 +150,40 @@ async fn it_runs_everything_and_leaves_nothing_when_it_is_told_to_stop() {
         let report = &up.report;
         assert_eq!(report["pid"], json!(up.child.0.id()));
         assert_eq!(report["regions"][0]["name"], "local");
-        assert_eq!(report["regions"][0]["history"], json!([]));
         assert!(report["token"].as_str().unwrap().split('.').count() == 3);
         let pids = up.pids();
-        assert_eq!(pids.len(), 3 + EDGES.parse::<usize>().unwrap());
+        // With nats-server, mongod, and history.
+        assert_eq!(pids.len(), 4 + EDGES.parse::<usize>().unwrap());
         assert!(pids.iter().all(|pid| is_running(*pid)));
         assert_eq!(publish(up.nats(), "hi").await, 1);
 
         let mongodb = mongodb::Client::with_uri_str(report["mongodb"].as_str().unwrap())
             .await
             .unwrap();
-        let collection = mongodb
-            .database("test")
-            .collection::<mongodb::bson::Document>("c");
-        collection
-            .insert_one(mongodb::bson::doc! { "x": 1 })
-            .write_concern(mongodb::options::WriteConcern::majority())
+        // What was said is in MongoDB soon.
+        let messages = mongodb
+            .database("natter")
+            .collection::<mongodb::bson::Document>("messages");
+        eventually("the message is in MongoDB", LONG, async || {
+            match messages.find_one(mongodb::bson::doc! {}).await.unwrap() {
+                Some(message) => {
+                    assert_eq!(message.get_str("body").unwrap(), "\"hi\"");
+                    Ok(())
+                }
+                None => Err("nothing".to_owned()),
+            }
+        })
+        .await;
+        let history = report["regions"][0]["history"][0]["http"].as_str().unwrap();
+        let address = history.strip_prefix("http://").unwrap().parse().unwrap();
+        let (status, metrics) = mesh::http(address, "GET", "/metrics", "", "")
             .await
             .unwrap();
+        assert_eq!(status, 200);
+        assert!(
+            metrics.contains("natter_history_written_total"),
+            "{metrics}"
+        );
 
         assert!(up.end(signal).await.success());
         assert!(pids.iter().all(|pid| !is_running(*pid)), "{signal:?}");
@@ -182,6 +199,7 @@ async fn a_second_one_on_the_same_data_is_refused_by_name() {
     let first = Up::start(data.path(), &["--no-mongodb"]).await;
     assert_eq!(first.report["mongodb"], Value::Null);
     assert_eq!(first.report["mongod_pid"], Value::Null);
+    assert_eq!(first.report["regions"][0]["history"], json!([]));
     let second = Up::command(data.path(), &["--no-mongodb"])
         .await
         .stderr(Stdio::piped())
@@ -263,6 +281,13 @@ async fn a_child_that_dies_is_started_again_in_its_place() {
     for same in ["id", "http", "ws"] {
         assert_eq!(edge(&up.report)[same], edge(&before)[same]);
     }
+
+    let history = |report: &Value| report["regions"][0]["history"][0].clone();
+    let pid = u32::try_from(history(&before)["pid"].as_u64().unwrap()).unwrap();
+    support::signal(pid, Signal::KILL);
+    up.next_line();
+    assert_ne!(history(&up.report)["pid"], history(&before)["pid"]);
+    assert_eq!(history(&up.report)["http"], history(&before)["http"]);
     let other = &before["regions"][0]["edges"][0];
     assert_eq!(&up.report["regions"][0]["edges"][0], other);
     let pids = up.pids();

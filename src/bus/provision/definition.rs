@@ -14,6 +14,8 @@ const HEADER_ROOM: u64 = 32 * 1024;
 
 const ROOMS: &str = include_str!("../../../nats/streams/rooms.json");
 
+const HISTORY_DEAD: &str = include_str!("../../../nats/streams/history_dead.json");
+
 /// The buckets of a region, with their definitions.
 const BUCKETS: [(&str, &str); 4] = [
     (
@@ -39,6 +41,8 @@ const BUCKETS: [(&str, &str); 4] = [
 pub(super) enum Kind {
     /// One partition of the durable rooms.
     Rooms { part: u16 },
+    /// What history could not write.
+    HistoryDead,
     /// The keys of a bucket.
     Bucket { bucket: &'static str },
 }
@@ -62,7 +66,8 @@ pub fn definitions(config: &Config) -> Vec<Definition> {
     let rooms = (0..config.nats.partitions).map(|part| rooms(config, &subjects, &origin, part));
     let buckets =
         BUCKETS.map(|(bucket, file)| bucket_definition(config, &subjects, &origin, bucket, file));
-    rooms.chain(buckets).collect()
+    let dead = std::iter::once(history_dead(config, &subjects, &origin));
+    rooms.chain(dead).chain(buckets).collect()
 }
 
 fn parse(file: &str) -> Map<String, Value> {
@@ -119,6 +124,20 @@ fn rooms(config: &Config, subjects: &Subjects, origin: &Region, part: u16) -> De
         config: json,
         origin: origin.clone(),
         kind: Kind::Rooms { part },
+    }
+}
+
+fn history_dead(config: &Config, subjects: &Subjects, origin: &Region) -> Definition {
+    let stream = subject::dead_stream(origin);
+    let mut json = parse(HISTORY_DEAD);
+    set(&mut json, "name", json!(stream));
+    set(&mut json, "subjects", json!([subjects.dead_all(origin)]));
+    set(&mut json, "num_replicas", json!(config.streams.replicas));
+    Definition {
+        stream,
+        config: json,
+        origin: origin.clone(),
+        kind: Kind::HistoryDead,
     }
 }
 
@@ -180,8 +199,9 @@ impl Definition {
 
     /// The same stream as `region`, another one, must have it: a read-only mirror that republishes what arrives to the
     /// edges there. The metadata (epoch) must be that of the origin's stream; whoever creates the mirror reads it there.
+    /// `None`: other regions have nothing to do with it.
     #[must_use]
-    pub fn mirror_in(&self, region: &Region, subjects: &Subjects) -> Self {
+    pub fn mirror_in(&self, region: &Region, subjects: &Subjects) -> Option<Self> {
         let mut mirror = self.clone();
         let config = &mut mirror.config;
         // A mirror takes neither messages nor decisions of its own.
@@ -198,6 +218,7 @@ impl Definition {
                 subjects.captured(&self.origin, part),
                 subjects.republished(region, &self.origin, part),
             ),
+            Kind::HistoryDead => return None,
             Kind::Bucket { bucket } => (
                 subject::bucket_captured(bucket, &self.origin),
                 subjects.bucket_republished(region, &self.origin, bucket),
@@ -208,7 +229,7 @@ impl Definition {
             "republish",
             json!({ "src": captured, "dest": seen }),
         );
-        mirror
+        Some(mirror)
     }
 }
 
@@ -236,9 +257,10 @@ mod tests {
     #[test]
     fn the_files_are_the_definitions_of_the_defaults() {
         let definitions = definitions(&config(""));
-        assert_eq!(definitions.len(), 8);
+        assert_eq!(definitions.len(), 9);
         assert_eq!(definitions[0].config, parse(ROOMS));
-        for (definition, (_, file)) in definitions[4..].iter().zip(BUCKETS) {
+        assert_eq!(definitions[4].config, parse(HISTORY_DEAD));
+        for (definition, (_, file)) in definitions[5..].iter().zip(BUCKETS) {
             assert_eq!(definition.config, parse(file));
         }
     }
@@ -254,6 +276,7 @@ mod tests {
             [
                 "ROOMS_seoul_0",
                 "ROOMS_seoul_1",
+                "HISTORY_DEAD_seoul",
                 "KV_presence_seoul",
                 "KV_edges_seoul",
                 "KV_lastread_seoul",
@@ -275,7 +298,11 @@ mod tests {
             assert_eq!(definition.config["num_replicas"], json!(3));
         }
         assert_eq!(
-            definitions[2].config["republish"]["dest"],
+            definitions[2].config["subjects"],
+            json!(["m2.dead.seoul.>"])
+        );
+        assert_eq!(
+            definitions[3].config["republish"]["dest"],
             json!("m2.kv.seoul.seoul.presence.>")
         );
     }
@@ -303,7 +330,7 @@ mod tests {
         let subjects = Subjects::new("natter");
         let virginia = Region::parse("virginia").unwrap();
         let definitions = definitions(&config);
-        let rooms = definitions[3].mirror_in(&virginia, &subjects);
+        let rooms = definitions[3].mirror_in(&virginia, &subjects).unwrap();
         assert_eq!(rooms.stream, "ROOMS_seoul_3");
         assert!(!rooms.config.contains_key("subjects"));
         assert_eq!(
@@ -314,7 +341,8 @@ mod tests {
             rooms.config["republish"],
             json!({ "src": "natter.in.seoul.3.>", "dest": "natter.live.virginia.seoul.3.>" })
         );
-        let presence = definitions[4].mirror_in(&virginia, &subjects);
+        let presence = definitions[5].mirror_in(&virginia, &subjects).unwrap();
+        assert!(definitions[4].mirror_in(&virginia, &subjects).is_none());
         assert_eq!(
             presence.config["republish"]["dest"],
             json!("natter.kv.virginia.seoul.presence.>")

@@ -1,6 +1,7 @@
 //! The edges that `natter up` runs: children of the same binary.
 
 use std::{
+    ffi::OsString,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -42,22 +43,13 @@ pub(super) struct EdgeTemplate<'a> {
 impl EdgeTemplate<'_> {
     /// The edge of this id that listens on `listen`.
     pub(super) fn spec(&self, id: &str, listen: SocketAddr) -> Spec {
-        let mut args = vec!["edge".into()];
-        if let Some(file) = self.config_file {
-            args.extend(["--config".into(), file.into()]);
-        }
+        let args = args_of("edge", self.config_file);
         // Quoted where a name of digits would be read as a number.
         let mut env = vec![
             ("NATTER__EDGE__LISTEN", listen.to_string()),
             ("NATTER__EDGE__ID", format!("{id:?}")),
-            ("NATTER__NATS__URL", self.nats_url.to_owned()),
-            ("NATTER__REGION", format!("{:?}", self.config.region)),
-            // The server that `up` runs needs no credentials, and refuses wrong ones.
-            ("NATTER__NATS__USER", String::new()),
-            ("NATTER__NATS__PASSWORD", String::new()),
-            ("NATTER__NATS__PASSWORD_FILE", String::new()),
-            ("NATTER__NATS__CREDS_FILE", String::new()),
         ];
+        env.extend(common_env(self.config, self.nats_url));
         if let Some(secret) = self.secret {
             env.push(("NATTER__AUTH__HS256_SECRET", secret.to_owned()));
         }
@@ -78,6 +70,29 @@ impl EdgeTemplate<'_> {
             stop_within: self.config.edge.drain_timeout + STOP_GRACE,
         }
     }
+}
+
+/// Arguments of a child that runs `role`.
+pub(super) fn args_of(role: &str, config_file: Option<&Path>) -> Vec<OsString> {
+    let mut args = vec![role.into()];
+    if let Some(file) = config_file {
+        args.extend(["--config".into(), file.into()]);
+    }
+    args
+}
+
+/// What every child is told: which region it is in, and the server that runs here.
+pub(super) fn common_env(config: &Config, nats_url: &str) -> Vec<(&'static str, String)> {
+    vec![
+        ("NATTER__NATS__URL", nats_url.to_owned()),
+        // Quoted: a name of digits would be read as a number.
+        ("NATTER__REGION", format!("{:?}", config.region)),
+        // The server that `up` runs needs no credentials, and refuses wrong ones.
+        ("NATTER__NATS__USER", String::new()),
+        ("NATTER__NATS__PASSWORD", String::new()),
+        ("NATTER__NATS__PASSWORD_FILE", String::new()),
+        ("NATTER__NATS__CREDS_FILE", String::new()),
+    ]
 }
 
 /// Where a local client reaches what listens on `listen`, which may be "all addresses".

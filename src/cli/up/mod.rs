@@ -1,10 +1,12 @@
 //! `natter up`: everything for a laptop.
 //!
-//! nats-server, mongod and the edges are children, each of which can be killed alone and is started again. They are stopped
-//! in the order that lets them finish: edges first (a drain), then the servers they need.
+//! nats-server, mongod, the edges and the history service are children, each of which can be killed alone and is started
+//! again. They are stopped in the order that lets them finish: edges first (a drain), then history (which takes what they
+//! still published to MongoDB), then the servers they need.
 
 mod data_dir;
 mod edge;
+mod history;
 mod report;
 mod supervise;
 mod token;
@@ -29,7 +31,8 @@ use tokio_util::sync::CancellationToken;
 use self::{
     data_dir::DataDir,
     edge::EdgeTemplate,
-    report::{EdgeReport, RegionReport, Report},
+    history::HistoryTemplate,
+    report::{EdgeReport, HistoryReport, RegionReport, Report},
     supervise::{Event, What, supervise},
 };
 use crate::{
@@ -240,16 +243,30 @@ async fn start(
         config_file,
         nats_url: &nats_url,
         secret: development.as_deref(),
-        logs,
+        logs: logs.clone(),
     };
     let edges = start_edges(args, &template, &launcher, stack).await?;
+    let history = match &mongodb {
+        Some(mongodb_url) => {
+            let template = HistoryTemplate {
+                binary: &binary,
+                config,
+                config_file,
+                nats_url: &nats_url,
+                mongodb_url,
+                logs,
+            };
+            vec![start_history(args, &template, &launcher, stack).await?]
+        }
+        None => Vec::new(),
+    };
     let report = Report {
         regions: vec![RegionReport {
             name: config.region.clone(),
             nats: nats_url,
             nats_pid,
             edges,
-            history: Vec::new(),
+            history,
         }],
         mongodb,
         mongod_pid,
@@ -364,6 +381,39 @@ async fn start_edges(
     }
 }
 
+/// Starts the history service on the configured port or the next free one; on any where the edges have any.
+async fn start_history(
+    args: &Args,
+    template: &HistoryTemplate<'_>,
+    launcher: &Launcher,
+    stack: &mut Stack,
+) -> anyhow::Result<HistoryReport> {
+    let listen = template.config.history.listen;
+    let wanted = match args.port {
+        Some(0) => 0,
+        _ => listen.port(),
+    };
+    let mut attempt = 1;
+    loop {
+        let port = choose_port("history", listen.ip(), wanted)?;
+        let address = SocketAddr::new(listen.ip(), port);
+        let mut process = Process::new(launcher.clone(), template.spec(address));
+        match process.start().await {
+            Ok(()) => {
+                let report = HistoryReport {
+                    pid: process.pid(),
+                    http: format!("http://{}", edge::reachable(address)),
+                };
+                stack.supervise(Role::History, process);
+                return Ok(report);
+            }
+            // Somebody may have taken the port between the look and the start.
+            Err(_taken) if attempt < PORT_ATTEMPTS && is_taken(port) => attempt += 1,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 /// `wanted`, or the next free port, and says so.
 fn choose_port(name: &str, ip: IpAddr, wanted: u16) -> anyhow::Result<u16> {
     let port =
@@ -386,6 +436,7 @@ enum Role {
     Nats,
     Mongod,
     Edge(usize),
+    History,
 }
 
 impl Role {
@@ -401,6 +452,11 @@ impl Role {
             Self::Edge(index) => {
                 if let Some(edge) = region.and_then(|region| region.edges.get_mut(index)) {
                     edge.pid = Some(pid);
+                }
+            }
+            Self::History => {
+                if let Some(history) = region.and_then(|region| region.history.first_mut()) {
+                    history.pid = Some(pid);
                 }
             }
         }
@@ -434,6 +490,7 @@ struct Stack {
     events: mpsc::Sender<Event>,
     names: Vec<Name>,
     edges: Layer,
+    history: Layer,
     mongod: Layer,
     nats: Layer,
     /// Locked for other `up`s until the children above are gone: fields are dropped in this order.
@@ -447,6 +504,7 @@ impl Stack {
             events,
             names: Vec::new(),
             edges: Layer::default(),
+            history: Layer::default(),
             mongod: Layer::default(),
             nats: Layer::default(),
             data: None,
@@ -463,6 +521,7 @@ impl Stack {
             Role::Nats => &mut self.nats,
             Role::Mongod => &mut self.mongod,
             Role::Edge(_) => &mut self.edges,
+            Role::History => &mut self.history,
         };
         let (events, stop) = (self.events.clone(), layer.stop.clone());
         layer
@@ -470,9 +529,10 @@ impl Stack {
             .spawn(supervise(child, process, self.restart, events, stop));
     }
 
-    /// Edges first: their drain needs the servers.
+    /// Edges first: their drain needs the servers, and history writes what they still published.
     async fn stop(&mut self) {
         self.edges.stop().await;
+        self.history.stop().await;
         self.mongod.stop().await;
         self.nats.stop().await;
     }

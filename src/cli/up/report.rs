@@ -34,6 +34,8 @@ pub(super) struct EdgeReport {
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct HistoryReport {
     pub pid: Option<u32>,
+    /// Where it answers `/healthz`, `/readyz` and `/metrics`.
+    pub http: String,
 }
 
 impl Report {
@@ -49,6 +51,9 @@ impl Report {
                 line("WebSocket", &edge.ws);
             }
             line("NATS", &region.nats);
+            for history in &region.history {
+                line("history", &format!("{}/metrics", history.http));
+            }
         }
         line("MongoDB", self.mongodb.as_deref().unwrap_or("not running"));
         text.push_str(
@@ -88,7 +93,10 @@ mod tests {
                     ws: "ws://127.0.0.1:8080/ws".to_owned(),
                     pid: Some(3),
                 }],
-                history: Vec::new(),
+                history: vec![HistoryReport {
+                    pid: Some(4),
+                    http: "http://127.0.0.1:8090".to_owned(),
+                }],
             }],
             mongodb: None,
             mongod_pid: None,
@@ -97,7 +105,7 @@ mod tests {
         };
         assert_eq!(
             serde_json::to_string(&report).unwrap(),
-            r#"{"regions":[{"name":"local","nats":"nats://127.0.0.1:4222","nats_pid":2,"edges":[{"id":"local-1","http":"http://127.0.0.1:8080","ws":"ws://127.0.0.1:8080/ws","pid":3}],"history":[]}],"mongodb":null,"mongod_pid":null,"token":"t","pid":1}"#
+            r#"{"regions":[{"name":"local","nats":"nats://127.0.0.1:4222","nats_pid":2,"edges":[{"id":"local-1","http":"http://127.0.0.1:8080","ws":"ws://127.0.0.1:8080/ws","pid":3}],"history":[{"pid":4,"http":"http://127.0.0.1:8090"}]}],"mongodb":null,"mongod_pid":null,"token":"t","pid":1}"#
         );
         assert!(report.for_people().contains("http://127.0.0.1:8080/"));
     }

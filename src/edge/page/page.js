@@ -1,10 +1,12 @@
 // natter's chat page, on top of the client in natter.js. Nothing from the network is ever put into it as HTML.
 
+import { Log, clock, element, isMessage } from "./log.js";
 import { Natter, newId, reaches, userOf } from "./natter.js";
+import { Past } from "./past.js";
 
 const TYPING_EVERY_MS = 2_000;
 const TYPING_SHOWN_MS = 3_000;
-const KEPT_MESSAGES = 200; // shown again after a reload, and kept on the page
+const KEPT_MESSAGES = 200; // shown again after a reload
 const KEPT_ROOMS = 30;
 const UNREAD_EVERY_MS = 5_000;
 const SETTLED_MS = 1_000; // an edge stores a read marker within that
@@ -12,15 +14,20 @@ const NEWS_MS = 1_000;
 const NAMED = 20; // most names in one line
 
 const $ = (id) => document.getElementById(id);
-const state = $("state"), log = $("log"), text = $("text"), send = $("send");
+const NATTER = "$natter"; // what natter itself says
+
+const state = $("state"), list = $("log"), text = $("text"), send = $("send");
 const room = $("room"), token = $("token"), user = $("user"), typing = $("typing"), where = $("where");
 const here = $("here"), nav = $("rooms");
 
 let client = null;
 let shown = null; // {room, user, cursor, messages: […]}: what this tab shows, kept over a reload
-let items = new Map(); // message key -> its <li>
-let bottom = true; // whether the log is scrolled to its end
 let behind = 0; // messages that came while nobody was looking
+
+const log = new Log(list, () => showReaders());
+const past = new Past(list, log, { find: $("find"), query: $("query"), hits: $("hits"), now: $("now") }, () => {
+  for (const message of shown.messages) log.hear(message);
+});
 
 /** sessionStorage, which may be full or switched off: the page works without it, only without memory. */
 const memory = {
@@ -52,10 +59,8 @@ function start() {
   memory.set("natter:entry", { token: token.value.trim(), room: roomName });
   user.value = me;
   where.textContent = roomName;
-  log.replaceChildren();
-  items = new Map();
+  log.clear(me);
   behind = 0;
-  bottom = true;
   for (const name of [...typists.keys()]) stopTyping(name);
   enterRoom();
 
@@ -67,24 +72,23 @@ function start() {
   const mine = new Natter({ url: url.href, token: token.value.trim(), room: roomName, cursor: shown.cursor });
   const switched = client != null;
   client = mine;
-  for (const message of shown.messages) show(message);
+  past.enter(mine, roomName, token.value.trim());
+  for (const message of shown.messages) log.hear(message);
   showPeople();
   mine.addEventListener("state", ({ detail }) => showState(detail));
   mine.addEventListener("joined", ({ detail }) => {
     const missed = `${detail.replay ?? 0} missed`;
     if (detail.reset) {
+      // What was here may be in another log than what follows, or erased. What is still true comes with the history.
       shown.messages = [];
-      // Places in another log than what follows: they can't be compared.
-      for (const item of log.querySelectorAll("[data-cursor]")) {
-        delete item.dataset.cursor;
-        showReadBy(item, []);
-      }
-      line(`— can't resume (${detail.reason ?? "reset"}): messages may be missing here —`);
+      log.clear();
+      log.line(`— can't resume (${detail.reason ?? "reset"}): messages may be missing here —`);
     } else if (first && hadMessages) {
-      line(`— resumed, ${missed} —`);
+      log.line(`— resumed, ${missed} —`);
     } else if (!first) {
-      line(`— reconnected, ${missed} —`);
+      log.line(`— reconnected, ${missed} —`);
     }
+    past.joined(detail.cursor != null);
     rememberRoom(detail.cursor != null);
     // The room that was left a moment ago may have been read a moment ago.
     askUnread(first && switched ? SETTLED_MS : 0);
@@ -95,6 +99,10 @@ function start() {
     markRead();
   });
   mine.addEventListener("msg", ({ detail }) => {
+    if (detail.kind === "erase") {
+      if (detail.from === NATTER) erase(detail);
+      return;
+    }
     const message = {
       id: detail.id, from: detail.from, ts: detail.ts, kind: detail.kind, target: detail.target, body: detail.body,
       cursor: detail.cursor,
@@ -103,7 +111,8 @@ function start() {
     shown.messages.splice(0, shown.messages.length - KEPT_MESSAGES);
     keep();
     stopTyping(detail.from);
-    show(message);
+    // What is new is not shown below what is far back.
+    if (!past.away || !isMessage(message)) log.hear(message);
     if (isMessage(message) && message.from !== me) behind += 1;
     markRead();
   });
@@ -116,9 +125,9 @@ function start() {
   });
   mine.addEventListener("readers", showReaders);
   mine.addEventListener("typing", ({ detail }) => detail.user !== me && startTyping(detail.user));
-  mine.addEventListener("refused", ({ detail }) => line(`${detail.code}: ${detail.message}`, "error"));
+  mine.addEventListener("refused", ({ detail }) => log.line(`${detail.code}: ${detail.message}`, "error"));
   mine.addEventListener("token_expiring", ({ detail }) => {
-    line(`This token ends at ${clock(detail.exp * 1000)}. Paste a new one and join again.`);
+    log.line(`This token ends at ${clock(detail.exp * 1000)}. Paste a new one and join again.`);
   });
   mine.connect();
 }
@@ -177,93 +186,20 @@ addEventListener("online", () => client?.hurry());
 
 // Messages --------------------------------------------------------------------------------------------------------------
 
-/** A message is identified by its sender and id: nobody can take another's place. */
-const keyOf = (from, id) => `${from}/${id}`;
-const refOf = (from, ref) => (ref.includes("/") ? ref : keyOf(from, ref));
-const isMessage = ({ kind }) => kind == null || kind === "message";
-const bodyText = (body) => (typeof body?.text === "string" ? body.text : JSON.stringify(body ?? null));
-
-/** Puts a stored message into the log; a pending one of ours with the same id becomes it. */
-function show(message) {
-  const { id, from, ts, kind, target, body, cursor } = message;
-  if (target != null && !isMessage(message)) {
-    const item = items.get(refOf(from, target));
-    if (!item) return; // older than what is shown
-    const note = item.querySelector(".note");
-    if (kind === "edit") {
-      item.querySelector(".body").textContent = bodyText(body);
-      note.textContent = "edited";
-    } else if (kind === "delete") {
-      item.querySelector(".body").textContent = "";
-      note.textContent = "deleted";
-    } else if (kind === "reaction") {
-      note.textContent = `${note.textContent} ${bodyText(body)}`.trim();
-    }
-    return;
-  }
-  const key = keyOf(from, id);
-  const pending = items.get(key);
-  const item = pending ?? newItem(from, id, bodyText(body));
-  item.classList.remove("pending", "failed");
-  item.querySelector(".body").textContent = bodyText(body);
-  item.querySelector(".note").textContent = "";
-  item.querySelector("time").textContent = clock(ts);
-  item.querySelector("time").dateTime = new Date(ts).toISOString();
-  if (cursor != null) item.dataset.cursor = cursor;
-  // A pending message moves to its place in the room's order, which is the end.
-  add(item);
-  items.set(key, item);
-  showReaders();
-}
-
-function newItem(from, id, content) {
-  const item = element("li", "message");
-  item.dataset.id = id;
-  item.dataset.from = from;
-  if (from === shown.user) item.classList.add("own");
-  const meta = element("div", "meta");
-  const read = element("button", "read");
-  read.type = "button";
-  read.hidden = true;
-  read.ariaExpanded = "false";
-  read.ariaLive = "off"; // it is inside of a log, which reads out every change
-  meta.append(element("span", "from", from), element("time", ""), element("span", "note"), read);
-  item.append(meta, element("div", "body", content));
-  return item;
-}
-
-function line(content, kind) {
-  const item = element("li", "line", content);
-  if (kind) item.classList.add(kind);
-  add(item);
-}
-
-function element(name, className, content = "") {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  made.textContent = content;
-  return made;
-}
-
-function add(item) {
-  log.append(item);
-  while (log.childElementCount > KEPT_MESSAGES * 2) {
-    const oldest = log.firstElementChild;
-    items.delete(keyOf(oldest.dataset.from, oldest.dataset.id));
-    oldest.remove();
-  }
-  if (bottom) log.scrollTop = log.scrollHeight;
-}
-log.addEventListener("scroll", () => {
-  bottom = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+/** Messages were erased: of one user, or all there were; up to a time, if that is told. */
+function erase({ cursor, body }) {
+  const { user: whose, before } = body ?? {};
+  const isGone = ({ from, ts }) => (whose == null || from === whose) && (before == null || ts <= before);
+  shown.messages = shown.messages.filter((message) => !isGone(message));
+  shown.cursor = cursor;
+  keep();
+  log.erase({ user: whose, before });
+  past.erased();
+  log.line(whose == null ? "— what was said here was erased —" : `— messages of ${whose} were erased —`);
   markRead();
-});
-new ResizeObserver(() => {
-  if (bottom) log.scrollTop = log.scrollHeight;
-}).observe(log);
+}
 
-const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
-const clock = (ms) => clockFormat.format(new Date(ms));
+list.addEventListener("scroll", () => markRead());
 
 // Sending ---------------------------------------------------------------------------------------------------------------
 
@@ -274,27 +210,17 @@ $("say").addEventListener("submit", async (event) => {
   text.value = "";
   lastTyping = 0;
   const id = newId();
-  const key = keyOf(shown.user, id);
-  const item = newItem(shown.user, id, content);
-  item.classList.add("pending");
-  item.querySelector(".note").textContent = "sending…";
-  items.set(key, item);
-  bottom = true;
-  add(item);
+  if (past.away) past.goToNow();
+  const item = log.send(id, { text: content });
   const mine = client;
   try {
     const ack = await mine.publish(id, { text: content });
     // In a durable room the pushed message settles it; ephemeral rooms, too, but a lost push must not leave it grey.
-    if (item.classList.contains("pending")) {
-      item.classList.remove("pending");
-      item.querySelector(".note").textContent = "";
-      item.querySelector("time").textContent = clock(ack.ts);
-    }
+    log.settle(item, { ts: ack.ts });
   } catch (error) {
     if (mine !== client && error.code === "closed") return;
-    item.classList.replace("pending", "failed");
-    item.querySelector(".note").textContent = `not sent: ${error.code}`;
-    line(`${error.code}: ${error.message}`, "error");
+    log.settle(item, { note: `not sent: ${error.code}` });
+    log.line(`${error.code}: ${error.message}`, "error");
   }
 });
 
@@ -385,7 +311,7 @@ const tellNews = soon(() => {
 /** A room is read when its end can be seen. */
 function markRead() {
   if (!client) return;
-  if (client.joined && bottom && document.visibilityState === "visible") {
+  if (client.joined && log.bottom && !past.away && document.visibilityState === "visible") {
     behind = 0;
     client.read(client.cursor);
   }
@@ -395,7 +321,7 @@ document.addEventListener("visibilitychange", markRead);
 
 /** "read by" stands where somebody's marker stands, and counts all who have come that far: the sender is no reader. */
 const showReaders = soon(() => {
-  const messages = [...log.querySelectorAll(".message[data-cursor]")];
+  const messages = [...list.querySelectorAll(".message[data-cursor]")];
   const ends = messages.map(() => []); // who has read up to there, and not beyond
   for (const [name, marker] of client.readers) {
     let read = 0;
@@ -423,7 +349,7 @@ function showReadBy(item, readers) {
   if (mark.textContent !== content) mark.textContent = content;
 }
 // The names, for those who have no mouse to point with.
-log.addEventListener("click", ({ target }) => {
+list.addEventListener("click", ({ target }) => {
   if (!target.matches(".read")) return;
   target.ariaExpanded = target.ariaExpanded === "true" ? "false" : "true";
   showReaders();

@@ -8,7 +8,7 @@ use natter::{
     client::{Connection, Endpoint},
     config::Config,
     runtime::unix_s,
-    servers::{Process, Spec, free_port},
+    servers::{Check, Process, Spec, free_port},
 };
 use tempfile::TempDir;
 use tokio::{
@@ -25,10 +25,12 @@ pub(crate) const SECRET: &str = "a secret of the tests, long enough for HS256";
 pub(crate) struct Mesh {
     pub(crate) config: Config,
     pub(crate) edges: Vec<Edge>,
+    /// History services.
+    pub(crate) workers: Vec<Edge>,
     dir: TempDir,
 }
 
-/// An edge process. Its address stays the same over restarts.
+/// An edge process, or one of the history service. Its address stays the same over restarts.
 pub(crate) struct Edge {
     pub(crate) address: SocketAddr,
     pub(crate) process: Process,
@@ -54,7 +56,10 @@ impl Mesh {
         let nats = values.entry("nats").or_insert(toml::Table::new().into());
         let nats = nats.as_table_mut().unwrap();
         nats.insert("url".to_owned(), nats_url.into());
-        nats.entry("prefix").or_insert(name.into());
+        nats.entry("prefix").or_insert(name.clone().into());
+        let mongodb = values.entry("mongodb").or_insert(toml::Table::new().into());
+        let mongodb = mongodb.as_table_mut().unwrap();
+        mongodb.entry("database").or_insert(name.into());
         let auth = values.entry("auth").or_insert(toml::Table::new().into());
         auth.as_table_mut()
             .unwrap()
@@ -64,10 +69,62 @@ impl Mesh {
         let mesh = Self {
             config: config(&text),
             edges: Vec::new(),
+            workers: Vec::new(),
             dir,
         };
         mesh.provision().await;
         mesh
+    }
+
+    /// As [`Self::start`], with `workers` history services that write to the MongoDB at `mongodb_url`.
+    pub(crate) async fn with_history(
+        nats_url: &str,
+        mongodb_url: &str,
+        (edges, workers): (usize, usize),
+        toml: &str,
+    ) -> Self {
+        let mut values: toml::Table = toml.parse().unwrap();
+        let mongodb = values.entry("mongodb").or_insert(toml::Table::new().into());
+        let mongodb = mongodb.as_table_mut().unwrap();
+        mongodb.entry("url").or_insert(mongodb_url.into());
+        let mut mesh = Self::start(nats_url, edges, &toml::to_string(&values).unwrap()).await;
+        for _ in 0..workers {
+            mesh.add_worker("/readyz").await;
+        }
+        mesh
+    }
+
+    /// Starts one more history service and waits until a GET of `path` is answered well.
+    pub(crate) async fn add_worker(&mut self, path: &'static str) -> usize {
+        let number = self.workers.len();
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
+        let mut spec = self.spec(number, address);
+        spec.name = format!("history {number}");
+        spec.log = self.worker_log(number);
+        spec.env = vec![("NATTER__HISTORY__LISTEN".to_owned(), address.to_string())];
+        if let Some(role) = spec.args.first_mut() {
+            *role = "history".into();
+        }
+        spec.ready = answers(address, path);
+        let mut process = Process::new(launcher(), spec);
+        process.start().await.unwrap();
+        self.workers.push(Edge { address, process });
+        number
+    }
+
+    /// Where a history service writes what it logs.
+    pub(crate) fn worker_log(&self, number: usize) -> std::path::PathBuf {
+        self.dir.path().join(format!("history-{number}.log"))
+    }
+
+    /// A command of `natter` with this mesh's configuration.
+    pub(crate) async fn command(&self, args: &[&str]) -> std::process::Command {
+        let mut command = super::natter_command(self.dir.path()).await;
+        command
+            .args(args)
+            .arg("--config")
+            .arg(self.dir.path().join("natter.toml"));
+        command
     }
 
     /// Creates what is missing of the streams.
@@ -108,16 +165,7 @@ impl Mesh {
                 .map(|(key, value)| (key.to_owned(), value))
                 .collect(),
             log: self.log(number),
-            ready: Arc::new(move |_pid| {
-                Box::pin(async move {
-                    let (status, body) = http(address, "GET", "/readyz", "", "").await?;
-                    if status == 200 {
-                        Ok(())
-                    } else {
-                        Err(format!("{status}: {body}").into())
-                    }
-                })
-            }),
+            ready: answers(address, "/readyz"),
             alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
             ready_within: LONG,
             stop_within: LONG,
@@ -158,6 +206,20 @@ impl Mesh {
         });
         values.sum()
     }
+}
+
+/// Whether a GET is answered with 200.
+fn answers(address: SocketAddr, path: &'static str) -> Check {
+    Arc::new(move |_pid| {
+        Box::pin(async move {
+            let (status, body) = http(address, "GET", path, "", "").await?;
+            if status == 200 {
+                Ok(())
+            } else {
+                Err(format!("{status}: {body}").into())
+            }
+        })
+    })
 }
 
 /// A token of `user`, who may do everything everywhere, for an hour.

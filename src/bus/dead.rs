@@ -1,0 +1,269 @@
+//! Dead letters: messages that history can't write, kept in a stream of their own with the reason.
+
+use std::time::Duration;
+
+use async_nats::{HeaderMap, Message, Request};
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::time::timeout;
+
+use super::{
+    Connection, Delivery, ReadError, Reader, Record, Stored,
+    ack::PubAck,
+    pull::count_after,
+    record::{BadRecord, last, stored_time},
+};
+use crate::{
+    config::Config,
+    model::{Epoch, Fingerprint, Region},
+    subject::{Subjects, api, dead_stream, header},
+};
+
+/// The dead letters of a region.
+#[derive(Debug, Clone)]
+pub struct DeadLetters {
+    connection: Connection,
+    reader: Reader,
+    subjects: Subjects,
+    stream: String,
+    origin: Region,
+    timeout: Duration,
+}
+
+/// A message that could not be written.
+#[derive(Debug, Clone)]
+pub struct DeadLetter {
+    /// Its sequence among the dead letters.
+    pub number: u64,
+    /// When it was given up, in ms since 1970.
+    pub at: u64,
+    /// Why.
+    pub reason: String,
+    /// The subject under which its stream had it.
+    pub subject: String,
+    /// The incarnation of that stream.
+    pub epoch: Epoch,
+    /// The message's sequence in it.
+    pub seq: u64,
+    /// When the stream stored it, in ms since 1970.
+    pub ts: u64,
+    /// The message as it was published.
+    pub payload: Bytes,
+    /// The same as a message of a room, if it is one.
+    pub stored: Option<Stored>,
+}
+
+/// A dead letter could not be written or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum LetterError {
+    /// No answer in time; also while NATS is away.
+    #[error("stream {stream} did not answer within {waited:?}")]
+    Timeout { stream: String, waited: Duration },
+    /// The stream, or who should answer for it, says no.
+    #[error("stream {stream}: {problem}")]
+    Refused { stream: String, problem: String },
+}
+
+#[derive(Deserialize)]
+struct DeleteAnswer {
+    error: Option<DeleteError>,
+}
+
+#[derive(Deserialize)]
+struct DeleteError {
+    description: String,
+}
+
+impl DeadLetters {
+    /// The dead letters of the configured region.
+    #[must_use]
+    pub fn new(connection: Connection, reader: Reader, config: &Config) -> Self {
+        let origin = config.region();
+        Self {
+            connection,
+            reader,
+            subjects: Subjects::new(&config.nats.prefix),
+            stream: dead_stream(&origin),
+            origin,
+            timeout: config.nats.publish_timeout,
+        }
+    }
+
+    /// Keeps a message of `stream` with the reason why it can't be written. Once, however often it is repeated.
+    ///
+    /// # Errors
+    /// [`LetterError`]: it may be kept or not.
+    pub async fn keep(
+        &self,
+        delivery: &Delivery,
+        stream: &str,
+        epoch: Epoch,
+        reason: &str,
+    ) -> Result<(), LetterError> {
+        let Delivery {
+            message, seq, ts, ..
+        } = delivery;
+        let subject = self
+            .subjects
+            .dead(&message.subject)
+            .ok_or_else(|| self.refused(format!("no place for {}", message.subject)))?;
+        let fingerprint = delivery
+            .stored(&self.subjects, epoch)
+            .map(|stored| stored.record.fingerprint)
+            .unwrap_or_default();
+        let mut headers = HeaderMap::new();
+        for (name, values) in message.headers.iter().flat_map(HeaderMap::iter) {
+            // What was said to the message's own stream is not for this one.
+            let for_stream = AsRef::<str>::as_ref(name).starts_with("Nats-");
+            for value in values.iter().filter(|_| !for_stream) {
+                headers.append(name.clone(), value.clone());
+            }
+        }
+        headers.insert(header::MSG_ID, format!("{stream}-{epoch}-{seq}"));
+        headers.insert(header::REASON, one_line(reason));
+        let place = format!("{epoch} {seq} {ts} {:x}", fingerprint.0);
+        headers.insert(header::PLACE, place);
+        let request = Request::new()
+            .payload(message.payload.clone())
+            .headers(headers);
+        let answer = self.connection.client().send_request(subject, request);
+        let answer = self.answer(answer).await?;
+        let ack: PubAck = serde_json::from_slice(&answer.payload)
+            .map_err(|error| self.refused(error.to_string()))?;
+        match ack.error {
+            None => Ok(()),
+            Some(error) => Err(self.refused(error.description)),
+        }
+    }
+
+    /// Some dead letters from a number on, the oldest first, and how many are after them.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn list(&self, from: u64) -> Result<(Vec<DeadLetter>, u64), ReadError> {
+        let filter = self.subjects.dead_all(&self.origin);
+        let (messages, after) = self.reader.raw_page(&self.stream, &filter, from).await?;
+        let letters: Result<Vec<DeadLetter>, BadRecord> = messages
+            .iter()
+            .map(|message| self.letter(message))
+            .collect();
+        let letters = letters.map_err(|source| ReadError::Malformed {
+            stream: self.stream.clone(),
+            source,
+        })?;
+        Ok((letters, after.unwrap_or_default()))
+    }
+
+    /// How many there are.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn count(&self) -> Result<u64, ReadError> {
+        let filter = self.subjects.dead_all(&self.origin);
+        count_after(&self.reader, &self.stream, &filter, 0).await
+    }
+
+    /// Removes one.
+    ///
+    /// # Errors
+    /// [`LetterError`].
+    pub async fn remove(&self, number: u64) -> Result<(), LetterError> {
+        let request = Bytes::from(json!({ "seq": number }).to_string());
+        let subject = api::message_delete(&self.stream);
+        let answer = self.connection.client().request(subject, request);
+        let answer = self.answer(answer).await?;
+        let answer: DeleteAnswer = serde_json::from_slice(&answer.payload)
+            .map_err(|error| self.refused(error.to_string()))?;
+        match answer.error {
+            None => Ok(()),
+            Some(error) => Err(self.refused(error.description)),
+        }
+    }
+
+    async fn answer(
+        &self,
+        answer: impl Future<Output = Result<Message, async_nats::RequestError>>,
+    ) -> Result<Message, LetterError> {
+        match timeout(self.timeout, answer).await {
+            Err(_elapsed) => Err(LetterError::Timeout {
+                stream: self.stream.clone(),
+                waited: self.timeout,
+            }),
+            Ok(answer) => answer.map_err(|error| self.refused(error.to_string())),
+        }
+    }
+
+    fn refused(&self, problem: String) -> LetterError {
+        LetterError::Refused {
+            stream: self.stream.clone(),
+            problem,
+        }
+    }
+
+    fn letter(&self, message: &Message) -> Result<DeadLetter, BadRecord> {
+        let headers = message.headers.as_ref().ok_or(BadRecord::Sequence)?;
+        let text = |name| last(headers, name).unwrap_or_default();
+        let number = text(header::SEQUENCE)
+            .parse()
+            .map_err(|_not_a_number: std::num::ParseIntError| BadRecord::Sequence)?;
+        let place = Place::parse(text(header::PLACE));
+        let subject = self
+            .subjects
+            .dead_stored(text(header::SUBJECT))
+            .unwrap_or_default();
+        let Place {
+            epoch,
+            seq,
+            ts,
+            fingerprint,
+        } = place.ok_or(BadRecord::Time)?;
+        let stored = self.subjects.parse_stored(&subject).map(|parsed| {
+            let payload = message.payload.clone();
+            let mut record = Record::at(Some(headers), payload, parsed.class, epoch, (seq, ts));
+            record.fingerprint = fingerprint;
+            Stored {
+                room: parsed.room,
+                record,
+            }
+        });
+        Ok(DeadLetter {
+            number,
+            at: stored_time(headers)?,
+            reason: text(header::REASON).to_owned(),
+            subject,
+            epoch,
+            seq,
+            ts,
+            payload: message.payload.clone(),
+            stored,
+        })
+    }
+}
+
+/// The value of [`header::PLACE`].
+struct Place {
+    epoch: Epoch,
+    seq: u64,
+    ts: u64,
+    fingerprint: Fingerprint,
+}
+
+impl Place {
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split(' ');
+        Some(Self {
+            epoch: Epoch::parse(words.next()?)?,
+            seq: words.next()?.parse().ok()?,
+            ts: words.next()?.parse().ok()?,
+            fingerprint: Fingerprint(u16::from_str_radix(words.next()?, 16).ok()?),
+        })
+    }
+}
+
+/// As a header may have it.
+fn one_line(text: &str) -> String {
+    const MOST: usize = 500;
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(MOST).map(plain).collect()
+}

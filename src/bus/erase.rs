@@ -1,0 +1,380 @@
+//! Removing messages from the region's streams, for good: by room, one by one, and saying so in the room.
+
+use std::{sync::Arc, time::Duration};
+
+use async_nats::{HeaderMap, Message, Request};
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+use serde::Deserialize;
+use tokio::time::timeout;
+
+use super::{
+    BadRecord, Connection, ReadError, Reader, Record, StreamError, Streams,
+    ack::{AckError, PubAck},
+    record::{last, message_key},
+};
+use crate::{
+    config,
+    model::{Kind, RoomId, partition_of},
+    runtime::unix_ms,
+    subject::{FROM_NATTER, Subjects, api, dead_stream, header, rooms_stream},
+};
+
+/// How long JetStream may take to purge: it looks at every block of the stream.
+const PURGE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Messages removed at once.
+const DELETES_IN_FLIGHT: usize = 16;
+
+/// Removes messages from the streams of the region; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Eraser {
+    connection: Connection,
+    reader: Reader,
+    streams: Arc<Streams>,
+    subjects: Subjects,
+    timeout: Duration,
+}
+
+/// A message that may have to go, as far as is needed to tell.
+#[derive(Debug)]
+pub struct Candidate {
+    /// Its sequence in the stream that was read.
+    pub seq: u64,
+    /// Its room.
+    pub room: RoomId,
+    /// When the rooms' stream stored it, in ms since 1970.
+    pub ts: u64,
+    /// Who said it.
+    pub from: String,
+    /// What it is about, if it is an edit, a delete, a reaction or an annotation.
+    pub target: Option<String>,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// A way through a stream, from its beginning to what was its end.
+#[derive(Debug)]
+pub struct Scan {
+    stream: String,
+    filter: String,
+    next: u64,
+    end: u64,
+}
+
+/// Messages could not be removed, or nobody knows.
+#[derive(Debug, thiserror::Error)]
+pub enum EraseError {
+    /// No answer in time; also while NATS is away.
+    #[error("stream {stream} did not answer within {waited:?}")]
+    Timeout { stream: String, waited: Duration },
+    /// The server said no.
+    #[error("stream {stream} refused: {problem}")]
+    Refused { stream: String, problem: String },
+    /// What is to be removed can't be read.
+    #[error("what is to be erased can't be read")]
+    Read(#[from] ReadError),
+    /// The stream's state can't be known.
+    #[error("what is to be erased can't be found")]
+    Stream(#[from] StreamError),
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    error: Option<AckError>,
+    ts: Option<String>,
+    #[serde(default)]
+    purged: u64,
+}
+
+impl Eraser {
+    /// For the streams of `streams`; asks over `connection`, reads over the reader's own.
+    #[must_use]
+    pub fn new(
+        connection: Connection,
+        reader: Reader,
+        streams: Arc<Streams>,
+        config: &config::Nats,
+    ) -> Self {
+        Self {
+            connection,
+            reader,
+            streams,
+            subjects: Subjects::new(&config.prefix),
+            timeout: config.publish_timeout,
+        }
+    }
+
+    /// How many partitions there are.
+    #[must_use]
+    pub fn partitions(&self) -> u16 {
+        self.streams.partitions()
+    }
+
+    /// What time it is for the stream of `part`, in ms since 1970: what it has stored has at most this time, and what it
+    /// stores from the next millisecond on has more.
+    ///
+    /// # Errors
+    /// [`EraseError`].
+    pub async fn clock(&self, part: u16) -> Result<u64, EraseError> {
+        let stream = rooms_stream(self.streams.origin(), part);
+        let answer = self
+            .ask(
+                &stream,
+                api::stream_info(&stream),
+                Bytes::new(),
+                self.timeout,
+            )
+            .await?;
+        // Servers before 2.10 don't say it.
+        let ts = answer.ts.and_then(|text| {
+            let time = humantime::parse_rfc3339_weak(&text).ok()?;
+            let since = time.duration_since(std::time::UNIX_EPOCH).ok()?;
+            u64::try_from(since.as_millis()).ok()
+        });
+        Ok(ts.unwrap_or_else(unix_ms))
+    }
+
+    /// Removes what the room's stream stored of it up to the time `before`, and how many that were.
+    ///
+    /// # Errors
+    /// [`EraseError`]; repeating it is harmless.
+    pub async fn purge_room(&self, room: &RoomId, before: u64) -> Result<u64, EraseError> {
+        let origin = self.streams.origin();
+        let part = partition_of(room, self.streams.partitions());
+        let stream = rooms_stream(origin, part);
+        let filter = self.subjects.stored_all(origin, part, room);
+        // First the end of the stream, then what is to stay: a message that comes in between is found, or lies beyond the end.
+        let end = self.streams.fetch(part).await?.last_seq;
+        let stays = self
+            .reader
+            .first_since(&stream, &filter, before + 1)
+            .await?;
+        let upto = stays.unwrap_or(end + 1).min(end + 1);
+        let request = serde_json::json!({ "filter": filter, "seq": upto });
+        let answer = self
+            .ask(
+                &stream,
+                api::stream_purge(&stream),
+                request.to_string().into(),
+                PURGE_DEADLINE,
+            )
+            .await?;
+        Ok(answer.purged)
+    }
+
+    /// Begins to read what the stream of `part` holds now.
+    ///
+    /// # Errors
+    /// [`EraseError`].
+    pub async fn scan(&self, part: u16) -> Result<Scan, EraseError> {
+        let origin = self.streams.origin();
+        Ok(Scan {
+            stream: rooms_stream(origin, part),
+            filter: self.subjects.stored_any(origin, part),
+            next: 1,
+            end: self.streams.fetch(part).await?.last_seq,
+        })
+    }
+
+    /// Begins to read the dead letters.
+    #[must_use]
+    pub fn scan_dead(&self) -> Scan {
+        let origin = self.streams.origin();
+        Scan {
+            stream: dead_stream(origin),
+            filter: self.subjects.dead_all(origin),
+            next: 1,
+            end: u64::MAX,
+        }
+    }
+
+    /// The next messages of a scan, as far as they are a room's; `None` at the end.
+    ///
+    /// # Errors
+    /// [`EraseError`]; the scan can go on.
+    pub async fn candidates(&self, scan: &mut Scan) -> Result<Option<Vec<Candidate>>, EraseError> {
+        if scan.next > scan.end {
+            return Ok(None);
+        }
+        let (messages, pending) = self
+            .reader
+            .raw_page(&scan.stream, &scan.filter, scan.next)
+            .await?;
+        let Some(newest) = messages.last().and_then(seq_of) else {
+            return Ok(None);
+        };
+        scan.next = match pending {
+            Some(1..) => newest + 1,
+            Some(0) | None => u64::MAX,
+        };
+        let candidates = messages
+            .iter()
+            .filter_map(|message| self.candidate(message))
+            .filter(|candidate| candidate.seq <= scan.end);
+        Ok(Some(candidates.collect()))
+    }
+
+    /// Removes messages of a scan, and overwrites their data.
+    ///
+    /// # Errors
+    /// [`EraseError`]; some may be removed, and repeating it is harmless.
+    pub async fn remove(&self, scan: &Scan, doomed: &[Candidate]) -> Result<(), EraseError> {
+        for some in doomed.chunks(DELETES_IN_FLIGHT) {
+            let deletes = some.iter().map(|one| self.delete(&scan.stream, one.seq));
+            try_join_all(deletes).await?;
+        }
+        Ok(())
+    }
+
+    /// What a message of a stream of rooms, or of dead letters, is.
+    fn candidate(&self, message: &Message) -> Option<Candidate> {
+        let headers = message.headers.as_ref()?;
+        let subject = last(headers, header::SUBJECT)?;
+        // A dead letter lies under its old subject, below another word.
+        let dead = self.subjects.dead_stored(subject);
+        let subject = self
+            .subjects
+            .parse_stored(dead.as_deref().unwrap_or(subject))?;
+        // Neither epoch nor body matters here.
+        let epoch = self.streams.known(0).epoch;
+        let record = Record::stored(headers, Bytes::new(), subject.class, epoch).ok()?;
+        let said = last(headers, header::PLACE).filter(|_| dead.is_some());
+        let said = said.and_then(|place| place.split(' ').nth(2)?.parse().ok());
+        Some(Candidate {
+            seq: record.seq,
+            room: subject.room,
+            ts: said.unwrap_or(record.ts),
+            from: record.from,
+            target: record.target,
+            kind: record.kind.and_then(Kind::parse).unwrap_or_default(),
+        })
+    }
+
+    /// Removes one message and overwrites its data; well too if it is not there any more.
+    async fn delete(&self, stream: &str, seq: u64) -> Result<(), EraseError> {
+        let request = serde_json::json!({ "seq": seq, "no_erase": false });
+        let asked = self
+            .ask(
+                stream,
+                api::message_delete(stream),
+                request.to_string().into(),
+                self.timeout,
+            )
+            .await;
+        match asked {
+            Err(refused @ EraseError::Refused { .. }) => {
+                if self.reader.has(stream, seq).await? {
+                    return Err(refused);
+                }
+                Ok(())
+            }
+            asked => asked.map(|_answer| ()),
+        }
+    }
+
+    /// Says in a room that messages were erased: `body` says which. Repeated with the same `id` it is said once.
+    ///
+    /// # Errors
+    /// [`EraseError`]; it may have been said all the same.
+    pub async fn announce(&self, room: &RoomId, id: &str, body: String) -> Result<(), EraseError> {
+        let origin = self.streams.origin();
+        let part = partition_of(room, self.streams.partitions());
+        let stream = rooms_stream(origin, part);
+        let subject = self
+            .subjects
+            .publish(origin, part, room, Kind::Erase.class());
+        let mut headers = HeaderMap::new();
+        headers.insert(header::MSG_ID, message_key(room.as_str(), FROM_NATTER, id));
+        headers.insert(header::FROM, FROM_NATTER);
+        headers.insert(header::ID, id);
+        headers.insert(header::KIND, Kind::Erase.as_str());
+        let request = Request::new().payload(body.into()).headers(headers);
+        let answer: PubAck = self
+            .exchange(&stream, subject, request, self.timeout)
+            .await?;
+        match answer.error {
+            Some(error) => Err(refused(&stream, error.description)),
+            None => Ok(()),
+        }
+    }
+
+    async fn ask(
+        &self,
+        stream: &str,
+        subject: String,
+        body: Bytes,
+        within: Duration,
+    ) -> Result<Answer, EraseError> {
+        let request = Request::new().payload(body);
+        let answer: Answer = self.exchange(stream, subject, request, within).await?;
+        match answer.error {
+            Some(error) => Err(refused(stream, error.description)),
+            None => Ok(answer),
+        }
+    }
+
+    async fn exchange<T: serde::de::DeserializeOwned>(
+        &self,
+        stream: &str,
+        subject: String,
+        request: Request,
+        within: Duration,
+    ) -> Result<T, EraseError> {
+        let asked = self.connection.client().send_request(subject, request);
+        let answer = timeout(within, asked)
+            .await
+            .map_err(|_elapsed| EraseError::Timeout {
+                stream: stream.to_owned(),
+                waited: within,
+            })?
+            .map_err(|error| refused(stream, error.to_string()))?;
+        serde_json::from_slice(&answer.payload).map_err(|error| refused(stream, error.to_string()))
+    }
+}
+
+impl Reader {
+    /// The first sequence of a filter that was stored at `ts` (ms since 1970) or later.
+    async fn first_since(
+        &self,
+        stream: &str,
+        filter: &str,
+        ts: u64,
+    ) -> Result<Option<u64>, ReadError> {
+        let time = std::time::UNIX_EPOCH + Duration::from_millis(ts);
+        let request = serde_json::json!({
+            "start_time": humantime::format_rfc3339_millis(time).to_string(),
+            "next_by_subj": filter,
+            "batch": 1,
+        });
+        let (messages, _) = self.get(stream, &request).await?;
+        let Some(message) = messages.first() else {
+            return Ok(None);
+        };
+        seq_of(message)
+            .map(Some)
+            .ok_or_else(|| ReadError::Malformed {
+                stream: stream.to_owned(),
+                source: BadRecord::Sequence,
+            })
+    }
+
+    /// Whether the stream has a message at `seq`.
+    async fn has(&self, stream: &str, seq: u64) -> Result<bool, ReadError> {
+        let (messages, _) = self.get(stream, &serde_json::json!({ "seq": seq })).await?;
+        Ok(!messages.is_empty())
+    }
+}
+
+fn seq_of(message: &Message) -> Option<u64> {
+    last(message.headers.as_ref()?, header::SEQUENCE)?
+        .parse()
+        .ok()
+}
+
+fn refused(stream: &str, problem: String) -> EraseError {
+    EraseError::Refused {
+        stream: stream.to_owned(),
+        problem,
+    }
+}

@@ -1,0 +1,305 @@
+//! `natter history`: the service that takes messages to MongoDB, and what its operator needs.
+
+use std::{path::Path, process::ExitCode, time::Duration};
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+use figment::providers::{Format, Toml};
+use serde_json::json;
+use tokio::runtime::Builder;
+
+use super::{connect::print_line, export};
+use crate::{
+    bus::{Connection, DeadLetter, DeadLetters, Reader},
+    config::Config,
+    history::{self, History, Retried, dead_letters, retry},
+    runtime::{Phase, Signals},
+    store::Store,
+    telemetry,
+};
+
+/// How long what telemetry still holds may take to be sent at the end.
+const TELEMETRY_FLUSH: Duration = Duration::from_secs(2);
+
+/// Threads of the service: a batch is read while others are written.
+const THREADS: usize = 2;
+
+/// Keep in MongoDB what is said in durable rooms; or tell about it.
+#[derive(Debug, Args)]
+pub(super) struct HistoryCommand {
+    /// Without one: run the service.
+    #[command(subcommand)]
+    tool: Option<Tool>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Tool {
+    Export(export::Export),
+    #[command(flatten)]
+    Ask(Ask),
+}
+
+/// What is asked of NATS and MongoDB.
+#[derive(Debug, Subcommand)]
+enum Ask {
+    /// How far MongoDB is behind, as NATS tells it, and what the running instances say.
+    Status {
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the messages that MongoDB refused, with the reasons.
+    Dead {
+        /// A JSON object a line.
+        #[arg(long)]
+        json: bool,
+        /// Show also what was said.
+        #[arg(long)]
+        body: bool,
+    },
+    /// Try again to write dead letters; exit code 1 if any is left.
+    Retry {
+        /// Which, by the numbers that `natter history dead` shows; none: all.
+        #[arg(value_name = "NUMBER")]
+        numbers: Vec<u64>,
+    },
+}
+
+impl HistoryCommand {
+    pub(super) fn run(self, file: Option<&Path>) -> anyhow::Result<ExitCode> {
+        let load = || Config::load(file, Toml::string(""));
+        let (ask, config) = match self.tool {
+            None => return service(load()?),
+            Some(Tool::Export(export)) => return export::run(export, load),
+            Some(Tool::Ask(ask)) => (ask, load()?),
+        };
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let result = runtime.block_on(ask.run(&config));
+        runtime.shutdown_background();
+        result
+    }
+}
+
+fn service(config: Config) -> anyhow::Result<ExitCode> {
+    let instance = ulid::Ulid::new().to_string();
+    let telemetry = telemetry::init(&config.telemetry, "natter-history", &instance)?;
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(serve(config));
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    telemetry.shutdown(TELEMETRY_FLUSH);
+    result
+}
+
+async fn serve(config: Config) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::install()?;
+    let history = History::start(config).await?;
+    let lifecycle = history.lifecycle().clone();
+    tokio::select! {
+        signal = signals.recv() => tracing::info!(?signal, "stopping"),
+        _ = lifecycle.reached(Phase::Stopped) => return Ok(ExitCode::FAILURE),
+    }
+    if let Err(error) = history.drain().await {
+        // What was not confirmed is given out again.
+        tracing::warn!(%error, "the service did not end in order");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the tools ask.
+struct Nats {
+    connection: Connection,
+    reader: Reader,
+    dead: DeadLetters,
+}
+
+impl Nats {
+    async fn open(config: &Config) -> anyhow::Result<Self> {
+        let connection = Connection::open(&config.nats, "natter history tool").await?;
+        let reader = Reader::new(connection.clone(), &config.nats);
+        Ok(Self {
+            dead: DeadLetters::new(connection.clone(), reader.clone(), config),
+            connection,
+            reader,
+        })
+    }
+}
+
+impl Ask {
+    async fn run(self, config: &Config) -> anyhow::Result<ExitCode> {
+        let nats = Nats::open(config).await?;
+        match self {
+            Self::Status { json } => status(&nats, config, json).await,
+            Self::Dead { json, body } => dead(&nats, json, body).await,
+            Self::Retry { numbers } => again(&nats, config, &numbers).await,
+        }
+    }
+}
+
+async fn status(nats: &Nats, config: &Config, json: bool) -> anyhow::Result<ExitCode> {
+    let status = history::status(&nats.connection, &nats.reader, config).await?;
+    let instances = history::instances(&nats.connection).await;
+    if json {
+        let mut status = serde_json::to_value(&status)?;
+        if let Some(fields) = status.as_object_mut() {
+            fields.insert("instances".to_owned(), serde_json::to_value(&instances)?);
+        }
+        print_line(&status.to_string())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut lines = vec![
+        format!(
+            "behind        {} messages, {} s",
+            status.lag_messages, status.lag_seconds
+        ),
+        format!("dead letters  {}", status.dead_letters),
+        String::new(),
+        format!(
+            "{:<24} {:>12} {:>12} {:>12} {:>8}",
+            "stream", "waiting", "in hand", "done up to", "lag s"
+        ),
+    ];
+    for part in &status.partitions {
+        lines.push(format!(
+            "{:<24} {:>12} {:>12} {:>12} {:>8}{}",
+            part.stream,
+            part.pending,
+            part.ack_pending,
+            part.ack_floor,
+            part.lag_seconds,
+            if part.consumer {
+                ""
+            } else {
+                "  no worker was ever here"
+            }
+        ));
+    }
+    for instance in &instances {
+        lines.push(format!("\ninstance {}", instance.id));
+        lines.extend(figures(&instance.figures));
+    }
+    print_line(&lines.join("\n"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What an instance says of itself: a line each for what it has answered, what it has written, and what went wrong.
+fn figures(figures: &serde_json::Value) -> Vec<String> {
+    let writing = &figures["writing"];
+    let number = |of: &serde_json::Value, name: &str| of[name].as_u64().unwrap_or_default();
+    let (batches, messages) = (number(writing, "batches"), number(writing, "messages"));
+    let mut lines = vec![
+        format!(
+            "  written     {messages} messages in {batches} batches, {} each, {} in the last",
+            messages.checked_div(batches).unwrap_or_default(),
+            number(writing, "last_batch"),
+        ),
+        format!(
+            "  answered    {} pages, {} partial ones, {} searches, {} erasures, {} refusals",
+            number(figures, "pages"),
+            number(figures, "partial_pages"),
+            number(figures, "searches"),
+            number(figures, "erasures"),
+            number(figures, "refused"),
+        ),
+    ];
+    let erasing = number(writing, "erasures_running");
+    if erasing > 0 {
+        lines.push(format!("  under way   {erasing} erasures"));
+    }
+    if let Some(error) = writing["last_error"].as_str() {
+        let at = Duration::from_millis(number(writing, "last_error_at"));
+        let at = humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + at);
+        lines.push(format!("  last error  {at} {error}"));
+    }
+    lines
+}
+
+async fn dead(nats: &Nats, json: bool, body: bool) -> anyhow::Result<ExitCode> {
+    for letter in dead_letters(&nats.dead).await? {
+        let said = body.then(|| String::from_utf8_lossy(&letter.payload).into_owned());
+        let line = if json {
+            let record = letter.stored.as_ref();
+            json!({
+                "number": letter.number,
+                "room": record.map(|stored| stored.room.to_string()),
+                "from": record.map(|stored| stored.record.from.clone()),
+                "id": record.map(|stored| stored.record.id.clone()),
+                "subject": letter.subject,
+                "seq": letter.seq,
+                "ts": letter.ts,
+                "at": letter.at,
+                "reason": letter.reason,
+                "body": said,
+            })
+            .to_string()
+        } else {
+            let seq = letter.seq;
+            let at = humantime::format_rfc3339_seconds(
+                std::time::UNIX_EPOCH + Duration::from_millis(letter.ts),
+            );
+            let mut line = format!(
+                "{}\t{at}\t{}\t{seq}\t{}",
+                letter.number,
+                name(&letter),
+                letter.reason
+            );
+            if let Some(said) = said {
+                line.push('\t');
+                line.push_str(&said);
+            }
+            line
+        };
+        if !print_line(&line)? {
+            break;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A letter as `<room> <user>/<id>`.
+fn name(letter: &DeadLetter) -> String {
+    match &letter.stored {
+        Some(stored) => format!(
+            "{} {}/{}",
+            stored.room, stored.record.from, stored.record.id
+        ),
+        None => letter.subject.clone(),
+    }
+}
+
+async fn again(nats: &Nats, config: &Config, numbers: &[u64]) -> anyhow::Result<ExitCode> {
+    let store = Store::open(&config.mongodb).await?;
+    store
+        .prepare()
+        .await
+        .context("MongoDB can't be written to")?;
+    let mut letters = dead_letters(&nats.dead).await?;
+    letters.retain(|letter| numbers.is_empty() || numbers.contains(&letter.number));
+    for number in numbers {
+        if !letters.iter().any(|letter| letter.number == *number) {
+            eprintln!("natter: there is no dead letter {number}");
+        }
+    }
+    let (mut written, mut left) = (0, 0);
+    for letter in letters {
+        let (number, name) = (letter.number, name(&letter));
+        let why = match retry(letter, &nats.dead, &store, &config.region()).await? {
+            Retried::Written => {
+                written += 1;
+                continue;
+            }
+            Retried::NotRemoved(error) => format!("written, but not removed: {error}"),
+            Retried::Refused(reason) => reason,
+        };
+        left += 1;
+        print_line(&format!("{number}\t{name}\t{why}"))?;
+    }
+    eprintln!("natter: {written} written, {left} left");
+    Ok(if left > 0 {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}

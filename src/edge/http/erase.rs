@@ -1,0 +1,139 @@
+//! Erasing for good, over HTTP: rooms, and what users said.
+
+use axum::{
+    Json,
+    extract::{Path, State, rejection::PathRejection},
+    http::{HeaderMap, StatusCode},
+};
+use serde::Serialize;
+use tracing::Instrument as _;
+use utoipa::ToSchema;
+
+use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
+use crate::{
+    auth::{MAX_USER, Right},
+    history::{EraseRequest, EraseWhat},
+    protocol::ErrorCode,
+};
+
+/// How far an erasure is.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct EraseReply {
+    /// Its name, for whoever looks into it.
+    id: String,
+    /// `done`, or `running`: then it goes on whatever happens, and asking again is harmless.
+    #[schema(example = "done")]
+    state: &'static str,
+    /// Messages that were erased, once it is done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    erased: Option<u64>,
+}
+
+type Erased = Result<(StatusCode, Json<EraseReply>), HttpError>;
+
+/// Erase everything that was said in a room until now. Needs `moderate` there.
+///
+/// It is removed from MongoDB and from the streams of this region, and its members are told by a message of kind `erase`.
+#[utoipa::path(
+    delete,
+    path = "/v1/rooms/{room}",
+    params(("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby")),
+    responses(
+        (status = 200, body = EraseReply, description = "Erased"),
+        (status = 202, body = EraseReply, description = "Written down, and being carried out"),
+        (status = 400, body = ErrorBody, description = "bad_room, bad_request (the room keeps no log)"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable: the history service, MongoDB or NATS is away"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn room(
+    State(api): State<Api>,
+    room: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+) -> Erased {
+    let ask = async {
+        let identity = authorize(&api, &headers)?;
+        let room = room_of(room)?;
+        let namespace = api.shared.config.namespaces.get(room.namespace());
+        let namespace = namespace.ok_or_else(|| {
+            let text = format!("there is no namespace {:?}", room.namespace());
+            HttpError::new(ErrorCode::UnknownNamespace, text)
+        })?;
+        if !identity.may(Right::Moderate, &room) {
+            let text = format!("the token does not allow moderate in {room}");
+            return Err(HttpError::new(ErrorCode::Forbidden, text));
+        }
+        if !namespace.durable {
+            let text = format!("the room {room} keeps no log");
+            return Err(HttpError::new(ErrorCode::BadRequest, text));
+        }
+        erase(&api, &identity.user, EraseWhat::Room(room)).await
+    };
+    ask.instrument(command_span("erase", &headers)).await
+}
+
+/// Erase everything that a user said until now, in all rooms where the token has `moderate`.
+///
+/// Messages, edits, reactions and annotations of theirs, and what others said about their messages; from MongoDB and from the
+/// streams of this region. The rooms are told by a message of kind `erase`. What others wrote stays, also where it quotes or
+/// mentions the user.
+#[utoipa::path(
+    delete,
+    path = "/v1/users/{user}/messages",
+    params(("user" = String, Path, description = "The user, percent-encoded")),
+    responses(
+        (status = 200, body = EraseReply, description = "Erased"),
+        (status = 202, body = EraseReply, description = "Written down, and being carried out"),
+        (status = 400, body = ErrorBody, description = "bad_request"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden: moderate nowhere"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable: the history service, MongoDB or NATS is away"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn user(
+    State(api): State<Api>,
+    user: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+) -> Erased {
+    let ask = async {
+        let identity = authorize(&api, &headers)?;
+        let bad = |text: String| HttpError::new(ErrorCode::BadRequest, text);
+        let Path(user) = user.map_err(|error| bad(error.body_text()))?;
+        if user.is_empty() || user.len() > MAX_USER {
+            return Err(bad(format!("a user has 1 to {MAX_USER} bytes")));
+        }
+        let scope = identity.scope(Right::Moderate);
+        if scope.is_empty() {
+            let text = "the token does not allow moderate anywhere";
+            return Err(HttpError::new(ErrorCode::Forbidden, text));
+        }
+        erase(&api, &identity.user, EraseWhat::User { user, scope }).await
+    };
+    ask.instrument(command_span("erase", &headers)).await
+}
+
+async fn erase(api: &Api, by: &str, what: EraseWhat) -> Erased {
+    let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+    let request = EraseRequest {
+        what,
+        by: by.to_owned(),
+    };
+    let answer = ready.history.erase(&request).await?;
+    let (status, state) = if answer.done {
+        (StatusCode::OK, "done")
+    } else {
+        (StatusCode::ACCEPTED, "running")
+    };
+    let reply = EraseReply {
+        id: answer.id,
+        state,
+        erased: answer.done.then_some(answer.erased),
+    };
+    Ok((status, Json(reply)))
+}

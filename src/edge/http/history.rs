@@ -1,0 +1,415 @@
+//! What was said before, over HTTP: pages of rooms, and searches.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher as _},
+    sync::Arc,
+};
+
+use axum::{
+    Json,
+    extract::{
+        FromRequestParts, Path, Query,
+        rejection::{PathRejection, QueryRejection},
+    },
+    http::{HeaderMap, HeaderValue, StatusCode, header, request::Parts},
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use tracing::Instrument as _;
+use utoipa::{IntoParams, ToSchema};
+
+use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
+use crate::{
+    auth::{Identity, Right},
+    config::Config,
+    history::{self, Heads, PageRequest, SearchRequest, key_of},
+    model::{Reference, RoomId, RoomScope},
+    protocol::{ErrorCode, native::HistoryOf},
+    session::check_history,
+};
+
+/// Longest `q`, in characters; and longest name of a user, in bytes.
+const MAX_QUERY: usize = 256;
+
+/// Messages that a search finds at once: by default, and at most.
+const FOUND: usize = 20;
+const MAX_FOUND: usize = 100;
+
+/// Who asks, with what it takes to answer.
+pub(super) struct Asker {
+    identity: Arc<Identity>,
+    config: Arc<Config>,
+    history: Arc<history::Client>,
+    headers: HeaderMap,
+}
+
+impl FromRequestParts<Api> for Asker {
+    type Rejection = HttpError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, HttpError> {
+        let identity = authorize(api, &parts.headers)?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        Ok(Self {
+            identity,
+            config: Arc::clone(&api.shared.config),
+            history: Arc::clone(&ready.history),
+            headers: parts.headers.clone(),
+        })
+    }
+}
+
+fn bad(text: impl Into<String>) -> HttpError {
+    HttpError::new(ErrorCode::BadRequest, text)
+}
+
+fn query_of<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, HttpError> {
+    let query = query.map_err(|error| bad(error.body_text()))?;
+    Ok(query.0)
+}
+
+/// Which part of a room's history is wanted. At most one of `before`, `after` and `around`: a cursor, or a message as
+/// `<user>/<id>`, or `<id>` for an own one.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct PageQuery {
+    /// What is before this; it is not in the page itself.
+    before: Option<String>,
+    /// What is after this; it is not in the page itself. Empty: from the first message on.
+    after: Option<String>,
+    /// What is around this; it is in the page.
+    around: Option<String>,
+    /// At most this many messages, 1 to 200; 50 where it is absent. Large messages may make it fewer.
+    limit: Option<u64>,
+    /// `asc` (default): the oldest of the page first; `desc`: the newest. The page is the same.
+    order: Option<String>,
+}
+
+/// A page of a room's history.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct PageReply {
+    /// The room.
+    #[schema(value_type = String, example = "chat:lobby")]
+    room: RoomId,
+    /// In the order that was asked for.
+    #[schema(value_type = Vec<MessageBody>)]
+    messages: Vec<Box<RawValue>>,
+    /// What to give as `before` for what was said before, if there is anything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prev: Option<String>,
+    /// What to give as `after` for what was said after, if there is anything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<String>,
+    /// MongoDB or the service that writes to it is away or behind: something may be missing or out of date.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[schema(required = false)]
+    partial: bool,
+}
+
+/// A message as it is now.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "documents what `history` writes")]
+pub(super) struct MessageBody {
+    /// Where it was said; only in what a search found.
+    room: Option<String>,
+    /// The sender's id.
+    id: String,
+    /// Who said it.
+    from: String,
+    /// When it was stored, in ms since 1970.
+    ts: u64,
+    /// Its place.
+    cursor: String,
+    /// Any JSON, as it was sent or last edited; absent if it was deleted.
+    body: Option<serde_json::Value>,
+    /// What it answers.
+    reply_to: Option<String>,
+    /// Mentioned users.
+    mentions: Option<Vec<String>>,
+    /// When it was last edited.
+    edited_at: Option<u64>,
+    /// When it was deleted.
+    deleted_at: Option<u64>,
+    /// By reaction: how many users have it, and the first 100 of them.
+    #[schema(value_type = Option<Object>, example = json!({"👍": {"count": 1, "users": ["kim"]}}))]
+    reactions: Option<serde_json::Value>,
+    /// By name: what workers found out.
+    #[schema(value_type = Option<Object>, example = json!({"translation": {"en": "hello"}}))]
+    annotations: Option<serde_json::Value>,
+    /// It was too large: annotations, and perhaps reactions, were left out.
+    truncated: Option<bool>,
+}
+
+/// Read a page of what was said in a room.
+#[utoipa::path(
+    get,
+    path = "/v1/rooms/{room}/messages",
+    params(
+        ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
+        PageQuery,
+        ("if-none-match" = Option<String>, Header, description = "The ETag of an earlier answer to the same question"),
+    ),
+    responses(
+        (status = 200, body = PageReply, description = "With an ETag, unless it is partial"),
+        (status = 304, description = "Nothing was said or changed in the room since then"),
+        (status = 400, body = ErrorBody, description = "bad_room, bad_request (also: no history is kept there), bad_cursor, bad_id (also: there is no such message)"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn messages(
+    asker: Asker,
+    room: Result<Path<String>, PathRejection>,
+    query: Result<Query<PageQuery>, QueryRejection>,
+) -> Result<Response, HttpError> {
+    let span = command_span("history", &asker.headers);
+    page(asker, room, query).instrument(span).await
+}
+
+async fn page(
+    asker: Asker,
+    room: Result<Path<String>, PathRejection>,
+    query: Result<Query<PageQuery>, QueryRejection>,
+) -> Result<Response, HttpError> {
+    let room = room_of(room)?;
+    let query = query_of(query)?;
+    let newest_first = match query.order.as_deref() {
+        None | Some("asc") => false,
+        Some("desc") => true,
+        Some(_) => return Err(bad("order must be asc or desc")),
+    };
+    check_history(&asker.config, &asker.identity, &room)?;
+    let page = HistoryOf::new(query.before, query.after, query.around, query.limit)?;
+    let request = PageRequest::new(room, &asker.identity.user, page)?;
+    // Before the page is read: what is said meanwhile makes another tag the next time.
+    let heads = asker.history.heads(&request.room).await;
+    let tag = heads.map(|heads| tag(&heads, &request, newest_first));
+    if let Some(tag) = &tag
+        && is_known(&asker.headers, tag)
+    {
+        return Ok((StatusCode::NOT_MODIFIED, caching(Some(tag))).into_response());
+    }
+    let mut answer = asker.history.page(&request).await?;
+    if newest_first {
+        answer.messages.reverse();
+    }
+    let tag = tag.filter(|_| !answer.partial);
+    let reply = PageReply {
+        room: request.room,
+        messages: answer.messages,
+        prev: answer.prev,
+        next: answer.next,
+        partial: answer.partial,
+    };
+    Ok((caching(tag.as_deref()), Json(reply)).into_response())
+}
+
+/// The tag of an answer. A weak one: what it stands for is what is said, not its bytes.
+fn tag(heads: &Heads, request: &PageRequest, newest_first: bool) -> String {
+    let mut question = DefaultHasher::new();
+    (request, newest_first).hash(&mut question);
+    let Heads {
+        epoch,
+        message,
+        change,
+    } = heads;
+    format!("W/\"{epoch}.{message}.{change}.{:x}\"", question.finish())
+}
+
+/// Who keeps an answer has to ask whether it still holds, and it is nobody else's.
+fn caching(tag: Option<&str>) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    let private = HeaderValue::from_static("private, no-cache");
+    headers.insert(header::CACHE_CONTROL, private);
+    headers.insert(header::VARY, HeaderValue::from_static("authorization"));
+    if let Some(tag) = tag.and_then(|tag| HeaderValue::from_str(tag).ok()) {
+        headers.insert(header::ETAG, tag);
+    }
+    headers
+}
+
+/// Whether `If-None-Match` names the tag: weak comparison, lists, `*`. Our tags contain no comma.
+fn is_known(headers: &HeaderMap, tag: &str) -> bool {
+    let opaque = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
+    let lines = headers.get_all(header::IF_NONE_MATCH).iter();
+    let mut given = lines
+        .filter_map(|line| line.to_str().ok())
+        .flat_map(|line| line.split(','));
+    given.any(|given| given.trim() == "*" || opaque(given) == opaque(tag))
+}
+
+/// What is searched for; all that is named must fit, and something must be named.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct SearchQuery {
+    /// Words, or in scripts without spaces (and Korean) parts of words; at most 256 characters.
+    q: Option<String>,
+    /// Said by this user.
+    from: Option<String>,
+    /// Mentioning this user.
+    mentions: Option<String>,
+    /// Answering this message, `<user>/<id>`; only in the search of one room.
+    reply_to: Option<String>,
+    /// `next` of the page before.
+    before: Option<String>,
+    /// At most this many messages, 1 to 100; 20 where it is absent.
+    limit: Option<u64>,
+}
+
+/// What was found, the newest first.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct SearchReply {
+    /// Each with its room.
+    #[schema(value_type = Vec<MessageBody>)]
+    messages: Vec<Box<RawValue>>,
+    /// What to give as `before` to go on, if there may be more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<String>,
+}
+
+/// Search what was said in a room.
+#[utoipa::path(
+    get,
+    path = "/v1/rooms/{room}/search",
+    params(
+        ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
+        SearchQuery,
+    ),
+    responses(
+        (status = 200, body = SearchReply),
+        (status = 400, body = ErrorBody, description = "bad_room, bad_request (also: nothing is searched for; no history is kept there), bad_cursor, bad_id"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable: only the history service can search"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn search_room(
+    asker: Asker,
+    room: Result<Path<String>, PathRejection>,
+    query: Result<Query<SearchQuery>, QueryRejection>,
+) -> Result<Json<SearchReply>, HttpError> {
+    let span = command_span("search", &asker.headers);
+    let search = async {
+        let room = room_of(room)?;
+        let query = query_of(query)?;
+        check_history(&asker.config, &asker.identity, &room)?;
+        let reply_to = query.reply_to.as_deref().map(|text| {
+            let reference = Reference::parse(text);
+            let reference = reference.map_err(|error| (ErrorCode::BadId, error.to_string()))?;
+            Ok::<_, HttpError>(key_of(&room, &asker.identity.user, &reference))
+        });
+        let reply_to = reply_to.transpose()?;
+        search_in(&asker, RoomScope::one(room), query, reply_to).await
+    };
+    search.instrument(span).await
+}
+
+/// Search what was said in all rooms whose history the token may read.
+#[utoipa::path(
+    get,
+    path = "/v1/search",
+    params(SearchQuery),
+    responses(
+        (status = 200, body = SearchReply),
+        (status = 400, body = ErrorBody, description = "bad_request (also: nothing is searched for), bad_cursor"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden: the token grants history nowhere"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable: only the history service can search"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn search(
+    asker: Asker,
+    query: Result<Query<SearchQuery>, QueryRejection>,
+) -> Result<Json<SearchReply>, HttpError> {
+    let span = command_span("search", &asker.headers);
+    let search = async {
+        let query = query_of(query)?;
+        let rooms = asker.identity.scope(Right::History);
+        if rooms.is_empty() {
+            let text = "the token does not grant history on any room";
+            return Err(HttpError::new(ErrorCode::Forbidden, text));
+        }
+        if query.reply_to.is_some() {
+            return Err(bad("reply_to is for the search of one room"));
+        }
+        search_in(&asker, rooms, query, None).await
+    };
+    search.instrument(span).await
+}
+
+async fn search_in(
+    asker: &Asker,
+    rooms: RoomScope,
+    query: SearchQuery,
+    reply_to: Option<String>,
+) -> Result<Json<SearchReply>, HttpError> {
+    let text = query.q.unwrap_or_default();
+    if text.chars().count() > MAX_QUERY {
+        return Err(bad(format!("q: at most {MAX_QUERY} characters")));
+    }
+    let users = [&query.from, &query.mentions];
+    if users
+        .into_iter()
+        .flatten()
+        .any(|user| user.len() > MAX_QUERY)
+    {
+        return Err(bad(format!("from, mentions: at most {MAX_QUERY} bytes")));
+    }
+    let names_user = query.from.is_some() || query.mentions.is_some();
+    if text.trim().is_empty() && !names_user && reply_to.is_none() {
+        return Err(bad("one of q, from, mentions and reply_to is needed"));
+    }
+    let limit = match query.limit.map(usize::try_from) {
+        None => FOUND,
+        Some(Ok(limit @ 1..=MAX_FOUND)) => limit,
+        Some(_) => return Err(bad(format!("limit must be 1 to {MAX_FOUND}"))),
+    };
+    let request = SearchRequest {
+        rooms,
+        text: text.trim().to_owned(),
+        from: query.from,
+        mentions: query.mentions,
+        reply_to,
+        before: query.before,
+        limit,
+    };
+    let answer = asker.history.search(&request).await?;
+    Ok(Json(SearchReply {
+        messages: answer.messages,
+        next: answer.next,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tag_is_known_in_lists_weakly_and_by_a_star() {
+        let known = |lines: &[&'static str]| {
+            let mut headers = HeaderMap::new();
+            for line in lines {
+                headers.append(header::IF_NONE_MATCH, HeaderValue::from_static(line));
+            }
+            is_known(&headers, "W/\"k3.7.0.ab\"")
+        };
+        assert!(known(&["W/\"k3.7.0.ab\""]));
+        assert!(known(&["\"k3.7.0.ab\""]));
+        assert!(known(&["\"x\", W/\"k3.7.0.ab\""]));
+        assert!(known(&["\"x\"", "\"y\",\"k3.7.0.ab\""]));
+        assert!(known(&["*"]));
+        assert!(!known(&[]));
+        assert!(!known(&[""]));
+        assert!(!known(&["k3.7.0.ab"]));
+        assert!(!known(&["W/\"k3.7.1.ab\""]));
+    }
+}

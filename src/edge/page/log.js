@@ -1,0 +1,276 @@
+// What was said, as a list on the page: live pushes and pages of history, each message once.
+
+const MOST = 400; // messages kept on the page while its end is shown
+const MOST_PAST = 4_000; // and while somebody reads further up
+
+/** A message is identified by its sender and id: nobody can take another's place. */
+export const keyOf = (from, id) => `${from}/${id}`;
+const refOf = (from, ref) => (ref.includes("/") ? ref : keyOf(from, ref));
+export const isMessage = ({ kind }) => kind == null || kind === "message";
+export const bodyText = (body) => (typeof body?.text === "string" ? body.text : JSON.stringify(body ?? null));
+
+const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const dayFormat = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "short", day: "numeric" });
+const today = () => new Date().toDateString();
+export const clock = (ms) => {
+  const time = new Date(ms);
+  const day = time.toDateString() === today() ? "" : `${dayFormat.format(time)}, `;
+  return day + clockFormat.format(time);
+};
+
+export function element(name, className, content = "") {
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  made.textContent = content;
+  return made;
+}
+
+/** The reaction that a body means, as the history service reads it. */
+function reactionOf(body) {
+  const key = typeof body === "string" ? body : body?.key ?? body?.text;
+  return typeof key === "string" && key ? { key, on: body?.remove !== true } : null;
+}
+
+export class Log {
+  #list;
+  #facts = new WeakMap(); // <li> -> what is known of its message
+  #items = new Map(); // message key -> its <li>
+  #changed;
+
+  /** `changed` is called when there are other messages than before. */
+  constructor(list, changed) {
+    this.#list = list;
+    this.#changed = changed;
+    this.user = "";
+    this.bottom = true; // whether it is scrolled to its end
+    this.cut = () => {}; // called when the oldest messages were taken off the page
+    let height = list.clientHeight;
+    list.addEventListener("scroll", () => {
+      // Where the list itself has become smaller, nobody has scrolled.
+      if (list.clientHeight === height) this.bottom = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
+    });
+    new ResizeObserver(() => {
+      height = list.clientHeight;
+      this.#follow();
+    }).observe(list);
+  }
+
+  clear(user = this.user) {
+    this.user = user;
+    this.#list.replaceChildren();
+    this.#items = new Map();
+    this.bottom = true;
+  }
+
+  /** The cursor of the oldest or the newest message that has one. */
+  end(oldest) {
+    const items = [...this.#list.querySelectorAll(".message[data-cursor]")];
+    return (oldest ? items[0] : items.at(-1))?.dataset.cursor;
+  }
+
+  find(from, id) {
+    return this.#items.get(keyOf(from, id));
+  }
+
+  line(content, kind) {
+    const item = element("li", "line", content);
+    if (kind) item.classList.add(kind);
+    this.#add(item);
+  }
+
+  /** Takes what came live. */
+  hear(message) {
+    const { id, from, ts, cursor, body } = message;
+    if (!isMessage(message)) {
+      this.#change(message);
+      return;
+    }
+    const key = keyOf(from, id);
+    const known = this.#items.get(key);
+    const item = known ?? this.#newItem(from, id);
+    const facts = this.#facts.get(item);
+    // A message that a page brought before has its place, and may have been edited since.
+    if (facts.ts == null) {
+      facts.ts = ts;
+      facts.body = body;
+      facts.note = "";
+      this.#draw(item); // first: the list follows what it is as high as
+      // A pending one moves to its place in the room's order. Without a cursor there is no order but that of arrival.
+      const later = cursor == null ? null : this.#laterThan(item, message);
+      if (later) this.#list.insertBefore(item, later);
+      else this.#add(item);
+    }
+    item.classList.remove("pending", "failed");
+    if (cursor != null) item.dataset.cursor = cursor;
+    this.#items.set(key, item);
+    this.#changed();
+  }
+
+  /** A message of ours that is on its way. */
+  send(id, body) {
+    const item = this.#newItem(this.user, id);
+    item.classList.add("pending");
+    Object.assign(this.#facts.get(item), { body, note: "sending…" });
+    this.#items.set(keyOf(this.user, id), item);
+    this.#draw(item);
+    this.bottom = true;
+    this.#add(item);
+    return item;
+  }
+
+  /** What became of it: `ts` if it was sent, else why not. In a durable room the push settles it before or after that. */
+  settle(item, { ts, note = "" }) {
+    if (!item.classList.contains("pending")) return;
+    item.classList.remove("pending");
+    item.classList.toggle("failed", ts == null);
+    const facts = this.#facts.get(item);
+    facts.note = note;
+    this.#draw(item);
+    if (ts != null) item.querySelector("time").textContent = clock(ts);
+  }
+
+  /** Takes a page of history: messages as they are now. Who reads further up is not moved. */
+  learn(messages) {
+    const list = this.#list;
+    const fromEnd = list.scrollHeight - list.scrollTop;
+    for (const message of messages) {
+      const key = keyOf(message.from, message.id);
+      const item = this.#items.get(key) ?? this.#newItem(message.from, message.id);
+      const facts = this.#facts.get(item);
+      item.classList.remove("pending", "failed");
+      if (facts.ts == null) {
+        facts.ts = message.ts;
+        facts.note = "";
+        item.dataset.cursor = message.cursor;
+        list.insertBefore(item, this.#laterThan(item, message));
+        this.#items.set(key, item);
+      }
+      // What came live meanwhile may be newer than the page.
+      if (facts.edited == null || (message.edited_at ?? 0) >= facts.edited) {
+        facts.body = message.body;
+        facts.edited = message.edited_at ?? null;
+      }
+      facts.deleted ||= message.deleted_at != null;
+      facts.counts = new Map(Object.entries(message.reactions ?? {}));
+      this.#draw(item);
+    }
+    list.scrollTop = this.bottom ? list.scrollHeight : list.scrollHeight - fromEnd;
+    this.#changed();
+  }
+
+  /** Drops what was erased: all, or what one user said; up to a time, if that is told. */
+  erase({ user, before }) {
+    for (const [key, item] of this.#items) {
+      const { ts } = this.#facts.get(item);
+      if (ts == null || (before != null && ts > before)) continue;
+      if (user == null || item.dataset.from === user) {
+        item.remove();
+        this.#items.delete(key);
+      }
+    }
+    this.#changed();
+  }
+
+  /** Places in another log than what follows can't be compared. */
+  forgetPlaces() {
+    for (const item of this.#items.values()) delete item.dataset.cursor;
+  }
+
+  #change({ from, ts, kind, target, body }) {
+    const item = target == null ? null : this.#items.get(refOf(from, target));
+    if (!item) return; // older than what is shown
+    const facts = this.#facts.get(item);
+    if (kind === "edit" && ts >= (facts.edited ?? 0)) {
+      facts.body = body;
+      facts.edited = ts;
+    } else if (kind === "delete") {
+      facts.deleted = true;
+    } else if (kind === "reaction") {
+      const { key, on } = reactionOf(body) ?? {};
+      if (key == null) return;
+      if (!facts.reactions.has(key)) facts.reactions.set(key, new Map());
+      facts.reactions.get(key).set(from, on);
+    }
+    this.#draw(item);
+    this.#follow();
+  }
+
+  /** The first message after the place of `item`; null at the end. */
+  #laterThan(item, message) {
+    const others = this.#list.querySelectorAll(".message");
+    let later = null;
+    for (let i = others.length - 1; i >= 0; i -= 1) {
+      if (others[i] === item) continue;
+      if (!this.#isLater(others[i], message)) break;
+      later = others[i];
+    }
+    return later;
+  }
+
+  #isLater(item, { ts, cursor }) {
+    const facts = this.#facts.get(item);
+    if (facts.ts == null) return true; // pending: at the end
+    if (facts.ts !== ts || item.dataset.cursor == null) return facts.ts > ts;
+    const [origin, , seq] = item.dataset.cursor.split(".");
+    const [other, , at] = cursor.split(".");
+    return origin === other ? Number(seq) > Number(at) : origin > other;
+  }
+
+  #newItem(from, id) {
+    const item = element("li", "message");
+    item.dataset.id = id;
+    item.dataset.from = from;
+    if (from === this.user) item.classList.add("own");
+    const meta = element("div", "meta");
+    const read = element("button", "read");
+    read.type = "button";
+    read.hidden = true;
+    read.ariaExpanded = "false";
+    read.ariaLive = "off"; // it is inside of a log, which reads out every change
+    meta.append(element("span", "from", from), element("time", ""), element("span", "note"), read);
+    item.append(meta, element("div", "body"), element("div", "reactions"));
+    this.#facts.set(item, { ts: null, body: null, note: "", edited: null, deleted: false, counts: new Map(), reactions: new Map() });
+    return item;
+  }
+
+  #draw(item) {
+    const { ts, body, note, edited, deleted, counts, reactions } = this.#facts.get(item);
+    const time = item.querySelector("time");
+    if (ts != null) {
+      time.textContent = clock(ts);
+      time.dateTime = new Date(ts).toISOString();
+    }
+    item.querySelector(".body").textContent = deleted ? "" : bodyText(body);
+    item.querySelector(".note").textContent = deleted ? "deleted" : note || (edited == null ? "" : "edited");
+    const shown = [];
+    for (const key of deleted ? [] : new Set([...counts.keys(), ...reactions.keys()])) {
+      // What the page counted, and on top of it what came live.
+      const { count = 0, users = [] } = counts.get(key) ?? {};
+      let total = count;
+      for (const [user, on] of reactions.get(key) ?? []) {
+        if (users.includes(user) !== on) total += on ? 1 : -1;
+      }
+      if (total > 0) shown.push(element("span", "reaction", total > 1 ? `${key} ${total}` : key));
+    }
+    item.querySelector(".reactions").replaceChildren(...shown);
+  }
+
+  #add(item) {
+    const list = this.#list;
+    list.append(item);
+    const most = this.bottom ? MOST : MOST_PAST;
+    if (list.childElementCount > most) {
+      const spare = [...list.children].filter((one) => !one.matches(".older")).slice(0, list.childElementCount - most);
+      for (const oldest of spare) {
+        this.#items.delete(keyOf(oldest.dataset.from, oldest.dataset.id));
+        oldest.remove();
+      }
+      this.cut();
+    }
+    this.#follow();
+  }
+
+  #follow() {
+    if (this.bottom) this.#list.scrollTop = this.#list.scrollHeight;
+  }
+}

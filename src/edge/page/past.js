@@ -1,0 +1,259 @@
+// The past of a room: pages of its history above what came live, and a search that leads there.
+
+import { bodyText, clock, element } from "./log.js";
+
+const PAGE = 50; // messages a page
+const NEAR = 120; // px from the end of the list at which the next page is asked for
+const REST_MS = 3_000; // after an answer that did not reach far enough
+const HITS = 20;
+
+/**
+ * Loads what is older than the list shows when its top is reached. After a jump to somewhere far back (`away`) the list ends
+ * there, and what is newer is loaded when its bottom is reached, until it is the present again.
+ */
+export class Past {
+  #list; #log; #parts; #redraw;
+  #client = null;
+  #room = "";
+  #token = "";
+  #more = false; // whether there may be older messages than shown
+  #loading = false;
+  #rest = 0; // nothing is asked for by scrolling before this time
+  #search = 0; // number of the last search
+  #button = element("button", "quiet", "");
+  #older = element("li", "older");
+
+  /** `parts`: the elements `find`, `query`, `hits`, `now`; `redraw` shows what came live anew. */
+  constructor(list, log, parts, redraw) {
+    this.#list = list;
+    this.#log = log;
+    this.#parts = parts;
+    this.#redraw = redraw;
+    this.away = false;
+    this.#button.type = "button";
+    this.#older.append(this.#button);
+    this.#button.addEventListener("click", () => this.#loadOlder());
+    log.cut = () => this.#offer(true);
+    list.addEventListener("scroll", () => {
+      if (performance.now() < this.#rest) return;
+      if (list.scrollTop < NEAR) this.#loadOlder();
+      if (this.away && list.scrollHeight - list.scrollTop - list.clientHeight < NEAR) this.#loadNewer();
+    });
+    parts.now.addEventListener("click", () => this.goToNow());
+    parts.find.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#find();
+    });
+    parts.query.addEventListener("input", () => parts.query.value || this.#closeHits());
+    parts.find.addEventListener("keydown", ({ key }) => key === "Escape" && this.#closeHits());
+    parts.hits.addEventListener("keydown", ({ key }) => {
+      if (key !== "Escape") return;
+      this.#closeHits();
+      parts.query.focus();
+    });
+  }
+
+  /** A room is entered, or entered anew. */
+  enter(client, room, token) {
+    this.#client = client;
+    this.#room = room;
+    this.#token = token;
+    this.#loading = false;
+    this.#setAway(false);
+    this.#offer(false);
+    this.#closeHits();
+    this.#parts.query.value = "";
+    this.#parts.find.hidden = true;
+  }
+
+  /** The client has joined: what was said before is loaded. */
+  async joined(durable) {
+    if (!durable || this.away) return;
+    this.#loading = false; // what a lost connection did not answer
+    await this.#load({}, (page) => {
+      this.#parts.find.hidden = false;
+      this.#offerAfter(page, this.#log.end(true) === page.messages[0]?.cursor);
+    });
+    this.#fill();
+  }
+
+  async goToNow() {
+    this.#setAway(false);
+    this.#log.clear();
+    this.#offer(false);
+    this.#redraw();
+    await this.joined(true);
+  }
+
+  async #loadOlder() {
+    const before = this.#log.end(true);
+    if (!this.#more || before == null) return;
+    const focused = document.activeElement === this.#button;
+    await this.#load({ before }, (page) => this.#offerAfter(page, true));
+    // The button went away with the last page.
+    if (focused && document.activeElement !== this.#button) this.#list.focus();
+    this.#fill();
+  }
+
+  async #loadNewer() {
+    const after = this.#log.end(false);
+    if (after == null) return;
+    await this.#load({ after }, (page) => {
+      if (page.next == null && !page.partial) {
+        this.#setAway(false);
+        this.#redraw(); // what came live while we looked elsewhere
+      }
+    });
+  }
+
+  /** As long as there is nothing to scroll, scrolling can't ask for more. */
+  #fill() {
+    if (this.#more && performance.now() >= this.#rest && this.#list.scrollHeight <= this.#list.clientHeight) {
+      this.#loadOlder();
+    }
+  }
+
+  async #load(where, then) {
+    if (this.#loading) return;
+    this.#loading = true;
+    const page = await this.#page(where);
+    if (page === undefined) return; // another room, or another connection
+    this.#loading = false;
+    if (page === null) return;
+    this.#log.learn(page.messages);
+    then(page);
+  }
+
+  /** A page; `null` where it is not to be had, `undefined` where nobody waits for it any more. */
+  async #page(where) {
+    const mine = this.#client;
+    try {
+      const page = await mine.call("history", { room: this.#room, limit: PAGE, ...where });
+      return mine === this.#client ? page : undefined;
+    } catch (error) {
+      if (mine !== this.#client || error.code === "disconnected") return undefined;
+      if (error.retry) {
+        this.#wait();
+      } else {
+        this.#parts.find.hidden = true; // without the right, or no history is kept
+        this.#offer(false);
+      }
+      return null;
+    }
+  }
+
+  #offerAfter(page, reachesTop) {
+    if (page.partial) this.#wait();
+    else if (reachesTop) this.#offer(page.prev != null);
+  }
+
+  #wait() {
+    this.#rest = performance.now() + REST_MS;
+    this.#offer(true, "Older messages are not available just now. Try again");
+  }
+
+  /** Whether older messages are offered: by a button, for those who do not scroll. */
+  #offer(more, label = "Show older messages") {
+    this.#more = more;
+    if (!more) {
+      this.#older.remove();
+      return;
+    }
+    this.#button.textContent = label;
+    if (this.#list.firstElementChild !== this.#older) {
+      const fromEnd = this.#list.scrollHeight - this.#list.scrollTop;
+      this.#list.prepend(this.#older);
+      this.#list.scrollTop = this.#list.scrollHeight - fromEnd;
+    }
+  }
+
+  #setAway(away) {
+    this.away = away;
+    this.#parts.now.hidden = !away;
+  }
+
+  // Search ----------------------------------------------------------------------------------------------------------------
+
+  async #find(before) {
+    const { query, hits } = this.#parts;
+    const words = query.value.trim();
+    if (!words) {
+      this.#closeHits();
+      return;
+    }
+    const number = (this.#search += 1);
+    const fields = new URLSearchParams({ q: words, limit: HITS, ...(before && { before }) });
+    const path = `v1/rooms/${encodeURIComponent(this.#room)}/search?${fields}`;
+    let answer;
+    try {
+      const response = await fetch(new URL(path, document.baseURI), { headers: { Authorization: `Bearer ${this.#token}` } });
+      answer = await response.json();
+    } catch {
+      answer = { message: "The edge did not answer." };
+    }
+    if (number !== this.#search) return;
+    hits.hidden = false;
+    if (before) hits.lastElementChild.remove();
+    else hits.replaceChildren();
+    const found = (answer.messages ?? []).map((message) => this.#hit(message));
+    hits.append(...found);
+    if (answer.messages == null) hits.append(element("li", "error", answer.message));
+    else if (answer.partial) hits.append(element("li", "quiet", "Not everything could be searched just now."));
+    else if (hits.childElementCount === 0) hits.append(element("li", "quiet", "No messages found."));
+    if (answer.next != null) {
+      const more = element("button", "quiet", "More");
+      more.type = "button";
+      more.addEventListener("click", () => this.#find(answer.next));
+      const item = element("li");
+      item.append(more);
+      hits.append(item);
+    }
+    if (before) found[0]?.firstElementChild.focus();
+  }
+
+  #hit(message) {
+    const button = element("button", "hit");
+    button.type = "button";
+    const meta = element("span", "meta");
+    meta.append(element("span", "from", message.from), element("time", "", clock(message.ts)));
+    button.append(meta, element("span", "body", bodyText(message.body)));
+    button.addEventListener("click", () => this.#jump(message));
+    const item = element("li");
+    item.append(button);
+    return item;
+  }
+
+  #closeHits() {
+    this.#search += 1;
+    this.#parts.hits.hidden = true;
+    this.#parts.hits.replaceChildren();
+  }
+
+  async #jump({ from, id, cursor }) {
+    if (!this.#log.find(from, id)) {
+      const page = await this.#page({ around: cursor });
+      if (page == null) return;
+      this.#setAway(true);
+      this.#log.clear();
+      this.#log.bottom = false;
+      this.#log.learn(page.messages);
+      this.#offerAfter(page, true);
+      if (page.next == null && !page.partial) {
+        this.#setAway(false);
+        this.#redraw();
+      }
+    }
+    const item = this.#log.find(from, id);
+    if (!item) return;
+    item.scrollIntoView({ block: "center" });
+    for (const other of this.#list.querySelectorAll(".found")) other.classList.remove("found");
+    item.classList.add("found");
+    item.tabIndex = -1;
+    item.focus({ preventScroll: true });
+  }
+
+  /** Messages were erased: they must not be found again, either. */
+  erased() {
+    this.#closeHits();
+  }
+}

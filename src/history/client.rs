@@ -1,0 +1,216 @@
+//! Asks the history service, and does without it where that is possible.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::{Instant, timeout},
+};
+
+use super::{
+    erase::{ANSWER_WITHIN, EraseAnswer, EraseRequest},
+    question::{
+        PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest, encode, endpoint, refusal,
+    },
+    read::Pages,
+};
+use crate::{
+    bus::{AskError, Reader, Streams, ask},
+    config::Config,
+    model::{Class, Region, RoomId, partition_of},
+    protocol::ErrorCode,
+    subject::{Subjects, rooms_stream},
+    telemetry::metrics::{Counter, Histogram, HistoryAnswer, count, record},
+};
+
+/// Questions of one edge under way at once. An answer may have 1 MiB.
+const AT_ONCE: usize = 64;
+
+/// For how long a service that did not answer is not asked again: those who read meanwhile get what the streams have at once.
+const SPARED: Duration = Duration::from_secs(1);
+
+/// History, as an edge has it.
+#[derive(Debug)]
+pub struct Client {
+    /// What the streams alone tell.
+    pages: Pages,
+    reader: Reader,
+    subjects: Subjects,
+    region: Region,
+    wait: Duration,
+    turns: Semaphore,
+    /// When the service last did not answer in time.
+    silent: Mutex<Option<Instant>>,
+}
+
+/// The newest message and the newest change of a room: while they stay the same, so do its pages.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Heads {
+    /// The incarnation of the stream.
+    pub epoch: String,
+    /// Sequence of the newest message; 0: none.
+    pub message: u64,
+    /// Of the newest change.
+    pub change: u64,
+}
+
+impl Client {
+    /// Asks over the reader's connection.
+    #[must_use]
+    pub fn new(reader: &Reader, streams: &Arc<Streams>, config: &Config) -> Arc<Self> {
+        Arc::new(Self {
+            pages: Pages::new(reader.clone(), Arc::clone(streams), None, config),
+            reader: reader.clone(),
+            subjects: Subjects::new(&config.nats.prefix),
+            region: config.region(),
+            wait: config.history.ask_timeout,
+            turns: Semaphore::new(AT_ONCE),
+            silent: Mutex::default(),
+        })
+    }
+
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, Refusal> {
+        // Neither the service nor the streams could be asked, and every wait would run into its end.
+        if !self.pages.connection().is_up() {
+            let text = "NATS is not reachable".to_owned();
+            return Err((ErrorCode::Unavailable, text));
+        }
+        let turn = timeout(self.wait, self.turns.acquire()).await;
+        // It is never closed.
+        turn.ok().and_then(Result::ok).ok_or_else(|| {
+            let text = "too many questions for history at once".to_owned();
+            (ErrorCode::Unavailable, text)
+        })
+    }
+
+    async fn ask(&self, endpoint: &str, question: bytes::Bytes) -> Result<bytes::Bytes, AskError> {
+        let subject = self.subjects.history(&self.region, endpoint);
+        let silent = *self.silent.lock();
+        if silent.is_some_and(|silent| silent.elapsed() < SPARED) {
+            return Err(AskError::Nobody { subject });
+        }
+        let answer = ask(self.pages.connection(), subject, question, self.wait).await;
+        if let Err(AskError::Timeout { .. }) = &answer {
+            *self.silent.lock() = Some(Instant::now());
+        }
+        answer
+    }
+
+    /// A page: from the service, or from the streams alone, and then it is partial.
+    ///
+    /// # Errors
+    /// `bad_id`, `bad_cursor`, `unavailable`.
+    pub async fn page(&self, request: &PageRequest) -> Result<PageAnswer, Refusal> {
+        let started = Instant::now();
+        let (answer, source) = self.page_from(request).await;
+        let source = if answer.is_ok() {
+            source
+        } else {
+            HistoryAnswer::Failed
+        };
+        count(Counter::HistoryAnswered(source), 1);
+        record(Histogram::HistoryReadDuration, started.elapsed());
+        answer
+    }
+
+    async fn page_from(
+        &self,
+        request: &PageRequest,
+    ) -> (Result<PageAnswer, Refusal>, HistoryAnswer) {
+        let _turn = match self.turn().await {
+            Ok(turn) => turn,
+            Err(refusal) => return (Err(refusal), HistoryAnswer::Failed),
+        };
+        let asked = match encode(request) {
+            Ok(question) => self.ask(endpoint::PAGE, question).await,
+            Err(refusal) => return (Err(refusal), HistoryAnswer::Failed),
+        };
+        let problem = match asked {
+            Ok(answer) => match serde_json::from_slice::<PageAnswer>(&answer) {
+                Ok(answer) if answer.partial => return (Ok(answer), HistoryAnswer::Partial),
+                Ok(answer) => return (Ok(answer), HistoryAnswer::Full),
+                Err(error) => error.to_string(),
+            },
+            Err(AskError::Refused(error)) => match refusal(&error) {
+                // The question is at fault, so nobody can answer it.
+                Some(refusal @ (ErrorCode::BadId | ErrorCode::BadCursor, _)) => {
+                    return (Err(refusal), HistoryAnswer::Failed);
+                }
+                _ => error.message,
+            },
+            Err(error) => error.to_string(),
+        };
+        tracing::debug!(problem, "history is read from the streams");
+        (self.pages.page(request).await, HistoryAnswer::Streams)
+    }
+
+    /// A search; the streams can't be searched.
+    ///
+    /// # Errors
+    /// `bad_cursor`, `unavailable`.
+    pub async fn search(&self, request: &SearchRequest) -> Result<SearchAnswer, Refusal> {
+        let started = Instant::now();
+        let search = async {
+            let _turn = self.turn().await?;
+            let away = |_cause| {
+                let text = "the history service does not answer".to_owned();
+                (ErrorCode::Unavailable, text)
+            };
+            let asked = self.ask(endpoint::SEARCH, encode(request)?).await;
+            let answer = asked.map_err(|error| match error {
+                AskError::Refused(error) => {
+                    refusal(&error).unwrap_or((ErrorCode::Unavailable, error.message))
+                }
+                error => away(error.to_string()),
+            })?;
+            serde_json::from_slice(&answer).map_err(|error| away(error.to_string()))
+        };
+        let answer = search.await;
+        let source = match &answer {
+            Ok(_) => HistoryAnswer::Full,
+            Err(_) => HistoryAnswer::Failed,
+        };
+        count(Counter::HistoryAnswered(source), 1);
+        record(Histogram::HistoryReadDuration, started.elapsed());
+        answer
+    }
+
+    /// Erases for good; it is written down before this answers, and carried out whatever happens then.
+    ///
+    /// # Errors
+    /// `unavailable`: nothing was erased, or it will be all the same. Asking again is harmless.
+    pub async fn erase(&self, request: &EraseRequest) -> Result<EraseAnswer, Refusal> {
+        let _turn = self.turn().await?;
+        let away = |cause: String| (ErrorCode::Unavailable, cause);
+        let subject = self.subjects.history(&self.region, endpoint::ERASE);
+        let wait = self.wait + ANSWER_WITHIN;
+        let asked = ask(self.pages.connection(), subject, encode(request)?, wait).await;
+        let answer = asked.map_err(|error| match error {
+            AskError::Refused(error) => refusal(&error).unwrap_or_else(|| away(error.message)),
+            AskError::Nobody { .. } => away("the history service is not running".to_owned()),
+            error => away(error.to_string()),
+        })?;
+        serde_json::from_slice(&answer).map_err(|error| away(error.to_string()))
+    }
+
+    /// The heads of a room; `None` if they can't be told now. One read of the stream.
+    pub async fn heads(&self, room: &RoomId) -> Option<Heads> {
+        let streams = self.pages.streams();
+        let part = partition_of(room, streams.partitions());
+        let epoch = streams.known(part).epoch;
+        let of_class = |class| self.subjects.publish(streams.origin(), part, room, class);
+        let subjects = [of_class(Class::Msg), of_class(Class::Ev)];
+        let stream = rooms_stream(streams.origin(), part);
+        let heads = self.reader.heads(&stream, epoch, &subjects).await.ok()?;
+        let newest = |class| {
+            let of_class = heads.iter().filter(|head| head.record.class == class);
+            of_class.map(|head| head.record.seq).max()
+        };
+        Some(Heads {
+            epoch: epoch.to_string(),
+            message: newest(Class::Msg).unwrap_or_default(),
+            change: newest(Class::Ev).unwrap_or_default(),
+        })
+    }
+}

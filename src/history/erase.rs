@@ -1,0 +1,313 @@
+//! Erases rooms and users: from the streams, from MongoDB, from memory.
+//!
+//! An erasure is written down first, then carried out by the instance that was asked; if that dies, by the next one that looks.
+//! From the streams first, so that nothing is taken from there to MongoDB any more; then from MongoDB; then it is announced in
+//! the rooms concerned, durably, so that members drop what they have, now or when they come back. What a worker had in hand
+//! meanwhile is deleted again by that worker ([`Store::enforce_erasures`](crate::store::Store::enforce_erasures)), or by a
+//! second look some time later if it died first.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
+
+use super::{Parts, question::Refusal};
+use crate::{
+    bus::{Candidate, EraseError, Eraser},
+    model::{Kind, Reference, RoomId, RoomScope},
+    protocol::ErrorCode,
+    runtime::Phase,
+    store::{Claimed, Erased, Erasure, StoreError},
+    telemetry::metrics::{Counter, count},
+};
+
+/// For how long an erasure is held without a sign of life.
+const LEASE: Duration = Duration::from_secs(15);
+
+/// Pause between two looks for erasures whose holder died.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// How long who asks for an erasure waits for its end.
+pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+
+/// What is to be erased.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct EraseRequest {
+    /// What.
+    pub what: EraseWhat,
+    /// Who wants it.
+    pub by: String,
+}
+
+/// A room, or what a user said.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EraseWhat {
+    /// Everything in a room.
+    Room(RoomId),
+    /// Everything that a user said.
+    User {
+        /// Who.
+        user: String,
+        /// In these rooms.
+        scope: RoomScope,
+    },
+}
+
+/// How far an erasure is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EraseAnswer {
+    /// Its name.
+    pub id: String,
+    /// Whether it is carried out; else it goes on, whatever happens to who asked or answered.
+    pub done: bool,
+    /// Messages erased: the larger of how many MongoDB and the streams had.
+    pub erased: u64,
+}
+
+/// An erasure can't be carried out now.
+#[derive(Debug, thiserror::Error)]
+enum ErasureError {
+    /// The streams.
+    #[error(transparent)]
+    Stream(#[from] EraseError),
+    /// MongoDB.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What erases.
+#[derive(Debug, Clone)]
+pub(super) struct Erasing {
+    parts: Parts,
+    eraser: Eraser,
+    /// This instance, as holder of erasures.
+    holder: String,
+}
+
+impl Erasing {
+    pub(super) fn new(parts: Parts) -> Self {
+        let Parts {
+            config,
+            connection,
+            reader,
+            streams,
+            ..
+        } = parts.clone();
+        Self {
+            eraser: Eraser::new(connection, reader, streams, &config.nats),
+            holder: ulid::Ulid::new().to_string(),
+            parts,
+        }
+    }
+
+    /// Writes an erasure down and begins with it.
+    ///
+    /// # Errors
+    /// `unavailable`: nothing was erased, or it is written down and will be carried out all the same; asking again is
+    /// harmless.
+    pub(super) async fn ask(&self, request: EraseRequest) -> Result<EraseAnswer, Refusal> {
+        let answer = self.begin(request).await;
+        answer.map_err(|error| {
+            tracing::warn!(%error, "an erasure could not be begun");
+            (ErrorCode::Unavailable, error.to_string())
+        })
+    }
+
+    async fn begin(&self, request: EraseRequest) -> Result<EraseAnswer, ErasureError> {
+        let mut before = Vec::new();
+        for part in 0..self.eraser.partitions() {
+            before.push(self.eraser.clock(part).await?);
+        }
+        let erasure = Erasure {
+            id: ulid::Ulid::new().to_string(),
+            what: match request.what {
+                EraseWhat::Room(room) => Erased::Room(room),
+                EraseWhat::User { user, scope } => Erased::User { user, scope },
+            },
+            before,
+            by: request.by,
+        };
+        let id = erasure.id.clone();
+        let store = &self.parts.store;
+        store.record_erasure(&erasure, &self.holder, LEASE).await?;
+        let (done, erased) = oneshot::channel();
+        let erasing = self.clone();
+        let claimed = Claimed {
+            erasure,
+            settling: false,
+        };
+        self.parts.tasks.spawn("erase", async move {
+            if let Some(erased) = erasing.carry_out(&claimed).await {
+                // Who asked may have gone.
+                let _gone = done.send(erased);
+            }
+        });
+        let erased = match timeout(ANSWER_WITHIN, erased).await {
+            Ok(Ok(erased)) => Some(erased),
+            // It takes longer, or is tried again.
+            Ok(Err(_)) | Err(_) => None,
+        };
+        Ok(EraseAnswer {
+            id,
+            done: erased.is_some(),
+            erased: erased.unwrap_or_default(),
+        })
+    }
+
+    /// Takes over what others left, for ever.
+    pub(super) async fn keep(self) {
+        if self.parts.lifecycle.reached(Phase::Ready).await != Phase::Ready {
+            return;
+        }
+        loop {
+            match self.parts.store.claim_erasure(&self.holder, LEASE).await {
+                Ok(Some(claimed)) => {
+                    tracing::info!(
+                        erasure = claimed.erasure.id,
+                        second_look = claimed.settling,
+                        "an erasure is taken over",
+                    );
+                    self.carry_out(&claimed).await;
+                }
+                Ok(None) => sleep(LOOK_EVERY.mul_f64(rand::random_range(0.5..1.0))).await,
+                Err(error) => {
+                    tracing::debug!(%error, "erasures can't be looked for");
+                    sleep(LOOK_EVERY).await;
+                }
+            }
+        }
+    }
+
+    /// Carries an erasure out while renewing the lease; how many messages. `None`: it failed, and is due again when the lease
+    /// ends.
+    async fn carry_out(&self, claimed: &Claimed) -> Option<u64> {
+        let id = &claimed.erasure.id;
+        let result = tokio::select! {
+            result = self.erase(claimed) => result,
+            () = self.hold(id) => return None,
+            () = self.parts.tasks.stopping() => return None,
+        };
+        match result {
+            Ok(erased) => {
+                count(Counter::HistoryErased, erased);
+                tracing::info!(
+                    erasure = id,
+                    erased,
+                    by = claimed.erasure.by,
+                    "messages were erased"
+                );
+                Some(erased)
+            }
+            Err(error) => {
+                tracing::warn!(erasure = id, %error, "an erasure is not finished; it will be tried again");
+                None
+            }
+        }
+    }
+
+    /// Renews the lease; ends when another has it.
+    async fn hold(&self, id: &str) {
+        loop {
+            sleep(LEASE / 3).await;
+            match self
+                .parts
+                .store
+                .renew_erasure(id, &self.holder, LEASE)
+                .await
+            {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => tracing::debug!(%error, "an erasure's lease can't be renewed"),
+            }
+        }
+    }
+
+    async fn erase(&self, claimed: &Claimed) -> Result<u64, ErasureError> {
+        let erasure = &claimed.erasure;
+        let store = &self.parts.store;
+        // What is said in the same millisecond as `before` is stored by now.
+        sleep(Duration::from_millis(2)).await;
+        let in_streams = self.erase_from_streams(erasure).await?;
+        let in_store = store.erase_documents(erasure).await?;
+        let erased = in_streams.max(in_store);
+        if !claimed.settling || erased > 0 {
+            self.announce(erasure).await?;
+        }
+        // A worker that has taken messages before confirms or repeats them within that time.
+        let config = &self.parts.config;
+        let settled = 2 * (config.history.ack_wait + config.mongodb.write_timeout);
+        let second_look = (!claimed.settling).then_some(settled);
+        store
+            .finish_erasure(&erasure.id, erased, second_look)
+            .await?;
+        Ok(erased)
+    }
+
+    async fn erase_from_streams(&self, erasure: &Erasure) -> Result<u64, ErasureError> {
+        let store = &self.parts.store;
+        let doomed = |candidate: &Candidate| {
+            let author = candidate.target.as_deref().and_then(|target| {
+                let reference = Reference::parse(target).ok()?;
+                Some(reference.user.unwrap_or_else(|| candidate.from.clone()))
+            });
+            let Candidate { room, ts, from, .. } = candidate;
+            // Announcements of earlier erasures have nothing in them that is to be erased.
+            let announced = candidate.kind == Kind::Erase;
+            !announced && erasure.dooms(room, *ts, from, author.as_deref())
+        };
+        let mut erased = 0;
+        let mut scans = vec![self.eraser.scan_dead()];
+        match &erasure.what {
+            Erased::Room(room) => {
+                let before = erasure.before(room).unwrap_or_default();
+                erased += self.eraser.purge_room(room, before).await?;
+            }
+            Erased::User { .. } => {
+                for part in 0..self.eraser.partitions() {
+                    scans.push(self.eraser.scan(part).await?);
+                }
+            }
+        }
+        for mut scan in scans {
+            while let Some(mut found) = self.eraser.candidates(&mut scan).await? {
+                found.retain(doomed);
+                let rooms: BTreeSet<RoomId> = found.iter().map(|one| one.room.clone()).collect();
+                if !rooms.is_empty() {
+                    store.note_erased_rooms(&erasure.id, rooms).await?;
+                }
+                self.eraser.remove(&scan, &found).await?;
+                let messages = found.iter().filter(|one| one.kind == Kind::Message);
+                erased += messages.count() as u64;
+            }
+        }
+        Ok(erased)
+    }
+
+    /// Tells the members of the rooms concerned.
+    async fn announce(&self, erasure: &Erasure) -> Result<(), ErasureError> {
+        let mut rooms: BTreeSet<RoomId> = BTreeSet::new();
+        match &erasure.what {
+            Erased::Room(room) => {
+                rooms.insert(room.clone());
+            }
+            Erased::User { .. } => {
+                rooms.extend(self.parts.store.erased_rooms(&erasure.id).await?);
+            }
+        }
+        for room in rooms {
+            let before = erasure.before(&room);
+            let body = match &erasure.what {
+                Erased::Room(_) => serde_json::json!({ "before": before }),
+                Erased::User { user, .. } => serde_json::json!({ "user": user, "before": before }),
+            };
+            self.eraser
+                .announce(&room, &erasure.id, body.to_string())
+                .await?;
+        }
+        Ok(())
+    }
+}

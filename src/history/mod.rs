@@ -1,0 +1,213 @@
+//! History: what was said in durable rooms, kept in MongoDB and read from there and from the streams as one.
+//!
+//! ```text
+//! stream ─► worker (durable pull consumer ► batch ► store ► ack after the majority's write)
+//! edge ─► request over NATS ─► service ─► MongoDB ∪ what the stream has and MongoDB may not have yet
+//! ```
+//!
+//! The process is there, answers over HTTP and waits, also while NATS or MongoDB is away; nothing of that ends it.
+
+mod client;
+mod dead;
+mod entry;
+mod erase;
+mod figures;
+mod http;
+mod merge;
+mod question;
+mod read;
+mod service;
+mod show;
+mod status;
+mod tail;
+mod worker;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::net::TcpListener;
+
+use crate::{
+    bus::{ConnectError, Connection, Reader, Streams},
+    config::Config,
+    runtime::{Late, Lifecycle, Phase, Tasks},
+    store::{Store, StoreError},
+};
+use figures::Figures;
+
+pub use client::{Client, Heads};
+pub use dead::{Retried, dead_letters, retry};
+pub use entry::{entry, key_of};
+pub use erase::{EraseAnswer, EraseRequest, EraseWhat};
+pub use question::{At, Lies, PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest};
+pub use read::Pages;
+pub use status::{InstanceStatus, PartStatus, Status, StatusError, instances, status};
+
+/// How often each stream's state is looked at when nothing else asks for it.
+const STREAMS_WATCH: Duration = Duration::from_secs(10);
+
+/// How long what is in hand may take to be written when the process is told to end.
+const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+
+/// What the parts of the service share.
+#[derive(Debug, Clone)]
+struct Parts {
+    config: Arc<Config>,
+    /// For requests, acknowledgements and answers.
+    connection: Connection,
+    /// For reads of streams, over a connection of its own.
+    reader: Reader,
+    streams: Arc<Streams>,
+    store: Store,
+    tasks: Tasks,
+    /// Ready when MongoDB is prepared.
+    lifecycle: Lifecycle,
+    figures: Arc<Figures>,
+}
+
+/// A running history service.
+#[derive(Debug)]
+pub struct History {
+    lifecycle: Lifecycle,
+    tasks: Tasks,
+    http: Tasks,
+    connections: [Connection; 2],
+}
+
+/// The service can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum HistoryError {
+    /// The address is taken or not ours.
+    #[error("history.listen = {address}: can't listen there")]
+    Listen {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    /// NATS can't be used with what the configuration says.
+    #[error(transparent)]
+    Nats(#[from] ConnectError),
+    /// MongoDB can't be used with what the configuration says.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl History {
+    /// Binds the address and begins to work, as soon as streams and MongoDB are there.
+    ///
+    /// # Errors
+    /// [`HistoryError`].
+    pub async fn start(config: Config) -> Result<Self, HistoryError> {
+        let config = Arc::new(config);
+        let address = config.history.listen;
+        let listen = |source| HistoryError::Listen { address, source };
+        let listener = TcpListener::bind(address).await.map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        let store = Store::open(&config.mongodb).await?;
+        let connection = Connection::open(&config.nats, "natter history").await?;
+        let reads = Connection::open(&config.nats, "natter history reads").await?;
+        let history = Self {
+            lifecycle: Lifecycle::default(),
+            tasks: Tasks::default(),
+            http: Tasks::default(),
+            connections: [reads.clone(), connection.clone()],
+        };
+        let Self {
+            lifecycle,
+            tasks,
+            http,
+            ..
+        } = &history;
+        http::serve(listener, lifecycle.clone(), connection.clone(), http);
+        let start = start(
+            Arc::clone(&config),
+            connection,
+            Reader::new(reads, &config.nats),
+            store,
+            tasks.clone(),
+            lifecycle.clone(),
+        );
+        tasks.spawn_until_stopping("start", start);
+        tracing::info!(%address, "history service listening");
+        Ok(history)
+    }
+
+    /// How far it is in its life. [`Phase::Stopped`] without a drain: it can't go on, and the log says why.
+    #[must_use]
+    pub fn lifecycle(&self) -> &Lifecycle {
+        &self.lifecycle
+    }
+
+    /// Ends in order: takes no more messages, writes and confirms what is in hand. What can't be written in time is given
+    /// out to another worker.
+    ///
+    /// # Errors
+    /// [`Late`] when something was cut; no message is lost by that.
+    pub async fn drain(self) -> Result<(), Late> {
+        self.lifecycle.advance(Phase::Draining);
+        let tasks = self.tasks.drain(DRAIN_WITHIN).await;
+        for connection in &self.connections {
+            connection.close().await;
+        }
+        let http = self.http.drain(Duration::from_secs(1)).await;
+        self.lifecycle.advance(Phase::Stopped);
+        tasks.and(http)
+    }
+}
+
+/// Waits for the streams and starts the parts; they wait for MongoDB where they need it.
+async fn start(
+    config: Arc<Config>,
+    connection: Connection,
+    reader: Reader,
+    store: Store,
+    tasks: Tasks,
+    lifecycle: Lifecycle,
+) {
+    let streams = Streams::wait_for(&connection, &config.region(), &config.nats).await;
+    let parts = Parts {
+        config,
+        connection,
+        reader,
+        streams,
+        store,
+        tasks,
+        lifecycle,
+        figures: Arc::default(),
+    };
+    let tasks = &parts.tasks;
+    // All that runs: what may be cut at any point, and the workers, which finish what is in hand.
+    let watch = Arc::clone(&parts.streams).watch(STREAMS_WATCH);
+    tasks.spawn_until_stopping("watch streams", watch);
+    tasks.spawn_until_stopping("prepare MongoDB", prepare(parts.clone()));
+    tasks.spawn_until_stopping("keep figures", status::keep(parts.clone()));
+    let erasing = erase::Erasing::new(parts.clone());
+    tasks.spawn_until_stopping("take over erasures", erasing.clone().keep());
+    if let Err(error) = service::serve(&parts, erasing).await {
+        tracing::error!(%error, "history can't be read");
+        parts.lifecycle.advance(Phase::Stopped);
+    }
+    for part in 0..parts.streams.partitions() {
+        tasks.spawn("worker", worker::run(parts.clone(), part));
+    }
+}
+
+/// Creates collections and indexes, as soon as MongoDB takes it.
+async fn prepare(parts: Parts) {
+    let mut pause = worker::Backoff::default();
+    loop {
+        match parts.store.prepare().await {
+            Ok(()) => break,
+            Err(error @ (StoreError::Schema { .. } | StoreError::Url(_))) => {
+                tracing::error!(%error, "history can't be written");
+                parts.lifecycle.advance(Phase::Stopped);
+                return;
+            }
+            Err(error) => {
+                parts.figures.failed(&error, "waiting for MongoDB");
+                tokio::time::sleep(pause.next()).await;
+            }
+        }
+    }
+    parts.figures.succeeded();
+    parts.lifecycle.advance(Phase::Ready);
+    tracing::info!("history service ready");
+}

@@ -1,0 +1,580 @@
+//! Pages of rooms, made of MongoDB and the streams; or of the streams alone.
+
+use std::{cmp::Ordering, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use serde_json::value::RawValue;
+use tokio::time::{Instant, timeout_at};
+
+use super::{
+    merge::{Ask, Side, Tail},
+    question::{At, Lies, PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest},
+    show,
+    tail::{Log, Part, RoomLog},
+};
+use crate::{
+    bus::{Connection, ReadError, Reader, Streams},
+    config::Config,
+    model::{Cursor, Place, Position, RoomId},
+    protocol::ErrorCode,
+    store::{Document, End, Folded, Search, Store, StoreError},
+};
+
+/// Largest list of messages in one answer, unless a single message is larger. NATS carries 1 MiB.
+const MAX_BYTES: usize = 512 * 1024;
+
+/// For how long MongoDB is not asked after it did not answer: those who read meanwhile get what the streams have at once.
+const SPARED: Duration = Duration::from_secs(1);
+
+/// Later than everything that is said.
+const END_OF_TIME: u64 = (1 << 44) - 1;
+
+/// Reads the history of the region's rooms.
+#[derive(Debug)]
+pub struct Pages {
+    log: Log,
+    store: Option<Store>,
+    /// How long MongoDB may take for one answer.
+    patience: Duration,
+    /// When MongoDB last did not answer.
+    failed: Mutex<Option<Instant>>,
+}
+
+/// Where a page lies, found.
+#[derive(Debug)]
+struct Split {
+    /// `None`: an end of the log.
+    place: Option<Place>,
+    /// Messages wanted before it, and from it on.
+    left: usize,
+    right: usize,
+    /// A message is known to be before it, or from it on.
+    is_left: bool,
+    is_right: bool,
+}
+
+/// A page could not be made in this way.
+enum Failed {
+    Refused(Refusal),
+    /// MongoDB did not answer.
+    Store(String),
+    /// The stream did not.
+    Stream(ReadError),
+}
+
+impl From<ReadError> for Failed {
+    fn from(error: ReadError) -> Self {
+        Self::Stream(error)
+    }
+}
+
+/// MongoDB, as long as it may take for one answer.
+#[derive(Clone, Copy)]
+struct Asked<'s> {
+    store: &'s Store,
+    deadline: Instant,
+}
+
+impl Asked<'_> {
+    /// Waits for an answer. It is kept outside of the caller's future: what the driver needs for one is large.
+    fn within<'f, T: 'f>(
+        self,
+        answer: impl Future<Output = Result<T, StoreError>> + Send + 'f,
+    ) -> impl Future<Output = Result<T, Failed>> + Send + 'f {
+        let answer = timeout_at(self.deadline, Box::pin(answer));
+        async move {
+            match answer.await {
+                Ok(Ok(answer)) => Ok(answer),
+                Ok(Err(error)) => Err(Failed::Store(error.to_string())),
+                Err(_elapsed) => Err(Failed::Store("MongoDB does not answer".to_owned())),
+            }
+        }
+    }
+
+    async fn document(self, key: &str) -> Result<Folded, Failed> {
+        let keys = [key.to_owned()];
+        let found = self.within(self.store.get(&keys)).await?;
+        Ok(found
+            .into_iter()
+            .next()
+            .map(|document| document.folded)
+            .unwrap_or_default())
+    }
+}
+
+impl Pages {
+    /// Reads over `reader`; without a store, what the streams have.
+    #[must_use]
+    pub fn new(
+        reader: Reader,
+        streams: Arc<Streams>,
+        store: Option<Store>,
+        config: &Config,
+    ) -> Self {
+        Self {
+            log: Log::new(reader, streams, config),
+            store,
+            patience: config.mongodb.read_timeout,
+            failed: Mutex::default(),
+        }
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        self.log.connection()
+    }
+
+    pub(super) fn streams(&self) -> &Streams {
+        self.log.streams()
+    }
+
+    /// The store, unless it was away a moment ago.
+    fn store(&self) -> Option<Asked<'_>> {
+        let store = self.store.as_ref()?;
+        let now = Instant::now();
+        let failed = *self.failed.lock();
+        let spared = failed.is_some_and(|failed| now.duration_since(failed) < SPARED);
+        (!spared).then(|| Asked {
+            store,
+            deadline: now + self.patience,
+        })
+    }
+
+    fn note_failure(&self, problem: &str) {
+        *self.failed.lock() = Some(Instant::now());
+        tracing::warn!(problem, "history is read from the streams alone");
+    }
+
+    /// A page.
+    ///
+    /// # Errors
+    /// `bad_id`: no such message. `bad_cursor`: a cursor of an unknown epoch. `unavailable`.
+    pub async fn page(&self, request: &PageRequest) -> Result<PageAnswer, Refusal> {
+        if let Some(asked) = self.store() {
+            match self.of_both(request, asked).await {
+                Ok(answer) => return Ok(answer),
+                Err(Failed::Refused(refusal)) => return Err(refusal),
+                Err(Failed::Store(problem)) => self.note_failure(&problem),
+                Err(Failed::Stream(error)) => {
+                    return Err((ErrorCode::Unavailable, error.to_string()));
+                }
+            }
+        }
+        match self.of_stream(request).await {
+            Ok(answer) => Ok(answer),
+            Err(Failed::Refused(refusal)) => Err(refusal),
+            Err(Failed::Store(problem)) => Err((ErrorCode::Unavailable, problem)),
+            Err(Failed::Stream(error)) => Err((ErrorCode::Unavailable, error.to_string())),
+        }
+    }
+
+    /// MongoDB's documents and what the stream has above the floor. The order matters: floor, stream, MongoDB.
+    async fn of_both(&self, request: &PageRequest, asked: Asked<'_>) -> Result<PageAnswer, Failed> {
+        let mut log = self.log.room(&request.room);
+        let floor = log.floor().await;
+        // A stream that can't be read has only been read less far.
+        let tail = match log.tail(floor.unwrap_or_default()).await {
+            Ok(tail) => tail,
+            Err(error) => {
+                tracing::debug!(%error, "history is read from MongoDB alone");
+                let tail = log.nothing();
+                let split = self
+                    .split(request, &mut log, Some(&tail), Some(asked))
+                    .await?;
+                return self.fill(request, &tail, &split, Some(asked), true).await;
+            }
+        };
+        let split = self
+            .split(request, &mut log, tail.as_ref(), Some(asked))
+            .await?;
+        if let Some(tail) = tail {
+            let partial = floor.is_none();
+            return self
+                .fill(request, &tail, &split, Some(asked), partial)
+                .await;
+        }
+        let part = part_for(&log, &split, request.limit);
+        let tail = log.part(floor.unwrap_or_default(), part).await?;
+        self.fill(request, &tail, &split, Some(asked), true).await
+    }
+
+    /// What the stream has.
+    async fn of_stream(&self, request: &PageRequest) -> Result<PageAnswer, Failed> {
+        let mut log = self.log.room(&request.room);
+        log.look().await;
+        let split = self.split(request, &mut log, None, None).await?;
+        let tail = log.part(0, part_for(&log, &split, request.limit)).await?;
+        self.fill(request, &tail, &split, None, true).await
+    }
+
+    /// Where the page lies.
+    async fn split(
+        &self,
+        request: &PageRequest,
+        log: &mut RoomLog<'_>,
+        tail: Option<&Tail>,
+        asked: Option<Asked<'_>>,
+    ) -> Result<Split, Failed> {
+        let limit = request.limit;
+        let (at, left, right) = match &request.lies {
+            Lies::Newest => (None, limit, 0),
+            Lies::Oldest => (None, 0, limit),
+            Lies::Before(at) => (Some(at), limit, 0),
+            Lies::After(at) => (Some(at), 0, limit),
+            // Either side may have less than its half; the other one has the rest then.
+            Lies::Around(at) => (Some(at), limit, limit),
+        };
+        let Some(at) = at else {
+            return Ok(Split {
+                place: None,
+                left,
+                right,
+                is_left: false,
+                is_right: false,
+            });
+        };
+        let is_after = matches!(request.lies, Lies::After(_));
+        let (mut place, is_message) = match at {
+            At::Key(key) => (
+                self.place_of(key, &request.room, log, tail, asked).await?,
+                true,
+            ),
+            At::Cursor(text) => {
+                let cursor: Cursor = text.parse().map_err(|error: crate::model::BadCursor| {
+                    Failed::Refused((ErrorCode::BadCursor, error.to_string()))
+                })?;
+                self.place_at(&cursor, &request.room, is_after, log, tail, asked)
+                    .await?
+            }
+        };
+        if is_after {
+            place.seq = place.seq.saturating_add(1);
+        }
+        Ok(Split {
+            place: Some(place),
+            left,
+            right,
+            is_left: is_message && is_after,
+            is_right: is_message && !is_after,
+        })
+    }
+
+    /// The place of a message.
+    async fn place_of(
+        &self,
+        key: &str,
+        room: &RoomId,
+        log: &RoomLog<'_>,
+        tail: Option<&Tail>,
+        asked: Option<Asked<'_>>,
+    ) -> Result<Place, Failed> {
+        let mut folded = match asked {
+            Some(asked) => asked.document(key).await?,
+            None => Folded::default(),
+        };
+        if let Some(tail) = tail {
+            tail.fold(key, &mut folded);
+        }
+        if let Some(base) = folded.base {
+            return Ok(base.place);
+        }
+        if tail.is_none()
+            && let Some(place) = log.find(key).await?
+        {
+            return Ok(place);
+        }
+        let name = key.split_once('/').map_or(key, |(_room, name)| name);
+        Err(if asked.is_some() {
+            let text = format!("there is no message {name:?} in {room}");
+            Failed::Refused((ErrorCode::BadId, text))
+        } else {
+            let text = format!("the message {name:?} can't be looked for now");
+            Failed::Refused((ErrorCode::Unavailable, text))
+        })
+    }
+
+    /// The place that a cursor means, and whether a message is there: of several origins' places the first or the last.
+    async fn place_at(
+        &self,
+        cursor: &Cursor,
+        room: &RoomId,
+        first: bool,
+        log: &mut RoomLog<'_>,
+        tail: Option<&Tail>,
+        asked: Option<Asked<'_>>,
+    ) -> Result<(Place, bool), Failed> {
+        let mut found: Option<(Place, bool)> = None;
+        for position in cursor.positions() {
+            let place = self.place_of_position(position, room, log, tail, asked);
+            let Some(place) = place.await? else { continue };
+            let better = found.as_ref().is_none_or(|(known, _)| {
+                let order = place.0.cmp(known);
+                order
+                    == if first {
+                        Ordering::Less
+                    } else {
+                        Ordering::Greater
+                    }
+            });
+            if better {
+                found = Some(place);
+            }
+        }
+        found.ok_or_else(|| {
+            Failed::Refused(if asked.is_some() {
+                let text = format!("the cursor {cursor} is of no log that {room} has or had");
+                (ErrorCode::BadCursor, text)
+            } else {
+                let text = format!("where the cursor {cursor} stands can't be looked for now");
+                (ErrorCode::Unavailable, text)
+            })
+        })
+    }
+
+    /// The place of a position; `None` if nobody knows its epoch.
+    async fn place_of_position(
+        &self,
+        position: &Position,
+        room: &RoomId,
+        log: &mut RoomLog<'_>,
+        tail: Option<&Tail>,
+        asked: Option<Asked<'_>>,
+    ) -> Result<Option<(Place, bool)>, Failed> {
+        let seq = position.seq;
+        let mut is_own = log.is_of(position);
+        if !is_own && asked.is_none() {
+            log.look().await;
+            is_own = log.is_of(position);
+        }
+        if is_own && let Some(known) = tail.and_then(|tail| tail.at(seq)) {
+            return Ok(Some(known));
+        }
+        // What comes next in the stream is not before it: with its time and this sequence it is the same place.
+        let next = if is_own {
+            log.next(seq).await
+        } else {
+            Ok(None)
+        };
+        let (next, is_read) = match (next, asked) {
+            (Ok(next), _) => (next, true),
+            (Err(_unreadable), Some(_)) => (None, false),
+            (Err(error), None) => return Err(error.into()),
+        };
+        if let Some(record) = next.as_ref().filter(|record| record.seq == seq) {
+            let is_message = record.class == crate::model::Class::Msg && record.kind.is_none();
+            return Ok(Some((log.place(seq, record.ts), is_message)));
+        }
+        let mut times: Vec<u64> = next.iter().map(|record| record.ts).collect();
+        let mut is_message = false;
+        if let Some(asked) = asked {
+            let store = asked.store;
+            let later = asked.within(store.nearest(room, position, End::Oldest));
+            if let Some(later) = later.await? {
+                is_message = later.seq == seq;
+                times.push(later.ts);
+            } else if !is_own || !is_read {
+                let earlier = asked.within(store.nearest(room, position, End::Newest));
+                times.extend(earlier.await?.map(|earlier| earlier.ts));
+            }
+        }
+        // Nothing of this log comes after it.
+        if is_own && times.is_empty() {
+            times.push(END_OF_TIME);
+        }
+        Ok(times.into_iter().min().map(|ts| {
+            let place = Place {
+                ts,
+                origin: position.origin.clone(),
+                epoch: position.epoch,
+                seq,
+            };
+            (place, is_message)
+        }))
+    }
+
+    /// The page, of what the stream has and of MongoDB.
+    async fn fill(
+        &self,
+        request: &PageRequest,
+        tail: &Tail,
+        split: &Split,
+        asked: Option<Asked<'_>>,
+        partial: bool,
+    ) -> Result<PageAnswer, Failed> {
+        let room = &request.room;
+        let (left, right) = wanted(split, request.limit);
+        let at = || split.place.clone();
+        let mut before = Side::new(tail, End::Newest, at(), left);
+        let mut behind = Side::new(tail, End::Oldest, at(), right);
+        tokio::try_join!(
+            read_side(&mut before, room, asked),
+            read_side(&mut behind, room, asked)
+        )?;
+        let (before, behind) = (before.found(), behind.found());
+        let (most_left, most_right) = share(split, before.len(), behind.len(), request.limit);
+        let mut messages: Vec<(bool, &Folded, Box<RawValue>)> = Vec::new();
+        let (mut lefts, mut rights, mut bytes) = (0, 0, 0);
+        // From the middle outwards: what does not fit is what is furthest away.
+        while lefts < most_left || rights < most_right {
+            let to_right = rights < most_right && (rights <= lefts || lefts >= most_left);
+            let next = if to_right {
+                behind.get(rights)
+            } else {
+                before.get(lefts)
+            };
+            let Some(folded) = next else { break };
+            let Some(base) = &folded.base else { break };
+            let json = show::message(None, base, folded)
+                .map_err(|error| Failed::Refused((ErrorCode::Internal, error.to_string())))?;
+            if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
+                break;
+            }
+            bytes += json.get().len() + 1;
+            messages.push((to_right, folded, json));
+            if to_right {
+                rights += 1;
+            } else {
+                lefts += 1;
+            }
+        }
+        // The left ones came the newest first.
+        messages.sort_by_key(|(to_right, ..)| *to_right);
+        messages.get_mut(..lefts).unwrap_or_default().reverse();
+        let cursor = |at: Option<&(bool, &Folded, Box<RawValue>)>| {
+            let base = at?.1.base.as_ref()?;
+            Some(show::cursor(base).to_string())
+        };
+        let is_cut = tail.is_cut_off() || asked.is_none();
+        let more_left = before.len() > lefts || split.is_left || is_cut;
+        let more_right = behind.len() > rights || split.is_right && right == 0 || tail.more;
+        Ok(PageAnswer {
+            prev: cursor(messages.first()).filter(|_| more_left),
+            next: cursor(messages.last()).filter(|_| more_right),
+            messages: messages.into_iter().map(|(.., json)| json).collect(),
+            partial,
+        })
+    }
+
+    /// Searches MongoDB.
+    ///
+    /// # Errors
+    /// `bad_cursor` for a `before` that is none of a search; `unavailable`.
+    pub async fn search(&self, request: SearchRequest) -> Result<SearchAnswer, Refusal> {
+        let unavailable = |problem: String| (ErrorCode::Unavailable, problem);
+        let away = || unavailable("MongoDB does not answer".to_owned());
+        let asked = self.store().ok_or_else(away)?;
+        let before = request.before.map(|text| text.parse::<Place>());
+        let search = Search {
+            rooms: request.rooms,
+            text: request.text,
+            from: request.from,
+            mentions: request.mentions,
+            reply_to: request.reply_to,
+            before: before
+                .transpose()
+                .map_err(|error| (ErrorCode::BadCursor, format!("before: {error} of a search")))?,
+            limit: request.limit,
+        };
+        let found = asked.within(asked.store.search(&search)).await;
+        let (documents, mut next) = match found {
+            Ok(found) => found,
+            Err(Failed::Store(problem)) => {
+                *self.failed.lock() = Some(Instant::now());
+                tracing::warn!(problem, "a search failed");
+                return Err(away());
+            }
+            Err(Failed::Refused(refusal)) => return Err(refusal),
+            Err(Failed::Stream(error)) => return Err(unavailable(error.to_string())),
+        };
+        let mut messages = Vec::new();
+        let mut bytes = 0;
+        let mut last: Option<Place> = None;
+        for Document { room, folded, .. } in &documents {
+            let Some(base) = &folded.base else { continue };
+            let json = show::message(Some(room), base, folded)
+                .map_err(|error| (ErrorCode::Internal, error.to_string()))?;
+            if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
+                next = last;
+                break;
+            }
+            bytes += json.get().len() + 1;
+            messages.push(json);
+            last = Some(base.place.clone());
+        }
+        Ok(SearchAnswer {
+            messages,
+            next: next.map(|place| place.to_string()),
+        })
+    }
+}
+
+/// How many messages of each side have to be known: one more than can be shown, and one where it is only asked whether there
+/// is any.
+fn wanted(split: &Split, limit: usize) -> (usize, usize) {
+    let side = |wanted: usize, known: bool| match wanted {
+        0 => usize::from(split.place.is_some() && !known),
+        _ => limit + 1,
+    };
+    (
+        side(split.left, split.is_left),
+        side(split.right, split.is_right),
+    )
+}
+
+/// How many of what was found on each side are shown.
+fn share(split: &Split, left: usize, right: usize, limit: usize) -> (usize, usize) {
+    let (left, right) = (left.min(split.left), right.min(split.right));
+    // What is at the split belongs to the right.
+    let half = limit - limit / 2;
+    let rights = right.min(half.max(limit.saturating_sub(left)));
+    (left.min(limit - rights), rights)
+}
+
+fn part_for(log: &RoomLog<'_>, split: &Split, limit: usize) -> Part {
+    let (left, right) = wanted(split, limit);
+    let seq = split.place.as_ref().map(|place| log.seq_at(place));
+    Part {
+        // The beginning of the log is the beginning of the stream.
+        split: seq.or((left == 0).then_some(0)),
+        left,
+        right,
+    }
+}
+
+async fn read_side(
+    side: &mut Side<'_>,
+    room: &RoomId,
+    asked: Option<Asked<'_>>,
+) -> Result<(), Failed> {
+    while let Some(ask) = side.ask() {
+        let (page, of_keys) = match asked {
+            Some(asked) => documents(asked, room, side.end(), &ask).await?,
+            None => (Vec::new(), Vec::new()),
+        };
+        side.tell(&ask, page, of_keys);
+    }
+    Ok(())
+}
+
+async fn documents(
+    asked: Asked<'_>,
+    room: &RoomId,
+    end: End,
+    ask: &Ask,
+) -> Result<(Vec<Document>, Vec<Document>), Failed> {
+    let page = async {
+        match &ask.page {
+            Some(span) => {
+                let page = asked.store.page(room, span, end, ask.limit);
+                asked.within(page).await
+            }
+            None => Ok(Vec::new()),
+        }
+    };
+    let of_keys = async {
+        if ask.keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        asked.within(asked.store.get(&ask.keys)).await
+    };
+    tokio::try_join!(page, of_keys)
+}

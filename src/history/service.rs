@@ -1,0 +1,133 @@
+//! Answers questions over NATS: pages, searches, erasures.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use serde_json::json;
+
+use super::{
+    Parts,
+    erase::Erasing,
+    figures::Figures,
+    question::{PageRequest, Refusal, decode, encode, endpoint, refused},
+    read::Pages,
+};
+use crate::{
+    bus::{Endpoint, ServeError, serve as serve_endpoints},
+    subject::{HISTORY_SERVICE, Subjects},
+};
+
+/// What `nats micro ls` says of it.
+const DESCRIPTION: &str = "What was said in durable rooms: pages, searches, erasures";
+
+/// What this instance has answered.
+#[derive(Debug, Default)]
+struct Answered {
+    full: AtomicU64,
+    partial: AtomicU64,
+    searches: AtomicU64,
+    erasures: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Answered {
+    fn figures(&self, writing: &Figures) -> serde_json::Value {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        json!({
+            "pages": of(&self.full),
+            "partial_pages": of(&self.partial),
+            "searches": of(&self.searches),
+            "erasures": of(&self.erasures),
+            "refused": of(&self.refused),
+            "writing": writing.shown(),
+        })
+    }
+
+    fn note<T>(&self, answer: Result<T, Refusal>, what: &AtomicU64) -> Result<T, Refusal> {
+        let counter = if answer.is_ok() { what } else { &self.refused };
+        counter.fetch_add(1, Ordering::Relaxed);
+        answer
+    }
+}
+
+/// Answers until the process stops; many instances share the questions.
+pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeError> {
+    let Parts {
+        config,
+        connection,
+        reader,
+        streams,
+        store,
+        tasks,
+        figures,
+        ..
+    } = parts;
+    let (reader, store) = (reader.clone(), Some(store.clone()));
+    let pages = Arc::new(Pages::new(reader, Arc::clone(streams), store, config));
+    let answered = Arc::new(Answered::default());
+    let subjects = Subjects::new(&config.nats.prefix);
+    let region = config.region();
+    let page = {
+        let (pages, answered) = (Arc::clone(&pages), Arc::clone(&answered));
+        let subject = subjects.history(&region, endpoint::PAGE);
+        Endpoint::new(endpoint::PAGE, subject, move |question| {
+            let (pages, answered) = (Arc::clone(&pages), Arc::clone(&answered));
+            async move {
+                let answer = async {
+                    let request: PageRequest = decode(&question)?;
+                    pages.page(&request).await
+                };
+                let answer = answer.await;
+                let is_partial = answer.as_ref().is_ok_and(|answer| answer.partial);
+                let what = if is_partial {
+                    &answered.partial
+                } else {
+                    &answered.full
+                };
+                answered
+                    .note(answer.and_then(|answer| encode(&answer)), what)
+                    .map_err(refused)
+            }
+        })
+    };
+    let search = {
+        let (pages, answered) = (Arc::clone(&pages), Arc::clone(&answered));
+        let subject = subjects.history(&region, endpoint::SEARCH);
+        Endpoint::new(endpoint::SEARCH, subject, move |question| {
+            let (pages, answered) = (Arc::clone(&pages), Arc::clone(&answered));
+            async move {
+                let answer = async { encode(&pages.search(decode(&question)?).await?) };
+                answered
+                    .note(answer.await, &answered.searches)
+                    .map_err(refused)
+            }
+        })
+    };
+    let erase = {
+        let answered = Arc::clone(&answered);
+        let subject = subjects.history(&region, endpoint::ERASE);
+        Endpoint::new(endpoint::ERASE, subject, move |question| {
+            let (erasing, answered) = (erasing.clone(), Arc::clone(&answered));
+            async move {
+                let answer = async { encode(&erasing.ask(decode(&question)?).await?) };
+                answered
+                    .note(answer.await, &answered.erasures)
+                    .map_err(refused)
+            }
+        })
+    };
+    let writing = Arc::clone(figures);
+    let figures = move || answered.figures(&writing);
+    let endpoints = vec![page, search, erase];
+    serve_endpoints(
+        connection,
+        HISTORY_SERVICE,
+        DESCRIPTION,
+        endpoints,
+        figures,
+        tasks,
+    )
+    .await
+}

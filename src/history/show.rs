@@ -1,0 +1,115 @@
+//! A message as clients are shown it.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use crate::{
+    model::{Cursor, Fingerprint, RoomId},
+    store::{Base, Folded},
+};
+
+/// Users that are named with a reaction; the others are only counted.
+const NAMED: usize = 100;
+
+/// Largest JSON of one message: what NATS carries, with room for the rest of an answer.
+const MAX_BYTES: usize = 900 * 1024;
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    room: Option<&'a RoomId>,
+    id: &'a str,
+    from: &'a str,
+    ts: u64,
+    cursor: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reply_to: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    mentions: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    edited_at: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    deleted_at: Option<u64>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    reactions: BTreeMap<&'a str, Reaction<'a>>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: BTreeMap<&'a str, &'a RawValue>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    truncated: bool,
+}
+
+#[derive(Serialize)]
+struct Reaction<'a> {
+    count: usize,
+    users: Vec<&'a str>,
+}
+
+/// The cursor of a message.
+pub(super) fn cursor(base: &Base) -> Cursor {
+    let fingerprint = Fingerprint(base.said.fingerprint);
+    Cursor::single(base.place.position(fingerprint))
+}
+
+/// The JSON of a message; of one that is too large without its annotations, and if need be without reactions.
+pub(super) fn message(
+    room: Option<&RoomId>,
+    base: &Base,
+    folded: &Folded,
+) -> serde_json::Result<Box<RawValue>> {
+    let mut shown = Shown {
+        room,
+        id: &base.said.id,
+        from: &base.from,
+        ts: base.place.ts,
+        cursor: cursor(base).to_string(),
+        body: folded.body().map(raw),
+        reply_to: base.said.reply_to.as_deref(),
+        mentions: &base.said.mentions,
+        edited_at: folded.edit.as_ref().map(|edit| edit.place.ts),
+        deleted_at: folded.deleted.as_ref().map(|place| place.ts),
+        reactions: reactions(folded),
+        annotations: folded
+            .annotations
+            .iter()
+            .map(|(name, (_, _, json))| (name.as_str(), raw(json)))
+            .collect(),
+        truncated: false,
+    };
+    let mut json = serde_json::value::to_raw_value(&shown)?;
+    if json.get().len() > MAX_BYTES {
+        shown.truncated = true;
+        shown.annotations.clear();
+        json = serde_json::value::to_raw_value(&shown)?;
+    }
+    if json.get().len() > MAX_BYTES {
+        shown.reactions.clear();
+        json = serde_json::value::to_raw_value(&shown)?;
+    }
+    Ok(json)
+}
+
+/// JSON text as it is; it was checked when it was taken in.
+fn raw(json: &str) -> &RawValue {
+    serde_json::from_str(json).unwrap_or(RawValue::NULL)
+}
+
+fn reactions(folded: &Folded) -> BTreeMap<&str, Reaction<'_>> {
+    let reactions = folded.reactions.iter().map(|(key, users)| {
+        let there = || {
+            let there = users.iter().filter(|(_, (_, on))| *on);
+            there.map(|(user, _)| user.as_str())
+        };
+        let reaction = Reaction {
+            count: there().count(),
+            users: there().take(NAMED).collect(),
+        };
+        (key.as_str(), reaction)
+    });
+    reactions
+        .filter(|(_, reaction)| reaction.count > 0)
+        .collect()
+}

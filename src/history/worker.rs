@@ -1,0 +1,414 @@
+//! Takes messages from the streams to MongoDB.
+//!
+//! A task a partition collects batches; each batch is written by a task of its own, so that the next is fetched and read
+//! meanwhile.
+//!
+//! # Invariants
+//! - A message is confirmed to its stream only after MongoDB's majority has it, or after the dead-letter stream has.
+//! - Whatever fails, a message is given out again: nothing here has to be repeated in any order, since writing commutes and
+//!   is idempotent.
+//! - What MongoDB does not take as a whole (it is away, it has no primary, its disk is full) is no fault of a message. Only
+//!   what it refuses while it takes others counts against that one.
+
+use std::{
+    collections::{HashMap, HashSet},
+    mem,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep, sleep_until},
+};
+
+use super::{Parts, entry};
+use crate::{
+    bus::{Answer, DeadLetters, Delivery, Pull, PullError, StreamError, answer},
+    model::Epoch,
+    runtime::Phase,
+    store::{Entry, What},
+    subject::{Subjects, rooms_stream},
+    telemetry::metrics::{Counter, Histogram, HistoryEntry, count, record},
+};
+
+/// Batches of one partition that are written at once; one more is collected meanwhile.
+const WRITING: usize = 2;
+
+/// Pause after MongoDB or a stream could not be used; doubled each time, up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// What a message that was refused waits for each time it was, and at most.
+const REFUSED_PAUSE: Duration = Duration::from_secs(1);
+const REFUSED_PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// Refused messages that are remembered; above it their counts begin anew.
+const MAX_REFUSALS: usize = 10_000;
+
+/// How long a batch may still be tried when the process ends; less than the whole drain, so that it can be given back.
+const LAST_TRY: Duration = Duration::from_secs(4);
+
+/// Pauses between attempts, growing, with jitter so that workers don't come all at once.
+#[derive(Debug)]
+pub(super) struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(PAUSE_MIN)
+    }
+}
+
+impl Backoff {
+    pub(super) fn next(&mut self) -> Duration {
+        let pause = self.0;
+        self.0 = (pause * 2).min(PAUSE_MAX);
+        pause.mul_f64(rand::random_range(0.5..1.0))
+    }
+}
+
+/// One partition's worker.
+struct Worker {
+    parts: Parts,
+    part: u16,
+    stream: String,
+    subjects: Subjects,
+    dead: DeadLetters,
+    writing: Arc<Semaphore>,
+    /// How often a message was refused, by its sequence.
+    refusals: Mutex<HashMap<u64, u32>>,
+    told_to_end: OnceLock<Instant>,
+}
+
+/// Messages that are written together.
+#[derive(Debug, Default)]
+struct Batch {
+    deliveries: Vec<Delivery>,
+    bytes: usize,
+    /// When it is to be written at the latest.
+    due: Option<Instant>,
+}
+
+/// Why a partition's stream can't be worked on.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+}
+
+/// Writes what is said in the rooms of a partition, until the process is told to end.
+pub(super) async fn run(parts: Parts, part: u16) {
+    tokio::select! {
+        phase = parts.lifecycle.reached(Phase::Ready) => if phase != Phase::Ready { return },
+        () = parts.tasks.stopping() => return,
+    }
+    let subjects = Subjects::new(&parts.config.nats.prefix);
+    let dead = DeadLetters::new(
+        parts.connection.clone(),
+        parts.reader.clone(),
+        &parts.config,
+    );
+    let worker = Arc::new(Worker {
+        stream: rooms_stream(parts.streams.origin(), part),
+        subjects,
+        dead,
+        writing: Arc::new(Semaphore::new(WRITING)),
+        refusals: Mutex::default(),
+        told_to_end: OnceLock::new(),
+        part,
+        parts,
+    });
+    let (connection, stream) = (worker.parts.connection.clone(), worker.stream.clone());
+    let mut pull = match Pull::new(connection, stream, &worker.parts.config).await {
+        Ok(pull) => pull,
+        Err(error) => return tracing::error!(%error, "a partition is not written"),
+    };
+    let mut told = String::new();
+    let mut pause = Backoff::default();
+    let mut rest = None;
+    loop {
+        let worked = tokio::select! {
+            worked = worker.open(&mut pull) => worked,
+            () = worker.parts.tasks.stopping() => break,
+        };
+        let trouble = match worked {
+            Ok(epoch) => {
+                let begun = Instant::now();
+                let worked = worker.work(&mut pull, epoch).await;
+                if begun.elapsed() > PAUSE_MAX {
+                    (told, pause) = (String::new(), Backoff::default());
+                }
+                match worked {
+                    Ok(batch) => {
+                        rest = Some((batch, epoch));
+                        break;
+                    }
+                    // The connection has told about that.
+                    Err(PullError::Reconnected { .. }) => continue,
+                    Err(trouble) => Trouble::from(trouble),
+                }
+            }
+            Err(trouble) => trouble,
+        };
+        let text = trouble.to_string();
+        if text != told {
+            tracing::warn!(error = %text, "the stream can't be taken to MongoDB now");
+            told = text;
+        }
+        tokio::select! {
+            () = sleep(pause.next()) => {}
+            () = worker.parts.tasks.stopping() => break,
+        }
+    }
+    // First, so that what is given back comes to another worker and not here. What is being written ends by itself: those
+    // tasks are waited for as well.
+    pull.release().await;
+    if let Some((batch, epoch)) = rest {
+        worker.last(batch, epoch).await;
+    }
+}
+
+impl Worker {
+    /// Makes sure of the consumer, and asks in which incarnation the stream is since then.
+    async fn open(&self, pull: &mut Pull) -> Result<Epoch, Trouble> {
+        pull.open().await?;
+        Ok(self.parts.streams.fetch(self.part).await?.epoch)
+    }
+
+    /// Collects and writes, until the process is told to end; then gives what was collected by then.
+    async fn work(self: &Arc<Self>, pull: &mut Pull, epoch: Epoch) -> Result<Batch, PullError> {
+        let history = &self.parts.config.history;
+        let most_bytes = usize::try_from(history.batch_bytes.as_u64()).unwrap_or(usize::MAX);
+        let mut batch = Batch::default();
+        let mut taken = Vec::new();
+        loop {
+            let full =
+                batch.deliveries.len() >= history.batch_messages || batch.bytes >= most_bytes;
+            let overdue = full || batch.due.is_some_and(|due| due <= Instant::now());
+            let due = batch.due.filter(|_| !overdue);
+            let room = history.batch_messages - batch.deliveries.len().min(history.batch_messages);
+            // All branches are cancel-safe.
+            tokio::select! {
+                biased;
+                () = self.parts.tasks.stopping() => return Ok(batch),
+                Ok(turn) = Arc::clone(&self.writing).acquire_owned(), if overdue => {
+                    self.spawn(mem::take(&mut batch), epoch, turn);
+                }
+                next = pull.next(&mut taken, room), if !full => {
+                    for delivery in taken.drain(..) {
+                        batch.bytes += delivery.size();
+                        batch.deliveries.push(delivery);
+                    }
+                    if !batch.deliveries.is_empty() {
+                        batch.due.get_or_insert_with(|| Instant::now() + history.batch_wait);
+                    }
+                    if let Err(error) = next {
+                        self.last(batch, epoch).await;
+                        return Err(error);
+                    }
+                }
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
+            }
+        }
+    }
+
+    /// Has what was collected written, with what is known of the stream until now.
+    async fn last(self: &Arc<Self>, batch: Batch, epoch: Epoch) {
+        if batch.deliveries.is_empty() {
+            return;
+        }
+        tokio::select! {
+            Ok(turn) = Arc::clone(&self.writing).acquire_owned() => self.spawn(batch, epoch, turn),
+            () = self.stopped() => {
+                let parts = &self.parts;
+                let deliveries = batch.deliveries.iter().collect();
+                answer(&parts.connection, deliveries, Answer::Again(Duration::ZERO)).await;
+            }
+        }
+    }
+
+    /// Waits until the process was told to end and the last attempts are over.
+    async fn stopped(&self) {
+        self.parts.tasks.stopping().await;
+        sleep_until(*self.told_to_end.get_or_init(Instant::now) + LAST_TRY).await;
+    }
+
+    fn spawn(self: &Arc<Self>, batch: Batch, epoch: Epoch, turn: OwnedSemaphorePermit) {
+        let worker = Arc::clone(self);
+        self.parts.tasks.spawn("write", async move {
+            let _turn = turn;
+            let connection = &worker.parts.connection;
+            let deliveries = batch.deliveries;
+            tokio::select! {
+                () = worker.write(&deliveries, epoch) => {}
+                () = worker.keep_busy(&deliveries) => {}
+                () = worker.stopped() => {
+                    let deliveries = deliveries.iter().collect();
+                    answer(connection, deliveries, Answer::Again(Duration::ZERO)).await;
+                }
+            }
+        });
+    }
+
+    /// Says, for ever, that messages are being worked on, so that nobody else is given them.
+    async fn keep_busy(&self, deliveries: &[Delivery]) {
+        loop {
+            sleep(self.parts.config.history.ack_wait / 3).await;
+            let deliveries = deliveries.iter().collect();
+            answer(&self.parts.connection, deliveries, Answer::Busy).await;
+        }
+    }
+
+    /// Writes a batch, however long it takes, and answers each of its messages.
+    async fn write(&self, deliveries: &[Delivery], epoch: Epoch) {
+        let started = Instant::now();
+        let mut entries = Vec::with_capacity(deliveries.len());
+        // The delivery of each entry.
+        let mut of = Vec::with_capacity(deliveries.len());
+        let mut faults = Vec::new();
+        let (mut messages, mut changes, mut nothing) = (0, 0, 0);
+        for (index, delivery) in deliveries.iter().enumerate() {
+            let Some(stored) = delivery.stored(&self.subjects, epoch) else {
+                faults.push((index, "its subject is not a room's".to_owned()));
+                continue;
+            };
+            let namespace = self.parts.config.namespaces.get(stored.room.namespace());
+            // A namespace that only the edges know is kept: what is not written now can't be written later.
+            if namespace.is_some_and(|namespace| !namespace.history) {
+                continue;
+            }
+            let entry = entry(stored, self.parts.streams.origin(), epoch);
+            match entry.what {
+                What::Message { .. } => messages += 1,
+                What::Change { .. } => changes += 1,
+                What::Nothing(why) => {
+                    nothing += 1;
+                    tracing::debug!(seq = delivery.seq, why, "nothing to keep");
+                    continue;
+                }
+            }
+            entries.push(entry);
+            of.push(index);
+        }
+        for (index, reason) in self.write_entries(&entries).await {
+            match entries.get(index).map(|entry| &entry.what) {
+                Some(What::Message { .. }) => messages -= 1,
+                _ => changes -= 1,
+            }
+            faults.extend(of.get(index).map(|index| (*index, reason)));
+        }
+        let mut undone = HashSet::new();
+        for (index, reason) in faults {
+            let Some(delivery) = deliveries.get(index) else {
+                continue;
+            };
+            if !self.refuse(delivery, epoch, &reason).await {
+                undone.insert(index);
+            }
+        }
+        let done = deliveries
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| !undone.contains(index));
+        let done: Vec<&Delivery> = done.map(|(_, delivery)| delivery).collect();
+        self.forget(&done);
+        answer(&self.parts.connection, done, Answer::Done).await;
+        for (kind, n) in [
+            (HistoryEntry::Message, messages),
+            (HistoryEntry::Change, changes),
+            (HistoryEntry::Nothing, nothing),
+        ] {
+            count(Counter::HistoryWritten(kind), n);
+        }
+        if !entries.is_empty() {
+            count(Counter::HistoryBatches, 1);
+            record(Histogram::HistoryBatchDuration, started.elapsed());
+            self.parts.figures.written(entries.len());
+        }
+    }
+
+    /// What is done with was refused for the last time.
+    fn forget(&self, done: &[&Delivery]) {
+        let mut refusals = self.refusals.lock();
+        if !refusals.is_empty() {
+            for delivery in done {
+                refusals.remove(&delivery.seq);
+            }
+        }
+    }
+
+    /// Writes entries until MongoDB takes them; gives those that it refuses for good, with the reason.
+    async fn write_entries(&self, entries: &[Entry]) -> Vec<(usize, String)> {
+        if entries.is_empty() {
+            return Vec::new();
+        }
+        let mut pause = Backoff::default();
+        loop {
+            match self.parts.store.write(entries).await {
+                Ok(refused) => {
+                    self.parts.figures.succeeded();
+                    self.enforce_erasures(entries).await;
+                    let refused = refused.into_iter();
+                    return refused.map(|one| (one.index, one.reason)).collect();
+                }
+                Err(error) => {
+                    self.parts.figures.batch_failed(&error);
+                    sleep(pause.next()).await;
+                }
+            }
+        }
+    }
+
+    /// What was erased between the stream and here must not come back: looks until MongoDB answers.
+    async fn enforce_erasures(&self, entries: &[Entry]) {
+        let mut pause = Backoff::default();
+        loop {
+            match self.parts.store.enforce_erasures(entries).await {
+                Ok(0) => return,
+                Ok(erased) => {
+                    return tracing::info!(erased, "what was erased meanwhile is not kept");
+                }
+                Err(error) => {
+                    self.parts.figures.batch_failed(&error);
+                    sleep(pause.next()).await;
+                }
+            }
+        }
+    }
+
+    /// A message can't be written: it comes again later, or it is a dead letter. Whether it is done with.
+    async fn refuse(&self, delivery: &Delivery, epoch: Epoch, reason: &str) -> bool {
+        count(Counter::HistoryRefused, 1);
+        let times = {
+            let mut refusals = self.refusals.lock();
+            if refusals.len() >= MAX_REFUSALS {
+                refusals.clear();
+            }
+            let times = refusals.entry(delivery.seq).or_default();
+            *times += 1;
+            *times
+        };
+        let stream = &self.stream;
+        let seq = delivery.seq;
+        if times >= self.parts.config.history.max_deliver {
+            match self.dead.keep(delivery, stream, epoch, reason).await {
+                Ok(()) => {
+                    count(Counter::HistoryDead, 1);
+                    tracing::error!(stream, seq, reason, "a message went to the dead letters");
+                    return true;
+                }
+                Err(error) => {
+                    tracing::error!(%error, stream, seq, reason, "a dead letter can't be kept");
+                }
+            }
+        } else {
+            tracing::warn!(stream, seq, reason, times, "MongoDB refuses a message");
+        }
+        let pause = (REFUSED_PAUSE * times).min(REFUSED_PAUSE_MAX);
+        answer(&self.parts.connection, vec![delivery], Answer::Again(pause)).await;
+        false
+    }
+}

@@ -1,0 +1,612 @@
+//! What is to be erased for good: written down first, then carried out by whoever holds it, and enforced on what was on its
+//! way meanwhile.
+//!
+//! The collection `erasures`:
+//!
+//! ```text
+//! {_id, room? | user, scope, before: [<ms per partition>], by, at, state: "running" | "settling" | "done", due, holder, erased,
+//!  rooms: []}
+//! ```
+//! - `before`: what was said later than this stays, by the clock of the streams; one for each partition.
+//! - `due`: when another may take it over: the holder's lease while it is running, the time of the second look when settling.
+//! - `rooms`: where it has to be announced.
+//!
+//! # Invariants
+//! - An erasure is confirmed by the majority before anything is deleted, and a writer looks for erasures after what it wrote is
+//!   confirmed: so one of the two sees what the other did, and what is erased does not come back. Only a writer that dies
+//!   between the two leaves something behind: for that there is the second look.
+//! - Every step may be repeated.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use futures_util::TryStreamExt as _;
+use mongodb::{
+    Collection,
+    bson::{Bson, DateTime, Document as Fields, RawDocumentBuf, doc},
+    options::{CollectionOptions, FindOptions, ReturnDocument, WriteConcern},
+};
+
+use super::{
+    Document, Entry, MESSAGES, Store, StoreError, What,
+    document::{self, field_name, number},
+    within,
+};
+use crate::model::{RoomId, RoomScope, header_escape, header_unescape, partition_of};
+
+/// The collection of erasures.
+const ERASURES: &str = "erasures";
+
+/// How long erasures are enforced on what is written: no message is in a worker's hands for longer.
+const ENFORCED: Duration = Duration::from_secs(24 * 3600);
+
+/// Documents that are deleted at once.
+const DELETED_AT_ONCE: usize = 1000;
+
+/// How long removing what a user left in other documents of one room may take: all of the room is looked at.
+const TRACES_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Something that is to be erased.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Erasure {
+    /// Its name, a ULID.
+    pub id: String,
+    /// What.
+    pub what: Erased,
+    /// Up to when, for the rooms of each partition: ms since 1970 by the clock of its stream.
+    pub before: Vec<u64>,
+    /// Who wants it.
+    pub by: String,
+}
+
+/// What an erasure is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Erased {
+    /// Everything that was said in a room.
+    Room(RoomId),
+    /// Everything that a user said.
+    User {
+        /// Who.
+        user: String,
+        /// In these rooms.
+        scope: RoomScope,
+    },
+}
+
+/// An erasure that somebody holds.
+#[derive(Debug, Clone)]
+pub struct Claimed {
+    /// What is to be done.
+    pub erasure: Erasure,
+    /// It was carried out before; this is the second look.
+    pub settling: bool,
+}
+
+impl Erasure {
+    /// Up to when it reaches in a room, in ms since 1970; `None`: the room is not concerned.
+    #[must_use]
+    pub fn before(&self, room: &RoomId) -> Option<u64> {
+        let concerned = match &self.what {
+            Erased::Room(erased) => erased == room,
+            Erased::User { scope, .. } => scope.contains(room),
+        };
+        let partitions = u16::try_from(self.before.len()).ok().filter(|n| *n > 0)?;
+        let part = usize::from(partition_of(room, partitions));
+        self.before.get(part).copied().filter(|_| concerned)
+    }
+
+    /// Whether what `from` said in `room` at the time `ts`, about a message of `author` if it is a change, is to be erased.
+    #[must_use]
+    pub fn dooms(&self, room: &RoomId, ts: u64, from: &str, author: Option<&str>) -> bool {
+        let of_whom = match &self.what {
+            Erased::Room(_) => true,
+            Erased::User { user, .. } => user == from || author == Some(user.as_str()),
+        };
+        of_whom && self.before(room).is_some_and(|before| ts <= before)
+    }
+
+    fn dooms_document(&self, document: &Document) -> bool {
+        let Document { key, room, folded } = document;
+        if let Some(base) = &folded.base {
+            return self.dooms(room, base.place.ts, &base.from, None);
+        }
+        // What was said about a message before that time is about a message of before that time.
+        let edited = folded.edit.iter().map(|edit| edit.place.ts);
+        let reacted = folded.reactions.values().flat_map(BTreeMap::values);
+        let annotated = folded.annotations.values().map(|(place, ..)| place.ts);
+        let said = edited
+            .chain(folded.deleted.iter().map(|place| place.ts))
+            .chain(reacted.map(|(place, _)| place.ts))
+            .chain(annotated);
+        let author = author(room, key);
+        said.min()
+            .is_some_and(|first| self.dooms(room, first, &author, None))
+    }
+
+    fn fields(&self) -> Fields {
+        let before: Vec<i64> = self.before.iter().map(|before| number(*before)).collect();
+        let mut fields = doc! { "_id": &self.id, "by": &self.by, "before": before };
+        match &self.what {
+            Erased::Room(room) => {
+                fields.insert("room", room.as_str());
+            }
+            Erased::User { user, scope } => {
+                fields.insert("user", user);
+                let rooms: Vec<&str> = scope.rooms.iter().map(RoomId::as_str).collect();
+                let (all, namespaces) = (scope.all, &scope.namespaces);
+                fields.insert(
+                    "scope",
+                    doc! { "all": all, "namespaces": namespaces, "rooms": rooms },
+                );
+            }
+        }
+        fields
+    }
+
+    fn read(fields: &Fields) -> Result<Self, StoreError> {
+        let id = fields.get_str("_id").unwrap_or_default().to_owned();
+        let read = || -> Option<Self> {
+            let what = match fields.get_str("room") {
+                Ok(room) => Erased::Room(RoomId::parse(room).ok()?),
+                Err(_no_room) => {
+                    let scope = fields.get_document("scope").ok()?;
+                    let rooms = texts(scope, "rooms");
+                    Erased::User {
+                        user: fields.get_str("user").ok()?.to_owned(),
+                        scope: RoomScope {
+                            all: scope.get_bool("all").ok()?,
+                            namespaces: texts(scope, "namespaces"),
+                            rooms: rooms.iter().flat_map(|room| RoomId::parse(room)).collect(),
+                        },
+                    }
+                }
+            };
+            let before = fields.get_array("before").ok()?.iter();
+            let before = before.map(|ms| u64::try_from(ms.as_i64()?).ok());
+            Some(Self {
+                id: id.clone(),
+                what,
+                before: before.collect::<Option<_>>()?,
+                by: fields.get_str("by").ok()?.to_owned(),
+            })
+        };
+        read().ok_or_else(|| StoreError::Document {
+            key: id.clone(),
+            problem: "it is no erasure".to_owned(),
+        })
+    }
+}
+
+fn texts(fields: &Fields, name: &str) -> Vec<String> {
+    let array = fields
+        .get_array(name)
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let texts = array.iter().filter_map(Bson::as_str);
+    texts.map(str::to_owned).collect()
+}
+
+/// Who said the message with this key.
+fn author(room: &RoomId, key: &str) -> String {
+    let rest = key.get(room.as_str().len() + 1..).unwrap_or_default();
+    let user = rest.rsplit_once('/').map_or(rest, |(user, _)| user);
+    header_unescape(user).into_owned()
+}
+
+/// Every place up to the time `before` is less than this, and no other.
+fn place_after(before: u64) -> String {
+    format!("{:011x}", before + 1)
+}
+
+impl Store {
+    /// Creates the indexes of erasures.
+    pub(super) async fn prepare_erasures(&self) -> Result<(), StoreError> {
+        let create = doc! {
+            "createIndexes": ERASURES,
+            "indexes": [
+                { "name": "room", "key": { "room": 1 } },
+                { "name": "user", "key": { "user": 1 } },
+                { "name": "due", "key": { "state": 1, "due": 1 } },
+            ],
+            "writeConcern": { "w": "majority" },
+        };
+        self.run(create, self.write_timeout).await.map(|_ok| ())
+    }
+
+    fn erasures(&self) -> Collection<Fields> {
+        let mut options = CollectionOptions::default();
+        options.write_concern = Some(WriteConcern::majority());
+        self.database.collection_with_options(ERASURES, options)
+    }
+
+    fn majority_messages(&self) -> Collection<RawDocumentBuf> {
+        let mut options = CollectionOptions::default();
+        options.write_concern = Some(WriteConcern::majority());
+        self.database.collection_with_options(MESSAGES, options)
+    }
+
+    /// Writes an erasure down, held by `holder` for `lease`.
+    ///
+    /// # Errors
+    /// [`StoreError`]; it may be written down all the same.
+    pub async fn record_erasure(
+        &self,
+        erasure: &Erasure,
+        holder: &str,
+        lease: Duration,
+    ) -> Result<(), StoreError> {
+        let mut fields = erasure.fields();
+        let now = DateTime::now();
+        fields.extend(doc! {
+            "at": now, "state": "running", "holder": holder, "erased": 0_i64, "rooms": [],
+            "due": DateTime::from_millis(now.timestamp_millis() + millis(lease)),
+        });
+        let erasures = self.erasures();
+        let insert = erasures.insert_one(fields);
+        within(self.write_timeout, insert.into_future())
+            .await
+            .map(|_inserted| ())
+    }
+
+    /// Takes over an erasure that is due, if there is one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn claim_erasure(
+        &self,
+        holder: &str,
+        lease: Duration,
+    ) -> Result<Option<Claimed>, StoreError> {
+        let due = doc! {
+            "state": { "$in": ["running", "settling"] },
+            "$expr": { "$lte": ["$due", "$$NOW"] },
+        };
+        let erasures = self.erasures();
+        let claim = erasures
+            .find_one_and_update(due, vec![held(holder, lease)])
+            .sort(doc! { "due": 1 })
+            .return_document(ReturnDocument::After);
+        let found = within(self.write_timeout, claim.into_future()).await?;
+        let claimed = found.map(|fields| -> Result<Claimed, StoreError> {
+            Ok(Claimed {
+                erasure: Erasure::read(&fields)?,
+                settling: fields
+                    .get_str("state")
+                    .is_ok_and(|state| state == "settling"),
+            })
+        });
+        claimed.transpose()
+    }
+
+    /// Keeps an erasure for another `lease`; whether it is still the holder's.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn renew_erasure(
+        &self,
+        id: &str,
+        holder: &str,
+        lease: Duration,
+    ) -> Result<bool, StoreError> {
+        self.change_erasure(id, Some(holder), vec![held(holder, lease)].into())
+            .await
+    }
+
+    /// Notes rooms in which an erasure has to be announced.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn note_erased_rooms(
+        &self,
+        id: &str,
+        rooms: BTreeSet<RoomId>,
+    ) -> Result<(), StoreError> {
+        let rooms: Vec<&str> = rooms.iter().map(RoomId::as_str).collect();
+        let add = doc! { "$addToSet": { "rooms": { "$each": rooms } } };
+        self.change_erasure(id, None, add.into())
+            .await
+            .map(|_held| ())
+    }
+
+    /// The rooms that were noted for an erasure.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn erased_rooms(&self, id: &str) -> Result<Vec<RoomId>, StoreError> {
+        let erasures = self.erasures();
+        let find = erasures.find_one(doc! { "_id": id });
+        let found = within(self.read_timeout, find.into_future()).await?;
+        let rooms = found.map(|fields| texts(&fields, "rooms"));
+        let rooms = rooms.unwrap_or_default();
+        Ok(rooms.iter().flat_map(|room| RoomId::parse(room)).collect())
+    }
+
+    /// Notes that an erasure was carried out, with how many messages; `second_look`: after how long it is to be looked at
+    /// again.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn finish_erasure(
+        &self,
+        id: &str,
+        erased: u64,
+        second_look: Option<Duration>,
+    ) -> Result<(), StoreError> {
+        let state = if second_look.is_some() {
+            "settling"
+        } else {
+            "done"
+        };
+        let wait = millis(second_look.unwrap_or_default());
+        let set = doc! { "$set": {
+            "state": state,
+            "due": { "$add": ["$$NOW", wait] },
+            "erased": { "$add": ["$erased", number(erased)] },
+        } };
+        self.change_erasure(id, None, vec![set].into())
+            .await
+            .map(|_held| ())
+    }
+
+    async fn change_erasure(
+        &self,
+        id: &str,
+        holder: Option<&str>,
+        change: mongodb::options::UpdateModifications,
+    ) -> Result<bool, StoreError> {
+        let mut which = doc! { "_id": id };
+        if let Some(holder) = holder {
+            which.insert("holder", holder);
+        }
+        let erasures = self.erasures();
+        let update = erasures.update_one(which, change);
+        let updated = within(self.write_timeout, update.into_future()).await?;
+        Ok(updated.matched_count > 0)
+    }
+
+    /// Erasures that are not carried out yet.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn erasures_running(&self) -> Result<u64, StoreError> {
+        let erasures = self.erasures();
+        let running = erasures.count_documents(doc! { "state": "running" });
+        within(self.read_timeout, running.into_future()).await
+    }
+
+    /// Deletes the documents that an erasure means, and how many messages these were. The rooms of what a user said are noted
+    /// before.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn erase_documents(&self, erasure: &Erasure) -> Result<u64, StoreError> {
+        let filter = match &erasure.what {
+            Erased::Room(room) => doc! { "room": room.as_str() },
+            Erased::User { user, .. } => doc! { "from": user },
+        };
+        let mut erased = self.delete_doomed(erasure, filter).await?;
+        if let Erased::User { user, .. } = &erasure.what {
+            for room in self.erased_rooms(&erasure.id).await? {
+                // Stubs: what was said about messages of theirs, which have no sender yet.
+                let first = format!("{room}/{}/", header_escape(user));
+                let last = format!("{first}\u{7f}");
+                let keys = doc! { "_id": { "$gte": first, "$lt": last }, "place": Bson::Null };
+                erased += self.delete_doomed(erasure, keys).await?;
+                self.erase_traces(erasure, user, &room, None).await?;
+            }
+        }
+        Ok(erased)
+    }
+
+    /// Deletes what an erasure means of the documents that match.
+    async fn delete_doomed(&self, erasure: &Erasure, filter: Fields) -> Result<u64, StoreError> {
+        let options = FindOptions::builder()
+            .projection(doc! { "body": 0, "terms": 0, "mentions": 0 })
+            .batch_size(u32::try_from(DELETED_AT_ONCE).unwrap_or(u32::MAX))
+            .build();
+        let messages = self.majority_messages();
+        let find = messages.find(filter).with_options(options);
+        let mut found = within(self.read_timeout, find.into_future()).await?;
+        let mut erased = 0;
+        let mut doomed = Vec::new();
+        loop {
+            let more = within(self.read_timeout, found.advance()).await?;
+            if more {
+                let document = document::read(found.current())?;
+                if erasure.dooms_document(&document) {
+                    doomed.push(document);
+                }
+            }
+            if doomed.len() >= DELETED_AT_ONCE || (!more && !doomed.is_empty()) {
+                if let Erased::User { .. } = erasure.what {
+                    let rooms = doomed.iter().map(|one| one.room.clone());
+                    let rooms: BTreeSet<RoomId> = rooms.collect();
+                    self.note_erased_rooms(&erasure.id, rooms).await?;
+                }
+                erased += self.delete(&doomed).await?;
+                doomed.clear();
+            }
+            if !more {
+                return Ok(erased);
+            }
+        }
+    }
+
+    /// Deletes documents; how many of them were messages.
+    async fn delete(&self, documents: &[Document]) -> Result<u64, StoreError> {
+        let mut by_room: BTreeMap<&RoomId, Vec<&str>> = BTreeMap::new();
+        for document in documents {
+            let keys = by_room.entry(&document.room).or_default();
+            keys.push(&document.key);
+        }
+        let messages = self.majority_messages();
+        for (room, keys) in by_room {
+            let delete =
+                messages.delete_many(doc! { "room": room.as_str(), "_id": { "$in": keys } });
+            within(self.write_timeout, delete.into_future()).await?;
+        }
+        let messages = documents.iter().filter(|one| one.folded.base.is_some());
+        Ok(messages.count() as u64)
+    }
+
+    /// Removes what a user left in documents of others: reactions and annotations. Looks at all of a room, or at `keys`.
+    async fn erase_traces(
+        &self,
+        erasure: &Erasure,
+        user: &str,
+        room: &RoomId,
+        keys: Option<&[&str]>,
+    ) -> Result<(), StoreError> {
+        let Some(before) = erasure.before(room) else {
+            return Ok(());
+        };
+        let end = place_after(before);
+        let field = field_name(user).into_owned();
+        let fields_of = |path: &str| doc! { "$objectToArray": { "$ifNull": [path, {}] } };
+        let reaction =
+            doc! { "$and": [ { "$eq": ["$$said.k", &field] }, { "$lt": ["$$said.v.at", &end] } ] };
+        let annotation = doc! { "$and": [
+            { "$eq": ["$$said.v.from", { "$literal": user }] }, { "$lt": ["$$said.v.at", &end] },
+        ] };
+        let among = |input: Fields, which: &Fields| {
+            doc! { "$anyElementTrue": { "$map": { "input": input, "as": "said", "in": which.clone() } } }
+        };
+        let without = |input: Fields, which: &Fields| {
+            doc! { "$arrayToObject": { "$filter": {
+                "input": input, "as": "said", "cond": { "$not": which.clone() },
+            } } }
+        };
+        let reacted = doc! { "$anyElementTrue": { "$map": {
+            "input": fields_of("$reactions"), "as": "reaction",
+            "in": among(fields_of("$$reaction.v"), &reaction),
+        } } };
+        let annotated = among(fields_of("$annotations"), &annotation);
+        let mut filter = doc! {
+            "room": room.as_str(),
+            "$or": [{ "reactions": { "$exists": true } }, { "annotations": { "$exists": true } }],
+            "$expr": { "$or": [reacted, annotated] },
+        };
+        if let Some(keys) = keys {
+            filter.insert("_id", doc! { "$in": keys });
+        }
+        let reactions = doc! { "$arrayToObject": { "$map": {
+            "input": fields_of("$reactions"), "as": "reaction",
+            "in": { "k": "$$reaction.k", "v": without(fields_of("$$reaction.v"), &reaction) },
+        } } };
+        let kept = |name: &str, value: Fields| {
+            let there = doc! { "$eq": [{ "$type": format!("${name}") }, "object"] };
+            doc! { "$cond": [there, value, "$$REMOVE"] }
+        };
+        let set = doc! { "$set": {
+            "reactions": kept("reactions", reactions),
+            "annotations": kept("annotations", without(fields_of("$annotations"), &annotation)),
+        } };
+        let messages = self.majority_messages();
+        let update = messages.update_many(filter, vec![set]);
+        within(TRACES_TIMEOUT, update.into_future())
+            .await
+            .map(|_updated| ())
+    }
+
+    /// Deletes again what of just written entries an erasure means: for a writer that took them from the stream before. How
+    /// many documents.
+    ///
+    /// # Errors
+    /// [`StoreError`]: it must be repeated before the entries are confirmed to the stream.
+    pub async fn enforce_erasures(&self, entries: &[Entry]) -> Result<u64, StoreError> {
+        let written: Vec<Written<'_>> = entries.iter().filter_map(Written::of).collect();
+        let rooms: BTreeSet<&str> = written.iter().map(|one| one.room.as_str()).collect();
+        let mut users: BTreeSet<&str> = written.iter().map(|one| one.from).collect();
+        users.extend(written.iter().map(|one| one.author.as_str()));
+        if rooms.is_empty() {
+            return Ok(0);
+        }
+        let since = DateTime::now().timestamp_millis() - millis(ENFORCED);
+        let concerned = doc! { "at": { "$gte": DateTime::from_millis(since) }, "$or": [
+            { "room": { "$in": rooms.into_iter().collect::<Vec<_>>() } },
+            { "user": { "$in": users.into_iter().collect::<Vec<_>>() } },
+        ] };
+        let erasures = self.erasures();
+        let find = erasures
+            .find(concerned)
+            .projection(doc! { "room": 1, "user": 1, "scope": 1, "before": 1, "by": 1 });
+        let found = async { find.await?.try_collect().await };
+        let recorded: Vec<Fields> = within(self.read_timeout, found).await?;
+        let mut erased = 0;
+        for fields in recorded {
+            erased += self.enforce(&Erasure::read(&fields)?, &written).await?;
+        }
+        Ok(erased)
+    }
+
+    async fn enforce(&self, erasure: &Erasure, written: &[Written<'_>]) -> Result<u64, StoreError> {
+        let mut keys: Vec<String> = Vec::new();
+        let mut traces: BTreeMap<&RoomId, Vec<&str>> = BTreeMap::new();
+        for one in written {
+            let Written { room, ts, from, .. } = one;
+            if !erasure.dooms(room, *ts, from, Some(&one.author)) {
+                continue;
+            }
+            match &erasure.what {
+                Erased::User { user, .. } if *user != one.author => {
+                    traces.entry(room).or_default().push(one.key);
+                }
+                Erased::Room(_) | Erased::User { .. } => keys.push(one.key.to_owned()),
+            }
+        }
+        if let Erased::User { user, .. } = &erasure.what {
+            for (room, keys) in traces {
+                self.erase_traces(erasure, user, room, Some(&keys)).await?;
+            }
+        }
+        if keys.is_empty() {
+            return Ok(0);
+        }
+        let mut doomed = self.get(&keys).await?;
+        doomed.retain(|document| erasure.dooms_document(document));
+        self.delete(&doomed).await?;
+        Ok(doomed.len() as u64)
+    }
+}
+
+/// An entry that was written.
+struct Written<'a> {
+    room: &'a RoomId,
+    ts: u64,
+    from: &'a str,
+    /// The document that it is in.
+    key: &'a str,
+    /// Whose message that is.
+    author: String,
+}
+
+impl<'a> Written<'a> {
+    fn of(entry: &'a Entry) -> Option<Self> {
+        let key = match &entry.what {
+            What::Message { key, .. } => key,
+            What::Change { target, .. } => target,
+            What::Nothing(_) => return None,
+        };
+        Some(Self {
+            room: &entry.room,
+            ts: entry.place.ts,
+            from: &entry.from,
+            key,
+            author: author(&entry.room, key),
+        })
+    }
+}
+
+/// Who holds an erasure now, and until when, as a stage of an update.
+fn held(holder: &str, lease: Duration) -> Fields {
+    doc! { "$set": {
+        "holder": { "$literal": holder },
+        "due": { "$add": ["$$NOW", millis(lease)] },
+    } }
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}

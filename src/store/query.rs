@@ -1,0 +1,166 @@
+//! The questions that are asked about messages, as queries. Each uses an index of `schema`.
+
+use mongodb::bson::{Bson, Document as Fields, Regex, doc, raw::cstr};
+
+use super::{
+    End, Search, Span,
+    schema::{ANSWERS, FROM, MENTIONS, ROOM_PLACE, TERMS},
+    text::{Query as Sought, Term},
+};
+use crate::model::{Position, RoomId, RoomScope};
+
+/// A query of the collection `messages`.
+#[derive(Debug, Clone)]
+pub(super) struct Query {
+    pub(super) filter: Fields,
+    pub(super) sort: Fields,
+    pub(super) limit: usize,
+    /// The only field that is wanted.
+    pub(super) only: Option<&'static str>,
+    /// The index to take; `None`: MongoDB chooses.
+    pub(super) index: Option<&'static str>,
+}
+
+pub(super) fn page(room: &RoomId, span: &Span, end: End, limit: usize) -> Query {
+    Query {
+        filter: doc! { "room": room.as_str(), "place": places(span) },
+        sort: doc! { "place": direction(end) },
+        limit,
+        only: None,
+        index: None,
+    }
+}
+
+pub(super) fn keys(keys: &[String]) -> Query {
+    Query {
+        filter: doc! { "_id": { "$in": keys } },
+        sort: doc! {},
+        limit: keys.len(),
+        only: None,
+        index: None,
+    }
+}
+
+pub(super) fn nearest(room: &RoomId, position: &Position, end: End) -> Query {
+    let seq = i64::try_from(position.seq).unwrap_or(i64::MAX);
+    let bound = match end {
+        End::Oldest => doc! { "$gte": seq },
+        End::Newest => doc! { "$lte": seq },
+    };
+    let (origin, epoch) = (position.origin.as_str(), position.epoch.as_str());
+    Query {
+        filter: doc! { "room": room.as_str(), "origin": origin, "epoch": epoch, "seq": bound },
+        sort: doc! { "seq": direction(end) },
+        limit: 1,
+        only: Some("place"),
+        index: None,
+    }
+}
+
+/// Candidates of a search; whether a text fits is looked at afterwards, and whether it is a tombstone: so MongoDB can sort what
+/// the index says before it reads documents.
+///
+/// `walk`: the one room that is searched is so small that looking at all of it is less than looking at all rooms' messages
+/// with a word.
+pub(super) fn search(
+    search: &Search,
+    sought: &Sought,
+    span: &Span,
+    limit: usize,
+    walk: bool,
+) -> Query {
+    let rooms = rooms(&search.rooms);
+    let mut filter = doc! { "room": rooms, "place": places(span) };
+    let mut exact = Vec::new();
+    for term in sought.terms() {
+        match term {
+            Term::Is(term) => exact.push(term),
+            Term::Begins(start) => {
+                let end = format!("{start}{}", char::MAX);
+                filter.insert(
+                    "terms",
+                    doc! { "$elemMatch": { "$gte": start, "$lte": end } },
+                );
+            }
+        }
+    }
+    let words = !exact.is_empty();
+    if words {
+        filter.insert("terms", doc! { "$all": exact });
+    }
+    for (name, value) in [
+        ("from", &search.from),
+        ("mentions", &search.mentions),
+        ("reply_key", &search.reply_to),
+    ] {
+        if let Some(value) = value {
+            filter.insert(name, value);
+        }
+    }
+    // MongoDB chooses by the first candidates, and again when that turns out badly: it walks through rooms for a word that is
+    // common there, and does so for the next, which is not. What is named here is about as rare as what else there may be.
+    let index = match (&search.reply_to, &search.mentions, &search.from, words) {
+        (Some(_), ..) => Some(ANSWERS),
+        (None, Some(_), ..) => Some(MENTIONS),
+        (None, None, None, true) => Some(if walk { ROOM_PLACE } else { TERMS }),
+        (None, None, Some(_), false) if sought.is_empty() => Some(FROM),
+        (None, None, ..) => None,
+    };
+    Query {
+        filter,
+        sort: doc! { "place": direction(End::Newest) },
+        limit,
+        only: None,
+        index,
+    }
+}
+
+/// The messages of a room, at most `limit` of them: to be counted.
+pub(super) fn size(room: &RoomId, limit: usize) -> Query {
+    Query {
+        filter: doc! { "room": room.as_str(), "place": places(&Span::default()) },
+        sort: doc! {},
+        limit,
+        only: None,
+        index: Some(ROOM_PLACE),
+    }
+}
+
+fn direction(end: End) -> i32 {
+    match end {
+        End::Oldest => 1,
+        End::Newest => -1,
+    }
+}
+
+/// Bounds that leave out stubs, which have no place.
+fn places(span: &Span) -> Fields {
+    let mut bounds = match &span.after {
+        Some(after) => doc! { "$gt": after.to_string() },
+        None => doc! { "$gte": "" },
+    };
+    if let Some(before) = &span.before {
+        bounds.insert("$lt", before.to_string());
+    }
+    bounds
+}
+
+/// Which rooms, in a form that gives an index bounds.
+fn rooms(scope: &RoomScope) -> Bson {
+    if scope.all {
+        // Every room, and for MongoDB a reason to take the index.
+        return doc! { "$gte": "" }.into();
+    }
+    if let ([], [room]) = (scope.namespaces.as_slice(), scope.rooms.as_slice()) {
+        return room.as_str().into();
+    }
+    // A namespace has no character that means something in an expression; and what begins with a text is a range.
+    let namespaces = scope.namespaces.iter().filter_map(|namespace| {
+        let pattern = format!("^{namespace}:").try_into().ok()?;
+        let options = cstr!("").into();
+        Some(Bson::RegularExpression(Regex { pattern, options }))
+    });
+    let rooms = scope.rooms.iter().map(|room| Bson::from(room.as_str()));
+    let any: Vec<Bson> = namespaces.chain(rooms).collect();
+    doc! { "$in": any }.into()
+}

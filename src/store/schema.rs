@@ -1,0 +1,138 @@
+//! Collections, indexes, and the version of the schema.
+//!
+//! The collection `meta` has one document `{_id: "schema", version}`. A natter that finds a newer version than its own does
+//! not touch the database.
+//!
+//! # From a version to the next
+//! What can be added without changing what documents mean (a field that may be absent, an index) is added here and needs no
+//! new version. For the rest, [`VERSION`] is increased and [`Store::prepare`] gets a step from the version before: it is run
+//! before the new version is recorded, must be repeatable (it may be interrupted, and several processes may run it at once),
+//! and must leave documents that the version before can still read and write, since workers of both run while a mesh is
+//! updated; what the old ones wrote meanwhile is converted by running the step again once they are gone. Where that can't be
+//! had (the terms of all documents change, say), the history is written anew into another `mongodb.database` from the streams
+//! or with a copy of the old one, and the mesh is pointed there.
+//!
+//! # Sharding
+//! `sh.shardCollection("<database>.messages", {room: "hashed"})`. Every write names the room, and a room is on one shard.
+
+use mongodb::bson::{Bson, Document as Fields, doc};
+use tokio::time::Duration;
+
+use super::{MESSAGES, Store, StoreError, write::DUPLICATE_KEY};
+
+/// The version of the schema that this natter reads and writes.
+pub(super) const VERSION: i64 = 1;
+
+const META: &str = "meta";
+
+/// Names of indexes that queries name.
+pub(super) const ROOM_PLACE: &str = "room_place";
+pub(super) const TERMS: &str = "terms";
+pub(super) const FROM: &str = "from";
+pub(super) const MENTIONS: &str = "mentions";
+pub(super) const ANSWERS: &str = "answers";
+
+/// How long the creation of indexes may take, which in a large collection are built. It goes on in the server after that.
+const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// The indexes of `messages`. Each costs every write: what no query uses has no place here.
+fn indexes() -> Vec<Fields> {
+    let there = |field: &str| doc! { field: { "$exists": true } };
+    vec![
+        // Pages; searches for nothing in particular.
+        doc! { "name": ROOM_PLACE, "key": { "room": 1, "place": -1 } },
+        // From a position of a stream to a place.
+        doc! { "name": "position", "key": { "room": 1, "origin": 1, "epoch": 1, "seq": 1 } },
+        // Searches for text. Not by room: see `Store::is_small`.
+        doc! { "name": TERMS, "key": { "terms": 1, "place": -1, "room": 1 } },
+        // Searches by sender, and the erasure of a user.
+        doc! { "name": FROM, "key": { "from": 1, "room": 1, "place": -1 } },
+        // Most messages mention nobody and answer nothing.
+        doc! {
+            "name": MENTIONS,
+            "key": { "mentions": 1, "room": 1, "place": -1 },
+            "partialFilterExpression": there("mentions"),
+        },
+        doc! {
+            "name": ANSWERS,
+            "key": { "reply_key": 1, "room": 1, "place": -1 },
+            "partialFilterExpression": there("reply_key"),
+        },
+    ]
+}
+
+impl Store {
+    /// Creates what is missing of collections and indexes, and records the version of the schema. Idempotent.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn prepare(&self) -> Result<(), StoreError> {
+        let known = self.version().await?;
+        if let Some(found) = known.filter(|found| *found > VERSION) {
+            return Err(StoreError::Schema {
+                found,
+                known: VERSION,
+            });
+        }
+        let create = doc! {
+            "createIndexes": MESSAGES,
+            "indexes": indexes(),
+            "writeConcern": { "w": "majority" },
+        };
+        self.run(create, BUILD_TIMEOUT).await?;
+        self.prepare_erasures().await?;
+        if known.is_none() {
+            self.record_version().await?;
+        }
+        Ok(())
+    }
+
+    async fn version(&self) -> Result<Option<i64>, StoreError> {
+        let find = doc! { "find": META, "filter": { "_id": "schema" }, "limit": 1 };
+        let answer = self.run(find, self.write_timeout).await?;
+        let found = answer
+            .get_document("cursor")
+            .and_then(|cursor| cursor.get_array("firstBatch"));
+        let Some(document) = found.ok().and_then(|found| found.first()?.as_document()) else {
+            return Ok(None);
+        };
+        // A person may have written it with a shell, which makes numbers doubles.
+        let version = match document.get("version") {
+            Some(Bson::Int32(version)) => Some(i64::from(*version)),
+            Some(Bson::Int64(version)) => Some(*version),
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "versions are small whole numbers"
+            )]
+            Some(Bson::Double(version)) => Some(*version as i64),
+            _ => None,
+        };
+        version.map(Some).ok_or_else(|| StoreError::Document {
+            key: "schema".to_owned(),
+            problem: "it has no version".to_owned(),
+        })
+    }
+
+    async fn record_version(&self) -> Result<(), StoreError> {
+        let insert = doc! {
+            "insert": META,
+            "documents": [{ "_id": "schema", "version": VERSION }],
+            "writeConcern": { "w": "majority" },
+        };
+        let answer = self.run(insert, self.write_timeout).await?;
+        let errors = answer
+            .get_array("writeErrors")
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        for error in errors.iter().filter_map(Bson::as_document) {
+            // Another worker was first.
+            if !error
+                .get_i32("code")
+                .is_ok_and(|code| code == DUPLICATE_KEY)
+            {
+                return Err(StoreError::Unavailable(format!("{error}")));
+            }
+        }
+        Ok(())
+    }
+}

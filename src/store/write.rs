@@ -1,0 +1,332 @@
+//! Writing batches.
+//!
+//! One round trip for messages that are new, and one more for what was said about messages that are there, or what is
+//! written again: first an unordered `insert`, then an unordered `update` of what the insert found to be there already and of
+//! what is only a change. A third only where two workers created the same document at the same time.
+//!
+//! The driver's `insert_many` is not used: a document that is too large fails all of it, and nothing else sends many updates
+//! to a MongoDB 5 to 7 at once.
+
+use std::collections::BTreeSet;
+
+use indexmap::IndexMap;
+use mongodb::bson::{
+    Document as Fields, RawArrayBuf, RawDocumentBuf,
+    raw::{CStr, cstr},
+    rawdoc,
+};
+
+use super::{Entry, Folded, MESSAGES, RefusedEntry, Store, StoreError, What, document, update};
+use crate::model::RoomId;
+
+/// `DuplicateKey` of MongoDB: the document is there already.
+pub(super) const DUPLICATE_KEY: i32 = 11000;
+
+/// Largest document or statement: what MongoDB takes, less some room for what is around it.
+const MAX_DOCUMENT: usize = (16 << 20) - (16 << 10);
+
+/// Documents or statements of one command, in bytes, unless a single one has more.
+const MAX_COMMAND: usize = 12 << 20;
+
+/// How often updates that met with another worker's insert are repeated. The document is there after the first.
+const UPSERTS: usize = 4;
+
+/// Codes of write errors that have to do with the server's state, and not with the document: they pass, or somebody repairs
+/// the server. All else that is said of one document means that it will never be taken.
+const PASSING: &[i32] = &[
+    6,     // HostUnreachable
+    7,     // HostNotFound
+    11,    // UserNotFound
+    13,    // Unauthorized
+    18,    // AuthenticationFailed
+    24,    // LockTimeout
+    39,    // FileStreamFailed
+    43,    // CursorNotFound
+    46,    // LockBusy
+    50,    // MaxTimeMSExpired
+    63,    // StaleShardVersion
+    64,    // WriteConcernFailed
+    70,    // ShardNotFound
+    79,    // UnknownReplWriteConcern
+    82,    // NoProgressMade
+    83,    // RemoteResultsUnavailable
+    89,    // NetworkTimeout
+    91,    // ShutdownInProgress
+    100,   // UnsatisfiableWriteConcern
+    112,   // WriteConflict
+    117,   // ConflictingOperationInProgress
+    133,   // FailedToSatisfyReadPreference
+    134,   // ReadConcernMajorityNotAvailableYet
+    146,   // ExceededMemoryLimit
+    150,   // StaleEpoch
+    175,   // QueryPlanKilled
+    189,   // PrimarySteppedDown
+    202,   // NetworkInterfaceExceededTimeLimit
+    211,   // KeyNotFound, of cluster time
+    237,   // CursorKilled
+    246,   // SnapshotUnavailable
+    249,   // StaleChunkHistory
+    262,   // ExceededTimeLimit
+    279,   // ClientDisconnect
+    314,   // ObjectIsBusy
+    317,   // ConnectionPoolExpired
+    365,   // TemporarilyUnavailable
+    388,   // TransactionTooLargeForCache
+    391,   // ReauthenticationRequired
+    9001,  // SocketException
+    10058, // LegacyNotPrimary
+    10107, // NotWritablePrimary
+    11600, // InterruptedAtShutdown
+    11601, // Interrupted
+    11602, // InterruptedDueToReplStateChange
+    13388, // StaleConfig
+    13435, // NotPrimaryNoSecondaryOk
+    13436, // NotPrimaryOrSecondary
+    14031, // OutOfDiskSpace
+];
+
+/// What entries say of one message.
+struct Group<'a> {
+    key: &'a str,
+    room: &'a RoomId,
+    folded: Folded,
+    /// Which entries these are.
+    entries: Vec<usize>,
+}
+
+/// What MongoDB said about one document or statement.
+struct WriteError {
+    index: usize,
+    code: i32,
+    message: String,
+}
+
+impl Store {
+    /// Writes what entries say. What is not in the answer is confirmed by the majority; all may be repeated, in any order.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`]: some may have been written; all must be repeated.
+    pub async fn write(&self, entries: &[Entry]) -> Result<Vec<RefusedEntry>, StoreError> {
+        let mut groups: IndexMap<&str, Group<'_>> = IndexMap::new();
+        for (index, entry) in entries.iter().enumerate() {
+            if let Some(key) = key(entry) {
+                let group = groups.entry(key).or_insert_with(|| Group::new(key, entry));
+                group.add(index, entry);
+            }
+        }
+        let mut refused = Vec::new();
+        let mut together = Vec::new();
+        for (group, reason) in self.write_groups(groups.into_values().collect()).await? {
+            match group.entries.as_slice() {
+                [index] => refused.push((*index, reason)),
+                several => together.extend_from_slice(several),
+            }
+        }
+        // Of entries about one message only some may be at fault: each for itself.
+        if !together.is_empty() {
+            let alone = together.into_iter().filter_map(|index| {
+                let entry = entries.get(index)?;
+                let mut group = Group::new(key(entry)?, entry);
+                group.add(index, entry);
+                Some(group)
+            });
+            for (group, reason) in self.write_groups(alone.collect()).await? {
+                refused.extend(group.entries.iter().map(|index| (*index, reason.clone())));
+            }
+        }
+        refused.sort_unstable();
+        let refused = refused.into_iter();
+        Ok(refused
+            .map(|(index, reason)| RefusedEntry { index, reason })
+            .collect())
+    }
+
+    /// Writes what groups say, and gives back those that were refused, with the reason.
+    async fn write_groups<'a>(
+        &self,
+        groups: Vec<Group<'a>>,
+    ) -> Result<Vec<(Group<'a>, String)>, StoreError> {
+        let mut refused = Vec::new();
+        let (mut inserts, mut updates) = (Vec::new(), Vec::new());
+        for group in groups {
+            match &group.folded.base {
+                Some(base) => {
+                    let new = document::new(group.key, group.room, &group.folded, base);
+                    inserts.push((group, new));
+                }
+                None => updates.push(group),
+            }
+        }
+        for (group, error) in self.send(cstr!("insert"), inserts, &mut refused).await? {
+            if error.code == DUPLICATE_KEY {
+                updates.push(group);
+            } else {
+                refused.push((group, error.text()));
+            }
+        }
+        for _ in 0..UPSERTS {
+            if updates.is_empty() {
+                return Ok(refused);
+            }
+            let mut statements = Vec::with_capacity(updates.len());
+            for group in updates.drain(..) {
+                let statement = update::statement(group.key, group.room, &group.folded);
+                match RawDocumentBuf::try_from(&statement) {
+                    Ok(statement) => statements.push((group, statement)),
+                    Err(error) => refused.push((group, error.to_string())),
+                }
+            }
+            for (group, error) in self.send(cstr!("update"), statements, &mut refused).await? {
+                if error.code == DUPLICATE_KEY {
+                    updates.push(group);
+                } else {
+                    refused.push((group, error.text()));
+                }
+            }
+        }
+        if updates.is_empty() {
+            return Ok(refused);
+        }
+        let problem = "documents come and go while they are updated";
+        Err(StoreError::Unavailable(problem.to_owned()))
+    }
+
+    /// Sends documents or statements, in as many commands as it takes, and gives back those that were not taken. What is too
+    /// large to be sent is refused.
+    async fn send<'a>(
+        &self,
+        command: &'static CStr,
+        parts: Vec<(Group<'a>, RawDocumentBuf)>,
+        refused: &mut Vec<(Group<'a>, String)>,
+    ) -> Result<Vec<(Group<'a>, WriteError)>, StoreError> {
+        let mut failed = Vec::new();
+        let (mut groups, mut body, mut bytes) = (Vec::new(), RawArrayBuf::new(), 0);
+        for (group, part) in parts {
+            let size = part.as_bytes().len();
+            if size > MAX_DOCUMENT {
+                let reason = format!("with {size} bytes it is too large for MongoDB");
+                refused.push((group, reason));
+                continue;
+            }
+            if bytes + size > MAX_COMMAND && !groups.is_empty() {
+                let (groups, body) = (std::mem::take(&mut groups), std::mem::take(&mut body));
+                failed.extend(self.send_one(command, groups, body).await?);
+                bytes = 0;
+            }
+            bytes += size;
+            body.push(part);
+            groups.push(group);
+        }
+        if !groups.is_empty() {
+            failed.extend(self.send_one(command, groups, body).await?);
+        }
+        Ok(failed)
+    }
+
+    async fn send_one<'a>(
+        &self,
+        name: &'static CStr,
+        groups: Vec<Group<'a>>,
+        body: RawArrayBuf,
+    ) -> Result<Vec<(Group<'a>, WriteError)>, StoreError> {
+        let limit = i64::try_from(self.write_timeout.as_millis()).unwrap_or(i64::MAX);
+        let parts = if name == cstr!("insert") {
+            cstr!("documents")
+        } else {
+            cstr!("updates")
+        };
+        let mut command = RawDocumentBuf::new();
+        command.append(name, MESSAGES);
+        command.append(cstr!("ordered"), false);
+        command.append(
+            cstr!("writeConcern"),
+            rawdoc! { "w": "majority", "wtimeout": limit },
+        );
+        command.append(cstr!("maxTimeMS"), limit);
+        command.append(parts, body);
+        let answer = self.run_raw(command, self.write_timeout).await?;
+        let errors = write_errors(&answer)?;
+        let failed: BTreeSet<usize> = errors.iter().map(|error| error.index).collect();
+        // Each is written or has an error; whatever else MongoDB says, it is not what was asked.
+        let written = answer
+            .get_i32("n")
+            .ok()
+            .and_then(|n| usize::try_from(n).ok());
+        if written.map(|written| written + failed.len()) != Some(groups.len()) {
+            return Err(StoreError::Unavailable(format!(
+                "of {} parts of a batch {written:?} were written, with {} errors",
+                groups.len(),
+                failed.len()
+            )));
+        }
+        let mut groups: Vec<Option<Group<'a>>> = groups.into_iter().map(Some).collect();
+        let failed = errors.into_iter().filter_map(|error| {
+            let group = groups.get_mut(error.index)?.take()?;
+            Some((group, error))
+        });
+        Ok(failed.collect())
+    }
+}
+
+impl<'a> Group<'a> {
+    fn new(key: &'a str, entry: &'a Entry) -> Self {
+        Self {
+            key,
+            room: &entry.room,
+            folded: Folded::default(),
+            entries: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, index: usize, entry: &Entry) {
+        self.folded.apply(entry);
+        self.entries.push(index);
+    }
+}
+
+impl WriteError {
+    fn text(&self) -> String {
+        format!("{} (MongoDB's code {})", self.message, self.code)
+    }
+}
+
+/// The document that an entry is about.
+fn key(entry: &Entry) -> Option<&str> {
+    match &entry.what {
+        What::Message { key, .. } => Some(key),
+        What::Change { target, .. } => Some(target),
+        What::Nothing(_) => None,
+    }
+}
+
+/// What an answer says of single documents; an error if it says anything of the server, or that the majority has not
+/// confirmed.
+fn write_errors(answer: &Fields) -> Result<Vec<WriteError>, StoreError> {
+    let unclear = || StoreError::Unavailable(format!("it answered {answer}"));
+    if let Ok(error) = answer.get_document("writeConcernError") {
+        return Err(StoreError::Unavailable(format!(
+            "the majority has not confirmed: {}",
+            error.get_str("errmsg").unwrap_or_default()
+        )));
+    }
+    let Ok(errors) = answer.get_array("writeErrors") else {
+        return Ok(Vec::new());
+    };
+    let mut found = Vec::with_capacity(errors.len());
+    for error in errors {
+        let error = error.as_document().ok_or_else(unclear)?;
+        let index = error.get_i32("index").ok();
+        let error = WriteError {
+            index: index
+                .and_then(|index| usize::try_from(index).ok())
+                .ok_or_else(unclear)?,
+            code: error.get_i32("code").map_err(|_no_code| unclear())?,
+            message: error.get_str("errmsg").unwrap_or_default().to_owned(),
+        };
+        if PASSING.contains(&error.code) {
+            return Err(StoreError::Unavailable(error.text()));
+        }
+        found.push(error);
+    }
+    Ok(found)
+}
