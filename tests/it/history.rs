@@ -280,6 +280,51 @@ async fn a_worker_ends_in_order_without_mongodb() {
     assert_eq!(keys(&mesh).await.len(), 21);
 }
 
+/// What is said while there is no primary is written when there is one again.
+#[tokio::test]
+async fn batches_wait_for_a_primary() {
+    let mongod = support::dedicated_mongod().await;
+    let toml = "[nats]\npartitions = 1\n[mongodb]\nread_timeout = \"500ms\"\n";
+    let mesh = Mesh::with_history(nats_url(), &mongod.url(), (1, 1), toml).await;
+    say(&mesh, "chat:a", "before", json!(1)).await;
+    caught_up(&mesh, LONG).await;
+    let worker = mesh.workers[0].process.pid().unwrap();
+
+    let url = mongod
+        .url()
+        .replace("replicaSet=natter", "directConnection=true");
+    let client = mongodb::Client::with_uri_str(url).await.unwrap();
+    let admin = client.database("admin");
+    admin
+        .run_command(doc! { "replSetStepDown": 3600, "force": true })
+        .await
+        .unwrap();
+    for n in 0..20 {
+        say(&mesh, "chat:a", &format!("m{n}"), json!(n)).await;
+    }
+    let log = mesh.worker_log(0);
+    let text = eventually("it says that it can't write", LONG, async || {
+        let text = std::fs::read_to_string(&log).unwrap();
+        if text.contains("does not take a batch") {
+            Ok(text)
+        } else {
+            Err(text)
+        }
+    })
+    .await;
+    assert_eq!(lag(&mesh).await.lag_messages, 20, "{text}");
+    assert_eq!(lag(&mesh).await.dead_letters, 0, "{text}");
+
+    // A replica set of one elects itself.
+    admin
+        .run_command(doc! { "replSetFreeze": 0 })
+        .await
+        .unwrap();
+    caught_up(&mesh, LONG).await;
+    assert_eq!(keys(&mesh).await.len(), 21);
+    assert!(is_running(worker), "it was started again");
+}
+
 /// Messages that fill a request by bytes, a NATS server that is killed, and a stream that begins anew.
 #[tokio::test]
 async fn the_consumer_goes_on_after_all_that_may_happen_to_its_stream() {

@@ -171,11 +171,6 @@ export class Log {
     this.#changed();
   }
 
-  /** Places in another log than what follows can't be compared. */
-  forgetPlaces() {
-    for (const item of this.#items.values()) delete item.dataset.cursor;
-  }
-
   #change({ from, ts, kind, target, body }) {
     const item = target == null ? null : this.#items.get(refOf(from, target));
     if (!item) return; // older than what is shown
