@@ -1,0 +1,214 @@
+//! What a run is: what was received, what it cost, and what else the machine did meanwhile.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::swarm::Tally;
+
+/// Runs during which everything else on the machine took more than this many cores are repeated.
+pub(crate) const NOISE: f64 = 0.25;
+
+/// A process whose cost is measured.
+#[derive(Debug, Clone)]
+pub(crate) struct Server {
+    pub(crate) name: &'static str,
+    pub(crate) pid: u32,
+}
+
+impl Server {
+    /// CPU time used so far, in ticks of 10 ms.
+    fn cpu(&self) -> Duration {
+        cpu(&format!("/proc/{}/stat", self.pid))
+    }
+
+    /// Resident memory now and at most, in bytes.
+    pub(crate) fn memory(&self) -> (u64, u64) {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
+        let of = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let digits = line.and_then(|line| line.split_whitespace().next());
+            digits
+                .and_then(|digits| digits.parse::<u64>().ok())
+                .unwrap_or_default()
+                * 1024
+        };
+        (of("VmRSS:"), of("VmHWM:"))
+    }
+}
+
+fn cpu(path: &str) -> Duration {
+    let stat = std::fs::read_to_string(path).unwrap();
+    let (_, rest) = stat.rsplit_once(") ").unwrap();
+    let ticks = |field: usize| rest.split(' ').nth(field).unwrap().parse::<u64>().unwrap();
+    Duration::from_millis((ticks(11) + ticks(12)) * 10)
+}
+
+/// CPU time that the whole machine has used.
+fn machine() -> Duration {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap();
+    let fields: Vec<u64> = stat
+        .lines()
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .skip(1)
+        .filter_map(|field| field.parse().ok())
+        .collect();
+    // user, nice, system, idle, iowait, irq, softirq, steal
+    let busy: u64 = fields[..3].iter().sum::<u64>() + fields[5] + fields[6];
+    Duration::from_millis(busy * 10)
+}
+
+/// Clocks at the beginning of what is measured.
+pub(crate) struct Begin {
+    servers: Vec<(Server, Duration)>,
+    own: Duration,
+    machine: Duration,
+    at: Instant,
+}
+
+/// What it took since then.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Cost {
+    /// CPU time of each server, in µs.
+    pub(crate) cpu_us: Vec<(&'static str, u64)>,
+    /// Resident memory at most, in bytes.
+    pub(crate) memory: Vec<(&'static str, u64)>,
+    pub(crate) seconds: f64,
+    /// Cores that this program took, and everything else but the servers.
+    pub(crate) generator_cores: f64,
+    pub(crate) other_cores: f64,
+}
+
+impl Begin {
+    pub(crate) fn now(servers: &[Server]) -> Self {
+        Self {
+            servers: servers
+                .iter()
+                .map(|server| (server.clone(), server.cpu()))
+                .collect(),
+            own: cpu("/proc/self/stat"),
+            machine: machine(),
+            at: Instant::now(),
+        }
+    }
+
+    pub(crate) fn end(self) -> Cost {
+        let seconds = self.at.elapsed().as_secs_f64();
+        let machine_used = machine() - self.machine;
+        let own = cpu("/proc/self/stat") - self.own;
+        let used: Vec<(&'static str, Duration)> = self
+            .servers
+            .iter()
+            .map(|(server, before)| (server.name, server.cpu() - *before))
+            .collect();
+        let known: Duration = own + used.iter().map(|(_, used)| *used).sum::<Duration>();
+        Cost {
+            cpu_us: used
+                .into_iter()
+                .map(|(name, used)| (name, used.as_micros() as u64))
+                .collect(),
+            memory: self
+                .servers
+                .iter()
+                .map(|(server, _)| (server.name, server.memory().1))
+                .collect(),
+            seconds,
+            generator_cores: own.as_secs_f64() / seconds,
+            other_cores: machine_used.saturating_sub(known).as_secs_f64() / seconds,
+        }
+    }
+}
+
+impl Cost {
+    pub(crate) fn cpu_of(&self, name: &str) -> f64 {
+        let found = self.cpu_us.iter().find(|(server, _)| *server == name);
+        found.map_or(0.0, |(_, used)| *used as f64)
+    }
+}
+
+/// One line of JSON.
+#[derive(Debug, Serialize)]
+pub(crate) struct Line<'l> {
+    pub(crate) scenario: &'l str,
+    pub(crate) server: &'l str,
+    pub(crate) deliveries: u64,
+    pub(crate) expected: u64,
+    pub(crate) lost: u64,
+    pub(crate) repeated: u64,
+    /// p50, p90, p99, p99.9 and the longest, in ms.
+    pub(crate) latency_ms: [f64; 5],
+    pub(crate) cost: &'l Cost,
+}
+
+/// Prints what was received as a line of JSON; gives how many messages did not come as they should have.
+pub(crate) fn print(
+    scenario: &str,
+    server: &str,
+    tally: &Tally,
+    expected: u64,
+    cost: &Cost,
+) -> u64 {
+    let line = Line {
+        scenario,
+        server,
+        deliveries: tally.deliveries,
+        expected,
+        lost: tally.lost,
+        repeated: tally.repeated,
+        latency_ms: latency(tally),
+        cost,
+    };
+    println!("{}", serde_json::to_string(&line).unwrap());
+    // What is lost at the end is followed by nothing that would show it.
+    expected
+        .abs_diff(tally.deliveries)
+        .max(tally.lost + tally.repeated)
+}
+
+/// p50, p90, p99, p99.9 and the longest, in ms.
+pub(crate) fn latency(tally: &Tally) -> [f64; 5] {
+    [0.5, 0.9, 0.99, 0.999, 1.0].map(|q| tally.latency.value_at_quantile(q) as f64 / 1000.0)
+}
+
+/// Figures of the runs of one line of the table: smallest, median, largest of each.
+#[derive(Debug, Default)]
+pub(crate) struct Runs(Vec<Vec<f64>>);
+
+impl Runs {
+    pub(crate) fn add(&mut self, figures: Vec<f64>) {
+        self.0.push(figures);
+    }
+
+    /// `smallest / median / largest` of each figure.
+    pub(crate) fn columns(&self) -> Vec<String> {
+        let columns = self.0.first().map_or(0, Vec::len);
+        let column = |at: usize| {
+            let mut values: Vec<f64> = self.0.iter().map(|run| run[at]).collect();
+            values.sort_by(f64::total_cmp);
+            let [first, .., last] = values[..] else {
+                return values.first().map(|one| shown(*one)).unwrap_or_default();
+            };
+            format!(
+                "{} / {} / {}",
+                shown(first),
+                shown(values[values.len() / 2]),
+                shown(last)
+            )
+        };
+        (0..columns).map(column).collect()
+    }
+}
+
+/// Two to three digits that count.
+fn shown(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".to_owned(),
+        size if size >= 100_000.0 => format!("{:.0}k", value / 1000.0),
+        size if size >= 100.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        size if size >= 0.1 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
