@@ -9,7 +9,10 @@ use std::{
 };
 
 use hdrhistogram::Histogram;
-use rustix::event::{Timespec, epoll};
+use rustix::{
+    event::{Timespec, epoll},
+    net::sockopt,
+};
 
 use super::dialect::{Dialect, Seen, body};
 
@@ -19,6 +22,8 @@ const BUFFER: usize = 512 * 1024;
 const OPENING: usize = 128;
 /// How long anything may take before the benchmark gives up.
 const LONG: Duration = Duration::from_secs(120);
+/// Longest latency that is told apart, in µs.
+const MOST_US: u64 = 60_000_000;
 
 /// How far a connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +78,8 @@ impl Default for Tally {
             repeated: 0,
             acked: 0,
             joined: 0,
-            latency: Histogram::new(3).expect("three digits are possible"),
+            latency: Histogram::new_with_bounds(1, MOST_US, 3)
+                .expect("bounds and digits are possible"),
         }
     }
 }
@@ -256,10 +262,11 @@ impl Swarm {
         self.clients.clear();
     }
 
-    /// These clients stop reading.
-    pub(crate) fn pause(&mut self, clients: impl Iterator<Item = usize>) {
+    /// These clients stop reading; the kernel holds little for them.
+    pub(crate) fn stop_reading(&mut self, clients: impl Iterator<Item = usize>) {
         for index in clients {
             self.clients[index].paused = true;
+            sockopt::set_socket_recv_buffer_size(&self.clients[index].stream, 4096).unwrap();
             epoll::delete(&self.epoll, &self.clients[index].stream).unwrap();
         }
     }
@@ -484,7 +491,6 @@ impl Swarm {
         dialect.take(payload, &mut carry, &mut |seen| match seen {
             Seen::Message(t, n, cursor) => {
                 tally.deliveries += 1;
-                // Everybody's latency counts; the histogram has no upper bound that a benchmark could reach.
                 tally
                     .latency
                     .saturating_record(now.saturating_sub(t).max(1));

@@ -30,11 +30,12 @@ use crate::{
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
     config::Config,
     history,
+    model::{RoomId, partition_of},
     presence::{Presence, Push},
     protocol::Close,
     read_marker::Markers,
     room::Rooms,
-    session::{Context, Session, UserSlot},
+    session::{Carried, Context, Departure, Home, Session, UserSlot},
     subject::Subjects,
     telemetry::metrics::{Gauge, gauge_add},
     wire::{Conn, ConnLimits},
@@ -57,6 +58,8 @@ pub(super) struct NewSession {
     pub(super) address: Option<Place<IpAddr>>,
     /// Set for a connection that is accepted only to be told why it is not wanted.
     pub(super) close: Option<Close>,
+    /// What it has, if it comes from another shard; what stands above is empty then.
+    pub(super) carried: Option<Carried>,
 }
 
 /// The way to a shard.
@@ -84,8 +87,60 @@ struct Drain {
     done: oneshot::Sender<usize>,
 }
 
+/// A shard, as the others see it.
+#[derive(Debug)]
+struct Neighbour {
+    sessions: ToShard,
+    /// How many sessions it has.
+    load: AtomicUsize,
+}
+
+/// Where a session belongs whose first room is `room`, as seen from the shard `here`: its room's shard, unless that has much
+/// more to do than the others.
+fn home(
+    neighbours: &[Neighbour],
+    here: usize,
+    room: &RoomId,
+) -> Option<mpsc::OwnedPermit<NewSession>> {
+    let shards = u16::try_from(neighbours.len()).ok()?;
+    let there = usize::from(partition_of(room, shards));
+    let load = |neighbour: &Neighbour| neighbour.load.load(Ordering::Relaxed);
+    let total: usize = neighbours.iter().map(load).sum();
+    let neighbour = neighbours.get(there).filter(|_| there != here)?;
+    if load(neighbour) > fair_share(total, neighbours.len()) {
+        return None;
+    }
+    neighbour.sessions.clone().try_reserve_owned().ok()
+}
+
+/// The way of sessions from the shard `here` to where their rooms are.
+fn way_home(neighbours: Arc<[Neighbour]>, here: usize) -> Home {
+    Box::new(move |room| {
+        let place = home(&neighbours, here, room)?;
+        let go = move |stream, carried| {
+            place.send(NewSession {
+                stream,
+                first: Bytes::new(),
+                identity: None,
+                user: None,
+                address: None,
+                close: None,
+                carried: Some(carried),
+            });
+        };
+        Some(Box::new(go) as Departure)
+    })
+}
+
+/// Sessions that a shard may have and still be given those of its rooms: a room that is larger than that is spread.
+fn fair_share(total: usize, shards: usize) -> usize {
+    let mean = total / shards.max(1);
+    mean + mean / 8 + 16
+}
+
 /// What all shards share.
 struct Common {
+    neighbours: Arc<[Neighbour]>,
     shared: Arc<Shared>,
     streams: Arc<Streams>,
     presence: Arc<Presence>,
@@ -111,11 +166,21 @@ impl Shards {
         history: &Arc<history::Client>,
     ) -> Result<Self, EdgeError> {
         let mut shards = Vec::new();
-        for (number, pushes) in pushes.into_iter().enumerate() {
-            let (sessions, new_sessions) = mpsc::channel(WAITING);
+        let (ways, arrivals): (Vec<_>, Vec<_>) = pushes
+            .iter()
+            .map(|_| {
+                let (sessions, new_sessions) = mpsc::channel(WAITING);
+                let load = AtomicUsize::new(0);
+                (Neighbour { sessions, load }, new_sessions)
+            })
+            .unzip();
+        let neighbours: Arc<[Neighbour]> = ways.into();
+        for (number, (pushes, new_sessions)) in pushes.into_iter().zip(arrivals).enumerate() {
+            let sessions = neighbours[number].sessions.clone();
             let (drain, drains) = mpsc::channel(1);
             let (started, start) = oneshot::channel();
             let common = Common {
+                neighbours: Arc::clone(&neighbours),
                 shared: Arc::clone(shared),
                 streams: Arc::clone(streams),
                 presence: Arc::clone(presence),
@@ -187,6 +252,7 @@ struct Shard {
     sessions: RefCell<HashMap<u64, Rc<Session>>>,
     number: u64,
     made: Cell<u64>,
+    neighbours: Arc<[Neighbour]>,
     /// What all outboxes held at the last tick.
     queued: Cell<i64>,
 }
@@ -253,6 +319,7 @@ impl Shard {
         common: Common,
     ) -> Result<(Rc<Self>, Connection, Connection), ConnectError> {
         let Common {
+            neighbours,
             shared,
             streams,
             presence,
@@ -297,6 +364,7 @@ impl Shard {
                     .user(user)
                     .map(|place| Box::new(place) as UserSlot)
             }),
+            home: way_home(Arc::clone(&neighbours), number),
         };
         let shard = Rc::new(Self {
             context: Rc::new(context),
@@ -304,6 +372,7 @@ impl Shard {
             sessions: RefCell::default(),
             number: number as u64,
             made: Cell::new(0),
+            neighbours,
             queued: Cell::new(0),
         });
         Ok((shard, live, replay))
@@ -323,16 +392,26 @@ impl Shard {
             return;
         }
         let id = (self.number << 48) | self.made.replace(self.made.get() + 1);
-        let slot = new.user.map(|place| Box::new(place) as UserSlot);
-        let session = Session::new(id, Rc::clone(&self.context), conn, new.identity, slot);
+        let carried = new.carried.unwrap_or_else(|| {
+            let user = new.user.map(|place| Box::new(place) as UserSlot);
+            let address = new.address.map(|place| Box::new(place) as UserSlot);
+            Carried::new(&self.context.config, new.identity, user, address)
+        });
+        let (session, work) = Session::new(id, Rc::clone(&self.context), conn, carried);
         self.sessions.borrow_mut().insert(id, Rc::clone(&session));
-        let (shard, address) = (Rc::clone(self), new.address);
+        self.load().fetch_add(1, Ordering::Relaxed);
+        let shard = Rc::clone(self);
         spawn_local(async move {
             let span = tracing::debug_span!("session", session.id = id);
-            session.run(new.first.to_vec()).instrument(span).await;
+            session.run(work, new.first.to_vec()).instrument(span).await;
             shard.sessions.borrow_mut().remove(&id);
-            drop(address);
+            shard.load().fetch_sub(1, Ordering::Relaxed);
         });
+    }
+
+    fn load(&self) -> &AtomicUsize {
+        // There are as many neighbours as shards.
+        &self.neighbours[usize::try_from(self.number).unwrap_or_default()].load
     }
 
     fn tick(&self) {

@@ -111,6 +111,7 @@ pub(super) async fn websocket(
             user: user.flatten(),
             address,
             close,
+            carried: None,
         };
         // A shard that is gone is draining: the connection is closed by being dropped, as for any client that comes late.
         if shard.send(session).await.is_err() {

@@ -23,7 +23,8 @@ use crate::{
     telemetry::metrics::{Counter, MarkerWrite, count},
 };
 
-/// Pause after a write of a key before it is written again.
+/// Pause after a write of a key before it is written again, and the length of a round: what need not be written at once
+/// waits for its end, so that many writes wake this process and the server once.
 pub const WRITE_PAUSE: Duration = Duration::from_millis(250);
 
 /// Writes in flight at once; more wait, and what grows meanwhile is written once.
@@ -47,9 +48,13 @@ const SWEEP: Duration = Duration::from_secs(1);
 /// Keys on their way to the bucket, each in the queue of its [`Phase`].
 #[derive(Debug)]
 pub(super) struct Queues {
+    /// When the first round began.
+    began: Instant,
     /// To be written at once.
     now: VecDeque<Key>,
-    /// Written a moment ago: when they may be written again. All wait equally long, so the first is due first.
+    /// To be written at the end of a round, the first first.
+    gathering: VecDeque<(Instant, Key)>,
+    /// Written a moment ago: at the end of which round they may be written again, the first first.
     later: VecDeque<(Instant, Key)>,
     /// Told by other edges: when to look whether they were written. All wait equally long.
     checks: VecDeque<(Instant, Key)>,
@@ -66,7 +71,9 @@ pub(super) struct Queues {
 impl Default for Queues {
     fn default() -> Self {
         Self {
+            began: Instant::now(),
             now: VecDeque::new(),
+            gathering: VecDeque::new(),
             later: VecDeque::new(),
             checks: VecDeque::new(),
             // Another time on each edge: the first to look repairs, the others see that it is done.
@@ -83,6 +90,13 @@ impl Queues {
     pub(super) fn check_later(&mut self, key: Key, now: Instant) {
         self.checks.push_back((now + self.check_after, key));
     }
+
+    /// When the round ends in which `at` lies.
+    fn end_of_round(&self, at: Instant) -> Instant {
+        let pause = WRITE_PAUSE.as_nanos();
+        let rounds = at.duration_since(self.began).as_nanos().div_ceil(pause);
+        self.began + WRITE_PAUSE * u32::try_from(rounds).unwrap_or(u32::MAX)
+    }
 }
 
 impl State {
@@ -94,7 +108,7 @@ impl State {
             return None;
         }
         match marker.phase() {
-            Phase::Resting | Phase::Checking => {
+            Phase::Resting | Phase::Checking | Phase::Gathering => {
                 marker.set_phase(Phase::Queued);
                 self.queues.now.push_back(Arc::clone(key));
                 let (done, written) = oneshot::channel();
@@ -105,9 +119,34 @@ impl State {
         }
     }
 
+    /// Sees to it that a marker is written at the end of this round, if this edge has to. Whether it is the first one.
+    pub(super) fn gather(&mut self, key: &Key, now: Instant) -> bool {
+        let marker = self.marker(key);
+        let rests = matches!(marker.phase(), Phase::Resting | Phase::Checking);
+        if !marker.is_owed() || !rests {
+            return false;
+        }
+        marker.set_phase(Phase::Gathering);
+        let due = self.queues.end_of_round(now);
+        self.queues.gathering.push_back((due, Arc::clone(key)));
+        self.queues.gathering.len() == 1
+    }
+
     /// Moves keys whose pause is over to where they belong now.
     fn wake(&mut self, now: Instant) {
         let flushing = self.queues.flushing;
+        while let Some((due, _)) = self.queues.gathering.front()
+            && (*due <= now || flushing)
+            && let Some((_, key)) = self.queues.gathering.pop_front()
+        {
+            // Others have been queued by a command meanwhile.
+            if let Some(marker) = self.markers.get_mut(&key)
+                && marker.phase() == Phase::Gathering
+            {
+                marker.set_phase(Phase::Queued);
+                self.queues.now.push_back(key);
+            }
+        }
         while let Some((due, _)) = self.queues.later.front()
             && (*due <= now || flushing)
             && let Some((_, key)) = self.queues.later.pop_front()
@@ -157,9 +196,10 @@ impl State {
     fn due(&self) -> Option<Instant> {
         let queues = &self.queues;
         let held = queues.held.filter(|_| !queues.now.is_empty());
-        let later = queues.later.front().map(|(due, _)| *due);
-        let check = queues.checks.front().map(|(due, _)| *due);
-        [held, later, check].into_iter().flatten().min()
+        let first = |queue: &VecDeque<(Instant, Key)>| queue.front().map(|(due, _)| *due);
+        let (gathering, later) = (first(&queues.gathering), first(&queues.later));
+        let check = first(&queues.checks);
+        [held, gathering, later, check].into_iter().flatten().min()
     }
 
     fn done(&mut self, key: Key, written: bool, now: Instant) {
@@ -170,7 +210,8 @@ impl State {
         }
         if written {
             self.marker(&key).set_phase(Phase::Pausing);
-            self.queues.later.push_back((now + WRITE_PAUSE, key));
+            let due = self.queues.end_of_round(now + WRITE_PAUSE);
+            self.queues.later.push_back((due, key));
         } else {
             self.marker(&key).set_phase(Phase::Queued);
             self.queues.now.push_back(key);
@@ -184,8 +225,9 @@ impl State {
         queues.writing > 0
             || !queues.now.is_empty()
             || queues
-                .later
+                .gathering
                 .iter()
+                .chain(&queues.later)
                 .any(|(_, key)| self.markers.get(key).is_some_and(Marker::is_owed))
     }
 }

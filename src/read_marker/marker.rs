@@ -43,6 +43,8 @@ pub(super) enum Phase {
     Resting,
     /// Heard from another edge, which writes it; later this edge looks whether it has.
     Checking,
+    /// To be written with others, at the next round.
+    Gathering,
     /// To be written as soon as there is a place for it.
     Queued,
     /// Being written.

@@ -233,14 +233,16 @@ impl Markers {
         Ok(state.marker(&key).cursor().cloned().unwrap_or(cursor))
     }
 
-    /// A user has sent the message at `cursor`: that is as far as they have read. Nobody is told, the message tells it.
+    /// A user has sent the message at `cursor`: that is as far as they have read. Nobody is told, the message tells it, and
+    /// nobody waits: it is written with those of others within [`WRITE_PAUSE`](super::WRITE_PAUSE), or a write for each would
+    /// cost more than the message.
     pub fn sent(&self, room: &RoomId, user: &str, cursor: &Cursor) {
         let part = partition_of(room, self.streams.partitions());
         let key: Key = marker_key(room, user).into();
         let mut state = self.state.lock();
         let marker = state.marker(&key);
         marker.raise(cursor, unix_ms(), true, self.is_current(part));
-        if state.queue(&key).is_some() {
+        if state.gather(&key, Instant::now()) {
             self.write.notify_one();
         }
     }

@@ -92,6 +92,8 @@ pub struct Context {
     pub buffer: RefCell<Vec<u8>>,
     /// Counts a user's sessions; `None` means that there are too many.
     pub admit_user: AdmitUser,
+    /// Where a session with this first room belongs, if that is not here.
+    pub home: Home,
 }
 
 impl std::fmt::Debug for Context {
@@ -103,8 +105,49 @@ impl std::fmt::Debug for Context {
 /// Gives a user a place, if there is one.
 pub type AdmitUser = Box<dyn Fn(&str) -> Option<UserSlot>>;
 
-/// A user's place among `limits.sessions_per_user`, given back when dropped.
-pub type UserSlot = Box<dyn std::any::Any>;
+/// A user's place among `limits.sessions_per_user`, or an address' among `limits.sessions_per_ip`; given back when dropped.
+pub type UserSlot = Box<dyn std::any::Any + Send>;
+
+/// Says to which other shard a session goes whose first room this is.
+pub type Home = Box<dyn Fn(&RoomId) -> Option<Departure>>;
+
+/// A place on another shard that waits for a session: takes its socket and what it has.
+pub type Departure = Box<dyn FnOnce(std::net::TcpStream, Carried)>;
+
+/// What a session has besides its socket, before it is in any room.
+#[derive(Debug)]
+pub struct Carried {
+    identity: Option<Arc<Identity>>,
+    user_slot: Option<UserSlot>,
+    address_slot: Option<UserSlot>,
+    decoder: Decoder,
+    inbox: VecDeque<Inbound>,
+    expiry_told: bool,
+    /// It has been on another shard, and stays here.
+    moved: bool,
+}
+
+impl Carried {
+    /// What a new connection has: perhaps the identity of a token that came with the handshake.
+    #[must_use]
+    pub fn new(
+        config: &Config,
+        identity: Option<Arc<Identity>>,
+        user_slot: Option<UserSlot>,
+        address_slot: Option<UserSlot>,
+    ) -> Self {
+        let limit = usize::try_from(config.limits.frame.as_u64()).unwrap_or(usize::MAX);
+        Self {
+            identity,
+            user_slot,
+            address_slot,
+            decoder: Decoder::new(limit),
+            inbox: VecDeque::new(),
+            expiry_told: false,
+            moved: false,
+        }
+    }
+}
 
 /// One connection of a user.
 pub struct Session {
@@ -113,6 +156,9 @@ pub struct Session {
     conn: Rc<Conn>,
     identity: RefCell<Option<Arc<Identity>>>,
     user_slot: RefCell<Option<UserSlot>>,
+    address_slot: RefCell<Option<UserSlot>>,
+    /// It stays on this shard: it has come here for a room, or was in one.
+    settled: Cell<bool>,
     rooms: RefCell<HashMap<RoomId, Seat>>,
     replies: Replies,
     opened: Instant,
@@ -143,51 +189,75 @@ struct Seat {
     watch: Option<Watch>,
 }
 
+/// What a session has read and not worked on.
+#[derive(Debug)]
+pub struct Work {
+    decoder: Decoder,
+    inbox: VecDeque<Inbound>,
+}
+
 /// What was read and waits for its turn.
+#[derive(Debug)]
 enum Inbound {
     Command(Result<Command, Refusal>),
     Close,
 }
 
 impl Session {
-    /// A session on `conn`, with the identity of a token that came with the handshake.
+    /// A session on `conn`, and the work that it has to begin with.
     #[must_use]
     pub fn new(
         id: u64,
         context: Rc<Context>,
         conn: Rc<Conn>,
-        identity: Option<Arc<Identity>>,
-        user_slot: Option<UserSlot>,
-    ) -> Rc<Self> {
-        count(Counter::SessionOpened, 1);
+        carried: Carried,
+    ) -> (Rc<Self>, Work) {
+        let Carried {
+            identity,
+            user_slot,
+            address_slot,
+            decoder,
+            inbox,
+            expiry_told,
+            moved,
+        } = carried;
+        let opened = if moved {
+            Counter::SessionMoved
+        } else {
+            Counter::SessionOpened
+        };
+        count(opened, 1);
         let now = Instant::now();
-        Rc::new(Self {
+        let session = Rc::new(Self {
             id,
             replies: Replies::new(Rc::clone(&conn)),
             conn,
             identity: RefCell::new(identity),
             user_slot: RefCell::new(user_slot),
+            address_slot: RefCell::new(address_slot),
+            settled: Cell::new(moved),
             rooms: RefCell::default(),
             opened: now,
             last_seen: Cell::new(now),
             // Spread over the interval: sessions that came back together are not pinged together.
             next_ping: Cell::new(now + PING_EVERY.mul_f64(rand::random_range(0.5..1.0))),
-            expiry_told: Cell::new(false),
+            expiry_told: Cell::new(expiry_told),
             pace: Cell::new(Pace::new(now)),
             rate_strikes: Cell::new(0),
             undecodable: Cell::new(0),
             draining: Cell::new(false),
             context,
             _active: Held::new(Gauge::SessionActive),
-        })
+        });
+        (session, Work { decoder, inbox })
     }
 
-    /// Serves the connection until it is gone. `first`: bytes that came with the handshake.
-    pub async fn run(self: Rc<Self>, mut first: Vec<u8>) {
-        let limit =
-            usize::try_from(self.context.config.limits.frame.as_u64()).unwrap_or(usize::MAX);
-        let mut decoder = Decoder::new(limit);
-        let mut inbox = VecDeque::new();
+    /// Serves the connection until it is gone, or goes on on another shard. `first`: bytes that came with the handshake.
+    pub async fn run(self: Rc<Self>, work: Work, mut first: Vec<u8>) {
+        let Work {
+            mut decoder,
+            mut inbox,
+        } = work;
         self.tell_expiry(unix_s());
         let mut violation = self.take_in(&mut decoder, &mut inbox, &mut first).err();
         drop(first);
@@ -196,7 +266,16 @@ impl Session {
                 && let Some(inbound) = inbox.pop_front()
             {
                 match inbound {
-                    Inbound::Command(command) => self.on_command(command).await,
+                    Inbound::Command(command) => {
+                        if violation.is_none()
+                            && let Some(departure) = self.departure(&command)
+                            && let Some(stream) = self.conn.release()
+                        {
+                            inbox.push_front(Inbound::Command(command));
+                            return departure(stream, self.carried(Work { decoder, inbox }));
+                        }
+                        self.on_command(command).await;
+                    }
                     Inbound::Close => self.conn.close(Close::Normal),
                 }
             }
@@ -227,6 +306,39 @@ impl Session {
             1,
         );
         self.conn.closed().await;
+    }
+
+    /// The way to the shard of its first room, before it is in any: members that are together are woken together, and their
+    /// room needs one hub and one subscription. Only once, and only with nothing under way.
+    fn departure(&self, command: &Result<Command, Refusal>) -> Option<Departure> {
+        let Ok(Command {
+            op: native::Op::Join { room, .. },
+            ..
+        }) = command
+        else {
+            return None;
+        };
+        let may_go = !self.settled.replace(true)
+            && !self.draining.get()
+            && self.identity.borrow().is_some()
+            && self.replies.is_idle();
+        if may_go {
+            (self.context.home)(room)
+        } else {
+            None
+        }
+    }
+
+    fn carried(&self, Work { decoder, inbox }: Work) -> Carried {
+        Carried {
+            identity: self.identity.take(),
+            user_slot: self.user_slot.take(),
+            address_slot: self.address_slot.take(),
+            decoder,
+            inbox,
+            expiry_told: self.expiry_told.get(),
+            moved: true,
+        }
     }
 
     /// Decodes what was read. Pings are answered at once: they need no turn.

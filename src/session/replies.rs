@@ -179,7 +179,12 @@ impl Replies {
 
     /// Waits until every command taken so far has its reply.
     pub(super) async fn idle(&self) {
-        self.wait(|this| this.state.borrow().slots.is_empty()).await;
+        self.wait(Self::is_idle).await;
+    }
+
+    /// Whether every command taken so far has its reply.
+    pub(super) fn is_idle(&self) -> bool {
+        self.state.borrow().slots.is_empty()
     }
 
     async fn wait(&self, ready: impl Fn(&Self) -> bool) {

@@ -253,6 +253,8 @@ macro_rules! plain {
 counters! {
     /// Sessions opened: the WebSocket handshake is done.
     SessionOpened = "natter.session.opened", "{session}";
+    /// Sessions that went to the shard of their first room.
+    SessionMoved = "natter.session.moved", "{session}";
     /// Sessions closed, by the reason of the close frame.
     SessionClosed(close: Close) = "natter.session.closed", "{session}";
     /// Connections that did not become sessions with a user.
@@ -589,6 +591,7 @@ mod tests {
         let mut slots = HashSet::new();
         let mut add = |counter: Counter| assert!(slots.insert(counter.slot()), "{counter:?}");
         add(Counter::SessionOpened);
+        add(Counter::SessionMoved);
         Close::ALL
             .into_iter()
             .for_each(|c| add(Counter::SessionClosed(c)));

@@ -229,6 +229,21 @@ impl Conn {
         self.close_within(reason, GRACE);
     }
 
+    /// Gives the socket away, to go on with elsewhere; here the connection is dead from now on. `None` where that can't be:
+    /// something is unwritten, or it is closing or dead.
+    #[must_use]
+    pub fn release(&self) -> Option<std::net::TcpStream> {
+        if self.closing.get().is_some() || self.outbox.borrow().is_some() {
+            return None;
+        }
+        let stream = self.stream.take()?;
+        self.die();
+        stream
+            .into_std()
+            .inspect_err(|error| tracing::debug!(%error, "a connection was lost"))
+            .ok()
+    }
+
     /// The reason given to the first [`close`](Self::close). `None` for a connection that is open, or died unasked.
     #[must_use]
     pub fn closing(&self) -> Option<Close> {
