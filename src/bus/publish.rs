@@ -167,7 +167,8 @@ impl Publisher {
             }
             acked.ts = match ts {
                 Some(ts) => ts,
-                None => self.stored_at(&outgoing.publication.room, &acked).await?,
+                // Rare, and large: not part of what each publish needs.
+                None => Box::pin(self.stored_at(&outgoing.publication.room, &acked)).await?,
             };
             Ok(acked)
         };
@@ -260,8 +261,7 @@ impl Publisher {
         if duplicate || news {
             return Ok(self.streams.known(part));
         }
-        self.streams
-            .verify(part, now)
+        Box::pin(self.streams.verify(part, now))
             .await
             .map_err(PublishError::Cursor)
     }

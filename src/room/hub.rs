@@ -189,7 +189,8 @@ impl Hub {
     /// The hub's task.
     pub(super) async fn run(self: Rc<Self>, rooms: Rc<Rooms>) {
         let deadline = Instant::now() + rooms.config.join_timeout;
-        match timeout_at(deadline, self.start(&rooms)).await {
+        // What happens seldom is apart, here and below: there are many hubs that wait.
+        match timeout_at(deadline, Box::pin(self.start(&rooms))).await {
             Ok(Ok(mut feeds)) => {
                 self.phase.send_if_modified(|phase| {
                     let starting = *phase == Phase::Starting;
@@ -299,11 +300,11 @@ impl Hub {
             };
             // Before the read: what comes to be suspect after it must raise a new suspicion.
             live.settle();
-            self.fill_in(rooms, cause).await;
+            Box::pin(self.fill_in(rooms, cause)).await;
         }
         let wanted = self.wanted.get();
         if *self.filled.borrow() < wanted {
-            self.fill_in(rooms, GapCause::Resync).await;
+            Box::pin(self.fill_in(rooms, GapCause::Resync)).await;
             self.filled.send_replace(wanted);
         }
         let mut ready = Pass::default();
@@ -320,7 +321,7 @@ impl Hub {
                 Admission::Old => self.on_old(rooms, &record),
                 Admission::Gap => {
                     self.fan_out(std::mem::take(&mut ready)).await;
-                    self.fill_before(rooms, &record).await;
+                    Box::pin(self.fill_before(rooms, &record)).await;
                     // The read usually brought it too.
                     if self.log.borrow().admit(record.class, record.seq, None) == Admission::Deliver
                     {

@@ -150,22 +150,27 @@ impl Session {
                 Ok(())
             }
             (Some(identity), Op::Refresh { token }) => self.refresh(rid, &identity, &token),
+            // The large ones apart, for the others to be small.
             (Some(identity), Op::Join { room, since, wants }) => {
-                self.join(rid, &identity, room, since, wants).await
+                Box::pin(self.join(rid, &identity, room, since, wants)).await
             }
             (Some(_), Op::Leave { room }) => self.leave(rid, &room),
             (Some(identity), Op::Send(publication)) => self.send(rid, identity, *publication).await,
-            (Some(identity), Op::Typing { room }) => self.typing(rid, &identity, &room).await,
+            (Some(identity), Op::Typing { room }) => {
+                Box::pin(self.typing(rid, &identity, &room)).await
+            }
             (Some(identity), Op::Read { room, cursor }) => {
-                self.read(rid, &identity, &room, &cursor).await
+                Box::pin(self.read(rid, &identity, &room, &cursor)).await
             }
             (Some(identity), Op::Presence { room, page }) => {
                 self.presence(rid, &identity, &room, &page).await
             }
             (Some(identity), Op::Readers { room, page }) => {
-                self.readers(rid, &identity, &room, &page).await
+                Box::pin(self.readers(rid, &identity, &room, &page)).await
             }
-            (Some(identity), Op::Unread { rooms }) => self.unread(rid, &identity, &rooms).await,
+            (Some(identity), Op::Unread { rooms }) => {
+                Box::pin(self.unread(rid, &identity, &rooms)).await
+            }
             (Some(identity), Op::History { room, page }) => {
                 self.history(rid, &identity, room, page).await
             }

@@ -274,7 +274,8 @@ impl Session {
                             inbox.push_front(Inbound::Command(command));
                             return departure(stream, self.carried(Work { decoder, inbox }));
                         }
-                        self.on_command(command).await;
+                        // Apart: an idle session has no use for the room that a command takes.
+                        Box::pin(self.on_command(command)).await;
                     }
                     Inbound::Close => self.conn.close(Close::Normal),
                 }
