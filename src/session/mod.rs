@@ -268,7 +268,7 @@ impl Session {
                 match inbound {
                     Inbound::Command(command) => {
                         if violation.is_none()
-                            && let Some(departure) = self.departure(&command)
+                            && let Some(departure) = self.departure(&command).await
                             && let Some(stream) = self.conn.release()
                         {
                             inbox.push_front(Inbound::Command(command));
@@ -311,7 +311,7 @@ impl Session {
 
     /// The way to the shard of its first room, before it is in any: members that are together are woken together, and their
     /// room needs one hub and one subscription. Only once, and only with nothing under way.
-    fn departure(&self, command: &Result<Command, Refusal>) -> Option<Departure> {
+    async fn departure(&self, command: &Result<Command, Refusal>) -> Option<Departure> {
         let Ok(Command {
             op: native::Op::Join { room, .. },
             ..
@@ -323,11 +323,12 @@ impl Session {
             && !self.draining.get()
             && self.identity.borrow().is_some()
             && self.replies.is_idle();
-        if may_go {
-            (self.context.home)(room)
-        } else {
-            None
+        if !may_go {
+            return None;
         }
+        // First: a place that is held for a peer that does not read would be one that others wait for.
+        self.conn.drained(0).await;
+        (self.context.home)(room)
     }
 
     fn carried(&self, Work { decoder, inbox }: Work) -> Carried {

@@ -17,6 +17,7 @@ mod history;
 mod lease;
 mod limits;
 mod pages;
+mod placement;
 mod presence;
 mod provision;
 mod read;
