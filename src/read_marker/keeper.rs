@@ -23,8 +23,8 @@ use crate::{
     telemetry::metrics::{Counter, MarkerWrite, count},
 };
 
-/// Pause after a write of a key before it is written again, and the length of a round: what need not be written at once
-/// waits for its end, so that many writes wake this process and the server once.
+/// Length of a round. A key is written at most once in a round, besides the first time; what need not be written at once waits
+/// for its end, so that many writes wake this process and the server once.
 pub const WRITE_PAUSE: Duration = Duration::from_millis(250);
 
 /// Writes in flight at once; more wait, and what grows meanwhile is written once.
@@ -210,7 +210,7 @@ impl State {
         }
         if written {
             self.marker(&key).set_phase(Phase::Pausing);
-            let due = self.queues.end_of_round(now + WRITE_PAUSE);
+            let due = self.queues.end_of_round(now);
             self.queues.later.push_back((due, key));
         } else {
             self.marker(&key).set_phase(Phase::Queued);

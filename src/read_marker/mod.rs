@@ -9,7 +9,7 @@
 //!
 //! # What is lost, and when
 //! A marker that was answered with `ok` is stored, or waits at most [`WRITE_PAUSE`] behind an earlier write of the same key,
-//! or NATS is away. If the edge dies meanwhile, every other edge with members in that room has heard the receipt, sees some
+//! or NATS is away. One that was moved by sending waits at most that long as well. If the edge dies meanwhile, every other edge with members in that room has heard the receipt, sees some
 //! seconds later that the bucket has less, and writes it. If there is none, the marker stays where it was written last.
 
 mod keeper;

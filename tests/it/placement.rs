@@ -101,7 +101,7 @@ async fn a_room_that_is_larger_than_the_share_of_a_shard_is_spread() {
     let mesh = mesh().await;
     let mut connections = Vec::new();
     for n in 0..120 {
-        let mut connection = mesh.connect(0, &format!("user-{n}")).await;
+        let connection = mesh.connect(0, &format!("user-{n}")).await;
         let join = json!({ "room": "chat:all" });
         let joined = connection.commands().call("join", join).await.unwrap();
         assert_eq!(joined.op(), "joined");
