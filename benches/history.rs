@@ -32,8 +32,8 @@ use natter::{
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use serde_json::{Value, json};
 use support::{
-    LONG, dedicated_mongod, dedicated_nats, launcher,
-    mesh::{Mesh, http, token},
+    LONG, cpu_time, dedicated_mongod, dedicated_nats, launcher,
+    mesh::{Mesh, answers, http, token},
     natter, unique,
 };
 
@@ -124,15 +124,6 @@ async fn publish(config: &Config, messages: usize, rooms: usize) {
     }
 }
 
-/// CPU time that a process has used, in clock ticks of 10 ms.
-fn cpu(pid: u32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let (_, rest) = stat.rsplit_once(") ").unwrap();
-    let fields: Vec<&str> = rest.split(' ').collect();
-    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    Duration::from_millis(ticks * 10)
-}
-
 /// Memory that a process holds at most, in MiB.
 fn peak_mib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -164,14 +155,7 @@ async fn start_history(mesh: &Mesh, mongodb: &str, database: &str) -> Process {
             .map(|(key, value)| (key.to_owned(), value))
             .collect(),
         log: mesh.dir().join("history.log"),
-        ready: Arc::new(move |_pid| {
-            Box::pin(async move {
-                match http(address, "GET", "/healthz", "", "").await? {
-                    (200, _) => Ok(()),
-                    (status, body) => Err(format!("{status}: {body}").into()),
-                }
-            })
-        }),
+        ready: answers(address, "/healthz"),
         alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
         ready_within: LONG,
         stop_within: LONG,
@@ -208,7 +192,7 @@ async fn compare(nats: &str, mongod: &support::DedicatedMongod) {
         mongod.server.pid().unwrap(),
     );
     let database = unique("ingest");
-    let before = cpu(pid);
+    let before = cpu_time(pid);
     let started = Instant::now();
     let mut history = start_history(&mesh, &mongod.url(), &database).await;
     ingested(&client, &database, MESSAGES).await;
@@ -217,8 +201,8 @@ async fn compare(nats: &str, mongod: &support::DedicatedMongod) {
     println!(
         "service               {:>7.0} /s   service {:>5.1} µs, mongod {:>5.1} µs of CPU a message, service at most {} MiB",
         rate(MESSAGES, took),
-        micros(cpu(service), MESSAGES),
-        micros(cpu(pid).saturating_sub(before), MESSAGES),
+        micros(cpu_time(service), MESSAGES),
+        micros(cpu_time(pid).saturating_sub(before), MESSAGES),
         peak_mib(service),
     );
     history.stop().await;
@@ -243,7 +227,7 @@ async fn compare(nats: &str, mongod: &support::DedicatedMongod) {
         let target = client
             .database(&bare)
             .collection::<RawDocumentBuf>("messages");
-        let before = cpu(pid);
+        let before = cpu_time(pid);
         let started = Instant::now();
         stream::iter(documents.chunks(BATCH))
             .for_each_concurrent(in_flight, |batch| {
@@ -254,7 +238,7 @@ async fn compare(nats: &str, mongod: &support::DedicatedMongod) {
         println!(
             "bare loop, {in_flight} in flight {:>7.0} /s   mongod {:>5.1} µs of CPU a message   ratio {:.2}",
             rate(MESSAGES, started.elapsed()),
-            micros(cpu(pid).saturating_sub(before), MESSAGES),
+            micros(cpu_time(pid).saturating_sub(before), MESSAGES),
             started.elapsed().as_secs_f64() / took.as_secs_f64(),
         );
         client.database(&bare).drop().await.unwrap();

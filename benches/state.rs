@@ -25,8 +25,8 @@ use natter::{
 };
 use serde_json::{Value, json};
 use support::{
-    LONG, binaries, launcher,
-    mesh::{Mesh, http},
+    LONG, binaries, cpu_time, launcher,
+    mesh::{Mesh, answers, http},
 };
 use tokio::task::JoinHandle;
 
@@ -62,14 +62,7 @@ impl Nats {
             args: vec!["-c".into(), file.into()],
             env: Vec::new(),
             log: dir.join("nats.log"),
-            ready: Arc::new(move |_pid| {
-                Box::pin(async move {
-                    match http(monitor, "GET", "/healthz", "", "").await? {
-                        (200, _) => Ok(()),
-                        (status, body) => Err(format!("{status}: {body}").into()),
-                    }
-                })
-            }),
+            ready: answers(monitor, "/healthz"),
             alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
             ready_within: LONG,
             stop_within: LONG,
@@ -91,15 +84,6 @@ impl Nats {
         let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
         digits.parse().unwrap()
     }
-}
-
-/// CPU time that a process has used, in clock ticks of 10 ms.
-fn cpu(pid: u32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let (_, rest) = stat.rsplit_once(") ").unwrap();
-    let fields: Vec<&str> = rest.split(' ').collect();
-    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    Duration::from_millis(ticks * 10)
 }
 
 /// A connected user whose pushes are taken and thrown away.
@@ -158,7 +142,7 @@ async fn time(
     mut call: impl AsyncFnMut(usize),
 ) -> Timed {
     let pid = mesh.edges[edge].process.pid().unwrap();
-    let (before, cpu_before, started) = (nats.received().await, cpu(pid), Instant::now());
+    let (before, cpu_before, started) = (nats.received().await, cpu_time(pid), Instant::now());
     let mut times = Vec::with_capacity(calls);
     for i in 0..calls {
         let started = Instant::now();
@@ -166,7 +150,7 @@ async fn time(
         times.push(started.elapsed());
     }
     let wall = started.elapsed();
-    let cpu = cpu(pid) - cpu_before;
+    let cpu = cpu_time(pid) - cpu_before;
     let nats = nats.received().await - before;
     times.sort_unstable();
     Timed {

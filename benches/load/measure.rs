@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::swarm::Tally;
+use super::{support::cpu_time, swarm::Tally};
 
 /// Runs during which everything else on the machine took more than this many cores are repeated.
 pub(crate) const NOISE: f64 = 0.25;
@@ -17,11 +17,6 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// CPU time used so far, in ticks of 10 ms.
-    fn cpu(&self) -> Duration {
-        cpu(&format!("/proc/{}/stat", self.pid))
-    }
-
     /// Resident memory now and at most, in bytes.
     pub(crate) fn memory(&self) -> (u64, u64) {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
@@ -35,13 +30,6 @@ impl Server {
         };
         (of("VmRSS:"), of("VmHWM:"))
     }
-}
-
-fn cpu(path: &str) -> Duration {
-    let stat = std::fs::read_to_string(path).unwrap();
-    let (_, rest) = stat.rsplit_once(") ").unwrap();
-    let ticks = |field: usize| rest.split(' ').nth(field).unwrap().parse::<u64>().unwrap();
-    Duration::from_millis((ticks(11) + ticks(12)) * 10)
 }
 
 /// CPU time that the whole machine has used.
@@ -86,9 +74,9 @@ impl Begin {
         Self {
             servers: servers
                 .iter()
-                .map(|server| (server.clone(), server.cpu()))
+                .map(|server| (server.clone(), cpu_time(server.pid)))
                 .collect(),
-            own: cpu("/proc/self/stat"),
+            own: cpu_time(std::process::id()),
             machine: machine(),
             at: Instant::now(),
         }
@@ -97,11 +85,11 @@ impl Begin {
     pub(crate) fn end(self) -> Cost {
         let seconds = self.at.elapsed().as_secs_f64();
         let machine_used = machine() - self.machine;
-        let own = cpu("/proc/self/stat") - self.own;
+        let own = cpu_time(std::process::id()) - self.own;
         let used: Vec<(&'static str, Duration)> = self
             .servers
             .iter()
-            .map(|(server, before)| (server.name, server.cpu() - *before))
+            .map(|(server, before)| (server.name, cpu_time(server.pid) - *before))
             .collect();
         let known: Duration = own + used.iter().map(|(_, used)| *used).sum::<Duration>();
         Cost {

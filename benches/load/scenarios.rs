@@ -22,7 +22,7 @@ use super::{
     measure::{Begin, Cost, NOISE, Runs, Server, latency, print},
     support::{
         DedicatedNats, LONG, binaries, dedicated_nats, launcher,
-        mesh::{Mesh, http},
+        mesh::{Mesh, answers},
     },
     swarm::Swarm,
 };
@@ -256,14 +256,7 @@ async fn nats_websocket() -> Target {
         args: vec!["-c".into(), file.into()],
         env: Vec::new(),
         log: dir.path().join("nats.log"),
-        ready: Arc::new(move |_pid| {
-            Box::pin(async move {
-                match http(monitor, "GET", "/healthz", "", "").await? {
-                    (200, _) => Ok(()),
-                    (status, body) => Err(format!("{status}: {body}").into()),
-                }
-            })
-        }),
+        ready: answers(monitor, "/healthz"),
         alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
         ready_within: LONG,
         stop_within: LONG,

@@ -209,7 +209,7 @@ impl Mesh {
 }
 
 /// Whether a GET is answered with 200.
-fn answers(address: SocketAddr, path: &'static str) -> Check {
+pub(crate) fn answers(address: SocketAddr, path: &'static str) -> Check {
     Arc::new(move |_pid| {
         Box::pin(async move {
             let (status, body) = http(address, "GET", path, "", "").await?;
