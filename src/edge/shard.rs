@@ -401,9 +401,11 @@ impl Shard {
         self.sessions.borrow_mut().insert(id, Rc::clone(&session));
         self.load().fetch_add(1, Ordering::Relaxed);
         let shard = Rc::clone(self);
+        // A copy, of nothing as a rule: `first` is the end of the buffer of the whole handshake, which is to go.
+        let first = new.first.to_vec();
         spawn_local(async move {
             let span = tracing::debug_span!("session", session.id = id);
-            session.run(work, new.first.to_vec()).instrument(span).await;
+            session.run(work, first).instrument(span).await;
             shard.sessions.borrow_mut().remove(&id);
             shard.load().fetch_sub(1, Ordering::Relaxed);
         });
