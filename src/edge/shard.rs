@@ -4,7 +4,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     io,
-    net::{IpAddr, TcpStream},
+    net::TcpStream,
     rc::Rc,
     sync::{
         Arc,
@@ -24,9 +24,8 @@ use tokio::{
 
 use tracing::Instrument as _;
 
-use super::{EdgeError, Shared, admission::Place};
+use super::{EdgeError, Shared};
 use crate::{
-    auth::Identity,
     bus::{ConnectError, Connection, Publisher, Reader, Streams},
     config::Config,
     history,
@@ -53,13 +52,10 @@ pub(super) struct NewSession {
     pub(super) stream: TcpStream,
     /// What the client sent right behind its handshake.
     pub(super) first: Bytes,
-    pub(super) identity: Option<Arc<Identity>>,
-    pub(super) user: Option<Place<String>>,
-    pub(super) address: Option<Place<IpAddr>>,
     /// Set for a connection that is accepted only to be told why it is not wanted.
     pub(super) close: Option<Close>,
-    /// What it has, if it comes from another shard; what stands above is empty then.
-    pub(super) carried: Option<Carried>,
+    /// What it has besides.
+    pub(super) carried: Carried,
 }
 
 /// The way to a shard.
@@ -121,11 +117,8 @@ fn way_home(neighbours: Arc<[Neighbour]>, here: usize) -> Home {
             place.send(NewSession {
                 stream,
                 first: Bytes::new(),
-                identity: None,
-                user: None,
-                address: None,
                 close: None,
-                carried: Some(carried),
+                carried,
             });
         };
         Some(Box::new(go) as Departure)
@@ -392,12 +385,7 @@ impl Shard {
             return;
         }
         let id = (self.number << 48) | self.made.replace(self.made.get() + 1);
-        let carried = new.carried.unwrap_or_else(|| {
-            let user = new.user.map(|place| Box::new(place) as UserSlot);
-            let address = new.address.map(|place| Box::new(place) as UserSlot);
-            Carried::new(&self.context.config, new.identity, user, address)
-        });
-        let (session, work) = Session::new(id, Rc::clone(&self.context), conn, carried);
+        let (session, work) = Session::new(id, Rc::clone(&self.context), conn, new.carried);
         self.sessions.borrow_mut().insert(id, Rc::clone(&session));
         self.load().fetch_add(1, Ordering::Relaxed);
         let shard = Rc::clone(self);

@@ -21,6 +21,7 @@ use crate::{
     auth::{AuthError, Identity},
     protocol::{Close, ErrorCode, native::SUBPROTOCOL},
     runtime::unix_s,
+    session::{Carried, UserSlot},
     telemetry::metrics::{self, Counter, count},
 };
 
@@ -92,6 +93,9 @@ pub(super) async fn websocket(
         );
     }
     let shard = ready.shards.next();
+    let user = user.flatten().map(|place| Box::new(place) as UserSlot);
+    let address = address.map(|place| Box::new(place) as UserSlot);
+    let carried = Carried::new(&shared.config, identity, user, address);
     tokio::spawn(async move {
         let upgraded = match upgraded.await {
             Ok(websocket) => websocket.into_inner().into_inner(),
@@ -107,11 +111,8 @@ pub(super) async fn websocket(
         let session = NewSession {
             stream,
             first: parts.read_buf,
-            identity,
-            user: user.flatten(),
-            address,
             close,
-            carried: None,
+            carried,
         };
         // A shard that is gone is draining: the connection is closed by being dropped, as for any client that comes late.
         if shard.send(session).await.is_err() {
