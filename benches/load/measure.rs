@@ -1,6 +1,9 @@
 //! What a run is: what was received, what it cost, and what else the machine did meanwhile.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 
@@ -198,5 +201,58 @@ fn shown(value: f64) -> String {
         size if size >= 10.0 => format!("{value:.1}"),
         size if size >= 0.1 => format!("{value:.2}"),
         _ => format!("{value:.3}"),
+    }
+}
+
+/// A memory cgroup of its own, while it lasts; on machines that have none, or do not let us make one, nothing.
+#[derive(Debug)]
+pub(crate) struct MemoryGroup {
+    path: PathBuf,
+    /// Where version 1 and version 2 have the most that was used.
+    peak: &'static str,
+}
+
+impl MemoryGroup {
+    /// Moves `servers` into a new group with a limit in bytes.
+    pub(crate) fn around(servers: &[Server], limit: u64) -> Option<Self> {
+        let versions = [
+            (
+                "/sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.max_usage_in_bytes",
+            ),
+            ("/sys/fs/cgroup", "memory.max", "memory.peak"),
+        ];
+        versions.into_iter().find_map(|(root, max, peak)| {
+            let path = Path::new(root).join(format!("natter-bench-{}", std::process::id()));
+            std::fs::create_dir(&path).ok()?;
+            let group = Self { path, peak };
+            std::fs::write(group.path.join(max), limit.to_string()).ok()?;
+            for server in servers {
+                std::fs::write(group.path.join("cgroup.procs"), server.pid.to_string()).ok()?;
+            }
+            Some(group)
+        })
+    }
+
+    /// The most that was used, in bytes: memory of the processes, files and sockets.
+    pub(crate) fn peak(&self) -> u64 {
+        let text = std::fs::read_to_string(self.path.join(self.peak)).unwrap_or_default();
+        text.trim().parse().unwrap_or_default()
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        // It can only go when it is empty.
+        let root = self.path.parent().map(|root| root.join("cgroup.procs"));
+        let inside = std::fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
+        for pid in inside.lines() {
+            root.as_ref()
+                .and_then(|root| std::fs::write(root, pid).ok());
+        }
+        if let Err(error) = std::fs::remove_dir(&self.path) {
+            eprintln!("{}: {error}", self.path.display());
+        }
     }
 }

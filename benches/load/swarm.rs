@@ -34,8 +34,8 @@ enum Stage {
     Joining,
     /// It is in its room, or publishes.
     In,
-    /// The server has closed it, with this code; 0: without one.
-    Closed(u16),
+    /// It is over.
+    Closed,
 }
 
 #[derive(Debug)]
@@ -96,9 +96,31 @@ pub(crate) struct Swarm {
     /// Messages said so far, by room.
     said: Vec<u64>,
     rid: u64,
+    /// What is said whatever else is done.
+    load: Option<Load>,
     /// Whether cursors are kept, to resume with.
     pub(crate) keep_cursors: bool,
+    /// Whose latency counts.
+    pub(crate) observed: std::ops::Range<usize>,
     pub(crate) tally: Tally,
+}
+
+/// Messages that are due at a pace.
+#[derive(Debug, Clone)]
+struct Load {
+    publishers: std::ops::Range<usize>,
+    rooms: usize,
+    pause: Duration,
+    start: Instant,
+    /// How many there are, and have been said.
+    total: u32,
+    said: u32,
+}
+
+impl Load {
+    fn next_due(&self) -> Option<Instant> {
+        (self.said < self.total).then(|| self.start + self.pause * self.said)
+    }
 }
 
 impl Swarm {
@@ -113,9 +135,16 @@ impl Swarm {
             buffer: vec![0; BUFFER],
             epoch: Instant::now(),
             rid: 0,
+            load: None,
             keep_cursors: false,
+            observed: 0..usize::MAX,
             tally: Tally::default(),
         }
+    }
+
+    /// Who connects from now on does so to `address`.
+    pub(crate) fn go_to(&mut self, address: SocketAddr) {
+        self.address = address;
     }
 
     /// Connects one client for each of `rooms` (`None`: it only publishes), with users of their own, and waits until all are
@@ -186,7 +215,7 @@ impl Swarm {
     /// These clients are cut off at once.
     pub(crate) fn cut(&mut self, clients: std::ops::Range<usize>) {
         for client in &mut self.clients[clients] {
-            client.stage = Stage::Closed(0);
+            client.stage = Stage::Closed;
             // With a reset, as when a network goes away.
             let gone = epoll::delete(&self.epoll, &client.stream);
             gone.unwrap();
@@ -279,12 +308,6 @@ impl Swarm {
         }
     }
 
-    /// How many of these clients the server closed with `code`.
-    pub(crate) fn closed(&self, clients: std::ops::Range<usize>, code: u16) -> usize {
-        let of_code = |client: &&Client| client.stage == Stage::Closed(code);
-        self.clients[clients].iter().filter(of_code).count()
-    }
-
     /// The number of messages that a client has got in a row.
     pub(crate) fn got(&self, client: usize) -> u64 {
         self.clients[client].next.unwrap_or_default()
@@ -318,31 +341,53 @@ impl Swarm {
         rate: f64,
         time: Duration,
     ) {
-        let pause = Duration::from_secs_f64(1.0 / (rate * rooms as f64));
-        let start = Instant::now();
-        let total = (time.as_secs_f64() / pause.as_secs_f64()).round() as u32;
-        for k in 0..total {
-            let due = start + pause * k;
-            loop {
-                let now = Instant::now();
-                if now >= due {
-                    break;
-                }
-                self.turn(due - now);
-            }
-            let room = k as usize % rooms;
-            let publisher = publishers.start + room % publishers.len();
-            self.say(publisher, room, due);
-            // What has arrived meanwhile, at the least every few messages.
-            if k % 8 == 0 {
-                self.turn(Duration::ZERO);
-            }
+        self.begin(publishers, rooms, rate, time);
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            self.turn(end.saturating_duration_since(Instant::now()));
         }
-        let rest = start + time;
-        while Instant::now() < rest {
-            self.turn(rest.saturating_duration_since(Instant::now()));
-        }
+        self.end();
         self.settle();
+    }
+
+    /// Begins to say what [`Self::load`] says, at most for `time`; it is said while other things are done.
+    pub(crate) fn begin(
+        &mut self,
+        publishers: std::ops::Range<usize>,
+        rooms: usize,
+        rate: f64,
+        time: Duration,
+    ) {
+        let pause = Duration::from_secs_f64(1.0 / (rate * rooms as f64));
+        self.load = Some(Load {
+            publishers,
+            rooms,
+            pause,
+            start: Instant::now(),
+            total: (time.as_secs_f64() / pause.as_secs_f64()).round() as u32,
+            said: 0,
+        });
+    }
+
+    /// Ends it; what was due is said.
+    pub(crate) fn end(&mut self) {
+        self.say_due();
+        self.load = None;
+    }
+
+    /// Says what is due, a few messages at most before what has arrived is looked at.
+    fn say_due(&mut self) {
+        for _ in 0..8 {
+            let now = Instant::now();
+            let Some(load) = &mut self.load else { return };
+            let Some(due) = load.next_due().filter(|due| *due <= now) else {
+                return;
+            };
+            let room = load.said as usize % load.rooms;
+            load.said += 1;
+            let publisher = load.publishers.start + room % load.publishers.len();
+            self.say(publisher, room, due);
+        }
     }
 
     /// Waits until everybody in a room has everything, or for 5 s.
@@ -387,6 +432,11 @@ impl Swarm {
 
     /// Handles what is there, or what comes within `wait`.
     pub(crate) fn turn(&mut self, wait: Duration) {
+        self.say_due();
+        let due = self.load.as_ref().and_then(Load::next_due);
+        let wait = due.map_or(wait, |due| {
+            wait.min(due.saturating_duration_since(Instant::now()))
+        });
         let mut events = Vec::with_capacity(1024);
         let wait = Timespec {
             tv_sec: wait.as_secs().cast_signed(),
@@ -420,10 +470,10 @@ impl Swarm {
         let read = match client.stream.read(&mut self.buffer[kept..]) {
             Ok(read) => read,
             Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
-            Err(_) => return self.closed_by_server(index, 0),
+            Err(_) => return self.over(index),
         };
         if read == 0 {
-            return self.closed_by_server(index, 0);
+            return self.over(index);
         }
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut at = 0;
@@ -460,12 +510,7 @@ impl Swarm {
             let payload = &mut buffer[payload];
             match opcode {
                 1 | 2 => self.on_payload(index, payload, now),
-                8 => {
-                    let code = payload
-                        .first_chunk()
-                        .map_or(0, |code| u16::from_be_bytes(*code));
-                    self.closed_by_server(index, code);
-                }
+                8 => self.over(index),
                 9 => {
                     let pong = masked(0x8a, payload);
                     self.send_raw(index, &pong);
@@ -483,6 +528,7 @@ impl Swarm {
             clients,
             tally,
             keep_cursors,
+            observed,
             ..
         } = self;
         let client = &mut clients[index];
@@ -491,9 +537,10 @@ impl Swarm {
         dialect.take(payload, &mut carry, &mut |seen| match seen {
             Seen::Message(t, n, cursor) => {
                 tally.deliveries += 1;
-                tally
-                    .latency
-                    .saturating_record(now.saturating_sub(t).max(1));
+                if observed.contains(&index) {
+                    let latency = now.saturating_sub(t).max(1);
+                    tally.latency.saturating_record(latency);
+                }
                 let expected = client.next.unwrap_or(n);
                 if n < expected {
                     tally.repeated += 1;
@@ -520,10 +567,10 @@ impl Swarm {
         }
     }
 
-    fn closed_by_server(&mut self, index: usize, code: u16) {
+    fn over(&mut self, index: usize) {
         let client = &mut self.clients[index];
-        if !matches!(client.stage, Stage::Closed(_)) {
-            client.stage = Stage::Closed(code);
+        if client.stage != Stage::Closed {
+            client.stage = Stage::Closed;
             // One that does not read was taken off already.
             epoll::delete(&self.epoll, &client.stream).ok();
         }
@@ -549,7 +596,7 @@ impl Swarm {
                     client.out.drain(..written);
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(_) => return self.closed_by_server(index, 0),
+                Err(_) => return self.over(index),
             }
         }
         let is_behind = !client.out.is_empty();

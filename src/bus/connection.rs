@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use async_nats::{Client, ConnectOptions, Event, Statistics, connection::State};
+use async_nats::{Client, ConnectOptions, Event, ServerAddr, Statistics, connection::State};
 use tokio::time::timeout;
 
 use crate::{
@@ -17,10 +17,62 @@ use crate::{
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(1);
 
 /// How often the server is asked for a sign of life; it is given up after two without.
-const PING_INTERVAL: Duration = Duration::from_secs(5);
+pub(super) const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long one server may take to take us.
+pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 
 /// How long the last bytes of a connection may take.
-const CLOSE_WITHIN: Duration = Duration::from_secs(1);
+pub(super) const CLOSE_WITHIN: Duration = Duration::from_secs(1);
+
+/// The pause before an attempt to reconnect: it grows to a second, and is not the same for all who lost a server at once.
+pub(super) fn reconnect_delay(attempts: usize) -> Duration {
+    let attempts = u32::try_from(attempts).unwrap_or(u32::MAX);
+    let step = Duration::from_millis(50).saturating_mul(attempts);
+    step.min(MAX_RECONNECT_DELAY)
+        .mul_f64(rand::random_range(0.5..1.0))
+}
+
+/// Where the answers to one connection go; two regions must never share one.
+pub(super) fn new_inbox() -> String {
+    format!("_INBOX_{}", ulid::Ulid::new().to_string().to_lowercase())
+}
+
+/// The servers that the configuration names.
+pub(super) fn servers(config: &config::Nats) -> Result<Vec<ServerAddr>, ConnectError> {
+    let servers: Result<_, _> = config
+        .url
+        .split(',')
+        .map(|url| url.trim().parse())
+        .collect();
+    servers.map_err(|source| ConnectError::Url {
+        url: config.url.clone(),
+        source,
+    })
+}
+
+/// Who the configuration says we are.
+pub(super) enum Identity {
+    Nobody,
+    Password(String, String),
+    /// The text of a credentials file.
+    Credentials(String),
+}
+
+impl Identity {
+    pub(super) fn of(config: &config::Nats) -> Result<Self, ConnectError> {
+        if !config.user.is_empty() {
+            let password = config.password.expose().to_owned();
+            return Ok(Self::Password(config.user.clone(), password));
+        }
+        if config.creds_file.as_os_str().is_empty() {
+            return Ok(Self::Nobody);
+        }
+        std::fs::read_to_string(&config.creds_file)
+            .map(Self::Credentials)
+            .map_err(ConnectError::Credentials)
+    }
+}
 
 /// A NATS connection that reconnects by itself, for ever.
 #[derive(Debug, Clone)]
@@ -36,6 +88,13 @@ pub enum ConnectError {
     /// The credentials file can't be used.
     #[error("nats.creds_file: can't be used")]
     Credentials(#[source] std::io::Error),
+    /// The URL is none.
+    #[error("nats.url = {url:?}: not a list of NATS URLs")]
+    Url {
+        url: String,
+        #[source]
+        source: std::io::Error,
+    },
     /// The first attempt failed in a way that repeating can't mend, e.g. a malformed URL.
     #[error("no connection to NATS at {url}")]
     Connect {
@@ -53,43 +112,34 @@ impl Connection {
     /// [`ConnectError`] where repeating can't help.
     pub async fn open(config: &config::Nats, name: &str) -> Result<Self, ConnectError> {
         let label = name.to_owned();
-        let inbox = format!("_INBOX_{}", ulid::Ulid::new().to_string().to_lowercase());
         let mut options = ConnectOptions::new()
             .name(name)
-            .custom_inbox_prefix(inbox)
+            .custom_inbox_prefix(new_inbox())
             .request_timeout(None)
             .retry_on_initial_connect()
             .ping_interval(PING_INTERVAL)
-            .connection_timeout(Duration::from_secs(3))
+            .connection_timeout(CONNECT_WITHIN)
             .subscription_capacity(config.subscription_capacity)
-            .reconnect_delay_callback(|attempts| {
-                let step = Duration::from_millis(50)
-                    .saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX));
-                step.min(MAX_RECONNECT_DELAY)
-                    .mul_f64(rand::random_range(0.5..1.0))
-            })
+            .reconnect_delay_callback(reconnect_delay)
             .event_callback(move |event| {
                 let label = label.clone();
                 async move { on_event(&label, &event) }
             });
-        if !config.user.is_empty() {
-            options =
-                options.user_and_password(config.user.clone(), config.password.expose().to_owned());
-        } else if !config.creds_file.as_os_str().is_empty() {
-            let text =
-                std::fs::read_to_string(&config.creds_file).map_err(ConnectError::Credentials)?;
-            options = options
+        options = match Identity::of(config)? {
+            Identity::Nobody => options,
+            Identity::Password(user, password) => options.user_and_password(user, password),
+            Identity::Credentials(text) => options
                 .credentials(&text)
-                .map_err(ConnectError::Credentials)?;
-        }
-        let servers: Vec<&str> = config.url.split(',').map(str::trim).collect();
-        let client = options
-            .connect(servers)
-            .await
-            .map_err(|source| ConnectError::Connect {
-                url: config.url.clone(),
-                source,
-            })?;
+                .map_err(ConnectError::Credentials)?,
+        };
+        let client =
+            options
+                .connect(servers(config)?)
+                .await
+                .map_err(|source| ConnectError::Connect {
+                    url: config.url.clone(),
+                    source,
+                })?;
         let statistics = client.statistics();
         Ok(Self {
             client,

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::{
     BadRecord, Connection, ReadError, Reader, Record, StreamError, Streams,
     ack::{AckError, PubAck},
-    record::{last, message_key},
+    record::{last, message_key, pairs},
 };
 use crate::{
     config,
@@ -238,7 +238,7 @@ impl Eraser {
             .parse_stored(dead.as_deref().unwrap_or(subject))?;
         // Neither epoch nor body matters here.
         let epoch = self.streams.known(0).epoch;
-        let record = Record::stored(headers, Bytes::new(), subject.class, epoch).ok()?;
+        let record = Record::stored(pairs(headers), Bytes::new(), subject.class, epoch).ok()?;
         let said = last(headers, header::PLACE).filter(|_| dead.is_some());
         let said = said.and_then(|place| place.split(' ').nth(2)?.parse().ok());
         Some(Candidate {

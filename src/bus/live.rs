@@ -8,8 +8,8 @@ use super::{Connection, Message};
 /// Messages of one subject as they come, in batches, with a sound answer to "may anything be missing here?".
 ///
 /// async-nats keeps `capacity` unread messages a subscription and drops what comes on top; it says so by an event that can
-/// itself be lost. And what is published while a connection is down never arrives. Neither shows in the messages, except
-/// as a wrong predecessor of the *same class* of a room. So the feed watches for both causes itself:
+/// itself be lost. And what is published while a connection is down never arrives. Neither shows in the messages. So the feed
+/// watches for both causes itself:
 ///
 /// - A drop needs a full buffer: at that moment `capacity` messages stand before the hole. Whoever reads `capacity`
 ///   messages in a row without once finding the buffer empty may have come to a hole; whoever does not has not.
@@ -76,16 +76,11 @@ impl LiveFeed {
         tokio::task::unconstrained(self.subscriber.next()).now_or_never()
     }
 
-    /// Why something may be missing before the messages read last; `None`: nothing is.
+    /// Whether something may be missing before the messages read last.
     #[must_use]
-    pub fn suspicion(&self) -> Option<Suspicion> {
-        if self.connection.generation() != self.generation {
-            Some(Suspicion::Reconnect)
-        } else if self.run >= self.connection.subscription_capacity() {
-            Some(Suspicion::Overflow)
-        } else {
-            None
-        }
+    pub fn is_suspect(&self) -> bool {
+        self.connection.generation() != self.generation
+            || self.run >= self.connection.subscription_capacity()
     }
 
     /// To be called *before* the stream is read to check a suspicion: what is read under the returned state is complete up
@@ -94,13 +89,4 @@ impl LiveFeed {
         self.run = 0;
         self.generation = self.connection.generation();
     }
-}
-
-/// Why live messages may be missing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Suspicion {
-    /// The connection was down in between.
-    Reconnect,
-    /// The subscription's buffer may have been full.
-    Overflow,
 }

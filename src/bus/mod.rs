@@ -9,6 +9,7 @@ mod count;
 mod dead;
 mod erase;
 mod kv;
+mod line;
 mod live;
 pub mod provision;
 mod publish;
@@ -26,7 +27,8 @@ pub use count::Newer;
 pub use dead::{DeadLetter, DeadLetters, LetterError};
 pub use erase::{Candidate, EraseError, Eraser, Scan};
 pub use kv::{Bucket, Entry, KvError, Put};
-pub use live::{LiveFeed, Suspicion};
+pub use line::{Arrival, Driver, HeaderWriter, Headers, Line, LineError, Listener};
+pub use live::LiveFeed;
 pub use publish::{Acked, Outgoing, PublishError, Publisher};
 pub use pull::{
     Answer, ConsumerState, Delivery, Pull, PullError, answer, consumer_state, count_after,

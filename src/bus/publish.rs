@@ -2,15 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use async_nats::{HeaderMap, Request, RequestErrorKind};
-use bytes::Bytes;
 use tokio::{
     task::yield_now,
     time::{Instant, timeout},
 };
 
 use super::{
-    Connection, ReadError, Reader, StreamError, StreamState, Streams,
+    HeaderWriter, Line, LineError, ReadError, Reader, StreamError, Streams,
     ack::{AckError, PubAck},
     record::message_key,
 };
@@ -26,10 +24,10 @@ use crate::{
     },
 };
 
-/// Publishes over one connection; cheap to clone.
+/// Publishes over one line; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Publisher {
-    connection: Connection,
+    line: Line,
     reader: Reader,
     streams: Arc<Streams>,
     subjects: Subjects,
@@ -70,6 +68,9 @@ pub enum PublishError {
     /// No acknowledgement in time.
     #[error("the stream did not acknowledge within {0:?}; repeat it with the same id")]
     UnknownOutcome(Duration),
+    /// The connection broke before the acknowledgement.
+    #[error("the connection to NATS broke before the acknowledgement; repeat it with the same id")]
+    Lost,
     /// The stream has reached a limit or the disk is full.
     #[error("the stream refuses the message: {0}")]
     StreamFull(String),
@@ -91,7 +92,7 @@ impl PublishError {
     fn fault(&self) -> PublishFault {
         match self {
             Self::Unavailable => PublishFault::Unavailable,
-            Self::UnknownOutcome(_) | Self::Cursor(_) | Self::Time(_) => {
+            Self::UnknownOutcome(_) | Self::Lost | Self::Cursor(_) | Self::Time(_) => {
                 PublishFault::UnknownOutcome
             }
             Self::StreamFull(_) => PublishFault::StreamFull,
@@ -104,7 +105,9 @@ impl PublishError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Unavailable => ErrorCode::Unavailable,
-            Self::UnknownOutcome(_) | Self::Cursor(_) | Self::Time(_) => ErrorCode::UnknownOutcome,
+            Self::UnknownOutcome(_) | Self::Lost | Self::Cursor(_) | Self::Time(_) => {
+                ErrorCode::UnknownOutcome
+            }
             Self::StreamFull(_) => ErrorCode::StreamFull,
             Self::TooLarge(_) => ErrorCode::TooLarge,
             Self::Refused(_) => ErrorCode::Internal,
@@ -127,17 +130,17 @@ mod err_code {
 }
 
 impl Publisher {
-    /// A publisher over `connection`; `reader` looks up the times of messages.
+    /// A publisher over `line`; `reader` looks up the times of messages.
     #[must_use]
     pub fn new(
-        connection: Connection,
+        line: Line,
         reader: Reader,
         streams: Arc<Streams>,
         config: &config::Nats,
         edge: &str,
     ) -> Self {
         Self {
-            connection,
+            line,
             reader,
             streams,
             subjects: Subjects::new(&config.prefix),
@@ -146,35 +149,17 @@ impl Publisher {
         }
     }
 
-    /// Publishes to the room's stream; the answer comes within `nats.publish_timeout`. `known_time` tells the time of a
+    /// Publishes to the room's stream; the stream has `nats.publish_timeout` to acknowledge. `known_time` tells the time of a
     /// message that is at hand; for others the stream is asked.
     ///
     /// # Errors
-    /// [`PublishError`]; with `UnknownOutcome` the message may be stored all the same.
+    /// [`PublishError`]; with `UnknownOutcome` and `Lost` the message may be stored all the same.
     pub async fn durable(
         &self,
         outgoing: &Outgoing<'_>,
         known_time: impl Fn(u64) -> Option<u64>,
     ) -> Result<Acked, PublishError> {
-        let publish = async {
-            let mut acked = self.publish(outgoing).await?;
-            // The stream republishes before it acknowledges: who is in the room has the message now, or after one turn of
-            // the shard's tasks.
-            let mut ts = known_time(acked.seq);
-            if ts.is_none() {
-                yield_now().await;
-                ts = known_time(acked.seq);
-            }
-            acked.ts = match ts {
-                Some(ts) => ts,
-                // Rare, and large: not part of what each publish needs.
-                None => Box::pin(self.stored_at(&outgoing.publication.room, &acked)).await?,
-            };
-            Ok(acked)
-        };
-        let result = timeout(self.timeout, publish)
-            .await
-            .unwrap_or(Err(PublishError::UnknownOutcome(self.timeout)));
+        let result = self.published(outgoing, known_time).await;
         match &result {
             Ok(acked) if acked.duplicate => count(Counter::PublishDuplicate, 1),
             Ok(_) => {}
@@ -183,11 +168,28 @@ impl Publisher {
         result
     }
 
-    async fn publish(&self, outgoing: &Outgoing<'_>) -> Result<Acked, PublishError> {
-        if !self.connection.is_up() {
-            return Err(PublishError::Unavailable);
+    async fn published(
+        &self,
+        outgoing: &Outgoing<'_>,
+        known_time: impl Fn(u64) -> Option<u64>,
+    ) -> Result<Acked, PublishError> {
+        let mut acked = self.publish(outgoing).await?;
+        // The stream republishes before it acknowledges: who is in the room has the message now, or after one turn of
+        // the shard's tasks.
+        let mut ts = known_time(acked.seq);
+        if ts.is_none() {
+            yield_now().await;
+            ts = known_time(acked.seq);
         }
-        let started = Instant::now();
+        acked.ts = match ts {
+            Some(ts) => ts,
+            // Rare, and large: not part of what each publish needs.
+            None => Box::pin(self.stored_at(&outgoing.publication.room, &acked)).await?,
+        };
+        Ok(acked)
+    }
+
+    async fn publish(&self, outgoing: &Outgoing<'_>) -> Result<Acked, PublishError> {
         let Outgoing {
             publication,
             user,
@@ -200,30 +202,17 @@ impl Publisher {
                 .publish(self.streams.origin(), part, room, publication.kind.class());
         let key = message_key(room.as_str(), user, id);
         let fingerprint = Fingerprint::of(key.as_bytes());
-        let mut headers = self.headers(outgoing);
-        headers.insert(header::MSG_ID, key);
-        let request = Request::new().payload(body(publication)).headers(headers);
-        let answer = match self
-            .connection
-            .client()
-            .send_request(subject, request)
-            .await
-        {
-            Err(error) => {
-                return Err(match error.kind() {
-                    RequestErrorKind::NoResponders => PublishError::Unavailable,
-                    RequestErrorKind::MaxPayloadExceeded => {
-                        PublishError::TooLarge(error.to_string())
-                    }
-                    RequestErrorKind::TimedOut => PublishError::UnknownOutcome(self.timeout),
-                    RequestErrorKind::InvalidSubject | RequestErrorKind::Other => {
-                        PublishError::Refused(error.to_string())
-                    }
-                });
-            }
-            Ok(answer) => answer,
+        let headers = |headers: &mut HeaderWriter<'_>| {
+            headers.add(header::MSG_ID, &key);
+            self.headers(outgoing, headers);
         };
-        let ack: PubAck = serde_json::from_slice(&answer.payload)
+        let body = publication.body.get().as_bytes();
+        let (newest, asked) = (self.streams.newest(part), Instant::now());
+        let answer = self
+            .line
+            .request(&subject, headers, body, self.timeout)
+            .await?;
+        let ack: PubAck = serde_json::from_slice(&answer.payload())
             .map_err(|error| PublishError::Refused(error.to_string()))?;
         let seq = match ack {
             PubAck {
@@ -232,8 +221,17 @@ impl Publisher {
             PubAck { seq: Some(seq), .. } => seq,
             PubAck { .. } => return Err(PublishError::Refused("an empty answer".to_owned())),
         };
-        record(Histogram::PublishDuration, started.elapsed());
-        let state = self.state_for(part, seq, ack.duplicate).await?;
+        record(Histogram::PublishDuration, asked.elapsed());
+        self.streams.note(part, seq);
+        // Not what is the newest by now: the message itself has usually come live before its acknowledgement.
+        let state = if ack.duplicate || seq > newest {
+            self.streams.known(part)
+        } else {
+            // Rare, and large.
+            Box::pin(self.streams.verify(part, Instant::now()))
+                .await
+                .map_err(PublishError::Cursor)?
+        };
         let position = Position {
             origin: self.streams.origin().clone(),
             epoch: state.epoch,
@@ -246,24 +244,6 @@ impl Publisher {
             ts: 0,
             duplicate: ack.duplicate,
         })
-    }
-
-    /// The state of the stream that gave `seq`. A new message's sequence that is not beyond the newest we have seen hints
-    /// that the stream was re-created (or that acknowledgements overtook each other): then its epoch is looked up.
-    async fn state_for(
-        &self,
-        part: u16,
-        seq: u64,
-        duplicate: bool,
-    ) -> Result<StreamState, PublishError> {
-        let now = Instant::now();
-        let news = self.streams.note(part, seq);
-        if duplicate || news {
-            return Ok(self.streams.known(part));
-        }
-        Box::pin(self.streams.verify(part, now))
-            .await
-            .map_err(PublishError::Cursor)
     }
 
     /// When the stream stored a message.
@@ -284,16 +264,16 @@ impl Publisher {
     ///
     /// # Errors
     /// [`PublishError`].
-    pub async fn ephemeral(&self, outgoing: &Outgoing<'_>) -> Result<u64, PublishError> {
+    pub fn ephemeral(&self, outgoing: &Outgoing<'_>) -> Result<u64, PublishError> {
         let ts = unix_ms();
-        let mut headers = self.headers(outgoing);
-        headers.insert(header::TS, ts.to_string());
-        self.signal(
-            &outgoing.publication.room,
-            headers,
-            body(outgoing.publication),
-        )
-        .await?;
+        let headers = |headers: &mut HeaderWriter<'_>| {
+            self.headers(outgoing, headers);
+            headers.add(header::TS, itoa::Buffer::new().format(ts));
+        };
+        let publication = outgoing.publication;
+        let body = publication.body.get().as_bytes();
+        let subject = self.subjects.ephemeral(&publication.room);
+        self.line.publish(&subject, headers, body)?;
         Ok(ts)
     }
 
@@ -301,14 +281,11 @@ impl Publisher {
     ///
     /// # Errors
     /// [`PublishError`].
-    pub async fn typing(&self, room: &RoomId, user: &str) -> Result<(), PublishError> {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::FROM, header_escape(user).as_ref());
-        headers.insert(header::KIND, KIND_TYPING);
-        self.signal(room, headers, Bytes::new()).await
+    pub fn typing(&self, room: &RoomId, user: &str) -> Result<(), PublishError> {
+        self.signal(room, user, KIND_TYPING, &[])
     }
 
-    /// Tells the members of a room up to where `user` has read. When it returns, the news is on its way: it survives the
+    /// Tells the members of a room up to where `user` has read. When it returns, the server has the news: it survives the
     /// end of this process.
     ///
     /// # Errors
@@ -319,84 +296,73 @@ impl Publisher {
         user: &str,
         marker: &Cursor,
     ) -> Result<(), PublishError> {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::FROM, header_escape(user).as_ref());
-        headers.insert(header::KIND, KIND_READ);
-        self.signal(room, headers, marker.to_string().into())
-            .await?;
-        let flushed = timeout(self.timeout, self.connection.client().flush()).await;
-        flushed
-            .is_ok_and(|flushed| flushed.is_ok())
-            .then_some(())
-            .ok_or(PublishError::Unavailable)
+        self.signal(room, user, KIND_READ, marker.to_string().as_bytes())?;
+        timeout(self.timeout, self.line.round_trip())
+            .await
+            .unwrap_or(Err(LineError::Timeout(self.timeout)))?;
+        Ok(())
     }
 
-    async fn signal(
+    fn signal(
         &self,
         room: &RoomId,
-        headers: HeaderMap,
-        payload: Bytes,
+        user: &str,
+        kind: &str,
+        payload: &[u8],
     ) -> Result<(), PublishError> {
-        if !self.connection.is_up() {
-            return Err(PublishError::Unavailable);
-        }
+        let headers = |headers: &mut HeaderWriter<'_>| {
+            headers
+                .add(header::FROM, &header_escape(user))
+                .add(header::KIND, kind);
+        };
         let subject = self.subjects.ephemeral(room);
-        let published = self
-            .connection
-            .client()
-            .publish_with_headers(subject, headers, payload);
-        match timeout(self.timeout, published).await {
-            Err(_elapsed) => Err(PublishError::Unavailable),
-            Ok(Err(error)) => match error.kind() {
-                async_nats::PublishErrorKind::MaxPayloadExceeded => {
-                    Err(PublishError::TooLarge(error.to_string()))
-                }
-                async_nats::PublishErrorKind::InvalidSubject
-                | async_nats::PublishErrorKind::Send => {
-                    Err(PublishError::Refused(error.to_string()))
-                }
-            },
-            Ok(Ok(())) => Ok(()),
-        }
+        Ok(self.line.publish(&subject, headers, payload)?)
     }
 
-    fn headers(&self, outgoing: &Outgoing<'_>) -> HeaderMap {
+    fn headers(&self, outgoing: &Outgoing<'_>, headers: &mut HeaderWriter<'_>) {
         let Outgoing {
             publication,
             user,
             id,
         } = outgoing;
-        let mut headers = HeaderMap::new();
-        headers.insert(header::FROM, header_escape(user).as_ref());
-        headers.insert(header::ID, *id);
-        headers.insert(header::CLIENT, &*self.edge);
+        headers
+            .add(header::FROM, &header_escape(user))
+            .add(header::ID, id)
+            .add(header::CLIENT, &self.edge);
         if publication.kind != Kind::Message {
-            headers.insert(header::KIND, publication.kind.as_str());
+            headers.add(header::KIND, publication.kind.as_str());
         }
         if let Some((target, reference)) = &publication.target {
-            headers.insert(header::TARGET, header_escape(target).as_ref());
+            headers.add(header::TARGET, &header_escape(target));
             // Who publishes has checked it: without the right it would not have come here.
             if matches!(publication.kind, Kind::Edit | Kind::Delete) && !reference.is_by(user) {
-                headers.insert(header::MODERATED, "1");
+                headers.add(header::MODERATED, "1");
             }
         }
         if let Some(reply_to) = &publication.reply_to {
-            headers.insert(header::REPLY_TO, header_escape(reply_to).as_ref());
+            headers.add(header::REPLY_TO, &header_escape(reply_to));
         }
         if !publication.mentions.is_empty()
             && let Ok(json) = serde_json::to_string(&publication.mentions)
         {
-            headers.insert(header::MENTIONS, json);
+            headers.add(header::MENTIONS, &json);
         }
         if let Some(traceparent) = telemetry::current_traceparent() {
-            headers.insert(header::TRACEPARENT, traceparent);
+            headers.add(header::TRACEPARENT, &traceparent);
         }
-        headers
     }
 }
 
-fn body(publication: &Publication) -> Bytes {
-    Bytes::copy_from_slice(publication.body.get().as_bytes())
+impl From<LineError> for PublishError {
+    fn from(error: LineError) -> Self {
+        match error {
+            LineError::Down | LineError::NoResponders => Self::Unavailable,
+            LineError::Lost => Self::Lost,
+            LineError::Timeout(waited) => Self::UnknownOutcome(waited),
+            LineError::TooLarge { .. } => Self::TooLarge(error.to_string()),
+            LineError::Status(..) => Self::Refused(error.to_string()),
+        }
+    }
 }
 
 fn refusal(error: AckError) -> PublishError {

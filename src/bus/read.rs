@@ -14,8 +14,8 @@ use tokio::{
 };
 
 use super::{
-    Connection, Record,
-    record::{BadRecord, last},
+    Connection, Line, LineError, Record,
+    record::{BadRecord, last, pairs},
 };
 use crate::{
     config,
@@ -85,7 +85,7 @@ pub enum ReadError {
         #[source]
         source: BadRecord,
     },
-    /// The client was closed.
+    /// There is no connection, or it ended before the answer.
     #[error("the NATS connection is closed")]
     Closed,
 }
@@ -130,29 +130,33 @@ impl Reader {
         epoch: Epoch,
         subjects: &[String],
     ) -> Result<Vec<Stored>, ReadError> {
-        self.heads_over(&self.connection, stream, epoch, subjects)
-            .await
+        let (messages, _) = self.get(stream, &multi_last(subjects)).await?;
+        self.stored(&messages, stream, epoch)
     }
 
-    /// As [`Self::heads`], over another connection. Over the connection of a live subscription the answer comes after the
-    /// server has processed that subscription: nothing falls between the heads and the first live message.
+    /// As [`Self::heads`], over a line. Over the line of a live subscription the answer comes after the server has processed that
+    /// subscription: nothing falls between the heads and the first live message.
     ///
     /// # Errors
     /// [`ReadError`].
     pub async fn heads_over(
         &self,
-        connection: &Connection,
+        line: &Line,
         stream: &str,
         epoch: Epoch,
         subjects: &[String],
     ) -> Result<Vec<Stored>, ReadError> {
-        debug_assert!(subjects.len() <= MAX_HEADS, "the server refuses more");
-        let request = serde_json::json!({ "multi_last": subjects, "batch": MAX_HEADS });
-        self.stored(
-            &self.get_over(connection, stream, &request).await?.0,
-            stream,
-            epoch,
-        )
+        let request = multi_last(subjects).to_string();
+        let answers = line
+            .gather(&direct_get(stream), request.as_bytes(), self.timeout)
+            .await
+            .map_err(|error| unanswered(error, stream))?;
+        let stored = answers.iter().map(|answer| {
+            let headers = answer.headers();
+            let subject = headers.last(header::SUBJECT);
+            self.read(subject, headers.iter(), answer.payload(), stream, epoch)
+        });
+        stored.filter_map(Result::transpose).collect()
     }
 
     /// A page of a room's log from sequence `from` on.
@@ -259,47 +263,42 @@ impl Reader {
         stream: &str,
         epoch: Epoch,
     ) -> Result<Vec<Stored>, ReadError> {
-        let read = |message: &Message| {
-            let malformed = |source| ReadError::Malformed {
+        let stored = messages.iter().map(|message| {
+            let headers = message.headers.as_ref();
+            let subject = headers.and_then(|headers| last(headers, header::SUBJECT));
+            let headers = headers.into_iter().flat_map(pairs);
+            self.read(subject, headers, message.payload.clone(), stream, epoch)
+        });
+        stored.filter_map(Result::transpose).collect()
+    }
+
+    /// Reads one stored message. `None`: its subject is not a room's, which it can only be if somebody published it by hand.
+    fn read<'a>(
+        &self,
+        subject: Option<&str>,
+        headers: impl Iterator<Item = (&'a str, &'a str)>,
+        payload: Bytes,
+        stream: &str,
+        epoch: Epoch,
+    ) -> Result<Option<Stored>, ReadError> {
+        let Some(subject) = subject.and_then(|text| self.subjects.parse_stored(text)) else {
+            return Ok(None);
+        };
+        let record = Record::stored(headers, payload, subject.class, epoch).map_err(|source| {
+            ReadError::Malformed {
                 stream: stream.to_owned(),
                 source,
-            };
-            let headers = message
-                .headers
-                .as_ref()
-                .ok_or_else(|| malformed(BadRecord::Sequence))?;
-            // A subject that is not a room's can only be in the stream if somebody published it by hand.
-            let Some(subject) =
-                last(headers, header::SUBJECT).and_then(|text| self.subjects.parse_stored(text))
-            else {
-                return Ok(None);
-            };
-            let record = Record::stored(headers, message.payload.clone(), subject.class, epoch)
-                .map_err(malformed)?;
-            Ok(Some(Stored {
-                room: subject.room,
-                record,
-            }))
-        };
-        messages
-            .iter()
-            .map(read)
-            .filter_map(Result::transpose)
-            .collect()
+            }
+        })?;
+        Ok(Some(Stored {
+            room: subject.room,
+            record,
+        }))
     }
 
     /// Sends a direct get and collects its answers: messages, and what the end of a batch says is pending.
     pub(super) async fn get(
         &self,
-        stream: &str,
-        request: &serde_json::Value,
-    ) -> Result<(Vec<Message>, Option<u64>), ReadError> {
-        self.get_over(&self.connection, stream, request).await
-    }
-
-    async fn get_over(
-        &self,
-        connection: &Connection,
         stream: &str,
         request: &serde_json::Value,
     ) -> Result<(Vec<Message>, Option<u64>), ReadError> {
@@ -310,7 +309,7 @@ impl Reader {
         };
         let single = request.get("batch").is_none();
         let body = Bytes::from(request.to_string());
-        let client = connection.client();
+        let client = self.connection.client();
         let exchange = async {
             let _turn = self.turn().await?;
             let inbox = client.new_inbox();
@@ -352,6 +351,32 @@ impl Reader {
         timeout_at(deadline, exchange)
             .await
             .map_err(|_elapsed| timed_out())?
+    }
+}
+
+/// Asks for the last message of each of `subjects`.
+fn multi_last(subjects: &[String]) -> serde_json::Value {
+    debug_assert!(subjects.len() <= MAX_HEADS, "the server refuses more");
+    serde_json::json!({ "multi_last": subjects, "batch": MAX_HEADS })
+}
+
+/// Why a read over a line has no answer.
+fn unanswered(error: LineError, stream: &str) -> ReadError {
+    let stream = stream.to_owned();
+    match error {
+        LineError::Down | LineError::Lost => ReadError::Closed,
+        LineError::Timeout(waited) => ReadError::Timeout { stream, waited },
+        LineError::NoResponders => ReadError::NoStream { stream },
+        LineError::Status(status, description) => ReadError::Refused {
+            stream,
+            status,
+            description,
+        },
+        LineError::TooLarge { .. } => ReadError::Refused {
+            stream,
+            status: 0,
+            description: error.to_string(),
+        },
     }
 }
 

@@ -1,9 +1,6 @@
 //! A message of a room as it lies in a stream or comes live.
 
-use std::{
-    borrow::Cow,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
@@ -66,10 +63,7 @@ pub(super) fn last<'a>(headers: &'a HeaderMap, name: &'static str) -> Option<&'a
 
 /// When the stream stored a message, in ms since 1970.
 pub(super) fn stored_time(headers: &HeaderMap) -> Result<u64, BadRecord> {
-    last(headers, header::TIME_STAMP)
-        .and_then(|text| humantime::parse_rfc3339(text).ok())
-        .ok_or(BadRecord::Time)
-        .map(unix_ms)
+    rfc3339_ms(last(headers, header::TIME_STAMP).ok_or(BadRecord::Time)?)
 }
 
 /// What the stream de-duplicates by: room, sender and id.
@@ -78,23 +72,86 @@ pub fn message_key(room: &str, from: &str, id: &str) -> String {
     format!("{room}/{}/{id}", header_escape(from))
 }
 
+/// The pairs of a message's headers.
+pub(super) fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
+    headers.iter().flat_map(|(name, values)| {
+        let name: &str = name.as_ref();
+        values.iter().map(move |value| (name, value.as_str()))
+    })
+}
+
+/// What a record is made of, as it stands in the headers.
+#[derive(Default)]
+struct Fields<'a> {
+    sequence: Option<&'a str>,
+    previous: Option<&'a str>,
+    time_stamp: Option<&'a str>,
+    key: Option<&'a str>,
+    id: Option<&'a str>,
+    from: Option<&'a str>,
+    kind: Option<&'a str>,
+    target: Option<&'a str>,
+    moderated: bool,
+    reply_to: Option<&'a str>,
+    mentions: Option<&'a str>,
+    ts: Option<&'a str>,
+}
+
+impl<'a> Fields<'a> {
+    /// The last value of each counts, but of the stream's de-duplication the first: as the server has it.
+    fn of(headers: impl Iterator<Item = (&'a str, &'a str)>) -> Self {
+        let mut fields = Self::default();
+        for (name, value) in headers {
+            let field = match name {
+                header::SEQUENCE => &mut fields.sequence,
+                header::LAST_SEQUENCE => &mut fields.previous,
+                header::TIME_STAMP => &mut fields.time_stamp,
+                header::MSG_ID if fields.key.is_none() => &mut fields.key,
+                header::ID => &mut fields.id,
+                header::FROM => &mut fields.from,
+                header::KIND => &mut fields.kind,
+                header::TARGET => &mut fields.target,
+                header::REPLY_TO => &mut fields.reply_to,
+                header::MENTIONS => &mut fields.mentions,
+                header::TS => &mut fields.ts,
+                header::MODERATED => {
+                    fields.moderated = true;
+                    continue;
+                }
+                _ => continue,
+            };
+            *field = Some(value);
+        }
+        fields
+    }
+}
+
+/// An RFC 3339 time in ms since 1970.
+fn rfc3339_ms(text: &str) -> Result<u64, BadRecord> {
+    let time = humantime::parse_rfc3339(text).map_err(|_unreadable| BadRecord::Time)?;
+    Ok(unix_ms(time))
+}
+
 impl Record {
     /// Reads a message that a stream stored: republished, or answered to a direct get.
     ///
     /// # Errors
     /// [`BadRecord`] if it has not the headers that the server gives.
-    pub fn stored(
-        headers: &HeaderMap,
+    pub fn stored<'a>(
+        headers: impl Iterator<Item = (&'a str, &'a str)>,
         payload: Bytes,
         class: Class,
         epoch: Epoch,
     ) -> Result<Self, BadRecord> {
-        let seq = last(headers, header::SEQUENCE)
+        let fields = Fields::of(headers);
+        let seq = fields
+            .sequence
             .and_then(|text| text.parse().ok())
             .ok_or(BadRecord::Sequence)?;
-        let ts = stored_time(headers)?;
-        let mut record = Self::at(Some(headers), payload, class, epoch, (seq, ts));
-        record.previous = last(headers, header::LAST_SEQUENCE).and_then(|text| text.parse().ok());
+        let ts = rfc3339_ms(fields.time_stamp.ok_or(BadRecord::Time)?)?;
+        let previous = fields.previous.and_then(|text| text.parse().ok());
+        let mut record = Self::placed(&fields, payload, class, epoch, (seq, ts));
+        record.previous = previous;
         Ok(record)
     }
 
@@ -105,12 +162,23 @@ impl Record {
         payload: Bytes,
         class: Class,
         epoch: Epoch,
+        place: (u64, u64),
+    ) -> Self {
+        let fields = Fields::of(headers.into_iter().flat_map(pairs));
+        Self::placed(&fields, payload, class, epoch, place)
+    }
+
+    fn placed(
+        fields: &Fields<'_>,
+        payload: Bytes,
+        class: Class,
+        epoch: Epoch,
         (seq, ts): (u64, u64),
     ) -> Self {
-        let mut record = Self::with_headers(headers, payload, class, ts);
+        let mut record = Self::with(fields, payload, class, ts);
         record.seq = seq;
-        record.fingerprint = match headers.and_then(|headers| headers.get(header::MSG_ID)) {
-            Some(key) => Fingerprint::of(key.as_str().as_bytes()),
+        record.fingerprint = match fields.key {
+            Some(key) => Fingerprint::of(key.as_bytes()),
             None => Fingerprint::of(&record.body),
         };
         if record.id.is_empty() {
@@ -121,21 +189,22 @@ impl Record {
 
     /// Reads an ephemeral message; `now` in ms stands in for a missing time.
     #[must_use]
-    pub fn ephemeral(headers: Option<&HeaderMap>, payload: Bytes, now: u64) -> Self {
-        let ts = headers
-            .and_then(|headers| last(headers, header::TS))
-            .and_then(|text| text.parse().ok())
-            .unwrap_or(now);
-        let mut record = Self::with_headers(headers, payload, Class::Msg, ts);
+    pub fn ephemeral<'a>(
+        headers: impl Iterator<Item = (&'a str, &'a str)>,
+        payload: Bytes,
+        now: u64,
+    ) -> Self {
+        let fields = Fields::of(headers);
+        let ts = fields.ts.and_then(|text| text.parse().ok()).unwrap_or(now);
+        let mut record = Self::with(&fields, payload, Class::Msg, ts);
         if record.id.is_empty() {
             record.id = ulid::Ulid::new().to_string();
         }
         record
     }
 
-    fn with_headers(headers: Option<&HeaderMap>, payload: Bytes, class: Class, ts: u64) -> Self {
-        let text = |name| headers.and_then(|headers| last(headers, name));
-        let unescaped = |name| text(name).map(header_unescape).map(Cow::into_owned);
+    fn with(fields: &Fields<'_>, payload: Bytes, class: Class, ts: u64) -> Self {
+        let unescaped = |text| header_unescape(text).into_owned();
         let valid_id = |id: &&str| MessageId::parse(id).is_ok();
         let json_array =
             |text: &&str| text.starts_with('[') && serde_json::from_str::<Vec<&str>>(text).is_ok();
@@ -145,19 +214,17 @@ impl Record {
             class,
             ts,
             fingerprint: Fingerprint::default(),
-            id: text(header::ID)
-                .filter(valid_id)
-                .unwrap_or_default()
-                .to_owned(),
-            from: unescaped(header::FROM).unwrap_or_else(|| BY_HAND.to_owned()),
-            kind: text(header::KIND)
+            id: fields.id.filter(valid_id).unwrap_or_default().to_owned(),
+            from: fields.from.map_or_else(|| BY_HAND.to_owned(), unescaped),
+            kind: fields
+                .kind
                 .and_then(Kind::parse)
                 .filter(|kind| *kind != Kind::Message)
                 .map(Kind::as_str),
-            target: unescaped(header::TARGET),
-            moderated: text(header::MODERATED).is_some(),
-            reply_to: unescaped(header::REPLY_TO),
-            mentions: text(header::MENTIONS).filter(json_array).map(str::to_owned),
+            target: fields.target.map(unescaped),
+            moderated: fields.moderated,
+            reply_to: fields.reply_to.map(unescaped),
+            mentions: fields.mentions.filter(json_array).map(str::to_owned),
             body: json_or_string(payload),
         }
     }
@@ -206,9 +273,13 @@ mod tests {
             ("", "\"\""),
             ("{\"a\":1}{", "\"{\\\"a\\\":1}{\""),
         ] {
-            let record =
-                Record::stored(&server_headers(), Bytes::from(payload), Class::Msg, epoch())
-                    .unwrap();
+            let record = Record::stored(
+                pairs(&server_headers()),
+                Bytes::from(payload),
+                Class::Msg,
+                epoch(),
+            )
+            .unwrap();
             assert_eq!(record.body, body);
             assert_eq!(
                 (record.id.as_str(), record.from.as_str()),
@@ -220,7 +291,7 @@ mod tests {
             );
         }
         let record = Record::stored(
-            &server_headers(),
+            pairs(&server_headers()),
             Bytes::from_static(&[0xff, b'a']),
             Class::Msg,
             epoch(),
@@ -236,7 +307,8 @@ mod tests {
         headers.insert(header::TIME_STAMP, "2026-11-20T13:31:20Z");
         headers.insert(header::MENTIONS, "[1] \"");
         headers.insert(header::ID, "a b");
-        let record = Record::stored(&headers, Bytes::from("1"), Class::Msg, epoch()).unwrap();
+        let record =
+            Record::stored(pairs(&headers), Bytes::from("1"), Class::Msg, epoch()).unwrap();
         assert_eq!(record.seq, 42);
         assert_eq!(record.mentions, None);
         assert_eq!(record.id, "k3-42");
@@ -246,7 +318,9 @@ mod tests {
     fn a_message_without_the_servers_headers_is_refused() {
         let mut headers = server_headers();
         headers.insert(header::TIME_STAMP, "yesterday");
-        assert!(Record::stored(&headers, Bytes::new(), Class::Msg, epoch()).is_err());
-        assert!(Record::stored(&HeaderMap::new(), Bytes::new(), Class::Msg, epoch()).is_err());
+        assert!(Record::stored(pairs(&headers), Bytes::new(), Class::Msg, epoch()).is_err());
+        assert!(
+            Record::stored(pairs(&HeaderMap::new()), Bytes::new(), Class::Msg, epoch()).is_err()
+        );
     }
 }

@@ -187,13 +187,18 @@ impl Streams {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Notes that the stream of `part` has reached `seq`; whether that is news. A new message whose sequence is no news
-    /// hints that the stream began anew.
-    pub fn note(&self, part: u16, seq: u64) -> bool {
+    /// Notes that the stream of `part` has reached `seq`.
+    pub fn note(&self, part: u16, seq: u64) {
         self.parts[usize::from(part)]
             .newest
-            .fetch_max(seq, Ordering::AcqRel)
-            < seq
+            .fetch_max(seq, Ordering::AcqRel);
+    }
+
+    /// The highest sequence that the stream of `part` is known to have reached. What is published after this was asked gets
+    /// a higher one, unless the stream has begun anew.
+    #[must_use]
+    pub fn newest(&self, part: u16) -> u64 {
+        self.parts[usize::from(part)].newest.load(Ordering::Acquire)
     }
 
     /// Looks at a stream now.

@@ -364,7 +364,7 @@ async fn publish_to(
     } else {
         (
             None,
-            ready.publisher.ephemeral(&outgoing).await.map_err(failed)?,
+            ready.publisher.ephemeral(&outgoing).map_err(failed)?,
             false,
         )
     };
@@ -389,14 +389,14 @@ async fn healthz() -> &'static str {
     "ok\n"
 }
 
-/// Whether the edge takes connections: streams found, NATS up, not draining.
+/// Whether the edge takes connections and publishes: streams found, NATS up, not draining.
 #[utoipa::path(get, path = "/readyz", responses((status = 200, body = String), (status = 503, body = String)))]
 async fn readyz(State(shared): State<Arc<Shared>>) -> (StatusCode, String) {
     let phase = shared.lifecycle.phase();
     let up = shared
         .ready
         .get()
-        .is_some_and(|ready| ready.connection.is_up());
+        .is_some_and(|ready| ready.connection.is_up() && ready.line.is_up());
     match (shared.lifecycle.is_ready(), up) {
         (true, true) => (StatusCode::OK, "ready\n".to_owned()),
         (true, false) => (StatusCode::SERVICE_UNAVAILABLE, "NATS is away\n".to_owned()),

@@ -22,7 +22,7 @@ pub use http::openapi_json;
 
 use crate::{
     auth::{AuthConfigError, Verifier},
-    bus::{ConnectError, Connection, Publisher, Reader, Streams},
+    bus::{ConnectError, Connection, Line, Publisher, Reader, Streams},
     config::Config,
     history,
     presence::Presence,
@@ -61,6 +61,7 @@ struct Shared {
 #[derive(Debug)]
 struct Ready {
     connection: Connection,
+    line: Line,
     /// For presence, read markers and history: what they wait for holds up no message.
     state: Connection,
     publisher: Publisher,
@@ -185,6 +186,7 @@ impl Edge {
             if ready.state.is_up() && !ready.markers.flush(deadline).await {
                 tracing::warn!("read markers could not be written before the end of the drain");
             }
+            ready.line.close().await;
             ready.state.close().await;
             ready.connection.close().await;
         }
@@ -214,24 +216,30 @@ async fn make_ready(
     let name = format!("natter edge {} state", shared.id);
     let state = Connection::open(&config.nats, &name).await?;
     let state_reader = Reader::new(state.clone(), &config.nats);
-    let markers = Markers::new(&state_reader, &streams, config, &shared.id);
+    // For what is published over HTTP, and for receipts.
+    let (line, driver) = Line::new(&config.nats, &format!("natter edge {} publish", shared.id))?;
+    tasks.spawn_until_stopping("publish over HTTP", driver.run(()));
+    // Whoever finds the edge ready can publish.
+    line.ready().await;
+    let reader = Reader::new(connection.clone(), &config.nats);
+    let publisher = Publisher::new(
+        line.clone(),
+        reader,
+        Arc::clone(&streams),
+        &config.nats,
+        &shared.id,
+    );
+    let markers = Markers::new(&state_reader, &streams, config, publisher.clone());
     tasks.spawn_until_stopping("keep read markers", Arc::clone(&markers).keep());
     let count = Shards::count(config);
     let (presence, pushes) = Presence::start(config, &shared.id, &state_reader, count, tasks);
     let history = history::Client::new(&state_reader, &streams, config);
     let presences = (&presence, pushes);
     let shards = Shards::start(shared, &streams, presences, &markers, &history).await?;
-    let reader = Reader::new(connection.clone(), &config.nats);
-    let publisher = Publisher::new(
-        connection.clone(),
-        reader,
-        streams,
-        &config.nats,
-        &shared.id,
-    );
     // Set once, here.
     let set = shared.ready.set(Ready {
         connection,
+        line,
         state,
         publisher,
         presence,

@@ -26,7 +26,7 @@ use tracing::Instrument as _;
 
 use super::{EdgeError, Shared};
 use crate::{
-    bus::{ConnectError, Connection, Publisher, Reader, Streams},
+    bus::{ConnectError, Connection, Line, Publisher, Reader, Streams},
     config::Config,
     history,
     model::{RoomId, partition_of},
@@ -310,7 +310,7 @@ impl Shard {
     async fn open(
         number: usize,
         common: Common,
-    ) -> Result<(Rc<Self>, Connection, Connection), ConnectError> {
+    ) -> Result<(Rc<Self>, Line, Connection), ConnectError> {
         let Common {
             neighbours,
             shared,
@@ -321,12 +321,10 @@ impl Shard {
         } = common;
         let config = Arc::clone(&shared.config);
         let name = |what: &str| format!("natter edge {} shard {number} {what}", shared.id);
-        let live = Connection::open(&config.nats, &name("live")).await?;
+        let (live, driver) = Line::new(&config.nats, &name("live"))?;
         let replay = Connection::open(&config.nats, &name("replay")).await?;
         let subjects = Subjects::new(&config.nats.prefix);
-        for connection in [&live, &replay] {
-            connection.round_trip(&subjects.nobody()).await;
-        }
+        replay.round_trip(&subjects.nobody()).await;
         let reader = Reader::new(replay.clone(), &config.nats);
         let rooms = Rooms::new(
             live.clone(),
@@ -336,6 +334,8 @@ impl Shard {
             &config,
             Arc::clone(&markers),
         );
+        spawn_local(driver.run(rooms.listener()));
+        live.ready().await;
         let publisher = Publisher::new(live.clone(), reader, streams, &config.nats, &shared.id);
         let admission = Arc::clone(&shared.admission);
         let limits = ConnLimits {

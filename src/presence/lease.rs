@@ -254,7 +254,7 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
         let had_grace = table.grace.is_some();
         table.tick(now);
         unread |= had_grace && table.grace.is_none();
-        unread |= feed.suspicion().is_some() || table.is_doubtful(lease, now);
+        unread |= feed.is_suspect() || table.is_doubtful(lease, now);
         let sweep = now >= swept + SWEEP;
         if unread || sweep {
             feed.settle();

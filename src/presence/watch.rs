@@ -251,7 +251,7 @@ impl Watched {
                 }
                 () = sleep_until(due.unwrap_or_else(|| Instant::now() + IDLE).into()) => {}
             }
-            if feed.suspicion().is_some() {
+            if feed.is_suspect() {
                 self.state.lock().resync = true;
             }
             let mut state = self.state.lock();

@@ -136,19 +136,18 @@ impl From<KvError> for MarkerError {
 }
 
 impl Markers {
-    /// The markers of an edge, which are read by `reader` and written over its connection, never the ones of messages.
+    /// The markers of an edge, which are read by `reader` and written over its connection, never the ones of messages; `publisher` tells of them.
     /// Nothing is read or written before [`Self::keep`] runs.
     #[must_use]
-    pub fn new(reader: &Reader, streams: &Arc<Streams>, config: &Config, edge: &str) -> Arc<Self> {
+    pub fn new(
+        reader: &Reader,
+        streams: &Arc<Streams>,
+        config: &Config,
+        publisher: Publisher,
+    ) -> Arc<Self> {
         let (connection, reader) = (reader.connection().clone(), reader.clone());
         Arc::new(Self {
-            publisher: Publisher::new(
-                connection.clone(),
-                reader.clone(),
-                Arc::clone(streams),
-                &config.nats,
-                edge,
-            ),
+            publisher,
             bucket: Bucket::new(connection, reader.clone(), config, bucket::LASTREAD),
             reader,
             streams: Arc::clone(streams),

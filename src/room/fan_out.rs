@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Members written to before other tasks of the shard get a turn.
-const MEMBERS_A_TURN: usize = 128;
+pub(super) const MEMBERS_A_TURN: usize = 128;
 
 /// A session's membership in one room: where its frames go, and up to where it has got them.
 #[derive(Debug)]
@@ -122,38 +122,17 @@ impl Hub {
     /// behind the pass already, and who leaves makes the order of members change, so the pass looks again until it found
     /// nobody left to serve.
     pub(super) async fn fan_out(&self, pass: Pass) {
-        let Pass { first, frames } = pass;
-        if frames.is_empty() {
+        if pass.frames.is_empty() {
             return;
         }
-        let target = first + frames.len() as u64;
         let mut delivered = 0;
         loop {
             let membership = self.membership.get();
             let mut at = 0;
             loop {
-                let len = {
-                    let members = self.members.borrow();
-                    let end = members.len().min(at + MEMBERS_A_TURN);
-                    for member in members.as_slice()[at.min(end)..end].values() {
-                        if !member.live.get() || member.next.get() >= target {
-                            continue;
-                        }
-                        let Some(skip) = member.next.get().checked_sub(first) else {
-                            // It missed a pass, which can't be. Its cursor makes it whole.
-                            debug_assert!(false, "a live member stands before the pass");
-                            member.conn.close(Close::Internal);
-                            continue;
-                        };
-                        let rest = &frames[usize::try_from(skip).unwrap_or(frames.len())..];
-                        member.conn.send(rest);
-                        delivered += rest.len() as u64;
-                        member.next.set(target);
-                    }
-                    members.len()
-                };
+                delivered += self.serve(&pass, at);
                 at += MEMBERS_A_TURN;
-                if at >= len {
+                if at >= self.member_count() {
                     break;
                 }
                 yield_now().await;
@@ -163,5 +142,38 @@ impl Hub {
             }
         }
         count(Counter::MessageDelivered, delivered);
+    }
+
+    /// The same at once, for a room whose members are one group.
+    pub(super) fn fan_out_now(&self, pass: &Pass) {
+        debug_assert!(self.member_count() <= MEMBERS_A_TURN, "they are one group");
+        if !pass.frames.is_empty() {
+            count(Counter::MessageDelivered, self.serve(pass, 0));
+        }
+    }
+
+    /// Gives the frames of a pass to the members of one group, those from `at` on; how many deliveries that were.
+    fn serve(&self, pass: &Pass, at: usize) -> u64 {
+        let Pass { first, frames } = pass;
+        let target = first + frames.len() as u64;
+        let mut delivered = 0;
+        let members = self.members.borrow();
+        let end = members.len().min(at + MEMBERS_A_TURN);
+        for member in members.as_slice()[at.min(end)..end].values() {
+            if !member.live.get() || member.next.get() >= target {
+                continue;
+            }
+            let Some(skip) = member.next.get().checked_sub(*first) else {
+                // It missed a pass, which can't be. Its cursor makes it whole.
+                debug_assert!(false, "a live member stands before the pass");
+                member.conn.close(Close::Internal);
+                continue;
+            };
+            let rest = &frames[usize::try_from(skip).unwrap_or(frames.len())..];
+            member.conn.send(rest);
+            delivered += rest.len() as u64;
+            member.next.set(target);
+        }
+        delivered
     }
 }

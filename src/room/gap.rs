@@ -4,12 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::{
-    fan_out::Pass,
-    hub::{Hub, Phase},
-    log::Admission,
-    rooms::Rooms,
-};
+use super::{fan_out::Pass, hub::Hub, log::Admission, rooms::Rooms};
 use crate::{
     bus::Record,
     telemetry::metrics::{Counter, Dropped, GapCause, count},
@@ -94,7 +89,7 @@ impl Hub {
                         "the stream was trimmed while the room was behind",
                     );
                     count(Counter::MessageDropped(Dropped::Trimmed), 1);
-                    return self.end(Some("reset"));
+                    return self.end(rooms, Some("reset"));
                 }
                 Err(error) => {
                     tracing::debug!(error = %error, room.id = %self.room, "a look is repeated");
@@ -106,10 +101,9 @@ impl Hub {
 
     /// Waits a little before a read is repeated; ends at once when the hub does.
     pub(super) async fn pause(&self) {
-        let mut phase = self.phase.subscribe();
         tokio::select! {
             () = sleep(RETRY.mul_f64(rand::random_range(1.0..3.0))) => {}
-            _ = phase.wait_for(|phase| *phase == Phase::Gone) => {}
+            () = self.gone() => {}
         }
     }
 }

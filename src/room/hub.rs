@@ -2,54 +2,65 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::VecDeque,
     rc::Rc,
 };
 
 use indexmap::IndexMap;
 use tokio::{
-    sync::{Notify, watch},
+    sync::Notify,
+    task::spawn_local,
     time::{Instant, timeout_at},
 };
 
 use super::{
     backlog::Backlogs,
     encode,
-    fan_out::{Member, Pass},
+    fan_out::{MEMBERS_A_TURN, Member, Pass},
     log::{Admission, RoomLog},
     receipts::Receipts,
     rooms::Rooms,
 };
 use crate::{
-    bus::{LiveFeed, Message, ReadError, Record, Suspicion},
-    model::{Class, Kind, RoomId, partition_of},
+    bus::{Arrival, ReadError, Record},
+    model::{Cursor, Kind, RoomId, partition_of},
     runtime::unix_ms,
-    subject::{FROM_NATTER, KIND_READ, KIND_TYPING, header, rooms_stream},
+    subject::{FROM_NATTER, KIND_READ, KIND_TYPING, header},
     telemetry::metrics::{Counter, Dropped, GapCause, Suppressed, count},
 };
 
-/// Live messages taken in one go. What arrives while they are fanned out forms the next batch: batching that adapts to load.
+/// Messages fanned out in one go. What arrives meanwhile forms the next batch: batching that adapts to load.
 const BATCH: usize = 64;
 
-/// A room's hub.
+/// A room's hub. It has a task only while it is opened, and while it does something that waits.
 #[derive(Debug)]
 pub struct Hub {
     pub(super) room: RoomId,
     pub(super) part: u16,
-    pub(super) stream: String,
+    pub(super) stream: Rc<str>,
     /// Whether the room has a log; else messages only pass through.
     pub(super) durable: bool,
+    /// Its subscriptions: to what the stream republishes (where there is one), and to what only passes.
+    pub(super) live_sid: Option<u64>,
+    pub(super) passing_sid: u64,
     /// The stream's incarnation that the log belongs to.
     pub(super) incarnation: Cell<u32>,
     pub(super) log: RefCell<RoomLog>,
     pub(super) members: RefCell<IndexMap<u64, Rc<Member>>>,
     /// Changes when a member joins or leaves, so that a fan-out pass that yielded looks again.
     pub(super) membership: Cell<u64>,
-    pub(super) phase: watch::Sender<Phase>,
-    /// Wakes the task: `wanted` has changed, or the hub is to end.
-    wake: Notify,
+    phase: Cell<Phase>,
+    /// `phase` or `filled` has changed.
+    changed: Notify,
+    /// What came and was not looked at.
+    inbox: RefCell<VecDeque<Arrival>>,
+    /// A task is at work and will look at everything that comes until it ends.
+    busy: Cell<bool>,
+    /// Why messages may be missing before those in the inbox.
+    missed: Cell<Option<GapCause>>,
     /// Number of the read that somebody wants; the log is compared with the stream until `filled` has reached it.
     wanted: Cell<u64>,
-    filled: watch::Sender<u64>,
+    filled: Cell<u64>,
     /// When the log was last compared with the stream.
     pub(super) checked: Cell<Instant>,
     /// Whether that was done since it was opened.
@@ -71,48 +82,90 @@ pub(super) enum Phase {
     Gone,
 }
 
+/// What a hub has to do after it has looked at a batch.
+#[derive(Default)]
+struct Taken {
+    /// Frames for the members, and what is pushed behind them.
+    pass: Pass,
+    typing: Vec<String>,
+    receipts: IndexMap<String, Cursor>,
+    /// A message before which others are missing.
+    gap: Option<Record>,
+}
+
 impl Hub {
+    /// A hub that is subscribed, and has yet to be started.
     pub(super) fn new(rooms: &Rooms, room: RoomId, durable: bool) -> Rc<Self> {
         let part = partition_of(&room, rooms.streams.partitions());
         let known = rooms.streams.known(part);
         let log = rooms.new_log(known, &[]);
-        Rc::new(Self {
+        let hub = Rc::new(Self {
             part,
-            stream: rooms_stream(rooms.streams.origin(), part),
+            stream: rooms.stream(part),
             durable,
+            live_sid: durable.then(|| rooms.line.new_sid()),
+            passing_sid: rooms.line.new_sid(),
             incarnation: Cell::new(known.incarnation),
             log: RefCell::new(log),
             members: RefCell::default(),
             membership: Cell::new(0),
-            phase: watch::Sender::new(Phase::Starting),
-            wake: Notify::new(),
+            phase: Cell::new(Phase::Starting),
+            changed: Notify::new(),
+            inbox: RefCell::default(),
+            busy: Cell::new(false),
+            missed: Cell::new(None),
             wanted: Cell::new(0),
-            filled: watch::Sender::new(0),
+            filled: Cell::new(0),
             checked: Cell::new(Instant::now()),
             compared: Cell::new(false),
             empty_since: Cell::new(Some(Instant::now())),
             backlogs: Backlogs::default(),
             receipts: Receipts::new(rooms.read_push_max),
             room,
-        })
+        });
+        hub.subscribe(rooms);
+        hub
+    }
+
+    /// Subscribes, on the connection that the line has now.
+    pub(super) fn subscribe(&self, rooms: &Rooms) {
+        let Rooms { line, subjects, .. } = rooms;
+        if let Some(sid) = self.live_sid {
+            line.subscribe(
+                &subjects.live(rooms.streams.origin(), self.part, &self.room),
+                sid,
+            );
+        }
+        line.subscribe(&subjects.ephemeral(&self.room), self.passing_sid);
     }
 
     /// Waits until the hub is ready or gone.
     pub(super) async fn started(&self) -> Phase {
-        // The sender is in `self`: it can't be dropped while we wait.
-        self.phase
-            .subscribe()
-            .wait_for(|phase| *phase != Phase::Starting)
-            .await
-            .map_or(Phase::Gone, |phase| *phase)
+        self.when(|| self.phase.get() != Phase::Starting).await;
+        self.phase.get()
+    }
+
+    async fn when(&self, is_so: impl Fn() -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            if is_so() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until the hub is gone.
+    pub(super) async fn gone(&self) {
+        self.when(|| self.is_gone()).await;
     }
 
     pub(super) fn is_gone(&self) -> bool {
-        *self.phase.borrow() == Phase::Gone
+        self.phase.get() == Phase::Gone
     }
 
     pub(super) fn is_ready(&self) -> bool {
-        *self.phase.borrow() == Phase::Ready
+        self.phase.get() == Phase::Ready
     }
 
     pub(super) fn member_count(&self) -> usize {
@@ -150,9 +203,13 @@ impl Hub {
     }
 
     /// Ends the hub; members are told that they must join again.
-    pub(super) fn end(&self, code: Option<&'static str>) {
-        self.phase.send_replace(Phase::Gone);
-        self.wake.notify_one();
+    pub(super) fn end(&self, rooms: &Rooms, code: Option<&'static str>) {
+        if self.phase.replace(Phase::Gone) == Phase::Gone {
+            return;
+        }
+        self.changed.notify_waiters();
+        rooms.forget(self);
+        self.inbox.take();
         let members = std::mem::take(&mut *self.members.borrow_mut());
         for member in members.values() {
             member.left.set(true);
@@ -167,181 +224,201 @@ impl Hub {
         self.durable && rooms.streams.known(self.part).incarnation != self.incarnation.get()
     }
 
-    /// Makes the task compare the log with the stream.
-    pub(super) fn request_fill(&self) -> u64 {
+    /// Sees to it that the log is compared with its stream; not for ephemeral rooms, which have none.
+    pub(super) fn request_fill(self: &Rc<Self>, rooms: &Rc<Rooms>) -> u64 {
         self.wanted.set(self.wanted.get() + 1);
-        self.wake.notify_one();
+        self.work(rooms);
         self.wanted.get()
     }
 
     /// Compares the log with the stream and waits until everything that the stream had when this was called is delivered.
-    pub(super) async fn fill(&self) {
-        let wanted = self.request_fill();
-        let mut filled = self.filled.subscribe();
-        let mut phase = self.phase.subscribe();
-        tokio::select! {
-            // Neither sender can be dropped while we wait.
-            _ = filled.wait_for(|filled| *filled >= wanted) => {}
-            _ = phase.wait_for(|phase| *phase == Phase::Gone) => {}
-        }
+    pub(super) async fn fill(self: &Rc<Self>, rooms: &Rc<Rooms>) {
+        let wanted = self.request_fill(rooms);
+        self.when(|| self.filled.get() >= wanted || self.is_gone())
+            .await;
     }
 
-    /// The hub's task.
-    pub(super) async fn run(self: Rc<Self>, rooms: Rc<Rooms>) {
+    /// Reads the heads over the connection that was subscribed on, after that: the server has processed the subscription when it
+    /// answers, so whatever is stored after the heads comes live. Then members can join.
+    pub(super) async fn start(self: Rc<Self>, rooms: Rc<Rooms>) {
         let deadline = Instant::now() + rooms.config.join_timeout;
-        // What happens seldom is apart, here and below: there are many hubs that wait.
-        match timeout_at(deadline, Box::pin(self.start(&rooms))).await {
-            Ok(Ok(mut feeds)) => {
-                self.phase.send_if_modified(|phase| {
-                    let starting = *phase == Phase::Starting;
-                    if starting {
-                        *phase = Phase::Ready;
-                    }
-                    starting
-                });
-                self.serve(&rooms, &mut feeds).await;
+        match timeout_at(deadline, self.open(&rooms)).await {
+            Ok(Ok(())) => {
+                if self.phase.get() == Phase::Starting {
+                    self.phase.set(Phase::Ready);
+                    self.changed.notify_waiters();
+                    self.work(&rooms);
+                }
             }
             Ok(Err(error)) => {
-                tracing::warn!(error = %error, room.id = %self.room, "a room could not be opened");
-                self.end(None);
+                tracing::warn!(%error, room.id = %self.room, "a room could not be opened");
+                self.end(&rooms, None);
             }
             Err(_elapsed) => {
                 tracing::warn!(room.id = %self.room, "a room could not be opened in time");
-                self.end(None);
+                self.end(&rooms, None);
             }
         }
-        rooms.forget(&self);
     }
 
-    /// Subscribes, then reads the heads over the same connection, never the other way round: the server has processed the
-    /// subscription when it answers, so whatever is stored after the heads comes live.
-    async fn start(&self, rooms: &Rooms) -> Result<Feeds, ReadError> {
-        let closed = |_error| ReadError::Closed;
-        let subjects = &rooms.subjects;
-        let live = if self.durable {
-            let subject = subjects.live(rooms.streams.origin(), self.part, &self.room);
-            Some(
-                LiveFeed::open(&rooms.connection, subject)
-                    .await
-                    .map_err(closed)?,
-            )
-        } else {
-            None
-        };
-        let ephemeral = LiveFeed::open(&rooms.connection, subjects.ephemeral(&self.room))
-            .await
-            .map_err(closed)?;
-        if self.durable {
-            loop {
-                let before = rooms.streams.known(self.part);
-                let classes = [Class::Msg, Class::Ev].map(|class| {
-                    subjects.publish(rooms.streams.origin(), self.part, &self.room, class)
-                });
-                let heads = rooms
-                    .reader
-                    .heads_over(&rooms.connection, &self.stream, before.epoch, &classes)
-                    .await?;
-                // A head that nobody has seen yet is the usual case; one that contradicts what is known would be read under
-                // the wrong epoch.
-                let records: Vec<Record> = heads.into_iter().map(|head| head.record).collect();
-                let after = rooms.streams.known(self.part);
-                if after.incarnation == before.incarnation {
-                    for record in &records {
-                        rooms.streams.note(self.part, record.seq);
+    async fn open(self: &Rc<Self>, rooms: &Rc<Rooms>) -> Result<(), Rc<ReadError>> {
+        loop {
+            // On a new connection it is subscribed anew before anything else is sent.
+            rooms.line.ready().await;
+            if self.durable {
+                match rooms.heads(self).await {
+                    Ok((state, records)) => {
+                        *self.log.borrow_mut() = rooms.new_log(state, &records);
+                        self.incarnation.set(state.incarnation);
                     }
-                    *self.log.borrow_mut() = rooms.new_log(before, &records);
-                    self.incarnation.set(before.incarnation);
-                    break;
+                    Err(error) if matches!(*error, ReadError::Closed) && !self.is_gone() => {
+                        continue;
+                    }
+                    Err(error) => return Err(error),
                 }
-            }
-        } else {
-            rooms.connection.round_trip(&rooms.subjects.nobody()).await;
-        }
-        self.checked.set(Instant::now());
-        Ok(Feeds { live, ephemeral })
-    }
-
-    async fn serve(self: &Rc<Self>, rooms: &Rc<Rooms>, feeds: &mut Feeds) {
-        let mut stored = Vec::new();
-        let mut passing = Vec::new();
-        while !self.is_gone() {
-            stored.clear();
-            passing.clear();
-            // Both feeds take messages only when they put them into the batch, and a notification that is not waited for is
-            // kept: all branches are cancel-safe.
-            let alive = tokio::select! {
-                alive = next(feeds.live.as_mut(), &mut stored) => alive,
-                alive = feeds.ephemeral.next_batch(&mut passing, BATCH) => alive,
-                () = self.wake.notified() => true,
-            };
-            if !alive {
-                // The client was closed: the edge stops.
-                return self.end(None);
-            }
-            self.on_stored(rooms, feeds.live.as_mut(), &stored).await;
-            if feeds.ephemeral.suspicion().is_some() {
-                feeds.ephemeral.settle();
-                self.receipts_missed(rooms);
-            }
-            self.on_passing(rooms, &passing).await;
-        }
-    }
-
-    async fn on_stored(&self, rooms: &Rc<Rooms>, live: Option<&mut LiveFeed>, batch: &[Message]) {
-        let Some(live) = live else {
-            // A room without a log has nothing to compare.
-            self.filled.send_replace(self.wanted.get());
-            return;
-        };
-        if let Some(suspicion) = live.suspicion() {
-            let cause = match suspicion {
-                Suspicion::Reconnect => GapCause::Reconnect,
-                Suspicion::Overflow => GapCause::Overflow,
-            };
-            // Before the read: what comes to be suspect after it must raise a new suspicion.
-            live.settle();
-            Box::pin(self.fill_in(rooms, cause)).await;
-        }
-        let wanted = self.wanted.get();
-        if *self.filled.borrow() < wanted {
-            Box::pin(self.fill_in(rooms, GapCause::Resync)).await;
-            self.filled.send_replace(wanted);
-        }
-        let mut ready = Pass::default();
-        for message in batch {
-            let Some(record) = self.record(rooms, message) else {
+            } else if rooms.line.round_trip().await.is_err() && !self.is_gone() {
                 continue;
-            };
-            let admission = self
-                .log
-                .borrow()
-                .admit(record.class, record.seq, record.previous);
-            match admission {
-                Admission::Deliver => self.deliver(&record, &mut ready),
-                Admission::Old => self.on_old(rooms, &record),
-                Admission::Gap => {
-                    self.fan_out(std::mem::take(&mut ready)).await;
-                    Box::pin(self.fill_before(rooms, &record)).await;
-                    // The read usually brought it too.
-                    if self.log.borrow().admit(record.class, record.seq, None) == Admission::Deliver
-                    {
-                        self.deliver(&record, &mut ready);
-                    }
-                }
             }
-            if self.is_gone() {
+            // What was missed was missed before.
+            self.missed.set(None);
+            self.checked.set(Instant::now());
+            return Ok(());
+        }
+    }
+
+    /// Takes a message that came.
+    pub(super) fn arrived(&self, rooms: &Rooms, arrival: Arrival) {
+        let mut inbox = self.inbox.borrow_mut();
+        if inbox.len() < rooms.inbox_capacity {
+            inbox.push_back(arrival);
+        } else if self.missed.replace(Some(GapCause::Overflow)).is_none() {
+            // What is missing is read from the stream when it is this room's turn.
+            count(Counter::NatsSlowConsumer, 1);
+            tracing::warn!(room.id = %self.room, "a room dropped messages that came faster than it sends them");
+        }
+    }
+
+    /// A new connection: something may have been missed.
+    pub(super) fn reconnected(self: &Rc<Self>, rooms: &Rc<Rooms>) {
+        self.subscribe(rooms);
+        self.missed.set(Some(GapCause::Reconnect));
+        self.receipts_missed(rooms);
+    }
+
+    /// Does what there is to do: at once where nothing of it waits, which is the rule, else in a task.
+    pub(super) fn work(self: &Rc<Self>, rooms: &Rc<Rooms>) {
+        if self.busy.get() || !self.is_ready() {
+            return;
+        }
+        let mut taken = Taken::default();
+        while !self.must_read() {
+            taken = self.take_in(rooms);
+            if taken.gap.is_some() || self.member_count() > MEMBERS_A_TURN {
+                break;
+            }
+            self.fan_out_now(&taken.pass);
+            self.push_signals(&mut taken);
+            if self.inbox.borrow().is_empty() {
                 return;
             }
         }
-        self.fan_out(ready).await;
+        self.busy.set(true);
+        spawn_local(Rc::clone(self).at_work(Rc::clone(rooms), taken));
     }
 
-    fn record(&self, rooms: &Rooms, message: &Message) -> Option<Record> {
+    /// Whether the stream is to be read before anything else.
+    fn must_read(&self) -> bool {
+        self.missed.get().is_some() || self.filled.get() < self.wanted.get()
+    }
+
+    async fn at_work(self: Rc<Self>, rooms: Rc<Rooms>, mut taken: Taken) {
+        loop {
+            self.fan_out(std::mem::take(&mut taken.pass)).await;
+            self.push_signals(&mut taken);
+            if let Some(record) = taken.gap.take() {
+                // What happens seldom is apart, here and below: a large room has a task for each batch.
+                Box::pin(self.fill_before(&rooms, &record)).await;
+                let mut late = Pass::default();
+                // The read usually brought it too.
+                if self.log.borrow().admit(record.class, record.seq, None) == Admission::Deliver {
+                    self.deliver(&record, &mut late);
+                }
+                self.fan_out(late).await;
+            }
+            // Both are noted before the read: what comes to be suspect after it must be read again.
+            if let Some(cause) = self.missed.take() {
+                if self.durable {
+                    Box::pin(self.fill_in(&rooms, cause)).await;
+                }
+                self.receipts_missed(&rooms);
+            }
+            let wanted = self.wanted.get();
+            if self.filled.get() < wanted {
+                Box::pin(self.fill_in(&rooms, GapCause::Resync)).await;
+                self.filled.set(wanted);
+                self.changed.notify_waiters();
+            }
+            if self.is_gone() || (self.inbox.borrow().is_empty() && !self.must_read()) {
+                break;
+            }
+            if !self.must_read() {
+                taken = self.take_in(&rooms);
+            }
+        }
+        self.busy.set(false);
+    }
+
+    /// Looks at what came, up to a batch, or up to what has to wait.
+    fn take_in(self: &Rc<Self>, rooms: &Rc<Rooms>) -> Taken {
+        let mut taken = Taken::default();
+        let mut inbox = self.inbox.take();
+        while taken.pass.frames.len() < BATCH
+            && taken.gap.is_none()
+            && let Some(arrival) = inbox.pop_front()
+        {
+            if self.live_sid == Some(arrival.sid()) {
+                self.take_stored(rooms, &arrival, &mut taken);
+            } else {
+                self.take_passing(rooms, &arrival, &mut taken);
+            }
+        }
+        if !inbox.is_empty() && !self.is_gone() {
+            // Nothing came meanwhile. An idle room keeps no memory for what came.
+            self.inbox.replace(inbox);
+        }
+        taken
+    }
+
+    fn push_signals(&self, taken: &mut Taken) {
+        for user in taken.typing.drain(..) {
+            self.push_typing(&user);
+        }
+        if !taken.receipts.is_empty() {
+            self.push_receipts(std::mem::take(&mut taken.receipts));
+        }
+    }
+
+    fn take_stored(self: &Rc<Self>, rooms: &Rc<Rooms>, arrival: &Arrival, taken: &mut Taken) {
+        let Some(record) = self.record(rooms, arrival) else {
+            return;
+        };
+        let admission = self
+            .log
+            .borrow()
+            .admit(record.class, record.seq, record.previous);
+        match admission {
+            Admission::Deliver => self.deliver(&record, &mut taken.pass),
+            Admission::Old => self.on_old(rooms, &record),
+            Admission::Gap => taken.gap = Some(record),
+        }
+    }
+
+    fn record(&self, rooms: &Rooms, arrival: &Arrival) -> Option<Record> {
         let dropped = |why: Dropped| {
             count(Counter::MessageDropped(why), 1);
             tracing::debug!(room.id = %self.room, reason = ?why, "a message was dropped");
         };
-        let Some(subject) = rooms.subjects.parse_live(&message.subject) else {
+        let Some(subject) = rooms.subjects.parse_live(arrival.subject()) else {
             dropped(Dropped::BadSubject);
             return None;
         };
@@ -350,15 +427,13 @@ impl Hub {
             return None;
         }
         let epoch = self.log.borrow().epoch();
-        let headers = message.headers.as_ref();
-        let record = headers
-            .map(|headers| Record::stored(headers, message.payload.clone(), subject.class, epoch));
-        match record {
-            Some(Ok(record)) => {
+        let headers = arrival.headers().iter();
+        match Record::stored(headers, arrival.payload(), subject.class, epoch) {
+            Ok(record) => {
                 rooms.streams.note(self.part, record.seq);
                 Some(record)
             }
-            Some(Err(_)) | None => {
+            Err(_) => {
                 dropped(Dropped::BadMessage);
                 None
             }
@@ -400,51 +475,31 @@ impl Hub {
         }
     }
 
-    async fn on_passing(&self, rooms: &Rooms, batch: &[Message]) {
-        let mut ready = Pass::default();
-        let mut receipts = IndexMap::new();
-        for message in batch {
-            let headers = message.headers.as_ref();
-            let kind = headers
-                .and_then(|h| h.get_last(header::KIND))
-                .map(|v| v.as_str());
-            let record = Record::ephemeral(headers, message.payload.clone(), unix_ms());
-            if kind == Some(KIND_TYPING) {
-                self.push_typing(&record.from);
-            } else if kind == Some(KIND_READ) {
-                self.take_receipt(rooms, &record.from, &message.payload, &mut receipts);
-            } else if self.durable {
-                // Only what the stream has stored is shown in a durable room.
-                count(Counter::MessageDropped(Dropped::NotStored), 1);
-            } else {
-                let frame = encode::message(&self.room, &record, None);
-                let mut log = self.log.borrow_mut();
-                if ready.frames.is_empty() {
-                    ready.first = log.head_index();
-                }
-                ready.frames.push(frame.clone());
-                log.push(&record, frame);
-            }
+    fn take_passing(&self, rooms: &Rooms, arrival: &Arrival, taken: &mut Taken) {
+        let headers = arrival.headers();
+        let kind = headers.last(header::KIND);
+        if kind != Some(KIND_TYPING) && kind != Some(KIND_READ) && self.durable {
+            // Only what the stream has stored is shown in a durable room.
+            return count(Counter::MessageDropped(Dropped::NotStored), 1);
         }
-        self.push_receipts(receipts);
-        self.fan_out(ready).await;
+        let record = Record::ephemeral(headers.iter(), arrival.payload(), unix_ms());
+        if kind == Some(KIND_TYPING) {
+            taken.typing.push(record.from);
+        } else if kind == Some(KIND_READ) {
+            self.take_receipt(rooms, &record.from, &arrival.payload(), &mut taken.receipts);
+        } else {
+            let frame = encode::message(&self.room, &record, None);
+            let mut log = self.log.borrow_mut();
+            if taken.pass.frames.is_empty() {
+                taken.pass.first = log.head_index();
+            }
+            taken.pass.frames.push(frame.clone());
+            log.push(&record, frame);
+        }
     }
 }
 
 /// Whether natter itself says that messages of the room were erased.
 fn is_erasure(record: &Record) -> bool {
     record.kind == Some(Kind::Erase.as_str()) && record.from == FROM_NATTER
-}
-
-/// What a hub listens to.
-struct Feeds {
-    live: Option<LiveFeed>,
-    ephemeral: LiveFeed,
-}
-
-async fn next(feed: Option<&mut LiveFeed>, batch: &mut Vec<Message>) -> bool {
-    match feed {
-        Some(feed) => feed.next_batch(batch, BATCH).await,
-        None => std::future::pending().await,
-    }
 }

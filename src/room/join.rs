@@ -180,13 +180,13 @@ impl Rooms {
         let mut backlog: Option<Backlog> = None;
         loop {
             let hub = self.hub(room, durable);
-            if !hub.is_ready() && !self.connection.is_up() {
+            if !hub.is_ready() && !self.line.is_up() {
                 return Err(JoinError::Unavailable);
             }
             if hub.started().await == Phase::Gone {
                 // It could not start, and said so in the log; or it has just ended, and the next one does better.
                 attempts += 1;
-                if attempts > 1 || !self.connection.is_up() {
+                if attempts > 1 || !self.line.is_up() {
                     return Err(JoinError::Unavailable);
                 }
                 continue;
@@ -207,7 +207,7 @@ impl Rooms {
             };
             if !here {
                 // Before the client is sent to history: is it we who have not noticed that the stream began anew?
-                self.verify(hub.part).await;
+                Box::pin(self.verify(hub.part)).await;
                 if hub.is_gone() {
                     continue;
                 }
@@ -226,7 +226,7 @@ impl Rooms {
                 }
                 Resume::Ahead if !filled => {
                     filled = true;
-                    hub.fill().await;
+                    hub.fill(self).await;
                 }
                 Resume::Ahead | Resume::Stream | Resume::Doubtful => {
                     match hub.backlog(self, position.clone()).await {

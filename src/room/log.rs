@@ -201,8 +201,8 @@ impl RoomLog {
     /// in order, and so can't have a gap before it).
     ///
     /// The predecessor is that of the message's own class: if a message of one class is lost in silence and one of the other
-    /// class comes, nothing shows. [`crate::bus::LiveFeed`] therefore watches for all causes of loss on the way from the
-    /// server, and the periodic comparison with the stream finds what a server lost; such a message is delivered late.
+    /// class comes, nothing shows. The hub therefore notes all causes of loss on the way from the server, and the periodic
+    /// comparison with the stream finds what a server lost; such a message is delivered late.
     #[must_use]
     pub(super) fn admit(&self, class: Class, seq: u64, previous: Option<u64>) -> Admission {
         let last = self.last(class);

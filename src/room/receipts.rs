@@ -24,7 +24,7 @@ pub(super) struct Receipts {
     /// Members that want receipts, and how many of these are too many to be told.
     wanted: Cell<usize>,
     most: usize,
-    table: RefCell<Option<Table>>,
+    table: RefCell<Option<Box<Table>>>,
     /// Whether the bucket is to be read (again), and whether a task is at it.
     stale: Cell<bool>,
     reading: Cell<bool>,
@@ -79,7 +79,7 @@ impl Hub {
     pub(super) fn follow_receipts(self: &Rc<Self>, rooms: &Rc<Rooms>) {
         let receipts = &self.receipts;
         if self.durable && receipts.wanted.get() > 0 && receipts.table.borrow().is_none() {
-            *receipts.table.borrow_mut() = Some(Table::default());
+            *receipts.table.borrow_mut() = Some(Box::default());
             self.receipts_missed(rooms);
         }
     }

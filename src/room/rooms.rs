@@ -2,25 +2,25 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, VecDeque},
     rc::Rc,
     sync::Arc,
     time::Duration,
 };
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     task::spawn_local,
     time::{Instant, MissedTickBehavior, interval},
 };
 
 use super::{hub::Hub, log::RoomLog};
 use crate::{
-    bus::{Connection, MAX_HEADS, Reader, Record, StreamState, Streams},
+    bus::{Arrival, Line, Listener, MAX_HEADS, ReadError, Reader, Record, StreamState, Streams},
     config::{self, Config},
     model::{Class, RoomId},
     read_marker::Markers,
-    subject::Subjects,
+    subject::{Subjects, rooms_stream},
     telemetry::metrics::{Gauge, gauge_add},
 };
 
@@ -40,7 +40,7 @@ const ROOMS_A_READ: usize = MAX_HEADS / 2;
 /// The rooms of one shard.
 #[derive(Debug)]
 pub struct Rooms {
-    pub(super) connection: Connection,
+    pub(super) line: Line,
     pub(super) reader: Reader,
     pub(super) streams: Arc<Streams>,
     pub(super) subjects: Subjects,
@@ -48,7 +48,16 @@ pub struct Rooms {
     pub(super) markers: Arc<Markers>,
     /// Members of one room above which none of them is told who has read what.
     pub(super) read_push_max: usize,
+    /// Messages that one room may have waiting.
+    pub(super) inbox_capacity: usize,
+    /// Names of the streams, by partition.
+    names: Vec<Rc<str>>,
     hubs: RefCell<HashMap<RoomId, Rc<Hub>>>,
+    /// The hubs by their subscriptions, and those to which something came.
+    by_sid: RefCell<HashMap<u64, Rc<Hub>>>,
+    touched: RefCell<Vec<Rc<Hub>>>,
+    /// By partition: rooms that want to know where they stand.
+    openings: Vec<Opening>,
     replay_memory: Arc<Semaphore>,
     suspecting: Cell<bool>,
     generation: Cell<u64>,
@@ -56,10 +65,11 @@ pub struct Rooms {
 }
 
 impl Rooms {
-    /// The rooms of a shard that has `connection` for live messages and `reader` for reading streams.
+    /// The rooms of a shard that has `line` for live messages and `reader` for reading streams. [`Self::listener`] is to be told
+    /// what comes over the line.
     #[must_use]
     pub fn new(
-        connection: Connection,
+        line: Line,
         reader: Reader,
         streams: Arc<Streams>,
         subjects: Subjects,
@@ -67,12 +77,22 @@ impl Rooms {
         markers: Arc<Markers>,
     ) -> Rc<Self> {
         let read_push_max = config.limits.read_push_max;
+        let inbox_capacity = config.nats.subscription_capacity;
         let config = config.rooms.clone();
         let shares = usize::try_from(config.replay_memory.as_u64() / 1024).unwrap_or(usize::MAX);
         Rc::new(Self {
-            generation: Cell::new(connection.generation()),
+            generation: Cell::new(line.generation()),
             version: Cell::new(streams.version()),
-            connection,
+            inbox_capacity,
+            names: (0..streams.partitions())
+                .map(|part| rooms_stream(streams.origin(), part).into())
+                .collect(),
+            openings: (0..streams.partitions())
+                .map(|_| Opening::default())
+                .collect(),
+            by_sid: RefCell::default(),
+            touched: RefCell::default(),
+            line,
             reader,
             streams,
             subjects,
@@ -101,9 +121,104 @@ impl Rooms {
         }
         let hub = Hub::new(self, room.clone(), durable);
         self.hubs.borrow_mut().insert(room.clone(), Rc::clone(&hub));
+        for sid in hub.live_sid.into_iter().chain([hub.passing_sid]) {
+            self.by_sid.borrow_mut().insert(sid, Rc::clone(&hub));
+        }
         gauge_add(Gauge::RoomActive, 1);
-        spawn_local(Rc::clone(&hub).run(Rc::clone(self)));
+        spawn_local(Rc::clone(&hub).start(Rc::clone(self)));
         hub
+    }
+
+    /// Who is to be told what comes over the line.
+    #[must_use]
+    pub fn listener(self: &Rc<Self>) -> impl Listener + use<> {
+        Ear(Rc::clone(self))
+    }
+
+    /// The name of a partition's stream.
+    pub(super) fn stream(&self, part: u16) -> Rc<str> {
+        Rc::clone(&self.names[usize::from(part)])
+    }
+
+    /// Where the stream and the room of `hub` stand, read over the line: after the server has processed what was subscribed before.
+    /// Rooms of one stream that ask while a read is in flight are answered together by the next one.
+    pub(super) async fn heads(self: &Rc<Self>, hub: &Rc<Hub>) -> Result<Heads, Rc<ReadError>> {
+        let (answer, answered) = oneshot::channel();
+        let opening = &self.openings[usize::from(hub.part)];
+        opening
+            .waiting
+            .borrow_mut()
+            .push_back((hub.room.clone(), answer));
+        if !opening.reading.replace(true) {
+            let (rooms, part) = (Rc::clone(self), hub.part);
+            spawn_local(async move { rooms.read_heads(part).await });
+        }
+        answered
+            .await
+            .unwrap_or_else(|_ended| Err(Rc::new(ReadError::Closed)))
+    }
+
+    async fn read_heads(&self, part: u16) {
+        let opening = &self.openings[usize::from(part)];
+        loop {
+            let group: Vec<_> = {
+                let mut waiting = opening.waiting.borrow_mut();
+                let count = waiting.len().min(ROOMS_A_READ);
+                waiting.drain(..count).collect()
+            };
+            if group.is_empty() {
+                break;
+            }
+            let before = self.streams.known(part);
+            let rooms = group.iter().map(|(room, _)| room);
+            let subjects = self.log_subjects(part, rooms);
+            let read = self
+                .reader
+                .heads_over(
+                    &self.line,
+                    &self.names[usize::from(part)],
+                    before.epoch,
+                    &subjects,
+                )
+                .await;
+            match read {
+                // A head that nobody has seen yet is the usual case; one that contradicts what is known would be read under
+                // the wrong epoch.
+                Ok(_) if self.streams.known(part).incarnation != before.incarnation => {
+                    opening.waiting.borrow_mut().extend(group);
+                }
+                Ok(heads) => {
+                    let mut by_room: HashMap<RoomId, Vec<Record>> = HashMap::new();
+                    for head in heads {
+                        self.streams.note(part, head.record.seq);
+                        by_room.entry(head.room).or_default().push(head.record);
+                    }
+                    for (room, answer) in group {
+                        let records = by_room.remove(&room).unwrap_or_default();
+                        // Whoever gave up needs no answer.
+                        let _gone = answer.send(Ok((before, records)));
+                    }
+                }
+                Err(error) => {
+                    let error = Rc::new(error);
+                    for (_, answer) in group {
+                        let _gone = answer.send(Err(Rc::clone(&error)));
+                    }
+                }
+            }
+        }
+        opening.reading.set(false);
+    }
+
+    /// The subjects of both classes of some rooms of a partition.
+    fn log_subjects<'a>(&self, part: u16, rooms: impl Iterator<Item = &'a RoomId>) -> Vec<String> {
+        let origin = self.streams.origin();
+        rooms
+            .flat_map(|room| {
+                [Class::Msg, Class::Ev]
+                    .map(|class| self.subjects.publish(origin, part, room, class))
+            })
+            .collect()
     }
 
     /// A room's hub, if it has one.
@@ -111,13 +226,17 @@ impl Rooms {
         self.hubs.borrow().get(room).cloned()
     }
 
-    /// Called by a hub's task when it ends.
-    pub(super) fn forget(&self, hub: &Rc<Hub>) {
+    /// A hub has ended.
+    pub(super) fn forget(&self, hub: &Hub) {
         gauge_add(Gauge::RoomActive, -1);
+        for sid in hub.live_sid.into_iter().chain([hub.passing_sid]) {
+            self.line.unsubscribe(sid);
+            self.by_sid.borrow_mut().remove(&sid);
+        }
         let mut hubs = self.hubs.borrow_mut();
         if hubs
             .get(&hub.room)
-            .is_some_and(|current| Rc::ptr_eq(current, hub))
+            .is_some_and(|current| current.passing_sid == hub.passing_sid)
         {
             hubs.remove(&hub.room);
         }
@@ -175,7 +294,7 @@ impl Rooms {
         let hubs: Vec<Rc<Hub>> = self.hubs.borrow().values().cloned().collect();
         for hub in hubs {
             if hub.is_ready() && hub.is_outdated(self) {
-                hub.end(Some("reset"));
+                hub.end(self, Some("reset"));
             }
         }
     }
@@ -189,12 +308,13 @@ impl Rooms {
         loop {
             tick.tick().await;
             self.end_outdated();
-            let generation = self.connection.generation();
+            let generation = self.line.generation();
             let reconnected = self.generation.get() != generation;
-            if !self.connection.is_up() {
+            if !self.line.is_up() {
                 continue;
             }
             let mut due: HashMap<u16, Vec<Rc<Hub>>> = HashMap::new();
+            let mut idle = Vec::new();
             {
                 let hubs = self.hubs.borrow();
                 for hub in hubs.values().filter(|hub| hub.is_ready()) {
@@ -204,15 +324,13 @@ impl Rooms {
                         .is_some_and(|since| since.elapsed() >= self.config.idle)
                         && hub.member_count() == 0
                     {
-                        hub.end(None);
+                        idle.push(Rc::clone(hub));
                     } else if hub.durable && (reconnected || self.is_due(hub)) {
-                        if reconnected {
-                            hub.receipts_missed(&self);
-                        }
                         due.entry(hub.part).or_default().push(Rc::clone(hub));
                     }
                 }
             }
+            idle.iter().for_each(|hub| hub.end(&self, None));
             let mut complete = true;
             for (part, hubs) in due {
                 for chunk in hubs.chunks(ROOMS_A_READ) {
@@ -240,15 +358,8 @@ impl Rooms {
     }
 
     /// Compares the logs of `hubs` with the heads in their stream; whether that succeeded.
-    async fn compare(&self, part: u16, hubs: &[Rc<Hub>]) -> bool {
-        let origin = self.streams.origin();
-        let subjects: Vec<String> = hubs
-            .iter()
-            .flat_map(|hub| {
-                [Class::Msg, Class::Ev]
-                    .map(|class| self.subjects.publish(origin, part, &hub.room, class))
-            })
-            .collect();
+    async fn compare(self: &Rc<Self>, part: u16, hubs: &[Rc<Hub>]) -> bool {
+        let subjects = self.log_subjects(part, hubs.iter().map(|hub| &hub.room));
         let Some(first) = hubs.first() else {
             return true;
         };
@@ -274,7 +385,7 @@ impl Rooms {
             };
             if head.record.seq > hub.log.borrow().last(head.record.class) {
                 behind.insert(&head.room);
-                hub.request_fill();
+                hub.request_fill(self);
             }
             let newest = newest.entry(&head.room).or_default();
             *newest = head.record.seq.max(*newest);
@@ -295,7 +406,54 @@ impl Rooms {
     pub fn end(&self) {
         let hubs: Vec<Rc<Hub>> = self.hubs.borrow().values().cloned().collect();
         for hub in hubs {
-            hub.end(None);
+            hub.end(self, None);
         }
+    }
+}
+
+/// What a stream said of one room: its own state, and the room's last message of each class.
+type Heads = (StreamState, Vec<Record>);
+
+/// Who asked for it.
+type Asking = oneshot::Sender<Result<Heads, Rc<ReadError>>>;
+
+/// Rooms of one stream that are being opened.
+#[derive(Debug, Default)]
+struct Opening {
+    waiting: RefCell<VecDeque<(RoomId, Asking)>>,
+    reading: Cell<bool>,
+}
+
+/// What comes over the line goes to the hubs.
+struct Ear(Rc<Rooms>);
+
+impl Listener for Ear {
+    fn up(&mut self) {
+        let hubs: Vec<Rc<Hub>> = self.0.hubs.borrow().values().cloned().collect();
+        for hub in hubs {
+            hub.reconnected(&self.0);
+        }
+    }
+
+    fn arrived(&mut self, arrival: Arrival) {
+        let by_sid = self.0.by_sid.borrow();
+        // A room that was given up a moment ago is not there any more.
+        if let Some(hub) = by_sid.get(&arrival.sid()) {
+            let mut touched = self.0.touched.borrow_mut();
+            // In a row they are mostly of one room; the others are found done.
+            if touched.last().is_none_or(|last| !Rc::ptr_eq(last, hub)) {
+                touched.push(Rc::clone(hub));
+            }
+            hub.arrived(&self.0, arrival);
+        }
+    }
+
+    fn turn(&mut self) {
+        let mut touched = self.0.touched.take();
+        for hub in touched.drain(..) {
+            hub.work(&self.0);
+        }
+        // The room for them is kept.
+        self.0.touched.replace(touched);
     }
 }

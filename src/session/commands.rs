@@ -156,9 +156,7 @@ impl Session {
             }
             (Some(_), Op::Leave { room }) => self.leave(rid, &room),
             (Some(identity), Op::Send(publication)) => self.send(rid, identity, *publication).await,
-            (Some(identity), Op::Typing { room }) => {
-                Box::pin(self.typing(rid, &identity, &room)).await
-            }
+            (Some(identity), Op::Typing { room }) => self.typing(rid, &identity, &room),
             (Some(identity), Op::Read { room, cursor }) => {
                 Box::pin(self.read(rid, &identity, &room, &cursor)).await
             }
@@ -353,7 +351,7 @@ impl Session {
         Ok(())
     }
 
-    async fn typing(&self, rid: u64, identity: &Identity, room: &RoomId) -> Result<(), Refused> {
+    fn typing(&self, rid: u64, identity: &Identity, room: &RoomId) -> Result<(), Refused> {
         if !namespace(&self.context.config, room)?.typing {
             let text = format!("typing is off in the namespace {:?}", room.namespace());
             return Err((ErrorCode::BadRequest, text));
@@ -372,7 +370,6 @@ impl Session {
         self.context
             .publisher
             .typing(room, &identity.user)
-            .await
             .map_err(|error| publish_refusal(&error))?;
         count(Counter::TypingPublished, 1);
         self.replies
@@ -448,7 +445,7 @@ impl Session {
     ) -> Result<Accepted, PublishError> {
         let Context { publisher, .. } = &*self.context;
         if !durable {
-            let ts = publisher.ephemeral(outgoing).await?;
+            let ts = publisher.ephemeral(outgoing)?;
             return Ok(Accepted {
                 cursor: None,
                 ts,

@@ -139,7 +139,9 @@ async fn burst(mesh: &Mesh, room: &str, messages: usize) {
 
 #[tokio::test]
 async fn a_subscription_that_drops_messages_loses_none() {
-    const MESSAGES: usize = 25_000;
+    const MESSAGES: usize = 6_000;
+    // With these the room is too large to be served in one turn: what comes meanwhile waits, up to the capacity.
+    const MORE: usize = 130;
     let toml = "edge.shards = 1\nnats.partitions = 1\nnats.subscription_capacity = 1024\n\
                 limits.outbox = '64MiB'\nrooms.resync = '1h'";
     let mesh = Mesh::start(support::nats_url(), 1, toml).await;
@@ -148,6 +150,15 @@ async fn a_subscription_that_drops_messages_loses_none() {
         let mut member = mesh.connect(0, "kim").await;
         reply(&mut member, "join", json!({"room": "chat:a"})).await;
         members.push(member);
+    }
+    for _ in 0..MORE {
+        let mut member = Raw::open(mesh.edges[0].address, &token("lee")).await;
+        let join = json!({"op": "join", "rid": 1, "room": "chat:a"});
+        assert_eq!(member.call(join).await["op"], "joined");
+        // What it gets is counted by the edge.
+        tokio::spawn(
+            async move { tokio::io::copy(&mut member.stream, &mut tokio::io::sink()).await },
+        );
     }
     let reading = members.into_iter().map(|mut member| {
         tokio::spawn(async move {
@@ -169,13 +180,20 @@ async fn a_subscription_that_drops_messages_loses_none() {
         // Exactly once: nothing comes after the last.
         assert_eq!(reply(&mut member, "ping", json!({})).await["op"], "pong");
     }
-    // Seen by the feed itself, or first by the comparison that a busy room gets after every 1,000 messages.
+    // Noted where they are dropped, or found first by the comparison that a busy room gets after every 1,000 messages.
     let gaps = mesh.metric(0, "natter_gap_detected_total", "").await;
     let events = mesh.metric(0, "natter_nats_slow_consumer_total", "").await;
     let filled = mesh.metric(0, "natter_gap_filled_total", "").await;
     println!("{gaps} gaps, {events} events, {filled} messages read from the stream");
     assert!(events > 0, "nothing was dropped: the test shows nothing");
     assert!(gaps > 0 && filled > 0);
-    let delivered = mesh.metric(0, "natter_message_delivered_total", "").await;
-    assert_eq!(delivered, 3 * MESSAGES as u64);
+    let expected = ((3 + MORE) * MESSAGES) as u64;
+    eventually("everybody has everything", LONG, async || {
+        let delivered = mesh.metric(0, "natter_message_delivered_total", "").await;
+        assert!(delivered <= expected, "{delivered} of {expected}");
+        (delivered == expected)
+            .then_some(())
+            .ok_or_else(|| delivered.to_string())
+    })
+    .await;
 }

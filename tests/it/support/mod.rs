@@ -266,4 +266,21 @@ pub(crate) fn cpu_time(pid: u32) -> Duration {
 pub(crate) fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid.cast_signed()).expect("a process id");
     rustix::process::kill_process(pid, signal).unwrap();
+    // The call returns before the threads on other cores have stopped: until they have, the process still answers.
+    while signal == rustix::process::Signal::STOP && !stands_still(pid) {
+        std::thread::yield_now();
+    }
+}
+
+/// Whether each thread of the process is stopped; one that is gone stands still too.
+fn stands_still(pid: rustix::process::Pid) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero())) else {
+        return true;
+    };
+    threads.filter_map(Result::ok).all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // The name before the state is in parentheses, and may hold any character.
+        stat.rsplit_once(") ")
+            .is_none_or(|(_, rest)| rest.starts_with(['T', 't', 'Z', 'X']))
+    })
 }

@@ -1,0 +1,262 @@
+//! Reaching a server: which one, TLS, and who we are.
+
+use std::{io, sync::Arc};
+
+use async_nats::ServerAddr;
+use bytes::BytesMut;
+use nkeys::KeyPair;
+use rand::seq::SliceRandom as _;
+use serde::Serialize;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{self, ClientConfig, RootCertStore, pki_types::ServerName},
+};
+
+use super::protocol::{Info, Op, next_op};
+use crate::{
+    bus::connection::{CONNECT_WITHIN, ConnectError, Identity, servers},
+    config,
+};
+
+/// The way to the servers of a region.
+pub(super) struct Dialer {
+    name: String,
+    servers: Vec<ServerAddr>,
+    /// What the servers told of each other.
+    found: Vec<ServerAddr>,
+    auth: Auth,
+}
+
+/// Who we are.
+enum Auth {
+    Nobody,
+    Password(String, String),
+    /// A user's JWT and the key that proves it is ours.
+    Credentials(String, Box<KeyPair>),
+}
+
+/// A server could not be reached, or does not want us.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DialError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("the server did not answer within {CONNECT_WITHIN:?}")]
+    Timeout,
+    #[error("the server refuses: {0}")]
+    Refused(String),
+    #[error(transparent)]
+    Key(#[from] nkeys::error::Error),
+}
+
+/// A connection's bytes.
+pub(super) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
+
+/// A server that has taken us.
+pub(super) struct Dialed {
+    pub(super) transport: Box<dyn Transport>,
+    pub(super) info: Info,
+    /// What it said already.
+    pub(super) buffer: BytesMut,
+}
+
+/// What a client says of itself.
+#[derive(Serialize)]
+struct Connect<'a> {
+    verbose: bool,
+    pedantic: bool,
+    tls_required: bool,
+    name: &'a str,
+    lang: &'a str,
+    version: &'a str,
+    protocol: u8,
+    headers: bool,
+    no_responders: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pass: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    jwt: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sig: Option<String>,
+}
+
+impl Dialer {
+    pub(super) fn new(config: &config::Nats, name: &str) -> Result<Self, ConnectError> {
+        let auth = match Identity::of(config)? {
+            Identity::Nobody => Auth::Nobody,
+            Identity::Password(user, password) => Auth::Password(user, password),
+            Identity::Credentials(text) => credentials(&text).map_err(ConnectError::Credentials)?,
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            servers: servers(config)?,
+            found: Vec::new(),
+            auth,
+        })
+    }
+
+    /// Tries all servers, those that the configuration names and those that they named, in any order.
+    pub(super) async fn dial(&mut self) -> Result<Dialed, DialError> {
+        let mut servers: Vec<ServerAddr> =
+            self.servers.iter().chain(&self.found).cloned().collect();
+        servers.shuffle(&mut rand::rng());
+        let mut failed = DialError::Timeout;
+        for server in servers {
+            match timeout(CONNECT_WITHIN, self.reach(&server)).await {
+                Ok(Ok(dialed)) => {
+                    self.learn(&dialed.info);
+                    return Ok(dialed);
+                }
+                Ok(Err(error)) => failed = error,
+                Err(_elapsed) => failed = DialError::Timeout,
+            }
+        }
+        Err(failed)
+    }
+
+    /// Notes what a server says of the others of its cluster.
+    pub(super) fn learn(&mut self, info: &Info) {
+        let tls = self.servers.iter().any(ServerAddr::tls_required);
+        let scheme = if tls { "tls" } else { "nats" };
+        let known = |found: &ServerAddr| {
+            self.servers
+                .iter()
+                .any(|known| (known.host(), known.port()) == (found.host(), found.port()))
+        };
+        self.found = info
+            .connect_urls
+            .iter()
+            .filter_map(|url| format!("{scheme}://{url}").parse().ok())
+            .filter(|found| !known(found))
+            .collect();
+    }
+
+    async fn reach(&self, server: &ServerAddr) -> Result<Dialed, DialError> {
+        let mut stream = TcpStream::connect((server.host(), server.port())).await?;
+        stream.set_nodelay(true)?;
+        let mut buffer = BytesMut::new();
+        let Op::Info(info) = read_op(&mut stream, &mut buffer).await? else {
+            return Err(DialError::Refused(
+                "it does not introduce itself".to_owned(),
+            ));
+        };
+        let info: Info = serde_json::from_slice(&info).map_err(io::Error::other)?;
+        let with_tls = info.tls_required || server.tls_required();
+        let mut transport: Box<dyn Transport> = if with_tls {
+            let name = ServerName::try_from(server.host().to_owned()).map_err(io::Error::other)?;
+            Box::new(tls()?.connect(name, stream).await?)
+        } else {
+            Box::new(stream)
+        };
+        let connect = self.connect(server, &info, with_tls)?;
+        transport.write_all(&connect).await?;
+        transport.flush().await?;
+        loop {
+            match read_op(&mut transport, &mut buffer).await? {
+                Op::Pong => break,
+                Op::Error(text) => return Err(DialError::Refused(text)),
+                Op::Ping => transport.write_all(b"PONG\r\n").await?,
+                Op::Info(_) | Op::Ok | Op::Message(_) => {}
+            }
+        }
+        Ok(Dialed {
+            transport,
+            info,
+            buffer,
+        })
+    }
+
+    fn connect(
+        &self,
+        server: &ServerAddr,
+        info: &Info,
+        tls_required: bool,
+    ) -> Result<Vec<u8>, DialError> {
+        let mut connect = Connect {
+            verbose: false,
+            pedantic: false,
+            tls_required,
+            name: &self.name,
+            lang: "rust",
+            version: env!("CARGO_PKG_VERSION"),
+            protocol: 1,
+            headers: true,
+            no_responders: true,
+            user: server.username(),
+            pass: server.password(),
+            jwt: None,
+            sig: None,
+        };
+        match &self.auth {
+            Auth::Nobody => {}
+            Auth::Password(user, password) => {
+                connect.user = Some(user);
+                connect.pass = Some(password);
+            }
+            Auth::Credentials(jwt, key) => {
+                let nonce = info.nonce.as_deref().unwrap_or_default();
+                connect.jwt = Some(jwt);
+                connect.sig = Some(signature(key, nonce)?);
+            }
+        }
+        let json = serde_json::to_string(&connect).map_err(io::Error::other)?;
+        Ok(format!("CONNECT {json}\r\nPING\r\n").into_bytes())
+    }
+}
+
+async fn read_op(
+    stream: &mut (impl AsyncRead + Unpin),
+    buffer: &mut BytesMut,
+) -> Result<Op, DialError> {
+    loop {
+        if let Some(op) = next_op(buffer).map_err(io::Error::other)? {
+            return Ok(op);
+        }
+        if stream.read_buf(buffer).await? == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+    }
+}
+
+/// The server's nonce, signed, in the alphabet of NATS: base64url without padding.
+fn signature(key: &KeyPair, nonce: &str) -> Result<String, nkeys::error::Error> {
+    use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+    Ok(URL_SAFE_NO_PAD.encode(key.sign(nonce.as_bytes())?))
+}
+
+/// Reads a credentials file: the user's JWT and the seed of its key, each between two lines of dashes.
+fn credentials(text: &str) -> io::Result<Auth> {
+    let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+    let block = |title: &str| {
+        let mut lines = text.lines().skip_while(|line| !line.contains(title));
+        lines.nth(1).map(str::trim).filter(|line| !line.is_empty())
+    };
+    let jwt = block("BEGIN NATS USER JWT").ok_or_else(|| wrong("no user JWT in it"))?;
+    let seed = block("BEGIN USER NKEY SEED").ok_or_else(|| wrong("no user seed in it"))?;
+    let key = KeyPair::from_seed(seed).map_err(|error| wrong(&error.to_string()))?;
+    Ok(Auth::Credentials(jwt.to_owned(), Box::new(key)))
+}
+
+/// TLS with the machine's certificate authorities (or those of `SSL_CERT_FILE`).
+fn tls() -> io::Result<TlsConnector> {
+    let found = rustls_native_certs::load_native_certs();
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(found.certs);
+    if let (true, Some(error)) = (roots.is_empty(), found.errors.into_iter().next()) {
+        return Err(io::Error::other(error));
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(TlsConnector::from(Arc::new(config)))
+}
