@@ -82,6 +82,10 @@ pub mod bucket {
 /// Metadata key of a stream that holds its epoch.
 pub const EPOCH_METADATA: &str = "natter.epoch";
 
+/// Metadata key of a region's own streams of rooms: all regions of the mesh, separated by commas. Those regions' streams are
+/// mirrored in this region.
+pub const REGIONS_METADATA: &str = "natter.regions";
+
 /// Metadata key of a stream that holds the number of partitions of its mesh.
 pub const PARTITIONS_METADATA: &str = "natter.partitions";
 

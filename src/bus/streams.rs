@@ -1,4 +1,7 @@
 //! What the edge knows of the streams it reads: their epochs and where they begin.
+//!
+//! [`Streams`] are those of one origin, as this region has them: its own, or its mirrors of another region's. [`Origins`] are
+//! all of them. Both are read in the region's own domain, under the same names: nobody has to know which is which.
 
 use std::{
     sync::{
@@ -16,7 +19,7 @@ use super::Connection;
 use crate::{
     config,
     model::{Epoch, Region},
-    subject::{EPOCH_METADATA, rooms_stream, stream_info},
+    subject::{EPOCH_METADATA, REGIONS_METADATA, rooms_stream, stream_info},
 };
 
 /// How often the streams are looked for while they are not there.
@@ -52,7 +55,7 @@ pub enum StreamError {
     Refused { stream: String, problem: String },
 }
 
-/// The streams of the region's own rooms, shared by all parts of an edge.
+/// The streams of one origin's rooms, shared by all parts of an edge.
 #[derive(Debug)]
 pub struct Streams {
     connection: Connection,
@@ -61,10 +64,24 @@ pub struct Streams {
     parts: Vec<Part>,
     /// Changes with every incarnation that changes.
     version: AtomicU64,
+    /// The regions of the mesh, as the first stream said last.
+    regions: RwLock<Vec<Region>>,
+}
+
+/// The streams of all origins that this region sees.
+#[derive(Debug)]
+pub struct Origins {
+    config: config::Nats,
+    own: Arc<Streams>,
+    /// Those of other regions, in the order in which they were found.
+    others: RwLock<Vec<Arc<Streams>>>,
+    /// Changes when an origin comes or goes.
+    version: AtomicU64,
 }
 
 #[derive(Debug)]
 struct Part {
+    stream: Arc<str>,
     known: RwLock<Known>,
     /// Newest sequence that anybody on this edge has seen of it.
     newest: AtomicU64,
@@ -115,14 +132,15 @@ impl Streams {
         config: &config::Nats,
     ) -> Result<Arc<Self>, StreamError> {
         let mut parts = Vec::new();
+        let mut regions = Vec::new();
         for part in 0..config.partitions {
-            let state = look(
-                &connection,
-                &rooms_stream(&origin, part),
-                config.read_timeout,
-            )
-            .await?;
+            let stream = rooms_stream(&origin, part);
+            let (state, named) = look(&connection, &stream, config.read_timeout).await?;
+            if part == 0 {
+                regions = named;
+            }
             parts.push(Part {
+                stream: stream.into(),
                 newest: AtomicU64::new(state.last_seq),
                 verifying: tokio::sync::Mutex::default(),
                 known: RwLock::new(Known {
@@ -137,6 +155,7 @@ impl Streams {
             timeout: config.read_timeout,
             parts,
             version: AtomicU64::new(0),
+            regions: RwLock::new(regions),
         }))
     }
 
@@ -166,6 +185,12 @@ impl Streams {
     #[must_use]
     pub fn origin(&self) -> &Region {
         &self.origin
+    }
+
+    /// The name of the stream of `part`.
+    #[must_use]
+    pub fn stream(&self, part: u16) -> &Arc<str> {
+        &self.parts[usize::from(part)].stream
     }
 
     /// How many there are.
@@ -206,18 +231,20 @@ impl Streams {
     /// # Errors
     /// [`StreamError`]; what was known stays.
     pub async fn fetch(&self, part: u16) -> Result<StreamState, StreamError> {
-        let stream = rooms_stream(&self.origin, part);
         let slot = &self.parts[usize::from(part)];
         let newest = slot.newest.load(Ordering::Acquire);
         let seen = Instant::now();
-        let mut state = look(&self.connection, &stream, self.timeout).await?;
+        let (mut state, regions) = look(&self.connection, &slot.stream, self.timeout).await?;
+        if part == 0 {
+            *self.regions.write() = regions;
+        }
         let mut known = slot.known.write();
         let before = known.state;
         state.incarnation = before.incarnation;
         // Whatever was seen before we asked must be in the answer; if it is not, the store lost its end.
         if state.epoch != before.epoch || state.last_seq < newest {
             tracing::warn!(
-                stream, before = %before.epoch, now = %state.epoch, newest, last_seq = state.last_seq,
+                stream = &*slot.stream, before = %before.epoch, now = %state.epoch, newest, last_seq = state.last_seq,
                 "the stream began anew",
             );
             state.incarnation += 1;
@@ -250,18 +277,126 @@ impl Streams {
         }
     }
 
-    /// Looks at every stream every `interval`, for ever: a stream that was re-created is noticed even if nobody speaks.
-    pub async fn watch(self: Arc<Self>, interval: Duration) {
+    /// Looks at every stream once, in the course of `interval`.
+    async fn look_around(&self, interval: Duration) {
         let pause = interval / u32::from(self.partitions());
+        for part in 0..self.partitions() {
+            sleep(pause).await;
+            if let Err(error) = self.fetch(part).await
+                && self.connection.is_up()
+            {
+                tracing::warn!(error = %error, "a stream's state is not known");
+            }
+        }
+    }
+}
+
+impl Origins {
+    /// The streams of the own region as soon as they are there, and what there is of the others'. Those that come later are found by
+    /// [`Self::watch`].
+    pub async fn wait_for(
+        connection: &Connection,
+        own: &Region,
+        config: &config::Nats,
+    ) -> Arc<Self> {
+        let own = Streams::wait_for(connection, own, config).await;
+        let origins = Self {
+            config: config.clone(),
+            own,
+            others: RwLock::default(),
+            version: AtomicU64::new(0),
+        };
+        origins.look_for_others().await;
+        Arc::new(origins)
+    }
+
+    /// The region's own streams: those that it writes to.
+    #[must_use]
+    pub fn own(&self) -> &Arc<Streams> {
+        &self.own
+    }
+
+    /// The streams of all origins, the own first.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Streams>> {
+        let others = self.others.read();
+        let all = std::iter::once(&self.own).chain(others.iter());
+        all.cloned().collect()
+    }
+
+    /// The streams of one origin.
+    #[must_use]
+    pub fn get(&self, origin: &Region) -> Option<Arc<Streams>> {
+        if origin == self.own.origin() {
+            return Some(Arc::clone(&self.own));
+        }
+        let others = self.others.read();
+        others.iter().find(|s| s.origin() == origin).cloned()
+    }
+
+    /// Whether `epoch` is the one that the stream of `part` of `origin` has now.
+    #[must_use]
+    pub fn is_current(&self, origin: &Region, part: u16, epoch: Epoch) -> bool {
+        self.get(origin)
+            .is_some_and(|streams| streams.known(part).epoch == epoch)
+    }
+
+    /// Changes when an origin comes or goes.
+    #[must_use]
+    pub fn members_version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Changes with every incarnation that was seen to change, and when an origin comes or goes.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        let others = self.others.read();
+        let changes: u64 = others.iter().map(|streams| streams.version()).sum();
+        // A lost origin takes its changes along: so each coming and going weighs more than all of them.
+        (self.members_version() << 32) + changes + self.own.version()
+    }
+
+    /// Looks at every stream every `interval`, for ever: a stream that was re-created is noticed even if nobody speaks, and a
+    /// region that joins or leaves the mesh too.
+    pub async fn watch(self: Arc<Self>, interval: Duration) {
         loop {
-            for part in 0..self.partitions() {
-                tokio::time::sleep(pause).await;
-                if let Err(error) = self.fetch(part).await
-                    && self.connection.is_up()
-                {
-                    tracing::warn!(error = %error, "a stream's state is not known");
+            for streams in self.all() {
+                let share = interval / u32::try_from(self.others.read().len() + 1).unwrap_or(1);
+                streams.look_around(share).await;
+            }
+            self.look_for_others().await;
+        }
+    }
+
+    /// Takes in the mirrors of regions that the own streams name, and gives up those they do not name any more.
+    async fn look_for_others(&self) {
+        let named: Vec<Region> = {
+            let regions = self.own.regions.read();
+            let others = regions.iter().filter(|region| *region != self.own.origin());
+            others.cloned().collect()
+        };
+        for region in &named {
+            if self.get(region).is_some() {
+                continue;
+            }
+            let connection = self.own.connection.clone();
+            match Streams::load(connection, region.clone(), &self.config).await {
+                Ok(streams) => {
+                    tracing::info!(origin = %region, "the rooms of another region are seen here");
+                    self.others.write().push(streams);
+                    self.version.fetch_add(1, Ordering::AcqRel);
+                }
+                Err(error) => {
+                    tracing::warn!(origin = %region, error = %error, "a region of the mesh is not mirrored here yet");
                 }
             }
+        }
+        let mut others = self.others.write();
+        let before = others.len();
+        others.retain(|streams| named.contains(streams.origin()));
+        if others.len() != before {
+            tracing::info!("a region has left the mesh");
+            self.version.fetch_add(1, Ordering::AcqRel);
         }
     }
 }
@@ -270,7 +405,7 @@ async fn look(
     connection: &Connection,
     stream: &str,
     wait: Duration,
-) -> Result<StreamState, StreamError> {
+) -> Result<(StreamState, Vec<Region>), StreamError> {
     let refused = |problem: String| StreamError::Refused {
         stream: stream.to_owned(),
         problem,
@@ -312,12 +447,15 @@ async fn look(
             let epoch = epoch.ok_or_else(|| StreamError::NoEpoch {
                 stream: stream.to_owned(),
             })?;
-            Ok(StreamState {
+            let regions = config.metadata.get(REGIONS_METADATA);
+            let regions = regions.map_or("", String::as_str).split(',');
+            let state = StreamState {
                 epoch,
                 incarnation: 0,
                 first_seq: state.first_seq,
                 last_seq: state.last_seq,
-            })
+            };
+            Ok((state, regions.filter_map(Region::parse).collect()))
         }
         InfoAnswer { .. } => Err(refused("the answer has neither state nor error".to_owned())),
     }

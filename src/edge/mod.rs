@@ -22,7 +22,7 @@ pub use http::openapi_json;
 
 use crate::{
     auth::{AuthConfigError, Verifier},
-    bus::{ConnectError, Connection, Line, Publisher, Reader, Streams},
+    bus::{ConnectError, Connection, Line, Origins, Publisher, Reader},
     config::Config,
     history,
     presence::Presence,
@@ -210,9 +210,10 @@ async fn make_ready(
     tasks: &Tasks,
 ) -> Result<(), EdgeError> {
     let config = &shared.config;
-    let streams = Streams::wait_for(&connection, &config.region(), &config.nats).await;
-    let watch = Arc::clone(&streams).watch(STREAMS_WATCH);
+    let origins = Origins::wait_for(&connection, &config.region(), &config.nats).await;
+    let watch = Arc::clone(&origins).watch(STREAMS_WATCH);
     tasks.spawn_until_stopping("watch streams", watch);
+    let streams = Arc::clone(origins.own());
     let name = format!("natter edge {} state", shared.id);
     let state = Connection::open(&config.nats, &name).await?;
     let state_reader = Reader::new(state.clone(), &config.nats);
@@ -235,7 +236,7 @@ async fn make_ready(
     let (presence, pushes) = Presence::start(config, &shared.id, &state_reader, count, tasks);
     let history = history::Client::new(&state_reader, &streams, config);
     let presences = (&presence, pushes);
-    let shards = Shards::start(shared, &streams, presences, &markers, &history).await?;
+    let shards = Shards::start(shared, &origins, presences, &markers, &history).await?;
     // Set once, here.
     let set = shared.ready.set(Ready {
         connection,

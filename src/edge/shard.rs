@@ -26,7 +26,7 @@ use tracing::Instrument as _;
 
 use super::{EdgeError, Shared};
 use crate::{
-    bus::{ConnectError, Connection, Line, Publisher, Reader, Streams},
+    bus::{ConnectError, Connection, Line, Origins, Publisher, Reader},
     config::Config,
     history,
     model::{RoomId, partition_of},
@@ -135,7 +135,7 @@ fn fair_share(total: usize, shards: usize) -> usize {
 struct Common {
     neighbours: Arc<[Neighbour]>,
     shared: Arc<Shared>,
-    streams: Arc<Streams>,
+    origins: Arc<Origins>,
     presence: Arc<Presence>,
     markers: Arc<Markers>,
     history: Arc<history::Client>,
@@ -153,7 +153,7 @@ impl Shards {
     /// Starts the threads, one for each of `pushes`, and waits until each has its connections.
     pub(super) async fn start(
         shared: &Arc<Shared>,
-        streams: &Arc<Streams>,
+        origins: &Arc<Origins>,
         (presence, pushes): (&Arc<Presence>, Vec<mpsc::Receiver<Push>>),
         markers: &Arc<Markers>,
         history: &Arc<history::Client>,
@@ -175,7 +175,7 @@ impl Shards {
             let common = Common {
                 neighbours: Arc::clone(&neighbours),
                 shared: Arc::clone(shared),
-                streams: Arc::clone(streams),
+                origins: Arc::clone(origins),
                 presence: Arc::clone(presence),
                 markers: Arc::clone(markers),
                 history: Arc::clone(history),
@@ -314,7 +314,7 @@ impl Shard {
         let Common {
             neighbours,
             shared,
-            streams,
+            origins,
             presence,
             markers,
             history,
@@ -329,14 +329,20 @@ impl Shard {
         let rooms = Rooms::new(
             live.clone(),
             reader.clone(),
-            Arc::clone(&streams),
+            Arc::clone(&origins),
             subjects,
             &config,
             Arc::clone(&markers),
         );
         spawn_local(driver.run(rooms.listener()));
         live.ready().await;
-        let publisher = Publisher::new(live.clone(), reader, streams, &config.nats, &shared.id);
+        let publisher = Publisher::new(
+            live.clone(),
+            reader,
+            Arc::clone(origins.own()),
+            &config.nats,
+            &shared.id,
+        );
         let admission = Arc::clone(&shared.admission);
         let limits = ConnLimits {
             outbox_bytes: usize::try_from(config.limits.outbox.as_u64()).unwrap_or(usize::MAX),

@@ -27,7 +27,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 
 use crate::{
-    bus::{ConnectError, Connection, Reader, Streams},
+    bus::{ConnectError, Connection, Origins, Reader, Streams},
     config::Config,
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Store, StoreError},
@@ -162,7 +162,8 @@ async fn start(
     tasks: Tasks,
     lifecycle: Lifecycle,
 ) {
-    let streams = Streams::wait_for(&connection, &config.region(), &config.nats).await;
+    let origins = Origins::wait_for(&connection, &config.region(), &config.nats).await;
+    let streams = Arc::clone(origins.own());
     let parts = Parts {
         config,
         connection,
@@ -175,7 +176,7 @@ async fn start(
     };
     let tasks = &parts.tasks;
     // All that runs: what may be cut at any point, and the workers, which finish what is in hand.
-    let watch = Arc::clone(&parts.streams).watch(STREAMS_WATCH);
+    let watch = origins.watch(STREAMS_WATCH);
     tasks.spawn_until_stopping("watch streams", watch);
     tasks.spawn_until_stopping("prepare MongoDB", prepare(parts.clone()));
     tasks.spawn_until_stopping("keep figures", status::keep(parts.clone()));

@@ -16,7 +16,10 @@ use tokio::{
 
 use super::{hub::Hub, log::RoomLog};
 use crate::{
-    bus::{Arrival, Line, Listener, MAX_HEADS, ReadError, Reader, Record, StreamState, Streams},
+    bus::{
+        Arrival, Line, Listener, MAX_HEADS, Origins, ReadError, Reader, Record, StreamState,
+        Streams,
+    },
     config::{self, Config},
     model::{Class, RoomId},
     read_marker::Markers,
@@ -42,6 +45,8 @@ const ROOMS_A_READ: usize = MAX_HEADS / 2;
 pub struct Rooms {
     pub(super) line: Line,
     pub(super) reader: Reader,
+    pub(super) origins: Arc<Origins>,
+    /// The own origin's.
     pub(super) streams: Arc<Streams>,
     pub(super) subjects: Subjects,
     pub(super) config: config::Rooms,
@@ -71,18 +76,19 @@ impl Rooms {
     pub fn new(
         line: Line,
         reader: Reader,
-        streams: Arc<Streams>,
+        origins: Arc<Origins>,
         subjects: Subjects,
         config: &Config,
         markers: Arc<Markers>,
     ) -> Rc<Self> {
+        let streams = Arc::clone(origins.own());
         let read_push_max = config.limits.read_push_max;
         let inbox_capacity = config.nats.subscription_capacity;
         let config = config.rooms.clone();
         let shares = usize::try_from(config.replay_memory.as_u64() / 1024).unwrap_or(usize::MAX);
         Rc::new(Self {
             generation: Cell::new(line.generation()),
-            version: Cell::new(streams.version()),
+            version: Cell::new(origins.version()),
             inbox_capacity,
             names: (0..streams.partitions())
                 .map(|part| rooms_stream(streams.origin(), part).into())
@@ -94,6 +100,7 @@ impl Rooms {
             touched: RefCell::default(),
             line,
             reader,
+            origins,
             streams,
             subjects,
             config,
@@ -288,7 +295,8 @@ impl Rooms {
 
     /// Ends the hubs whose stream began anew; their members join again and learn from the reply what became of their cursor.
     fn end_outdated(&self) {
-        if self.version.replace(self.streams.version()) == self.streams.version() {
+        let version = self.origins.version();
+        if self.version.replace(version) == version {
             return;
         }
         let hubs: Vec<Rc<Hub>> = self.hubs.borrow().values().cloned().collect();
