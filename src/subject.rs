@@ -16,6 +16,8 @@ pub mod header {
     pub const TARGET: &str = "Natter-Target";
     /// Reference this message answers, escaped.
     pub const REPLY_TO: &str = "Natter-Reply-To";
+    /// Cursor of what its sender had seen of other regions: it is not shown before that.
+    pub const AFTER: &str = "Natter-After";
     /// JSON array of mentioned users.
     pub const MENTIONS: &str = "Natter-Mentions";
     /// Milliseconds since 1970 at which an edge sent an ephemeral message.

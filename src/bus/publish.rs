@@ -44,6 +44,8 @@ pub struct Outgoing<'a> {
     pub user: &'a str,
     /// The client's id, or the one the edge made.
     pub id: &'a str,
+    /// What the sender has seen of other origins in the room.
+    pub after: Option<Cursor>,
 }
 
 /// The stream has the message.
@@ -194,6 +196,7 @@ impl Publisher {
             publication,
             user,
             id,
+            ..
         } = outgoing;
         let room = &publication.room;
         let part = partition_of(room, self.streams.partitions());
@@ -324,6 +327,7 @@ impl Publisher {
             publication,
             user,
             id,
+            after,
         } = outgoing;
         headers
             .add(header::FROM, &header_escape(user))
@@ -341,6 +345,9 @@ impl Publisher {
         }
         if let Some(reply_to) = &publication.reply_to {
             headers.add(header::REPLY_TO, &header_escape(reply_to));
+        }
+        if let Some(after) = after {
+            headers.add(header::AFTER, &after.to_string());
         }
         if !publication.mentions.is_empty()
             && let Ok(json) = serde_json::to_string(&publication.mentions)

@@ -2,7 +2,7 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use async_nats::{Message, StatusCode};
@@ -187,6 +187,37 @@ impl Reader {
             records: records.into_iter().map(|stored| stored.record).collect(),
             pending,
         })
+    }
+
+    /// The last messages of a room's log, at most `most` of those stored within `within` (of fewer, when there are more than
+    /// that: the time is shortened until they fit).
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn recent(
+        &self,
+        stream: &str,
+        epoch: Epoch,
+        filter: &str,
+        within: Duration,
+        most: usize,
+    ) -> Result<Vec<Record>, ReadError> {
+        let mut within = within;
+        loop {
+            let from = SystemTime::now() - within;
+            let request = serde_json::json!({
+                "start_time": humantime::format_rfc3339_millis(from).to_string(),
+                "next_by_subj": filter,
+                "batch": most,
+                "max_bytes": PAGE_BYTES,
+            });
+            let (messages, end) = self.get(stream, &request).await?;
+            if end.unwrap_or_default() == 0 || within < Duration::from_secs(1) {
+                let records = self.stored(&messages, stream, epoch)?;
+                return Ok(records.into_iter().map(|stored| stored.record).collect());
+            }
+            within /= 4;
+        }
     }
 
     /// A page of several rooms' logs, as far as messages are a room's at all; with the matches after it.

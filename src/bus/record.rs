@@ -6,7 +6,7 @@ use async_nats::HeaderMap;
 use bytes::Bytes;
 
 use crate::{
-    model::{Class, Epoch, Fingerprint, Kind, MessageId, header_escape, header_unescape},
+    model::{Class, Cursor, Epoch, Fingerprint, Kind, MessageId, header_escape, header_unescape},
     subject::header,
 };
 
@@ -41,6 +41,8 @@ pub struct Record {
     pub reply_to: Option<String>,
     /// JSON array of users.
     pub mentions: Option<String>,
+    /// What its sender had seen of other origins.
+    pub after: Option<Cursor>,
     /// The body: valid JSON text.
     pub body: Bytes,
 }
@@ -94,6 +96,7 @@ struct Fields<'a> {
     moderated: bool,
     reply_to: Option<&'a str>,
     mentions: Option<&'a str>,
+    after: Option<&'a str>,
     ts: Option<&'a str>,
 }
 
@@ -113,6 +116,7 @@ impl<'a> Fields<'a> {
                 header::TARGET => &mut fields.target,
                 header::REPLY_TO => &mut fields.reply_to,
                 header::MENTIONS => &mut fields.mentions,
+                header::AFTER => &mut fields.after,
                 header::TS => &mut fields.ts,
                 header::MODERATED => {
                     fields.moderated = true;
@@ -225,6 +229,8 @@ impl Record {
             moderated: fields.moderated,
             reply_to: fields.reply_to.map(unescaped),
             mentions: fields.mentions.filter(json_array).map(str::to_owned),
+            // What can't be read is waited for by nobody.
+            after: fields.after.and_then(|text| text.parse().ok()),
             body: json_or_string(payload),
         }
     }

@@ -198,6 +198,9 @@ pub struct Rooms {
     pub idle: Duration,
     #[serde(with = "humantime_serde")]
     pub resync: Duration,
+    #[serde(with = "humantime_serde")]
+    pub causal_wait: Duration,
+    pub causal_max: usize,
 }
 
 /// `[presence]`: leases of edges, and how fast they write who is there.

@@ -345,6 +345,7 @@ async fn publish_to(
         None => ulid::Ulid::new().to_string(),
     };
     let outgoing = Outgoing {
+        after: None,
         publication: &publication,
         user: &identity.user,
         id: &id,

@@ -164,6 +164,14 @@ impl Cursor {
         Self(vec![position])
     }
 
+    /// A cursor of these components, in any order; of two of one origin the first counts.
+    #[must_use]
+    pub fn of(mut positions: Vec<Position>) -> Self {
+        positions.sort_by(|a, b| a.origin.cmp(&b.origin));
+        positions.dedup_by(|later, first| later.origin == first.origin);
+        Self(positions)
+    }
+
     /// The components, ordered by origin, at most one an origin.
     #[must_use]
     pub fn positions(&self) -> &[Position] {

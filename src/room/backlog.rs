@@ -1,4 +1,4 @@
-//! What a session missed, read from the stream: once for all who miss about the same.
+//! What a session missed of one origin, read from the stream: once for all who miss about the same.
 //!
 //! Requests that arrive while a read is in flight are answered together by the next one, which begins at the oldest of their
 //! cursors. So a reconnect storm costs NATS some reads a room, however many clients come back.
@@ -16,15 +16,16 @@ use super::{
     encode,
     hub::Hub,
     join::{JoinError, ResetReason},
+    references::reference,
     rooms::Rooms,
 };
 use crate::{
     bus::{ReadError, Record, StreamError, StreamState},
-    model::{Fingerprint, Position},
+    model::{Cursor, Fingerprint},
     telemetry::metrics::{Counter, Gauge, count, gauge_add},
 };
 
-/// Requests of one hub for what lies in the stream.
+/// Requests of one hub for what lies in one stream.
 #[derive(Debug, Default)]
 pub(super) struct Backlogs {
     waiting: RefCell<Vec<Waiter>>,
@@ -33,7 +34,7 @@ pub(super) struct Backlogs {
 
 #[derive(Debug)]
 struct Waiter {
-    since: Position,
+    since: (u64, Fingerprint),
     answer: oneshot::Sender<Answer>,
 }
 
@@ -86,7 +87,14 @@ impl Drop for Held {
 #[derive(Debug)]
 pub(super) struct Missed {
     pub(super) seq: u64,
-    fingerprint: Fingerprint,
+    pub(super) fingerprint: Fingerprint,
+    /// Its time, ms since 1970.
+    pub(super) ts: u64,
+    /// The hash of its reference.
+    pub(super) reference: Option<u64>,
+    /// What its sender had seen of other origins.
+    pub(super) after: Option<Cursor>,
+    /// Its frame; the cursor in it names this origin alone.
     pub(super) frame: Bytes,
 }
 
@@ -97,52 +105,56 @@ impl Backlog {
 }
 
 impl Hub {
-    /// What came after `since`, a position of this hub's origin and epoch.
-    pub(super) async fn backlog(self: &Rc<Self>, rooms: &Rc<Rooms>, since: Position) -> Answer {
+    /// What came after `since`, a position in a track of this hub's log.
+    pub(super) async fn backlog(
+        self: &Rc<Self>,
+        rooms: &Rc<Rooms>,
+        track: usize,
+        since: (u64, Fingerprint),
+    ) -> Answer {
         let (answer, answered) = oneshot::channel();
-        self.backlogs
-            .waiting
-            .borrow_mut()
-            .push(Waiter { since, answer });
-        if self.backlogs.reading.replace(true) {
+        let backlogs = &self.sources[track].backlogs;
+        backlogs.waiting.borrow_mut().push(Waiter { since, answer });
+        if backlogs.reading.replace(true) {
             count(Counter::ReplayCoalesced, 1);
         } else {
             let (hub, rooms) = (Rc::clone(self), Rc::clone(rooms));
-            tokio::task::spawn_local(async move { hub.read_backlogs(&rooms).await });
+            tokio::task::spawn_local(async move { hub.read_backlogs(&rooms, track).await });
         }
         answered
             .await
             .unwrap_or(Err(Refusal::Failed(JoinError::Unavailable)))
     }
 
-    async fn read_backlogs(&self, rooms: &Rc<Rooms>) {
+    async fn read_backlogs(&self, rooms: &Rc<Rooms>, track: usize) {
+        let backlogs = &self.sources[track].backlogs;
         loop {
-            let mut group = std::mem::take(&mut *self.backlogs.waiting.borrow_mut());
+            let mut group = std::mem::take(&mut *backlogs.waiting.borrow_mut());
             // Whoever gave up needs no answer.
             group.retain(|waiter| !waiter.answer.is_closed());
             if group.is_empty() {
                 break;
             }
-            group.sort_by_key(|waiter| waiter.since.seq);
+            group.sort_by_key(|waiter| waiter.since.0);
             while !group.is_empty() {
-                self.serve_group(rooms, &mut group).await;
+                self.serve_group(rooms, track, &mut group).await;
             }
         }
-        self.backlogs.reading.set(false);
+        backlogs.reading.set(false);
     }
 
     /// Reads from the oldest cursor of the group and answers as many as that can answer, at least one.
-    async fn serve_group(&self, rooms: &Rc<Rooms>, group: &mut Vec<Waiter>) {
-        let oldest = group[0].since.clone();
+    async fn serve_group(&self, rooms: &Rc<Rooms>, track: usize, group: &mut Vec<Waiter>) {
+        let oldest = group[0].since;
         let answer_oldest = |group: &mut Vec<Waiter>, refusal: &dyn Fn() -> Refusal| {
-            let same = group.partition_point(|waiter| waiter.since.seq <= oldest.seq);
+            let same = group.partition_point(|waiter| waiter.since.0 <= oldest.0);
             for waiter in group.drain(..same) {
                 // A receiver that is gone gave up.
                 let _gone = waiter.answer.send(Err(refusal()));
             }
         };
-        let span = tracing::debug_span!("replay", room.id = %self.room, position.seq = oldest.seq);
-        match self.read_after(rooms, &oldest).instrument(span).await {
+        let span = tracing::debug_span!("replay", room.id = %self.room, position.seq = oldest.0);
+        match self.read_after(rooms, track, oldest).instrument(span).await {
             Err(error) => {
                 tracing::debug!(error = %error, room.id = %self.room, "a backlog could not be read");
                 for waiter in group.drain(..) {
@@ -155,8 +167,8 @@ impl Hub {
             Ok(Read::TooFar { boundary }) => {
                 // Everybody before the boundary is too far behind as well.
                 let too_far = group
-                    .partition_point(|waiter| waiter.since.seq < boundary)
-                    .max(group.partition_point(|waiter| waiter.since.seq <= oldest.seq));
+                    .partition_point(|waiter| waiter.since.0 < boundary)
+                    .max(group.partition_point(|waiter| waiter.since.0 <= oldest.0));
                 for waiter in group.drain(..too_far) {
                     let _gone = waiter
                         .answer
@@ -165,7 +177,8 @@ impl Hub {
             }
             Ok(Read::Found(held, upto)) => {
                 for waiter in std::mem::take(group) {
-                    let answer = self.cut(rooms, &held, upto, &oldest, &waiter.since).await;
+                    let ends = (oldest, waiter.since);
+                    let answer = self.cut(rooms, track, &held, upto, ends).await;
                     let _gone = waiter.answer.send(answer);
                 }
             }
@@ -176,14 +189,13 @@ impl Hub {
     async fn cut(
         &self,
         rooms: &Rooms,
+        track: usize,
         held: &Rc<Held>,
         upto: (u64, Fingerprint),
-        oldest: &Position,
-        since: &Position,
+        (oldest, since): ((u64, Fingerprint), (u64, Fingerprint)),
     ) -> Answer {
-        let skip = held
-            .entries
-            .partition_point(|missed| missed.seq <= since.seq);
+        let (seq, fingerprint) = since;
+        let skip = held.entries.partition_point(|missed| missed.seq <= seq);
         let backlog = || {
             Ok(Backlog {
                 held: Rc::clone(held),
@@ -191,21 +203,21 @@ impl Hub {
                 upto,
             })
         };
-        let unchecked = since.fingerprint == Fingerprint(0);
+        let unchecked = fingerprint == Fingerprint(0);
         if unchecked || since == oldest {
             return backlog();
         }
-        if since.seq > upto.0 {
+        if seq > upto.0 {
             return Err(Refusal::Reset(ResetReason::Future));
         }
         let at = skip
             .checked_sub(1)
             .map(|i| &held.entries[i])
-            .filter(|m| m.seq == since.seq);
+            .filter(|m| m.seq == seq);
         match at {
-            Some(missed) if missed.fingerprint == since.fingerprint => backlog(),
+            Some(missed) if missed.fingerprint == fingerprint => backlog(),
             Some(_) => Err(Refusal::Reset(ResetReason::Epoch)),
-            None => match self.is_erased(rooms, since).await {
+            None => match self.is_erased(rooms, track, seq).await {
                 Ok(true) => backlog(),
                 Ok(false) => Err(Refusal::Reset(ResetReason::Epoch)),
                 Err(_) => Err(Refusal::Failed(JoinError::Unavailable)),
@@ -215,40 +227,39 @@ impl Hub {
 
     /// Whether no message is stored at `since` (it was erased, or trimmed); otherwise it is one that the cursor was not made
     /// of, since those that belong to the room have been looked at.
-    async fn is_erased(&self, rooms: &Rooms, since: &Position) -> Result<bool, ReadError> {
-        let epoch = self.log.borrow().epoch();
-        Ok(rooms
-            .reader
-            .message(&self.stream, epoch, since.seq)
-            .await?
-            .is_none())
+    async fn is_erased(&self, rooms: &Rooms, track: usize, seq: u64) -> Result<bool, ReadError> {
+        let epoch = self.log.borrow().epoch(track);
+        let stream = &self.sources[track].stream;
+        Ok(rooms.reader.message(stream, epoch, seq).await?.is_none())
     }
 
     /// Reads everything after `since`, and makes sure that it is everything.
-    async fn read_after(&self, rooms: &Rooms, since: &Position) -> Result<Read, BacklogError> {
+    async fn read_after(
+        &self,
+        rooms: &Rooms,
+        track: usize,
+        since: (u64, Fingerprint),
+    ) -> Result<Read, BacklogError> {
+        let (after, fingerprint) = since;
         let limits = &rooms.config;
         let most_bytes = usize::try_from(limits.replay_max_bytes.as_u64()).unwrap_or(usize::MAX);
         let mut share = rooms.replay_share(most_bytes).await;
-        let epoch = self.log.borrow().epoch();
-        let filter = rooms
-            .subjects
-            .stored_all(rooms.streams.origin(), self.part, &self.room);
+        let epoch = self.log.borrow().epoch(track);
+        let stream = &self.sources[track].stream;
+        let filter = self.filter(rooms, track);
         let mut anchored = false;
         let mut entries: Vec<Missed> = Vec::new();
         let mut bytes = 0;
         // From the cursor's own message on: if it is still there, nothing after it has been trimmed.
-        let mut next = since.seq.max(1);
+        let mut next = after.max(1);
         loop {
-            let page = rooms
-                .reader
-                .page(&self.stream, epoch, &filter, next)
-                .await?;
+            let page = rooms.reader.page(stream, epoch, &filter, next).await?;
             let mut records = page.records.as_slice();
-            if next == since.seq.max(1)
+            if next == after.max(1)
                 && let [first, rest @ ..] = records
-                && first.seq == since.seq
+                && first.seq == after
             {
-                if since.fingerprint != Fingerprint(0) && first.fingerprint != since.fingerprint {
+                if fingerprint != Fingerprint(0) && first.fingerprint != fingerprint {
                     return Ok(Read::Reset(ResetReason::Epoch));
                 }
                 anchored = true;
@@ -262,16 +273,16 @@ impl Hub {
                 // The first `excess` of them would have to be left out: whoever is before the last of those is too far.
                 let at = usize::try_from(excess)
                     .map_or(records.len(), |excess| excess.min(records.len()));
-                let boundary = at.checked_sub(1).map_or(since.seq + 1, |i| records[i].seq);
+                let boundary = at.checked_sub(1).map_or(after + 1, |i| records[i].seq);
                 return Ok(Read::TooFar { boundary });
             }
             for record in records {
                 bytes += record.body.len();
-                entries.push(self.missed(record));
+                entries.push(self.missed(track, record));
             }
             if bytes > most_bytes {
                 return Ok(Read::TooFar {
-                    boundary: since.seq + 1,
+                    boundary: after + 1,
                 });
             }
             match page.records.last() {
@@ -279,14 +290,12 @@ impl Hub {
                 _ => break,
             }
         }
-        if let Some(reason) = self.broken(rooms, since, anchored).await? {
+        if let Some(reason) = self.broken(rooms, track, since, anchored).await? {
             return Ok(Read::Reset(reason));
         }
         // The frames are a little larger than the bodies; the share is a bound on bodies, like the limit.
         rooms.shrink_share(&mut share, bytes);
-        let upto = entries
-            .last()
-            .map_or((since.seq, since.fingerprint), |m| (m.seq, m.fingerprint));
+        let upto = entries.last().map_or(since, |m| (m.seq, m.fingerprint));
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         gauge_add(Gauge::ReplayBytes, bytes);
         let held = Held {
@@ -304,14 +313,14 @@ impl Hub {
     async fn broken(
         &self,
         rooms: &Rooms,
-        since: &Position,
+        track: usize,
+        (seq, fingerprint): (u64, Fingerprint),
         anchored: bool,
     ) -> Result<Option<ResetReason>, BacklogError> {
-        let at = rooms
-            .reader
-            .message(&self.stream, since.epoch, since.seq)
-            .await?;
-        let names_message = since.fingerprint != Fingerprint(0);
+        let epoch = self.log.borrow().epoch(track);
+        let source = &self.sources[track];
+        let at = rooms.reader.message(&source.stream, epoch, seq).await?;
+        let names_message = fingerprint != Fingerprint(0);
         if anchored && at.is_some() {
             return Ok(None);
         }
@@ -319,24 +328,30 @@ impl Hub {
             // There is a message, but the room's log does not have it: a store that was rolled back and written anew.
             return Ok(Some(ResetReason::Epoch));
         }
-        let state: StreamState = rooms.streams.fetch(self.part).await?;
-        Ok(if state.epoch != since.epoch {
+        let state: StreamState = source.streams.fetch(self.part).await?;
+        Ok(if state.epoch != epoch {
             Some(ResetReason::Epoch)
-        } else if since.seq > state.last_seq {
+        } else if seq > state.last_seq {
             Some(ResetReason::Future)
-        } else if since.seq + 1 < state.first_seq {
+        } else if seq + 1 < state.first_seq {
             Some(ResetReason::Trimmed)
         } else {
             None
         })
     }
 
-    fn missed(&self, record: &Record) -> Missed {
-        let cursor = self.log.borrow().cursor_at(record.seq, record.fingerprint);
+    fn missed(&self, track: usize, record: &Record) -> Missed {
+        let cursor = self
+            .log
+            .borrow()
+            .cursor_at(track, record.seq, record.fingerprint);
         let frame = encode::message(&self.room, record, Some(&cursor));
         Missed {
             seq: record.seq,
             fingerprint: record.fingerprint,
+            ts: record.ts,
+            reference: reference(record),
+            after: record.after.clone(),
             frame,
         }
     }

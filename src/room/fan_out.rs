@@ -1,13 +1,17 @@
 //! Members, and how frames reach them.
 
-use std::{cell::Cell, rc::Rc, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use tokio::task::yield_now;
 
-use super::{encode, hub::Hub, rooms::Rooms};
+use super::{encode, hub::Hub, references::Spot, rooms::Rooms};
 use crate::{
-    model::RoomId,
+    model::{Cursor, Position, RoomId},
     protocol::{Close, native::Wants},
     telemetry::metrics::{Counter, Gauge, Held, count},
     wire::Conn,
@@ -28,6 +32,9 @@ pub struct Member {
     /// Index in the log of the next frame it is to get.
     pub(super) next: Cell<u64>,
     pub(super) left: Cell<bool>,
+    /// What it has seen, in another region, of what this room has not delivered yet: it is withheld, and stands in the member's
+    /// cursors all the same.
+    ahead: RefCell<Vec<Position>>,
     _active: Held,
 }
 
@@ -48,6 +55,7 @@ impl Member {
             live: Cell::new(live),
             next: Cell::new(next),
             left: Cell::new(false),
+            ahead: RefCell::default(),
             _active: Held::new(Gauge::MemberActive),
         }
     }
@@ -62,6 +70,37 @@ impl Member {
         self.next.set(next);
         self.live.set(true);
     }
+
+    pub(super) fn set_ahead(&self, ahead: Vec<Position>) {
+        *self.ahead.borrow_mut() = ahead;
+    }
+
+    /// `cursor`, and what the member has seen beyond it.
+    pub(super) fn raised(&self, cursor: Cursor) -> Cursor {
+        raise(cursor, &self.ahead.borrow())
+    }
+
+    /// The frames of a pass as they are for this member, when it is ahead of the room.
+    fn for_one_ahead(&self, hub: &Hub, pass: &Pass, skip: usize) -> Option<Vec<Bytes>> {
+        let mut ahead = self.ahead.borrow_mut();
+        if ahead.is_empty() {
+            return None;
+        }
+        let log = hub.log.borrow();
+        let withheld = |(track, seq): &Spot| {
+            let mut ahead = ahead.iter();
+            ahead.any(|seen| log.track_of(&seen.origin) == Some(*track) && *seq <= seen.seq)
+        };
+        let frames = pass.frames.iter().zip(&pass.spots).skip(skip);
+        let frames = frames.filter(|(_, spot)| !withheld(spot));
+        let frames = frames.map(|(frame, _)| match encode::cursor_of(frame) {
+            Some(cursor) => encode::with_cursor(frame, &raise(cursor, &ahead)),
+            None => frame.clone(),
+        });
+        let frames = frames.collect();
+        ahead.retain(|seen| log.is_ahead(seen));
+        Some(frames)
+    }
 }
 
 /// Frames to be fanned out, and the index of the first one in the log.
@@ -69,6 +108,22 @@ impl Member {
 pub(super) struct Pass {
     pub(super) first: u64,
     pub(super) frames: Vec<Bytes>,
+    /// Where each is stored; none in a room without a log.
+    pub(super) spots: Vec<Spot>,
+}
+
+/// `cursor` with those of `positions` that lie beyond it.
+pub(super) fn raise(cursor: Cursor, positions: &[Position]) -> Cursor {
+    if positions.is_empty() {
+        return cursor;
+    }
+    let here = cursor.positions().iter().map(|position| {
+        let further = positions.iter().find(|p| p.origin == position.origin);
+        let further = further.filter(|p| p.epoch == position.epoch && p.seq > position.seq);
+        further.unwrap_or(position)
+    });
+    // Of two of one origin the first counts.
+    Cursor::of(here.chain(positions).cloned().collect())
 }
 
 impl Rooms {
@@ -154,7 +209,7 @@ impl Hub {
 
     /// Gives the frames of a pass to the members of one group, those from `at` on; how many deliveries that were.
     fn serve(&self, pass: &Pass, at: usize) -> u64 {
-        let Pass { first, frames } = pass;
+        let Pass { first, frames, .. } = pass;
         let target = first + frames.len() as u64;
         let mut delivered = 0;
         let members = self.members.borrow();
@@ -169,9 +224,15 @@ impl Hub {
                 member.conn.close(Close::Internal);
                 continue;
             };
-            let rest = &frames[usize::try_from(skip).unwrap_or(frames.len())..];
-            member.conn.send(rest);
-            delivered += rest.len() as u64;
+            let skip = usize::try_from(skip).unwrap_or(frames.len());
+            if let Some(its_own) = member.for_one_ahead(self, pass, skip) {
+                member.conn.send(&its_own);
+                delivered += its_own.len() as u64;
+            } else {
+                let rest = &frames[skip..];
+                member.conn.send(rest);
+                delivered += rest.len() as u64;
+            }
             member.next.set(target);
         }
         delivered

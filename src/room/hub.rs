@@ -4,8 +4,10 @@ use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
     rc::Rc,
+    sync::Arc,
 };
 
+use futures_util::future::try_join_all;
 use indexmap::IndexMap;
 use tokio::{
     sync::Notify,
@@ -17,12 +19,12 @@ use super::{
     backlog::Backlogs,
     encode,
     fan_out::{MEMBERS_A_TURN, Member, Pass},
-    log::{Admission, RoomLog},
+    log::{Admission, RoomLog, Start},
     receipts::Receipts,
     rooms::Rooms,
 };
 use crate::{
-    bus::{Arrival, ReadError, Record},
+    bus::{Arrival, ReadError, Record, Streams},
     model::{Cursor, Kind, RoomId, partition_of},
     runtime::unix_ms,
     subject::{FROM_NATTER, KIND_READ, KIND_TYPING, header},
@@ -37,14 +39,15 @@ const BATCH: usize = 64;
 pub struct Hub {
     pub(super) room: RoomId,
     pub(super) part: u16,
-    pub(super) stream: Rc<str>,
+    /// Where its log is stored, a stream an origin, the own one first: the tracks of the log. None: it has no log.
+    pub(super) sources: Box<[Source]>,
+    /// Which origins these are.
+    origins_version: u64,
     /// Whether the room has a log; else messages only pass through.
     pub(super) durable: bool,
     /// Its subscriptions: to what the stream republishes (where there is one), and to what only passes.
     pub(super) live_sid: Option<u64>,
     pub(super) passing_sid: u64,
-    /// The stream's incarnation that the log belongs to.
-    pub(super) incarnation: Cell<u32>,
     pub(super) log: RefCell<RoomLog>,
     pub(super) members: RefCell<IndexMap<u64, Rc<Member>>>,
     /// Changes when a member joins or leaves, so that a fan-out pass that yielded looks again.
@@ -67,8 +70,19 @@ pub struct Hub {
     pub(super) compared: Cell<bool>,
     /// Since when nobody is here.
     pub(super) empty_since: Cell<Option<Instant>>,
-    pub(super) backlogs: Backlogs,
     pub(super) receipts: Receipts,
+    /// Whether a task waits for the end of the time of messages that wait.
+    pub(super) holding: Cell<bool>,
+}
+
+/// Where one origin's part of the room's log is stored.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) streams: Arc<Streams>,
+    pub(super) stream: Arc<str>,
+    /// The stream's incarnation that the log belongs to.
+    pub(super) incarnation: Cell<u32>,
+    pub(super) backlogs: Backlogs,
 }
 
 /// A hub's life.
@@ -89,24 +103,34 @@ struct Taken {
     pass: Pass,
     typing: Vec<String>,
     receipts: IndexMap<String, Cursor>,
-    /// A message before which others are missing.
-    gap: Option<Record>,
+    /// A message before which others of its track are missing.
+    gap: Option<(usize, Record)>,
 }
 
 impl Hub {
     /// A hub that is subscribed, and has yet to be started.
     pub(super) fn new(rooms: &Rooms, room: RoomId, durable: bool) -> Rc<Self> {
         let part = partition_of(&room, rooms.streams.partitions());
-        let known = rooms.streams.known(part);
-        let log = rooms.new_log(known, &[]);
+        let origins_version = rooms.origins.members_version();
+        let origins = if durable {
+            rooms.origins.all()
+        } else {
+            Vec::new()
+        };
+        let sources = origins.into_iter().map(|streams| Source {
+            stream: Arc::clone(streams.stream(part)),
+            incarnation: Cell::new(streams.known(part).incarnation),
+            backlogs: Backlogs::default(),
+            streams,
+        });
         let hub = Rc::new(Self {
             part,
-            stream: rooms.stream(part),
+            sources: sources.collect(),
+            origins_version,
             durable,
             live_sid: durable.then(|| rooms.line.new_sid()),
             passing_sid: rooms.line.new_sid(),
-            incarnation: Cell::new(known.incarnation),
-            log: RefCell::new(log),
+            log: RefCell::new(rooms.new_log(Vec::new())),
             members: RefCell::default(),
             membership: Cell::new(0),
             phase: Cell::new(Phase::Starting),
@@ -119,8 +143,8 @@ impl Hub {
             checked: Cell::new(Instant::now()),
             compared: Cell::new(false),
             empty_since: Cell::new(Some(Instant::now())),
-            backlogs: Backlogs::default(),
             receipts: Receipts::new(rooms.read_push_max),
+            holding: Cell::new(false),
             room,
         });
         hub.subscribe(rooms);
@@ -145,7 +169,7 @@ impl Hub {
         self.phase.get()
     }
 
-    async fn when(&self, is_so: impl Fn() -> bool) {
+    pub(super) async fn when(&self, is_so: impl Fn() -> bool) {
         loop {
             let changed = self.changed.notified();
             if is_so() {
@@ -219,9 +243,24 @@ impl Hub {
         }
     }
 
-    /// Whether the stream has begun anew since the log was made.
+    /// Whether a stream has begun anew since the log was made, or an origin has come or gone.
     pub(super) fn is_outdated(&self, rooms: &Rooms) -> bool {
-        self.durable && rooms.streams.known(self.part).incarnation != self.incarnation.get()
+        let anew = |source: &Source| {
+            source.streams.known(self.part).incarnation != source.incarnation.get()
+        };
+        self.durable
+            && (rooms.origins.members_version() != self.origins_version
+                || self.sources.iter().any(anew))
+    }
+
+    /// What the room's log of one origin is called in its stream: the filter of a read.
+    pub(super) fn filter(&self, rooms: &Rooms, track: usize) -> String {
+        let origin = self.sources[track].streams.origin();
+        rooms.subjects.stored_all(origin, self.part, &self.room)
+    }
+
+    pub(super) fn is_busy(&self) -> bool {
+        self.busy.get()
     }
 
     /// Sees to it that the log is compared with its stream; not for ephemeral rooms, which have none.
@@ -266,10 +305,21 @@ impl Hub {
             // On a new connection it is subscribed anew before anything else is sent.
             rooms.line.ready().await;
             if self.durable {
-                match rooms.heads(self).await {
-                    Ok((state, records)) => {
-                        *self.log.borrow_mut() = rooms.new_log(state, &records);
-                        self.incarnation.set(state.incarnation);
+                let heads = self.sources.iter().map(|source| rooms.heads(self, source));
+                match try_join_all(heads).await {
+                    Ok(heads) => {
+                        let starts = self.sources.iter().zip(heads).map(|(source, heads)| {
+                            let (state, heads) = heads;
+                            source.incarnation.set(state.incarnation);
+                            Start {
+                                origin: source.streams.origin().clone(),
+                                epoch: state.epoch,
+                                heads,
+                                empty_at: state.last_seq,
+                            }
+                        });
+                        *self.log.borrow_mut() = rooms.new_log(starts.collect());
+                        self.remember_earlier(rooms).await?;
                     }
                     Err(error) if matches!(*error, ReadError::Closed) && !self.is_gone() => {
                         continue;
@@ -335,13 +385,17 @@ impl Hub {
         loop {
             self.fan_out(std::mem::take(&mut taken.pass)).await;
             self.push_signals(&mut taken);
-            if let Some(record) = taken.gap.take() {
+            if let Some((track, record)) = taken.gap.take() {
                 // What happens seldom is apart, here and below: a large room has a task for each batch.
-                Box::pin(self.fill_before(&rooms, &record)).await;
+                Box::pin(self.fill_before(&rooms, track, &record)).await;
                 let mut late = Pass::default();
                 // The read usually brought it too.
-                if self.log.borrow().admit(record.class, record.seq, None) == Admission::Deliver {
-                    self.deliver(&record, &mut late);
+                let admission = self
+                    .log
+                    .borrow()
+                    .admit(track, record.class, record.seq, None);
+                if admission == Admission::Deliver {
+                    self.take(&rooms, track, record, &mut late);
                 }
                 self.fan_out(late).await;
             }
@@ -358,7 +412,8 @@ impl Hub {
                 self.filled.set(wanted);
                 self.changed.notify_waiters();
             }
-            if self.is_gone() || (self.inbox.borrow().is_empty() && !self.must_read()) {
+            let idle = self.inbox.borrow().is_empty() && !self.must_read() && !self.has_waited();
+            if self.is_gone() || idle {
                 break;
             }
             if !self.must_read() {
@@ -366,11 +421,13 @@ impl Hub {
             }
         }
         self.busy.set(false);
+        self.changed.notify_waiters();
     }
 
     /// Looks at what came, up to a batch, or up to what has to wait.
     fn take_in(self: &Rc<Self>, rooms: &Rc<Rooms>) -> Taken {
         let mut taken = Taken::default();
+        self.release(rooms, &mut taken.pass);
         let mut inbox = self.inbox.take();
         while taken.pass.frames.len() < BATCH
             && taken.gap.is_none()
@@ -399,21 +456,21 @@ impl Hub {
     }
 
     fn take_stored(self: &Rc<Self>, rooms: &Rc<Rooms>, arrival: &Arrival, taken: &mut Taken) {
-        let Some(record) = self.record(rooms, arrival) else {
+        let Some((track, record)) = self.record(rooms, arrival) else {
             return;
         };
         let admission = self
             .log
             .borrow()
-            .admit(record.class, record.seq, record.previous);
+            .admit(track, record.class, record.seq, record.previous);
         match admission {
-            Admission::Deliver => self.deliver(&record, &mut taken.pass),
-            Admission::Old => self.on_old(rooms, &record),
-            Admission::Gap => taken.gap = Some(record),
+            Admission::Deliver => self.take(rooms, track, record, &mut taken.pass),
+            Admission::Old => self.on_old(rooms, track, &record),
+            Admission::Gap => taken.gap = Some((track, record)),
         }
     }
 
-    fn record(&self, rooms: &Rooms, arrival: &Arrival) -> Option<Record> {
+    fn record(&self, rooms: &Rooms, arrival: &Arrival) -> Option<(usize, Record)> {
         let dropped = |why: Dropped| {
             count(Counter::MessageDropped(why), 1);
             tracing::debug!(room.id = %self.room, reason = ?why, "a message was dropped");
@@ -422,16 +479,16 @@ impl Hub {
             dropped(Dropped::BadSubject);
             return None;
         };
-        if subject.origin != *rooms.streams.origin() {
+        let Some(track) = self.log.borrow().track_of(&subject.origin) else {
             dropped(Dropped::UnknownOrigin);
             return None;
-        }
-        let epoch = self.log.borrow().epoch();
+        };
+        let epoch = self.log.borrow().epoch(track);
         let headers = arrival.headers().iter();
         match Record::stored(headers, arrival.payload(), subject.class, epoch) {
             Ok(record) => {
-                rooms.streams.note(self.part, record.seq);
-                Some(record)
+                self.sources[track].streams.note(self.part, record.seq);
+                Some((track, record))
             }
             Err(_) => {
                 dropped(Dropped::BadMessage);
@@ -442,34 +499,35 @@ impl Hub {
 
     /// A message that lies before our position: republished again, or live twin of one that was read from the stream. Or the
     /// stream began anew, and nothing will fit until that is noticed.
-    fn on_old(&self, rooms: &Rc<Rooms>, record: &Record) {
+    fn on_old(&self, rooms: &Rc<Rooms>, track: usize, record: &Record) {
         count(Counter::MessageSuppressed(Suppressed::Old), 1);
         if self
             .log
             .borrow()
-            .contradicts(record.seq, record.fingerprint)
+            .contradicts(track, record.seq, record.fingerprint)
         {
-            rooms.suspect(self.part);
+            rooms.suspect(&self.sources[track].streams, self.part);
         }
     }
 
     /// Takes an admitted message into the log and its frame into the pass.
-    pub(super) fn deliver(&self, record: &Record, ready: &mut Pass) {
+    pub(super) fn deliver(&self, track: usize, record: &Record, ready: &mut Pass) {
         let mut log = self.log.borrow_mut();
         if is_erasure(record) {
             // What it speaks of is not in the stream any more, and nobody shall get it from memory.
             log.forget();
         }
         let first = log.head_index();
-        match log.advance(record) {
+        match log.advance(track, record) {
             Some(cursor) => {
                 let frame = encode::message(&self.room, record, Some(&cursor));
                 if ready.frames.is_empty() {
                     ready.first = first;
                 }
                 ready.frames.push(frame.clone());
-                log.push(record, frame);
-                self.receipts.spoke(record, &log);
+                ready.spots.push((track, record.seq));
+                log.push(track, record, frame);
+                self.receipts.spoke(track, record, &log);
             }
             None => count(Counter::MessageSuppressed(Suppressed::Duplicate), 1),
         }
@@ -493,8 +551,8 @@ impl Hub {
             if taken.pass.frames.is_empty() {
                 taken.pass.first = log.head_index();
             }
-            taken.pass.frames.push(frame.clone());
-            log.push(&record, frame);
+            taken.pass.frames.push(frame);
+            log.pass();
         }
     }
 }

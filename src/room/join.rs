@@ -3,6 +3,7 @@
 use std::{rc::Rc, sync::Arc};
 
 use bytes::Bytes;
+use futures_util::future::try_join_all;
 use tokio::{
     task::spawn_local,
     time::{Instant, timeout_at},
@@ -10,13 +11,14 @@ use tokio::{
 
 use super::{
     backlog::{Backlog, Refusal},
-    fan_out::Member,
+    fan_out::{Member, raise},
     hub::{Hub, Phase},
-    log::Resume,
+    log::{Place, Resume, Since},
+    merge::{Frames, is_complete, missed},
     rooms::Rooms,
 };
 use crate::{
-    model::{Cursor, Position, RoomId},
+    model::{Cursor, RoomId},
     protocol::{Close, native::Wants},
     telemetry::metrics::{self, Counter, Histogram, Source, count},
     wire::Conn,
@@ -130,7 +132,15 @@ impl Membership {
     /// Where the room stands, as far as its members were told; `None`: it keeps no log.
     #[must_use]
     pub fn head(&self) -> Option<Cursor> {
-        self.hub.durable.then(|| self.hub.log.borrow().cursor())
+        let head = || self.hub.log.borrow().cursor();
+        self.hub.durable.then(|| self.member.raised(head()))
+    }
+
+    /// What the member has seen of other origins than the own; `None`: there are none, or the room keeps no log.
+    #[must_use]
+    pub fn seen_elsewhere(&self) -> Option<Cursor> {
+        let seen = self.hub.log.borrow().seen_elsewhere()?;
+        Some(self.member.raised(seen))
     }
 }
 
@@ -177,7 +187,7 @@ impl Rooms {
     ) -> Result<(Rc<Hub>, Plan), JoinError> {
         let mut attempts = 0;
         let mut filled = false;
-        let mut backlog: Option<Backlog> = None;
+        let mut read: Option<Vec<Option<Backlog>>> = None;
         loop {
             let hub = self.hub(room, durable);
             if !hub.is_ready() && !self.line.is_up() {
@@ -197,46 +207,73 @@ impl Rooms {
             if !durable {
                 return Ok((hub, Plan::Reset(ResetReason::Ephemeral)));
             }
-            // A cursor with components of other origins comes from a larger mesh than this edge knows.
-            let [position] = cursor.positions() else {
-                return Ok((hub, Plan::Reset(ResetReason::Epoch)));
-            };
-            let here = {
-                let log = hub.log.borrow();
-                position.origin == *log.origin() && position.epoch == log.epoch()
-            };
-            if !here {
-                // Before the client is sent to history: is it we who have not noticed that the stream began anew?
-                Box::pin(self.verify(hub.part)).await;
-                if hub.is_gone() {
-                    continue;
+            let place = hub.log.borrow().place_of(cursor);
+            let since = match place {
+                Ok(since) => since,
+                Err(track) => {
+                    // Before the client is sent to history: is it we who have not noticed that the stream began anew?
+                    let streams = &hub.sources[track].streams;
+                    Box::pin(self.verify(streams, hub.part)).await;
+                    if hub.is_gone() {
+                        continue;
+                    }
+                    return Ok((hub, Plan::Reset(ResetReason::Epoch)));
                 }
+            };
+            if since.elsewhere.len() == cursor.positions().len() {
+                // It says nothing of any origin that is seen here.
                 return Ok((hub, Plan::Reset(ResetReason::Epoch)));
             }
             // If the room ran on further than memory reaches while we read, read again, until the join's time is up.
-            if let Some(found) = backlog.take()
-                && found.upto.0 >= hub.log.borrow().floor()
+            if let Some(backlogs) = read.take()
+                && is_complete(&hub.log.borrow(), &backlogs)
             {
-                return Ok((hub, Plan::Backlog(cursor.clone(), found)));
+                return Ok((hub, Plan::Backlog(cursor.clone(), since, backlogs)));
             }
-            let resume = hub.log.borrow().resume(position);
-            match resume {
-                Resume::Memory(index) => {
-                    return Ok((hub, Plan::Memory(cursor.clone(), index)));
-                }
-                Resume::Ahead if !filled => {
-                    filled = true;
-                    hub.fill(self).await;
-                }
-                Resume::Ahead | Resume::Stream | Resume::Doubtful => {
-                    match hub.backlog(self, position.clone()).await {
-                        Ok(found) => backlog = Some(found),
-                        Err(Refusal::Reset(reason)) => return Ok((hub, Plan::Reset(reason))),
-                        Err(Refusal::Failed(error)) => return Err(error),
-                    }
-                }
+            let resumes: Vec<Resume> = {
+                let log = hub.log.borrow();
+                let tracks = since.place.iter().enumerate();
+                tracks.map(|(t, at)| log.resume(t, *at)).collect()
+            };
+            if resumes[0] == Resume::Ahead && !filled {
+                filled = true;
+                hub.fill(self).await;
+                continue;
+            }
+            // Beyond what this region has of another is not beyond what there is.
+            let is_elsewhere = |track: usize| track > 0 && resumes[track] == Resume::Ahead;
+            if (0..resumes.len()).all(|t| resumes[t] == Resume::Memory || is_elsewhere(t)) {
+                return Ok((hub, Plan::Memory(cursor.clone(), since)));
+            }
+            let wanted = (0..resumes.len()).map(|t| !is_elsewhere(t)).collect();
+            match self.read_backlogs(&hub, &since, wanted).await {
+                Ok(backlogs) => read = Some(backlogs),
+                Err(Refusal::Reset(reason)) => return Ok((hub, Plan::Reset(reason))),
+                Err(Refusal::Failed(error)) => return Err(error),
             }
         }
+    }
+
+    /// Reads what came after `since` of the tracks that are wanted.
+    async fn read_backlogs(
+        self: &Rc<Self>,
+        hub: &Rc<Hub>,
+        since: &Since,
+        wanted: Vec<bool>,
+    ) -> Result<Vec<Option<Backlog>>, Refusal> {
+        let tracks = wanted.into_iter().zip(&since.place).enumerate();
+        let reads = tracks.map(|(track, (wanted, at))| async move {
+            match wanted {
+                true => hub.backlog(self, track, *at).await.map(Some),
+                false => Ok(None),
+            }
+        });
+        let backlogs = try_join_all(reads).await?;
+        let messages = backlogs.iter().flatten().map(|read| read.entries().len());
+        if messages.sum::<usize>() as u64 > self.config.replay_max {
+            return Err(Refusal::Reset(ResetReason::ReplayMax));
+        }
+        Ok(backlogs)
     }
 
     /// Begins the membership: one step, without waiting.
@@ -248,53 +285,60 @@ impl Rooms {
         reply: impl FnOnce(&Joined) -> Bytes,
     ) -> Membership {
         let conn = who.conn;
-        let (frames, joined, result) = {
+        let (frames, joined, since, result) = {
             let log = hub.log.borrow();
-            let head = hub.durable.then(|| log.cursor());
-            let from_memory = |index: u64| -> Vec<Bytes> {
-                log.entries_from(index)
-                    .into_iter()
-                    .flatten()
-                    .map(|e| e.frame.clone())
-                    .collect()
+            let head = || hub.durable.then(|| log.cursor());
+            let here = || Since {
+                place: log.place(),
+                elsewhere: Vec::new(),
             };
-            let joined = |cursor: Option<Cursor>, frames: &[Bytes], reset| Joined {
+            let joined = |cursor: Option<Cursor>, reset| Joined {
+                head: cursor.clone(),
                 cursor,
-                head: head.clone(),
-                replay: frames.len() as u64,
+                replay: 0,
                 reset,
+            };
+            // It stands where the room stands, or further, where it has seen more elsewhere.
+            let resumed = |cursor: Cursor, since: Since, frames: &[Bytes]| {
+                let ahead = log.ahead(&since);
+                let place = since.place.iter().zip(log.place());
+                let place = place.map(|(was, now)| if was.0 > now.0 { *was } else { now });
+                let since = Since {
+                    place: place.collect(),
+                    elsewhere: since.elsewhere,
+                };
+                let joined = Joined {
+                    cursor: Some(cursor),
+                    head: head().map(|head| raise(head, &ahead)),
+                    replay: frames.len() as u64,
+                    reset: None,
+                };
+                (joined, since)
             };
             match plan {
                 Plan::Fresh => (
                     Vec::new(),
-                    joined(head.clone(), &[], None),
+                    joined(head(), None),
+                    here(),
                     metrics::Joined::Live,
                 ),
                 Plan::Reset(reason) => (
                     Vec::new(),
-                    joined(head.clone(), &[], Some(reason)),
+                    joined(head(), Some(reason)),
+                    here(),
                     reason.result(),
                 ),
-                Plan::Memory(cursor, index) => {
-                    let frames = from_memory(index);
+                Plan::Memory(cursor, since) => {
+                    let frames = log.frames_after(&since, 0);
                     count(Counter::MessageReplayed(Source::Ring), frames.len() as u64);
-                    let joined = joined(Some(cursor), &frames, None);
-                    (frames, joined, metrics::Joined::Ring)
+                    let (joined, since) = resumed(cursor, since, &frames);
+                    (frames, joined, since, metrics::Joined::Ring)
                 }
-                Plan::Backlog(cursor, backlog) => {
-                    let position = log.position();
-                    let read = backlog
-                        .entries()
-                        .iter()
-                        .filter(|missed| missed.seq <= position);
-                    let mut frames: Vec<Bytes> = read.map(|missed| missed.frame.clone()).collect();
-                    count(
-                        Counter::MessageReplayed(Source::Stream),
-                        frames.len() as u64,
-                    );
-                    frames.extend(log.frames_after(backlog.upto.0));
-                    let joined = joined(Some(cursor), &frames, None);
-                    (frames, joined, metrics::Joined::Stream)
+                Plan::Backlog(cursor, since, backlogs) => {
+                    let Frames { frames, read } = missed(&log, &since, &backlogs);
+                    count(Counter::MessageReplayed(Source::Stream), read as u64);
+                    let (joined, since) = resumed(cursor, since, &frames);
+                    (frames, joined, since, metrics::Joined::Stream)
                 }
             }
         };
@@ -312,13 +356,14 @@ impl Rooms {
             head,
             fits,
         ));
+        member.set_ahead(hub.log.borrow().ahead(&since));
         hub.add(Rc::clone(&member));
         hub.follow_receipts(self);
         if fits {
             conn.send(&frames);
         } else {
-            let place = hub.log.borrow().position_now();
             let (rooms, hub, member) = (Rc::clone(self), Rc::clone(&hub), Rc::clone(&member));
+            let place = (since, head);
             spawn_local(async move { rooms.catch_up(&hub, &member, frames, place).await });
         }
         count(Counter::MessageDelivered, joined.replay);
@@ -326,17 +371,18 @@ impl Rooms {
     }
 
     /// Hands a large backlog over at the pace at which the client reads, then what has come to the room meanwhile (from
-    /// memory, or from the stream where memory does not reach back), until there is nothing more: then the member is fed
+    /// memory, or from the streams where memory does not reach back), until there is nothing more: then the member is fed
     /// live. A client that falls further behind than `rooms.replay_max` is closed as too slow.
     async fn catch_up(
         self: &Rc<Self>,
         hub: &Rc<Hub>,
         member: &Rc<Member>,
         frames: Vec<Bytes>,
-        place: Position,
+        (since, index): (Since, u64),
     ) {
         let conn = &member.conn;
-        let mut place = place;
+        // Up to where it has got what the room has delivered.
+        let (mut since, mut index) = (since, index);
         let mut frames = frames;
         loop {
             for piece in pieces(&frames) {
@@ -352,42 +398,67 @@ impl Rooms {
             }
             let from_memory = {
                 let log = hub.log.borrow();
-                (place.seq >= log.floor()).then(|| log.frames_after(place.seq).collect::<Vec<_>>())
+                let mut tracks = since.place.iter().enumerate();
+                let reaches = tracks.all(|(track, (seq, _))| *seq >= log.floor(track));
+                reaches.then(|| log.frames_after(&since, index))
             };
             frames = match from_memory {
                 Some(frames) => {
                     let log = hub.log.borrow();
-                    place = log.position_now();
+                    reach(&mut since, &log.place());
+                    index = log.head_index();
                     if frames.iter().map(Bytes::len).sum::<usize>() <= PIECE {
                         count(Counter::MessageDelivered, frames.len() as u64);
                         conn.send(&frames);
+                        member.set_ahead(log.ahead(&since));
                         member.go_live(log.head_index());
                         return;
                     }
                     frames
                 }
-                None => match hub.backlog(self, place.clone()).await {
-                    Ok(found) => {
-                        // What the hub has not delivered yet will come live.
-                        let delivered = hub.log.borrow().position_now();
-                        let entries = found.entries().iter().filter(|m| m.seq <= delivered.seq);
-                        let frames = entries.map(|missed| missed.frame.clone()).collect();
-                        if found.upto.0 < delivered.seq {
-                            (place.seq, place.fingerprint) = found.upto;
-                        } else {
-                            place = delivered;
+                None => {
+                    let wanted: Vec<bool> = {
+                        let log = hub.log.borrow();
+                        let tracks = since.place.iter().enumerate();
+                        tracks
+                            .map(|(t, (seq, _))| *seq <= log.position(t))
+                            .collect()
+                    };
+                    match self.read_backlogs(hub, &since, wanted).await {
+                        Ok(backlogs) => {
+                            let log = hub.log.borrow();
+                            let found = missed(&log, &since, &backlogs);
+                            let mut reached = log.place();
+                            if !is_complete(&log, &backlogs) {
+                                // The room has run on: what was read is all that is given now.
+                                for (at, backlog) in reached.iter_mut().zip(&backlogs) {
+                                    let upto = backlog.as_ref().map(|backlog| backlog.upto);
+                                    *at = upto.filter(|upto| upto.0 < at.0).unwrap_or(*at);
+                                }
+                            }
+                            reach(&mut since, &reached);
+                            index = 0;
+                            found.frames
                         }
-                        frames
+                        Err(Refusal::Reset(_)) => return conn.close(Close::TooSlow),
+                        Err(Refusal::Failed(_)) => {
+                            // NATS is away. Nothing comes live either.
+                            hub.pause().await;
+                            Vec::new()
+                        }
                     }
-                    Err(Refusal::Reset(_)) => return conn.close(Close::TooSlow),
-                    Err(Refusal::Failed(_)) => {
-                        // NATS is away. Nothing comes live either.
-                        hub.pause().await;
-                        Vec::new()
-                    }
-                },
+                }
             };
             count(Counter::MessageDelivered, frames.len() as u64);
+        }
+    }
+}
+
+/// Moves a place on to another, where that is further.
+fn reach(since: &mut Since, place: &Place) {
+    for (at, reached) in since.place.iter_mut().zip(place) {
+        if reached.0 > at.0 {
+            *at = *reached;
         }
     }
 }
@@ -414,8 +485,8 @@ enum Plan {
     Fresh,
     /// From now on, though it wanted more.
     Reset(ResetReason),
-    /// From an index in memory.
-    Memory(Cursor, u64),
-    /// With what was read from the stream, then from memory.
-    Backlog(Cursor, Backlog),
+    /// With what is in memory.
+    Memory(Cursor, Since),
+    /// With what was read from the streams, then from memory.
+    Backlog(Cursor, Since, Vec<Option<Backlog>>),
 }

@@ -1,30 +1,66 @@
 //! The state of a room's log on one shard, without I/O: what was delivered, what is missing, who can resume from memory.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
+use super::{
+    encode,
+    references::{References, Spot, reference},
+};
 use crate::{
-    bus::{Record, message_key},
+    bus::Record,
     model::{Class, Cursor, Epoch, Fingerprint, Position, Region},
 };
 
-/// Messages whose reference is remembered, so that a publish repeated after the stream's duplicate window is not shown again.
-const MAX_REFERENCES: usize = 1024;
-
-/// Delivered messages of a room and the position they lead to.
+/// Delivered messages of a room and the place they lead to.
+///
+/// A room's log is the union of one log an origin, its *tracks*. Entries are in the order in which they were delivered here, which
+/// keeps that of each track; another edge may have another order of the tracks among each other. So a place in the room is a
+/// position a track, and what comes after it are the entries that lie after their track's.
 ///
 /// Entries have an index that counts deliveries since the log was made; a member that has got everything before index `n` is
-/// given what comes from `n` on. Entries at the front are forgotten when their bytes exceed the bound, but the position and
+/// given what comes from `n` on. Entries at the front are forgotten when their bytes exceed the bound, but positions and
 /// the index go on.
 ///
 /// # Invariants
-/// - A message is delivered once: only if its sequence is above the last one of its class.
-/// - The position never goes back. All messages up to it have been delivered, except where a message of the *other* class
+/// - A message is delivered once: only if its sequence is above the last one of its class and track, and its reference is new.
+/// - A position never goes back. All messages up to it have been delivered, except where a message of the *other* class
 ///   was lost in silence before (see [`RoomLog::admit`]).
-/// - Every message after `floor` is in memory.
+/// - Every message after a track's `floor` is in memory.
+/// - A message is delivered after what its sender had seen of other tracks, unless that did not come in time.
 #[derive(Debug)]
 pub(super) struct RoomLog {
+    /// The own origin's first; none in a room without a log.
+    tracks: Vec<Track>,
+    entries: VecDeque<Entry>,
+    bytes: usize,
+    max_bytes: usize,
+    /// Index of the first entry in memory.
+    base: u64,
+    references: References,
+}
+
+/// A place in a room: sequence and fingerprint, a track each.
+pub(super) type Place = Vec<(u64, Fingerprint)>;
+
+/// Where a track begins.
+#[derive(Debug)]
+pub(super) struct Start {
+    /// Whose stream it is.
+    pub(super) origin: Region,
+    /// The stream's epoch.
+    pub(super) epoch: Epoch,
+    /// The newest message of each class that has one.
+    pub(super) heads: Vec<Record>,
+    /// Where there are none: a sequence of the stream up to which the room is known to be empty.
+    pub(super) empty_at: u64,
+}
+
+/// One origin's part of a room's log.
+#[derive(Debug)]
+struct Track {
     origin: Region,
     epoch: Epoch,
     /// Last sequence per class.
@@ -33,28 +69,31 @@ pub(super) struct RoomLog {
     fingerprint: Fingerprint,
     /// Everything up to here is known to be complete, and the index that the next delivery had then.
     verified: (u64, u64),
-    entries: VecDeque<Entry>,
-    bytes: usize,
-    max_bytes: usize,
-    /// Index of the first entry in memory.
-    base: u64,
     floor: u64,
     floor_fingerprint: Fingerprint,
-    references: HashSet<u64>,
-    reference_order: VecDeque<u64>,
+    /// Admitted messages that wait for other tracks, and until when.
+    held: VecDeque<(Record, Instant)>,
+    /// Up to here messages of other tracks have waited in vain.
+    given_up: u64,
 }
 
 /// One delivered message.
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
+    /// Its track.
+    pub(super) track: usize,
     /// Its sequence.
     pub(super) seq: u64,
     /// Its fingerprint.
     pub(super) fingerprint: Fingerprint,
-    /// The room's position after it: its own sequence, or a higher one where it came late.
+    /// The track's position after it: its own sequence, or a higher one where it came late.
     pub(super) position: u64,
     /// Its time, ms since 1970.
     pub(super) ts: u64,
+    /// The hash of its reference; `None` for what refers to a message.
+    pub(super) reference: Option<u64>,
+    /// What its sender had seen of other origins.
+    pub(super) after: Option<Cursor>,
     /// The complete frame for every receiver.
     pub(super) frame: Bytes,
 }
@@ -70,30 +109,463 @@ pub(super) enum Admission {
     Gap,
 }
 
-/// Where a session with a cursor can go on.
-#[derive(Debug, PartialEq, Eq)]
+/// Where a session with a cursor can go on, as far as one track is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Resume {
-    /// Everything after the cursor is in memory, from this index on.
-    Memory(u64),
-    /// The cursor lies before what is in memory.
+    /// Everything after the position is in memory.
+    Memory,
+    /// The position lies before what is in memory.
     Stream,
-    /// The cursor lies beyond what this log has seen.
+    /// The position lies beyond what this log has seen.
     Ahead,
-    /// The cursor lies within what is in memory, but not on a message with its fingerprint: the stream has to tell.
+    /// The position lies within what is in memory, but not on a message with its fingerprint: the stream has to tell.
     Doubtful,
 }
 
+/// A cursor as a place in this log, and what this log does not know of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Since {
+    pub(super) place: Place,
+    /// Positions of origins that are not seen here (yet).
+    pub(super) elsewhere: Vec<Position>,
+}
+
 impl RoomLog {
-    /// A log that stands at the heads of its classes; where there are none, at `empty_at`: a sequence of the stream up to
-    /// which the room is known to be empty.
+    /// A log that stands at the heads of its tracks.
     #[must_use]
-    pub(super) fn new(
-        origin: Region,
-        epoch: Epoch,
-        heads: &[Record],
-        empty_at: u64,
-        max_bytes: usize,
-    ) -> Self {
+    pub(super) fn new(starts: Vec<Start>, max_bytes: usize) -> Self {
+        Self {
+            tracks: starts.into_iter().map(Track::new).collect(),
+            entries: VecDeque::new(),
+            bytes: 0,
+            max_bytes,
+            base: 0,
+            references: References::default(),
+        }
+    }
+
+    /// How many origins there are.
+    #[must_use]
+    pub(super) fn tracks(&self) -> usize {
+        self.tracks.len()
+    }
+
+    /// The track of an origin.
+    #[must_use]
+    pub(super) fn track_of(&self, origin: &Region) -> Option<usize> {
+        self.tracks.iter().position(|track| track.origin == *origin)
+    }
+
+    /// The epoch of a track's stream.
+    #[must_use]
+    pub(super) fn epoch(&self, track: usize) -> Epoch {
+        self.tracks[track].epoch
+    }
+
+    /// Whether `epoch` is that of the log of `origin`.
+    #[must_use]
+    pub(super) fn is_current(&self, origin: &Region, epoch: Epoch) -> bool {
+        self.track_of(origin)
+            .is_some_and(|track| self.epoch(track) == epoch)
+    }
+
+    /// The sequence up to which everything of a track was delivered.
+    #[must_use]
+    pub(super) fn position(&self, track: usize) -> u64 {
+        self.tracks[track].position
+    }
+
+    /// Every message of a track after this sequence is in memory.
+    #[must_use]
+    pub(super) fn floor(&self, track: usize) -> u64 {
+        self.tracks[track].floor
+    }
+
+    /// The last sequence of a class that was taken in.
+    #[must_use]
+    pub(super) fn last(&self, track: usize, class: Class) -> u64 {
+        self.tracks[track].last[index(class)]
+    }
+
+    /// The room's cursor.
+    #[must_use]
+    pub(super) fn cursor(&self) -> Cursor {
+        let positions = self.tracks.iter().map(Track::position_now);
+        Cursor::of(positions.collect())
+    }
+
+    /// The cursor of a place, and of positions elsewhere.
+    #[must_use]
+    pub(super) fn cursor_of(&self, place: &Place, elsewhere: &[Position]) -> Cursor {
+        let here = self.tracks.iter().zip(place);
+        let here = here.map(|(track, (seq, fingerprint))| track.at(*seq, *fingerprint));
+        Cursor::of(here.chain(elsewhere.iter().cloned()).collect())
+    }
+
+    /// The cursor of one track's component alone: up to there its sender has read.
+    #[must_use]
+    pub(super) fn cursor_at(&self, track: usize, seq: u64, fingerprint: Fingerprint) -> Cursor {
+        Cursor::single(self.tracks[track].at(seq, fingerprint))
+    }
+
+    /// What a member that is up to date has seen of other origins than its own; `None`: there are none.
+    #[must_use]
+    pub(super) fn seen_elsewhere(&self) -> Option<Cursor> {
+        let others = self.tracks.get(1..).filter(|others| !others.is_empty())?;
+        Some(Cursor::of(others.iter().map(Track::position_now).collect()))
+    }
+
+    /// The place up to which everything was delivered.
+    #[must_use]
+    pub(super) fn place(&self) -> Place {
+        let tracks = self.tracks.iter();
+        tracks.map(|t| (t.position, t.fingerprint)).collect()
+    }
+
+    /// A cursor as a place in this log. An origin that it does not name: nothing seen of that yet.
+    ///
+    /// # Errors
+    /// The first track whose epoch is another: there the cursor means nothing.
+    pub(super) fn place_of(&self, cursor: &Cursor) -> Result<Since, usize> {
+        let mut place = vec![(0, Fingerprint::default()); self.tracks.len()];
+        let mut elsewhere = Vec::new();
+        for position in cursor.positions() {
+            match self.track_of(&position.origin) {
+                None => elsewhere.push(position.clone()),
+                Some(track) if self.tracks[track].epoch != position.epoch => return Err(track),
+                Some(track) => place[track] = (position.seq, position.fingerprint),
+            }
+        }
+        Ok(Since { place, elsewhere })
+    }
+
+    /// Those components of `since` that lie beyond this log.
+    #[must_use]
+    pub(super) fn ahead(&self, since: &Since) -> Vec<Position> {
+        let tracks = self.tracks.iter().zip(&since.place);
+        let ahead = tracks.filter(|(track, (seq, _))| *seq > track.position);
+        let ahead = ahead.map(|(track, (seq, fingerprint))| track.at(*seq, *fingerprint));
+        ahead.chain(since.elsewhere.iter().cloned()).collect()
+    }
+
+    /// Whether a position lies beyond this log.
+    #[must_use]
+    pub(super) fn is_ahead(&self, position: &Position) -> bool {
+        self.track_of(&position.origin)
+            .is_none_or(|track| position.seq > self.tracks[track].position)
+    }
+
+    /// The index that the next delivery will have.
+    #[must_use]
+    pub(super) fn head_index(&self) -> u64 {
+        self.base + self.entries.len() as u64
+    }
+
+    /// First sequence of a track that may be missing: where every reading of the stream begins that is to make the log complete.
+    ///
+    /// Not the place after the last delivery: a message of the other class may be missing before that without anybody
+    /// having noticed, and once a later one of its class is delivered it would be taken for old.
+    #[must_use]
+    pub(super) fn unverified(&self, track: usize) -> u64 {
+        self.tracks[track].verified.0 + 1
+    }
+
+    /// Deliveries since all tracks were last known to be complete.
+    #[must_use]
+    pub(super) fn deliveries_unverified(&self) -> u64 {
+        let verified = self.tracks.iter().map(|track| track.verified.1).min();
+        verified.map_or(0, |index| self.head_index() - index)
+    }
+
+    /// Notes that everything of a track up to `seq` has been taken in: the stream was read up to there, or its heads there are
+    /// those that were taken in last.
+    pub(super) fn verify(&mut self, track: usize, seq: u64) {
+        let head = self.head_index();
+        let track = &mut self.tracks[track];
+        if seq >= track.verified.0 {
+            track.verified = (seq, head);
+        }
+    }
+
+    /// Judges a message by its sequence and its predecessor on the same subject (`None` where it was read from the stream,
+    /// in order, and so can't have a gap before it).
+    ///
+    /// The predecessor is that of the message's own class: if a message of one class is lost in silence and one of the other
+    /// class comes, nothing shows. The hub therefore notes all causes of loss on the way from the server, and the periodic
+    /// comparison with the stream finds what a server lost; such a message is delivered late.
+    #[must_use]
+    pub(super) fn admit(
+        &self,
+        track: usize,
+        class: Class,
+        seq: u64,
+        previous: Option<u64>,
+    ) -> Admission {
+        let last = self.last(track, class);
+        if seq <= last {
+            Admission::Old
+        } else if previous.is_some_and(|previous| previous > last) {
+            Admission::Gap
+        } else {
+            Admission::Deliver
+        }
+    }
+
+    /// Whether an admitted message has to wait: for one before it in its track, or for what its sender had seen of others.
+    #[must_use]
+    pub(super) fn must_wait(&self, track: usize, record: &Record) -> bool {
+        !self.tracks[track].held.is_empty() || self.misses(track, record)
+    }
+
+    /// Whether something that the sender had seen is not delivered, and may still come.
+    fn misses(&self, track: usize, record: &Record) -> bool {
+        let Some(after) = &record.after else {
+            return false;
+        };
+        after.positions().iter().any(|seen| {
+            // An origin that is not seen here can't be waited for.
+            self.track_of(&seen.origin).is_some_and(|other| {
+                let of = &self.tracks[other];
+                other != track && of.epoch == seen.epoch && seen.seq > of.position.max(of.given_up)
+            })
+        })
+    }
+
+    /// Keeps an admitted message until what its sender had seen is delivered, or until `until`.
+    pub(super) fn hold(&mut self, track: usize, record: Record, until: Instant) {
+        let track = &mut self.tracks[track];
+        track.last[index(record.class)] = record.seq;
+        track.held.push_back((record, until));
+    }
+
+    /// How many messages wait.
+    #[must_use]
+    pub(super) fn held(&self) -> usize {
+        self.tracks.iter().map(|track| track.held.len()).sum()
+    }
+
+    /// When the first of those that wait has waited long enough.
+    #[must_use]
+    pub(super) fn held_until(&self) -> Option<Instant> {
+        let fronts = self.tracks.iter().filter_map(|track| track.held.front());
+        fronts.map(|(_, until)| *until).min()
+    }
+
+    /// The next message that need not wait any longer, and whether it waited in vain: its time is up, or more than `most` wait.
+    pub(super) fn release(&mut self, now: Instant, most: usize) -> Option<(usize, Record, bool)> {
+        let ready = (0..self.tracks.len()).find(|track| {
+            let front = self.tracks[*track].held.front();
+            front.is_some_and(|(record, _)| !self.misses(*track, record))
+        });
+        if let Some(track) = ready {
+            let (record, _) = self.tracks[track].held.pop_front()?;
+            return Some((track, record, false));
+        }
+        let crowded = self.held() > most;
+        let (until, track) = self
+            .tracks
+            .iter()
+            .enumerate()
+            .filter_map(|(at, track)| Some((track.held.front()?.1, at)))
+            .min()?;
+        if until > now && !crowded {
+            return None;
+        }
+        let (record, _) = self.tracks[track].held.pop_front()?;
+        // Those that wait for the same need not wait as long again.
+        for seen in record.after.iter().flat_map(Cursor::positions) {
+            if let Some(other) = self.track_of(&seen.origin) {
+                let of = &mut self.tracks[other];
+                of.given_up = of.given_up.max(seen.seq);
+            }
+        }
+        Some((track, record, true))
+    }
+
+    /// Takes note of an admitted message and returns the cursor of its frame, or `None` if its reference was delivered
+    /// before (the first one wins): then the position moves on and there is no frame.
+    #[must_use]
+    pub(super) fn advance(&mut self, track: usize, record: &Record) -> Option<Cursor> {
+        let of = &mut self.tracks[track];
+        let last = &mut of.last[index(record.class)];
+        *last = record.seq.max(*last);
+        if record.seq > of.position {
+            of.position = record.seq;
+            of.fingerprint = record.fingerprint;
+        }
+        let spot = (track, record.seq);
+        let fresh = reference(record).is_none_or(|key| self.references.note(key, spot));
+        fresh.then(|| self.cursor())
+    }
+
+    /// Notes references of messages before the beginning of the log: they are not shown again when they come from another origin.
+    pub(super) fn remember(&mut self, track: usize, records: &[Record]) {
+        for record in records {
+            if let Some(key) = reference(record) {
+                self.references.note(key, (track, record.seq));
+            }
+        }
+    }
+
+    /// Whether who stands at `place` has got a message by another copy of it.
+    #[must_use]
+    pub(super) fn has_twin(&self, place: &Place, reference: Option<u64>, at: Spot) -> bool {
+        let seen = |spot: Spot| place.get(spot.0).is_some_and(|of| spot.1 <= of.0);
+        reference.is_some_and(|key| self.references.has_twin(key, at, seen))
+    }
+
+    /// Keeps the frame of the message that [`Self::advance`] has just taken note of.
+    pub(super) fn push(&mut self, track: usize, record: &Record, frame: Bytes) {
+        self.bytes += frame.len();
+        self.entries.push_back(Entry {
+            track,
+            seq: record.seq,
+            fingerprint: record.fingerprint,
+            position: self.tracks[track].position,
+            ts: record.ts,
+            reference: reference(record),
+            after: record.after.clone(),
+            frame,
+        });
+        while self.bytes > self.max_bytes
+            && let Some(oldest) = self.entries.pop_front()
+        {
+            self.bytes -= oldest.frame.len();
+            self.base += 1;
+            let track = &mut self.tracks[oldest.track];
+            if oldest.position > track.floor {
+                track.floor = oldest.position;
+                track.floor_fingerprint = if oldest.seq == oldest.position {
+                    oldest.fingerprint
+                } else {
+                    Fingerprint(0)
+                };
+            }
+        }
+    }
+
+    /// Counts a message of a room without a log.
+    pub(super) fn pass(&mut self) {
+        self.base += 1;
+    }
+
+    /// Forgets the frames of all that was delivered: who resumes from before here is sent to the stream. Positions, indices and
+    /// what is verified stay.
+    pub(super) fn forget(&mut self) {
+        self.base = self.head_index();
+        self.entries.clear();
+        self.bytes = 0;
+        for track in &mut self.tracks {
+            track.floor = track.position;
+            track.floor_fingerprint = track.fingerprint;
+        }
+    }
+
+    /// Where a session that stands at `since` of a track can go on.
+    #[must_use]
+    pub(super) fn resume(&self, track: usize, since: (u64, Fingerprint)) -> Resume {
+        let of = &self.tracks[track];
+        let (seq, fingerprint) = since;
+        if seq > of.position {
+            return Resume::Ahead;
+        }
+        if seq < of.floor {
+            return Resume::Stream;
+        }
+        let expected = if seq == of.position {
+            Some(of.fingerprint)
+        } else if seq == of.floor {
+            Some(of.floor_fingerprint)
+        } else {
+            let entry = self.find(track, seq);
+            // The place of a late entry is the one before it.
+            entry.filter(|e| e.position == seq).map(|e| e.fingerprint)
+        };
+        let unchecked = fingerprint == Fingerprint(0);
+        if unchecked || expected == Some(fingerprint) {
+            Resume::Memory
+        } else {
+            Resume::Doubtful
+        }
+    }
+
+    /// The frames in memory of what lies after `since`: all there are, if `since` lies before no track's [`Self::floor`]. After them
+    /// a session stands at [`Self::place`], or further where `since` was. What has an index below `from` it has got.
+    ///
+    /// Late entries share the position of the one before them. Whether a cursor there includes them can't be told: they are sent
+    /// again, since a repeat can be recognised by its id and a loss can't.
+    pub(super) fn frames_after(&self, since: &Since, from: u64) -> Vec<Bytes> {
+        let mut place = since.place.clone();
+        // Where the hub stood before the entry that is looked at.
+        let mut stood: Vec<u64> = self.tracks.iter().map(|track| track.floor).collect();
+        let mut picked = Vec::new();
+        let mut as_it_was = true;
+        for (index, entry) in (self.base..).zip(&self.entries) {
+            let (at, _) = since.place[entry.track];
+            let is_late = entry.seq != entry.position;
+            let after = entry.position > at || (entry.position == at && is_late);
+            let spot = (entry.track, entry.seq);
+            if index >= from && after && !self.has_twin(&since.place, entry.reference, spot) {
+                if picked.is_empty() {
+                    let mut here = stood.iter().zip(&since.place);
+                    as_it_was = here.all(|(a, (b, _))| a == b);
+                }
+                picked.push(entry);
+            } else if !picked.is_empty() {
+                as_it_was = false;
+            }
+            stood[entry.track] = entry.position.max(stood[entry.track]);
+        }
+        // One track has one order. And who stands where the hub stood then has got the same since.
+        if since.elsewhere.is_empty() && (self.tracks.len() == 1 || as_it_was) {
+            return picked
+                .into_iter()
+                .map(|entry| entry.frame.clone())
+                .collect();
+        }
+        let framed = picked.into_iter().map(|entry| {
+            if entry.seq == entry.position {
+                place[entry.track] = (entry.seq, entry.fingerprint);
+            }
+            let cursor = self.cursor_of(&place, &since.elsewhere);
+            encode::with_cursor(&entry.frame, &cursor)
+        });
+        framed.collect()
+    }
+
+    /// What is in memory, in the order of delivery.
+    pub(super) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter()
+    }
+
+    /// The time of the message of the own origin at `seq`, if it is in memory.
+    #[must_use]
+    pub(super) fn time_of(&self, seq: u64) -> Option<u64> {
+        self.find(0, seq).map(|entry| entry.ts)
+    }
+
+    /// Whether the message at `seq` is in memory with another fingerprint than `fingerprint`.
+    #[must_use]
+    pub(super) fn contradicts(&self, track: usize, seq: u64, fingerprint: Fingerprint) -> bool {
+        self.find(track, seq)
+            .is_none_or(|entry| entry.fingerprint != fingerprint)
+    }
+
+    fn find(&self, track: usize, seq: u64) -> Option<&Entry> {
+        // Newest first: who asks has usually just published.
+        let mut newest_first = self.entries.iter().rev();
+        newest_first.find(|entry| entry.seq == seq && entry.track == track)
+    }
+}
+
+impl Track {
+    fn new(start: Start) -> Self {
+        let Start {
+            origin,
+            epoch,
+            heads,
+            empty_at,
+        } = start;
         let newest = heads.iter().max_by_key(|record| record.seq);
         let (position, fingerprint) = newest.map_or((empty_at, Fingerprint::default()), |record| {
             (record.seq, record.fingerprint)
@@ -111,250 +583,24 @@ impl RoomLog {
             position,
             fingerprint,
             verified: (position, 0),
-            entries: VecDeque::new(),
-            bytes: 0,
-            max_bytes,
-            base: 0,
             floor: position,
             floor_fingerprint: fingerprint,
-            references: HashSet::new(),
-            reference_order: VecDeque::new(),
+            held: VecDeque::new(),
+            given_up: 0,
         }
     }
 
-    /// The epoch of the stream.
-    #[must_use]
-    pub(super) fn epoch(&self) -> Epoch {
-        self.epoch
-    }
-
-    /// The region whose stream this is.
-    #[must_use]
-    pub(super) fn origin(&self) -> &Region {
-        &self.origin
-    }
-
-    /// The sequence up to which everything was delivered.
-    #[must_use]
-    pub(super) fn position(&self) -> u64 {
-        self.position
-    }
-
-    /// Every message after this sequence is in memory.
-    #[must_use]
-    pub(super) fn floor(&self) -> u64 {
-        self.floor
-    }
-
-    /// The last sequence of a class.
-    #[must_use]
-    pub(super) fn last(&self, class: Class) -> u64 {
-        self.last[index(class)]
-    }
-
-    /// The room's cursor.
-    #[must_use]
-    pub(super) fn cursor(&self) -> Cursor {
-        self.cursor_at(self.position, self.fingerprint)
-    }
-
-    /// A cursor of this log.
-    #[must_use]
-    pub(super) fn cursor_at(&self, seq: u64, fingerprint: Fingerprint) -> Cursor {
-        Cursor::single(Position {
-            seq,
-            fingerprint,
-            ..self.position_now()
-        })
-    }
-
-    /// The index that the next delivery will have.
-    #[must_use]
-    pub(super) fn head_index(&self) -> u64 {
-        self.base + self.entries.len() as u64
-    }
-
-    /// First sequence that may be missing: where every reading of the stream begins that is to make the log complete.
-    ///
-    /// Not the place after the last delivery: a message of the other class may be missing before that without anybody
-    /// having noticed, and once a later one of its class is delivered it would be taken for old.
-    #[must_use]
-    pub(super) fn unverified(&self) -> u64 {
-        self.verified.0 + 1
-    }
-
-    /// Deliveries since the log was last known to be complete.
-    #[must_use]
-    pub(super) fn deliveries_unverified(&self) -> u64 {
-        self.head_index() - self.verified.1
-    }
-
-    /// Notes that everything up to `seq` has been delivered: the stream was read up to there, or its heads there are
-    /// those that were delivered last.
-    pub(super) fn verify(&mut self, seq: u64) {
-        if seq >= self.verified.0 {
-            self.verified = (seq, self.head_index());
-        }
-    }
-
-    /// Judges a message by its sequence and its predecessor on the same subject (`None` where it was read from the stream,
-    /// in order, and so can't have a gap before it).
-    ///
-    /// The predecessor is that of the message's own class: if a message of one class is lost in silence and one of the other
-    /// class comes, nothing shows. The hub therefore notes all causes of loss on the way from the server, and the periodic
-    /// comparison with the stream finds what a server lost; such a message is delivered late.
-    #[must_use]
-    pub(super) fn admit(&self, class: Class, seq: u64, previous: Option<u64>) -> Admission {
-        let last = self.last(class);
-        if seq <= last {
-            Admission::Old
-        } else if previous.is_some_and(|previous| previous > last) {
-            Admission::Gap
-        } else {
-            Admission::Deliver
-        }
-    }
-
-    /// Takes note of an admitted message and returns the cursor of its frame, or `None` if its reference was delivered
-    /// before (the first one wins): then the position moves on and there is no frame.
-    #[must_use]
-    pub(super) fn advance(&mut self, record: &Record) -> Option<Cursor> {
-        self.last[index(record.class)] = record.seq;
-        if record.seq > self.position {
-            self.position = record.seq;
-            self.fingerprint = record.fingerprint;
-        }
-        let fresh = record.class == Class::Ev || self.remember(record);
-        fresh.then(|| self.cursor())
-    }
-
-    /// Whether the reference is new.
-    fn remember(&mut self, record: &Record) -> bool {
-        let key = fnv64(message_key("", &record.from, &record.id).as_bytes());
-        if !self.references.insert(key) {
-            return false;
-        }
-        self.reference_order.push_back(key);
-        if self.reference_order.len() > MAX_REFERENCES
-            && let Some(oldest) = self.reference_order.pop_front()
-        {
-            self.references.remove(&oldest);
-        }
-        true
-    }
-
-    /// Keeps the frame of the message that [`Self::advance`] has just taken note of.
-    pub(super) fn push(&mut self, record: &Record, frame: Bytes) {
-        self.bytes += frame.len();
-        self.entries.push_back(Entry {
-            seq: record.seq,
-            fingerprint: record.fingerprint,
-            position: self.position,
-            ts: record.ts,
-            frame,
-        });
-        while self.bytes > self.max_bytes
-            && let Some(oldest) = self.entries.pop_front()
-        {
-            self.bytes -= oldest.frame.len();
-            self.base += 1;
-            if oldest.position > self.floor {
-                self.floor = oldest.position;
-                self.floor_fingerprint = if oldest.seq == oldest.position {
-                    oldest.fingerprint
-                } else {
-                    Fingerprint(0)
-                };
-            }
-        }
-    }
-
-    /// Forgets the frames of all that was delivered: who resumes from before here is sent to the stream. Position, indices and
-    /// what is verified stay.
-    pub(super) fn forget(&mut self) {
-        self.base = self.head_index();
-        self.entries.clear();
-        self.bytes = 0;
-        self.floor = self.position;
-        self.floor_fingerprint = self.fingerprint;
-    }
-
-    /// Where a session with the component `since` of this log's origin and epoch can go on.
-    #[must_use]
-    pub(super) fn resume(&self, since: &Position) -> Resume {
-        if since.seq > self.position {
-            return Resume::Ahead;
-        }
-        if since.seq < self.floor {
-            return Resume::Stream;
-        }
-        // Late entries share the position of the one before them. Whether a cursor there includes them can't be told: they
-        // are sent again, since a repeat can be recognised by its id and a loss can't.
-        let later = self.entries.partition_point(|entry| {
-            entry.position < since.seq || (entry.position == since.seq && entry.seq == since.seq)
-        });
-        let expected = if since.seq == self.position {
-            Some(self.fingerprint)
-        } else if since.seq == self.floor {
-            Some(self.floor_fingerprint)
-        } else {
-            later
-                .checked_sub(1)
-                .and_then(|i| self.entries.get(i))
-                .filter(|entry| entry.seq == since.seq)
-                .map(|entry| entry.fingerprint)
-        };
-        let unchecked = since.fingerprint == Fingerprint(0);
-        if unchecked || expected == Some(since.fingerprint) {
-            Resume::Memory(self.base + later as u64)
-        } else {
-            Resume::Doubtful
-        }
-    }
-
-    /// The frames in memory of messages after `seq`: all there are, if `seq` is not below [`Self::floor`].
-    pub(super) fn frames_after(&self, seq: u64) -> impl Iterator<Item = Bytes> {
-        let later = self.entries.partition_point(|entry| entry.position <= seq);
-        self.entries
-            .iter()
-            .skip(later)
-            .filter(move |entry| entry.seq > seq)
-            .map(|e| e.frame.clone())
-    }
-
-    /// The place up to which everything was delivered.
-    #[must_use]
-    pub(super) fn position_now(&self) -> Position {
+    fn at(&self, seq: u64, fingerprint: Fingerprint) -> Position {
         Position {
             origin: self.origin.clone(),
             epoch: self.epoch,
-            seq: self.position,
-            fingerprint: self.fingerprint,
+            seq,
+            fingerprint,
         }
     }
 
-    /// The entries from `index` on; `None` if some of them have been forgotten.
-    pub(super) fn entries_from(&self, index: u64) -> Option<impl Iterator<Item = &Entry>> {
-        let skip = usize::try_from(index.checked_sub(self.base)?).ok()?;
-        Some(self.entries.iter().skip(skip))
-    }
-
-    /// The time of the message at `seq`, if it is in memory.
-    #[must_use]
-    pub(super) fn time_of(&self, seq: u64) -> Option<u64> {
-        self.find(seq).map(|entry| entry.ts)
-    }
-
-    /// Whether the message at `seq` is in memory with another fingerprint than `fingerprint`.
-    #[must_use]
-    pub(super) fn contradicts(&self, seq: u64, fingerprint: Fingerprint) -> bool {
-        self.find(seq)
-            .is_none_or(|entry| entry.fingerprint != fingerprint)
-    }
-
-    fn find(&self, seq: u64) -> Option<&Entry> {
-        // Newest first: who asks has usually just published.
-        self.entries.iter().rev().find(|entry| entry.seq == seq)
+    fn position_now(&self) -> Position {
+        self.at(self.position, self.fingerprint)
     }
 }
 
@@ -365,218 +611,6 @@ fn index(class: Class) -> usize {
     }
 }
 
-fn fnv64(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
-}
-
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn record(seq: u64, class: Class, id: &str) -> Record {
-        Record {
-            seq,
-            previous: None,
-            class,
-            ts: seq,
-            fingerprint: Fingerprint::of(id.as_bytes()),
-            id: id.to_owned(),
-            from: "kim".to_owned(),
-            kind: None,
-            target: None,
-            moderated: false,
-            reply_to: None,
-            mentions: None,
-            body: Bytes::from_static(b"1"),
-        }
-    }
-
-    fn log(heads: &[Record], empty_at: u64, max_bytes: usize) -> RoomLog {
-        let (origin, epoch) = (Region::parse("seoul").unwrap(), Epoch::parse("k3").unwrap());
-        RoomLog::new(origin, epoch, heads, empty_at, max_bytes)
-    }
-
-    fn deliver(log: &mut RoomLog, record: &Record) -> bool {
-        let fresh = log.advance(record).is_some();
-        if fresh {
-            log.push(record, Bytes::from(vec![0; 10]));
-        }
-        fresh
-    }
-
-    fn since(seq: u64, id: &str) -> Position {
-        Position {
-            origin: Region::parse("seoul").unwrap(),
-            epoch: Epoch::parse("k3").unwrap(),
-            seq,
-            fingerprint: if id.is_empty() {
-                Fingerprint(0)
-            } else {
-                Fingerprint::of(id.as_bytes())
-            },
-        }
-    }
-
-    #[test]
-    fn gaps_are_seen_per_class() {
-        let mut log = log(
-            &[record(5, Class::Msg, "a"), record(9, Class::Ev, "b")],
-            20,
-            1000,
-        );
-        assert_eq!(log.position(), 9);
-        assert_eq!(log.admit(Class::Msg, 5, Some(3)), Admission::Old);
-        assert_eq!(log.admit(Class::Msg, 12, Some(11)), Admission::Gap);
-        assert_eq!(log.admit(Class::Msg, 12, Some(5)), Admission::Deliver);
-        // The predecessor was erased: nothing between it and us.
-        assert_eq!(log.admit(Class::Msg, 12, Some(2)), Admission::Deliver);
-        assert!(deliver(&mut log, &record(12, Class::Msg, "c")));
-        // Late: lost by the server, found by the comparison with the stream.
-        assert_eq!(log.admit(Class::Ev, 11, None), Admission::Deliver);
-        assert!(deliver(&mut log, &record(11, Class::Ev, "d")));
-        assert_eq!(log.position(), 12);
-        assert_eq!(log.admit(Class::Ev, 11, Some(9)), Admission::Old);
-    }
-
-    #[test]
-    fn a_reference_is_delivered_once() {
-        let mut log = log(&[], 0, 1000);
-        assert!(deliver(&mut log, &record(1, Class::Msg, "a")));
-        assert!(!deliver(&mut log, &record(2, Class::Msg, "a")));
-        assert_eq!(log.position(), 2);
-        assert!(deliver(&mut log, &record(3, Class::Msg, "b")));
-    }
-
-    #[test]
-    fn resume_is_judged_by_place_and_fingerprint() {
-        let mut log = log(&[record(10, Class::Msg, "m10")], 0, 30);
-        for seq in [12, 14, 16, 18] {
-            deliver(&mut log, &record(seq, Class::Msg, &format!("m{seq}")));
-        }
-        assert_eq!(log.floor(), 12);
-        assert_eq!(log.resume(&since(10, "m10")), Resume::Stream);
-        assert_eq!(log.resume(&since(12, "m12")), Resume::Memory(1));
-        assert_eq!(log.resume(&since(12, "other")), Resume::Doubtful);
-        assert_eq!(log.resume(&since(14, "m14")), Resume::Memory(2));
-        assert_eq!(log.resume(&since(15, "m15")), Resume::Doubtful);
-        assert_eq!(log.resume(&since(15, "")), Resume::Memory(2));
-        assert_eq!(log.resume(&since(18, "m18")), Resume::Memory(4));
-        assert_eq!(log.resume(&since(18, "other")), Resume::Doubtful);
-        assert_eq!(log.resume(&since(19, "m19")), Resume::Ahead);
-        assert!(log.entries_from(0).is_none());
-        assert_eq!(
-            log.entries_from(2)
-                .unwrap()
-                .map(|e| e.seq)
-                .collect::<Vec<_>>(),
-            [16, 18]
-        );
-    }
-
-    #[test]
-    fn what_was_forgotten_is_resumed_from_the_stream() {
-        let mut log = log(&[], 0, 1000);
-        for seq in [2, 4, 6] {
-            deliver(&mut log, &record(seq, Class::Msg, &format!("m{seq}")));
-        }
-        log.verify(4);
-        let (index, unverified) = (log.head_index(), log.unverified());
-        log.forget();
-        assert_eq!((log.head_index(), log.unverified()), (index, unverified));
-        assert_eq!((log.position(), log.floor()), (6, 6));
-        assert_eq!(log.time_of(4), None);
-        assert_eq!(log.resume(&since(4, "m4")), Resume::Stream);
-        assert_eq!(log.resume(&since(6, "m6")), Resume::Memory(3));
-        deliver(&mut log, &record(8, Class::Ev, "erasure"));
-        assert_eq!(log.resume(&since(4, "")), Resume::Stream);
-        assert_eq!(log.resume(&since(6, "m6")), Resume::Memory(3));
-        assert_eq!(
-            log.entries_from(3)
-                .unwrap()
-                .map(|e| e.seq)
-                .collect::<Vec<_>>(),
-            [8]
-        );
-        assert!(log.entries_from(2).is_none());
-        assert_eq!(log.admit(Class::Msg, 4, Some(2)), Admission::Old);
-    }
-
-    #[test]
-    fn an_empty_room_stands_where_the_stream_stood() {
-        let log = log(&[], 77, 30);
-        assert_eq!(log.cursor().to_string(), "seoul.k3.77.0");
-        assert_eq!(log.resume(&since(77, "")), Resume::Memory(0));
-        assert_eq!(log.admit(Class::Msg, 70, Some(0)), Admission::Old);
-    }
-
-    proptest! {
-        /// Whatever is lost, repeated or late on the live path: with gaps filled from the stream every message is delivered
-        /// exactly once, in order, and every position within memory resumes to exactly what follows it.
-        #[test]
-        fn delivery_is_exactly_once_and_in_order(
-            classes in prop::collection::vec(prop::bool::weighted(0.8), 1..60),
-            drops in prop::collection::vec(prop::bool::weighted(0.3), 60),
-            repeats in prop::collection::vec(prop::bool::weighted(0.3), 60),
-            max_bytes in 10_usize..400,
-        ) {
-            let stream: Vec<Record> = classes.iter().enumerate().map(|(i, msg)| {
-                record(i as u64 * 3 + 3, if *msg { Class::Msg } else { Class::Ev }, &format!("m{i}"))
-            }).collect();
-            let mut log = log(&[], 0, max_bytes);
-            let mut delivered = Vec::new();
-            let mut previous = [0_u64; 2];
-            for (i, live) in stream.iter().enumerate() {
-                let before = std::mem::replace(&mut previous[index(live.class)], live.seq);
-                if drops[i] {
-                    continue;
-                }
-                for _ in 0..=usize::from(repeats[i]) {
-                    match log.admit(live.class, live.seq, Some(before)) {
-                        Admission::Old => {}
-                        Admission::Deliver => {
-                            deliver(&mut log, live);
-                            delivered.push(live.seq);
-                        }
-                        Admission::Gap => {
-                            let from = log.unverified();
-                            for filled in stream.iter().filter(|r| r.seq >= from && r.seq <= live.seq) {
-                                if log.admit(filled.class, filled.seq, None) == Admission::Deliver {
-                                    deliver(&mut log, filled);
-                                    delivered.push(filled.seq);
-                                }
-                            }
-                            log.verify(live.seq);
-                        }
-                    }
-                }
-            }
-            // The comparison with the stream's heads at the end.
-            let from = log.unverified();
-            for filled in stream.iter().filter(|r| r.seq >= from) {
-                if log.admit(filled.class, filled.seq, None) == Admission::Deliver {
-                    deliver(&mut log, filled);
-                    delivered.push(filled.seq);
-                }
-            }
-            let mut sorted = delivered.clone();
-            sorted.sort_unstable();
-            prop_assert_eq!(&sorted, &stream.iter().map(|r| r.seq).collect::<Vec<_>>());
-            for class in [Class::Msg, Class::Ev] {
-                let of_class: Vec<u64> = delivered.iter().copied()
-                    .filter(|seq| stream.iter().any(|r| r.seq == *seq && r.class == class)).collect();
-                prop_assert!(of_class.is_sorted());
-            }
-            let in_order = delivered.is_sorted();
-            for (i, r) in stream.iter().enumerate() {
-                if in_order && let Resume::Memory(index) = log.resume(&since(r.seq, &format!("m{i}"))) {
-                    let rest: Vec<u64> = log.entries_from(index).unwrap().map(|e| e.seq).collect();
-                    prop_assert_eq!(rest, stream[i + 1..].iter().map(|r| r.seq).collect::<Vec<_>>());
-                }
-            }
-        }
-    }
-}
+#[path = "log/tests.rs"]
+mod tests;

@@ -4,13 +4,16 @@
 //! directly between the task's steps. A hub does not know sessions: a member is a connection's outbox and a place in the log.
 
 mod backlog;
+mod causal;
 mod encode;
 mod fan_out;
 mod gap;
 mod hub;
 mod join;
 mod log;
+mod merge;
 mod receipts;
+mod references;
 mod rooms;
 
 pub use fan_out::Member;

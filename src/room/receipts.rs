@@ -31,9 +31,8 @@ pub(super) struct Receipts {
 }
 
 /// Which positions count: those of the log that the room has now.
-fn is_current(log: &RoomLog) -> impl Fn(&Region, &Epoch) -> bool + use<> {
-    let (ours, current) = (log.origin().clone(), log.epoch());
-    move |origin, epoch| *origin == ours && *epoch == current
+fn is_current(log: &RoomLog) -> impl Fn(&Region, &Epoch) -> bool {
+    |origin, epoch| log.is_current(origin, *epoch)
 }
 
 impl Receipts {
@@ -66,9 +65,9 @@ impl Receipts {
     }
 
     /// A message is delivered: whoever gets it knows that its sender has read up to it.
-    pub(super) fn spoke(&self, record: &Record, log: &RoomLog) {
+    pub(super) fn spoke(&self, track: usize, record: &Record, log: &RoomLog) {
         if let (Some(table), Class::Msg) = (&mut *self.table.borrow_mut(), record.class) {
-            let cursor = log.cursor_at(record.seq, record.fingerprint);
+            let cursor = log.cursor_at(track, record.seq, record.fingerprint);
             table.spoke(&record.from, &cursor, is_current(log));
         }
     }
@@ -111,7 +110,8 @@ impl Hub {
                 match rooms.markers.all(&hub.room).await {
                     Ok(readings) => {
                         let stored = readings.into_iter().map(|r| (r.user, r.cursor));
-                        let is_current = is_current(&hub.log.borrow());
+                        let log = hub.log.borrow();
+                        let is_current = is_current(&log);
                         let mut table = receipts.table.borrow_mut();
                         let Some(table) = &mut *table else { break };
                         let news = table.seed(stored, is_current);
@@ -146,12 +146,14 @@ impl Hub {
         let (Some(cursor), true) = (cursor, names_a_user(user)) else {
             return dropped(ReceiptFault::Malformed);
         };
-        let is_current = is_current(&self.log.borrow());
-        if !cursor
-            .positions()
-            .iter()
-            .all(|position| is_current(&position.origin, &position.epoch))
-        {
+        let log = self.log.borrow();
+        let is_current = is_current(&log);
+        // An origin that is not seen here has no log to compare with.
+        let stale = cursor.positions().iter().any(|position| {
+            log.track_of(&position.origin).is_some()
+                && !is_current(&position.origin, &position.epoch)
+        });
+        if stale {
             return dropped(ReceiptFault::Epoch);
         }
         rooms.markers.heard(&self.room, user, &cursor);
@@ -167,7 +169,8 @@ impl Hub {
     pub(super) fn push_receipts(&self, receipts: IndexMap<String, Cursor>) {
         let mut table = self.receipts.table.borrow_mut();
         let Some(table) = &mut *table else { return };
-        let is_current = is_current(&self.log.borrow());
+        let log = self.log.borrow();
+        let is_current = is_current(&log);
         let mut news = Vec::new();
         for (user, heard) in receipts {
             if let Some(cursor) = table.hear(&user, &heard, &is_current) {

@@ -14,7 +14,10 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-use super::{hub::Hub, log::RoomLog};
+use super::{
+    hub::{Hub, Source},
+    log::{RoomLog, Start},
+};
 use crate::{
     bus::{
         Arrival, Line, Listener, MAX_HEADS, Origins, ReadError, Reader, Record, StreamState,
@@ -23,7 +26,7 @@ use crate::{
     config::{self, Config},
     model::{Class, RoomId},
     read_marker::Markers,
-    subject::{Subjects, rooms_stream},
+    subject::Subjects,
     telemetry::metrics::{Gauge, gauge_add},
 };
 
@@ -55,14 +58,14 @@ pub struct Rooms {
     pub(super) read_push_max: usize,
     /// Messages that one room may have waiting.
     pub(super) inbox_capacity: usize,
-    /// Names of the streams, by partition.
-    names: Vec<Rc<str>>,
+    /// How long a publish may be repeated and still be known.
+    pub(super) retried_within: Duration,
     hubs: RefCell<HashMap<RoomId, Rc<Hub>>>,
     /// The hubs by their subscriptions, and those to which something came.
     by_sid: RefCell<HashMap<u64, Rc<Hub>>>,
     touched: RefCell<Vec<Rc<Hub>>>,
-    /// By partition: rooms that want to know where they stand.
-    openings: Vec<Opening>,
+    /// By stream: rooms that want to know where they stand.
+    openings: RefCell<HashMap<Arc<str>, Rc<Opening>>>,
     replay_memory: Arc<Semaphore>,
     suspecting: Cell<bool>,
     generation: Cell<u64>,
@@ -84,18 +87,15 @@ impl Rooms {
         let streams = Arc::clone(origins.own());
         let read_push_max = config.limits.read_push_max;
         let inbox_capacity = config.nats.subscription_capacity;
+        let retried_within = config.streams.duplicate_window;
         let config = config.rooms.clone();
         let shares = usize::try_from(config.replay_memory.as_u64() / 1024).unwrap_or(usize::MAX);
         Rc::new(Self {
             generation: Cell::new(line.generation()),
             version: Cell::new(origins.version()),
             inbox_capacity,
-            names: (0..streams.partitions())
-                .map(|part| rooms_stream(streams.origin(), part).into())
-                .collect(),
-            openings: (0..streams.partitions())
-                .map(|_| Opening::default())
-                .collect(),
+            retried_within,
+            openings: RefCell::default(),
             by_sid: RefCell::default(),
             touched: RefCell::default(),
             line,
@@ -142,31 +142,33 @@ impl Rooms {
         Ear(Rc::clone(self))
     }
 
-    /// The name of a partition's stream.
-    pub(super) fn stream(&self, part: u16) -> Rc<str> {
-        Rc::clone(&self.names[usize::from(part)])
-    }
-
-    /// Where the stream and the room of `hub` stand, read over the line: after the server has processed what was subscribed before.
-    /// Rooms of one stream that ask while a read is in flight are answered together by the next one.
-    pub(super) async fn heads(self: &Rc<Self>, hub: &Rc<Hub>) -> Result<Heads, Rc<ReadError>> {
+    /// Where one stream and the room of `hub` stand in it, read over the line: after the server has processed what was subscribed
+    /// before. Rooms of one stream that ask while a read is in flight are answered together by the next one.
+    pub(super) async fn heads(
+        self: &Rc<Self>,
+        hub: &Hub,
+        source: &Source,
+    ) -> Result<Heads, Rc<ReadError>> {
         let (answer, answered) = oneshot::channel();
-        let opening = &self.openings[usize::from(hub.part)];
+        let opening = {
+            let mut openings = self.openings.borrow_mut();
+            Rc::clone(openings.entry(Arc::clone(&source.stream)).or_default())
+        };
         opening
             .waiting
             .borrow_mut()
             .push_back((hub.room.clone(), answer));
         if !opening.reading.replace(true) {
             let (rooms, part) = (Rc::clone(self), hub.part);
-            spawn_local(async move { rooms.read_heads(part).await });
+            let streams = Arc::clone(&source.streams);
+            spawn_local(async move { rooms.read_heads(&streams, part, &opening).await });
         }
         answered
             .await
             .unwrap_or_else(|_ended| Err(Rc::new(ReadError::Closed)))
     }
 
-    async fn read_heads(&self, part: u16) {
-        let opening = &self.openings[usize::from(part)];
+    async fn read_heads(&self, streams: &Streams, part: u16, opening: &Opening) {
         loop {
             let group: Vec<_> = {
                 let mut waiting = opening.waiting.borrow_mut();
@@ -176,28 +178,23 @@ impl Rooms {
             if group.is_empty() {
                 break;
             }
-            let before = self.streams.known(part);
+            let before = streams.known(part);
             let rooms = group.iter().map(|(room, _)| room);
-            let subjects = self.log_subjects(part, rooms);
+            let subjects = self.log_subjects(streams, part, rooms);
             let read = self
                 .reader
-                .heads_over(
-                    &self.line,
-                    &self.names[usize::from(part)],
-                    before.epoch,
-                    &subjects,
-                )
+                .heads_over(&self.line, streams.stream(part), before.epoch, &subjects)
                 .await;
             match read {
                 // A head that nobody has seen yet is the usual case; one that contradicts what is known would be read under
                 // the wrong epoch.
-                Ok(_) if self.streams.known(part).incarnation != before.incarnation => {
+                Ok(_) if streams.known(part).incarnation != before.incarnation => {
                     opening.waiting.borrow_mut().extend(group);
                 }
                 Ok(heads) => {
                     let mut by_room: HashMap<RoomId, Vec<Record>> = HashMap::new();
                     for head in heads {
-                        self.streams.note(part, head.record.seq);
+                        streams.note(part, head.record.seq);
                         by_room.entry(head.room).or_default().push(head.record);
                     }
                     for (room, answer) in group {
@@ -217,9 +214,14 @@ impl Rooms {
         opening.reading.set(false);
     }
 
-    /// The subjects of both classes of some rooms of a partition.
-    fn log_subjects<'a>(&self, part: u16, rooms: impl Iterator<Item = &'a RoomId>) -> Vec<String> {
-        let origin = self.streams.origin();
+    /// The subjects of both classes of some rooms of a partition in the streams of one origin.
+    fn log_subjects<'a>(
+        &self,
+        streams: &Streams,
+        part: u16,
+        rooms: impl Iterator<Item = &'a RoomId>,
+    ) -> Vec<String> {
+        let origin = streams.origin();
         rooms
             .flat_map(|room| {
                 [Class::Msg, Class::Ev]
@@ -249,14 +251,9 @@ impl Rooms {
         }
     }
 
-    pub(super) fn new_log(&self, state: StreamState, heads: &[Record]) -> RoomLog {
-        RoomLog::new(
-            self.streams.origin().clone(),
-            state.epoch,
-            heads,
-            state.last_seq,
-            usize::try_from(self.config.ring.as_u64()).unwrap_or(usize::MAX),
-        )
+    pub(super) fn new_log(&self, starts: Vec<Start>) -> RoomLog {
+        let bytes = usize::try_from(self.config.ring.as_u64()).unwrap_or(usize::MAX);
+        RoomLog::new(starts, bytes)
     }
 
     /// A share of `rooms.replay_memory` for a backlog of at most `bytes`.
@@ -276,18 +273,18 @@ impl Rooms {
     }
 
     /// Something does not fit what is known of a stream: look at it, once for all who ask meanwhile.
-    pub(super) fn suspect(self: &Rc<Self>, part: u16) {
+    pub(super) fn suspect(self: &Rc<Self>, streams: &Arc<Streams>, part: u16) {
         if !self.suspecting.replace(true) {
-            let rooms = Rc::clone(self);
+            let (rooms, streams) = (Rc::clone(self), Arc::clone(streams));
             spawn_local(async move {
-                rooms.verify(part).await;
+                rooms.verify(&streams, part).await;
                 rooms.suspecting.set(false);
             });
         }
     }
 
-    pub(super) async fn verify(&self, part: u16) {
-        if let Err(error) = self.streams.verify(part, Instant::now()).await {
+    pub(super) async fn verify(&self, streams: &Streams, part: u16) {
+        if let Err(error) = streams.verify(part, Instant::now()).await {
             tracing::debug!(error = %error, "a suspicion could not be checked");
         }
         self.end_outdated();
@@ -341,8 +338,10 @@ impl Rooms {
             idle.iter().for_each(|hub| hub.end(&self, None));
             let mut complete = true;
             for (part, hubs) in due {
-                for chunk in hubs.chunks(ROOMS_A_READ) {
-                    complete &= self.compare(part, chunk).await;
+                for streams in self.origins.all() {
+                    for chunk in hubs.chunks(ROOMS_A_READ) {
+                        complete &= self.compare(&streams, part, chunk).await;
+                    }
                 }
             }
             if complete {
@@ -365,14 +364,12 @@ impl Rooms {
         age >= wait.min(self.config.resync.mul_f64(0.95))
     }
 
-    /// Compares the logs of `hubs` with the heads in their stream; whether that succeeded.
-    async fn compare(self: &Rc<Self>, part: u16, hubs: &[Rc<Hub>]) -> bool {
-        let subjects = self.log_subjects(part, hubs.iter().map(|hub| &hub.room));
-        let Some(first) = hubs.first() else {
-            return true;
-        };
-        let epoch = self.streams.known(part).epoch;
-        let heads = match self.reader.heads(&first.stream, epoch, &subjects).await {
+    /// Compares the logs of `hubs` with the heads in one of their streams; whether that succeeded.
+    async fn compare(self: &Rc<Self>, streams: &Arc<Streams>, part: u16, hubs: &[Rc<Hub>]) -> bool {
+        let subjects = self.log_subjects(streams, part, hubs.iter().map(|hub| &hub.room));
+        let epoch = streams.known(part).epoch;
+        let stream = streams.stream(part);
+        let heads = match self.reader.heads(stream, epoch, &subjects).await {
             Ok(heads) => heads,
             Err(error) => {
                 tracing::debug!(error = %error, "rooms could not be compared with their stream");
@@ -380,7 +377,15 @@ impl Rooms {
             }
         };
         let now = Instant::now();
-        let by_room: HashMap<&RoomId, &Rc<Hub>> = hubs.iter().map(|hub| (&hub.room, hub)).collect();
+        // A hub that is older than the origin is ended soon.
+        let track = |hub: &Rc<Hub>| {
+            let mut sources = hub.sources.iter();
+            sources.position(|source| Arc::ptr_eq(&source.streams, streams))
+        };
+        let by_room: HashMap<&RoomId, (&Rc<Hub>, usize)> = hubs
+            .iter()
+            .filter_map(|hub| Some((&hub.room, (hub, track(hub)?))))
+            .collect();
         for hub in hubs {
             hub.checked.set(now);
             hub.compared.set(true);
@@ -388,10 +393,10 @@ impl Rooms {
         let mut newest: HashMap<&RoomId, u64> = HashMap::new();
         let mut behind = HashSet::new();
         for head in &heads {
-            let Some(hub) = by_room.get(&head.room) else {
+            let Some((hub, track)) = by_room.get(&head.room) else {
                 continue;
             };
-            if head.record.seq > hub.log.borrow().last(head.record.class) {
+            if head.record.seq > hub.log.borrow().last(*track, head.record.class) {
                 behind.insert(&head.room);
                 hub.request_fill(self);
             }
@@ -403,8 +408,8 @@ impl Rooms {
             .into_iter()
             .filter(|(room, _)| !behind.contains(room))
         {
-            if let Some(hub) = by_room.get(room) {
-                hub.log.borrow_mut().verify(seq);
+            if let Some((hub, track)) = by_room.get(room) {
+                hub.log.borrow_mut().verify(*track, seq);
             }
         }
         true

@@ -414,10 +414,16 @@ impl Session {
                 &made
             }
         };
+        let after = {
+            let rooms = self.rooms.borrow();
+            let joined = rooms.get(&publication.room);
+            joined.and_then(|joined| joined.membership.seen_elsewhere())
+        };
         let outgoing = Outgoing {
             publication,
             user: &identity.user,
             id,
+            after,
         };
         match self.accept(&outgoing, durable).await {
             Ok(accepted) => {

@@ -281,6 +281,8 @@ counters! {
     MessageSuppressed(reason: Suppressed) = "natter.message.suppressed", "{message}";
     /// Messages dropped; where the room is durable they are replayed later, or the session comes back for them.
     MessageDropped(reason: Dropped) = "natter.message.dropped", "{message}";
+    /// Messages that were shown before something that their sender had seen: it did not come within `rooms.causal_wait`.
+    MessageCausalTimeout = "natter.message.causal_timeout", "{message}";
     /// Joins answered, by how they went on.
     JoinResult(result: Joined) = "natter.join.result", "{join}";
     /// Gaps noticed in a room's sequence, or suspected.

@@ -24,6 +24,17 @@ pub fn text_frame(payload: &[u8]) -> Bytes {
     frame.finish()
 }
 
+/// The payload of a [`text_frame`].
+#[must_use]
+pub fn text_of(frame: &[u8]) -> &[u8] {
+    let header = match frame.get(1) {
+        Some(127) => 10,
+        Some(126) => 4,
+        _ => 2,
+    };
+    frame.get(header..).unwrap_or_default()
+}
+
 /// A ping with no payload: a connection needs no more than one in flight, so there is nothing to tell apart.
 #[must_use]
 pub fn ping_frame() -> Bytes {
@@ -161,6 +172,7 @@ mod tests {
         let frame = text_frame(&vec![b'x'; length]);
         let header = frame.len() - length;
         assert!(frame[header..].iter().all(|&b| b == b'x'));
+        assert_eq!(text_of(&frame).len(), length);
         frame[..header].to_vec()
     }
 

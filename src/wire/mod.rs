@@ -12,4 +12,4 @@ mod encode;
 
 pub use conn::{Conn, ConnLimits};
 pub use decode::{Decoder, Incoming, MAX_FRAGMENTS};
-pub use encode::{FrameBuilder, close_frame, ping_frame, pong_frame, text_frame};
+pub use encode::{FrameBuilder, close_frame, ping_frame, pong_frame, text_frame, text_of};

@@ -605,7 +605,6 @@ async fn receipts_that_are_no_receipts_are_dropped_and_counted() {
     publish("chat.a", Some("kim"), "").await;
     publish("chat.a", Some("kim"), "nonsense").await;
     publish("chat.a", Some("kim"), &good.replace(epoch, "zz")).await;
-    publish("chat.a", Some("kim"), &format!("{good}_zz.k.1.1")).await;
     publish("live.a", Some("kim"), good).await;
     // By hand, but valid: from a region's other edges it looks the same.
     publish("chat.a", Some("kim=20=3D"), good).await;
@@ -614,7 +613,7 @@ async fn receipts_that_are_no_receipts_are_dropped_and_counted() {
         (&told["user"], &told["cursor"]),
         (&json!("kim ="), &cursors[3])
     );
-    for (reason, n) in [("malformed", 5), ("epoch", 2), ("ephemeral", 1)] {
+    for (reason, n) in [("malformed", 5), ("epoch", 1), ("ephemeral", 1)] {
         eventually("the dropped ones are counted", LONG, async || {
             let label = format!("reason=\"{reason}\"");
             match mesh.metric(0, "natter_receipt_dropped_total", &label).await {
