@@ -84,12 +84,12 @@ pub mod bucket {
 /// Metadata key of a stream that holds its epoch.
 pub const EPOCH_METADATA: &str = "natter.epoch";
 
-/// Metadata key of a region's own streams of rooms: all regions of the mesh, separated by commas. Those regions' streams are
-/// mirrored in this region.
-pub const REGIONS_METADATA: &str = "natter.regions";
-
 /// Metadata key of a stream that holds the number of partitions of its mesh.
 pub const PARTITIONS_METADATA: &str = "natter.partitions";
+
+/// Metadata key of a region's own streams of rooms that holds the regions whose messages are there, its own and the
+/// mirrored: sorted, separated by commas. `natter provision` writes a region into it when all its mirrors exist.
+pub const REGIONS_METADATA: &str = "natter.regions";
 
 /// Spells the subjects of one mesh.
 #[derive(Debug, Clone)]
@@ -481,10 +481,23 @@ pub mod api {
         format!("$SRV.STATS.{service}")
     }
 
+    /// Delete a stream with all it holds.
+    #[must_use]
+    pub fn stream_delete(stream: &str) -> String {
+        format!("$JS.API.STREAM.DELETE.{stream}")
+    }
+
     /// The API of another region's domain, as a mirror's configuration names it.
     #[must_use]
     pub fn of(region: &Region) -> String {
         format!("$JS.{region}.API")
+    }
+
+    /// The same request to the API of a region's domain, from wherever one is connected.
+    #[must_use]
+    pub fn in_domain(region: &Region, request: &str) -> String {
+        let rest = request.strip_prefix("$JS.API").unwrap_or(request);
+        format!("{}{rest}", of(region))
     }
 }
 

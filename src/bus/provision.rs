@@ -1,7 +1,7 @@
-//! Creates and updates a region's streams and buckets from the definitions in `nats/`.
+//! Creates and updates the streams and buckets of a mesh's regions from the definitions in `nats/`.
 //!
 //! Not for the hot path: only `natter provision` and `natter up` come here. Streams that are not ours are never touched,
-//! and nothing is ever deleted.
+//! and no stream is ever deleted but a mirror, when it was asked for.
 //!
 //! # Invariants
 //! - Running it twice changes nothing the second time.
@@ -11,27 +11,28 @@
 //! - It speaks the JSON of the API rather than a client's types, so fields that are newer than us survive an update.
 
 mod definition;
+mod jetstream;
+mod mesh;
 mod plan;
 
-use std::{fmt, io, time::Duration};
+use std::{collections::BTreeSet, fmt, io, time::Duration};
 
 use async_nats::{Client, ConnectOptions, ServerAddr};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 pub use definition::{Definition, definitions};
+pub(super) use jetstream::JetStream;
+pub use mesh::{Provisioned, known_regions, provision_mesh, remove_region};
 pub use plan::{Action, FieldChange, Outcome, Verdict};
 
 use crate::{
     config::{self, Config},
-    model::Region,
-    subject::{self, PARTITIONS_METADATA, Subjects, api},
+    model::{MAX_REGIONS, Region},
+    subject::{self, PARTITIONS_METADATA, Subjects},
 };
 
 /// How long one request to JetStream may take. Creating a stream with three replicas waits for an election.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
-
-/// `err_code` of "stream not found" (nats-server `errors.json`).
-const STREAM_NOT_FOUND: u64 = 10059;
 
 /// How to provision.
 #[derive(Debug, Clone, Copy, Default)]
@@ -76,6 +77,9 @@ pub enum ProvisionError {
         request: String,
         source: serde_json::Error,
     },
+    /// More regions than cursors can name.
+    #[error("a mesh of {count} regions: {MAX_REGIONS} are the most, a cursor names no more")]
+    TooManyRegions { count: usize },
     /// The mesh was made with another number of partitions.
     #[error(
         "nats.partitions = {wanted}, but the mesh was created with {found} (stream {stream}): the number is fixed at creation, since rooms would move to other streams"
@@ -139,52 +143,26 @@ pub async fn provision(
     config: &Config,
     options: Options,
 ) -> Result<Vec<Outcome>, ProvisionError> {
-    let subjects = Subjects::new(&config.nats.prefix);
-    check_partitions(client, &subjects, config.nats.partitions).await?;
-    let mut outcomes = Vec::new();
-    for definition in definitions(config) {
-        outcomes.push(provision_one(client, &definition, options).await?);
+    let only = BTreeSet::from([config.region()]);
+    let provisioned = provision_mesh(client, config, &only, options).await?;
+    match provisioned.unreachable.into_values().next() {
+        None => Ok(provisioned.outcomes),
+        Some(error) => Err(error),
     }
-    Ok(outcomes)
-}
-
-async fn provision_one(
-    client: &Client,
-    definition: &Definition,
-    options: Options,
-) -> Result<Outcome, ProvisionError> {
-    let name = definition.stream.as_str();
-    let outcome = match stream_config(client, name).await? {
-        None => {
-            if !options.dry_run {
-                let config = Value::Object(definition.with_new_epoch());
-                request(client, &api::stream_create(name), &config).await?;
-            }
-            Outcome::created(name)
-        }
-        Some(existing) => {
-            let (outcome, merged) = plan::plan(definition, &existing, options.allow_destructive);
-            if let (Some(merged), false) = (merged, options.dry_run) {
-                request(client, &api::stream_update(name), &Value::Object(merged)).await?;
-            }
-            outcome
-        }
-    };
-    Ok(outcome)
 }
 
 /// Refuses when any stream of rooms of this mesh (own or mirrored, told by its subjects) was made for another number of
 /// partitions.
 async fn check_partitions(
-    client: &Client,
+    jetstream: &JetStream<'_>,
     subjects: &Subjects,
     wanted: u16,
 ) -> Result<(), ProvisionError> {
-    for stream in stream_names(client).await? {
+    for stream in jetstream.stream_names().await? {
         let Some((_, part)) = subject::parse_rooms_stream(&stream) else {
             continue;
         };
-        let Some(config) = stream_config(client, &stream).await? else {
+        let Some(config) = jetstream.stream_config(&stream).await? else {
             continue;
         };
         let of_this_mesh = config
@@ -215,79 +193,20 @@ async fn check_partitions(
     Ok(())
 }
 
-async fn stream_names(client: &Client) -> Result<Vec<String>, ProvisionError> {
-    let mut names = Vec::new();
-    loop {
-        let page = request(client, api::STREAM_NAMES, &json!({ "offset": names.len() })).await?;
-        let before = names.len();
-        if let Some(streams) = page.get("streams").and_then(Value::as_array) {
-            names.extend(
-                streams
-                    .iter()
-                    .filter_map(|name| name.as_str().map(str::to_owned)),
-            );
-        }
-        let total = page.get("total").and_then(Value::as_u64).unwrap_or(0);
-        if names.len() == before || names.len() as u64 >= total {
-            return Ok(names);
-        }
-    }
-}
-
-/// The configuration of a stream, or `None` where there is none of this name.
-async fn stream_config(
-    client: &Client,
-    name: &str,
-) -> Result<Option<Map<String, Value>>, ProvisionError> {
-    match request(client, &api::stream_info(name), &json!({})).await {
-        Ok(mut info) => Ok(match info.get_mut("config").map(Value::take) {
-            Some(Value::Object(config)) => Some(config),
-            _ => None,
-        }),
-        Err(ProvisionError::Refused {
-            code: STREAM_NOT_FOUND,
-            ..
-        }) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// One request to the API, within [`REQUEST_DEADLINE`].
-async fn request(client: &Client, subject: &str, payload: &Value) -> Result<Value, ProvisionError> {
-    let request = || subject.to_owned();
-    let answer = client.request(subject.to_owned(), payload.to_string().into());
-    let answer = tokio::time::timeout(REQUEST_DEADLINE, answer)
-        .await
-        .map_err(|_elapsed| ProvisionError::Timeout { request: request() })?
-        .map_err(|source| ProvisionError::Request {
-            request: request(),
-            source,
-        })?;
-    let answer: Value =
-        serde_json::from_slice(&answer.payload).map_err(|source| ProvisionError::Answer {
-            request: request(),
-            source,
-        })?;
-    match answer.get("error") {
-        None => Ok(answer),
-        Some(error) => Err(ProvisionError::Refused {
-            request: request(),
-            description: error
-                .get("description")
-                .and_then(Value::as_str)
-                .unwrap_or("no reason given")
-                .to_owned(),
-            code: error.get("err_code").and_then(Value::as_u64).unwrap_or(0),
-        }),
-    }
-}
-
 /// Whether JetStream answers: for those who wait for a server to be ready.
 ///
 /// # Errors
 /// [`ProvisionError`]
 pub async fn ping(client: &Client) -> Result<(), ProvisionError> {
-    request(client, api::INFO, &json!({})).await.map(drop)
+    JetStream::here(client).ping().await
+}
+
+impl ProvisionError {
+    /// Whether nobody answered, which a repeat may find otherwise.
+    #[must_use]
+    pub fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Timeout { .. } | Self::Request { .. })
+    }
 }
 
 impl fmt::Display for definition::Kind {

@@ -1,10 +1,13 @@
-//! `natter provision`: the region's streams and buckets, as configured.
+//! `natter provision`: the streams and buckets of the region, or of a mesh of several, as configured.
 
 use std::process::ExitCode;
 
+use anyhow::ensure;
+
 use crate::{
-    bus::provision::{Options, connect, provision},
+    bus::provision::{Options, Provisioned, connect, known_regions, provision_mesh, remove_region},
     config::Config,
+    model::Region,
 };
 
 /// Flags of `natter provision`.
@@ -13,35 +16,80 @@ pub(super) struct Args {
     /// Only print what would be done.
     #[arg(long)]
     dry_run: bool,
-    /// Also shrink limits, which may drop stored messages.
+    /// Also do what may lose stored messages: shrink limits, replace or delete mirrors.
     #[arg(long)]
     allow_destructive: bool,
+    /// Add this region to the mesh that the connected region belongs to: its streams, its mirrors in the others, theirs in
+    /// it.
+    #[arg(long, value_name = "REGION", value_parser = region)]
+    region: Option<Region>,
+    /// Take this region out of the mesh: its mirrors in the others are deleted, its own streams are left alone. It need not
+    /// be reachable.
+    #[arg(
+        long,
+        value_name = "REGION",
+        value_parser = region,
+        conflicts_with = "region",
+        requires = "allow_destructive"
+    )]
+    remove_region: Option<Region>,
 }
 
-/// Prints one line a stream; exit code 1 when something was left different from its definition.
+/// Prints one line a stream; exit code 1 when something was left different from its definition, or a region is away.
 pub(super) fn run(args: &Args, config: &Config) -> anyhow::Result<ExitCode> {
-    let options = Options {
-        dry_run: args.dry_run,
-        allow_destructive: args.allow_destructive,
-    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let outcomes = runtime.block_on(async {
-        let client = connect(&config.nats).await?;
-        provision(&client, config, options).await
-    })?;
-    let mut incomplete = false;
-    for outcome in outcomes {
+    let provisioned = runtime.block_on(provision(args, config))?;
+    for outcome in &provisioned.outcomes {
         println!("{outcome}");
-        incomplete |= outcome.is_incomplete();
+    }
+    for (region, error) in &provisioned.unreachable {
+        eprintln!(
+            "natter: region {region} does not answer ({error}): what concerns it was not done; repeat this when it is back"
+        );
     }
     if args.dry_run {
         eprintln!("natter: dry run, nothing was changed");
     }
-    Ok(if incomplete {
+    Ok(if provisioned.is_incomplete() {
         ExitCode::FAILURE
     } else {
         ExitCode::SUCCESS
     })
+}
+
+async fn provision(args: &Args, config: &Config) -> anyhow::Result<Provisioned> {
+    let options = Options {
+        dry_run: args.dry_run,
+        allow_destructive: args.allow_destructive,
+    };
+    if let Some(gone) = &args.remove_region {
+        ensure!(
+            *gone != config.region(),
+            "--remove-region {gone}: that is the connected region itself ; do it from another one",
+        );
+        ensure!(
+            !config.regions().contains(gone),
+            "--remove-region {gone}: the configuration's regions still name it, and the next natter provision would bring it back; take it out there first",
+        );
+    }
+    let client = connect(&config.nats).await?;
+    if let Some(gone) = &args.remove_region {
+        let regions = known_regions(&client, config).await?;
+        return Ok(remove_region(&client, config, &regions, gone, options).await?);
+    }
+    let regions = match &args.region {
+        None => config.regions(),
+        Some(new) => {
+            let mut regions = known_regions(&client, config).await?;
+            regions.insert(new.clone());
+            regions
+        }
+    };
+    Ok(provision_mesh(&client, config, &regions, options).await?)
+}
+
+fn region(text: &str) -> Result<Region, String> {
+    Region::parse(text).ok_or_else(|| "a region matches [a-z0-9-]{1,32}".to_owned())
 }

@@ -5,7 +5,7 @@
 mod value;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use value::Secret;
 
-use crate::model::{Region, is_token};
+use crate::model::{MAX_REGIONS, Region, is_token};
 
 /// The commented defaults, as shipped in `config/default.toml`.
 pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
@@ -52,6 +52,7 @@ const MIN_SECRET: usize = 32;
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub region: String,
+    pub regions: Vec<String>,
     pub nats: Nats,
     pub streams: Streams,
     pub mongodb: Mongodb,
@@ -336,6 +337,13 @@ impl Config {
         Region::parse(&self.region).expect("validated when the configuration was loaded")
     }
 
+    /// All regions of the mesh, validated: `regions`, or the region alone where there are none.
+    #[must_use]
+    pub fn regions(&self) -> BTreeSet<Region> {
+        let named = self.regions.iter().filter_map(|name| Region::parse(name));
+        named.chain([self.region()]).collect()
+    }
+
     /// Every broken rule, as `key = value: rule, and why`.
     fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
@@ -349,6 +357,30 @@ impl Config {
             format!(
                 "region = {:?}: must match [a-z0-9-]{{1,32}}, it stands in cursors",
                 self.region
+            ),
+        );
+        for (index, name) in self.regions.iter().enumerate() {
+            check(
+                Region::parse(name).is_some(),
+                format!("regions: {name:?} must match [a-z0-9-]{{1,32}}, it stands in cursors"),
+            );
+            check(
+                self.regions.iter().position(|other| other == name) == Some(index),
+                format!("regions: {name:?} is there twice"),
+            );
+        }
+        check(
+            self.regions.is_empty() || self.regions.contains(&self.region),
+            format!(
+                "regions = {:?}: must be empty or contain region = {:?}",
+                self.regions, self.region
+            ),
+        );
+        check(
+            self.regions.len() <= MAX_REGIONS,
+            format!(
+                "regions: {} of them, at most {MAX_REGIONS}, a cursor names no more",
+                self.regions.len()
             ),
         );
         let nats = &self.nats;

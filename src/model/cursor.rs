@@ -4,8 +4,9 @@ use std::{fmt, str::FromStr, sync::Arc};
 
 use super::partition::fnv1a;
 
-/// Most origins one cursor may name. A cursor comes from outside: it must not make us build a huge vector.
-const MAX_ORIGINS: usize = 32;
+/// Most regions of a mesh, and origins one cursor may name. A cursor comes from outside: it must not make us build a huge
+/// vector.
+pub const MAX_REGIONS: usize = 32;
 
 /// A region's name: `[a-z0-9-]{1,32}`, so that it can stand in a subject, a stream name and a cursor.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -235,7 +236,7 @@ impl FromStr for Cursor {
         };
         let mut positions: Vec<Position> = Vec::new();
         for component in text.split('_') {
-            if positions.len() == MAX_ORIGINS {
+            if positions.len() == MAX_REGIONS {
                 return Err(bad("too many origins"));
             }
             let mut parts = component.split('.');
@@ -324,7 +325,7 @@ mod tests {
         ] {
             assert!(text.parse::<Cursor>().is_err(), "{text:?} was accepted");
         }
-        let many = (0..=MAX_ORIGINS)
+        let many = (0..=MAX_REGIONS)
             .map(|i| format!("r{i:03}.k.1.1"))
             .collect::<Vec<_>>();
         assert!(many.join("_").parse::<Cursor>().is_err());

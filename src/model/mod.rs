@@ -10,7 +10,7 @@ mod partition;
 mod place;
 mod room;
 
-pub use cursor::{BadCursor, Cursor, Epoch, Fingerprint, Position, Region};
+pub use cursor::{BadCursor, Cursor, Epoch, Fingerprint, MAX_REGIONS, Position, Region};
 pub use message::{
     BadMessageId, BadReference, Class, Kind, MessageId, Reference, header_escape, header_unescape,
     key_escape,

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     config::Config,
     model::Region,
-    subject::{self, EPOCH_METADATA, PARTITIONS_METADATA, Subjects, api, bucket},
+    subject::{self, EPOCH_METADATA, PARTITIONS_METADATA, REGIONS_METADATA, Subjects, api, bucket},
 };
 
 /// What a message's headers may take on top of `limits.body` in the stream.
@@ -47,7 +47,8 @@ pub(super) enum Kind {
     Bucket { bucket: &'static str },
 }
 
-/// A stream as it must be. The epoch in it is only an example: a new stream gets one of its own.
+/// A stream as it must be. The epoch in it is only an example: a new stream gets one of its own, and a mirror that of its
+/// origin. Of the regions in it only its own is sure.
 #[derive(Debug, Clone)]
 pub struct Definition {
     /// Name of the stream.
@@ -58,15 +59,14 @@ pub struct Definition {
     pub(super) kind: Kind,
 }
 
-/// All streams of the configured region.
+/// All streams of the region `origin`.
 #[must_use]
-pub fn definitions(config: &Config) -> Vec<Definition> {
-    let origin = config.region();
+pub fn definitions(config: &Config, origin: &Region) -> Vec<Definition> {
     let subjects = Subjects::new(&config.nats.prefix);
-    let rooms = (0..config.nats.partitions).map(|part| rooms(config, &subjects, &origin, part));
+    let rooms = (0..config.nats.partitions).map(|part| rooms(config, &subjects, origin, part));
     let buckets =
-        BUCKETS.map(|(bucket, file)| bucket_definition(config, &subjects, &origin, bucket, file));
-    let dead = std::iter::once(history_dead(config, &subjects, &origin));
+        BUCKETS.map(|(bucket, file)| bucket_definition(config, &subjects, origin, bucket, file));
+    let dead = std::iter::once(history_dead(config, &subjects, origin));
     rooms.chain(dead).chain(buckets).collect()
 }
 
@@ -118,6 +118,7 @@ fn rooms(config: &Config, subjects: &Subjects, origin: &Region, part: u16) -> De
             PARTITIONS_METADATA,
             json!(config.nats.partitions.to_string()),
         );
+        set(metadata, REGIONS_METADATA, json!(origin.as_str()));
     }
     Definition {
         stream,
@@ -186,19 +187,21 @@ fn nanos(duration: std::time::Duration) -> Value {
 }
 
 impl Definition {
-    /// The configuration of a stream that does not exist yet: with an epoch of its own.
-    pub(super) fn with_new_epoch(&self) -> Map<String, Value> {
-        let mut config = self.config.clone();
-        if let Some(Value::Object(metadata)) = config.get_mut("metadata")
-            && metadata.contains_key(EPOCH_METADATA)
-        {
-            set(metadata, EPOCH_METADATA, json!(new_epoch()));
+    /// Whether incarnations of the stream are told apart.
+    pub(super) fn has_epoch(&self) -> bool {
+        let metadata = self.config.get("metadata");
+        metadata.is_some_and(|metadata| metadata.get(EPOCH_METADATA).is_some())
+    }
+
+    /// Sets a value in the metadata, where the stream has any.
+    pub(super) fn set_metadata(&mut self, key: &str, value: &str) {
+        if let Some(Value::Object(metadata)) = self.config.get_mut("metadata") {
+            set(metadata, key, json!(value));
         }
-        config
     }
 
     /// The same stream as `region`, another one, must have it: a read-only mirror that republishes what arrives to the
-    /// edges there. The metadata (epoch) must be that of the origin's stream; whoever creates the mirror reads it there.
+    /// edges there. The epoch must be that of the origin's stream; whoever creates the mirror reads it there.
     /// `None`: other regions have nothing to do with it.
     #[must_use]
     pub fn mirror_in(&self, region: &Region, subjects: &Subjects) -> Option<Self> {
@@ -207,6 +210,9 @@ impl Definition {
         // A mirror takes neither messages nor decisions of its own.
         for field in ["subjects", "duplicate_window", "subject_delete_marker_ttl"] {
             config.remove(field);
+        }
+        if let Some(Value::Object(metadata)) = config.get_mut("metadata") {
+            metadata.remove(REGIONS_METADATA);
         }
         set(
             config,
@@ -249,6 +255,10 @@ mod tests {
 
     use super::*;
     use crate::model::Epoch;
+
+    fn definitions(config: &Config) -> Vec<Definition> {
+        super::definitions(config, &config.region())
+    }
 
     fn config(toml: &str) -> Config {
         Config::with_defaults(Toml::string(toml)).unwrap()
@@ -308,20 +318,10 @@ mod tests {
     }
 
     #[test]
-    fn every_new_stream_has_an_epoch_of_its_own() {
-        let definition = &definitions(&config(""))[0];
-        let epoch = |config: Map<String, Value>| {
-            let epoch = config["metadata"][EPOCH_METADATA]
-                .as_str()
-                .unwrap()
-                .to_owned();
-            assert!(Epoch::parse(&epoch).is_some(), "{epoch}");
-            epoch
-        };
-        assert_ne!(
-            epoch(definition.with_new_epoch()),
-            epoch(definition.with_new_epoch())
-        );
+    fn epochs_are_random_and_can_stand_in_a_cursor() {
+        let epoch = new_epoch();
+        assert!(Epoch::parse(&epoch).is_some(), "{epoch}");
+        assert_ne!(epoch, new_epoch());
     }
 
     #[test]

@@ -3,10 +3,10 @@
 use std::{fmt, time::Duration};
 
 use bytesize::ByteSize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use super::definition::{Definition, new_epoch};
-use crate::subject::EPOCH_METADATA;
+use super::definition::Definition;
+use crate::model::Region;
 
 /// Metadata keys that the server itself writes begin with this.
 const SERVER_METADATA: &str = "_nats.";
@@ -18,6 +18,8 @@ const DAY_NANOS: u64 = 24 * 60 * 60 * 1_000_000_000;
 pub struct Outcome {
     /// Name of the stream.
     pub stream: String,
+    /// The region in whose domain it is, in a mesh of several.
+    pub domain: Option<Region>,
     /// Created, updated, or as it must be.
     pub action: Action,
     /// The fields that differ from the definition.
@@ -31,6 +33,10 @@ pub enum Action {
     Create,
     /// At least one field is changed.
     Update,
+    /// A mirror whose origin began anew: deleted and created.
+    Recreate,
+    /// A mirror of a region that is taken out of the mesh: deleted.
+    Delete,
     /// Nothing is changed.
     Keep,
 }
@@ -60,10 +66,11 @@ pub enum Verdict {
 }
 
 impl Outcome {
-    pub(super) fn created(stream: &str) -> Self {
+    pub(super) fn new(stream: &str, action: Action) -> Self {
         Self {
             stream: stream.to_owned(),
-            action: Action::Create,
+            domain: None,
+            action,
             changes: Vec::new(),
         }
     }
@@ -112,24 +119,16 @@ pub(super) fn plan(
     let update = changes
         .iter()
         .any(|change| change.verdict == Verdict::Apply);
-    let outcome = Outcome {
-        stream: definition.stream.clone(),
-        action: if update { Action::Update } else { Action::Keep },
-        changes,
-    };
+    let action = if update { Action::Update } else { Action::Keep };
+    let mut outcome = Outcome::new(&definition.stream, action);
+    outcome.changes = changes;
     (outcome, update.then_some(merged))
 }
 
-/// The existing metadata with ours in it; an epoch that is there stays, and one that is missing is made.
+/// The existing metadata with ours in it.
 fn merged_metadata(have: &Value, wanted: &Value) -> Value {
     let mut merged = have.as_object().cloned().unwrap_or_default();
-    for (key, value) in wanted.as_object().into_iter().flatten() {
-        if key != EPOCH_METADATA {
-            merged.insert(key.clone(), value.clone());
-        } else if !merged.contains_key(key) {
-            merged.insert(key.clone(), json!(new_epoch()));
-        }
-    }
+    merged.extend(wanted.as_object().cloned().unwrap_or_default());
     Value::Object(merged)
 }
 
@@ -228,9 +227,14 @@ impl fmt::Display for Outcome {
         let action = match self.action {
             Action::Create => "create",
             Action::Update => "update",
+            Action::Recreate => "re-create",
+            Action::Delete => "delete",
             Action::Keep if self.is_incomplete() => "skip",
             Action::Keep => "ok",
         };
+        if let Some(domain) = &self.domain {
+            write!(f, "{:<12} ", domain.as_str())?;
+        }
         write!(f, "{:<24} {action}", self.stream)?;
         let mut separator = ": ";
         for change in &self.changes {
@@ -255,20 +259,22 @@ impl fmt::Display for Outcome {
 #[cfg(test)]
 mod tests {
     use figment::providers::{Format, Toml};
+    use serde_json::json;
 
     use super::*;
-    use crate::{bus::provision::definitions, config::Config};
+    use crate::{bus::provision::definitions, config::Config, subject::EPOCH_METADATA};
 
     fn rooms(toml: &str) -> Definition {
         let config = Config::with_defaults(Toml::string(toml)).unwrap();
-        definitions(&config).swap_remove(0)
+        let mut rooms = definitions(&config, &config.region()).swap_remove(0);
+        rooms.set_metadata(EPOCH_METADATA, "k3");
+        rooms
     }
 
     /// As the server would give it back: with its own metadata and fields we do not know.
     fn stored(toml: &str) -> Map<String, Value> {
         let mut config = rooms(toml).config;
         config["metadata"]["_nats.ver"] = json!("2.15.1");
-        config["metadata"][EPOCH_METADATA] = json!("k3");
         config.insert("from_the_future".to_owned(), json!(true));
         config.remove("allow_msg_ttl");
         config
@@ -330,17 +336,5 @@ mod tests {
         assert_eq!((outcome.action, update), (Action::Keep, None));
         assert_eq!(outcome.changes[0].verdict, Verdict::Fixed);
         assert!(outcome.to_string().contains("skip"), "{outcome}");
-    }
-
-    #[test]
-    fn a_stream_made_by_hand_without_an_epoch_gets_one() {
-        let mut existing = stored("");
-        existing.remove("metadata");
-        let (_, update) = plan(&rooms(""), &existing, false);
-        let epoch = update.unwrap()["metadata"][EPOCH_METADATA]
-            .as_str()
-            .unwrap()
-            .to_owned();
-        assert_ne!(epoch, "example1");
     }
 }

@@ -1,0 +1,153 @@
+//! JetStream's API as JSON, in the domain one is connected to or in that of any region of the mesh.
+
+use async_nats::Client;
+use serde_json::{Map, Value, json};
+
+use super::{ProvisionError, REQUEST_DEADLINE};
+use crate::{model::Region, subject::api};
+
+/// `err_code` of "stream not found" (nats-server `errors.json`).
+const STREAM_NOT_FOUND: u64 = 10059;
+
+/// JetStream of one domain. Every request ends within [`REQUEST_DEADLINE`].
+#[derive(Debug, Clone)]
+pub(in crate::bus) struct JetStream<'a> {
+    client: &'a Client,
+    /// `None`: the domain of the server at the other end of the connection.
+    domain: Option<Region>,
+}
+
+impl<'a> JetStream<'a> {
+    /// That of the server one is connected to.
+    pub(in crate::bus) fn here(client: &'a Client) -> Self {
+        Self {
+            client,
+            domain: None,
+        }
+    }
+
+    /// That of a region of the mesh.
+    pub(in crate::bus) fn of(client: &'a Client, region: &Region) -> Self {
+        Self {
+            client,
+            domain: Some(region.clone()),
+        }
+    }
+
+    /// Whether it answers.
+    pub(in crate::bus) async fn ping(&self) -> Result<(), ProvisionError> {
+        self.request(api::INFO, &json!({})).await.map(drop)
+    }
+
+    pub(super) async fn stream_names(&self) -> Result<Vec<String>, ProvisionError> {
+        let mut names = Vec::new();
+        loop {
+            let offset = json!({ "offset": names.len() });
+            let page = self.request(api::STREAM_NAMES, &offset).await?;
+            let before = names.len();
+            if let Some(streams) = page.get("streams").and_then(Value::as_array) {
+                names.extend(
+                    streams
+                        .iter()
+                        .filter_map(|name| name.as_str().map(str::to_owned)),
+                );
+            }
+            let total = page.get("total").and_then(Value::as_u64).unwrap_or(0);
+            if names.len() == before || names.len() as u64 >= total {
+                return Ok(names);
+            }
+        }
+    }
+
+    /// All that a stream tells of itself, or `None` where there is none of this name.
+    pub(in crate::bus) async fn stream_info(
+        &self,
+        name: &str,
+    ) -> Result<Option<Value>, ProvisionError> {
+        match self.request(&api::stream_info(name), &json!({})).await {
+            Ok(info) => Ok(Some(info)),
+            Err(ProvisionError::Refused {
+                code: STREAM_NOT_FOUND,
+                ..
+            }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The configuration of a stream, or `None` where there is none of this name.
+    pub(super) async fn stream_config(
+        &self,
+        name: &str,
+    ) -> Result<Option<Map<String, Value>>, ProvisionError> {
+        let info = self.stream_info(name).await?;
+        let config = info.and_then(|mut info| info.get_mut("config").map(Value::take));
+        Ok(match config {
+            Some(Value::Object(config)) => Some(config),
+            _ => None,
+        })
+    }
+
+    pub(super) async fn create(
+        &self,
+        name: &str,
+        config: Map<String, Value>,
+    ) -> Result<(), ProvisionError> {
+        let request = api::stream_create(name);
+        self.request(&request, &Value::Object(config))
+            .await
+            .map(drop)
+    }
+
+    pub(super) async fn update(
+        &self,
+        name: &str,
+        config: Map<String, Value>,
+    ) -> Result<(), ProvisionError> {
+        let request = api::stream_update(name);
+        self.request(&request, &Value::Object(config))
+            .await
+            .map(drop)
+    }
+
+    /// Deletes a stream with all it holds.
+    pub(super) async fn delete(&self, name: &str) -> Result<(), ProvisionError> {
+        let request = api::stream_delete(name);
+        self.request(&request, &json!({})).await.map(drop)
+    }
+
+    /// One request; `subject` as in the domain one is connected to.
+    async fn request(&self, subject: &str, payload: &Value) -> Result<Value, ProvisionError> {
+        let subject = match &self.domain {
+            None => subject.to_owned(),
+            Some(region) => api::in_domain(region, subject),
+        };
+        let request = || subject.clone();
+        let answer = self
+            .client
+            .request(subject.clone(), payload.to_string().into());
+        let answer = tokio::time::timeout(REQUEST_DEADLINE, answer)
+            .await
+            .map_err(|_elapsed| ProvisionError::Timeout { request: request() })?
+            .map_err(|source| ProvisionError::Request {
+                request: request(),
+                source,
+            })?;
+        let answer: Value =
+            serde_json::from_slice(&answer.payload).map_err(|source| ProvisionError::Answer {
+                request: request(),
+                source,
+            })?;
+        match answer.get("error") {
+            None => Ok(answer),
+            Some(error) => Err(ProvisionError::Refused {
+                request: request(),
+                description: error
+                    .get("description")
+                    .and_then(Value::as_str)
+                    .unwrap_or("no reason given")
+                    .to_owned(),
+                code: error.get("err_code").and_then(Value::as_u64).unwrap_or(0),
+            }),
+        }
+    }
+}

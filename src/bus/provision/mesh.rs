@@ -1,0 +1,448 @@
+//! The streams of all regions of a mesh, over one connection.
+//!
+//! Each region's JetStream is asked in its own domain. What does not answer is noted and left for a repeat; the others
+//! are brought as far as they can be without it.
+//!
+//! # Invariants
+//! - A region stands in [`REGIONS_METADATA`] of another's streams only while its mirrors are there: it is written after
+//!   they were created, and taken out before they are deleted.
+//! - A mirror has the epoch of its origin, read there. What an origin's stream holds is never deleted.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use async_nats::Client;
+use futures_util::future::join_all;
+use serde_json::{Map, Value, json};
+
+use super::{
+    Options, ProvisionError, check_partitions,
+    definition::{Definition, Kind, definitions, new_epoch},
+    jetstream::JetStream,
+    plan::{Action, FieldChange, Outcome, Verdict, plan},
+};
+use crate::{
+    config::Config,
+    model::{MAX_REGIONS, Region},
+    subject::{EPOCH_METADATA, REGIONS_METADATA, Subjects, rooms_stream},
+};
+
+/// What was done in a mesh.
+#[derive(Debug, Default)]
+pub struct Provisioned {
+    /// One a stream and domain, in the order of the domains.
+    pub outcomes: Vec<Outcome>,
+    /// The regions that did not answer, and why: what concerns them is still to be done.
+    pub unreachable: BTreeMap<Region, ProvisionError>,
+}
+
+impl Provisioned {
+    /// Whether something is left to do.
+    #[must_use]
+    pub fn is_incomplete(&self) -> bool {
+        !self.unreachable.is_empty() || self.outcomes.iter().any(Outcome::is_incomplete)
+    }
+}
+
+/// Brings the streams and buckets of all `regions`, and their mirrors in the others, to their definitions. A region that
+/// does not answer is noted.
+///
+/// With the configured region alone no domain is named, and nothing is asked of a server but JetStream.
+///
+/// # Errors
+/// [`ProvisionError`] for what is not a matter of a region being away; what was done before it stays done, and a repeat
+/// goes on from there.
+pub async fn provision_mesh(
+    client: &Client,
+    config: &Config,
+    regions: &BTreeSet<Region>,
+    options: Options,
+) -> Result<Provisioned, ProvisionError> {
+    let count = regions.len();
+    if count > MAX_REGIONS {
+        return Err(ProvisionError::TooManyRegions { count });
+    }
+    let mut run = Run::new(client, config, options, regions);
+    run.ping(regions).await;
+    for region in regions {
+        run.own_streams(region).await?;
+    }
+    for region in regions {
+        run.mirrors(region, regions).await?;
+    }
+    Ok(run.report)
+}
+
+/// Takes `gone` out of a mesh: its mirrors in the other regions are deleted. Its own streams are left alone, and it need
+/// not be reachable.
+///
+/// # Errors
+/// As [`provision_mesh`].
+pub async fn remove_region(
+    client: &Client,
+    config: &Config,
+    regions: &BTreeSet<Region>,
+    gone: &Region,
+    options: Options,
+) -> Result<Provisioned, ProvisionError> {
+    let mut run = Run::new(client, config, options, regions);
+    let others: BTreeSet<_> = regions.iter().filter(|r| *r != gone).cloned().collect();
+    run.ping(&others).await;
+    for region in &others {
+        run.forget(region, gone).await?;
+    }
+    Ok(run.report)
+}
+
+/// The regions of the mesh that the configured region's streams name, the configuration names, and the configured region
+/// itself.
+///
+/// # Errors
+/// [`ProvisionError`]
+pub async fn known_regions(
+    client: &Client,
+    config: &Config,
+) -> Result<BTreeSet<Region>, ProvisionError> {
+    let jetstream = JetStream::here(client);
+    let own = config.region();
+    let mut known = config.regions();
+    for part in 0..config.nats.partitions {
+        let stream = rooms_stream(&own, part);
+        if let Some(stream) = jetstream.stream_config(&stream).await? {
+            known.extend(regions_of(&stream));
+        }
+    }
+    known.insert(own);
+    Ok(known)
+}
+
+/// The regions that a stream's metadata names.
+pub(in crate::bus) fn regions_of(stream: &Map<String, Value>) -> BTreeSet<Region> {
+    metadata(stream, REGIONS_METADATA)
+        .unwrap_or_default()
+        .split(',')
+        .filter_map(Region::parse)
+        .collect()
+}
+
+/// A value of a stream's metadata.
+pub(in crate::bus) fn metadata<'a>(stream: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
+    stream.get("metadata")?.get(key)?.as_str()
+}
+
+/// As it is written into the metadata.
+fn listed(regions: &BTreeSet<Region>) -> String {
+    let names: Vec<&str> = regions.iter().map(Region::as_str).collect();
+    names.join(",")
+}
+
+/// One run over a mesh.
+struct Run<'a> {
+    client: &'a Client,
+    config: &'a Config,
+    options: Options,
+    subjects: Subjects,
+    /// Whether domains are named.
+    several: bool,
+    /// The epochs of the origins' streams, by stream.
+    epochs: BTreeMap<String, String>,
+    report: Provisioned,
+}
+
+impl<'a> Run<'a> {
+    fn new(
+        client: &'a Client,
+        config: &'a Config,
+        options: Options,
+        regions: &BTreeSet<Region>,
+    ) -> Self {
+        Self {
+            client,
+            config,
+            options,
+            subjects: Subjects::new(&config.nats.prefix),
+            several: regions.iter().any(|region| *region != config.region()),
+            epochs: BTreeMap::new(),
+            report: Provisioned::default(),
+        }
+    }
+
+    fn jetstream(&self, region: &Region) -> JetStream<'a> {
+        if self.several {
+            JetStream::of(self.client, region)
+        } else {
+            JetStream::here(self.client)
+        }
+    }
+
+    /// Notes who does not answer, all at the same time: each may take until the deadline.
+    async fn ping(&mut self, regions: &BTreeSet<Region>) {
+        let jetstreams = regions.iter().map(|region| self.jetstream(region));
+        let pings = jetstreams.map(async |jetstream| jetstream.ping().await);
+        let answers = join_all(pings).await;
+        for (region, answer) in regions.iter().zip(answers) {
+            if let Err(error) = answer {
+                self.report.unreachable.insert(region.clone(), error);
+            }
+        }
+    }
+
+    fn is_away(&self, region: &Region) -> bool {
+        self.report.unreachable.contains_key(region)
+    }
+
+    /// Notes a region that went away meanwhile; any other error ends the run.
+    fn unless_away(
+        &mut self,
+        region: &Region,
+        result: Result<(), ProvisionError>,
+    ) -> Result<(), ProvisionError> {
+        match result {
+            Err(error) if error.is_unreachable() => {
+                self.report.unreachable.insert(region.clone(), error);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    fn push(&mut self, mut outcome: Outcome, region: &Region) {
+        outcome.domain = self.several.then(|| region.clone());
+        self.report.outcomes.push(outcome);
+    }
+
+    async fn own_streams(&mut self, region: &Region) -> Result<(), ProvisionError> {
+        if self.is_away(region) {
+            return Ok(());
+        }
+        let result = self.try_own_streams(region).await;
+        self.unless_away(region, result)
+    }
+
+    async fn try_own_streams(&mut self, region: &Region) -> Result<(), ProvisionError> {
+        let jetstream = self.jetstream(region);
+        check_partitions(&jetstream, &self.subjects, self.config.nats.partitions).await?;
+        for mut definition in definitions(self.config, region) {
+            let existing = jetstream.stream_config(&definition.stream).await?;
+            if definition.has_epoch() {
+                let epoch = existing
+                    .as_ref()
+                    .and_then(|stream| metadata(stream, EPOCH_METADATA))
+                    .map_or_else(new_epoch, str::to_owned);
+                definition.set_metadata(EPOCH_METADATA, &epoch);
+                self.epochs.insert(definition.stream.clone(), epoch);
+            }
+            if matches!(definition.kind, Kind::Rooms { .. }) {
+                // The others are added when their mirrors are there, and never taken out in passing.
+                let mut regions = existing.as_ref().map(regions_of).unwrap_or_default();
+                regions.insert(region.clone());
+                definition.set_metadata(REGIONS_METADATA, &listed(&regions));
+            }
+            let outcome = self.bring(&jetstream, definition, existing).await?;
+            self.push(outcome, region);
+        }
+        Ok(())
+    }
+
+    /// Creates a stream, or changes what differs.
+    async fn bring(
+        &self,
+        jetstream: &JetStream<'_>,
+        definition: Definition,
+        existing: Option<Map<String, Value>>,
+    ) -> Result<Outcome, ProvisionError> {
+        let name = &definition.stream;
+        let Some(existing) = existing else {
+            let outcome = Outcome::new(name, Action::Create);
+            if !self.options.dry_run {
+                jetstream.create(name, definition.config).await?;
+            }
+            return Ok(outcome);
+        };
+        let (outcome, merged) = plan(&definition, &existing, self.options.allow_destructive);
+        if let (Some(merged), false) = (merged, self.options.dry_run) {
+            jetstream.update(name, merged).await?;
+        }
+        Ok(outcome)
+    }
+
+    async fn mirrors(
+        &mut self,
+        region: &Region,
+        regions: &BTreeSet<Region>,
+    ) -> Result<(), ProvisionError> {
+        if self.is_away(region) {
+            return Ok(());
+        }
+        let result = self.try_mirrors(region, regions).await;
+        self.unless_away(region, result)
+    }
+
+    async fn try_mirrors(
+        &mut self,
+        region: &Region,
+        regions: &BTreeSet<Region>,
+    ) -> Result<(), ProvisionError> {
+        let jetstream = self.jetstream(region);
+        let mut present = BTreeSet::new();
+        for origin in regions.iter().filter(|origin| *origin != region) {
+            let mut complete = true;
+            for definition in definitions(self.config, origin) {
+                let Some(mirror) = definition.mirror_in(region, &self.subjects) else {
+                    continue;
+                };
+                let existing = jetstream.stream_config(&mirror.stream).await?;
+                if let Some(epoch) = self.epochs.get(&mirror.stream).cloned() {
+                    let outcome = self.mirror(&jetstream, mirror, existing, &epoch).await?;
+                    self.push(outcome, region);
+                } else {
+                    // Its origin is away, and with it the epoch.
+                    complete &= existing.is_some();
+                }
+            }
+            if complete {
+                present.insert(origin.clone());
+            }
+        }
+        if present.is_empty() {
+            return Ok(());
+        }
+        self.change_regions(&jetstream, region, |regions| {
+            regions.extend(present.clone())
+        })
+        .await
+    }
+
+    async fn mirror(
+        &self,
+        jetstream: &JetStream<'_>,
+        mut mirror: Definition,
+        existing: Option<Map<String, Value>>,
+        epoch: &str,
+    ) -> Result<Outcome, ProvisionError> {
+        mirror.set_metadata(EPOCH_METADATA, epoch);
+        let other = existing.as_ref().filter(|stream| is_mirror(stream));
+        let Some(other) = other.filter(|s| metadata(s, EPOCH_METADATA) != Some(epoch)) else {
+            return self.bring(jetstream, mirror, existing).await;
+        };
+        let allowed = self.options.allow_destructive;
+        let action = if allowed {
+            Action::Recreate
+        } else {
+            Action::Keep
+        };
+        let mut outcome = Outcome::new(&mirror.stream, action);
+        outcome.changes.push(FieldChange {
+            field: EPOCH_METADATA.to_owned(),
+            old: metadata(other, EPOCH_METADATA).unwrap_or("unset").to_owned(),
+            new: epoch.to_owned(),
+            verdict: if allowed {
+                Verdict::Apply
+            } else {
+                Verdict::Destructive(
+                    "the origin began anew, and what is mirrored of the stream before would be lost",
+                )
+            },
+        });
+        if allowed && !self.options.dry_run {
+            jetstream.delete(&mirror.stream).await?;
+            jetstream.create(&mirror.stream, mirror.config).await?;
+        }
+        Ok(outcome)
+    }
+
+    /// Changes what the region's own streams of rooms say about who is there, and notes it in their outcomes.
+    async fn change_regions(
+        &mut self,
+        jetstream: &JetStream<'_>,
+        region: &Region,
+        change: impl Fn(&mut BTreeSet<Region>),
+    ) -> Result<(), ProvisionError> {
+        for part in 0..self.config.nats.partitions {
+            let name = rooms_stream(region, part);
+            // None: a dry run did not create it.
+            let Some(mut stream) = jetstream.stream_config(&name).await? else {
+                continue;
+            };
+            let before = regions_of(&stream);
+            let mut after = before.clone();
+            change(&mut after);
+            if before == after {
+                continue;
+            }
+            self.note(
+                &name,
+                region,
+                FieldChange {
+                    field: REGIONS_METADATA.to_owned(),
+                    old: listed(&before),
+                    new: listed(&after),
+                    verdict: Verdict::Apply,
+                },
+            );
+            if !self.options.dry_run {
+                if !matches!(stream.get("metadata"), Some(Value::Object(_))) {
+                    stream.insert("metadata".to_owned(), json!({}));
+                }
+                if let Some(Value::Object(metadata)) = stream.get_mut("metadata") {
+                    metadata.insert(REGIONS_METADATA.to_owned(), json!(listed(&after)));
+                }
+                jetstream.update(&name, stream).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a change to the outcome of a stream, which may have been made already in this run.
+    fn note(&mut self, stream: &str, region: &Region, change: FieldChange) {
+        let domain = self.several.then(|| region.clone());
+        let made = self
+            .report
+            .outcomes
+            .iter_mut()
+            .find(|outcome| outcome.stream == stream && outcome.domain == domain);
+        if let Some(outcome) = made {
+            if outcome.action == Action::Create {
+                return;
+            }
+            outcome.action = Action::Update;
+            outcome.changes.push(change);
+        } else {
+            let mut outcome = Outcome::new(stream, Action::Update);
+            outcome.changes.push(change);
+            self.push(outcome, region);
+        }
+    }
+
+    async fn forget(&mut self, region: &Region, gone: &Region) -> Result<(), ProvisionError> {
+        if self.is_away(region) {
+            return Ok(());
+        }
+        let result = self.try_forget(region, gone).await;
+        self.unless_away(region, result)
+    }
+
+    async fn try_forget(&mut self, region: &Region, gone: &Region) -> Result<(), ProvisionError> {
+        let jetstream = self.jetstream(region);
+        self.change_regions(&jetstream, region, |regions| {
+            regions.remove(gone);
+        })
+        .await?;
+        for definition in definitions(self.config, gone) {
+            let name = &definition.stream;
+            let stream = jetstream.stream_config(name).await?;
+            // Whatever has its name and is no mirror is somebody's own.
+            if !stream.is_some_and(|stream| is_mirror(&stream)) {
+                continue;
+            }
+            if !self.options.dry_run {
+                jetstream.delete(name).await?;
+            }
+            self.push(Outcome::new(name, Action::Delete), region);
+        }
+        Ok(())
+    }
+}
+
+pub(in crate::bus) fn is_mirror(stream: &Map<String, Value>) -> bool {
+    stream.get("mirror").is_some_and(Value::is_object)
+}
