@@ -13,10 +13,15 @@ mod mongod;
 mod nats;
 mod port;
 mod process;
+mod relay;
 mod spawner;
+mod spine;
+mod template;
 
 pub use binaries::{Binaries, BinaryError, Program, Sources};
 pub use mongod::{Mongod, MongodOptions};
 pub use nats::{NatsOptions, NatsServer};
 pub use port::{free_port, free_port_from};
 pub use process::{Check, CheckError, Launcher, Process, Spec, StartError};
+pub use relay::{Cut, Link, Relay};
+pub use spine::{Spine, SpineFiles, SpineOptions, Spines, joined};

@@ -2,14 +2,20 @@
 
 use std::{
     fs, io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
+use async_nats::subject::ToSubject;
 use serde_json::{Value, json};
 
-use super::process::{Check, CheckError, Launcher, Process, Spec, StartError};
+use super::{
+    process::{Check, CheckError, Launcher, Process, Spec, StartError},
+    spine::SpineOptions,
+    template::{Part, quoted, render},
+};
 use crate::{config::Config, model::Region, subject::Subjects, subject::api};
 
 /// The configuration of a laptop's server; lines marked `# @name` are replaced.
@@ -38,6 +44,8 @@ pub struct NatsOptions {
     pub port: u16,
     /// Names the server and its JetStream domain.
     pub region: Region,
+    /// Where the region's spine listens for leaf nodes; `None`: the region is alone.
+    pub spine: Option<SocketAddr>,
     /// First token of the subjects.
     pub prefix: String,
     /// For the mapping of `<prefix>.pub.<namespace>.<room>`.
@@ -48,12 +56,76 @@ pub struct NatsOptions {
     pub max_payload: u64,
 }
 
-/// A running nats-server with JetStream.
+/// A running nats-server: a region's, with JetStream, or a spine.
 #[derive(Debug)]
 pub struct NatsServer {
     process: Process,
-    options: NatsOptions,
+    options: Options,
     port: Arc<OnceLock<u16>>,
+}
+
+#[derive(Debug)]
+enum Options {
+    Region(NatsOptions),
+    Spine(SpineOptions),
+}
+
+impl Options {
+    /// For messages and logs.
+    fn name(&self) -> String {
+        match self {
+            Self::Region(options) if options.spine.is_none() => "nats-server".to_owned(),
+            Self::Region(options) => format!("nats-server {}", options.region),
+            Self::Spine(options) => format!("spine {}", options.region),
+        }
+    }
+
+    fn dir(&self) -> &Path {
+        match self {
+            Self::Region(options) => &options.dir,
+            Self::Spine(options) => &options.dir,
+        }
+    }
+
+    /// Where the configuration is written to.
+    fn conf(&self) -> PathBuf {
+        match self {
+            Self::Region(options) => options.dir.join("server.conf"),
+            Self::Spine(options) => options.dir.join("spine.conf"),
+        }
+    }
+
+    fn log(&self) -> PathBuf {
+        match self {
+            Self::Region(NatsOptions { log, .. }) | Self::Spine(SpineOptions { log, .. }) => log
+                .clone()
+                .unwrap_or_else(|| self.dir().join("nats-server.log")),
+        }
+    }
+
+    /// The one it was told; 0: any.
+    fn port(&self) -> u16 {
+        match self {
+            Self::Region(NatsOptions { port, .. }) | Self::Spine(SpineOptions { port, .. }) => {
+                *port
+            }
+        }
+    }
+
+    fn binary(&self) -> PathBuf {
+        match self {
+            Self::Region(NatsOptions { binary, .. }) | Self::Spine(SpineOptions { binary, .. }) => {
+                binary.clone()
+            }
+        }
+    }
+
+    fn render(&self, port: Option<u16>) -> String {
+        match self {
+            Self::Region(options) => options.render(port),
+            Self::Spine(options) => options.render(port),
+        }
+    }
 }
 
 impl NatsOptions {
@@ -66,6 +138,7 @@ impl NatsOptions {
             log: None,
             port,
             region: config.region(),
+            spine: None,
             prefix: config.nats.prefix.clone(),
             partitions: config.nats.partitions,
             namespaces: config
@@ -84,12 +157,26 @@ impl NatsOptions {
         let by_hand = subjects.by_hand_durable(region);
         // -1 lets the server choose; it tells in the ports file.
         let port = port.map_or_else(|| "-1".to_owned(), |port| port.to_string());
-        let line = |name: &str| -> Option<String> {
-            Some(match name {
+        let mappings = || {
+            let namespaces = self.namespaces.iter().map(|(n, durable)| (&**n, *durable));
+            subjects
+                .mappings(region, self.partitions, namespaces)
+                .into_iter()
+                .map(|(from, to)| format!("{}: {}", quoted(&from), quoted(&to)))
+        };
+        render(TEMPLATE, |name| {
+            Some(Part::Line(match name {
                 "server_name" => format!("server_name: {}", quoted(&format!("natter-{region}"))),
                 "listen" => format!("listen: {}", quoted(&format!("127.0.0.1:{port}"))),
                 "store_dir" => format!("store_dir: {}", quoted(&self.dir.to_string_lossy())),
                 "domain" => format!("domain: {}", quoted(region.as_str())),
+                "spine" => match self.spine {
+                    None => "remotes: [ ]".to_owned(),
+                    Some(spine) => {
+                        let url = quoted(&format!("nats-leaf://natter:natter@{spine}"));
+                        format!("remotes: [ {{ url: {url}, account: natter }} ]")
+                    }
+                },
                 "max_payload" => format!("max_payload: {}", self.max_payload),
                 "exports" => format!(
                     "exports: [ {{ service: {}, accounts: [ natter ] }} ]",
@@ -99,77 +186,57 @@ impl NatsOptions {
                     "imports: [ {{ service: {{ account: natter, subject: {} }} }} ]",
                     quoted(&by_hand)
                 ),
+                "mappings" => return Some(Part::Block(mappings().collect())),
                 _ => return None,
-            })
-        };
-        let mut text = String::with_capacity(TEMPLATE.len());
-        let mut in_mappings = false;
-        for template in TEMPLATE.lines() {
-            let indent: String = template.chars().take_while(|c| *c == ' ').collect();
-            let marker = template.rsplit_once("# @").map(|(_, name)| name);
-            match marker {
-                Some("mappings") => {
-                    in_mappings = true;
-                    text.push_str(template);
-                    let namespaces = self.namespaces.iter().map(|(n, durable)| (&**n, *durable));
-                    for (from, to) in subjects.mappings(region, self.partitions, namespaces) {
-                        text.push_str(&format!("\n{indent}{}: {}", quoted(&from), quoted(&to)));
-                    }
-                }
-                Some("end") => {
-                    in_mappings = false;
-                    text.push_str(template);
-                }
-                _ if in_mappings => continue,
-                Some(name) => match line(name) {
-                    Some(line) => text.push_str(&format!("{indent}{line} # @{name}")),
-                    None => text.push_str(template),
-                },
-                None => text.push_str(template),
-            }
-            text.push('\n');
-        }
-        text
+            }))
+        })
     }
 }
 
-/// A string of a NATS configuration: double quotes, with the escapes of JSON.
-fn quoted(text: &str) -> String {
-    Value::from(text).to_string()
-}
-
 impl NatsServer {
-    /// Starts a server and waits until JetStream answers on a real connection.
+    /// Starts a region's server and waits until JetStream answers on a real connection.
     ///
     /// # Errors
     /// [`StartError`]
     pub async fn start(launcher: Launcher, options: NatsOptions) -> Result<Self, StartError> {
+        Self::start_with(launcher, Options::Region(options)).await
+    }
+
+    /// Starts a spine and waits until it takes connections. Whether it reaches the others is another question.
+    ///
+    /// # Errors
+    /// [`StartError`]
+    pub async fn start_spine(
+        launcher: Launcher,
+        options: SpineOptions,
+    ) -> Result<Self, StartError> {
+        Self::start_with(launcher, Options::Spine(options)).await
+    }
+
+    async fn start_with(launcher: Launcher, options: Options) -> Result<Self, StartError> {
         let mut server = Self::new(launcher, options);
         server.restart().await?;
         Ok(server)
     }
 
-    fn new(launcher: Launcher, options: NatsOptions) -> Self {
+    fn new(launcher: Launcher, options: Options) -> Self {
         let port = Arc::new(OnceLock::new());
-        if options.port != 0 {
-            port.get_or_init(|| options.port);
+        if options.port() != 0 {
+            port.get_or_init(|| options.port());
         }
-        let conf = options.dir.join("server.conf");
-        let check = check(Arc::clone(&port), ports_dir(&options.dir));
+        let jetstream = matches!(options, Options::Region(_));
+        let check = check(Arc::clone(&port), ports_dir(options.dir()), jetstream);
         let spec = Spec {
-            name: "nats-server".to_owned(),
-            program: options.binary.clone(),
+            name: options.name(),
+            program: options.binary(),
             args: vec![
                 "--config".into(),
-                conf.into(),
+                options.conf().into(),
                 "--ports_file_dir".into(),
-                ports_dir(&options.dir).into(),
+                ports_dir(options.dir()).into(),
             ],
             env: Vec::new(),
-            log: options
-                .log
-                .clone()
-                .unwrap_or_else(|| options.dir.join("nats-server.log")),
+            log: options.log(),
             ready: Arc::clone(&check),
             alive: check,
             ready_within: READY_WITHIN,
@@ -188,25 +255,26 @@ impl NatsServer {
     /// [`StartError`]
     pub async fn restart(&mut self) -> Result<(), StartError> {
         self.kill().await;
-        let file_error = |source| StartError::File {
-            name: "nats-server".to_owned(),
-            path: self.options.dir.clone(),
-            source,
-        };
-        self.clear_ports_dir().map_err(file_error)?;
-        self.write_conf().map_err(file_error)?;
+        self.clear_ports_dir()
+            .map_err(|source| self.file_error(source))?;
+        self.write_conf()
+            .map_err(|source| self.file_error(source))?;
         self.process.start().await?;
         // From here on it is told the port it got.
-        self.write_conf().map_err(|source| StartError::File {
-            name: "nats-server".to_owned(),
-            path: self.options.dir.clone(),
+        self.write_conf().map_err(|source| self.file_error(source))
+    }
+
+    fn file_error(&self, source: io::Error) -> StartError {
+        StartError::File {
+            name: self.options.name(),
+            path: self.options.dir().to_owned(),
             source,
-        })
+        }
     }
 
     /// A server that was killed leaves its file behind, and a later one may have the same process id.
     fn clear_ports_dir(&self) -> io::Result<()> {
-        let dir = ports_dir(&self.options.dir);
+        let dir = ports_dir(self.options.dir());
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
@@ -216,7 +284,7 @@ impl NatsServer {
 
     fn write_conf(&self) -> io::Result<()> {
         let text = self.options.render(self.port.get().copied());
-        fs::write(self.options.dir.join("server.conf"), text)
+        fs::write(self.options.conf(), text)
     }
 
     /// `nats://127.0.0.1:<port>`
@@ -228,7 +296,7 @@ impl NatsServer {
     /// The port it listens on.
     #[must_use]
     pub fn port(&self) -> u16 {
-        self.port.get().copied().unwrap_or(self.options.port)
+        self.port.get().copied().unwrap_or(self.options.port())
     }
 
     /// Its process id, while it runs.
@@ -262,7 +330,7 @@ fn ports_dir(dir: &Path) -> PathBuf {
     dir.join("ports")
 }
 
-fn check(port: Arc<OnceLock<u16>>, ports_dir: PathBuf) -> Check {
+fn check(port: Arc<OnceLock<u16>>, ports_dir: PathBuf, jetstream: bool) -> Check {
     Arc::new(move |pid| {
         let port = Arc::clone(&port);
         let ports_dir = ports_dir.clone();
@@ -271,7 +339,11 @@ fn check(port: Arc<OnceLock<u16>>, ports_dir: PathBuf) -> Check {
                 Some(port) => *port,
                 None => *port.get_or_init_from(&ports_dir, pid)?,
             };
-            ping(&url(known)).await
+            if jetstream {
+                asks(&url(known), api::INFO).await
+            } else {
+                Ok(connects(&url(known)).await?.drain().await?)
+            }
         })
     })
 }
@@ -302,17 +374,19 @@ impl PortFromFile for OnceLock<u16> {
     }
 }
 
-/// Connects, and asks JetStream.
-async fn ping(url: &str) -> Result<(), CheckError> {
-    let client = async_nats::ConnectOptions::new()
-        .name("natter health check")
-        .max_reconnects(1)
-        .connect(url)
-        .await?;
-    let answer = client.request(api::INFO, "".into()).await?;
-    let answer: Value = serde_json::from_slice(&answer.payload)?;
+/// Connects.
+async fn connects(url: &str) -> Result<async_nats::Client, CheckError> {
+    let options = async_nats::ConnectOptions::new().name("natter health check");
+    Ok(options.max_reconnects(1).connect(url).await?)
+}
+
+/// Connects, and asks a JetStream.
+pub(super) async fn asks(url: &str, subject: impl ToSubject) -> Result<(), CheckError> {
+    let client = connects(url).await?;
+    let answer = client.request(subject, "".into()).await;
     // Closes the connection now rather than whenever the client's task notices.
     drop(client.drain().await);
+    let answer: Value = serde_json::from_slice(&answer?.payload)?;
     match answer.get("error") {
         None => Ok(()),
         Some(error) => Err(json!({ "JetStream": error }).to_string().into()),

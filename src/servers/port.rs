@@ -36,6 +36,22 @@ pub fn free_port() -> io::Result<u16> {
     free_port_on(Ipv4Addr::LOCALHOST.into())
 }
 
+/// `N` different ports of loopback that are free at this moment.
+///
+/// # Errors
+/// When sockets can't be opened.
+pub(super) fn free_ports<const N: usize>() -> io::Result<[u16; N]> {
+    let mut ports = [0; N];
+    // Held until all are known: a port that was let go may be given again.
+    let mut held = Vec::with_capacity(N);
+    for port in &mut ports {
+        let listener = TcpListener::bind(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0))?;
+        *port = listener.local_addr()?.port();
+        held.push(listener);
+    }
+    Ok(ports)
+}
+
 fn free_port_on(ip: IpAddr) -> io::Result<u16> {
     Ok(TcpListener::bind(SocketAddr::new(ip, 0))?
         .local_addr()?

@@ -19,6 +19,7 @@ use tokio::{
 };
 
 use super::spawner;
+use crate::model::Region;
 
 /// A log file larger than this when the process starts is put aside as `<name>.log.1`, in place of the one before.
 const LOG_ROTATE_BYTES: u64 = 10 * 1024 * 1024;
@@ -116,6 +117,14 @@ pub enum StartError {
         waited: Duration,
         source: CheckError,
         log: LogTail,
+    },
+    /// A region does not reach another one.
+    #[error("region {from} did not reach region {to} within {waited:?}")]
+    Apart {
+        from: Region,
+        to: Region,
+        waited: Duration,
+        source: CheckError,
     },
     /// Something about its settings can't be used.
     #[error("{name}: its settings can't be used")]

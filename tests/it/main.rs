@@ -24,6 +24,7 @@ mod presence;
 mod provision;
 mod provision_mesh;
 mod read;
+mod regions;
 mod resume;
 mod resync;
 mod servers;

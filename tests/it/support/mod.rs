@@ -11,6 +11,7 @@
 pub(crate) mod checker;
 pub(crate) mod mesh;
 pub(crate) mod raw;
+pub(crate) mod regions;
 
 use std::{
     path::{Path, PathBuf},
