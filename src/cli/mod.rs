@@ -9,6 +9,7 @@
 )]
 
 mod connect;
+mod dev;
 mod edge;
 mod export;
 mod guard;
@@ -48,6 +49,8 @@ struct Cli {
 enum Command {
     /// Run everything for a laptop: nats-server, mongod, streams and edges, until Ctrl-C.
     Up(up::Args),
+    /// Cut, heal and show the links between the regions of a running `natter up --regions`.
+    Dev(dev::Args),
     /// Create or update the region's streams and buckets.
     Provision(provision::Args),
     #[command(hide = true)]
@@ -100,6 +103,7 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let load = || Config::load(cli.config.as_deref(), Toml::string(""));
     match cli.command {
+        Command::Dev(args) => dev::run(args)?,
         Command::Up(args) => return up::run(&args, cli.config.as_deref()),
         Command::Provision(args) => return provision::run(&args, &load()?),
         Command::Guard(args) => return guard::run(&args),

@@ -158,7 +158,8 @@ impl Drop for DataDir {
     }
 }
 
-fn lock_file(path: &Path) -> PathBuf {
+/// Locked by the owner of the folder, whose process id it holds.
+pub(in crate::cli) fn lock_file(path: &Path) -> PathBuf {
     path.join("lock")
 }
 

@@ -87,6 +87,7 @@ pub(super) fn common_env(config: &Config, nats_url: &str) -> Vec<(&'static str, 
         ("NATTER__NATS__URL", nats_url.to_owned()),
         // Quoted: a name of digits would be read as a number.
         ("NATTER__REGION", format!("{:?}", config.region)),
+        ("NATTER__REGIONS", format!("{:?}", config.regions)),
         // The server that `up` runs needs no credentials, and refuses wrong ones.
         ("NATTER__NATS__USER", String::new()),
         ("NATTER__NATS__PASSWORD", String::new()),
@@ -166,6 +167,7 @@ mod tests {
         for (key, value) in [
             ("NATTER__EDGE__LISTEN", "0.0.0.0:8081"),
             ("NATTER__REGION", "\"7\""),
+            ("NATTER__REGIONS", "[]"),
             ("NATTER__NATS__URL", "nats://127.0.0.1:4333"),
         ] {
             assert!(

@@ -37,15 +37,21 @@ impl HistoryTemplate<'_> {
             ("NATTER__MONGODB__URL_FILE", String::new()),
         ]);
         let reachable = reachable(listen);
+        let (name, log) = if self.config.regions.is_empty() {
+            ("history".to_owned(), "history.log".to_owned())
+        } else {
+            let region = &self.config.region;
+            (format!("history {region}"), format!("history-{region}.log"))
+        };
         Spec {
-            name: "history".to_owned(),
+            name,
             program: self.binary.to_owned(),
             args: args_of("history", self.config_file),
             env: env
                 .into_iter()
                 .map(|(key, value)| (key.to_owned(), value))
                 .collect(),
-            log: self.logs.join("history.log"),
+            log: self.logs.join(log),
             ready: http_check(reachable, "/readyz"),
             // Not `/readyz`: one that waits for NATS must not be killed for it.
             alive: http_check(reachable, "/healthz"),

@@ -19,6 +19,9 @@ pub(super) struct RegionReport {
     pub name: String,
     pub nats: String,
     pub nats_pid: Option<u32>,
+    /// What joins it to the others, where there are several regions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spine_pid: Option<u32>,
     pub edges: Vec<EdgeReport>,
     pub history: Vec<HistoryReport>,
 }
@@ -46,6 +49,9 @@ impl Report {
             text.push_str(&format!("  {what:<10} {value}\n"));
         };
         for region in &self.regions {
+            if self.regions.len() > 1 {
+                line("region", &region.name);
+            }
             for edge in &region.edges {
                 line("page", &format!("{}/", edge.http));
                 line("WebSocket", &edge.ws);
@@ -71,6 +77,12 @@ impl Report {
                     .map_or("", |region| region.nats.as_str())
             ));
         }
+        if let [first, _, ..] = self.regions.as_slice() {
+            text.push_str(&format!(
+                "Cut a region off from the others with `natter dev cut {0}`, and `natter dev heal {0}`.\n",
+                first.name
+            ));
+        }
         text.push_str("Ctrl-C stops all of it; what was said is kept.\n");
         text
     }
@@ -87,6 +99,7 @@ mod tests {
                 name: "local".to_owned(),
                 nats: "nats://127.0.0.1:4222".to_owned(),
                 nats_pid: Some(2),
+                spine_pid: None,
                 edges: vec![EdgeReport {
                     id: "local-1".to_owned(),
                     http: "http://127.0.0.1:8080".to_owned(),

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use natter::{
+    bus::provision::{self, provision_mesh},
     model::Region,
     servers::{Cut, NatsOptions, NatsServer, Relay, Spine, SpineFiles, Spines, joined},
 };
@@ -47,6 +48,8 @@ impl Regions {
         let of_region = |name: &str| {
             let mut values = values.clone();
             values.insert("region".to_owned(), name.into());
+            let all: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+            values.insert("regions".to_owned(), all.into());
             toml::to_string(&values).unwrap()
         };
         let files = |name: &&str| SpineFiles {
@@ -90,11 +93,24 @@ impl Regions {
                 spine,
             });
         }
-        Self {
+        let started = Self {
             regions,
             relay,
             _dir: dir,
-        }
+        };
+        started.provision(names[0]).await;
+        started
+    }
+
+    /// Creates what is missing of all streams and mirrors, over the server of one region.
+    pub(crate) async fn provision(&self, over: &str) {
+        let config = &self.region(over).mesh.config;
+        let client = provision::connect(&config.nats).await.unwrap();
+        let options = provision::Options::default();
+        let provisioned = provision_mesh(&client, config, &config.regions(), options)
+            .await
+            .unwrap();
+        assert!(!provisioned.is_incomplete(), "{provisioned:?}");
     }
 
     fn region(&self, name: &str) -> &Running {
