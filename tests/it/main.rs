@@ -27,6 +27,7 @@ mod read;
 mod regions;
 mod resume;
 mod resync;
+mod roam;
 mod servers;
 mod slow;
 mod star;
