@@ -226,7 +226,7 @@ impl Rooms {
             }
             // If the room ran on further than memory reaches while we read, read again, until the join's time is up.
             if let Some(backlogs) = read.take()
-                && is_complete(&hub.log.borrow(), &backlogs)
+                && is_complete(&hub.log.borrow(), &since, &backlogs)
             {
                 return Ok((hub, Plan::Backlog(cursor.clone(), since, backlogs)));
             }
@@ -429,11 +429,12 @@ impl Rooms {
                             let log = hub.log.borrow();
                             let found = missed(&log, &since, &backlogs);
                             let mut reached = log.place();
-                            if !is_complete(&log, &backlogs) {
+                            if !is_complete(&log, &since, &backlogs) {
                                 // The room has run on: what was read is all that is given now.
-                                for (at, backlog) in reached.iter_mut().zip(&backlogs) {
-                                    let upto = backlog.as_ref().map(|backlog| backlog.upto);
-                                    *at = upto.filter(|upto| upto.0 < at.0).unwrap_or(*at);
+                                let read = backlogs.iter().zip(&since.place);
+                                for (at, (backlog, was)) in reached.iter_mut().zip(read) {
+                                    let upto = backlog.as_ref().map_or(*was, |read| read.upto);
+                                    *at = if upto.0 < at.0 { upto } else { *at };
                                 }
                             }
                             reach(&mut since, &reached);

@@ -400,7 +400,9 @@ impl RoomLog {
 
     /// Notes references of messages before the beginning of the log: they are not shown again when they come from another origin.
     pub(super) fn remember(&mut self, track: usize, records: &[Record]) {
-        for record in records {
+        let beginning = self.tracks[track].position;
+        // What was stored since the heads were read will be delivered.
+        for record in records.iter().filter(|record| record.seq <= beginning) {
             if let Some(key) = reference(record) {
                 self.references.note(key, (track, record.seq));
             }

@@ -32,11 +32,12 @@ struct Item<'a> {
 }
 
 /// What a session that stands at `since` has missed of what the room has delivered: what was read of each track, and, where that
-/// reaches to what is in memory, what is there. `backlogs` has one a track; none where the session has seen more than the room.
+/// reaches to what is in memory, what is there. `backlogs` has one a track; none where the session had seen more than the room when the
+/// others were read.
 ///
 /// The order is that of time, except that none comes before what its sender had seen.
 pub(super) fn missed(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>]) -> Frames {
-    let in_memory = is_complete(log, backlogs);
+    let in_memory = is_complete(log, since, backlogs);
     let mut tracks: Vec<VecDeque<Item<'_>>> = Vec::with_capacity(backlogs.len());
     let mut references = HashSet::new();
     for (track, backlog) in backlogs.iter().enumerate() {
@@ -54,20 +55,20 @@ pub(super) fn missed(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>])
                 frame: &missed.frame,
                 read: true,
             }));
-            let upto = backlog.upto.0;
-            let entries = log.entries().filter(|entry| {
-                in_memory && entry.track == track && entry.position > upto && entry.seq > upto
-            });
-            items.extend(entries.map(|entry| Item {
-                seq: entry.seq,
-                place: (entry.seq == entry.position).then_some((entry.seq, entry.fingerprint)),
-                ts: entry.ts,
-                reference: entry.reference,
-                after: entry.after.as_ref(),
-                frame: &entry.frame,
-                read: false,
-            }));
         }
+        let upto = upto(track, since, backlog.as_ref());
+        let entries = log.entries().filter(|entry| {
+            in_memory && entry.track == track && entry.position > upto && entry.seq > upto
+        });
+        items.extend(entries.map(|entry| Item {
+            seq: entry.seq,
+            place: (entry.seq == entry.position).then_some((entry.seq, entry.fingerprint)),
+            ts: entry.ts,
+            reference: entry.reference,
+            after: entry.after.as_ref(),
+            frame: &entry.frame,
+            read: false,
+        }));
         tracks.push(items);
     }
     let mut place = since.place.clone();
@@ -98,13 +99,14 @@ pub(super) fn missed(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>])
 }
 
 /// Whether what was read reaches to what is in memory, in all tracks.
-pub(super) fn is_complete(log: &RoomLog, backlogs: &[Option<Backlog>]) -> bool {
+pub(super) fn is_complete(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>]) -> bool {
     let mut tracks = backlogs.iter().enumerate();
-    tracks.all(|(track, backlog)| {
-        backlog
-            .as_ref()
-            .is_none_or(|backlog| backlog.upto.0 >= log.floor(track))
-    })
+    tracks.all(|(track, backlog)| upto(track, since, backlog.as_ref()) >= log.floor(track))
+}
+
+/// Up to where a session has a track with what was read.
+fn upto(track: usize, since: &Since, backlog: Option<&Backlog>) -> u64 {
+    backlog.map_or(since.place[track].0, |backlog| backlog.upto.0)
 }
 
 /// The track whose next message comes next: the oldest of those whose sender had seen nothing that is still to come.

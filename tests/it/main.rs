@@ -28,6 +28,7 @@ mod regions;
 mod resume;
 mod resync;
 mod roam;
+mod roaming;
 mod servers;
 mod slow;
 mod star;

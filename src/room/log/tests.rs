@@ -298,6 +298,29 @@ fn an_answer_waits_for_what_it_answers_and_no_longer_than_it_should() {
 }
 
 #[test]
+fn what_is_stored_while_a_room_is_opened_is_shown() {
+    let twin = |track: usize, seq, id: &str| {
+        let mut record = said(track, seq, 0);
+        record.id = id.to_owned();
+        record
+    };
+    let head = twin(0, 3, "head");
+    let mut log = RoomLog::new(
+        vec![
+            start("seoul", std::slice::from_ref(&head), 0),
+            start("virginia", &[], 0),
+        ],
+        1 << 20,
+    );
+    let (known, newer) = (twin(0, 1, "known"), twin(0, 4, "newer"));
+    log.remember(0, &[known, head, newer.clone()]);
+    assert!(log.advance(0, &newer).is_some());
+    assert!(log.advance(1, &twin(1, 1, "known")).is_none());
+    assert!(log.advance(1, &twin(1, 2, "newer")).is_none());
+    assert!(log.advance(1, &twin(1, 3, "other")).is_some());
+}
+
+#[test]
 fn a_message_that_was_stored_in_two_regions_is_shown_once() {
     let now = Instant::now();
     let mut log = two_tracks(1 << 20);

@@ -81,6 +81,7 @@ pub(crate) enum Event {
         cursor: String,
         /// JSON text.
         body: String,
+        reply_to: Option<String>,
     },
     /// The room let the session go.
     Kicked { room: String, code: String },
@@ -431,6 +432,7 @@ impl<'a> Checker<'a> {
             from,
             cursor,
             body,
+            ..
         } = event
         else {
             return;
@@ -521,6 +523,7 @@ mod tests {
             from: "kim".to_owned(),
             cursor: cursor(seq),
             body: body(seq),
+            reply_to: None,
         }
     }
 
