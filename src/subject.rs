@@ -421,6 +421,10 @@ pub mod api {
 
     /// Whether there is JetStream, and what this account uses of it.
     pub const INFO: &str = "$JS.API.INFO";
+    /// Who one is to the server, and what one may do.
+    pub const USER_INFO: &str = "$SYS.REQ.USER.INFO";
+    /// Asks all servers for a report, as a user of the system account: `VARZ`, `GATEWAYZ`.
+    pub const PING_SERVERS: &str = "$SYS.REQ.SERVER.PING.";
     /// Names of streams, a page a request.
     pub const STREAM_NAMES: &str = "$JS.API.STREAM.NAMES";
 

@@ -7,6 +7,7 @@ mod ack;
 mod connection;
 mod count;
 mod dead;
+pub mod doctor;
 mod erase;
 mod kv;
 mod line;

@@ -17,12 +17,15 @@ mod plan;
 
 use std::{collections::BTreeSet, fmt, io, time::Duration};
 
-use async_nats::{Client, ConnectOptions, ServerAddr};
+use async_nats::{Client, ConnectOptions, Event, ServerAddr, ServerError};
 use serde_json::Value;
+use tokio::sync::watch;
 
 pub use definition::{Definition, definitions};
 pub(super) use jetstream::JetStream;
 pub use mesh::{Provisioned, known_regions, provision_mesh, remove_region};
+pub(super) use mesh::{is_mirror, metadata, regions_of};
+pub(super) use plan::plan as plan_stream;
 pub use plan::{Action, FieldChange, Outcome, Verdict};
 
 use crate::{
@@ -33,6 +36,9 @@ use crate::{
 
 /// How long one request to JetStream may take. Creating a stream with three replicas waits for an election.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The subjects that the server has refused on one connection.
+pub(super) type Denials = watch::Receiver<BTreeSet<String>>;
 
 /// How to provision.
 #[derive(Debug, Clone, Copy, Default)]
@@ -58,6 +64,9 @@ pub enum ProvisionError {
     /// A request was not answered in time.
     #[error("JetStream did not answer {request} within {REQUEST_DEADLINE:?}")]
     Timeout { request: String },
+    /// The server lets this user not ask.
+    #[error("the user of nats.user may not publish to {request}")]
+    Denied { request: String },
     /// A request could not be sent, or nobody answers it.
     #[error("JetStream: {request} failed; is JetStream enabled for this account?")]
     Request {
@@ -96,12 +105,33 @@ pub enum ProvisionError {
 /// # Errors
 /// [`ProvisionError::Connect`] and [`ProvisionError::Settings`].
 pub async fn connect(nats: &config::Nats) -> Result<Client, ProvisionError> {
+    let (client, _denials) = connect_with_denials(nats, "natter provision").await?;
+    Ok(client)
+}
+
+/// As [`connect`], with all that the server has refused on the connection: subjects to publish or subscribe to. A request
+/// that is refused is answered in no other way.
+pub(super) async fn connect_with_denials(
+    nats: &config::Nats,
+    name: &str,
+) -> Result<(Client, Denials), ProvisionError> {
+    let (denied, denials) = watch::channel(BTreeSet::new());
     let settings = |what: &str| {
         let what = what.to_owned();
         move |source| ProvisionError::Settings { what, source }
     };
     let mut options = ConnectOptions::new()
-        .name("natter provision")
+        .name(name)
+        .event_callback(move |event| {
+            if let Event::ServerError(ServerError::Other(text)) = event
+                && let Some(subject) = denied_subject(&text)
+            {
+                denied.send_modify(|denied| {
+                    denied.insert(subject.to_owned());
+                });
+            }
+            std::future::ready(())
+        })
         .connection_timeout(REQUEST_DEADLINE)
         .request_timeout(Some(REQUEST_DEADLINE))
         .max_reconnects(1);
@@ -128,10 +158,20 @@ pub async fn connect(nats: &config::Nats) -> Result<Client, ProvisionError> {
         source,
     };
     match tokio::time::timeout(REQUEST_DEADLINE, options.connect(servers)).await {
-        Ok(Ok(client)) => Ok(client),
+        Ok(Ok(client)) => Ok((client, denials)),
         Ok(Err(error)) => Err(failed(Box::new(error))),
         Err(elapsed) => Err(failed(Box::new(elapsed))),
     }
+}
+
+/// The subject in `Permissions Violation for Publish to "natter.in.x"`, or `… for Subscription to …`.
+fn denied_subject(error: &str) -> Option<&str> {
+    let lower = error.get(.."permissions violation".len())?;
+    let (_, rest) = error.split_once('"')?;
+    let (subject, _) = rest.split_once('"')?;
+    lower
+        .eq_ignore_ascii_case("permissions violation")
+        .then_some(subject)
 }
 
 /// Brings the streams and buckets of the configured region to their definitions; one outcome a stream, in their order.
@@ -202,6 +242,24 @@ pub async fn ping(client: &Client) -> Result<(), ProvisionError> {
 }
 
 impl ProvisionError {
+    /// What happened, without the subject of the request: so that the same about many streams looks the same.
+    #[must_use]
+    pub fn brief(&self) -> String {
+        match self {
+            Self::Timeout { .. } => format!("no answer within {REQUEST_DEADLINE:?}"),
+            Self::Request { source, .. } => source.to_string(),
+            Self::Refused {
+                description, code, ..
+            } => format!("{description} (error {code})"),
+            Self::Connect { .. }
+            | Self::Settings { .. }
+            | Self::Denied { .. }
+            | Self::Answer { .. }
+            | Self::TooManyRegions { .. }
+            | Self::Partitions { .. } => self.to_string(),
+        }
+    }
+
     /// Whether nobody answered, which a repeat may find otherwise.
     #[must_use]
     pub fn is_unreachable(&self) -> bool {

@@ -10,6 +10,7 @@
 
 mod connect;
 mod dev;
+mod doctor;
 mod edge;
 mod export;
 mod guard;
@@ -51,8 +52,10 @@ enum Command {
     Up(up::Args),
     /// Cut, heal and show the links between the regions of a running `natter up --regions`.
     Dev(dev::Args),
-    /// Create or update the region's streams and buckets.
+    /// Create or update the streams and buckets of the region, or of all regions of a mesh.
     Provision(provision::Args),
+    /// Look at a deployment, and say what is wrong with it and what to do.
+    Doctor(doctor::Args),
     #[command(hide = true)]
     Guard(guard::Args),
     /// Check the configuration and name everything that is wrong with it.
@@ -106,6 +109,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Dev(args) => dev::run(args)?,
         Command::Up(args) => return up::run(&args, cli.config.as_deref()),
         Command::Provision(args) => return provision::run(&args, &load()?),
+        Command::Doctor(args) => return doctor::run(args, load()?),
         Command::Guard(args) => return guard::run(&args),
         Command::CheckConfig => {
             // The keys too: an edge would not start without those that are named.

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::ensure;
 
+use super::connect::print_line;
 use crate::{
     bus::provision::{Options, Provisioned, connect, known_regions, provision_mesh, remove_region},
     config::Config,
@@ -42,11 +43,12 @@ pub(super) fn run(args: &Args, config: &Config) -> anyhow::Result<ExitCode> {
         .build()?;
     let provisioned = runtime.block_on(provision(args, config))?;
     for outcome in &provisioned.outcomes {
-        println!("{outcome}");
+        print_line(&outcome.to_string())?;
     }
     for (region, error) in &provisioned.unreachable {
         eprintln!(
-            "natter: region {region} does not answer ({error}): what concerns it was not done; repeat this when it is back"
+            "natter: region {region} does not answer ({}): what concerns it was not done; repeat this when it is back",
+            error.brief()
         );
     }
     if args.dry_run {

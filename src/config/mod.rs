@@ -58,6 +58,7 @@ pub struct Config {
     pub mongodb: Mongodb,
     pub history: History,
     pub servers: Servers,
+    pub doctor: Doctor,
     pub edge: Edge,
     pub auth: Auth,
     pub limits: Limits,
@@ -134,6 +135,16 @@ pub struct History {
 pub struct Servers {
     pub nats_server: PathBuf,
     pub mongod: PathBuf,
+}
+
+/// `[doctor]`: who `natter doctor` is to the servers themselves.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Doctor {
+    pub sys_url: String,
+    pub sys_user: String,
+    pub sys_password: Secret,
+    pub sys_password_file: PathBuf,
 }
 
 /// `[edge]`: the process that holds sessions.
@@ -315,6 +326,10 @@ impl Config {
             .nats
             .password
             .read_file("nats.password_file", &config.nats.password_file)?;
+        config
+            .doctor
+            .sys_password
+            .read_file("doctor.sys_password_file", &config.doctor.sys_password_file)?;
         config
             .auth
             .hs256_secret

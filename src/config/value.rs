@@ -12,6 +12,12 @@ use super::ConfigError;
 pub struct Secret(String);
 
 impl Secret {
+    /// What a flag gave.
+    #[must_use]
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
     /// The secret itself.
     #[must_use]
     pub fn expose(&self) -> &str {

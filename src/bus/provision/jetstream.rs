@@ -3,7 +3,7 @@
 use async_nats::Client;
 use serde_json::{Map, Value, json};
 
-use super::{ProvisionError, REQUEST_DEADLINE};
+use super::{Denials, ProvisionError, REQUEST_DEADLINE};
 use crate::{model::Region, subject::api};
 
 /// `err_code` of "stream not found" (nats-server `errors.json`).
@@ -15,6 +15,8 @@ pub(in crate::bus) struct JetStream<'a> {
     client: &'a Client,
     /// `None`: the domain of the server at the other end of the connection.
     domain: Option<Region>,
+    /// What the server refuses is known at once then, and not when the deadline is over.
+    denials: Option<Denials>,
 }
 
 impl<'a> JetStream<'a> {
@@ -23,6 +25,7 @@ impl<'a> JetStream<'a> {
         Self {
             client,
             domain: None,
+            denials: None,
         }
     }
 
@@ -31,12 +34,24 @@ impl<'a> JetStream<'a> {
         Self {
             client,
             domain: Some(region.clone()),
+            denials: None,
         }
+    }
+
+    /// The same, with what the server refuses on the connection.
+    pub(in crate::bus) fn with_denials(mut self, denials: &Denials) -> Self {
+        self.denials = Some(denials.clone());
+        self
     }
 
     /// Whether it answers.
     pub(in crate::bus) async fn ping(&self) -> Result<(), ProvisionError> {
-        self.request(api::INFO, &json!({})).await.map(drop)
+        self.account().await.map(drop)
+    }
+
+    /// What the account has, may have, and in which domain.
+    pub(in crate::bus) async fn account(&self) -> Result<Value, ProvisionError> {
+        self.request(api::INFO, &json!({})).await
     }
 
     pub(super) async fn stream_names(&self) -> Result<Vec<String>, ProvisionError> {
@@ -125,13 +140,30 @@ impl<'a> JetStream<'a> {
         let answer = self
             .client
             .request(subject.clone(), payload.to_string().into());
-        let answer = tokio::time::timeout(REQUEST_DEADLINE, answer)
-            .await
-            .map_err(|_elapsed| ProvisionError::Timeout { request: request() })?
-            .map_err(|source| ProvisionError::Request {
-                request: request(),
-                source,
-            })?;
+        let denied = async {
+            match self.denials.clone() {
+                Some(mut denials) => {
+                    // An error: the connection is over, and nothing is refused any more.
+                    if denials.wait_for(|d| d.contains(&subject)).await.is_err() {
+                        std::future::pending().await
+                    }
+                }
+                None => std::future::pending().await,
+            }
+        };
+        let answer = tokio::time::timeout(REQUEST_DEADLINE, async {
+            tokio::select! {
+                answer = answer => Some(answer),
+                () = denied => None,
+            }
+        })
+        .await
+        .map_err(|_elapsed| ProvisionError::Timeout { request: request() })?
+        .ok_or_else(|| ProvisionError::Denied { request: request() })?
+        .map_err(|source| ProvisionError::Request {
+            request: request(),
+            source,
+        })?;
         let answer: Value =
             serde_json::from_slice(&answer.payload).map_err(|source| ProvisionError::Answer {
                 request: request(),

@@ -85,7 +85,7 @@ impl Outcome {
 }
 
 /// Compares a stream with its definition. With the outcome comes the configuration to send, if anything is to be sent.
-pub(super) fn plan(
+pub(in crate::bus) fn plan(
     definition: &Definition,
     existing: &Map<String, Value>,
     allow_destructive: bool,

@@ -1,0 +1,488 @@
+//! Looks at a deployment, and says what is wrong with it and what to do.
+//!
+//! It changes nothing and stores nothing. What is looked at: whether regions answer, their streams and mirrors against the
+//! definitions of [`super::provision`], clocks, what the configured user may do, and, with a user of the system account,
+//! what only servers tell.
+//!
+//! # Invariants
+//! - What could not be looked at is said; it never passes for fine.
+//! - Every wait is bounded.
+
+mod permissions;
+mod servers;
+mod streams;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant, SystemTime},
+};
+
+use async_nats::Client;
+use futures_util::{
+    future::join_all,
+    stream::{self, StreamExt as _},
+};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::provision::{
+    Definition, Denials, JetStream, ProvisionError, connect_with_denials, definitions, regions_of,
+};
+use crate::{
+    config::Config,
+    model::Region,
+    subject::{Subjects, parse_rooms_stream},
+};
+
+/// Streams of a region that are asked at the same time.
+const AT_ONCE: usize = 8;
+
+/// What a clock may be off: read markers and pages of history are ordered by the times of servers.
+const CLOCK_OFF: Duration = Duration::from_secs(1);
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Something does not work, or will not when the next thing breaks.
+    Problem,
+    /// Works, and a person should know.
+    Warning,
+    /// Could not be looked at, or is only worth knowing.
+    Note,
+}
+
+/// What was looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Check {
+    /// Whether a region answers, and is the one it should be.
+    Region,
+    /// Whether a stream is there and as it is defined.
+    Stream,
+    /// Whether a mirror is there, of the right stream, and not behind.
+    Mirror,
+    /// Copies of a stream: how many, and in what state.
+    Replicas,
+    /// How full a stream or an account is.
+    Limit,
+    /// Whether what was acknowledged survives a power loss.
+    Durability,
+    /// The links between spines.
+    Gateway,
+    /// Clocks.
+    Clock,
+    /// What the configured user may do.
+    Permission,
+}
+
+/// One thing to know.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub level: Level,
+    /// What was looked at.
+    pub check: Check,
+    /// The region in which it is, where it is in one.
+    pub region: Option<String>,
+    /// The streams that it is about.
+    pub streams: Vec<String>,
+    /// What is wrong, and what it does.
+    pub what: String,
+    /// What to do.
+    pub advice: String,
+}
+
+/// All that was found.
+#[derive(Debug, Default, Serialize)]
+pub struct Examination {
+    /// Worst first; the same about several streams is one.
+    pub findings: Vec<Finding>,
+    /// Regions of the mesh.
+    pub regions: usize,
+    /// Streams, buckets and mirrors that were looked at.
+    pub streams: usize,
+    /// Servers that answered to the system account.
+    pub servers: usize,
+}
+
+impl Examination {
+    /// How many findings are of this level.
+    #[must_use]
+    pub fn count(&self, level: Level) -> usize {
+        self.findings.iter().filter(|f| f.level == level).count()
+    }
+
+    /// Sorts, and puts together what is the same about several streams.
+    fn collect(&mut self, findings: Vec<Finding>) {
+        let mut together = BTreeMap::new();
+        for mut finding in findings {
+            let streams = std::mem::take(&mut finding.streams);
+            let all: &mut BTreeSet<String> = together.entry(finding).or_default();
+            all.extend(streams);
+        }
+        let findings = together.into_iter().map(|(finding, streams)| Finding {
+            streams: streams.into_iter().collect(),
+            ..finding
+        });
+        self.findings = findings.collect();
+    }
+}
+
+impl Finding {
+    fn new(level: Level, check: Check, what: String, advice: impl Into<String>) -> Self {
+        Self {
+            level,
+            check,
+            region: None,
+            streams: Vec::new(),
+            what,
+            advice: advice.into(),
+        }
+    }
+
+    fn at(mut self, region: &Region) -> Self {
+        self.region = Some(region.to_string());
+        self
+    }
+
+    fn of(mut self, stream: &str) -> Self {
+        self.streams.push(stream.to_owned());
+        self
+    }
+}
+
+/// Looks at everything.
+///
+/// # Errors
+/// [`ProvisionError`] where there is no connection to NATS, or none can be made with what the configuration says.
+pub async fn examine(config: &Config) -> Result<Examination, ProvisionError> {
+    let (client, denials) = connect_with_denials(&config.nats, "natter doctor").await?;
+    let mut run = Run {
+        client: &client,
+        denials,
+        config,
+        subjects: Subjects::new(&config.nats.prefix),
+        findings: Vec::new(),
+        asked: 0,
+    };
+    let regions = run.mesh().await;
+    let may = permissions::examine(config, &regions).await?;
+    run.findings.extend(may);
+    let (servers, of_servers) = servers::examine(config).await;
+    run.findings.extend(of_servers);
+    let mut examination = Examination {
+        regions: regions.len(),
+        streams: run.asked,
+        servers,
+        ..Examination::default()
+    };
+    examination.collect(run.findings);
+    Ok(examination)
+}
+
+struct Run<'a> {
+    client: &'a Client,
+    denials: Denials,
+    config: &'a Config,
+    subjects: Subjects,
+    findings: Vec<Finding>,
+    asked: usize,
+}
+
+/// A region, and what its own streams told.
+struct Place<'a> {
+    region: Region,
+    jetstream: JetStream<'a>,
+    own: BTreeMap<String, Value>,
+}
+
+/// The answer of one stream.
+struct Look {
+    definition: Definition,
+    answer: Result<Option<Value>, ProvisionError>,
+    /// By how many seconds the server's clock is ahead of ours, and how much that may be wrong.
+    clock: Option<(f64, f64)>,
+}
+
+impl<'a> Run<'a> {
+    /// Looks at all regions and their streams; gives the regions.
+    async fn mesh(&mut self) -> BTreeSet<Region> {
+        let own = self.config.region();
+        let mut regions = self.config.regions();
+        let mut places = Vec::new();
+        let (place, findings) = self.place(&own).await;
+        self.findings.extend(findings);
+        if let Some(mut place) = place {
+            self.own_streams(&mut place).await;
+            for (_, info) in place.rooms() {
+                regions.extend(
+                    info.get("config")
+                        .and_then(Value::as_object)
+                        .map(regions_of)
+                        .unwrap_or_default(),
+                );
+            }
+            places.push(place);
+        }
+        let others: Vec<&Region> = regions.iter().filter(|region| **region != own).collect();
+        if !self.config.regions.is_empty() {
+            let unnamed = others.iter().filter(|r| !self.config.regions().contains(r));
+            for region in unnamed {
+                self.findings.push(Finding::new(
+                    Level::Warning,
+                    Check::Region,
+                    format!("the streams say that {region} belongs to the mesh, regions does not name it"),
+                    format!("add it to regions, or take it out: natter provision --remove-region {region} --allow-destructive"),
+                ));
+            }
+        }
+        // All at the same time: one that does not answer takes until the deadline.
+        let asked = join_all(others.into_iter().map(|region| self.place(region))).await;
+        for (place, findings) in asked {
+            self.findings.extend(findings);
+            if let Some(mut place) = place {
+                self.own_streams(&mut place).await;
+                places.push(place);
+            }
+        }
+        for place in &places {
+            self.mirrors(place, &places, &regions).await;
+        }
+        regions
+    }
+
+    /// A region, if it answers.
+    async fn place(&self, region: &Region) -> (Option<Place<'a>>, Vec<Finding>) {
+        let mut findings = Vec::new();
+        let here = *region == self.config.region();
+        let jetstream = if here {
+            JetStream::here(self.client)
+        } else {
+            JetStream::of(self.client, region)
+        };
+        let jetstream = jetstream.with_denials(&self.denials);
+        match jetstream.account().await {
+            Ok(account) => {
+                let domain = account
+                    .get("domain")
+                    .and_then(Value::as_str)
+                    .unwrap_or_default();
+                if here && self.config.regions().len() > 1 && domain != region.as_str() {
+                    findings.push(Finding::new(
+                        Level::Problem,
+                        Check::Region,
+                        format!("nats.url leads to the JetStream domain {domain:?}, and region is {region}"),
+                        "give nats.url the servers of the region, and these jetstream { domain } = its name",
+                    ).at(region));
+                }
+                findings.extend(streams::account(&account).map(|f| f.at(region)));
+            }
+            // An edge's own user need not be allowed this.
+            Err(ProvisionError::Denied { .. }) if here => {}
+            Err(ProvisionError::Denied { request }) => {
+                findings.push(
+                    Finding::new(
+                        Level::Note,
+                        Check::Region,
+                        format!("not looked at: the user may not publish to {request}"),
+                        "run natter doctor as the user who provisions",
+                    )
+                    .at(region),
+                );
+                return (None, findings);
+            }
+            Err(error) => {
+                let advice = if here {
+                    "see whether the region's servers run with JetStream, and whether enough of them do for a leader"
+                } else {
+                    "see whether its servers run, and the way there: the leaf node to this region's spine, the gateways between the spines, the leaf node there. Each region goes on alone meanwhile"
+                };
+                findings.push(
+                    Finding::new(
+                        Level::Problem,
+                        Check::Region,
+                        format!("does not answer: {}", error.brief()),
+                        advice,
+                    )
+                    .at(region),
+                );
+                return (None, findings);
+            }
+        }
+        let place = Place {
+            region: region.clone(),
+            jetstream,
+            own: BTreeMap::new(),
+        };
+        (Some(place), findings)
+    }
+
+    /// Asks these streams, some at a time. What can't be asked becomes a finding; what is not there has no answer.
+    async fn look(
+        &mut self,
+        place: &Place<'a>,
+        wanted: Vec<Definition>,
+    ) -> Vec<(Definition, Option<Value>)> {
+        let looks = stream::iter(wanted).map(|definition| look(&place.jetstream, definition));
+        let looks: Vec<Look> = looks.buffered(AT_ONCE).collect().await;
+        self.asked += looks.len();
+        // The quickest answer says most about the clock.
+        let clocks = looks.iter().filter_map(|look| look.clock);
+        if let Some((ahead, about)) = clocks.min_by(|a, b| a.1.total_cmp(&b.1)) {
+            self.findings
+                .extend(clock(ahead, about).map(|f| f.at(&place.region)));
+        }
+        let mut answered = Vec::new();
+        for Look {
+            definition, answer, ..
+        } in looks
+        {
+            let finding = match answer {
+                Ok(info) => {
+                    answered.push((definition, info));
+                    continue;
+                }
+                Err(ProvisionError::Denied { .. }) => Finding::new(
+                    Level::Note,
+                    Check::Stream,
+                    "not looked at: the user may not ask for it".to_owned(),
+                    "run natter doctor as the user who provisions",
+                ),
+                Err(error) => Finding::new(
+                    Level::Problem,
+                    Check::Stream,
+                    format!("tells nothing of itself: {}", error.brief()),
+                    "it may have no leader: see whether the servers that hold it run (nats server report jetstream)",
+                ),
+            };
+            self.findings
+                .push(finding.at(&place.region).of(&definition.stream));
+        }
+        answered
+    }
+
+    async fn own_streams(&mut self, place: &mut Place<'a>) {
+        let region = place.region.clone();
+        let wanted = definitions(self.config, &region);
+        for (definition, info) in self.look(place, wanted).await {
+            let name = definition.stream.clone();
+            let Some(info) = info else {
+                self.findings.push(
+                    Finding::new(
+                        Level::Problem,
+                        Check::Stream,
+                        "missing: edges of the region can't serve what it holds".to_owned(),
+                        format!("natter provision, with {region} as region or in regions"),
+                    )
+                    .at(&region)
+                    .of(&name),
+                );
+                continue;
+            };
+            let found = streams::own(&definition, &info);
+            self.findings
+                .extend(found.into_iter().map(|f| f.at(&region).of(&name)));
+            place.own.insert(name, info);
+        }
+    }
+
+    async fn mirrors(
+        &mut self,
+        place: &Place<'a>,
+        places: &[Place<'a>],
+        regions: &BTreeSet<Region>,
+    ) {
+        let mut complete = BTreeSet::from([place.region.clone()]);
+        for origin in regions.iter().filter(|origin| **origin != place.region) {
+            let there = places.iter().find(|other| other.region == *origin);
+            let wanted: Vec<Definition> = definitions(self.config, origin)
+                .iter()
+                .filter_map(|definition| definition.mirror_in(&place.region, &self.subjects))
+                .collect();
+            let count = wanted.len();
+            let looked = self.look(place, wanted).await;
+            let mut present = 0;
+            for (definition, info) in looked {
+                let name = &definition.stream;
+                let mut found = Vec::new();
+                if let Some(info) = info {
+                    present += 1;
+                    let mut source = there.and_then(|there| there.own.get(name)).cloned();
+                    if let (Some(there), Some(known)) = (there, &source)
+                        && streams::is_ahead(&info, known)
+                    {
+                        // Only what was asked later may be ahead.
+                        source = there.jetstream.stream_info(name).await.ok().flatten();
+                    }
+                    found.extend(streams::mirror(&definition, &info, source.as_ref()));
+                } else {
+                    found.push(Finding::new(
+                        Level::Problem,
+                        Check::Mirror,
+                        format!("missing: what {origin} stores does not come here"),
+                        format!("natter provision --region {origin}"),
+                    ));
+                }
+                self.findings
+                    .extend(found.into_iter().map(|f| f.at(&place.region).of(name)));
+            }
+            if present == count {
+                complete.insert(origin.clone());
+            }
+        }
+        for (name, info) in place.rooms() {
+            let found = streams::regions(info, &complete, regions);
+            self.findings
+                .extend(found.into_iter().map(|f| f.at(&place.region).of(name)));
+        }
+    }
+}
+
+impl Place<'_> {
+    fn rooms(&self) -> impl Iterator<Item = (&str, &Value)> {
+        let all = self.own.iter().map(|(name, info)| (name.as_str(), info));
+        all.filter(|(name, _)| parse_rooms_stream(name).is_some())
+    }
+}
+
+async fn look(jetstream: &JetStream<'_>, definition: Definition) -> Look {
+    let (asked, started) = (SystemTime::now(), Instant::now());
+    let answer = jetstream.stream_info(&definition.stream).await;
+    let took = started.elapsed().as_secs_f64();
+    let told = match &answer {
+        Ok(Some(info)) => info.get("ts").and_then(Value::as_str),
+        Ok(None) | Err(_) => None,
+    };
+    let clock = told.and_then(|told| Some((ahead(told, asked)? - took / 2.0, took / 2.0)));
+    Look {
+        definition,
+        answer,
+        clock,
+    }
+}
+
+/// How many seconds `told`, RFC 3339, is after `ours`.
+fn ahead(told: &str, ours: SystemTime) -> Option<f64> {
+    let told = humantime::parse_rfc3339_weak(told).ok()?;
+    Some(match told.duration_since(ours) {
+        Ok(after) => after.as_secs_f64(),
+        Err(before) => -before.duration().as_secs_f64(),
+    })
+}
+
+/// Whether a clock that is `ahead` seconds ahead of ours, give or take `about`, is one of them wrong.
+fn clock(ahead: f64, about: f64) -> Option<Finding> {
+    (ahead.abs() - about > CLOCK_OFF.as_secs_f64()).then(|| {
+        let direction = if ahead > 0.0 { "ahead of" } else { "behind" };
+        Finding::new(
+            Level::Problem,
+            Check::Clock,
+            format!(
+                "the server's clock is {:.1} s {direction} this machine's: history is ordered by the servers' times, and leases of edges end by them",
+                ahead.abs()
+            ),
+            "let both keep time with NTP (chrony, systemd-timesyncd)",
+        )
+    })
+}

@@ -1,0 +1,264 @@
+//! Whether the configured user may do what an edge does.
+//!
+//! Subscribing and reading are tried; nothing is published that anybody would see or a stream would keep. What an edge
+//! publishes is compared with what the server says that the user may.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use async_nats::Client;
+use futures_util::StreamExt as _;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use super::{Check, Finding, Level};
+use crate::{
+    bus::provision::{Denials, ProvisionError, connect_with_denials},
+    config::Config,
+    model::{Class, Region, RoomId},
+    subject::{self, Subjects, api, bucket},
+};
+
+/// How long one round trip to the server may take.
+const ROUND_TRIP: Duration = Duration::from_secs(5);
+
+/// Buckets that an edge writes to.
+const WRITTEN: [&str; 3] = [bucket::PRESENCE, bucket::EDGES, bucket::LASTREAD];
+
+const ADVICE: &str =
+    "allow it to the user, if edges use this one (README, Permissions of an edge's NATS user)";
+
+pub(super) async fn examine(
+    config: &Config,
+    regions: &BTreeSet<Region>,
+) -> Result<Vec<Finding>, ProvisionError> {
+    // A connection of its own: what else was asked may have been refused for other reasons.
+    let (client, denials) = connect_with_denials(&config.nats, "natter doctor").await?;
+    let needs = Needs::new(config, regions);
+    let mut findings = Vec::new();
+    match tried(&client, &denials, &needs).await {
+        Some(denied) => findings.extend(denied.iter().map(|subject| {
+            let verb = if needs.subscribed.contains(subject) {
+                "subscribe to"
+            } else {
+                "publish to"
+            };
+            denial(verb, subject)
+        })),
+        None => findings.push(unchecked("the server does not answer within a round trip")),
+    }
+    match user_info(&client, &denials).await {
+        Some(info) => {
+            let denied = needs
+                .published
+                .iter()
+                .filter(|subject| !may_publish(&info, subject));
+            findings.extend(denied.map(|subject| denial("publish to", subject)));
+        }
+        None => findings.push(unchecked(&format!(
+            "{} is not answered, so what it may publish is not known",
+            api::USER_INFO
+        ))),
+    }
+    let region = config.region();
+    Ok(findings
+        .into_iter()
+        .map(|finding| finding.at(&region))
+        .collect())
+}
+
+fn denial(verb: &str, subject: &str) -> Finding {
+    let what = format!("the user may not {verb} {subject}, as an edge must");
+    Finding::new(Level::Problem, Check::Permission, what, ADVICE)
+}
+
+fn unchecked(why: &str) -> Finding {
+    Finding::new(
+        Level::Note,
+        Check::Permission,
+        format!("not looked at, what the user may do: {why}"),
+        "look at the server's log, and at the user's permissions",
+    )
+}
+
+/// What an edge does, by example: a room of each namespace in its partition stands for all.
+struct Needs {
+    subscribed: BTreeSet<String>,
+    /// Subjects of requests that change nothing, with a payload that finds nothing.
+    asked: Vec<(String, Value)>,
+    published: BTreeSet<String>,
+}
+
+impl Needs {
+    fn new(config: &Config, regions: &BTreeSet<Region>) -> Self {
+        let subjects = Subjects::new(&config.nats.prefix);
+        let own = config.region();
+        let mut needs = Self {
+            subscribed: BTreeSet::new(),
+            asked: Vec::new(),
+            published: BTreeSet::new(),
+        };
+        // No room: nobody could have this one by accident, and nothing is published to it.
+        let rooms = config.namespaces.iter().filter_map(|(name, policy)| {
+            Some((RoomId::from_parts(name, "natter-doctor").ok()?, policy))
+        });
+        for (room, policy) in rooms {
+            needs.subscribed.insert(subjects.ephemeral(&room));
+            needs.published.insert(subjects.ephemeral(&room));
+            for bucket in [bucket::PRESENCE, bucket::LASTREAD] {
+                let keys = subject::marker_keys(&room);
+                needs
+                    .subscribed
+                    .insert(subjects.bucket_changes(&own, bucket, &keys));
+            }
+            for part in (0..config.nats.partitions).filter(|_| policy.durable) {
+                needs.subscribed.insert(subjects.live(&own, part, &room));
+                for class in [Class::Msg, Class::Ev] {
+                    needs
+                        .published
+                        .insert(subjects.publish(&own, part, &room, class));
+                }
+            }
+            if policy.history {
+                needs.published.insert(subjects.history(&own, "page"));
+            }
+        }
+        needs
+            .subscribed
+            .insert(subjects.bucket_changes(&own, bucket::EDGES, ">"));
+        for origin in regions {
+            let rooms = (0..config.nats.partitions).map(|part| subject::rooms_stream(origin, part));
+            let buckets = WRITTEN.map(|bucket| subject::bucket_stream(bucket, origin));
+            for stream in rooms {
+                needs.asked.push((subject::stream_info(&stream), json!({})));
+                needs.reads(&stream);
+            }
+            for stream in buckets {
+                needs.reads(&stream);
+            }
+        }
+        for bucket in WRITTEN {
+            needs
+                .published
+                .insert(subject::bucket_key(bucket, &own, "natter-doctor"));
+        }
+        let presence = subject::bucket_stream(bucket::PRESENCE, &own);
+        needs.published.insert(api::stream_purge(&presence));
+        needs
+    }
+
+    fn reads(&mut self, stream: &str) {
+        let nothing = json!({ "last_by_subj": "natter-doctor" });
+        self.asked.push((subject::direct_get(stream), nothing));
+    }
+}
+
+/// Subscribes and asks; what the server refused of that, or `None` if it does not answer at all.
+async fn tried(client: &Client, denials: &Denials, needs: &Needs) -> Option<BTreeSet<String>> {
+    let mut subscriptions = Vec::new();
+    for subject in &needs.subscribed {
+        subscriptions.push(client.subscribe(subject.clone()).await.ok()?);
+    }
+    // The answers are not looked at: what is refused is told at once, and in order with all else.
+    let inbox = client.new_inbox();
+    subscriptions.push(client.subscribe(inbox.clone()).await.ok()?);
+    for (subject, payload) in &needs.asked {
+        let sent =
+            client.publish_with_reply(subject.clone(), inbox.clone(), payload.to_string().into());
+        sent.await.ok()?;
+    }
+    round_trip(client, denials).await?;
+    let wanted = |subject: &String| {
+        needs.subscribed.contains(subject) || needs.asked.iter().any(|(asked, _)| asked == subject)
+    };
+    let denied = denials.borrow();
+    Some(
+        denied
+            .iter()
+            .filter(|subject| wanted(subject))
+            .cloned()
+            .collect(),
+    )
+}
+
+/// Returns when the server has dealt with all that was sent before: it answers a message to ourselves, or refuses it.
+async fn round_trip(client: &Client, denials: &Denials) -> Option<()> {
+    let inbox = client.new_inbox();
+    let mut answers = client.subscribe(inbox.clone()).await.ok()?;
+    client.publish(inbox.clone(), "".into()).await.ok()?;
+    let mut denials = denials.clone();
+    timeout(ROUND_TRIP, async {
+        tokio::select! {
+            answer = answers.next() => answer.map(drop),
+            refused = denials.wait_for(|denied| denied.contains(&inbox)) => refused.ok().map(drop),
+        }
+    })
+    .await
+    .ok()?
+}
+
+/// What the server says of the user.
+async fn user_info(client: &Client, denials: &Denials) -> Option<Value> {
+    let mut denials = denials.clone();
+    let answer = timeout(ROUND_TRIP, async {
+        tokio::select! {
+            answer = client.request(api::USER_INFO, "".into()) => answer.ok(),
+            _refused = denials.wait_for(|denied| denied.contains(api::USER_INFO)) => None,
+        }
+    });
+    let answer = answer.await.ok()??;
+    serde_json::from_slice(&answer.payload).ok()
+}
+
+/// Whether the permissions in the answer to [`api::USER_INFO`] let this be published.
+fn may_publish(info: &Value, subject: &str) -> bool {
+    let list = |field: &str| -> Option<Vec<&str>> {
+        let list = info.pointer("/data/permissions/publish")?.get(field)?;
+        Some(list.as_array()?.iter().filter_map(Value::as_str).collect())
+    };
+    let matches = |patterns: Vec<&str>| patterns.iter().any(|pattern| covers(pattern, subject));
+    list("allow").is_none_or(matches) && !list("deny").is_some_and(matches)
+}
+
+/// Whether a pattern of NATS covers a subject.
+fn covers(pattern: &str, subject: &str) -> bool {
+    let mut tokens = subject.split('.');
+    let mut patterns = pattern.split('.');
+    loop {
+        match (patterns.next(), tokens.next()) {
+            (Some(">"), Some(_)) | (None, None) => return true,
+            (Some("*"), Some(_)) => {}
+            (Some(pattern), Some(token)) if pattern == token => {}
+            _ => return false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_cover_subjects_as_in_nats() {
+        for (pattern, subject, wanted) in [
+            ("a.b", "a.b", true),
+            ("a.*", "a.b", true),
+            ("a.>", "a.b.c", true),
+            ("a.>", "a", false),
+            ("a.*", "a.b.c", false),
+            ("a.b.c", "a.b", false),
+            (">", "a", true),
+        ] {
+            assert_eq!(covers(pattern, subject), wanted, "{pattern} {subject}");
+        }
+    }
+
+    #[test]
+    fn deny_goes_before_allow_and_no_list_allows_all() {
+        let info = |publish: Value| json!({ "data": { "permissions": { "publish": publish } } });
+        assert!(may_publish(&json!({ "data": {} }), "a.b"));
+        assert!(!may_publish(&info(json!({ "allow": ["b.>"] })), "a.b"));
+        assert!(may_publish(&info(json!({ "deny": ["b.>"] })), "a.b"));
+        let both = info(json!({ "allow": ["a.>"], "deny": ["a.b"] }));
+        assert!(may_publish(&both, "a.c") && !may_publish(&both, "a.b"));
+    }
+}
