@@ -133,8 +133,7 @@ pub(super) async fn connect_with_denials(
             std::future::ready(())
         })
         .connection_timeout(REQUEST_DEADLINE)
-        .request_timeout(Some(REQUEST_DEADLINE))
-        .max_reconnects(1);
+        .request_timeout(Some(REQUEST_DEADLINE));
     if !nats.user.is_empty() {
         options = options.user_and_password(nats.user.clone(), nats.password.expose().to_owned());
     }
@@ -153,6 +152,8 @@ pub(super) async fn connect_with_denials(
         .map(|url| url.trim().parse::<ServerAddr>())
         .collect::<Result<Vec<_>, _>>()
         .map_err(settings(&format!("url = {:?}: not an address", nats.url)))?;
+    // Each server once.
+    let options = options.max_reconnects(servers.len());
     let failed = |source| ProvisionError::Connect {
         url: nats.url.clone(),
         source,

@@ -10,6 +10,7 @@
 mod architecture;
 mod codes;
 mod docs;
+mod doctor;
 mod drain;
 mod erase;
 mod frames;

@@ -196,3 +196,41 @@ fn links(varz: &Value, gatewayz: Option<&Value>) -> Vec<Finding> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// As nats-server 2.15.1 answers: VARZ names all gateways that it is told of, GATEWAYZ those it has.
+    #[test]
+    fn a_gateway_without_a_connection_is_named() {
+        let varz = json!({
+            "server": { "name": "spine1" },
+            "data": { "gateway": { "name": "g1", "gateways": [{ "name": "g1" }, { "name": "g2" }] } }
+        });
+        let with = |outbound: Value| json!({ "data": { "outbound_gateways": outbound } });
+        assert_eq!(links(&varz, Some(&with(json!({ "g2": {} })))), []);
+        let down = links(&varz, Some(&with(json!({}))));
+        assert_eq!(down.len(), 1);
+        assert!(down[0].what.contains("gateway g2"), "{down:?}");
+        assert_eq!(links(&json!({ "data": { "gateway": {} } }), None), []);
+    }
+
+    #[test]
+    fn a_clock_is_wrong_by_more_than_a_second_and_what_the_way_took() {
+        assert_eq!(clock(0.9, 0.0), None);
+        assert_eq!(clock(-1.4, 0.5), None);
+        let behind = clock(-2.5, 0.5).unwrap();
+        assert!(behind.what.contains("2.5 s behind"), "{behind:?}");
+        let now = SystemTime::now();
+        let told = humantime::format_rfc3339_nanos(now + Duration::from_secs(7)).to_string();
+        let varz = json!({ "server": { "name": "s1" }, "data": { "now": told } });
+        let wrong = server_clock(&varz, now, Duration::from_millis(20)).unwrap();
+        assert!(
+            wrong.what.contains("s1: ") && wrong.what.contains("7.0 s ahead"),
+            "{wrong:?}"
+        );
+    }
+}

@@ -20,6 +20,9 @@ const BEHIND: u64 = 1000;
 /// A mirror hears of its origin every second or so. After 10 s of silence the server asks anew by itself, so this is more.
 const SILENT: Duration = Duration::from_secs(30);
 
+/// The leader of a replicated stream hears of each copy every second or so.
+const SILENT_COPY: Duration = Duration::from_secs(10);
+
 const PROVISION: &str = "natter provision";
 
 fn number(value: &Value, path: &str) -> Option<u64> {
@@ -326,6 +329,8 @@ fn copies(info: &Value) -> Vec<Finding> {
             "has no leader: publishes fail".to_owned(),
             "see how many of its servers run: more than half must",
         ));
+        // Without one nobody knows how the others are.
+        return findings;
     }
     let peers = cluster.get("replicas").and_then(Value::as_array);
     for peer in peers.into_iter().flatten() {
@@ -334,15 +339,19 @@ fn copies(info: &Value) -> Vec<Finding> {
             .and_then(Value::as_str)
             .unwrap_or("a server");
         let is = |field| peer.get(field).and_then(Value::as_bool).unwrap_or(false);
+        let current = is("current");
+        // Time since the leader heard of it. A leader that was elected after it went away says 0.
+        let active = Duration::from_nanos(number(peer, "/active").unwrap_or(0));
+        let silent = active > SILENT_COPY || (active.is_zero() && !current);
         let lag = number(peer, "/lag").unwrap_or(0);
-        if is("offline") {
+        if is("offline") || silent {
             findings.push(Finding::new(
                 Level::Problem,
                 Check::Replicas,
-                format!("its copy on {name} is offline"),
+                format!("its copy on {name} takes no part: the server is down or cut off"),
                 "start that server, or give its place to another (nats server cluster peer-remove)",
             ));
-        } else if !is("current") || lag >= BEHIND {
+        } else if !current || lag >= BEHIND {
             findings.push(Finding::new(
                 Level::Warning,
                 Check::Replicas,
@@ -352,4 +361,197 @@ fn copies(info: &Value) -> Vec<Finding> {
         }
     }
     findings
+}
+
+#[cfg(test)]
+mod tests {
+    use figment::providers::{Format, Toml};
+    use serde_json::json;
+
+    use super::*;
+    use crate::{bus::provision::definitions, config::Config, subject::Subjects};
+
+    fn rooms(replicas: u64) -> Definition {
+        let toml = format!("region = 'seoul'\n[streams]\nreplicas = {replicas}");
+        let config = Config::with_defaults(Toml::string(&toml)).unwrap();
+        definitions(&config, &config.region()).swap_remove(0)
+    }
+
+    fn mirrored() -> Definition {
+        let frankfurt = Region::parse("frankfurt").unwrap();
+        rooms(1)
+            .mirror_in(&frankfurt, &Subjects::new("natter"))
+            .unwrap()
+    }
+
+    fn info(definition: &Definition, state: Value, more: Value) -> Value {
+        let mut info = json!({ "config": definition.config, "state": state });
+        if let (Some(info), Value::Object(more)) = (info.as_object_mut(), more) {
+            info.extend(more);
+        }
+        info
+    }
+
+    fn told(findings: &[Finding]) -> Vec<(Level, &str)> {
+        findings
+            .iter()
+            .map(|f| (f.level, f.what.as_str()))
+            .collect()
+    }
+
+    fn only(findings: &[Finding], level: Level, text: &str) {
+        let told = told(findings);
+        assert!(
+            matches!(told[..], [(l, what)] if l == level && what.contains(text)),
+            "{told:?}, not {level:?} {text:?}"
+        );
+    }
+
+    #[test]
+    fn a_mirror_is_judged_by_its_silence_its_lag_and_what_its_origin_holds() {
+        let definition = mirrored();
+        let origin = info(&rooms(1), json!({ "last_seq": 5000 }), json!({}));
+        let of = |last: u64, mirror: Value| {
+            let here = info(
+                &definition,
+                json!({ "last_seq": last }),
+                json!({ "mirror": mirror }),
+            );
+            super::mirror(&definition, &here, Some(&origin))
+        };
+        let fresh = json!({ "lag": 0, "active": 146_777 });
+        assert_eq!(told(&of(5000, fresh.clone())), []);
+        assert_eq!(told(&of(4990, fresh.clone())), []);
+        // What it says of its lag is as old as what it has heard.
+        only(
+            &of(3000, fresh.clone()),
+            Level::Warning,
+            "2000 messages behind",
+        );
+        let late = json!({ "lag": 1234, "active": 146_777 });
+        only(&of(5000, late), Level::Warning, "1234 messages behind");
+        let silent = json!({ "lag": 0, "active": 35_000_000_000_u64 });
+        only(
+            &of(5000, silent),
+            Level::Problem,
+            "nothing of its origin for 35 s",
+        );
+        only(
+            &of(5000, json!({ "active": -1 })),
+            Level::Problem,
+            "never heard",
+        );
+        only(
+            &of(5001, fresh.clone()),
+            Level::Problem,
+            "ahead of its origin",
+        );
+        let failed =
+            json!({ "lag": 0, "active": 1, "error": { "description": "stream not found" } });
+        only(
+            &of(5000, failed),
+            Level::Problem,
+            "stands still: stream not found",
+        );
+        // The region of the origin is away, which is said once: silence is no news.
+        let here = info(
+            &definition,
+            json!({}),
+            json!({ "mirror": { "active": -1 } }),
+        );
+        assert_eq!(told(&super::mirror(&definition, &here, None)), []);
+        // Another epoch.
+        let mut anew = origin.clone();
+        anew["config"]["metadata"][EPOCH_METADATA] = json!("k9");
+        let here = info(
+            &definition,
+            json!({ "last_seq": 9000 }),
+            json!({ "mirror": fresh }),
+        );
+        only(
+            &super::mirror(&definition, &here, Some(&anew)),
+            Level::Problem,
+            "began anew",
+        );
+    }
+
+    #[test]
+    fn copies_are_counted_and_their_state_is_told() {
+        let three = rooms(3);
+        let one = info(&rooms(1), json!({}), json!({}));
+        only(&own(&three, &one), Level::Problem, "has 1 of 3 copies");
+        let with = |cluster: Value| {
+            let here = info(&three, json!({}), json!({ "cluster": cluster }));
+            own(&three, &here)
+        };
+        let peers = |peer: Value| json!({ "leader": "c1", "replicas": [peer, { "name": "c2", "current": true, "active": 500_000_000 }] });
+        assert_eq!(
+            told(&with(peers(
+                json!({ "name": "c3", "current": true, "active": 900_000_000 })
+            ))),
+            []
+        );
+        // As nats-server 2.15.1 says it of a server that was killed, before and after a new leader was elected.
+        for dead in [
+            json!({ "name": "c3", "current": false, "active": 0, "lag": 3 }),
+            json!({ "name": "c3", "current": true, "active": 25_000_000_000_u64 }),
+            json!({ "name": "c3", "current": false, "offline": true, "active": 1 }),
+        ] {
+            only(
+                &with(peers(dead)),
+                Level::Problem,
+                "copy on c3 takes no part",
+            );
+        }
+        let behind = json!({ "name": "c3", "current": false, "active": 1, "lag": 7 });
+        only(&with(peers(behind)), Level::Warning, "behind by 7");
+        let none = json!({ "replicas": [{ "name": "c1", "current": false }] });
+        only(&with(none), Level::Problem, "no leader");
+    }
+
+    #[test]
+    fn limits_are_told_from_four_fifths_on() {
+        let mut definition = rooms(1);
+        definition.config["max_bytes"] = json!(1000);
+        let at = |bytes: u64| {
+            own(
+                &definition,
+                &info(&definition, json!({ "bytes": bytes }), json!({})),
+            )
+        };
+        assert_eq!(told(&at(799)), []);
+        only(&at(800), Level::Warning, "80 % of its max_bytes");
+        let account = |used: u64, limit: i64| {
+            super::account(&json!({ "storage": used, "limits": { "max_storage": limit } }))
+        };
+        assert_eq!(account(1 << 40, -1), None);
+        assert!(account(80, 100).is_some() && account(79, 100).is_none());
+    }
+
+    #[test]
+    fn a_stream_names_the_regions_whose_mirrors_are_there() {
+        let named = |names: &[&str]| -> BTreeSet<Region> {
+            names
+                .iter()
+                .filter_map(|name| Region::parse(name))
+                .collect()
+        };
+        let info = json!({ "config": { "metadata": { "natter.regions": "seoul,virginia" } } });
+        let both = named(&["seoul", "virginia"]);
+        assert_eq!(super::regions(&info, &both, &both), []);
+        let all = named(&["frankfurt", "seoul", "virginia"]);
+        only(
+            &super::regions(&info, &all, &all),
+            Level::Problem,
+            "does not name frankfurt",
+        );
+        // One whose mirrors are missing must not be named, and that is told of the mirrors.
+        assert_eq!(super::regions(&info, &both, &all), []);
+        let alone = named(&["seoul"]);
+        only(
+            &super::regions(&info, &alone, &alone),
+            Level::Warning,
+            "names virginia",
+        );
+    }
 }

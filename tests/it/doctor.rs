@@ -1,0 +1,351 @@
+//! `natter doctor`: it is silent where all is well, and says what is not.
+
+use natter::{
+    bus::{
+        doctor::{Check, Examination, Level, examine},
+        provision::{Options, connect, provision_mesh},
+    },
+    config::{Config, Secret},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    star::{SYNC_ALWAYS, Star, api, stream},
+    support::{LONG, eventually},
+};
+
+const ONE_PARTITION: &str = "[nats]\npartitions = 1";
+const BOTH: [&str; 2] = ["seoul", "frankfurt"];
+
+async fn provisioned(star: &Star) -> Config {
+    let mut config = star.config("seoul");
+    config.regions = BOTH.map(str::to_owned).to_vec();
+    config.doctor.sys_user = "sys".to_owned();
+    config.doctor.sys_password = Secret::new("sys".to_owned());
+    let client = connect(&config.nats).await.unwrap();
+    let made = provision_mesh(&client, &config, &config.regions(), Options::default())
+        .await
+        .unwrap();
+    assert!(!made.is_incomplete());
+    config
+}
+
+/// Mirrors of a moment ago have not heard of their origins yet.
+async fn until(config: &Config, what: &str, is: impl Fn(&Examination) -> bool) -> Examination {
+    eventually(what, LONG, async || {
+        let found = examine(config).await.unwrap();
+        if is(&found) {
+            Ok(found)
+        } else {
+            Err(format!("{:#?}", found.findings))
+        }
+    })
+    .await
+}
+
+fn has(found: &Examination, check: Check, region: &str, stream: &str, what: &str) -> bool {
+    found.findings.iter().any(|finding| {
+        finding.level == Level::Problem
+            && finding.check == check
+            && finding.region.as_deref() == Some(region)
+            && (stream.is_empty() || finding.streams.iter().any(|name| name == stream))
+            && finding.what.contains(what)
+    })
+}
+
+fn assert_has(found: &Examination, check: Check, region: &str, stream: &str, what: &str) {
+    assert!(
+        has(found, check, region, stream, what),
+        "no {check:?} of {region} {stream} {what:?} in {:#?}",
+        found.findings
+    );
+}
+
+/// Changes the configuration of a stream behind natter's back.
+async fn change(config: &Config, region: &str, name: &str, change: impl Fn(&mut Value)) {
+    let mut stream = stream(config, region, name).await["config"].clone();
+    change(&mut stream);
+    let request = format!("STREAM.UPDATE.{name}");
+    let answer = api(config, region, &request, stream).await.unwrap();
+    assert!(answer["error"].is_null(), "{answer}");
+}
+
+async fn delete(config: &Config, region: &str, name: &str) {
+    let request = format!("STREAM.DELETE.{name}");
+    let answer = api(config, region, &request, json!({})).await.unwrap();
+    assert_eq!(answer["success"], json!(true), "{answer}");
+}
+
+#[tokio::test]
+async fn nothing_is_said_about_a_good_mesh() {
+    let star = Star::start(&BOTH, ONE_PARTITION).await;
+    let config = provisioned(&star).await;
+    let found = until(&config, "all mirrors run", |found| {
+        found.findings.is_empty()
+    })
+    .await;
+    assert_eq!((found.regions, found.streams, found.servers), (2, 22, 1));
+
+    let flags = [
+        "doctor",
+        "--json",
+        "--sys-user",
+        "sys",
+        "--sys-password",
+        "sys",
+    ];
+    let output = star.command("seoul", &flags).await.output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        told,
+        json!({ "findings": [], "regions": 2, "streams": 22, "servers": 1 })
+    );
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_streams_and_mirrors_is_named() {
+    let star = Star::start(&BOTH, "[nats]\npartitions = 2").await;
+    let mut config = provisioned(&star).await;
+    until(&config, "all mirrors run", |found| {
+        found.findings.is_empty()
+    })
+    .await;
+
+    delete(&config, "frankfurt", "KV_edges_seoul").await;
+    delete(&config, "seoul", "KV_lastread_seoul").await;
+    change(&config, "frankfurt", "ROOMS_seoul_0", |stream| {
+        stream.as_object_mut().unwrap().remove("republish");
+    })
+    .await;
+    // A mirror of a place that there is not.
+    delete(&config, "frankfurt", "ROOMS_seoul_1").await;
+    let lost = json!({ "name": "ROOMS_seoul_1", "storage": "file", "mirror": { "name": "ROOMS_seoul_1", "external": { "api": "$JS.nowhere.API" } } });
+    api(&config, "frankfurt", "STREAM.CREATE.ROOMS_seoul_1", lost)
+        .await
+        .unwrap();
+    change(&config, "seoul", "ROOMS_seoul_0", |stream| {
+        stream["metadata"]["natter.regions"] = json!("seoul");
+        stream["max_bytes"] = json!(4096);
+    })
+    .await;
+    let client = connect(&config.nats).await.unwrap();
+    for _message in 0..12 {
+        let subject = "natter.in.seoul.0.chat.lobby.msg";
+        client
+            .request(subject, vec![b'x'; 300].into())
+            .await
+            .unwrap();
+    }
+    config.streams.max_bytes = bytesize::ByteSize(4096);
+
+    let found = examine(&config).await.unwrap();
+    assert_has(
+        &found,
+        Check::Mirror,
+        "frankfurt",
+        "KV_edges_seoul",
+        "missing",
+    );
+    assert_has(
+        &found,
+        Check::Stream,
+        "seoul",
+        "KV_lastread_seoul",
+        "missing",
+    );
+    assert_has(
+        &found,
+        Check::Stream,
+        "frankfurt",
+        "ROOMS_seoul_0",
+        "RePublish is unset",
+    );
+    assert_has(
+        &found,
+        Check::Mirror,
+        "frankfurt",
+        "ROOMS_seoul_1",
+        "$JS.nowhere.API",
+    );
+    assert_has(
+        &found,
+        Check::Mirror,
+        "frankfurt",
+        "ROOMS_seoul_1",
+        "epoch unset",
+    );
+    assert_has(
+        &found,
+        Check::Mirror,
+        "seoul",
+        "ROOMS_seoul_0",
+        "does not name frankfurt",
+    );
+    let near = found.findings.iter().find(|f| f.check == Check::Limit);
+    let near = near.expect("the stream is nearly full");
+    assert_eq!(near.level, Level::Warning);
+    assert!(near.what.contains("% of its max_bytes"), "{near:?}");
+
+    let output = star.command("seoul", &["doctor"]).await.output().unwrap();
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(
+        told.contains("problem  frankfurt KV_edges_seoul: missing")
+            && told.contains("-> natter provision --region seoul"),
+        "{told}"
+    );
+}
+
+#[tokio::test]
+async fn fewer_copies_than_configured_are_a_problem() {
+    let star = Star::start(&BOTH, ONE_PARTITION).await;
+    let mut config = provisioned(&star).await;
+    config.streams.replicas = 3;
+    let found = examine(&config).await.unwrap();
+    for region in BOTH {
+        assert_has(
+            &found,
+            Check::Replicas,
+            region,
+            "ROOMS_seoul_0",
+            "1 of 3 copies",
+        );
+        assert_has(
+            &found,
+            Check::Replicas,
+            region,
+            "KV_control_frankfurt",
+            "1 of 3 copies",
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_region_that_is_away_is_said_once_and_not_of_each_mirror() {
+    let mut star = Star::start(&BOTH, ONE_PARTITION).await;
+    let mut config = provisioned(&star).await;
+    star.kill("frankfurt").await;
+    let found = until(&config, "frankfurt is away", |found| {
+        has(found, Check::Region, "frankfurt", "", "does not answer")
+    })
+    .await;
+    assert_eq!(found.count(Level::Problem), 1, "{:#?}", found.findings);
+
+    // Its name stands in the streams too.
+    config.regions.clear();
+    let found = examine(&config).await.unwrap();
+    assert_has(&found, Check::Region, "frankfurt", "", "does not answer");
+    // Somebody who asks from the wrong place.
+    star.revive("frankfurt").await;
+    config.regions = BOTH.map(str::to_owned).to_vec();
+    config.nats.url = star.config("frankfurt").nats.url;
+    let found = examine(&config).await.unwrap();
+    assert_has(
+        &found,
+        Check::Region,
+        "seoul",
+        "",
+        "leads to the JetStream domain \"frankfurt\"",
+    );
+}
+
+#[tokio::test]
+async fn unsynced_writes_and_a_missing_system_account_are_said() {
+    let star = Star::start_with(&["seoul"], ONE_PARTITION, "", "").await;
+    let mut config = provisioned_alone(&star).await;
+    let found = examine(&config).await.unwrap();
+    let [finding] = &found.findings[..] else {
+        panic!("{:#?}", found.findings)
+    };
+    assert_eq!(
+        (finding.level, finding.check),
+        (Level::Warning, Check::Durability)
+    );
+    assert!(finding.what.contains("sync_interval is 2m"), "{finding:?}");
+
+    config.doctor.sys_user.clear();
+    let found = examine(&config).await.unwrap();
+    let [finding] = &found.findings[..] else {
+        panic!("{:#?}", found.findings)
+    };
+    assert_eq!(finding.level, Level::Note);
+    assert!(
+        finding.what.contains("not looked at: sync_interval"),
+        "{finding:?}"
+    );
+
+    for (user, password, told) in [
+        ("sys", "wrong", "authorization violation"),
+        ("natter", "natter", "no server answers"),
+    ] {
+        config.doctor.sys_user = user.to_owned();
+        config.doctor.sys_password = Secret::new(password.to_owned());
+        let found = examine(&config).await.unwrap();
+        assert_eq!(found.count(Level::Problem), 1);
+        assert!(
+            found.findings[0].what.contains(told),
+            "{:#?}",
+            found.findings
+        );
+    }
+}
+
+async fn provisioned_alone(star: &Star) -> Config {
+    let mut config = star.config("seoul");
+    config.doctor.sys_user = "sys".to_owned();
+    config.doctor.sys_password = Secret::new("sys".to_owned());
+    let client = connect(&config.nats).await.unwrap();
+    provision_mesh(&client, &config, &config.regions(), Options::default())
+        .await
+        .unwrap();
+    config
+}
+
+/// What an edge's user needs, as it would stand in a server's configuration.
+const EDGE: &str = r#", permissions: {
+  publish: { allow: [
+    "natter.in.seoul.>", "natter.eph.>", "natter.svc.>",
+    "$KV.presence_seoul.>", "$KV.edges_seoul.>", "$KV.lastread_seoul.>",
+    "$JS.API.STREAM.INFO.*", "$JS.API.DIRECT.GET.*", "$JS.API.STREAM.PURGE.KV_presence_seoul",
+    "$SYS.REQ.USER.INFO", "_INBOX.>"
+  ] }
+  subscribe: { allow: [ "natter.live.seoul.>", "natter.eph.>", "natter.kv.seoul.>", "_INBOX.>" ] }
+}"#;
+
+#[tokio::test]
+async fn an_edges_user_needs_no_more_than_an_edge_and_what_it_lacks_is_named() {
+    let permissions = EDGE.replace('\n', "\n    ");
+    let star = Star::start_with(&["seoul"], ONE_PARTITION, SYNC_ALWAYS, &permissions).await;
+    let mut config = provisioned_alone(&star).await;
+    config.nats.user = "edge".to_owned();
+    config.nats.password = Secret::new("edge".to_owned());
+    let found = examine(&config).await.unwrap();
+    assert_eq!(found.findings, []);
+    drop(star);
+
+    let less = permissions
+        .replace("\"$KV.lastread_seoul.>\",", "")
+        .replace("\"$JS.API.DIRECT.GET.*\",", "")
+        .replace("\"natter.kv.seoul.>\",", "");
+    let star = Star::start_with(&["seoul"], ONE_PARTITION, SYNC_ALWAYS, &less).await;
+    let mut config = provisioned_alone(&star).await;
+    config.nats.user = "edge".to_owned();
+    config.nats.password = Secret::new("edge".to_owned());
+    let found = examine(&config).await.unwrap();
+    for denied in [
+        "publish to $KV.lastread_seoul.",
+        "publish to $JS.API.DIRECT.GET.ROOMS_seoul_0",
+        "subscribe to natter.kv.seoul.*.presence.",
+    ] {
+        assert_has(&found, Check::Permission, "seoul", "", denied);
+    }
+    let others = found
+        .findings
+        .iter()
+        .filter(|f| f.check != Check::Permission);
+    assert_eq!(
+        others.collect::<Vec<_>>(),
+        Vec::<&natter::bus::doctor::Finding>::new()
+    );
+}
