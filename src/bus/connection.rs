@@ -33,9 +33,9 @@ pub(super) fn reconnect_delay(attempts: usize) -> Duration {
         .mul_f64(rand::random_range(0.5..1.0))
 }
 
-/// Where the answers to one connection go; two regions must never share one.
+/// Where the answers to one connection go; two regions must never share one. `_INBOX.>` allows all of them to a user.
 pub(super) fn new_inbox() -> String {
-    format!("_INBOX_{}", ulid::Ulid::new().to_string().to_lowercase())
+    format!("_INBOX.{}", ulid::Ulid::new().to_string().to_lowercase())
 }
 
 /// The servers that the configuration names.

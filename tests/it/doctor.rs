@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     star::{SYNC_ALWAYS, Star, api, stream},
-    support::{LONG, eventually},
+    support::{LONG, eventually, regions::Regions},
 };
 
 const ONE_PARTITION: &str = "[nats]\npartitions = 1";
@@ -250,6 +250,22 @@ async fn a_region_that_is_away_is_said_once_and_not_of_each_mirror() {
     );
 }
 
+/// Over real spines, where a request into a cut is answered by nobody.
+#[tokio::test]
+async fn a_cut_is_found_and_its_end_too() {
+    let mut regions = Regions::start(&BOTH).await;
+    let config = regions.mesh("seoul").config.clone();
+    let fine =
+        |found: &Examination| found.count(Level::Problem) == 0 && found.count(Level::Warning) == 0;
+    until(&config, "all mirrors run", fine).await;
+    regions.cut("frankfurt");
+    let away = |found: &Examination| has(found, Check::Region, "frankfurt", "", "does not answer");
+    let found = until(&config, "the cut is seen", away).await;
+    assert_eq!(found.count(Level::Problem), 1, "{:#?}", found.findings);
+    regions.heal("frankfurt");
+    until(&config, "all is well again", fine).await;
+}
+
 #[tokio::test]
 async fn unsynced_writes_and_a_missing_system_account_are_said() {
     let star = Star::start_with(&["seoul"], ONE_PARTITION, "", "").await;
@@ -308,6 +324,7 @@ const EDGE: &str = r#", permissions: {
     "natter.in.seoul.>", "natter.eph.>", "natter.svc.>",
     "$KV.presence_seoul.>", "$KV.edges_seoul.>", "$KV.lastread_seoul.>",
     "$JS.API.STREAM.INFO.*", "$JS.API.DIRECT.GET.*", "$JS.API.STREAM.PURGE.KV_presence_seoul",
+    "$JS.API.STREAM.PURGE.KV_edges_seoul",
     "$SYS.REQ.USER.INFO", "_INBOX.>"
   ] }
   subscribe: { allow: [ "natter.live.seoul.>", "natter.eph.>", "natter.kv.seoul.>", "_INBOX.>" ] }

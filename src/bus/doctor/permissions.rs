@@ -12,7 +12,10 @@ use tokio::time::timeout;
 
 use super::{Check, Finding, Level};
 use crate::{
-    bus::provision::{Denials, ProvisionError, connect_with_denials},
+    bus::{
+        connection::new_inbox,
+        provision::{Denials, ProvisionError, connect_with_denials},
+    },
     config::Config,
     model::{Class, Region, RoomId},
     subject::{self, Subjects, api, bucket},
@@ -122,12 +125,15 @@ impl Needs {
                 needs.published.insert(subjects.history(&own, "page"));
             }
         }
-        needs
-            .subscribed
-            .insert(subjects.bucket_changes(&own, bucket::EDGES, ">"));
+        for bucket in [bucket::EDGES, bucket::CONTROL] {
+            let changes = subjects.bucket_changes(&own, bucket, ">");
+            needs.subscribed.insert(changes);
+        }
+        needs.subscribed.insert(format!("{}.*", new_inbox()));
         for origin in regions {
             let rooms = (0..config.nats.partitions).map(|part| subject::rooms_stream(origin, part));
-            let buckets = WRITTEN.map(|bucket| subject::bucket_stream(bucket, origin));
+            let buckets = WRITTEN.into_iter().chain([bucket::CONTROL]);
+            let buckets = buckets.map(|bucket| subject::bucket_stream(bucket, origin));
             for stream in rooms {
                 needs.asked.push((subject::stream_info(&stream), json!({})));
                 needs.reads(&stream);
@@ -141,8 +147,11 @@ impl Needs {
                 .published
                 .insert(subject::bucket_key(bucket, &own, "natter-doctor"));
         }
-        let presence = subject::bucket_stream(bucket::PRESENCE, &own);
-        needs.published.insert(api::stream_purge(&presence));
+        // The keys of leases that are over.
+        for bucket in [bucket::PRESENCE, bucket::EDGES] {
+            let stream = subject::bucket_stream(bucket, &own);
+            needs.published.insert(api::stream_purge(&stream));
+        }
         needs
     }
 
