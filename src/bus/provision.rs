@@ -248,7 +248,7 @@ impl ProvisionError {
     pub fn brief(&self) -> String {
         match self {
             Self::Timeout { .. } => format!("no answer within {REQUEST_DEADLINE:?}"),
-            Self::Request { source, .. } => source.to_string(),
+            Self::Request { source, .. } => source.kind().to_string(),
             Self::Refused {
                 description, code, ..
             } => format!("{description} (error {code})"),

@@ -76,7 +76,7 @@ fn print(examination: &Examination) -> anyhow::Result<()> {
         ))?;
     }
     print_line(&format!(
-        "{} regions, {} streams, {} servers looked at: {} problems, {} warnings",
+        "looked at: regions {}, streams {}, servers {}; found: problems {}, warnings {}",
         examination.regions,
         examination.streams,
         examination.servers,

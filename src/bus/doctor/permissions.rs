@@ -27,8 +27,7 @@ const ROUND_TRIP: Duration = Duration::from_secs(5);
 /// Buckets that an edge writes to.
 const WRITTEN: [&str; 3] = [bucket::PRESENCE, bucket::EDGES, bucket::LASTREAD];
 
-const ADVICE: &str =
-    "allow it to the user, if edges use this one (README, Permissions of an edge's NATS user)";
+const ADVICE: &str = "allow it to the user, if edges use this one (README, Permissions)";
 
 pub(super) async fn examine(
     config: &Config,
@@ -205,17 +204,33 @@ async fn round_trip(client: &Client, denials: &Denials) -> Option<()> {
     .ok()?
 }
 
-/// What the server says of the user.
+/// What the server says of the user. Others answer too, and speak of the leaf node over which the question came to them.
 async fn user_info(client: &Client, denials: &Denials) -> Option<Value> {
+    let own = client.server_info().server_id;
+    let inbox = client.new_inbox();
+    let mut answers = client.subscribe(inbox.clone()).await.ok()?;
+    let sent = client.publish_with_reply(api::USER_INFO, inbox, "".into());
+    sent.await.ok()?;
     let mut denials = denials.clone();
-    let answer = timeout(ROUND_TRIP, async {
+    let answer = async {
+        while let Some(answer) = answers.next().await {
+            let Ok(info) = serde_json::from_slice::<Value>(&answer.payload) else {
+                continue;
+            };
+            if info.pointer("/server/id").and_then(Value::as_str) == Some(&own) {
+                return Some(info);
+            }
+        }
+        None
+    };
+    timeout(ROUND_TRIP, async {
         tokio::select! {
-            answer = client.request(api::USER_INFO, "".into()) => answer.ok(),
+            answer = answer => answer,
             _refused = denials.wait_for(|denied| denied.contains(api::USER_INFO)) => None,
         }
-    });
-    let answer = answer.await.ok()??;
-    serde_json::from_slice(&answer.payload).ok()
+    })
+    .await
+    .ok()?
 }
 
 /// Whether the permissions in the answer to [`api::USER_INFO`] let this be published.

@@ -125,6 +125,12 @@ pub(super) fn mirror(
         .unwrap_or(-1);
     match u64::try_from(silent).map(Duration::from_nanos) {
         Ok(silent) if silent < SILENT => {}
+        Err(_never) if age(info).is_some_and(|age| age < SILENT) => findings.push(Finding::new(
+            Level::Note,
+            Check::Mirror,
+            "is new and has not heard of its origin yet".to_owned(),
+            "look again in half a minute",
+        )),
         silent => findings.push(Finding::new(
             Level::Problem,
             Check::Mirror,
@@ -146,6 +152,12 @@ pub(super) fn mirror(
         ));
     }
     findings
+}
+
+/// How long ago the stream was made, by the server's clock.
+fn age(info: &Value) -> Option<Duration> {
+    let time = |field| humantime::parse_rfc3339_weak(info.get(field)?.as_str()?).ok();
+    time("ts")?.duration_since(time("created")?).ok()
 }
 
 fn last(info: &Value) -> u64 {
@@ -440,6 +452,21 @@ mod tests {
             &of(5000, json!({ "active": -1 })),
             Level::Problem,
             "never heard",
+        );
+        let here = info(
+            &definition,
+            json!({ "last_seq": 0 }),
+            json!({
+                "created": "2026-11-24T14:35:04.259058021Z",
+                "ts": "2026-11-24T14:35:07.26676104Z",
+                "mirror": { "active": -1 }
+            }),
+        );
+        let empty = info(&rooms(1), json!({}), json!({}));
+        only(
+            &super::mirror(&definition, &here, Some(&empty)),
+            Level::Note,
+            "is new",
         );
         only(
             &of(5001, fresh.clone()),
