@@ -86,6 +86,11 @@ pub enum ProvisionError {
         request: String,
         source: serde_json::Error,
     },
+    /// The servers of the configured region are not what they must be for other regions to reach them.
+    #[error(
+        "nats.url leads to the JetStream domain {found:?}, and must lead to one that is named like the region {region}"
+    )]
+    Domain { region: Region, found: String },
     /// More regions than cursors can name.
     #[error("a mesh of {count} regions: {MAX_REGIONS} are the most, a cursor names no more")]
     TooManyRegions { count: usize },
@@ -256,6 +261,7 @@ impl ProvisionError {
             | Self::Settings { .. }
             | Self::Denied { .. }
             | Self::Answer { .. }
+            | Self::Domain { .. }
             | Self::TooManyRegions { .. }
             | Self::Partitions { .. } => self.to_string(),
         }

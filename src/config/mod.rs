@@ -629,6 +629,25 @@ mod tests {
     }
 
     #[test]
+    fn regions_are_valid_distinct_and_contain_the_region() {
+        let regions = |toml: &str| load(&format!("region = 'seoul'\n{toml}"));
+        assert_eq!(regions("").unwrap().regions().len(), 1);
+        let two = regions("regions = ['seoul', 'frankfurt']").unwrap();
+        assert_eq!(two.regions().len(), 2);
+        let many: Vec<_> = (0..33).map(|n| format!("'r{n}'")).collect();
+        let many = format!("regions = ['seoul', {}]", many.join(", "));
+        for (toml, told) in [
+            ("regions = ['frankfurt']", "contain region = \"seoul\""),
+            ("regions = ['seoul', 'seoul']", "\"seoul\" is there twice"),
+            ("regions = ['seoul', 'F_1']", "\"F_1\" must match"),
+            (&*many, "34 of them, at most 32"),
+        ] {
+            let error = regions(toml).unwrap_err().to_string();
+            assert!(error.contains(told), "{toml}: {error}");
+        }
+    }
+
+    #[test]
     fn unknown_keys_are_refused_by_name() {
         let error = load("[rooms]\nrign = '1KiB'").unwrap_err().to_string();
         assert!(error.contains("rign"), "{error}");

@@ -348,6 +348,12 @@ async fn a_region_that_is_away_is_named_and_the_others_are_done() {
         regions_in(&seoul, "seoul").await,
         json!("frankfurt,seoul,virginia")
     );
+    // Whoever says to be in one region, and is connected to another.
+    let mut wrong = seoul.clone();
+    wrong.region = "tokyo".to_owned();
+    let provisioned = run(&wrong, &["seoul", "tokyo"], DRY).await;
+    let told = provisioned.unreachable[&region("tokyo")].to_string();
+    assert!(told.contains("JetStream domain \"seoul\""), "{told}");
     // While it is away again, its mirrors stay, and it stays in the list.
     star.kill("virginia").await;
     let provisioned = run(&seoul, &all, Options::default()).await;

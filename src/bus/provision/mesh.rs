@@ -181,9 +181,24 @@ impl<'a> Run<'a> {
         let answers = join_all(pings).await;
         for (region, answer) in regions.iter().zip(answers) {
             if let Err(error) = answer {
+                let error = self.because_of_its_domain(region).await.unwrap_or(error);
                 self.report.unreachable.insert(region.clone(), error);
             }
         }
+    }
+
+    /// Why a region can't be reached although one is connected to it.
+    async fn because_of_its_domain(&self, region: &Region) -> Option<ProvisionError> {
+        if !self.several || *region != self.config.region() {
+            return None;
+        }
+        let account = JetStream::here(self.client).account().await.ok()?;
+        let domain = account.get("domain").and_then(Value::as_str);
+        let found = domain.unwrap_or_default().to_owned();
+        (found != region.as_str()).then(|| ProvisionError::Domain {
+            region: region.clone(),
+            found,
+        })
     }
 
     fn is_away(&self, region: &Region) -> bool {
