@@ -37,40 +37,41 @@ pub(super) async fn examine(
     let (client, denials) = connect_with_denials(&config.nats, "natter doctor").await?;
     let needs = Needs::new(config, regions);
     let mut findings = Vec::new();
+    let mut denied = BTreeSet::new();
     match tried(&client, &denials, &needs).await {
-        Some(denied) => findings.extend(denied.iter().map(|subject| {
-            let verb = if needs.subscribed.contains(subject) {
-                "subscribe to"
-            } else {
-                "publish to"
-            };
-            denial(verb, subject)
-        })),
+        Some(tried) => denied.extend(tried),
         None => findings.push(unchecked("the server does not answer within a round trip")),
     }
     match user_info(&client, &denials).await {
         Some(info) => {
-            let denied = needs
-                .published
-                .iter()
-                .filter(|subject| !may_publish(&info, subject));
-            findings.extend(denied.map(|subject| denial("publish to", subject)));
+            let published = needs.published.iter();
+            denied.extend(published.filter(|s| !may_publish(&info, s)).cloned());
         }
         None => findings.push(unchecked(&format!(
             "{} is not answered, so what it may publish is not known",
             api::USER_INFO
         ))),
     }
+    let (subscribed, published): (Vec<String>, Vec<String>) = denied
+        .into_iter()
+        .partition(|subject| needs.subscribed.contains(subject));
+    for (verb, subjects) in [("subscribe to", subscribed), ("publish to", published)] {
+        if !subjects.is_empty() {
+            let all = subjects.join(", ");
+            let what = format!("the user may not {verb} what an edge must: {all}");
+            findings.push(Finding::new(
+                Level::Problem,
+                Check::Permission,
+                what,
+                ADVICE,
+            ));
+        }
+    }
     let region = config.region();
     Ok(findings
         .into_iter()
         .map(|finding| finding.at(&region))
         .collect())
-}
-
-fn denial(verb: &str, subject: &str) -> Finding {
-    let what = format!("the user may not {verb} {subject}, as an edge must");
-    Finding::new(Level::Problem, Check::Permission, what, ADVICE)
 }
 
 fn unchecked(why: &str) -> Finding {
