@@ -26,6 +26,7 @@ mod provision;
 mod provision_mesh;
 mod read;
 mod regions;
+mod regions_up;
 mod resume;
 mod resync;
 mod roam;

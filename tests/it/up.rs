@@ -28,16 +28,16 @@ impl Drop for KilledOnDrop {
 }
 
 /// A running `natter up --json`.
-struct Up {
+pub(crate) struct Up {
     child: KilledOnDrop,
     lines: BufReader<ChildStdout>,
     /// The latest line.
-    report: Value,
+    pub(crate) report: Value,
 }
 
 impl Up {
     /// Starts one on ports of its own, and waits for its first line.
-    async fn start(data: &Path, flags: &[&str]) -> Self {
+    pub(crate) async fn start(data: &Path, flags: &[&str]) -> Self {
         let mut child = Self::command(data, flags).await.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap());
         let report = next_line(&mut lines);
@@ -48,46 +48,49 @@ impl Up {
         }
     }
 
-    async fn command(data: &Path, flags: &[&str]) -> std::process::Command {
+    pub(crate) async fn command(data: &Path, flags: &[&str]) -> std::process::Command {
         let mut command = support::natter_command(data).await;
         command
-            .args(["up", "--json", "--edges", EDGES, "--data"])
+            .args(["up", "--json", "--data"])
             .arg(data)
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());
-        for port in ["--port", "--nats-port", "--mongodb-port"] {
-            if !flags.contains(&port) {
-                command.args([port, "0"]);
+        let defaults = [
+            ("--port", "0"),
+            ("--nats-port", "0"),
+            ("--mongodb-port", "0"),
+            ("--edges", EDGES),
+        ];
+        for (flag, value) in defaults {
+            if !flags.contains(&flag) {
+                command.args([flag, value]);
             }
         }
         command
     }
 
-    fn next_line(&mut self) {
+    pub(crate) fn next_line(&mut self) {
         self.report = next_line(&mut self.lines);
     }
 
     /// All processes: itself first.
-    fn pids(&self) -> Vec<u32> {
-        let region = &self.report["regions"][0];
-        let edges = region["edges"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .chain(region["history"].as_array().unwrap())
-            .map(|child| &child["pid"]);
-        [
-            &self.report["pid"],
-            &self.report["mongod_pid"],
-            &region["nats_pid"],
-        ]
-        .into_iter()
-        .chain(edges)
-        .filter_map(Value::as_u64)
-        .map(|pid| u32::try_from(pid).unwrap())
-        .collect()
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        let own = [&self.report["pid"], &self.report["mongod_pid"]];
+        let regions = self.report["regions"].as_array().unwrap().iter();
+        let of_regions = regions.flat_map(|region| {
+            let edges = region["edges"].as_array().unwrap().iter();
+            let history = region["history"].as_array().unwrap();
+            [&region["nats_pid"], &region["spine_pid"]]
+                .into_iter()
+                .chain(edges.chain(history).map(|child| &child["pid"]))
+        });
+        own.into_iter()
+            .chain(of_regions)
+            .filter_map(Value::as_u64)
+            .map(|pid| u32::try_from(pid).unwrap())
+            .collect()
     }
 
     fn nats(&self) -> &str {
@@ -98,7 +101,7 @@ impl Up {
         u32::try_from(self.report["regions"][0]["nats_pid"].as_u64().unwrap()).unwrap()
     }
 
-    async fn end(mut self, signal: Signal) -> ExitStatus {
+    pub(crate) async fn end(mut self, signal: Signal) -> ExitStatus {
         support::signal(self.child.0.id(), signal);
         let status = tokio::task::spawn_blocking(move || self.child.0.wait().unwrap());
         tokio::time::timeout(LONG, status).await.unwrap().unwrap()
@@ -124,7 +127,7 @@ async fn all_gone(pids: &[u32]) {
 }
 
 /// Publishes as a person would, and gives the sequence in the stream.
-async fn publish(url: &str, text: &'static str) -> u64 {
+pub(crate) async fn publish(url: &str, text: &'static str) -> u64 {
     let mut config = support::config("");
     config.nats.url = url.to_owned();
     let client = provision::connect(&config.nats).await.unwrap();
