@@ -15,6 +15,7 @@ use super::{
     hub::{Hub, Phase},
     log::{Place, Resume, Since},
     merge::{Frames, is_complete, missed},
+    references::reference_of,
     rooms::Rooms,
 };
 use crate::{
@@ -127,6 +128,14 @@ impl Membership {
     #[must_use]
     pub fn time_of(&self, seq: u64) -> Option<u64> {
         self.hub.log.borrow().time_of(seq)
+    }
+
+    /// The message that `user` has published under `id` in another region, if the room has it in memory: its cursor and its time, in
+    /// ms since 1970.
+    #[must_use]
+    pub fn said_elsewhere(&self, user: &str, id: &str) -> Option<(Cursor, u64)> {
+        let log = self.hub.log.borrow();
+        log.said_elsewhere(reference_of(user, id))
     }
 
     /// Where the room stands, as far as its members were told; `None`: it keeps no log.

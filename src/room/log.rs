@@ -540,6 +540,18 @@ impl RoomLog {
         self.entries.iter()
     }
 
+    /// The message of this reference, if it is of another origin and in memory: its cursor and its time.
+    #[must_use]
+    pub(super) fn said_elsewhere(&self, reference: u64) -> Option<(Cursor, u64)> {
+        if self.tracks.len() < 2 || !self.references.contains(reference) {
+            return None;
+        }
+        let mut newest_first = self.entries.iter().rev();
+        let entry = newest_first.find(|entry| entry.reference == Some(reference))?;
+        let cursor = self.cursor_at(entry.track, entry.seq, entry.fingerprint);
+        (entry.track > 0).then_some((cursor, entry.ts))
+    }
+
     /// The time of the message of the own origin at `seq`, if it is in memory.
     #[must_use]
     pub(super) fn time_of(&self, seq: u64) -> Option<u64> {

@@ -47,6 +47,11 @@ impl References {
         true
     }
 
+    /// Whether it is one of the last.
+    pub(super) fn contains(&self, key: u64) -> bool {
+        self.first.contains_key(&key)
+    }
+
     /// Whether the message at `at` is stored at another place too, of which `seen` is true.
     pub(super) fn has_twin(&self, key: u64, at: Spot, seen: impl Fn(Spot) -> bool) -> bool {
         let other = |spot: &Spot| *spot != at && seen(*spot);
@@ -61,7 +66,12 @@ impl References {
 /// The hash of what a message is known by in its room; `None` for what refers to one.
 pub(super) fn reference(record: &Record) -> Option<u64> {
     let is_message = record.class == Class::Msg;
-    is_message.then(|| fnv64(message_key("", &record.from, &record.id).as_bytes()))
+    is_message.then(|| reference_of(&record.from, &record.id))
+}
+
+/// The same of a message by its sender and id.
+pub(super) fn reference_of(from: &str, id: &str) -> u64 {
+    fnv64(message_key("", from, id).as_bytes())
 }
 
 fn fnv64(bytes: &[u8]) -> u64 {

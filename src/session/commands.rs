@@ -444,6 +444,17 @@ impl Session {
         }
     }
 
+    /// A message that is repeated here, after it was stored in another region: it need not be stored again.
+    fn said_elsewhere(&self, outgoing: &Outgoing<'_>) -> Option<(Cursor, u64)> {
+        let rooms = self.rooms.borrow();
+        let joined = rooms.get(&outgoing.publication.room)?;
+        let found = joined
+            .membership
+            .said_elsewhere(outgoing.user, outgoing.id)?;
+        count(Counter::PublishDuplicate, 1);
+        Some(found)
+    }
+
     async fn accept(
         &self,
         outgoing: &Outgoing<'_>,
@@ -459,6 +470,15 @@ impl Session {
             });
         }
         let room = &outgoing.publication.room;
+        if outgoing.publication.kind == Kind::Message
+            && let Some((cursor, ts)) = self.said_elsewhere(outgoing)
+        {
+            return Ok(Accepted {
+                cursor: Some(cursor),
+                ts,
+                duplicate: true,
+            });
+        }
         // A sender is usually a member, and then its hub knows the time.
         let known_time = |seq| self.rooms.borrow().get(room)?.membership.time_of(seq);
         let acked = publisher.durable(outgoing, known_time).await?;

@@ -231,3 +231,36 @@ async fn a_publish_that_is_repeated_in_another_region_is_shown_once_to_everybody
         }
     }
 }
+
+#[tokio::test]
+async fn a_publish_that_is_repeated_where_it_is_known_is_not_stored_again() {
+    let mut regions = two("").await;
+    let mut mia = connect(&mut regions, SEOUL, "mia").await;
+    let mut there = connect(&mut regions, VIRGINIA, "mia").await;
+    join(&mut there, None).await;
+    let first = say(&mut mia, "once").await;
+    hear_all(&mut there, ["once"]).await;
+    let second = say(&mut there, "once").await;
+    assert_eq!(
+        (&second["cursor"], &second["ts"]),
+        (&first["cursor"], &first["ts"])
+    );
+    assert_eq!(
+        (&first["dup"], &second["dup"]),
+        (&json!(false), &json!(true))
+    );
+    // Another's message of the same id is another message.
+    let mut max = connect(&mut regions, VIRGINIA, "max").await;
+    join(&mut max, None).await;
+    let other = reply(
+        &mut max,
+        "send",
+        json!({"room": "chat:a", "id": "once", "body": "mine"}),
+    )
+    .await;
+    assert_eq!(
+        (&other["op"], &other["dup"]),
+        (&json!("ack"), &json!(false))
+    );
+    hear_all(&mut there, ["mine"]).await;
+}
