@@ -497,6 +497,22 @@ pub mod api {
         format!("$JS.{region}.API")
     }
 
+    /// Requests for consumers to the API of any domain, as mirrors send them to their origins.
+    pub const CONSUMER_REQUESTS: &str = "$JS.*.API.CONSUMER.CREATE.>";
+
+    /// Answers to what servers ask each other for their mirrors.
+    pub const CONSUMER_ANSWERS: &str = "$JSC.R.>";
+
+    /// Metadata key of a mirror's consumer: the domain that the mirror is in.
+    pub const MIRROR_DOMAIN_METADATA: &str = "_nats.mirror.domain";
+
+    /// The region to whose API a subject of [`CONSUMER_REQUESTS`] leads.
+    #[must_use]
+    pub fn consumer_origin(subject: &str) -> Option<Region> {
+        let (domain, _) = subject.strip_prefix("$JS.")?.split_once('.')?;
+        Region::parse(domain)
+    }
+
     /// The same request to the API of a region's domain, from wherever one is connected.
     #[must_use]
     pub fn in_domain(region: &Region, request: &str) -> String {

@@ -12,6 +12,7 @@ mod erase;
 mod kv;
 mod line;
 mod live;
+pub mod mirrors;
 pub mod provision;
 mod publish;
 mod pull;

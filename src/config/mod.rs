@@ -77,6 +77,7 @@ pub struct Nats {
     pub password: Secret,
     pub password_file: PathBuf,
     pub creds_file: PathBuf,
+    pub leafnodes: String,
     pub prefix: String,
     pub partitions: u16,
     #[serde(with = "humantime_serde")]
@@ -406,6 +407,17 @@ impl Config {
                 nats.prefix
             ),
         );
+        let host_and_port = |address: &str| {
+            let parts = address.trim().rsplit_once(':');
+            parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        };
+        check(
+            nats.leafnodes.is_empty() || nats.leafnodes.split(',').all(host_and_port),
+            format!(
+                "nats.leafnodes = {:?}: must be empty or host:port, comma-separated",
+                nats.leafnodes
+            ),
+        );
         check(
             (1..=1024).contains(&nats.partitions),
             format!(
@@ -612,12 +624,13 @@ mod tests {
     #[test]
     fn every_fault_is_named_at_once() {
         let error = load(
-            "region = 'Se oul'\n[nats]\nprefix = 'a.b'\npublish_timeout = '6s'\n[limits]\nframe = '1KiB'\n[auth]\nhs256_secret = 'short'",
+            "region = 'Se oul'\n[nats]\nleafnodes = 'nats-leaf://a:1, b'\nprefix = 'a.b'\npublish_timeout = '6s'\n[limits]\nframe = '1KiB'\n[auth]\nhs256_secret = 'short'",
         )
         .unwrap_err()
         .to_string();
         for key in [
             "region",
+            "nats.leafnodes",
             "nats.prefix",
             "nats.publish_timeout",
             "limits.frame",

@@ -22,7 +22,7 @@ pub use http::openapi_json;
 
 use crate::{
     auth::{AuthConfigError, Verifier},
-    bus::{ConnectError, Connection, Line, Origins, Publisher, Reader},
+    bus::{ConnectError, Connection, Line, Origins, Publisher, Reader, mirrors},
     config::Config,
     history,
     presence::Presence,
@@ -213,6 +213,10 @@ async fn make_ready(
     let origins = Origins::wait_for(&connection, &config.region(), &config.nats).await;
     let watch = Arc::clone(&origins).watch(STREAMS_WATCH);
     tasks.spawn_until_stopping("watch streams", watch);
+    if !config.nats.leafnodes.is_empty() {
+        let keep = mirrors::keep(connection.clone(), config.region(), config.nats.clone());
+        tasks.spawn_until_stopping("help mirrors", keep);
+    }
     let streams = Arc::clone(origins.own());
     let name = format!("natter edge {} state", shared.id);
     let state = Connection::open(&config.nats, &name).await?;

@@ -20,7 +20,7 @@ mod template;
 
 pub use binaries::{Binaries, BinaryError, Program, Sources};
 pub use mongod::{Mongod, MongodOptions};
-pub use nats::{NatsOptions, NatsServer};
+pub use nats::{NatsOptions, NatsServer, SpineLink};
 pub use port::{free_port, free_port_from};
 pub use process::{Check, CheckError, Launcher, Process, Spec, StartError};
 pub use relay::{Cut, Link, Relay};

@@ -44,8 +44,8 @@ pub struct NatsOptions {
     pub port: u16,
     /// Names the server and its JetStream domain.
     pub region: Region,
-    /// Where the region's spine listens for leaf nodes; `None`: the region is alone.
-    pub spine: Option<SocketAddr>,
+    /// `None`: the region is alone.
+    pub spine: Option<SpineLink>,
     /// First token of the subjects.
     pub prefix: String,
     /// For the mapping of `<prefix>.pub.<namespace>.<room>`.
@@ -54,6 +54,15 @@ pub struct NatsOptions {
     pub namespaces: Vec<(String, bool)>,
     /// Largest message with its headers, in bytes.
     pub max_payload: u64,
+}
+
+/// What joins a region's server to others.
+#[derive(Debug, Clone)]
+pub struct SpineLink {
+    /// Where the region's spine listens for leaf nodes.
+    pub spine: SocketAddr,
+    /// Where the server itself does: `nats.leafnodes` of its region's edges.
+    pub leafnodes: SocketAddr,
 }
 
 /// A running nats-server: a region's, with JetStream, or a spine.
@@ -164,19 +173,24 @@ impl NatsOptions {
                 .into_iter()
                 .map(|(from, to)| format!("{}: {}", quoted(&from), quoted(&to)))
         };
+        let spine = || match &self.spine {
+            None => vec!["remotes: [ ]".to_owned()],
+            Some(SpineLink { spine, leafnodes }) => {
+                let listen = quoted(&leafnodes.to_string());
+                let url = quoted(&format!("nats-leaf://natter:natter@{spine}"));
+                vec![
+                    format!("listen: {listen}"),
+                    format!("remotes: [ {{ url: {url}, account: natter }} ]"),
+                ]
+            }
+        };
         render(TEMPLATE, |name| {
             Some(Part::Line(match name {
                 "server_name" => format!("server_name: {}", quoted(&format!("natter-{region}"))),
                 "listen" => format!("listen: {}", quoted(&format!("127.0.0.1:{port}"))),
                 "store_dir" => format!("store_dir: {}", quoted(&self.dir.to_string_lossy())),
                 "domain" => format!("domain: {}", quoted(region.as_str())),
-                "spine" => match self.spine {
-                    None => "remotes: [ ]".to_owned(),
-                    Some(spine) => {
-                        let url = quoted(&format!("nats-leaf://natter:natter@{spine}"));
-                        format!("remotes: [ {{ url: {url}, account: natter }} ]")
-                    }
-                },
+                "spine" => return Some(Part::Block(spine())),
                 "max_payload" => format!("max_payload: {}", self.max_payload),
                 "exports" => format!(
                     "exports: [ {{ service: {}, accounts: [ natter ] }} ]",

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use natter::{
-    bus::provision,
+    bus::{
+        mirrors::{self, NudgeError},
+        provision,
+    },
     model::Region,
     servers::Cut,
     subject::api::{self, in_domain},
@@ -100,4 +103,19 @@ async fn nothing_passes_a_cut_and_both_sides_go_on() {
             eventually("the healed region is reached", LONG, || reaches(from, to)).await;
         }
     }
+}
+
+#[tokio::test]
+async fn a_nudge_is_taken_and_who_refuses_it_is_named() {
+    let mut regions = Regions::start(&["seoul", "frankfurt"]).await;
+    let mut nats = regions.mesh("seoul").config.nats.clone();
+    let address = nats.leafnodes.clone();
+    mirrors::nudge(&address, &nats).await.unwrap();
+    "somebody".clone_into(&mut nats.user);
+    let refused = mirrors::nudge(&address, &nats).await.unwrap_err();
+    assert!(matches!(refused, NudgeError::Refused { .. }), "{refused:?}");
+    assert!(refused.to_string().contains(&address), "{refused}");
+    regions.kill("seoul").await;
+    let gone = mirrors::nudge(&address, &nats).await.unwrap_err();
+    assert!(matches!(gone, NudgeError::Io { .. }), "{gone:?}");
 }

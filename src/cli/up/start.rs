@@ -26,7 +26,7 @@ use crate::{
     config::Config,
     servers::{
         Binaries, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Process, Sources,
-        SpineFiles, Spines, free_port_from, joined,
+        SpineFiles, SpineLink, Spines, free_port, free_port_from, joined,
     },
 };
 
@@ -163,6 +163,8 @@ pub(super) async fn start(
 struct StartedNats {
     spines: Option<Spines>,
     servers: Vec<NatsServer>,
+    /// `nats.leafnodes` of each region.
+    leafnodes: Vec<String>,
 }
 
 async fn start_all_nats(
@@ -199,13 +201,19 @@ async fn start_all_nats(
         let delay = args.link_delay.map_or(Duration::ZERO, Into::into);
         let started = Spines::start(launcher, binary, files.collect(), delay, max_payload).await?;
         for (options, spine) in all.iter_mut().zip(&started.spines) {
-            options.spine = Some(spine.leafnodes);
+            options.spine = Some(SpineLink {
+                spine: spine.leafnodes,
+                leafnodes: SocketAddr::new(LOOPBACK, free_port()?),
+            });
         }
         spines = Some(started);
     }
     let mut servers = Vec::new();
+    let mut leafnodes = Vec::new();
     for mut options in all {
         options.port = wanted;
+        let link = options.spine.as_ref();
+        leafnodes.push(link.map_or_else(String::new, |link| link.leafnodes.to_string()));
         let server = start_nats(launcher, options).await?;
         wanted = following(wanted, server.port())?;
         servers.push(server);
@@ -217,7 +225,11 @@ async fn start_all_nats(
             .collect();
         joined(&urls).await?;
     }
-    Ok(StartedNats { spines, servers })
+    Ok(StartedNats {
+        spines,
+        servers,
+        leafnodes,
+    })
 }
 
 /// Hands the servers over to those who watch them.
@@ -236,9 +248,12 @@ fn keep_all_nats(
         stack.control = Some(Control::start(relay, data.path())?);
     }
     let mut regions = Vec::new();
-    for (region, (config, nats)) in configs.iter().zip(started.servers).enumerate() {
+    let servers = started.servers.into_iter().zip(started.leafnodes);
+    for (region, (config, (nats, leafnodes))) in configs.iter().zip(servers).enumerate() {
+        let mut config = config.clone();
+        config.nats.leafnodes = leafnodes;
         regions.push(Region {
-            config: config.clone(),
+            config,
             nats_url: nats.url(),
             nats_pid: nats.pid(),
             spine_pid: spine_pids.get(region).copied().flatten(),

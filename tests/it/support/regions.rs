@@ -5,7 +5,10 @@ use std::{net::SocketAddr, time::Duration};
 use natter::{
     bus::provision::{self, provision_mesh},
     model::Region,
-    servers::{Cut, NatsOptions, NatsServer, Relay, Spine, SpineFiles, Spines, joined},
+    servers::{
+        Cut, NatsOptions, NatsServer, Relay, Spine, SpineFiles, SpineLink, Spines, free_port,
+        joined,
+    },
 };
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -58,14 +61,12 @@ impl Regions {
             log: None,
         };
         let binary = binaries().await.nats_server.clone();
-        let options = |name: &str, spine: SocketAddr| {
+        let options = |name: &str| {
             let dir = dir.path().join(name).join("nats");
             let config = config(&of_region(name));
-            let mut options = NatsOptions::new(&config, binary.clone(), dir, 0);
-            options.spine = Some(spine);
-            options
+            NatsOptions::new(&config, binary.clone(), dir, 0)
         };
-        let max_payload = options(names[0], ([127, 0, 0, 1], 1).into()).max_payload;
+        let max_payload = options(names[0]).max_payload;
         let files = names.iter().map(files).collect();
         let Spines { relay, spines } =
             Spines::start(&launcher(), binary.clone(), files, delay, max_payload)
@@ -73,19 +74,28 @@ impl Regions {
                 .unwrap();
         let mut servers = Vec::new();
         for spine in spines {
-            let options = options(spine.region.as_str(), spine.leafnodes);
+            let mut options = options(spine.region.as_str());
+            let leafnodes = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
+            options.spine = Some(SpineLink {
+                spine: spine.leafnodes,
+                leafnodes,
+            });
             let nats = NatsServer::start(launcher(), options).await.unwrap();
-            servers.push((spine, nats));
+            servers.push((spine, nats, leafnodes));
         }
         let urls: Vec<_> = servers
             .iter()
-            .map(|(spine, nats)| (spine.region.clone(), nats.url()))
+            .map(|(spine, nats, _)| (spine.region.clone(), nats.url()))
             .collect();
         joined(&urls).await.unwrap();
         let mut regions = Vec::new();
-        for (spine, nats) in servers {
+        for (spine, nats, leafnodes) in servers {
             let name = spine.region.as_str().to_owned();
-            let mesh = Mesh::without_edges(&nats.url(), &of_region(&name)).await;
+            let mut values: toml::Table = of_region(&name).parse().unwrap();
+            let section = values["nats"].as_table_mut().unwrap();
+            section.insert("leafnodes".to_owned(), leafnodes.to_string().into());
+            let toml = toml::to_string(&values).unwrap();
+            let mesh = Mesh::without_edges(&nats.url(), &toml).await;
             regions.push(Running {
                 name,
                 mesh,
