@@ -104,6 +104,17 @@ impl Bucket {
         }
     }
 
+    /// The bucket of another origin, as this region has it: a mirror. Written only in its own region; what is purged there
+    /// stays here until it is purged here too.
+    #[must_use]
+    pub fn of(&self, origin: &Region) -> Self {
+        Self {
+            stream: bucket_stream(self.bucket, origin),
+            origin: origin.clone(),
+            ..self.clone()
+        }
+    }
+
     /// The same with another time that a write may take.
     #[must_use]
     pub fn with_timeout(self, timeout: Duration) -> Self {

@@ -234,7 +234,7 @@ async fn make_ready(
         &config.nats,
         &shared.id,
     );
-    let markers = Markers::new(&state_reader, &streams, config, publisher.clone());
+    let markers = Markers::new(&state_reader, &origins, config, publisher.clone());
     tasks.spawn_until_stopping("keep read markers", Arc::clone(&markers).keep());
     let count = Shards::count(config);
     let (presence, pushes) = Presence::start(config, &shared.id, &state_reader, count, tasks);

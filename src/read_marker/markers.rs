@@ -1,7 +1,12 @@
 //! The markers an edge works with: loading, moving, asking.
 
-use std::{collections::BTreeMap, collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
+use futures_util::future::try_join_all;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, oneshot},
@@ -13,7 +18,7 @@ use super::{
     marker::{Marker, Phase},
 };
 use crate::{
-    bus::{Bucket, KvError, Publisher, ReadError, Reader, Streams},
+    bus::{Bucket, Entry, KvError, Origins, Publisher, ReadError, Reader, Streams},
     config::Config,
     model::{Class, Cursor, Epoch, Fingerprint, Position, Region, RoomId, partition_of},
     protocol::{ErrorCode, native::PageOf},
@@ -40,7 +45,7 @@ pub struct Markers {
     pub(super) bucket: Bucket,
     pub(super) reader: Reader,
     publisher: Publisher,
-    pub(super) streams: Arc<Streams>,
+    pub(super) origins: Arc<Origins>,
     pub(super) subjects: Subjects,
     pub(super) unread_cap: u64,
     /// How long a `read`, or the keys it needs, may take.
@@ -71,6 +76,13 @@ pub(super) struct State {
 pub(super) struct Load {
     pub(super) keys: Vec<Key>,
     pub(super) done: oneshot::Sender<Result<(), MarkerError>>,
+}
+
+/// What is asked of each region's bucket.
+#[derive(Debug, Clone, Copy)]
+enum Wanted<'k> {
+    Keys(&'k [String]),
+    Matching(&'k str),
 }
 
 /// A user's marker.
@@ -141,7 +153,7 @@ impl Markers {
     #[must_use]
     pub fn new(
         reader: &Reader,
-        streams: &Arc<Streams>,
+        origins: &Arc<Origins>,
         config: &Config,
         publisher: Publisher,
     ) -> Arc<Self> {
@@ -150,7 +162,7 @@ impl Markers {
             publisher,
             bucket: Bucket::new(connection, reader.clone(), config, bucket::LASTREAD),
             reader,
-            streams: Arc::clone(streams),
+            origins: Arc::clone(origins),
             subjects: Subjects::new(&config.nats.prefix),
             unread_cap: config.limits.unread_cap,
             timeout: config.nats.publish_timeout,
@@ -195,10 +207,8 @@ impl Markers {
         if !self.bucket.connection().is_up() {
             return Err(MarkerError::Unavailable);
         }
-        let part = partition_of(room, self.streams.partitions());
-        let position = self.position(part, cursor).await?;
-        let position = self.clamp(room, part, position, head).await?;
-        let cursor = Cursor::single(position);
+        let part = self.part(room);
+        let cursor = self.within_the_log(room, part, cursor, head).await?;
         let key: Key = marker_key(room, user).into();
         self.load(vec![Arc::clone(&key)]).await?;
         let grows = {
@@ -236,7 +246,7 @@ impl Markers {
     /// nobody waits: it is written with those of others within [`WRITE_PAUSE`](super::WRITE_PAUSE), or a write for each would
     /// cost more than the message.
     pub fn sent(&self, room: &RoomId, user: &str, cursor: &Cursor) {
-        let part = partition_of(room, self.streams.partitions());
+        let part = self.part(room);
         let key: Key = marker_key(room, user).into();
         let mut state = self.state.lock();
         let marker = state.marker(&key);
@@ -249,7 +259,7 @@ impl Markers {
     /// An edge has told the room that a user has read up to `cursor`. It writes that; if it dies before it could, we do.
     /// What is heard while too many markers are in memory is not remembered.
     pub fn heard(&self, room: &RoomId, user: &str, cursor: &Cursor) {
-        let part = partition_of(room, self.streams.partitions());
+        let part = self.part(room);
         let key: Key = marker_key(room, user).into();
         let mut state = self.state.lock();
         if state.markers.len() >= MAX_HEARD && !state.markers.contains_key(&key) {
@@ -313,17 +323,36 @@ impl Markers {
         if !self.bucket.connection().is_up() {
             return Err(MarkerError::Unavailable);
         }
-        let part = partition_of(room, self.streams.partitions());
-        let mut readings = BTreeMap::new();
-        // A key that changes meanwhile is there twice, the newer one later.
-        for entry in self.bucket.scan(&marker_keys(room)).await? {
-            let Some((_, user)) = parse_marker_key(&entry.key) else {
+        let part = self.part(room);
+        let mut readings: BTreeMap<String, (Cursor, u64)> = BTreeMap::new();
+        let keys = marker_keys(room);
+        for entries in self.of_all_buckets(Wanted::Matching(&keys)).await? {
+            let mut in_bucket = BTreeMap::new();
+            // A key that changes meanwhile is there twice, the newer one later.
+            for entry in entries {
+                let Some((_, user)) = parse_marker_key(&entry.key) else {
+                    continue;
+                };
+                match entry.value.as_deref().and_then(parse) {
+                    Some(cursor) => in_bucket.insert(user, (cursor, entry.at)),
+                    None => in_bucket.remove(&user),
+                };
+            }
+            if readings.is_empty() {
+                readings = in_bucket;
                 continue;
-            };
-            match entry.value.as_deref().and_then(parse) {
-                Some(cursor) => readings.insert(user, (cursor, entry.at)),
-                None => readings.remove(&user),
-            };
+            }
+            for (user, (cursor, at)) in in_bucket {
+                match readings.get_mut(&user) {
+                    Some(reading) => {
+                        let merged = reading.0.merge(&cursor, self.is_current(part));
+                        *reading = (merged, reading.1.max(at));
+                    }
+                    None => {
+                        readings.insert(user, (cursor, at));
+                    }
+                }
+            }
         }
         let prefix = marker_key(room, "");
         for (key, marker) in &self.state.lock().markers {
@@ -350,7 +379,7 @@ impl Markers {
 
     /// What is known of a marker after it was loaded, if it means anything.
     pub(super) fn known(&self, room: &RoomId, key: &str) -> Option<Cursor> {
-        let part = partition_of(room, self.streams.partitions());
+        let part = self.part(room);
         let state = self.state.lock();
         let cursor = state.markers.get(key)?.cursor()?;
         self.means_something(part, cursor).then(|| cursor.clone())
@@ -364,11 +393,43 @@ impl Markers {
     }
 
     pub(super) fn is_current(&self, part: u16) -> impl Fn(&Region, &Epoch) -> bool + use<> {
-        let (current, ours) = (
-            self.streams.known(part).epoch,
-            self.streams.origin().clone(),
-        );
-        move |origin, epoch| *origin == ours && *epoch == current
+        let origins = Arc::clone(&self.origins);
+        move |origin, epoch| origins.is_current(origin, part, *epoch)
+    }
+
+    /// The partition of a room, which is the same in all regions.
+    pub(super) fn part(&self, room: &RoomId) -> u16 {
+        partition_of(room, self.origins.own().partitions())
+    }
+
+    /// What every region's bucket tells, the own one's first.
+    async fn of_all_buckets(&self, wanted: Wanted<'_>) -> Result<Vec<Vec<Entry>>, KvError> {
+        let origins = self.origins.all();
+        let buckets = origins
+            .iter()
+            .map(|streams| self.of_bucket(streams.origin(), wanted));
+        try_join_all(buckets).await
+    }
+
+    async fn of_bucket(
+        &self,
+        origin: &Region,
+        wanted: Wanted<'_>,
+    ) -> Result<Vec<Entry>, KvError> {
+        let bucket = self.bucket.of(origin);
+        let answer = match wanted {
+            Wanted::Keys(keys) => bucket.get(keys).await,
+            Wanted::Matching(keys) => bucket.scan(keys).await,
+        };
+        match answer {
+            Err(KvError::Read(ReadError::NoStream { stream }))
+                if origin != self.bucket.origin() =>
+            {
+                tracing::debug!(stream, "the read markers of a region are not mirrored here");
+                Ok(Vec::new())
+            }
+            answer => answer,
+        }
     }
 
     /// Reads keys, together with those that others wait for.
@@ -389,7 +450,7 @@ impl Markers {
     /// Takes in what a read of `keys` found.
     pub(super) async fn fetch(&self, keys: &[String]) -> Result<(), MarkerError> {
         count(Counter::MarkerLoads, 1);
-        let found = match self.bucket.get(keys).await {
+        let found = match self.of_all_buckets(Wanted::Keys(keys)).await {
             Ok(found) => found,
             Err(error) => {
                 self.state.lock().failed = Some(Instant::now());
@@ -397,9 +458,9 @@ impl Markers {
             }
         };
         let now = Instant::now();
-        let mut found: HashMap<&str, _> = found
+        let mut buckets: Vec<HashMap<&str, &Entry>> = found
             .iter()
-            .map(|entry| (entry.key.as_str(), entry))
+            .map(|entries| entries.iter().map(|e| (e.key.as_str(), e)).collect())
             .collect();
         let mut state = self.state.lock();
         state.failed = None;
@@ -407,39 +468,77 @@ impl Markers {
             let Some((room, _)) = parse_marker_key(key) else {
                 continue;
             };
-            let is_current = self.is_current(partition_of(&room, self.streams.partitions()));
-            let (cursor, at, revision) = match found.remove(key.as_str()) {
-                // What was put there by hand and is no cursor is overwritten.
-                Some(entry) => {
-                    let cursor = entry.value.as_deref().and_then(parse);
-                    (cursor, entry.at, entry.revision)
+            let is_current = self.is_current(self.part(&room));
+            // What was put there by hand and is no cursor is overwritten.
+            let mut held: Option<Cursor> = None;
+            let (mut at, mut revision) = (0, 0);
+            for (number, bucket) in buckets.iter_mut().enumerate() {
+                let Some(entry) = bucket.remove(key.as_str()) else {
+                    continue;
+                };
+                // Written over is only the own one's; what another region's holds need not be written here as well.
+                if number == 0 {
+                    revision = entry.revision;
                 }
-                None => (None, 0, 0),
-            };
+                at = at.max(entry.at);
+                if let Some(cursor) = entry.value.as_deref().and_then(parse) {
+                    held = Some(match held {
+                        Some(held) => held.merge(&cursor, &is_current),
+                        None => cursor,
+                    });
+                }
+            }
             let marker = state.marker(&Key::from(key.as_str()));
-            marker.read(cursor, at, revision, now, is_current);
+            marker.read(held, at, revision, now, is_current);
         }
         Ok(())
     }
 
-    /// The one component of a cursor of this mesh, if it is of the room's stream as it is now.
-    async fn position(&self, part: u16, cursor: &Cursor) -> Result<Position, MarkerError> {
-        let bad = || MarkerError::BadCursor(cursor.clone());
-        let [position] = cursor.positions() else {
-            return Err(bad());
-        };
-        if position.origin != *self.streams.origin() {
-            return Err(bad());
-        }
-        if position.epoch != self.streams.known(part).epoch {
-            // Is it we who have not noticed that the stream began anew?
-            let now = self.streams.verify(part, Instant::now()).await;
-            let now = now.map_err(|_any| MarkerError::Unavailable)?;
-            if position.epoch != now.epoch {
-                return Err(bad());
+    /// What a cursor says of the room's log as it is now: the own origin's component at most at the head; those of other
+    /// origins as they are, since the user may have seen there what is not here yet; and nothing of origins or epochs that
+    /// nobody knows here.
+    async fn within_the_log(
+        &self,
+        room: &RoomId,
+        part: u16,
+        cursor: &Cursor,
+        head: Option<&Cursor>,
+    ) -> Result<Cursor, MarkerError> {
+        let mut kept: Option<Cursor> = None;
+        for position in cursor.positions() {
+            let Some(streams) = self.origins.get(&position.origin) else {
+                continue;
+            };
+            if !self.is_of(&streams, part, position).await? {
+                continue;
             }
+            let mut position = position.clone();
+            if position.origin == *self.origins.own().origin() {
+                position = self.clamp(room, part, position, head).await?;
+            }
+            let position = Cursor::single(position);
+            kept = Some(match kept {
+                Some(kept) => kept.merge(&position, |_, _| true),
+                None => position,
+            });
         }
-        Ok(position.clone())
+        kept.ok_or_else(|| MarkerError::BadCursor(cursor.clone()))
+    }
+
+    /// Whether a position is of the stream as it is now.
+    async fn is_of(
+        &self,
+        streams: &Streams,
+        part: u16,
+        position: &Position,
+    ) -> Result<bool, MarkerError> {
+        if position.epoch == streams.known(part).epoch {
+            return Ok(true);
+        }
+        // Is it we who have not noticed that the stream began anew?
+        let now = streams.verify(part, Instant::now()).await;
+        let now = now.map_err(|_any| MarkerError::Unavailable)?;
+        Ok(position.epoch == now.epoch)
     }
 
     /// The position, or the room's head where that lies before it.
@@ -475,7 +574,7 @@ impl Markers {
             .map(|head| (head.seq, head.fingerprint))
             .max(read)
             // A room of which the stream has nothing stands where the stream was last seen.
-            .unwrap_or_else(|| (self.streams.known(part).last_seq, Fingerprint::default()));
+            .unwrap_or_else(|| (self.origins.own().known(part).last_seq, Fingerprint::default()));
         Ok(if position.seq < head.0 {
             position
         } else {

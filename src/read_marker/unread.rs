@@ -9,8 +9,8 @@ use futures_util::future::try_join_all;
 
 use super::{MarkerError, Markers, markers::Key};
 use crate::{
-    bus::{MAX_HEADS, Newer, Reader},
-    model::{Class, Cursor, RoomId, partition_of},
+    bus::{MAX_HEADS, Newer, Reader, Streams},
+    model::{Class, Cursor, RoomId},
     subject::{marker_key, rooms_stream},
     telemetry::metrics::{Counter, count},
 };
@@ -28,8 +28,8 @@ impl Markers {
     /// How many messages of each durable room are new to `user`: those after their marker that the stream still holds. Read
     /// over `reader`.
     ///
-    /// The markers are read in one request, the heads in one a partition; only rooms whose head lies after the marker are
-    /// counted, in a request each.
+    /// Of each origin: the markers are read in one request, the heads in one a partition; only rooms whose head lies after
+    /// the marker are counted, in a request each.
     ///
     /// # Errors
     /// [`MarkerError`].
@@ -60,24 +60,30 @@ impl Markers {
             .collect();
         let mut by_part: BTreeMap<u16, Vec<&RoomId>> = BTreeMap::new();
         for room in keys.keys() {
-            let part = partition_of(room, self.streams.partitions());
+            let part = self.part(room);
             by_part.entry(part).or_default().push(room);
         }
-        let asks: Vec<(u16, &[&RoomId])> = by_part
+        let origins = self.origins.all();
+        let asks: Vec<(u16, &[&RoomId], &Streams)> = by_part
             .iter()
             .flat_map(|(part, rooms)| rooms.chunks(MAX_HEADS).map(|rooms| (*part, rooms)))
+            .flat_map(|(part, rooms)| origins.iter().map(move |of| (part, rooms, &**of)))
             .collect();
-        let behind = asks
-            .iter()
-            .map(async |(part, rooms)| self.behind(*part, rooms, &markers, reader).await);
+        let behind = asks.iter().map(async |(part, rooms, streams)| {
+            self.behind(streams, *part, rooms, &markers, reader).await
+        });
         let behind = try_join_all(behind).await?.concat();
-        let asked = requests + asks.len() + behind.len();
+        let asked = requests * origins.len() + asks.len() + behind.len();
         count(
             Counter::UnreadRequests,
             u64::try_from(asked).unwrap_or(u64::MAX),
         );
         let (rooms, newer): (Vec<&RoomId>, Vec<Newer>) = behind.into_iter().unzip();
+        let mut counts: HashMap<&RoomId, u64> = HashMap::new();
         for (room, count) in rooms.into_iter().zip(reader.count_newer(&newer).await?) {
+            *counts.entry(room).or_default() += count;
+        }
+        for (room, count) in counts {
             unread.insert(
                 room,
                 Unread {
@@ -89,17 +95,19 @@ impl Markers {
         Ok(unread)
     }
 
-    /// Which of `rooms`, all of one partition, have messages after the marker, and from where on they are to be counted.
+    /// Which of `rooms`, all of one partition, have messages of one origin after the marker, and from where on they are to
+    /// be counted.
     async fn behind<'r>(
         &self,
+        streams: &Streams,
         part: u16,
         rooms: &[&'r RoomId],
         markers: &HashMap<&RoomId, Cursor>,
         reader: &Reader,
     ) -> Result<Vec<(&'r RoomId, Newer)>, MarkerError> {
-        let origin = self.streams.origin();
+        let origin = streams.origin();
         let stream = rooms_stream(origin, part);
-        let epoch = self.streams.known(part).epoch;
+        let epoch = streams.known(part).epoch;
         let subjects: Vec<String> = rooms
             .iter()
             .map(|room| self.subjects.publish(origin, part, room, Class::Msg))
@@ -110,7 +118,7 @@ impl Markers {
             .map(|head| (&head.room, head.record.seq))
             .collect();
         let rooms = rooms.iter().zip(subjects).filter_map(|(room, subject)| {
-            // A marker of another epoch is as good as none: everything that is there is new.
+            // A marker of another epoch, or without this origin, is as good as none: everything that is there is new.
             let position = markers.get(*room).and_then(|marker| marker.get(origin));
             let after = position
                 .filter(|position| position.epoch == epoch)
