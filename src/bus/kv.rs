@@ -18,7 +18,7 @@ use super::{
 use crate::{
     config::Config,
     model::Region,
-    subject::{Subjects, api, bucket_key, bucket_stream, header},
+    subject::{Subjects, api, bucket_key, bucket_stream, header, stream_info},
 };
 
 /// JetStream's error code for an expected last sequence that is not the last one.
@@ -146,8 +146,16 @@ impl Bucket {
     /// # Errors
     /// [`KvError`].
     pub async fn remove(&self, key: &str) -> Result<u64, KvError> {
+        self.remove_for(key, REMOVED_FOR).await
+    }
+
+    /// As [`Self::remove`]; the key says for `time` (whole seconds) that it was removed.
+    ///
+    /// # Errors
+    /// [`KvError`].
+    pub async fn remove_for(&self, key: &str, time: Duration) -> Result<u64, KvError> {
         let how = Put {
-            ttl: Some(REMOVED_FOR),
+            ttl: Some(time),
             expected: None,
         };
         self.write(key, Bytes::new(), how, true).await
@@ -207,6 +215,45 @@ impl Bucket {
         match answer.error {
             Some(error) => Err(KvError::Refused(error.description)),
             None => Ok(answer.purged),
+        }
+    }
+
+    /// How long ago a mirror last heard from its origin, which says something every second; `None`: it has not heard from it
+    /// yet, or is still behind.
+    ///
+    /// # Errors
+    /// [`KvError`]; also where it is no mirror.
+    pub async fn silent_for(&self) -> Result<Option<Duration>, KvError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            mirror: Option<Mirror>,
+            error: Option<super::ack::AckError>,
+        }
+        #[derive(Deserialize)]
+        struct Mirror {
+            #[serde(default)]
+            lag: u64,
+            /// In nanoseconds; -1 where it never was.
+            active: i64,
+        }
+        let subject = stream_info(&self.stream);
+        let answer = self.request(subject, Request::new().payload(Bytes::new()));
+        let answer: Answer = serde_json::from_slice(&answer.await?)
+            .map_err(|error| KvError::Refused(error.to_string()))?;
+        match answer {
+            Answer {
+                error: Some(error), ..
+            } => Err(KvError::Refused(error.description)),
+            Answer {
+                mirror: Some(mirror),
+                ..
+            } => {
+                let active = u64::try_from(mirror.active).ok().filter(|_| mirror.lag == 0);
+                Ok(active.map(Duration::from_nanos))
+            }
+            Answer { mirror: None, .. } => {
+                Err(KvError::Refused(format!("{} is no mirror", self.stream)))
+            }
         }
     }
 

@@ -237,7 +237,8 @@ async fn make_ready(
     let markers = Markers::new(&state_reader, &origins, config, publisher.clone());
     tasks.spawn_until_stopping("keep read markers", Arc::clone(&markers).keep());
     let count = Shards::count(config);
-    let (presence, pushes) = Presence::start(config, &shared.id, &state_reader, count, tasks);
+    let (presence, pushes) =
+        Presence::start(config, &shared.id, &state_reader, &origins, count, tasks);
     let history = history::Client::new(&state_reader, &streams, config);
     let presences = (&presence, pushes);
     let shards = Shards::start(shared, &origins, presences, &markers, &history).await?;

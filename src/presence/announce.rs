@@ -112,15 +112,19 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{super::roster::Seen, *};
+    use super::{super::roster::{Seen, Shown}, *};
 
     fn change(user: usize, here: bool) -> Change {
         Change {
             user: Arc::from(user.to_string()),
-            seen: here.then_some(Seen {
-                since: 0,
-                info: None,
+            shown: here.then_some(Shown {
+                seen: Seen {
+                    since: 0,
+                    info: None,
+                },
+                unreachable: false,
             }),
+            was_shown: !here,
         }
     }
 
@@ -143,7 +147,7 @@ mod tests {
                     match push {
                         Push::User(change) => {
                             let user = change.user.parse::<usize>().unwrap();
-                            if change.seen.is_some() { client.insert(user); } else { client.remove(&user); }
+                            if change.shown.is_some() { client.insert(user); } else { client.remove(&user); }
                         }
                         Push::Count(count) => {
                             assert_eq!(count, truth.len());

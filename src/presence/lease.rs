@@ -16,7 +16,7 @@ use futures_util::future;
 use rand::Rng as _;
 use tokio::time::{interval, sleep};
 
-use super::{Presence, watch::LOCAL};
+use super::Presence;
 use crate::{
     bus::{Bucket, Entry, KvError, Put},
     subject,
@@ -24,16 +24,16 @@ use crate::{
 };
 
 /// Prefix of the keys that say that keys were written under a lease.
-const USED: &str = "used.";
+pub(super) const USED: &str = "used.";
 
 /// Pause before a write that failed is repeated.
 const RETRY: Duration = Duration::from_millis(250);
 
 /// How often leases are looked after.
-const TICK: Duration = Duration::from_millis(500);
+pub(super) const TICK: Duration = Duration::from_millis(500);
 
 /// How long after its end a lease is remembered: longer than news of it can be late.
-const REMEMBERED: Duration = Duration::from_secs(600);
+pub(super) const REMEMBERED: Duration = Duration::from_secs(600);
 
 /// How often keys are looked for that were left behind.
 const SWEEP: Duration = Duration::from_secs(30);
@@ -111,14 +111,17 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
             let later = 2 * presence.config.presence.lease;
             Arc::clone(&presence).background("purge", async move {
                 sleep(later).await;
-                purge(&presence, &edges, &before).await;
+                purge(&presence.bucket, &edges, &before).await;
             });
         }
         presence.set_renewed();
         let every = renewed_every(presence.config.presence.lease);
         let mut pause = every;
-        loop {
-            sleep(pause).await;
+        let lost = loop {
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = presence.anew.notified() => break false,
+            }
             if presence.has_given_up() {
                 return;
             }
@@ -135,7 +138,7 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
                 // Ours all the same, if an answer of ours was lost.
                 Err(KvError::Conflict) => match current(&edges, &lease).await {
                     Ok(Some(renewed)) => revision = renewed,
-                    Ok(None) => break,
+                    Ok(None) => break true,
                     Err(_unknown) => pause = RETRY,
                 },
                 Err(error) => {
@@ -143,13 +146,17 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
                     pause = RETRY;
                 }
             }
-        }
+        };
         // It may have been given up while it was renewed.
         if presence.has_given_up() {
             return;
         }
-        count(Counter::LeaseEnded(LeaseEnd::Lost), 1);
-        tracing::warn!(lease = %lease, "the lease is lost: who is here is announced anew");
+        if lost {
+            count(Counter::LeaseEnded(LeaseEnd::Lost), 1);
+            tracing::warn!(lease = %lease, "the lease is lost: who is here is announced anew");
+        } else {
+            tracing::info!(lease = %lease, "after a long cut who is here is announced anew");
+        }
     }
 }
 
@@ -186,16 +193,16 @@ async fn take(presence: &Presence, edges: &Bucket) -> (Arc<str>, u64) {
 /// Gives up a lease: whoever is still said to be here is gone, at once.
 pub(super) async fn give_up(presence: &Presence, edges: &Bucket, lease: &str) {
     match edges.remove(lease).await {
-        Ok(_revision) => purge(presence, edges, lease).await,
+        Ok(_revision) => purge(&presence.bucket, edges, lease).await,
         Err(error) => tracing::debug!(%error, "the lease could not be given up: it will end"),
     }
 }
 
-/// Removes what was written under a lease that is over.
-async fn purge(presence: &Presence, edges: &Bucket, lease: &str) {
+/// Removes what was written under a lease that is over, of the buckets of one origin.
+pub(super) async fn purge(presence: &Bucket, edges: &Bucket, lease: &str) {
     let purged = async {
         let keys = subject::presence_keys_of(lease);
-        let purged = presence.bucket.purge(&keys).await?;
+        let purged = presence.purge(&keys).await?;
         edges.purge(&format!("{USED}{lease}")).await?;
         Ok::<_, KvError>(purged)
     };
@@ -206,7 +213,7 @@ async fn purge(presence: &Presence, edges: &Bucket, lease: &str) {
     }
 }
 
-/// Follows all leases for ever, tells rosters which live, and purges what dead ones left.
+/// Follows all leases of the own region for ever, tells rosters which live, and purges what dead ones left.
 pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
     let lease = presence.config.presence.lease;
     let mut table = Table::default();
@@ -243,7 +250,7 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
         let changes = batch
             .iter()
             .filter_map(|message| edges.change(message))
-            .filter(|(_, entry)| !entry.key.starts_with(USED));
+            .filter(|(origin, entry)| origin == edges.origin() && !entry.key.starts_with(USED));
         for (_origin, entry) in changes {
             if entry.value.is_some() {
                 table.renewed(&entry.key, now);
@@ -293,6 +300,7 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
             }
         }
         presence.set_alive(table.alive.keys());
+        presence.set_first(table.alive.keys());
         // Its own, its holder looks after.
         ended.retain(|lease: &Arc<str>| !presence.is_own(lease));
         for lease in &ended {
@@ -305,8 +313,9 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
             .filter(|(old, since)| now >= **since + 2 * lease && !presence.is_own(old))
             .map(|(lease, _)| Arc::clone(lease));
         let to_purge: HashSet<Arc<str>> = ended.into_iter().chain(old).collect();
-        if !to_purge.is_empty() && presence.is_first(table.alive.keys()) {
-            let purges = to_purge.iter().map(|lease| purge(&presence, &edges, lease));
+        if !to_purge.is_empty() && presence.is_first() {
+            let purges = to_purge.iter();
+            let purges = purges.map(|lease| purge(&presence.bucket, &edges, lease));
             future::join_all(purges).await;
             left.retain(|lease, _| !to_purge.contains(lease));
         }
@@ -318,18 +327,6 @@ pub(super) fn value(edge: &str, since: u64) -> Bytes {
     serde_json::json!({ "edge": edge, "since": since })
         .to_string()
         .into()
-}
-
-/// The leases that rosters count as alive: those of other edges, and who is here.
-pub(super) fn alive<'a>(
-    others: impl Iterator<Item = &'a Arc<str>>,
-    own: impl Fn(&str) -> bool,
-) -> HashSet<Arc<str>> {
-    others
-        .filter(|lease| !own(lease))
-        .cloned()
-        .chain([Arc::from(LOCAL)])
-        .collect()
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@
 //!   asked for.
 
 mod announce;
+mod elsewhere;
 mod lease;
 mod local;
 mod roster;
@@ -24,7 +25,10 @@ mod writer;
 
 use std::{
     collections::HashSet,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -39,19 +43,21 @@ use tokio::{
 };
 
 use crate::{
-    bus::{Bucket, Reader},
+    bus::{Bucket, Origins, Reader},
     config::{Config, PresencePolicy},
-    model::RoomId,
+    model::{Region, RoomId},
     protocol::native::PageOf,
     runtime::{Tasks, unix_ms},
     subject::bucket,
     telemetry::metrics::{Gauge, Held},
 };
 use local::Local;
-use roster::Alive;
-pub use roster::{Page, Seen};
+use roster::{Alive, Leases};
+pub use roster::{Page, Seen, Shown};
+use watch::{LOCAL, Watched};
 
-use watch::Watched;
+/// The state of a user whose region is cut off, as clients are told.
+pub const UNREACHABLE: &str = "unreachable";
 
 /// Pushes that wait for a shard; rooms wait with theirs when it is full.
 const WAITING: usize = 1024;
@@ -83,6 +89,13 @@ pub struct Presence {
     /// Wakes the writer.
     changed: Notify,
     alive: channel::Sender<Alive>,
+    origins: Arc<Origins>,
+    /// The leases of other regions.
+    elsewhere: Mutex<Leases>,
+    /// Whether this edge is the one of its region to clean up.
+    first: AtomicBool,
+    /// A new lease is to be taken.
+    anew: Notify,
     /// This edge's lease, and those it had before.
     own: Mutex<Vec<Arc<str>>>,
     /// When NATS last acknowledged that lease.
@@ -135,6 +148,7 @@ impl Presence {
         config: &Arc<Config>,
         edge: &Arc<str>,
         reader: &Reader,
+        origins: &Arc<Origins>,
         shards: usize,
         tasks: &Tasks,
     ) -> (Arc<Self>, Vec<mpsc::Receiver<Push>>) {
@@ -149,7 +163,14 @@ impl Presence {
             edges: of(bucket::EDGES).with_timeout(config.presence.lease / 5),
             local: Mutex::new(Local::new(writes_per_second, Instant::now())),
             changed: Notify::new(),
-            alive: channel::Sender::new(Arc::new(lease::alive([].iter(), |_| false))),
+            alive: channel::Sender::new(Arc::new(Leases {
+                alive: HashSet::from([Arc::from(LOCAL)]),
+                unreachable: HashSet::new(),
+            })),
+            origins: Arc::clone(origins),
+            elsewhere: Mutex::default(),
+            first: AtomicBool::new(false),
+            anew: Notify::new(),
             own: Mutex::default(),
             renewed: Mutex::new(Instant::now()),
             shards,
@@ -161,6 +182,8 @@ impl Presence {
         presence.background("lease", lease::hold(this, edges));
         let (this, edges) = (Arc::clone(&presence), presence.edges.clone());
         presence.background("leases", lease::follow(this, edges));
+        let this = Arc::clone(&presence);
+        presence.background("leases of other regions", elsewhere::follow(this));
         presence.background("presence writer", writer::run(Arc::clone(&presence)));
         presence.background("presence", Arc::clone(&presence).keep());
         (presence, pushes)
@@ -280,11 +303,15 @@ impl Presence {
                 .collect();
             stream::iter(due)
                 .for_each_concurrent(COMPARED_AT_ONCE, async |(newest, watched)| {
-                    let keys = crate::subject::presence_keys(&watched.room);
-                    match self.bucket.newest(&keys).await {
-                        Ok(stored) if stored == newest => {}
-                        Ok(_other) => watched.resync(),
-                        Err(error) => tracing::debug!(%error, "a roster can't be compared"),
+                    for streams in self.origins.all() {
+                        let bucket = self.bucket.of(streams.origin());
+                        let known = newest.get(streams.origin()).copied().unwrap_or_default();
+                        let keys = crate::subject::presence_keys(&watched.room);
+                        match bucket.newest(&keys).await {
+                            Ok(stored) if stored == known => {}
+                            Ok(_other) => return watched.resync(),
+                            Err(error) => tracing::debug!(%error, "a roster can't be compared"),
+                        }
                     }
                 })
                 .await;
@@ -339,21 +366,53 @@ impl Presence {
         lease::value(&self.edge, self.since)
     }
 
+    /// Takes in which leases of the own region live.
     fn set_alive<'a>(&self, leases: impl Iterator<Item = &'a Arc<str>>) {
-        let alive: HashSet<Arc<str>> = lease::alive(leases, |lease| self.is_own(lease));
+        // Who is here is shown without a lease.
+        let others = leases.filter(|lease| !self.is_own(lease)).cloned();
+        let mut alive: HashSet<Arc<str>> = others.chain([Arc::from(LOCAL)]).collect();
+        let elsewhere = self.elsewhere.lock();
+        alive.extend(elsewhere.alive.iter().cloned());
+        let leases = Leases {
+            alive,
+            unreachable: elsewhere.unreachable.clone(),
+        };
+        drop(elsewhere);
         self.alive.send_if_modified(|current| {
-            let changed = **current != alive;
+            let changed = **current != leases;
             if changed {
-                *current = Arc::new(alive);
+                *current = Arc::new(leases);
             }
             changed
         });
     }
 
-    /// Whether this edge is the one to clean up: of those that live, the first by name.
-    fn is_first<'a>(&self, mut leases: impl Iterator<Item = &'a Arc<str>>) -> bool {
+    /// Takes in what is known of the leases of other regions; rosters are told with the next look at those of the own one.
+    fn set_elsewhere(&self, alive: HashSet<Arc<str>>, unreachable: HashSet<Arc<str>>) {
+        *self.elsewhere.lock() = Leases { alive, unreachable };
+    }
+
+    /// The regions that are mirrored here.
+    fn others(&self) -> Vec<Region> {
+        let all = self.origins.all();
+        let others = all.iter().skip(1);
+        others.map(|streams| streams.origin().clone()).collect()
+    }
+
+    /// Takes a new lease, and writes who is here under that.
+    fn announce_anew(&self) {
+        self.anew.notify_one();
+    }
+
+    /// Notes whether this edge is the one to clean up: of those of its region that live, the first by name.
+    fn set_first<'a>(&self, mut leases: impl Iterator<Item = &'a Arc<str>>) {
         let own = self.own.lock().last().cloned();
-        own.is_some_and(|own| leases.all(|lease| own <= *lease))
+        let first = own.is_some_and(|own| leases.all(|lease| own <= *lease));
+        self.first.store(first, Ordering::Relaxed);
+    }
+
+    fn is_first(&self) -> bool {
+        self.first.load(Ordering::Relaxed)
     }
 
     /// From now on who leaves is kept: the edge drains, and its users have until its lease is given up to come back

@@ -22,13 +22,24 @@ pub struct Seen {
     pub info: Option<Arc<RawValue>>,
 }
 
-/// A user came or went.
+/// A user of a room, as shown.
+#[derive(Debug, Clone)]
+pub struct Shown {
+    /// What is known of them.
+    pub seen: Seen,
+    /// Whether they were here when their region was last heard of, and it is cut off.
+    pub unreachable: bool,
+}
+
+/// A user came or went, or can't be reached any more or again.
 #[derive(Debug, Clone)]
 pub(super) struct Change {
     /// Who.
     pub(super) user: Arc<str>,
-    /// What is known of who came; `None`: they went.
-    pub(super) seen: Option<Seen>,
+    /// What is known of who is here; `None`: they went.
+    pub(super) shown: Option<Shown>,
+    /// Whether they were shown before.
+    pub(super) was_shown: bool,
 }
 
 /// What one lease says of one user.
@@ -48,13 +59,23 @@ pub struct Page {
     /// Users in the room.
     pub count: usize,
     /// Some of them, ordered by the bytes of their names.
-    pub users: Vec<(Arc<str>, Seen)>,
+    pub users: Vec<(Arc<str>, Shown)>,
     /// The last of `users`, if there are more after it.
     pub next: Option<Arc<str>>,
 }
 
-/// The leases that live. Who is said to be here under any other lease is not shown: its edge is gone, or not yet heard of.
-pub(super) type Alive = Arc<HashSet<Arc<str>>>;
+/// The leases under which users are shown. Who is said to be here under any other lease is not: its edge is gone, or not yet
+/// heard of.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Leases {
+    /// Those that live.
+    pub(super) alive: HashSet<Arc<str>>,
+    /// Those of which nobody knows, since their region is cut off.
+    pub(super) unreachable: HashSet<Arc<str>>,
+}
+
+/// [`Leases`], for all rosters.
+pub(super) type Alive = Arc<Leases>;
 
 /// The users of one room.
 #[derive(Debug, Default)]
@@ -67,7 +88,8 @@ pub(super) struct Roster {
 #[derive(Debug, Default)]
 struct User {
     holds: Vec<Hold>,
-    shown: bool,
+    /// Whether they are shown, and if so, whether as unreachable.
+    shown: Option<bool>,
 }
 
 /// What one lease says of one user.
@@ -80,18 +102,21 @@ struct Hold {
 }
 
 impl User {
-    fn seen(&self, alive: &HashSet<Arc<str>>) -> Option<Seen> {
-        let living = self
-            .holds
-            .iter()
-            .filter(|hold| alive.contains(&hold.lease))
-            .filter_map(|hold| hold.seen.as_ref());
+    fn seen(&self, leases: &Leases) -> Option<Shown> {
+        let is_alive = |hold: &&Hold| leases.alive.contains(&hold.lease);
+        let holds = self.holds.iter().filter(|hold| {
+            is_alive(hold) || leases.unreachable.contains(&hold.lease)
+        });
+        let here = holds.clone().filter_map(|hold| hold.seen.as_ref());
         // Here since they first came, as they called themselves last.
-        let first = living.clone().map(|seen| seen.since).min()?;
-        let last = living.max_by_key(|seen| seen.since)?;
-        Some(Seen {
-            since: first,
-            info: last.info.clone(),
+        let first = here.clone().map(|seen| seen.since).min()?;
+        let last = here.max_by_key(|seen| seen.since)?;
+        Some(Shown {
+            seen: Seen {
+                since: first,
+                info: last.info.clone(),
+            },
+            unreachable: !holds.filter(is_alive).any(|hold| hold.seen.is_some()),
         })
     }
 }
@@ -130,7 +155,7 @@ impl Roster {
         self.look(&fact.user)
     }
 
-    /// Takes in which leases live now.
+    /// Takes in which leases live now, and which can't be reached.
     pub(super) fn set_alive(&mut self, alive: &Alive) -> Vec<Change> {
         self.alive = Arc::clone(alive);
         self.look_at_all()
@@ -203,22 +228,22 @@ impl Roster {
         changes
     }
 
-    fn update(alive: &HashSet<Arc<str>>, name: &Arc<str>, user: &mut User) -> Option<Change> {
-        let seen = user.seen(alive);
-        (seen.is_some() != user.shown).then(|| {
-            user.shown = seen.is_some();
-            Change {
-                user: Arc::clone(name),
-                seen,
-            }
+    fn update(leases: &Leases, name: &Arc<str>, user: &mut User) -> Option<Change> {
+        let shown = user.seen(leases);
+        let state = shown.as_ref().map(|shown| shown.unreachable);
+        let before = std::mem::replace(&mut user.shown, state);
+        (before != state).then(|| Change {
+            user: Arc::clone(name),
+            shown,
+            was_shown: before.is_some(),
         })
     }
 
     fn note(&mut self, change: &Change) {
-        if change.seen.is_some() {
-            self.shown += 1;
-        } else {
-            self.shown -= 1;
+        match (change.was_shown, change.shown.is_some()) {
+            (false, true) => self.shown += 1,
+            (true, false) => self.shown -= 1,
+            (true, true) | (false, false) => {}
         }
     }
 }
@@ -246,6 +271,11 @@ mod tests {
 
     const LEASES: [&str; 4] = ["seoul-a", "seoul-b", "virginia-a", "virginia-b"];
     const USERS: [&str; 3] = ["kim", "lee", "zoë"];
+
+    fn living(alive: HashSet<Arc<str>>) -> Alive {
+        let unreachable = HashSet::new();
+        Arc::new(Leases { alive, unreachable })
+    }
 
     /// A receiver of facts: a roster, and what it has heard of leases, as the lease table keeps it.
     #[derive(Default)]
@@ -290,7 +320,7 @@ mod tests {
                 }
             };
             for change in changes {
-                let news = if change.seen.is_some() {
+                let news = if change.shown.is_some() {
                     self.pushed.insert(change.user.to_string())
                 } else {
                     self.pushed.remove(&*change.user)
@@ -302,7 +332,7 @@ mod tests {
         fn leases(&mut self) -> Vec<Change> {
             let alive = self.lives.difference(&self.over);
             let alive: HashSet<Arc<str>> = alive.map(|lease| LEASES[*lease].into()).collect();
-            self.roster.set_alive(&Arc::new(alive))
+            self.roster.set_alive(&living(alive))
         }
 
         fn shown(&self) -> Vec<(String, u64)> {
@@ -313,7 +343,7 @@ mod tests {
             assert_eq!(names, self.pushed, "pushes and list differ");
             page.users
                 .iter()
-                .map(|(user, seen)| (user.to_string(), seen.since))
+                .map(|(user, shown)| (user.to_string(), shown.seen.since))
                 .collect()
         }
     }
@@ -440,7 +470,7 @@ mod tests {
                 seen: here.then_some(Seen { since: revision, info: None }),
             });
             for change in lossy.roster.replace(stored.collect(), |_| true) {
-                let news = if change.seen.is_some() {
+                let news = if change.shown.is_some() {
                     lossy.pushed.insert(change.user.to_string())
                 } else {
                     lossy.pushed.remove(&*change.user)
@@ -463,7 +493,7 @@ mod tests {
     #[test]
     fn pages_follow_each_other_without_gap_or_repeat() {
         let lease: Arc<str> = "e1".into();
-        let mut roster = Roster::new(Arc::new(HashSet::from([Arc::clone(&lease)])));
+        let mut roster = Roster::new(living(HashSet::from([Arc::clone(&lease)])));
         let mut expected = Vec::new();
         for i in 0..25_u64 {
             let user: Arc<str> = format!("user-{i:02}").into();
@@ -502,5 +532,52 @@ mod tests {
         assert_eq!(found, expected);
         // The page that ends with the last user says so.
         assert_eq!(roster.page(Some("user-18"), 5).next.as_deref(), None);
+    }
+
+    #[test]
+    fn who_is_only_under_leases_that_nobody_knows_of_is_unreachable_and_not_gone() {
+        let leases = |alive: &[&str], unreachable: &[&str]| {
+            let set = |names: &[&str]| names.iter().map(|name| Arc::from(*name)).collect();
+            Arc::new(Leases {
+                alive: set(alive),
+                unreachable: set(unreachable),
+            })
+        };
+        let mut roster = Roster::new(leases(&["seoul-a", "virginia-a"], &[]));
+        for (lease, user) in [
+            ("seoul-a", "kim"),
+            ("virginia-a", "kim"),
+            ("virginia-a", "lee"),
+        ] {
+            let fact = Fact {
+                lease: lease.into(),
+                user: user.into(),
+                revision: 1,
+                seen: Some(Seen {
+                    since: 1,
+                    info: None,
+                }),
+            };
+            roster.apply(fact);
+        }
+        let told = |changes: Vec<Change>| -> Vec<(String, Option<bool>)> {
+            assert!(changes.iter().all(|change| change.was_shown));
+            let changes = changes.into_iter();
+            changes
+                .map(|c| (c.user.to_string(), c.shown.map(|shown| shown.unreachable)))
+                .collect()
+        };
+        let lee = |state| vec![("lee".to_owned(), state)];
+        let cut = roster.set_alive(&leases(&["seoul-a"], &["virginia-a"]));
+        assert_eq!(told(cut), lee(Some(true)));
+        let page = roster.page(None, 9);
+        let states: Vec<bool> = page.users.iter().map(|(_, s)| s.unreachable).collect();
+        assert_eq!((page.count, states), (2, vec![false, true]));
+        let healed = roster.set_alive(&leases(&["seoul-a", "virginia-a"], &[]));
+        assert_eq!(told(healed), lee(Some(false)));
+        roster.set_alive(&leases(&["seoul-a"], &["virginia-a"]));
+        let over = roster.set_alive(&leases(&["seoul-a"], &[]));
+        assert_eq!(told(over), lee(None));
+        assert_eq!(roster.count(), 1);
     }
 }

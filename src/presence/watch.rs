@@ -1,11 +1,13 @@
 //! One room that somebody on this edge looks at: its roster, kept up to date, and pushes to those who want them.
 
 use std::{
+    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use futures_util::future::try_join_all;
 use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -15,14 +17,14 @@ use tokio::{
 };
 
 use super::{
-    Presence, Push,
+    Presence, Push, UNREACHABLE,
     announce::{self, Announcer},
-    roster::{Alive, Change, Fact, Page, Roster, Seen},
+    roster::{Alive, Change, Fact, Page, Roster, Seen, Shown},
 };
 use crate::{
-    bus::{Entry, KvError, LiveFeed},
+    bus::{Entry, KvError, LiveFeed, ReadError},
     config::PresencePolicy,
-    model::RoomId,
+    model::{Region, RoomId},
     protocol::native::Writer,
     runtime::unix_ms,
     subject,
@@ -66,8 +68,8 @@ struct State {
     /// When the room was last compared with what is stored.
     checked: Instant,
     resync: bool,
-    /// Newest revision that was taken in.
-    newest: u64,
+    /// Newest revision of each origin's bucket that was taken in.
+    newest: HashMap<Region, u64>,
 }
 
 /// The value of a presence key.
@@ -133,7 +135,7 @@ impl Watched {
                 used: now,
                 checked: now,
                 resync: true,
-                newest: 0,
+                newest: HashMap::new(),
             }),
             wake: Notify::new(),
             loaded: watch::Sender::new(false),
@@ -178,8 +180,9 @@ impl Watched {
         self.wake.notify_one();
     }
 
-    /// Whether the room is due to be compared with what is stored; if so, it is taken for compared. Then its newest revision.
-    pub(super) fn due(&self, interval: Duration) -> Option<u64> {
+    /// Whether the room is due to be compared with what is stored; if so, it is taken for compared. Then the newest
+    /// revision of each origin.
+    pub(super) fn due(&self, interval: Duration) -> Option<HashMap<Region, u64>> {
         let mut state = self.state.lock();
         // Spread, so that rooms that were opened together are not all compared together.
         let wait = interval.mul_f64(rand::random_range(0.6..1.0));
@@ -188,7 +191,7 @@ impl Watched {
         }
         state.checked = Instant::now();
         state.roster.forget_gone();
-        Some(state.newest)
+        Some(state.newest.clone())
     }
 
     /// A page of the list, once the room is known.
@@ -256,10 +259,11 @@ impl Watched {
             }
             let mut state = self.state.lock();
             for message in &batch {
-                let Some((_origin, entry)) = presence.bucket.change(message) else {
+                let Some((origin, entry)) = presence.bucket.change(message) else {
                     continue;
                 };
-                state.newest = state.newest.max(entry.revision);
+                let newest = state.newest.entry(origin).or_default();
+                *newest = (*newest).max(entry.revision);
                 if let Some(fact) = fact(&entry) {
                     let change = state.roster.apply(fact);
                     state.record(change, self.max);
@@ -282,9 +286,12 @@ impl Watched {
         // Before the read, so that a cause to be suspect during it makes us read again.
         feed.settle();
         self.state.lock().resync = false;
-        let entries: Result<Vec<Entry>, KvError> = presence.bucket.scan(keys).await;
-        let entries = match entries {
-            Ok(entries) => entries,
+        let all = presence.origins.all();
+        let buckets = all
+            .iter()
+            .map(|streams| stored(presence, streams.origin(), keys));
+        let stored = match try_join_all(buckets).await {
+            Ok(stored) => stored,
             Err(error) => {
                 tracing::debug!(room.id = %self.room, %error, "who is in a room can't be read");
                 self.state.lock().resync = true;
@@ -295,9 +302,14 @@ impl Watched {
         *retry = None;
         count(Counter::PresenceScans, 1);
         let mut state = self.state.lock();
-        state.newest = entries.last().map_or(0, |entry| entry.revision);
+        let newest = |entries: &[Entry]| entries.last().map_or(0, |entry| entry.revision);
+        state.newest = all
+            .iter()
+            .zip(&stored)
+            .map(|(streams, entries)| (streams.origin().clone(), newest(entries)))
+            .collect();
         state.checked = Instant::now();
-        let facts = entries.iter().filter_map(fact).collect();
+        let facts = stored.iter().flatten().filter_map(fact).collect();
         let changes = state.roster.replace(facts, |lease| lease != LOCAL);
         state.record(changes, self.max);
         if !*self.loaded.borrow() {
@@ -348,6 +360,20 @@ impl Watched {
     }
 }
 
+/// What the bucket of an origin has of a room. A mirror that is not there (any more) has nothing.
+async fn stored(
+    presence: &Presence,
+    origin: &Region,
+    keys: &str,
+) -> Result<Vec<Entry>, KvError> {
+    match presence.bucket.of(origin).scan(keys).await {
+        Err(KvError::Read(ReadError::NoStream { .. })) if origin != presence.bucket.origin() => {
+            Ok(Vec::new())
+        }
+        stored => stored,
+    }
+}
+
 /// `presence`, as it is pushed.
 fn frame(room: &RoomId, push: &announce::Push) -> Bytes {
     let mut out = Vec::with_capacity(128);
@@ -361,9 +387,14 @@ fn frame(room: &RoomId, push: &announce::Push) -> Bytes {
         announce::Push::User(change) => {
             count(Counter::PresencePushed(PresencePush::User), 1);
             writer.string("user", &change.user);
-            match &change.seen {
-                Some(seen) => {
-                    writer.string("state", "join");
+            match &change.shown {
+                Some(Shown { seen, unreachable }) => {
+                    let state = match (unreachable, change.was_shown) {
+                        (true, _) => UNREACHABLE,
+                        (false, true) => "reachable",
+                        (false, false) => "join",
+                    };
+                    writer.string("state", state);
                     if let Some(info) = &seen.info {
                         writer.raw("info", info.get().as_bytes());
                     }

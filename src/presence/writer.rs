@@ -18,6 +18,10 @@ const IN_FLIGHT: usize = 256;
 /// How often is looked whether NATS is back.
 const AWAY: Duration = Duration::from_millis(100);
 
+/// How long a removed key says that it was removed, where other regions mirror it: they learn of it when a cut is over that
+/// did not take longer.
+pub(super) const REMOVED_FOR: Duration = Duration::from_secs(600);
+
 /// Writes for ever.
 pub(super) async fn run(presence: Arc<Presence>) {
     let mut writes = FuturesUnordered::new();
@@ -34,11 +38,13 @@ pub(super) async fn run(presence: Arc<Presence>) {
         let wait = match next {
             Next::Write(write) => {
                 let bucket = presence.bucket.clone();
+                let alone = presence.others().is_empty();
                 writes.push(async move {
                     let key = presence_key(&write.room, &write.user, &write.lease);
                     let written = match &write.seen {
                         Some(seen) => bucket.put(&key, value(seen), Put::default()).await,
-                        None => bucket.remove(&key).await,
+                        None if alone => bucket.remove(&key).await,
+                        None => bucket.remove_for(&key, REMOVED_FOR).await,
                     };
                     (write, written)
                 });

@@ -504,10 +504,16 @@ impl Markers {
         cursor: &Cursor,
         head: Option<&Cursor>,
     ) -> Result<Cursor, MarkerError> {
+        let bad = || MarkerError::BadCursor(cursor.clone());
+        let is_mesh = self.origins.all().len() > 1;
         let mut kept: Option<Cursor> = None;
         for position in cursor.positions() {
             let Some(streams) = self.origins.get(&position.origin) else {
-                continue;
+                // A region alone has not lost sight of anybody: the cursor is of another mesh.
+                if is_mesh {
+                    continue;
+                }
+                return Err(bad());
             };
             if !self.is_of(&streams, part, position).await? {
                 continue;
@@ -522,7 +528,7 @@ impl Markers {
                 None => position,
             });
         }
-        kept.ok_or_else(|| MarkerError::BadCursor(cursor.clone()))
+        kept.ok_or_else(bad)
     }
 
     /// Whether a position is of the stream as it is now.

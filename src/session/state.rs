@@ -9,7 +9,7 @@ use crate::{
     auth::{Identity, Right},
     config::{Config, PresencePolicy},
     model::RoomId,
-    presence::{Page, Unavailable},
+    presence::{Page, UNREACHABLE, Unavailable},
     protocol::{
         ErrorCode,
         native::{PageOf, Writer},
@@ -66,12 +66,15 @@ fn write(out: &mut Vec<u8>, rid: u64, room: &RoomId, page: &Page) {
     writer
         .string("room", room.as_str())
         .number("count", page.count as u64)
-        .list("users", &page.users, |item, (user, seen)| {
+        .list("users", &page.users, |item, (user, shown)| {
             item.string("user", user);
-            if let Some(info) = &seen.info {
+            if let Some(info) = &shown.seen.info {
                 item.raw("info", info.get().as_bytes());
             }
-            item.number("since", seen.since);
+            item.number("since", shown.seen.since);
+            if shown.unreachable {
+                item.string("state", UNREACHABLE);
+            }
         });
     if let Some(next) = &page.next {
         writer.string("next", next);

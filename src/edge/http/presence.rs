@@ -17,6 +17,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
 use crate::{
     model::RoomId,
+    presence::UNREACHABLE,
     protocol::{ErrorCode, native::PageOf},
     session::{may_see_presence, presence_refusal},
 };
@@ -68,6 +69,9 @@ pub(super) struct PresentUser {
     info: Option<Arc<RawValue>>,
     /// Since when, in ms since 1970.
     since: u64,
+    /// `unreachable`: their region is cut off, and they were there when it was last heard of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    state: Option<&'static str>,
 }
 
 /// Who is in a room.
@@ -104,10 +108,11 @@ pub(super) async fn presence(
             .page(&room, &page)
             .await
             .map_err(presence_refusal)?;
-        let users = page.users.into_iter().map(|(user, seen)| PresentUser {
+        let users = page.users.into_iter().map(|(user, shown)| PresentUser {
             user,
-            info: seen.info,
-            since: seen.since,
+            info: shown.seen.info,
+            since: shown.seen.since,
+            state: shown.unreachable.then_some(UNREACHABLE),
         });
         Ok(Json(PresenceReply {
             room,

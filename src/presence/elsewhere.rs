@@ -1,0 +1,413 @@
+//! Leases of other regions, as their mirrors here tell of them.
+//!
+//! A mirror removes a lease when its time to live has passed, whether or not its region has renewed it: behind a cut all
+//! leases of a region vanish from the mirror without a word (only an origin leaves markers). So a lease that is missing here
+//! has ended if its end was told, or if the mirror has kept up with its origin all the time in which it should have been
+//! renewed. While the mirror hears nothing, nobody knows: its users are unreachable.
+//!
+//! A mirror does not repeat what its origin removes by a purge either: what was left under a lease that is over is purged in
+//! every region.
+//!
+//! Nor does it learn of a key that was removed during a cut if the mark of the removal was gone before the cut was over. So
+//! an edge that was cut off for long ([`LONG_CUT`]) takes a new lease when the cut is over: what stands under the old one means
+//! nothing then, wherever it still stands.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::time::interval;
+
+use super::{
+    Presence,
+    lease::{REMEMBERED, TICK, USED, purge},
+    writer::REMOVED_FOR,
+};
+use crate::{
+    bus::{Bucket, Entry},
+    model::Region,
+    telemetry::metrics::{Counter, LeaseEnd, count},
+};
+
+/// A mirror that has not heard from its origin for this long is cut off from it: an origin gives a sign of life every second.
+const SILENT: Duration = Duration::from_secs(5);
+
+/// How often a region's mirror is looked at when nothing is amiss.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// After a cut this long others may have missed who has left: half of what a removal is remembered.
+const LONG_CUT: Duration = Duration::from_secs(REMOVED_FOR.as_secs() / 2);
+
+/// How a mirror stands to its origin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    /// It has all that the origin has.
+    Up,
+    /// It hears nothing.
+    Cut,
+    /// NATS here was away a moment ago, or does not answer.
+    Unknown,
+}
+
+/// What is known of the leases of one other region: pure state.
+#[derive(Debug, Default)]
+struct Table {
+    leases: HashMap<Arc<str>, Lease>,
+    over: HashMap<Arc<str>, Instant>,
+    /// Since when the mirror has kept up.
+    up: Option<Instant>,
+    /// Since when it has heard nothing.
+    cut: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Lease {
+    /// Of its last renewal.
+    revision: u64,
+    /// When that was seen; `None`: only that it was taken once is known.
+    renewed: Option<Instant>,
+    unreachable: bool,
+}
+
+/// What a look at a mirror shows.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Look {
+    /// Leases that are over now.
+    ended: Vec<Arc<str>>,
+    /// Leases that were over before, and have left something.
+    left: Vec<Arc<str>>,
+    /// A long cut is over.
+    healed: bool,
+}
+
+impl Lease {
+    fn is_overdue(&self, lease: Duration, now: Instant) -> bool {
+        self.renewed
+            .is_none_or(|renewed| now >= renewed + lease + TICK)
+    }
+}
+
+impl Table {
+    /// A lease was renewed, or taken. What was seen before says nothing new.
+    fn renewed(&mut self, lease: &str, revision: u64, now: Instant) {
+        if self.over.contains_key(lease) {
+            return;
+        }
+        let known = self.leases.entry(lease.into()).or_default();
+        if revision > known.revision {
+            *known = Lease {
+                revision,
+                renewed: Some(now),
+                unreachable: false,
+            };
+        }
+    }
+
+    /// A lease has ended; whether that is news.
+    fn ended(&mut self, lease: &str, now: Instant) -> bool {
+        self.over.insert(lease.into(), now);
+        self.leases.remove(lease).is_some()
+    }
+
+    fn is_doubtful(&self, lease: Duration, now: Instant) -> bool {
+        self.leases.values().any(|one| one.is_overdue(lease, now))
+    }
+
+    /// The mirror was read.
+    fn looked(&mut self, found: &[Entry], link: Link, lease: Duration, now: Instant) -> Look {
+        let mut look = Look::default();
+        self.over.retain(|_, at| now < *at + REMEMBERED);
+        match link {
+            Link::Up => {
+                self.up.get_or_insert(now);
+                let cut = self.cut.take();
+                look.healed = cut.is_some_and(|since| now >= since + LONG_CUT);
+            }
+            Link::Cut => {
+                self.up = None;
+                self.cut.get_or_insert(now);
+            }
+            Link::Unknown => self.up = None,
+        }
+        for entry in found {
+            match (entry.key.strip_prefix(USED), &entry.value) {
+                (Some(lease), Some(_)) if self.over.contains_key(lease) => {
+                    look.left.push(lease.into());
+                }
+                (Some(lease), Some(_)) => {
+                    self.leases.entry(lease.into()).or_default();
+                }
+                (None, Some(_)) => self.renewed(&entry.key, entry.revision, now),
+                (None, None) => {
+                    if self.ended(&entry.key, now) {
+                        look.ended.push(Arc::from(&*entry.key));
+                    }
+                }
+                (Some(_), None) => {}
+            }
+        }
+        let told = self.up.is_some_and(|up| now >= up + lease + TICK);
+        let overdue = self.leases.iter_mut();
+        for (name, known) in overdue.filter(|(_, known)| known.is_overdue(lease, now)) {
+            known.unreachable |= link == Link::Cut;
+            if told {
+                look.ended.push(Arc::clone(name));
+            }
+        }
+        for lease in &look.ended {
+            self.ended(lease, now);
+        }
+        look
+    }
+
+    fn alive(&self) -> impl Iterator<Item = &Arc<str>> {
+        let leases = self.leases.iter();
+        leases.filter_map(|(name, lease)| {
+            (!lease.unreachable && lease.renewed.is_some()).then_some(name)
+        })
+    }
+
+    fn unreachable(&self) -> impl Iterator<Item = &Arc<str>> {
+        let leases = self.leases.iter();
+        leases.filter_map(|(name, lease)| lease.unreachable.then_some(name))
+    }
+}
+
+/// A region that is followed.
+#[derive(Debug)]
+struct Followed {
+    edges: Bucket,
+    table: Table,
+    looked: Option<Instant>,
+}
+
+/// Follows the leases of all other regions for ever, and tells rosters of them. Costs nothing while there are none.
+pub(super) async fn follow(presence: Arc<Presence>) {
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while presence.others().is_empty() {
+        tick.tick().await;
+    }
+    let own = &presence.edges;
+    let Ok(mut feed) = own.changes(">").await else {
+        return;
+    };
+    let lease = presence.config.presence.lease;
+    let mut regions: HashMap<Region, Followed> = HashMap::new();
+    let mut members = presence.origins.members_version();
+    let mut generation = own.connection().generation();
+    let mut grace = None;
+    let mut batch = Vec::new();
+    loop {
+        batch.clear();
+        tokio::select! {
+            more = feed.next_batch(&mut batch, 64) => if !more { return },
+            _ = tick.tick() => {}
+        }
+        let now = Instant::now();
+        let others = presence.others();
+        regions.retain(|region, _| others.contains(region));
+        for region in others {
+            regions.entry(region).or_insert_with_key(|region| Followed {
+                edges: own.of(region),
+                table: Table::default(),
+                looked: None,
+            });
+        }
+        if members != presence.origins.members_version() {
+            members = presence.origins.members_version();
+            presence.resync_all();
+        }
+        let established = own.connection().generation();
+        if generation != established || presence.is_renewal_overdue() {
+            generation = established;
+            grace = Some(now + lease);
+        }
+        grace = grace.filter(|until| now < *until);
+        for message in &batch {
+            let Some((origin, entry)) = own.change(message) else {
+                continue;
+            };
+            let Some(followed) = regions.get_mut(&origin) else {
+                continue;
+            };
+            if entry.key.starts_with(USED) {
+                continue;
+            }
+            if entry.value.is_some() {
+                followed.table.renewed(&entry.key, entry.revision, now);
+            } else if followed.table.ended(&entry.key, now) {
+                over(&presence, &followed.edges, vec![Arc::from(entry.key)]).await;
+            }
+        }
+        let suspect = feed.is_suspect();
+        if suspect {
+            feed.settle();
+        }
+        for (region, followed) in &mut regions {
+            let every = if followed.table.is_doubtful(lease, now) {
+                lease / 5
+            } else {
+                LOOK
+            };
+            let due = followed.looked.is_none_or(|at| now >= at + every);
+            if !due && !suspect {
+                continue;
+            }
+            followed.looked = Some(now);
+            let link = match followed.edges.silent_for().await {
+                _ if grace.is_some() => Link::Unknown,
+                Ok(Some(silent)) if silent < SILENT => Link::Up,
+                Ok(_) => Link::Cut,
+                Err(error) => {
+                    tracing::debug!(origin = %region, %error, "a mirror does not tell how it stands");
+                    Link::Unknown
+                }
+            };
+            let found = match followed.edges.scan(">").await {
+                Ok(found) => found,
+                Err(error) => {
+                    tracing::debug!(origin = %region, %error, "the leases of a region can't be read");
+                    continue;
+                }
+            };
+            let was_cut = followed.table.cut.is_some();
+            let look = followed.table.looked(&found, link, lease, now);
+            if was_cut != followed.table.cut.is_some() {
+                tracing::warn!(origin = %region, cut = !was_cut, "the way to another region has changed");
+            }
+            if look.healed {
+                presence.announce_anew();
+            }
+            over(&presence, &followed.edges, look.ended).await;
+            if presence.is_first() {
+                for lease in look.left {
+                    purge(&presence.bucket.of(region), &followed.edges, &lease).await;
+                }
+            }
+        }
+        let tables = || regions.values().map(|followed| &followed.table);
+        let alive: HashSet<Arc<str>> = tables().flat_map(Table::alive).cloned().collect();
+        let unreachable = tables().flat_map(Table::unreachable).cloned().collect();
+        presence.set_elsewhere(alive, unreachable);
+    }
+}
+
+/// Leases of another region are over: one edge of each region purges what is left of them there.
+async fn over(presence: &Presence, edges: &Bucket, leases: Vec<Arc<str>>) {
+    for lease in leases {
+        count(Counter::LeaseEnded(LeaseEnd::Seen), 1);
+        tracing::info!(lease = %lease, origin = %edges.origin(), "a lease is over");
+        if presence.is_first() {
+            purge(&presence.bucket.of(edges.origin()), edges, &lease).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: Duration = Duration::from_secs(10);
+
+    fn entry(key: &str, revision: u64, here: bool) -> Entry {
+        Entry {
+            key: key.to_owned(),
+            value: here.then(bytes::Bytes::new),
+            revision,
+            at: 0,
+        }
+    }
+
+    fn names<'a>(leases: impl Iterator<Item = &'a Arc<str>>) -> Vec<&'a str> {
+        leases.map(|lease| &**lease).collect()
+    }
+
+    #[test]
+    fn a_lease_that_vanished_behind_a_cut_is_unreachable_until_it_is_renewed() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        table.looked(&[entry("a", 5, true)], Link::Up, LEASE, start);
+        assert_eq!(names(table.alive()), ["a"]);
+        let late = start + LEASE + TICK;
+        let look = table.looked(&[], Link::Cut, LEASE, late);
+        assert_eq!(look, Look::default());
+        assert_eq!(names(table.unreachable()), ["a"]);
+        assert_eq!(names(table.alive()), [""; 0]);
+        // The cut is over, and the edge has time to be heard of.
+        let healed = late + LEASE;
+        let look = table.looked(&[], Link::Up, LEASE, healed);
+        assert_eq!(look, Look::default());
+        assert_eq!(names(table.unreachable()), ["a"]);
+        table.renewed("a", 9, healed + TICK);
+        assert_eq!(names(table.alive()), ["a"]);
+        assert_eq!(names(table.unreachable()), [""; 0]);
+    }
+
+    #[test]
+    fn a_lease_whose_end_was_not_told_is_over_when_the_mirror_has_kept_up_for_long_enough() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        table.looked(&[entry("a", 5, true)], Link::Up, LEASE, start);
+        let late = start + LEASE + TICK;
+        table.looked(&[], Link::Cut, LEASE, late);
+        table.looked(&[], Link::Up, LEASE, late + TICK);
+        // A look that shows nothing of the mirror begins the wait anew.
+        table.looked(&[], Link::Unknown, LEASE, late + LEASE);
+        let up = late + LEASE + TICK;
+        table.looked(&[], Link::Up, LEASE, up);
+        let look = table.looked(&[], Link::Up, LEASE, up + LEASE);
+        assert_eq!(look.ended, [""; 0].map(Arc::from));
+        let look = table.looked(&[], Link::Up, LEASE, up + LEASE + TICK);
+        assert_eq!(look.ended, [Arc::from("a")]);
+        // It never lives again, and what it has left is found.
+        table.renewed("a", 99, up + LEASE + TICK);
+        let found = [entry("used.a", 1, true)];
+        let look = table.looked(&found, Link::Up, LEASE, up + 2 * LEASE);
+        assert_eq!(look.left, [Arc::from("a")]);
+        assert_eq!(names(table.alive()), [""; 0]);
+    }
+
+    #[test]
+    fn an_end_that_was_told_counts_at_once() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        let found = [entry("used.a", 1, true), entry("a", 5, true)];
+        table.looked(&found, Link::Up, LEASE, start);
+        table.looked(&found[..1], Link::Cut, LEASE, start + LEASE + TICK);
+        let found = [entry("used.a", 1, true), entry("a", 8, false)];
+        let look = table.looked(&found, Link::Up, LEASE, start + 2 * LEASE);
+        assert_eq!(look.ended, [Arc::from("a")]);
+        assert_eq!(names(table.unreachable()), [""; 0]);
+    }
+
+    #[test]
+    fn who_begins_behind_a_cut_knows_the_leases_that_were_taken_before() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        let found = [entry("used.a", 1, true)];
+        table.looked(&found, Link::Unknown, LEASE, start);
+        assert_eq!(names(table.unreachable()), [""; 0]);
+        table.looked(&found, Link::Cut, LEASE, start + TICK);
+        assert_eq!(names(table.unreachable()), ["a"]);
+        assert_eq!(names(table.alive()), [""; 0]);
+    }
+
+    #[test]
+    fn only_a_long_cut_makes_an_edge_announce_its_users_anew() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        table.looked(&[], Link::Cut, LEASE, start);
+        let look = table.looked(&[], Link::Up, LEASE, start + LONG_CUT / 2);
+        assert!(!look.healed);
+        let cut = start + LONG_CUT;
+        table.looked(&[], Link::Cut, LEASE, cut);
+        table.looked(&[], Link::Unknown, LEASE, cut + LONG_CUT);
+        let look = table.looked(&[], Link::Up, LEASE, cut + LONG_CUT);
+        assert!(look.healed);
+        let look = table.looked(&[], Link::Up, LEASE, cut + 2 * LONG_CUT);
+        assert!(!look.healed);
+    }
+}
