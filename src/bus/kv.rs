@@ -248,7 +248,9 @@ impl Bucket {
                 mirror: Some(mirror),
                 ..
             } => {
-                let active = u64::try_from(mirror.active).ok().filter(|_| mirror.lag == 0);
+                let active = u64::try_from(mirror.active)
+                    .ok()
+                    .filter(|_| mirror.lag == 0);
                 Ok(active.map(Duration::from_nanos))
             }
             Answer { mirror: None, .. } => {

@@ -33,11 +33,11 @@ pub use line::{Arrival, Driver, HeaderWriter, Headers, Line, LineError, Listener
 pub use live::LiveFeed;
 pub use publish::{Acked, Outgoing, PublishError, Publisher};
 pub use pull::{
-    Answer, ConsumerState, Delivery, Pull, PullError, answer, consumer_state, count_after,
-    stored_after,
+    Answer, ConsumerState, Delivery, Pull, PullError, answer, consumer_elsewhere, consumer_state,
+    count_after, stored_after,
 };
 pub use read::{MAX_HEADS, Page, ReadError, Reader, Stored};
 pub use record::{BY_HAND, BadRecord, Record, message_key};
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};
 pub use stats::{Instance, instances};
-pub use streams::{Origins, StreamError, StreamState, Streams};
+pub use streams::{Origins, StreamError, StreamState, Streams, epoch_elsewhere};

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    model::Epoch,
+    model::{Epoch, Region},
     subject::{HISTORY_CONSUMER, Subjects, api, header},
 };
 
@@ -507,6 +507,29 @@ pub async fn consumer_state(
     wait: Duration,
 ) -> Result<Option<ConsumerState>, PullError> {
     let subject = api::consumer_info(stream, HISTORY_CONSUMER);
+    state_of(connection, stream, wait, subject).await
+}
+
+/// As [`consumer_state`], of a stream in its own region, which is another one.
+///
+/// # Errors
+/// [`PullError`]; also when that region can't be reached.
+pub async fn consumer_elsewhere(
+    connection: &Connection,
+    region: &Region,
+    stream: &str,
+    wait: Duration,
+) -> Result<Option<ConsumerState>, PullError> {
+    let subject = api::consumer_info(stream, HISTORY_CONSUMER);
+    state_of(connection, stream, wait, api::in_domain(region, &subject)).await
+}
+
+async fn state_of(
+    connection: &Connection,
+    stream: &str,
+    wait: Duration,
+    subject: String,
+) -> Result<Option<ConsumerState>, PullError> {
     let answer = ask(connection, stream, wait, subject, &json!({})).await?;
     let problem = match answer {
         ConsumerAnswer {

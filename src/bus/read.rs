@@ -2,7 +2,7 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use async_nats::{Message, StatusCode};
@@ -264,6 +264,25 @@ impl Reader {
         from: u64,
     ) -> Result<Option<Record>, ReadError> {
         let request = serde_json::json!({ "seq": from.max(1), "next_by_subj": filter, "batch": 1 });
+        let (messages, _) = self.get(stream, &request).await?;
+        let first = self.stored(&messages, stream, epoch)?.into_iter().next();
+        Ok(first.map(|stored| stored.record))
+    }
+
+    /// The first message of one filter that was stored at `ts` (ms since 1970) or later.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn next_since(
+        &self,
+        stream: &str,
+        epoch: Epoch,
+        filter: &str,
+        ts: u64,
+    ) -> Result<Option<Record>, ReadError> {
+        let time = UNIX_EPOCH + Duration::from_millis(ts);
+        let time = humantime::format_rfc3339_millis(time).to_string();
+        let request = serde_json::json!({ "start_time": time, "next_by_subj": filter, "batch": 1 });
         let (messages, _) = self.get(stream, &request).await?;
         let first = self.stored(&messages, stream, epoch)?.into_iter().next();
         Ok(first.map(|stored| stored.record))

@@ -19,7 +19,7 @@ use super::Connection;
 use crate::{
     config,
     model::{Epoch, Region},
-    subject::{EPOCH_METADATA, REGIONS_METADATA, rooms_stream, stream_info},
+    subject::{EPOCH_METADATA, REGIONS_METADATA, api, rooms_stream, stream_info},
 };
 
 /// How often the streams are looked for while they are not there.
@@ -135,7 +135,13 @@ impl Streams {
         let mut regions = Vec::new();
         for part in 0..config.partitions {
             let stream = rooms_stream(&origin, part);
-            let (state, named) = look(&connection, &stream, config.read_timeout).await?;
+            let (state, named) = look(
+                &connection,
+                stream_info(&stream),
+                &stream,
+                config.read_timeout,
+            )
+            .await?;
             if part == 0 {
                 regions = named;
             }
@@ -234,7 +240,13 @@ impl Streams {
         let slot = &self.parts[usize::from(part)];
         let newest = slot.newest.load(Ordering::Acquire);
         let seen = Instant::now();
-        let (mut state, regions) = look(&self.connection, &slot.stream, self.timeout).await?;
+        let (mut state, regions) = look(
+            &self.connection,
+            stream_info(&slot.stream),
+            &slot.stream,
+            self.timeout,
+        )
+        .await?;
         if part == 0 {
             *self.regions.write() = regions;
         }
@@ -401,8 +413,24 @@ impl Origins {
     }
 }
 
+/// The incarnation of a stream in another region's domain.
+///
+/// # Errors
+/// [`StreamError`]; also when that region can't be reached.
+pub async fn epoch_elsewhere(
+    connection: &Connection,
+    region: &Region,
+    stream: &str,
+    wait: Duration,
+) -> Result<Epoch, StreamError> {
+    let subject = api::in_domain(region, &stream_info(stream));
+    let (state, _regions) = look(connection, subject, stream, wait).await?;
+    Ok(state.epoch)
+}
+
 async fn look(
     connection: &Connection,
+    subject: String,
     stream: &str,
     wait: Duration,
 ) -> Result<(StreamState, Vec<Region>), StreamError> {
@@ -410,9 +438,7 @@ async fn look(
         stream: stream.to_owned(),
         problem,
     };
-    let request = connection
-        .client()
-        .request(stream_info(stream), bytes::Bytes::new());
+    let request = connection.client().request(subject, bytes::Bytes::new());
     let answer = match timeout(wait, request).await {
         Err(_elapsed) => {
             return Err(StreamError::Timeout {

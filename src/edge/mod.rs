@@ -239,7 +239,7 @@ async fn make_ready(
     let count = Shards::count(config);
     let (presence, pushes) =
         Presence::start(config, &shared.id, &state_reader, &origins, count, tasks);
-    let history = history::Client::new(&state_reader, &streams, config);
+    let history = history::Client::new(&state_reader, &origins, config);
     let presences = (&presence, pushes);
     let shards = Shards::start(shared, &origins, presences, &markers, &history).await?;
     // Set once, here.

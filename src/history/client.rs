@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Semaphore, SemaphorePermit},
@@ -16,7 +17,7 @@ use super::{
     read::Pages,
 };
 use crate::{
-    bus::{AskError, Reader, Streams, ask},
+    bus::{AskError, Origins, Reader, Streams, ask},
     config::Config,
     model::{Class, Region, RoomId, partition_of},
     protocol::ErrorCode,
@@ -44,7 +45,7 @@ pub struct Client {
     silent: Mutex<Option<Instant>>,
 }
 
-/// The newest message and the newest change of a room: while they stay the same, so do its pages.
+/// The newest message and the newest change of a room, of one origin: while they stay the same of all, so do its pages.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Heads {
     /// The incarnation of the stream.
@@ -58,9 +59,9 @@ pub struct Heads {
 impl Client {
     /// Asks over the reader's connection.
     #[must_use]
-    pub fn new(reader: &Reader, streams: &Arc<Streams>, config: &Config) -> Arc<Self> {
+    pub fn new(reader: &Reader, origins: &Arc<Origins>, config: &Config) -> Arc<Self> {
         Arc::new(Self {
-            pages: Pages::new(reader.clone(), Arc::clone(streams), None, config),
+            pages: Pages::new(reader.clone(), Arc::clone(origins), None, config),
             reader: reader.clone(),
             subjects: Subjects::new(&config.nats.prefix),
             region: config.region(),
@@ -194,9 +195,17 @@ impl Client {
         serde_json::from_slice(&answer).map_err(|error| away(error.to_string()))
     }
 
-    /// The heads of a room; `None` if they can't be told now. One read of the stream.
-    pub async fn heads(&self, room: &RoomId) -> Option<Heads> {
-        let streams = self.pages.streams();
+    /// The heads of a room, of each origin; `None` if they can't be told now. One read of each stream.
+    pub async fn heads(&self, room: &RoomId) -> Option<Vec<Heads>> {
+        let all = self.pages.origins().all();
+        let heads = all.iter().map(|streams| self.heads_of(streams, room));
+        let mut heads: Vec<Heads> = join_all(heads).await.into_iter().collect::<Option<_>>()?;
+        // Every edge names them in the same order.
+        heads.sort_by(|a, b| a.epoch.cmp(&b.epoch));
+        Some(heads)
+    }
+
+    async fn heads_of(&self, streams: &Streams, room: &RoomId) -> Option<Heads> {
         let part = partition_of(room, streams.partitions());
         let epoch = streams.known(part).epoch;
         let of_class = |class| self.subjects.publish(streams.origin(), part, room, class);

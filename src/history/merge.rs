@@ -7,6 +7,8 @@
 //!   above the floor, read after the floor was known and before MongoDB is asked. So the union, by key and folded, is what
 //!   was said up to the moment at which the tail was read; whatever MongoDB has from after that moment is left out, since
 //!   something in front of it may not be there yet.
+//! - With several origins there is a tail of each stream, joined into one. Each speaks for its own origin, and what lies beyond
+//!   the end of one that is only a part is not told, of whatever origin: something of that one's may lie before it.
 //! - A side is right as far as both were read ([`Side::found`]), and nothing beyond is told.
 
 use std::{
@@ -19,19 +21,16 @@ use crate::{
     store::{Document, End, Entry, Folded, Span, What},
 };
 
-/// What a stream says of a room above a floor.
+/// What the streams of all origins say of a room above their floors.
 #[derive(Debug)]
 pub(super) struct Tail {
-    origin: Region,
-    epoch: Epoch,
-    /// The newest sequence that it speaks for.
-    horizon: u64,
+    speaks_for: Vec<Stream>,
     /// What was said of each message, by key.
     about: HashMap<String, Vec<Entry>>,
     /// The first place of each message.
     messages: BTreeMap<Place, String>,
     /// The place of each entry.
-    places: BTreeMap<u64, Place>,
+    places: HashMap<Position, Place>,
     /// In front of this place is more that is neither here nor surely in MongoDB.
     begins: Option<Place>,
     /// Behind its end is more.
@@ -42,19 +41,19 @@ impl Tail {
     /// What a stream says above a floor. `newest`: a sequence that it had reached before it was read, or the floor.
     pub(super) fn new(origin: Region, epoch: Epoch, newest: u64, entries: Vec<Entry>) -> Self {
         let mut tail = Self {
-            origin,
-            epoch,
-            horizon: newest,
+            speaks_for: Vec::new(),
             about: HashMap::new(),
             messages: BTreeMap::new(),
-            places: BTreeMap::new(),
+            places: HashMap::new(),
             begins: None,
             more: false,
         };
+        let mut horizon = newest;
         for entry in entries {
             let place = entry.place.clone();
-            tail.horizon = tail.horizon.max(place.seq);
-            tail.places.insert(place.seq, place.clone());
+            horizon = horizon.max(place.seq);
+            let at = (place.origin.clone(), place.epoch, place.seq);
+            tail.places.insert(at, place.clone());
             let key = match &entry.what {
                 What::Message { key, .. } => key.clone(),
                 What::Change { target, .. } => target.clone(),
@@ -69,7 +68,37 @@ impl Tail {
             }
             about.push(entry);
         }
+        tail.speaks_for.push(Stream {
+            origin,
+            epoch,
+            horizon,
+            ends: None,
+        });
         tail
+    }
+
+    /// What this stream and another one say together.
+    pub(super) fn join(mut self, other: Self) -> Self {
+        let mut first: HashMap<String, Place> = HashMap::new();
+        for (place, key) in self.messages.into_iter().chain(other.messages) {
+            match first.get_mut(&key) {
+                // The same message, published in two regions: the first counts, as in MongoDB.
+                Some(known) => *known = place.min(known.clone()),
+                None => {
+                    first.insert(key, place);
+                }
+            }
+        }
+        self.messages = first.into_iter().map(|(key, place)| (place, key)).collect();
+        for (key, entries) in other.about {
+            self.about.entry(key).or_default().extend(entries);
+        }
+        self.places.extend(other.places);
+        self.speaks_for.extend(other.speaks_for);
+        // In front of either's beginning something may be missing.
+        self.begins = self.begins.max(other.begins);
+        self.more |= other.more;
+        self
     }
 
     /// A tail that is only a part: what is in front of its first message may be nowhere.
@@ -78,9 +107,13 @@ impl Tail {
         self
     }
 
-    /// A tail that is only a part: it ends at `horizon`, and there is more behind.
+    /// A tail of one stream that is only a part: it ends at `horizon`, and there is more behind.
     pub(super) fn ends_at(&mut self, horizon: u64) {
-        self.horizon = horizon;
+        let last = self.messages.keys().next_back();
+        for stream in &mut self.speaks_for {
+            stream.horizon = horizon;
+            stream.ends = last.cloned();
+        }
         self.more = true;
     }
 
@@ -97,15 +130,45 @@ impl Tail {
     }
 
     /// The place of what has this sequence, and whether that is a message.
-    pub(super) fn at(&self, seq: u64) -> Option<(Place, bool)> {
-        let place = self.places.get(&seq)?;
+    pub(super) fn at(&self, origin: &Region, epoch: Epoch, seq: u64) -> Option<(Place, bool)> {
+        let place = self.places.get(&(origin.clone(), epoch, seq))?;
         Some((place.clone(), self.messages.contains_key(place)))
     }
 
+    /// Whether something that lies before the place may be missing: of the stream that it is of, or of another one.
     fn is_too_new(&self, place: &Place) -> bool {
-        place.seq > self.horizon && (&place.origin, place.epoch) == (&self.origin, self.epoch)
+        self.speaks_for.iter().any(|stream| {
+            if (&place.origin, place.epoch) == (&stream.origin, stream.epoch) {
+                place.seq > stream.horizon
+            } else {
+                stream.ends.as_ref().is_some_and(|ends| place > ends)
+            }
+        })
+    }
+
+    /// The first of the places at which a part ends.
+    fn ends(&self) -> Option<&Place> {
+        let ends = self
+            .speaks_for
+            .iter()
+            .filter_map(|stream| stream.ends.as_ref());
+        ends.min()
     }
 }
+
+/// One incarnation of an origin's stream.
+#[derive(Debug)]
+struct Stream {
+    origin: Region,
+    epoch: Epoch,
+    /// The newest sequence that the tail speaks for.
+    horizon: u64,
+    /// Where the tail ends, if there is more behind.
+    ends: Option<Place>,
+}
+
+/// A sequence of a stream.
+type Position = (Region, Epoch, u64);
 
 /// How far MongoDB was read.
 #[derive(Debug, PartialEq)]
@@ -218,12 +281,16 @@ impl<'t> Side<'t> {
 
     /// Whether all is known up to where the tail is cut off: what is beyond is not told anyway.
     fn is_cut_off(&self) -> bool {
-        let (End::Newest, Some(begins)) = (self.end, &self.tail.begins) else {
+        let limit = match self.end {
+            End::Newest => self.tail.begins.as_ref(),
+            End::Oldest => self.tail.ends(),
+        };
+        let Some(limit) = limit else {
             return false;
         };
         let read = match &self.read {
             Read::Nothing => false,
-            Read::To(place) => place <= begins,
+            Read::To(place) => self.is_within(limit, place),
             Read::All => true,
         };
         read && self.looked == self.keys.len()
@@ -312,9 +379,10 @@ mod tests {
         store::{Change, Said},
     };
 
-    /// What was said in a room, and what of it is where.
+    /// What was said in a room in one region, and what of it is where.
     #[derive(Debug, Clone)]
     struct World {
+        origin: Region,
         /// The whole log, in its order.
         log: Vec<Entry>,
         /// MongoDB has everything up to here …
@@ -333,11 +401,15 @@ mod tests {
         Region::parse("seoul").unwrap()
     }
 
+    fn other() -> Region {
+        Region::parse("virginia").unwrap()
+    }
+
     fn epoch() -> Epoch {
         Epoch::parse("k3").unwrap()
     }
 
-    fn entries() -> impl Strategy<Value = Vec<Entry>> {
+    fn entries(origin: Region) -> impl Strategy<Value = Vec<Entry>> {
         let what = prop_oneof![
             5 => (0..9_u8, "[0-9]").prop_map(|(id, body)| What::Message {
                 key: format!("chat:x/kim/{id}"),
@@ -361,7 +433,7 @@ mod tests {
             1 => Just(What::Nothing("of no interest")),
         ];
         // Sequences have gaps, and several entries can have the same time.
-        prop::collection::vec((what, 1..4_u64, 0..2_u64), 0..24).prop_map(|said| {
+        prop::collection::vec((what, 1..4_u64, 0..2_u64), 0..24).prop_map(move |said| {
             let (mut seq, mut ts) = (0, 1000);
             let entries = said.into_iter().map(|(what, step, later)| {
                 seq += step;
@@ -370,7 +442,7 @@ mod tests {
                     room: RoomId::parse("chat:x").unwrap(),
                     place: Place {
                         ts,
-                        origin: origin(),
+                        origin: origin.clone(),
                         epoch: epoch(),
                         seq,
                     },
@@ -382,12 +454,14 @@ mod tests {
         })
     }
 
-    fn worlds() -> impl Strategy<Value = World> {
-        entries().prop_flat_map(|log| {
+    fn world(origin: Region) -> impl Strategy<Value = World> {
+        entries(origin.clone()).prop_flat_map(move |log| {
+            let origin = origin.clone();
             let end = log.last().map_or(0, |entry| entry.place.seq) + 1;
             let written = prop::collection::vec(any::<bool>(), log.len());
             let parts = (0..=end, written, 0..=end, 0..=end, 0..=end);
             parts.prop_map(move |(floor, written, first, newest, last)| World {
+                origin: origin.clone(),
                 log: log.clone(),
                 // Nothing is confirmed that was not said yet, and nothing lost that was just said.
                 floor: floor.min(newest).min(last),
@@ -411,12 +485,36 @@ mod tests {
                 let seq = entry.place.seq;
                 seq > self.floor && seq >= self.first && seq <= self.last
             });
-            Tail::new(origin(), epoch(), self.newest, seen.cloned().collect())
+            let origin = self.origin.clone();
+            Tail::new(origin, epoch(), self.newest, seen.cloned().collect())
+        }
+    }
+
+    /// One region, or two: some messages are published in both.
+    #[derive(Debug, Clone)]
+    struct Worlds(Vec<World>);
+
+    fn worlds() -> impl Strategy<Value = Worlds> {
+        let two = (world(origin()), world(other())).prop_map(|(a, b)| Worlds(vec![a, b]));
+        prop_oneof![world(origin()).prop_map(|a| Worlds(vec![a])), two]
+    }
+
+    impl Worlds {
+        fn tail(&self) -> Tail {
+            self.0.iter().map(World::tail).reduce(Tail::join).unwrap()
         }
 
-        fn documents(&self, which: impl Fn(usize) -> bool) -> BTreeMap<String, Folded> {
+        fn places(&self) -> Vec<Place> {
+            let entries = self.0.iter().flat_map(|world| &world.log);
+            entries.map(|entry| entry.place.clone()).collect()
+        }
+
+        fn documents(&self, which: impl Fn(&World, usize) -> bool) -> BTreeMap<String, Folded> {
             let mut documents: BTreeMap<String, Folded> = BTreeMap::new();
-            for (_, entry) in self.log.iter().enumerate().filter(|(at, _)| which(*at)) {
+            let worlds = self.0.iter();
+            let entries =
+                worlds.flat_map(|world| world.log.iter().enumerate().map(move |e| (world, e)));
+            for (_, (_, entry)) in entries.filter(|(world, (at, _))| which(world, *at)) {
                 let key = match &entry.what {
                     What::Message { key, .. } => key,
                     What::Change { target, .. } => target,
@@ -429,13 +527,19 @@ mod tests {
 
         /// The messages in order, as of the moment at which the tail was read, with all that is known of them.
         fn truth(&self) -> Vec<Folded> {
-            let said = |at: usize| self.log[at].place.seq <= self.last;
-            let known = self.documents(|at| said(at) || self.is_written(at));
+            let said = |world: &World, at: usize| world.log[at].place.seq <= world.last;
+            let known = self.documents(|world, at| said(world, at) || world.is_written(at));
+            let is_said = |place: &Place| {
+                let mut of = self.0.iter().filter(|world| world.origin == place.origin);
+                of.any(|world| place.seq <= world.last)
+            };
             let mut messages: Vec<Folded> = known
                 .into_values()
                 .filter(|folded| {
-                    let base = folded.base.as_ref();
-                    base.is_some_and(|base| base.place.seq <= self.last)
+                    folded
+                        .base
+                        .as_ref()
+                        .is_some_and(|base| is_said(&base.place))
                 })
                 .collect();
             messages.sort_by(|a, b| place(a).cmp(place(b)));
@@ -484,11 +588,11 @@ mod tests {
         /// However the log is split between MongoDB and the stream: each side of each place begins with the messages that
         /// are nearest to it, without a gap, and none is missing that was wanted.
         #[test]
-        fn pages_are_those_of_the_log(world in worlds(), wanted in 1..6_usize) {
-            let truth = world.truth();
-            let documents = world.documents(|at| world.is_written(at));
-            let tail = world.tail();
-            let places = world.log.iter().map(|entry| entry.place.clone());
+        fn pages_are_those_of_the_log(worlds in worlds(), wanted in 1..6_usize) {
+            let truth = worlds.truth();
+            let documents = worlds.documents(World::is_written);
+            let tail = worlds.tail();
+            let places = worlds.places().into_iter();
             let behind = places.clone().map(|place| Place { seq: place.seq + 1, ..place });
             for split in places.chain(behind).map(Some).chain([None]) {
                 for end in [End::Newest, End::Oldest] {
@@ -550,5 +654,46 @@ mod tests {
             .map(|folded| folded.base.as_ref().unwrap().said.id.as_str())
             .collect();
         assert_eq!(ids, ["h", "g"]);
+    }
+
+    #[test]
+    fn behind_the_end_of_one_part_nothing_is_told_of_another() {
+        let message = |origin: Region, ts: u64, id: &str| Entry {
+            room: RoomId::parse("chat:x").unwrap(),
+            place: Place {
+                ts,
+                origin,
+                epoch: epoch(),
+                seq: ts,
+            },
+            from: "kim".to_owned(),
+            what: What::Message {
+                key: format!("chat:x/kim/{id}"),
+                said: Said {
+                    id: id.to_owned(),
+                    fingerprint: 7,
+                    body: "1".to_owned(),
+                    reply_to: None,
+                    reply_key: None,
+                    mentions: Vec::new(),
+                },
+            },
+        };
+        // Of seoul, 5 and what follows was not read; of virginia, all.
+        let mut seoul = Tail::new(
+            origin(),
+            epoch(),
+            9,
+            vec![message(origin(), 1, "a"), message(origin(), 3, "c")],
+        );
+        seoul.ends_at(3);
+        let virginia = [2, 4, 6].map(|ts| message(other(), ts, &format!("v{ts}")));
+        let virginia = Tail::new(other(), epoch(), 6, virginia.to_vec());
+        let tail = seoul.join(virginia);
+        let mut side = Side::new(&tail, End::Oldest, None, 9);
+        run(&mut side, &BTreeMap::new());
+        let places: Vec<u64> = side.found().into_iter().map(|f| place(f).ts).collect();
+        assert_eq!(places, [1, 2, 3]);
+        assert!(tail.more);
     }
 }

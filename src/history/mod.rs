@@ -56,6 +56,8 @@ struct Parts {
     connection: Connection,
     /// For reads of streams, over a connection of its own.
     reader: Reader,
+    origins: Arc<Origins>,
+    /// Of the own region: those that are written to MongoDB here.
     streams: Arc<Streams>,
     store: Store,
     tasks: Tasks,
@@ -169,6 +171,7 @@ async fn start(
         connection,
         reader,
         streams,
+        origins: Arc::clone(&origins),
         store,
         tasks,
         lifecycle,

@@ -10,10 +10,10 @@ use super::{
     merge::{Ask, Side, Tail},
     question::{At, Lies, PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest},
     show,
-    tail::{Log, Part, RoomLog},
+    tail::{Log, Part, RoomLog, Tails},
 };
 use crate::{
-    bus::{Connection, ReadError, Reader, Streams},
+    bus::{Connection, Origins, ReadError, Reader},
     config::Config,
     model::{Cursor, Place, Position, RoomId},
     protocol::ErrorCode,
@@ -107,12 +107,12 @@ impl Pages {
     #[must_use]
     pub fn new(
         reader: Reader,
-        streams: Arc<Streams>,
+        origins: Arc<Origins>,
         store: Option<Store>,
         config: &Config,
     ) -> Self {
         Self {
-            log: Log::new(reader, streams, config),
+            log: Log::new(reader, origins, config),
             store,
             patience: config.mongodb.read_timeout,
             failed: Mutex::default(),
@@ -123,8 +123,8 @@ impl Pages {
         self.log.connection()
     }
 
-    pub(super) fn streams(&self) -> &Streams {
-        self.log.streams()
+    pub(super) fn origins(&self) -> &Origins {
+        self.log.origins()
     }
 
     /// The store, unless it was away a moment ago.
@@ -167,42 +167,36 @@ impl Pages {
         }
     }
 
-    /// MongoDB's documents and what the stream has above the floor. The order matters: floor, stream, MongoDB.
+    /// MongoDB's documents and what the streams have above their floors. The order matters: floors, streams, MongoDB.
     async fn of_both(&self, request: &PageRequest, asked: Asked<'_>) -> Result<PageAnswer, Failed> {
         let mut log = self.log.room(&request.room);
-        let floor = log.floor().await;
+        log.floors().await;
         // A stream that can't be read has only been read less far.
-        let tail = match log.tail(floor.unwrap_or_default()).await {
-            Ok(tail) => tail,
+        let (tail, complete) = match log.tail().await {
+            Ok((Tails::All(tail), complete)) => (Some(tail), complete),
+            Ok((Tails::TooLong, _)) => (None, false),
             Err(error) => {
                 tracing::debug!(%error, "history is read from MongoDB alone");
-                let tail = log.nothing();
-                let split = self
-                    .split(request, &mut log, Some(&tail), Some(asked))
-                    .await?;
-                return self.fill(request, &tail, &split, Some(asked), true).await;
+                (Some(log.nothing()), false)
             }
         };
         let split = self
             .split(request, &mut log, tail.as_ref(), Some(asked))
             .await?;
-        if let Some(tail) = tail {
-            let partial = floor.is_none();
-            return self
-                .fill(request, &tail, &split, Some(asked), partial)
-                .await;
-        }
-        let part = part_for(&log, &split, request.limit);
-        let tail = log.part(floor.unwrap_or_default(), part).await?;
-        self.fill(request, &tail, &split, Some(asked), true).await
+        let tail = match tail {
+            Some(tail) => tail,
+            None => log.part(&part_for(&split, request.limit)).await?,
+        };
+        self.fill(request, &tail, &split, Some(asked), !complete)
+            .await
     }
 
-    /// What the stream has.
+    /// What the streams have.
     async fn of_stream(&self, request: &PageRequest) -> Result<PageAnswer, Failed> {
         let mut log = self.log.room(&request.room);
         log.look().await;
         let split = self.split(request, &mut log, None, None).await?;
-        let tail = log.part(0, part_for(&log, &split, request.limit)).await?;
+        let tail = log.part(&part_for(&split, request.limit)).await?;
         self.fill(request, &tail, &split, None, true).await
     }
 
@@ -340,28 +334,32 @@ impl Pages {
         asked: Option<Asked<'_>>,
     ) -> Result<Option<(Place, bool)>, Failed> {
         let seq = position.seq;
-        let mut is_own = log.is_of(position);
-        if !is_own && asked.is_none() {
+        if log.of(position).is_none() && asked.is_none() {
             log.look().await;
-            is_own = log.is_of(position);
         }
-        if is_own && let Some(known) = tail.and_then(|tail| tail.at(seq)) {
+        let own = log.of(position);
+        let is_own = own.is_some();
+        if is_own
+            && let Some(known) =
+                tail.and_then(|tail| tail.at(&position.origin, position.epoch, seq))
+        {
             return Ok(Some(known));
         }
         // What comes next in the stream is not before it: with its time and this sequence it is the same place.
-        let next = if is_own {
-            log.next(seq).await
-        } else {
-            Ok(None)
+        let next = match own {
+            Some(own) => own.next(seq).await,
+            None => Ok(None),
         };
         let (next, is_read) = match (next, asked) {
             (Ok(next), _) => (next, true),
             (Err(_unreadable), Some(_)) => (None, false),
             (Err(error), None) => return Err(error.into()),
         };
-        if let Some(record) = next.as_ref().filter(|record| record.seq == seq) {
+        if let (Some(own), Some(record)) = (own, &next)
+            && record.seq == seq
+        {
             let is_message = record.class == crate::model::Class::Msg && record.kind.is_none();
-            return Ok(Some((log.place(seq, record.ts), is_message)));
+            return Ok(Some((own.place(seq, record.ts), is_message)));
         }
         let mut times: Vec<u64> = next.iter().map(|record| record.ts).collect();
         let mut is_message = false;
@@ -529,12 +527,10 @@ fn share(split: &Split, left: usize, right: usize, limit: usize) -> (usize, usiz
     (left.min(limit - rights), rights)
 }
 
-fn part_for(log: &RoomLog<'_>, split: &Split, limit: usize) -> Part {
+fn part_for(split: &Split, limit: usize) -> Part {
     let (left, right) = wanted(split, limit);
-    let seq = split.place.as_ref().map(|place| log.seq_at(place));
     Part {
-        // The beginning of the log is the beginning of the stream.
-        split: seq.or((left == 0).then_some(0)),
+        split: split.place.clone(),
         left,
         right,
     }

@@ -58,14 +58,14 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
         config,
         connection,
         reader,
-        streams,
+        origins,
         store,
         tasks,
         figures,
         ..
     } = parts;
     let (reader, store) = (reader.clone(), Some(store.clone()));
-    let pages = Arc::new(Pages::new(reader, Arc::clone(streams), store, config));
+    let pages = Arc::new(Pages::new(reader, Arc::clone(origins), store, config));
     let answered = Arc::new(Answered::default());
     let subjects = Subjects::new(&config.nats.prefix);
     let region = config.region();

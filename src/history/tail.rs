@@ -1,22 +1,29 @@
 //! What the streams say of a room: all that MongoDB may not have yet, or as much of it as a page needs.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use tokio::{sync::Mutex, time::Instant};
+use futures_util::future::{join_all, try_join_all};
+use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use super::{entry::entry, merge::Tail};
 use crate::{
     bus::{
-        Connection, Newer, ReadError, Reader, Record, Stored, StreamState, Streams, consumer_state,
+        Connection, Newer, Origins, ReadError, Reader, Record, Stored, StreamState, Streams,
+        consumer_elsewhere, consumer_state, epoch_elsewhere,
     },
     config::Config,
-    model::{Class, Place, RoomId, partition_of},
+    model::{Class, Place, Position, Region, RoomId, partition_of},
     store::Entry,
     subject::{Subjects, rooms_stream},
 };
 
 /// How long a floor is used: an old one is as right as a new one, it only makes the tail longer.
 const FLOOR_KEPT: Duration = Duration::from_millis(250);
+
+/// The same of another region's, which is asked there, and how long that may take.
+const FAR_FLOOR_KEPT: Duration = Duration::from_secs(5);
+const FAR_WAIT: Duration = Duration::from_secs(1);
 
 /// Messages and bytes above the floor that are read as a whole; of more, only what a page needs.
 const MAX_TAIL: u64 = 5000;
@@ -28,14 +35,22 @@ const MAX_CHANGES: usize = 5000;
 /// Messages among which one is looked for by its id when MongoDB can't be asked.
 const MAX_SEARCHED: u64 = 5000;
 
-/// The streams of the region, as history reads them.
+/// The streams of all origins, as history reads them.
 #[derive(Debug)]
 pub(super) struct Log {
     reader: Reader,
-    streams: Arc<Streams>,
+    origins: Arc<Origins>,
     subjects: Subjects,
     wait: Duration,
-    floors: Vec<Mutex<Option<Floor>>>,
+    floors: Mutex<HashMap<(Region, u16), Arc<Floors>>>,
+}
+
+/// What is known of how far MongoDB has a stream.
+#[derive(Debug, Default)]
+struct Floors {
+    last: Mutex<Option<Floor>>,
+    /// Held by who asks.
+    asking: tokio::sync::Mutex<()>,
 }
 
 /// Up to where everything of a stream is in MongoDB.
@@ -47,37 +62,57 @@ struct Floor {
     seq: Option<u64>,
 }
 
-/// The log of one room in one stream.
+/// The log of one room, in the streams of all origins.
 #[derive(Debug)]
 pub(super) struct RoomLog<'l> {
     log: &'l Log,
+    /// The own region's first.
+    of: Vec<OriginLog<'l>>,
+}
+
+/// The log of one room in one stream.
+#[derive(Debug)]
+pub(super) struct OriginLog<'l> {
+    log: &'l Log,
     room: &'l RoomId,
+    streams: Arc<Streams>,
+    part: u16,
     stream: String,
     filter: String,
     messages: String,
     changes: String,
     /// The stream, as last seen.
-    pub(super) state: StreamState,
+    state: StreamState,
+    /// The sequence up to which MongoDB has everything. `None`: nobody writes it there, or nobody can tell.
+    floor: Option<u64>,
 }
 
 /// Which part of a tail a page needs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Part {
-    /// The sequence at which the page is split; `None`: the end of the log.
-    pub(super) split: Option<u64>,
+    /// Where the page is split; `None`: the end of the log.
+    pub(super) split: Option<Place>,
     /// Messages wanted before it.
     pub(super) left: usize,
     /// Messages wanted from it on.
     pub(super) right: usize,
 }
 
+/// What the streams say.
+#[derive(Debug)]
+pub(super) enum Tails {
+    /// All that they have above their floors.
+    All(Tail),
+    /// There is too much of that.
+    TooLong,
+}
+
 impl Log {
-    pub(super) fn new(reader: Reader, streams: Arc<Streams>, config: &Config) -> Self {
-        let floors = (0..streams.partitions()).map(|_| Mutex::default());
+    pub(super) fn new(reader: Reader, origins: Arc<Origins>, config: &Config) -> Self {
         Self {
-            floors: floors.collect(),
+            floors: Mutex::default(),
             reader,
-            streams,
+            origins,
             subjects: Subjects::new(&config.nats.prefix),
             wait: config.nats.read_timeout,
         }
@@ -87,100 +122,248 @@ impl Log {
         self.reader.connection()
     }
 
-    pub(super) fn streams(&self) -> &Streams {
-        &self.streams
+    pub(super) fn origins(&self) -> &Origins {
+        &self.origins
     }
 
     /// The log of a room.
     pub(super) fn room<'l>(&'l self, room: &'l RoomId) -> RoomLog<'l> {
-        let part = partition_of(room, self.streams.partitions());
-        let origin = self.streams.origin();
-        let of_class = |class| self.subjects.publish(origin, part, room, class);
+        let all = self.origins.all().into_iter();
+        let of = all.map(|streams| {
+            let part = partition_of(room, streams.partitions());
+            let origin = streams.origin();
+            let of_class = |class| self.subjects.publish(origin, part, room, class);
+            OriginLog {
+                log: self,
+                room,
+                part,
+                stream: rooms_stream(origin, part),
+                filter: self.subjects.stored_all(origin, part, room),
+                messages: of_class(Class::Msg),
+                changes: of_class(Class::Ev),
+                state: streams.known(part),
+                floor: None,
+                streams,
+            }
+        });
         RoomLog {
             log: self,
-            room,
-            stream: rooms_stream(origin, part),
-            filter: self.subjects.stored_all(origin, part, room),
-            messages: of_class(Class::Msg),
-            changes: of_class(Class::Ev),
-            state: self.streams.known(part),
+            of: of.collect(),
         }
     }
 
-    /// Looks at the stream now, and up to where MongoDB has all of it.
-    async fn floor(&self, part: u16) -> Option<Floor> {
-        let mut kept = self.floors.get(usize::from(part))?.lock().await;
-        let now = Instant::now();
-        if let Some(floor) = *kept
-            && now.duration_since(floor.at) < FLOOR_KEPT
-        {
-            return Some(floor);
+    /// Looks at a stream now, and up to where MongoDB has all of it.
+    async fn floor(&self, streams: &Streams, part: u16) -> Option<Floor> {
+        let origin = streams.origin();
+        let is_own = origin == self.origins.own().origin();
+        let floors = {
+            let mut floors = self.floors.lock();
+            Arc::clone(floors.entry((origin.clone(), part)).or_default())
+        };
+        let kept = if is_own { FLOOR_KEPT } else { FAR_FLOOR_KEPT };
+        let fresh = || {
+            let last = *floors.last.lock();
+            last.filter(|floor| floor.at.elapsed() < kept)
+        };
+        if is_own {
+            let _turn = floors.asking.lock().await;
+            if let Some(floor) = fresh() {
+                return Some(floor);
+            }
+            let stream = rooms_stream(origin, part);
+            let now = Instant::now();
+            let floor = self.near_floor(streams, part, &stream, now).await;
+            *floors.last.lock() = floor;
+            return floor;
         }
-        *kept = None;
-        let stream = rooms_stream(self.streams.origin(), part);
+        // A floor that lies far away is asked for by one, and rarely; the others take what was known, which is as true.
+        if fresh().is_none()
+            && let Ok(_turn) = floors.asking.try_lock()
+        {
+            let now = Instant::now();
+            let seq = self.far_floor(streams, part).await;
+            let mut last = floors.last.lock();
+            let state = streams.known(part);
+            let before = last.filter(|floor| floor.state.epoch == state.epoch);
+            *last = Some(Floor {
+                at: now,
+                state,
+                seq: seq.or(before.and_then(|floor| floor.seq)),
+            });
+        }
+        let state = streams.fetch(part).await;
+        let state = state
+            .inspect_err(|error| tracing::debug!(%origin, part, %error, "no floor"))
+            .ok()?;
+        let last = *floors.last.lock();
+        let last = last.filter(|floor| floor.state.epoch == state.epoch);
+        Some(Floor {
+            at: Instant::now(),
+            state,
+            seq: last.and_then(|floor| floor.seq),
+        })
+    }
+
+    async fn near_floor(
+        &self,
+        streams: &Streams,
+        part: u16,
+        stream: &str,
+        now: Instant,
+    ) -> Option<Floor> {
         let connection = self.reader.connection();
-        let consumer = consumer_state(connection, &stream, self.wait).await;
+        let consumer = consumer_state(connection, stream, self.wait).await;
         let consumer = consumer
             .inspect_err(|error| tracing::debug!(stream, %error, "no floor"))
             .ok()?;
-        let state = self.streams.fetch(part).await;
+        let state = streams.fetch(part).await;
         let state = state
             .inspect_err(|error| tracing::debug!(stream, %error, "no floor"))
             .ok()?;
         // A floor beyond the end is one of a stream that was there before.
         let seq = consumer.map(|consumer| consumer.floor);
         let seq = seq.map(|seq| if seq > state.last_seq { 0 } else { seq });
-        let floor = Floor {
+        Some(Floor {
             at: now,
             state,
             seq,
-        };
-        *kept = Some(floor);
-        Some(floor)
+        })
+    }
+
+    /// The floor of a stream in its own region, if that can be reached. It may lie beyond the end of the mirror here.
+    async fn far_floor(&self, streams: &Streams, part: u16) -> Option<u64> {
+        let connection = self.reader.connection();
+        let (origin, stream) = (streams.origin(), rooms_stream(streams.origin(), part));
+        let wait = self.wait.min(FAR_WAIT);
+        let asked = tokio::join!(
+            consumer_elsewhere(connection, origin, &stream, wait),
+            epoch_elsewhere(connection, origin, &stream, wait),
+        );
+        match asked {
+            (Ok(consumer), Ok(epoch)) if epoch == streams.known(part).epoch => {
+                consumer.map(|consumer| consumer.floor)
+            }
+            (Ok(_), Ok(_)) => None,
+            (consumer, epoch) => {
+                let (consumer, epoch) = (consumer.err(), epoch.err());
+                tracing::debug!(
+                    stream,
+                    ?consumer,
+                    ?epoch,
+                    "the floor of another region is not known"
+                );
+                None
+            }
+        }
     }
 }
 
-impl RoomLog<'_> {
-    /// The sequence up to which MongoDB has everything. `None`: nobody writes it there, or nobody can tell.
-    pub(super) async fn floor(&mut self) -> Option<u64> {
-        let part = partition_of(self.room, self.log.streams.partitions());
-        let floor = self.log.floor(part).await?;
-        self.state = floor.state;
-        floor.seq
-    }
-
-    /// Looks at the stream now.
-    pub(super) async fn look(&mut self) {
-        let part = partition_of(self.room, self.log.streams.partitions());
-        if let Ok(state) = self.log.streams.verify(part, Instant::now()).await {
-            self.state = state;
+impl<'l> RoomLog<'l> {
+    /// Finds out up to where MongoDB has everything, of each origin.
+    pub(super) async fn floors(&mut self) {
+        let log = self.log;
+        let floors = self.of.iter().map(|of| log.floor(&of.streams, of.part));
+        let floors = join_all(floors).await;
+        for (of, floor) in self.of.iter_mut().zip(floors) {
+            if let Some(floor) = floor {
+                of.state = floor.state;
+                of.floor = floor.seq;
+            }
         }
     }
 
-    /// Whether this is the stream's own incarnation.
-    pub(super) fn is_of(&self, position: &crate::model::Position) -> bool {
-        (&position.origin, position.epoch) == (self.log.streams.origin(), self.state.epoch)
+    /// Looks at the streams now.
+    pub(super) async fn look(&mut self) {
+        for of in &mut self.of {
+            if let Ok(state) = of.streams.verify(of.part, Instant::now()).await {
+                of.state = state;
+            }
+        }
     }
 
+    /// The log in the stream of a position, if it is the incarnation of the position.
+    pub(super) fn of(&self, position: &Position) -> Option<&OriginLog<'l>> {
+        self.of
+            .iter()
+            .find(|of| (&position.origin, position.epoch) == (of.streams.origin(), of.state.epoch))
+    }
+
+    /// All that the streams have above their floors, unless it is too much of one.
+    ///
+    /// # Errors
+    /// [`ReadError`] of the own stream. A mirror that can't be read says nothing: then not all is there (`false`).
+    pub(super) async fn tail(&self) -> Result<(Tails, bool), ReadError> {
+        let tails = self.of.iter().map(OriginLog::tail);
+        let mut joined: Option<Tail> = None;
+        let mut complete = true;
+        for (of, tail) in self.of.iter().zip(join_all(tails).await) {
+            let tail = match tail {
+                Ok(Some(tail)) => tail,
+                Ok(None) => return Ok((Tails::TooLong, complete)),
+                Err(error) if joined.is_none() => return Err(error),
+                Err(error) => {
+                    tracing::debug!(%error, "history is read without a mirror");
+                    complete = false;
+                    of.nothing()
+                }
+            };
+            complete &= of.floor.is_some();
+            joined = Some(match joined {
+                Some(joined) => joined.join(tail),
+                None => tail,
+            });
+        }
+        let tail = joined.unwrap_or_else(|| self.nothing());
+        Ok((Tails::All(tail), complete))
+    }
+
+    /// What a page needs of what the streams have above their floors.
+    pub(super) async fn part(&self, part: &Part) -> Result<Tail, ReadError> {
+        let parts = self.of.iter().map(|of| of.part(part));
+        let parts = try_join_all(parts).await?.into_iter();
+        Ok(parts.reduce(Tail::join).unwrap_or_else(|| self.nothing()))
+    }
+
+    /// Nothing: the streams can't be read.
+    pub(super) fn nothing(&self) -> Tail {
+        let nothing = self.of.iter().map(OriginLog::nothing);
+        nothing.reduce(Tail::join).expect("there is the own stream")
+    }
+
+    /// The place of a message among the room's newest, by its key.
+    pub(super) async fn find(&self, key: &str) -> Result<Option<Place>, ReadError> {
+        let found = self.of.iter().map(|of| of.find(key));
+        let found = try_join_all(found).await?;
+        Ok(found.into_iter().flatten().min())
+    }
+}
+
+impl OriginLog<'_> {
     /// Where a sequence of this stream stands in history, given when it was stored.
     pub(super) fn place(&self, seq: u64, ts: u64) -> Place {
         Place {
             ts,
-            origin: self.log.streams.origin().clone(),
+            origin: self.streams.origin().clone(),
             epoch: self.state.epoch,
             seq,
         }
     }
 
     /// The sequence of this stream that a place comes before, or at.
-    pub(super) fn seq_at(&self, place: &Place) -> u64 {
-        let here = (&place.origin, place.epoch) == (self.log.streams.origin(), self.state.epoch);
-        // Elsewhere: of an earlier incarnation, so before all that is in this one.
-        if here { place.seq } else { 0 }
+    async fn seq_at(&self, place: &Place) -> Result<u64, ReadError> {
+        if place.origin != *self.streams.origin() {
+            let (reader, epoch) = (&self.log.reader, self.state.epoch);
+            let next = reader.next_since(&self.stream, epoch, &self.filter, place.ts);
+            let next = next.await?.map(|record| record.seq);
+            return Ok(next.unwrap_or(self.state.last_seq + 1));
+        }
+        // Of an earlier incarnation: before all that is in this one.
+        let here = place.epoch == self.state.epoch;
+        Ok(if here { place.seq } else { 0 })
     }
 
     /// Nothing: the stream can't be read.
-    pub(super) fn nothing(&self) -> Tail {
+    fn nothing(&self) -> Tail {
         self.made_of(u64::MAX, Vec::new())
     }
 
@@ -196,8 +379,9 @@ impl RoomLog<'_> {
         reader.next(stream, state.epoch, filter, seq).await
     }
 
-    /// All that the stream has above `floor`; `None`: too much.
-    pub(super) async fn tail(&self, floor: u64) -> Result<Option<Tail>, ReadError> {
+    /// All that the stream has above the floor; `None`: too much.
+    async fn tail(&self) -> Result<Option<Tail>, ReadError> {
+        let floor = self.floor.unwrap_or_default();
         let mut entries = Vec::new();
         let (mut from, mut bytes) = (floor + 1, 0);
         loop {
@@ -214,9 +398,15 @@ impl RoomLog<'_> {
         }
     }
 
-    /// What a page needs of what the stream has above `floor`.
-    pub(super) async fn part(&self, floor: u64, part: Part) -> Result<Tail, ReadError> {
-        let Part { split, left, right } = part;
+    /// What a page needs of what the stream has above the floor.
+    async fn part(&self, part: &Part) -> Result<Tail, ReadError> {
+        let (left, right) = (part.left, part.right);
+        let split = match &part.split {
+            Some(place) => Some(self.seq_at(place).await?),
+            // The beginning of the log is the beginning of the stream.
+            None => (left == 0).then_some(0),
+        };
+        let floor = self.floor.unwrap_or_default();
         let first = (floor + 1).max(self.state.first_seq);
         let from = match split {
             Some(split) if left == 0 || split <= first => split.max(first),
@@ -294,8 +484,8 @@ impl RoomLog<'_> {
         Ok(low)
     }
 
-    /// The place of a message among the room's newest, by its key.
-    pub(super) async fn find(&self, key: &str) -> Result<Option<Place>, ReadError> {
+    /// As [`RoomLog::find`], in this stream.
+    async fn find(&self, key: &str) -> Result<Option<Place>, ReadError> {
         let most = usize::try_from(MAX_SEARCHED).unwrap_or(usize::MAX);
         let mut next = self.start(self.state.first_seq, None, most).await?;
         loop {
@@ -314,7 +504,7 @@ impl RoomLog<'_> {
     }
 
     fn made_of(&self, floor: u64, entries: Vec<Entry>) -> Tail {
-        let origin = self.log.streams.origin().clone();
+        let origin = self.streams.origin().clone();
         let newest = floor.max(self.state.last_seq);
         Tail::new(origin, self.state.epoch, newest, entries)
     }
@@ -324,7 +514,7 @@ impl RoomLog<'_> {
         let page = reader.page(&self.stream, epoch, filter, from).await?;
         let bytes = page.records.iter().map(|record| record.body.len()).sum();
         let next = page.records.last().map_or(from, |record| record.seq + 1);
-        let origin = self.log.streams.origin();
+        let origin = self.streams.origin();
         let entries = page.records.into_iter().map(|record| {
             let room = self.room.clone();
             entry(Stored { room, record }, origin, epoch)

@@ -112,7 +112,10 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{super::roster::{Seen, Shown}, *};
+    use super::{
+        super::roster::{Seen, Shown},
+        *,
+    };
 
     fn change(user: usize, here: bool) -> Change {
         Change {

@@ -104,9 +104,10 @@ struct Hold {
 impl User {
     fn seen(&self, leases: &Leases) -> Option<Shown> {
         let is_alive = |hold: &&Hold| leases.alive.contains(&hold.lease);
-        let holds = self.holds.iter().filter(|hold| {
-            is_alive(hold) || leases.unreachable.contains(&hold.lease)
-        });
+        let holds = self
+            .holds
+            .iter()
+            .filter(|hold| is_alive(hold) || leases.unreachable.contains(&hold.lease));
         let here = holds.clone().filter_map(|hold| hold.seen.as_ref());
         // Here since they first came, as they called themselves last.
         let first = here.clone().map(|seen| seen.since).min()?;

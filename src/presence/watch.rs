@@ -361,11 +361,7 @@ impl Watched {
 }
 
 /// What the bucket of an origin has of a room. A mirror that is not there (any more) has nothing.
-async fn stored(
-    presence: &Presence,
-    origin: &Region,
-    keys: &str,
-) -> Result<Vec<Entry>, KvError> {
+async fn stored(presence: &Presence, origin: &Region, keys: &str) -> Result<Vec<Entry>, KvError> {
     match presence.bucket.of(origin).scan(keys).await {
         Err(KvError::Read(ReadError::NoStream { .. })) if origin != presence.bucket.origin() => {
             Ok(Vec::new())

@@ -411,11 +411,7 @@ impl Markers {
         try_join_all(buckets).await
     }
 
-    async fn of_bucket(
-        &self,
-        origin: &Region,
-        wanted: Wanted<'_>,
-    ) -> Result<Vec<Entry>, KvError> {
+    async fn of_bucket(&self, origin: &Region, wanted: Wanted<'_>) -> Result<Vec<Entry>, KvError> {
         let bucket = self.bucket.of(origin);
         let answer = match wanted {
             Wanted::Keys(keys) => bucket.get(keys).await,
@@ -580,7 +576,12 @@ impl Markers {
             .map(|head| (head.seq, head.fingerprint))
             .max(read)
             // A room of which the stream has nothing stands where the stream was last seen.
-            .unwrap_or_else(|| (self.origins.own().known(part).last_seq, Fingerprint::default()));
+            .unwrap_or_else(|| {
+                (
+                    self.origins.own().known(part).last_seq,
+                    Fingerprint::default(),
+                )
+            });
         Ok(if position.seq < head.0 {
             position
         } else {

@@ -13,7 +13,7 @@ use async_nats::{HeaderMap, jetstream};
 use futures_util::StreamExt as _;
 use natter::{
     auth::{Grant, Right},
-    bus::{Connection, Reader, Streams, consumer_state, provision::connect},
+    bus::{Connection, Origins, Reader, Streams, consumer_state, provision::connect},
     history::{At, Lies, PageRequest, Pages, entry},
     model::{Class, Region, RoomId},
     store::{Entry, Store},
@@ -259,7 +259,7 @@ struct Hand {
     room: RoomId,
     client: async_nats::Client,
     reader: Reader,
-    streams: Arc<Streams>,
+    origins: Arc<Origins>,
     store: Store,
 }
 
@@ -269,14 +269,14 @@ impl Hand {
         let mesh = Mesh::start(nats_url(), 1, &toml).await;
         let config = &mesh.config;
         let connection = Connection::open(&config.nats, "hand").await.unwrap();
-        let streams = Streams::load(connection.clone(), config.region(), &config.nats);
+        let origins = Origins::wait_for(&connection, &config.region(), &config.nats);
         let store = Store::open(&config.mongodb).await.unwrap();
         store.prepare().await.unwrap();
         Self {
             room: RoomId::parse(room).unwrap(),
             client: connect(&config.nats).await.unwrap(),
             reader: Reader::new(connection, &config.nats),
-            streams: streams.await.unwrap(),
+            origins: origins.await,
             store,
             mesh,
         }
@@ -350,7 +350,7 @@ impl Hand {
     async fn entries(&self) -> Vec<Entry> {
         let subjects = Subjects::new(&self.mesh.config.nats.prefix);
         let filter = subjects.stored_any(&self.region(), 0);
-        let epoch = self.streams.known(0).epoch;
+        let epoch = self.origins.own().known(0).epoch;
         let (mut entries, mut from): (Vec<Entry>, u64) = (Vec::new(), 1);
         loop {
             let page = self.reader.log(&self.stream(), epoch, &filter, from).await;
@@ -367,8 +367,8 @@ impl Hand {
     }
 
     fn pages(&self, store: Option<Store>) -> Pages {
-        let (reader, streams) = (self.reader.clone(), Arc::clone(&self.streams));
-        Pages::new(reader, streams, store, &self.mesh.config)
+        let (reader, origins) = (self.reader.clone(), Arc::clone(&self.origins));
+        Pages::new(reader, origins, store, &self.mesh.config)
     }
 
     fn ask(&self, lies: Lies, limit: usize) -> PageRequest {

@@ -209,15 +209,18 @@ async fn page(
 }
 
 /// The tag of an answer. A weak one: what it stands for is what is said, not its bytes.
-fn tag(heads: &Heads, request: &PageRequest, newest_first: bool) -> String {
+fn tag(heads: &[Heads], request: &PageRequest, newest_first: bool) -> String {
     let mut question = DefaultHasher::new();
     (request, newest_first).hash(&mut question);
-    let Heads {
-        epoch,
-        message,
-        change,
-    } = heads;
-    format!("W/\"{epoch}.{message}.{change}.{:x}\"", question.finish())
+    let heads = heads.iter().map(|heads| {
+        let Heads {
+            epoch,
+            message,
+            change,
+        } = heads;
+        format!("{epoch}.{message}.{change}.")
+    });
+    format!("W/\"{}{:x}\"", heads.collect::<String>(), question.finish())
 }
 
 /// Who keeps an answer has to ask whether it still holds, and it is nobody else's.
