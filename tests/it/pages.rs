@@ -269,14 +269,14 @@ impl Hand {
         let mesh = Mesh::start(nats_url(), 1, &toml).await;
         let config = &mesh.config;
         let connection = Connection::open(&config.nats, "hand").await.unwrap();
-        let origins = Origins::wait_for(&connection, &config.region(), &config.nats);
+        let origins = Origins::wait_for(&connection, &config.region(), &config.nats).await;
         let store = Store::open(&config.mongodb).await.unwrap();
         store.prepare().await.unwrap();
         Self {
             room: RoomId::parse(room).unwrap(),
             client: connect(&config.nats).await.unwrap(),
             reader: Reader::new(connection, &config.nats),
-            origins: origins.await,
+            origins,
             store,
             mesh,
         }
