@@ -1,5 +1,7 @@
 //! The only place that spells a NATS subject, stream or header name, both ways.
 
+use std::fmt;
+
 use crate::model::{Class, Region, RoomId, header_unescape, is_token, key_escape};
 
 /// Header names of a message on NATS.
@@ -415,6 +417,41 @@ pub fn parse_marker_key(key: &str) -> Option<(RoomId, String)> {
     tokens.next().is_none().then_some((room, user))
 }
 
+/// A key of the bucket `control`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ControlKey {
+    /// Tokens of this user are revoked: `revoke.user.<user>`.
+    RevokedUser(String),
+    /// The token with this `jti` is: `revoke.jti.<jti>`.
+    RevokedToken(String),
+    /// Whether this user is let in at all: `block.user.<user>`.
+    BlockedUser(String),
+}
+
+impl fmt::Display for ControlKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (about, name) = match self {
+            Self::RevokedUser(user) => ("revoke.user", user),
+            Self::RevokedToken(jti) => ("revoke.jti", jti),
+            Self::BlockedUser(user) => ("block.user", user),
+        };
+        write!(f, "{about}.{}", key_escape(name))
+    }
+}
+
+/// Reads a [`ControlKey`].
+#[must_use]
+pub fn parse_control_key(key: &str) -> Option<ControlKey> {
+    let (about, name) = key.rsplit_once('.')?;
+    let name = header_unescape(name).into_owned();
+    match about {
+        "revoke.user" => Some(ControlKey::RevokedUser(name)),
+        "revoke.jti" => Some(ControlKey::RevokedToken(name)),
+        "block.user" => Some(ControlKey::BlockedUser(name)),
+        _ => None,
+    }
+}
+
 /// JetStream's own API, in the domain one is connected to.
 pub mod api {
     use crate::model::Region;
@@ -574,6 +611,24 @@ mod tests {
             assert_eq!(parse_rooms_stream(other), None, "{other}");
         }
         assert_eq!(bucket_stream("presence", &region), "KV_presence_us-east");
+    }
+
+    #[test]
+    fn keys_of_the_control_bucket_are_read_back() {
+        for key in [
+            ControlKey::RevokedUser("kim@x.org".to_owned()),
+            ControlKey::RevokedToken("a.b c".to_owned()),
+            ControlKey::BlockedUser("zoë".to_owned()),
+        ] {
+            assert_eq!(parse_control_key(&key.to_string()), Some(key));
+        }
+        assert_eq!(
+            ControlKey::RevokedUser("k.m".to_owned()).to_string(),
+            "revoke.user.k=2Em"
+        );
+        for other in ["", "revoke", "revoke.user", "close.room.x"] {
+            assert_eq!(parse_control_key(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Token → claims → grants: who may do what in which room.
 //!
-//! Does not know sessions, sockets or revocation lists, and reads no clock: `now` is an argument. The only module that
+//! Does not know sessions or sockets, is told what was revoked ([`Revocations`]), and reads no clock: `now` is an argument. The only module that
 //! imports jsonwebtoken, and of it only the signatures: what a token may say, and until when it holds, is decided here.
 //!
 //! # Invariants
@@ -13,12 +13,14 @@ mod cache;
 mod claims;
 mod grant;
 mod key;
+mod revoked;
 #[cfg(test)]
 mod test_keys;
 mod verifier;
 
 pub use claims::{BadClaim, Claims};
 pub use grant::{BadPattern, Grant, Right, Rights};
+pub use revoked::{Block, Revocation, Revocations, Whose};
 pub use verifier::{
     AuthConfigError, AuthError, Identity, IssueError, MAX_TOKEN, MAX_USER, Verifier, issue,
 };

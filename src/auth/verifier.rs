@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, value::RawValue};
 
 use super::{
-    BadClaim, BadPattern, Claims, Right, Rights,
+    BadClaim, BadPattern, Claims, Revocations, Right, Rights,
     cache::Cache,
     grant::{Allowed, Rooms},
     key::Key,
@@ -35,6 +35,8 @@ pub struct Identity {
     pub user: Arc<str>,
     /// End of validity, unix seconds, without leeway: see [`Verifier::deadline`].
     pub exp: u64,
+    /// When it was issued, unix seconds, if it says.
+    pub iat: Option<u64>,
     /// The token's own name, if it has one.
     pub jti: Option<Box<str>>,
     /// A JSON object for presence, if the token has one.
@@ -117,6 +119,7 @@ impl Identity {
         Ok(Self {
             user: Arc::from(claims.sub.as_str()),
             exp: claims.exp,
+            iat: claims.iat,
             jti: claims.jti.as_deref().map(Box::from),
             info: info.map(Arc::from),
             allowed,
@@ -133,6 +136,7 @@ pub struct Verifier {
     audience: String,
     leeway_s: u64,
     cache: Cache,
+    revocations: Arc<Revocations>,
 }
 
 impl fmt::Debug for Verifier {
@@ -211,6 +215,9 @@ pub enum AuthError {
         /// Its start, unix seconds.
         nbf: u64,
     },
+    /// It was revoked, or its user is blocked.
+    #[error("the token is revoked")]
+    Revoked,
     /// Not from the configured issuer.
     #[error("the token's `iss` is not the issuer accepted here")]
     Issuer,
@@ -229,6 +236,7 @@ impl AuthError {
             Self::Claim(_) | Self::Pattern { .. } => TokenFault::Claim,
             Self::Expired { .. } => TokenFault::Expired,
             Self::NotYetValid { .. } => TokenFault::NotYetValid,
+            Self::Revoked => TokenFault::Revoked,
             Self::Issuer => TokenFault::Issuer,
             Self::Audience => TokenFault::Audience,
         }
@@ -295,6 +303,7 @@ impl Verifier {
             audience: config.audience.clone(),
             leeway_s: config.leeway.as_secs(),
             cache: Cache::new(CACHE),
+            revocations: Arc::default(),
         })
     }
 
@@ -305,12 +314,29 @@ impl Verifier {
     /// # Errors
     /// [`AuthError`], counted with its reason.
     pub fn verify(&self, token: &str, now_s: u64) -> Result<Arc<Identity>, AuthError> {
-        let result = self.check(token, now_s);
+        let result = self.check(token, now_s).and_then(|(identity, check)| {
+            match self.is_revoked(&identity, now_s) {
+                true => Err(AuthError::Revoked),
+                false => Ok((identity, check)),
+            }
+        });
         match &result {
             Ok((_, check)) => count(Counter::TokenVerified(*check), 1),
             Err(error) => count(Counter::TokenRefused(error.fault()), 1),
         }
         result.map(|(identity, _)| identity)
+    }
+
+    /// What is revoked: who hears of that tells it.
+    #[must_use]
+    pub fn revocations(&self) -> &Arc<Revocations> {
+        &self.revocations
+    }
+
+    /// Whether the bearer of a token that was verified is not let in any more. `now_s`: unix seconds.
+    #[must_use]
+    pub fn is_revoked(&self, identity: &Identity, now_s: u64) -> bool {
+        self.revocations.refuse(identity, now_s)
     }
 
     /// Until when `identity` holds, unix seconds: its `exp` and the configured leeway.

@@ -16,6 +16,7 @@ mod export;
 mod guard;
 mod history;
 mod provision;
+mod revoke;
 mod send;
 mod tail;
 mod token;
@@ -65,6 +66,7 @@ enum Command {
     Token(token::Token),
     Edge(edge::EdgeCommand),
     History(history::HistoryCommand),
+    Revoke(revoke::Args),
     /// Follow a room in the terminal; reconnects and resumes by itself.
     Tail(tail::Tail),
     /// Say something in a room, and wait until it is stored.
@@ -120,6 +122,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::History(history) => return history.run(cli.config.as_deref()),
         Command::Token(token) => println!("{}", token.make(cli.config.as_deref())?),
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
+        Command::Revoke(args) => revoke::run(args, &load()?)?,
         Command::Tail(tail) => tail::run(tail, load)?,
         Command::Send(send) => send::run(send, load)?,
     }

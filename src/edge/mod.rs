@@ -9,6 +9,7 @@
 
 mod accept;
 mod admission;
+mod control;
 mod http;
 mod page;
 mod shard;
@@ -22,14 +23,16 @@ pub use http::openapi_json;
 
 use crate::{
     auth::{AuthConfigError, Verifier},
-    bus::{ConnectError, Connection, Line, Origins, Publisher, Reader, mirrors},
+    bus::{Bucket, ConnectError, Connection, Line, Origins, Publisher, Reader, mirrors},
     config::Config,
     history,
     presence::Presence,
     read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},
+    subject::bucket,
 };
 use admission::Admission;
+use control::Control;
 use shard::Shards;
 
 /// How often each stream's state is looked at when nothing else asks for it.
@@ -221,6 +224,11 @@ async fn make_ready(
     let name = format!("natter edge {} state", shared.id);
     let state = Connection::open(&config.nats, &name).await?;
     let state_reader = Reader::new(state.clone(), &config.nats);
+    let control = Bucket::new(state.clone(), state_reader.clone(), config, bucket::CONTROL);
+    let revocations = Arc::clone(shared.verifier.revocations());
+    if let Some(control) = Control::open(control, Arc::clone(&origins), revocations).await {
+        tasks.spawn_until_stopping("follow what is revoked", control.follow());
+    }
     // For what is published over HTTP, and for receipts.
     let (line, driver) = Line::new(&config.nats, &format!("natter edge {} publish", shared.id))?;
     tasks.spawn_until_stopping("publish over HTTP", driver.run(()));

@@ -277,11 +277,14 @@ async fn run(
     }
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut revoked = shard.context.verifier.revocations().changes();
     let drain = loop {
         tokio::select! {
-            // All three are cancel-safe.
+            // All four are cancel-safe.
             Some(new) = new_sessions.recv() => shard.open_session(new),
             _ = tick.tick() => shard.tick(),
+            // Who is not let in any more does not wait for the tick. The sender lives as long as the verifier.
+            Ok(()) = revoked.changed() => shard.close_revoked(),
             drain = drains.recv() => break drain,
         }
     };
@@ -419,6 +422,13 @@ impl Shard {
         }
         let queued = i64::try_from(queued).unwrap_or(i64::MAX);
         gauge_add(Gauge::OutboxBytes, queued - self.queued.replace(queued));
+    }
+
+    /// Closes the sessions whose tokens are revoked.
+    fn close_revoked(&self) {
+        for session in self.sessions.borrow().values() {
+            session.close_if_revoked();
+        }
     }
 
     /// Tells the sessions to come back elsewhere, spread over time, and waits until they are gone. How many are left.

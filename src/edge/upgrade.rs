@@ -65,10 +65,10 @@ pub(super) async fn websocket(
             refused(metrics::Admission::BadToken);
             return HttpError::new(ErrorCode::Unauthorized, error.to_string()).into_response();
         }
-        Err((Carrier::Subprotocol, _)) => {
+        Err((Carrier::Subprotocol, error)) => {
             // A browser's script can't see the status of a handshake, but it can see a close code.
             refused(metrics::Admission::BadToken);
-            close = Some(Close::BadToken);
+            close = Some(refusal(&error));
             None
         }
     };
@@ -120,6 +120,14 @@ pub(super) async fn websocket(
         }
     });
     response
+}
+
+/// How a connection is closed whose token is refused.
+fn refusal(error: &AuthError) -> Close {
+    match error {
+        AuthError::Revoked => Close::Revoked,
+        _ => Close::BadToken,
+    }
 }
 
 /// How a token came.

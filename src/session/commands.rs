@@ -10,7 +10,7 @@ use super::{
     Context, MAX_RATE_STRIKES, MAX_UNDECODABLE, Seat, Session, frame, state::may_see_presence,
 };
 use crate::{
-    auth::{Identity, Right},
+    auth::{AuthError, Identity, Right},
     bus::{Outgoing, PublishError},
     config::Config,
     model::{Cursor, Kind, RoomId},
@@ -201,7 +201,10 @@ impl Session {
             Ok(identity) => identity,
             Err(error) => {
                 self.refuse(rid, (ErrorCode::Unauthorized, error.to_string()));
-                self.conn.close(Close::BadToken);
+                self.conn.close(match error {
+                    AuthError::Revoked => Close::Revoked,
+                    _ => Close::BadToken,
+                });
                 return Ok(());
             }
         };

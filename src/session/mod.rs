@@ -401,12 +401,27 @@ impl Session {
             .retain(|_, seat| !seat.membership.has_ended());
     }
 
-    /// Tells the client that its token runs out, and closes when it has.
+    /// Closes the connection if its token is revoked.
+    pub(crate) fn close_if_revoked(&self) {
+        let revoked = self
+            .identity
+            .borrow()
+            .as_ref()
+            .is_some_and(|identity| self.context.verifier.is_revoked(identity, unix_s()));
+        if revoked {
+            self.conn.close(Close::Revoked);
+        }
+    }
+
+    /// Tells the client that its token runs out, and closes when it has or is revoked.
     fn tell_expiry(&self, now_s: u64) {
         let Some(identity) = self.identity.borrow().clone() else {
             return;
         };
-        if now_s >= self.context.verifier.deadline(&identity) {
+        if self.context.verifier.is_revoked(&identity, now_s) {
+            // It may have come to this shard after that was told.
+            self.conn.close(Close::Revoked);
+        } else if now_s >= self.context.verifier.deadline(&identity) {
             self.conn.close(Close::BadToken);
         } else if !self.expiry_told.get() && now_s + EXPIRY_NOTICE_S >= identity.exp {
             self.expiry_told.set(true);

@@ -145,7 +145,7 @@ labels! {
     /// Why a token was refused.
     TokenFault "reason" {
         NoKey "no_key", Malformed "malformed", Algorithm "algorithm", Signature "signature",
-        Claim "claim", Expired "expired", NotYetValid "not_yet_valid", Issuer "issuer",
+        Claim "claim", Expired "expired", NotYetValid "not_yet_valid", Revoked "revoked", Issuer "issuer",
         Audience "audience",
     }
 }

@@ -1,0 +1,223 @@
+//! Which tokens and users are not let in any more, though their signature is right.
+//!
+//! Rules come from the control buckets of all regions, in any order and repeatedly; learning them commutes: revocations only
+//! grow, and of two words about a block the later one counts. A rule says itself until when it holds, since a mirror may lose
+//! it without telling.
+
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use parking_lot::RwLock;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::Identity;
+
+/// Whom a rule is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Whose {
+    /// Tokens of a user.
+    User(String),
+    /// The token with this `jti`.
+    Token(String),
+    /// A user, whatever their tokens.
+    Blocked(String),
+}
+
+/// Tokens that are not valid any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation {
+    /// Of a user: those issued (`iat`) at this time or before, unix seconds, and those that don't say.
+    pub before: u64,
+    /// When it ends, unix seconds: no such token is valid any more by then.
+    pub until: u64,
+}
+
+/// Whether a user is let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// Whether they are not.
+    pub blocked: bool,
+    /// When that was said, in ms since 1970: the last word counts.
+    pub at: u64,
+}
+
+/// What is revoked, as an edge knows it. One for all shards.
+#[derive(Debug, Default)]
+pub struct Revocations {
+    rules: RwLock<Rules>,
+    /// Whether there is any rule: without one nothing is looked up.
+    any: AtomicBool,
+    changed: watch::Sender<()>,
+}
+
+#[derive(Debug, Default)]
+struct Rules {
+    users: HashMap<String, Revocation>,
+    tokens: HashMap<String, Revocation>,
+    blocks: HashMap<String, Block>,
+}
+
+impl Revocations {
+    /// Takes in a rule, as it stands in a bucket.
+    ///
+    /// # Errors
+    /// It is not one; it changes nothing.
+    pub fn learn(&self, whose: Whose, value: &[u8]) -> Result<(), serde_json::Error> {
+        let mut rules = self.rules.write();
+        let news = match whose {
+            Whose::User(user) => revoke(&mut rules.users, user, serde_json::from_slice(value)?),
+            Whose::Token(jti) => revoke(&mut rules.tokens, jti, serde_json::from_slice(value)?),
+            Whose::Blocked(user) => {
+                let block: Block = serde_json::from_slice(value)?;
+                let rank = |block: &Block| (block.at, block.blocked);
+                let known = rules.blocks.get(&user);
+                let news = known.is_none_or(|known| rank(known) < rank(&block));
+                if news {
+                    rules.blocks.insert(user, block);
+                }
+                news
+            }
+        };
+        drop(rules);
+        if news {
+            self.any.store(true, Ordering::Release);
+            self.changed.send_replace(());
+        }
+        Ok(())
+    }
+
+    /// Whether the bearer of a token is not let in (any more). `now_s`: unix seconds.
+    #[must_use]
+    pub fn refuse(&self, identity: &Identity, now_s: u64) -> bool {
+        if !self.any.load(Ordering::Acquire) {
+            return false;
+        }
+        let rules = self.rules.read();
+        let user = &*identity.user;
+        let of_token = identity
+            .jti
+            .as_deref()
+            .and_then(|jti| rules.tokens.get(jti));
+        let revoked = |rule: &Revocation| now_s < rule.until;
+        let too_old = |rule: &Revocation| identity.iat.is_none_or(|iat| iat <= rule.before);
+        rules.blocks.get(user).is_some_and(|block| block.blocked)
+            || of_token.is_some_and(revoked)
+            || rules
+                .users
+                .get(user)
+                .is_some_and(|rule| revoked(rule) && too_old(rule))
+    }
+
+    /// Forgets what does not hold any more.
+    pub fn forget(&self, now_s: u64) {
+        if self.any.load(Ordering::Acquire) {
+            let mut rules = self.rules.write();
+            rules.users.retain(|_, rule| now_s < rule.until);
+            rules.tokens.retain(|_, rule| now_s < rule.until);
+        }
+    }
+
+    /// Says when there is a new rule.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+}
+
+fn revoke(rules: &mut HashMap<String, Revocation>, key: String, rule: Revocation) -> bool {
+    let Some(known) = rules.get_mut(&key) else {
+        rules.insert(key, rule);
+        return true;
+    };
+    let merged = Revocation {
+        before: known.before.max(rule.before),
+        until: known.until.max(rule.until),
+    };
+    let news = merged != *known;
+    *known = merged;
+    news
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Claims, *};
+
+    fn identity(user: &str, iat: Option<u64>, jti: Option<&str>) -> Identity {
+        let mut claims = Claims::new(user, 9999);
+        claims.iat = iat;
+        claims.jti = jti.map(str::to_owned);
+        Identity::from_claims(&claims).unwrap()
+    }
+
+    #[test]
+    fn tokens_of_before_are_refused_until_the_revocation_ends() {
+        let revocations = Revocations::default();
+        let kim = || Whose::User("kim".to_owned());
+        revocations
+            .learn(kim(), br#"{"before":100,"until":500}"#)
+            .unwrap();
+        // In any order: the later and the longer one hold.
+        revocations
+            .learn(kim(), br#"{"before":50,"until":900}"#)
+            .unwrap();
+        for (iat, now, refused) in [
+            (Some(100), 200, true),
+            (Some(101), 200, false),
+            (None, 200, true),
+            (Some(60), 899, true),
+            (Some(60), 900, false),
+        ] {
+            let kim = identity("kim", iat, None);
+            assert_eq!(revocations.refuse(&kim, now), refused, "{iat:?} at {now}");
+        }
+        assert!(!revocations.refuse(&identity("lee", None, None), 200));
+        revocations.forget(900);
+        assert!(revocations.rules.read().users.is_empty());
+    }
+
+    #[test]
+    fn one_token_is_revoked_by_its_name() {
+        let revocations = Revocations::default();
+        let token = Whose::Token("t1".to_owned());
+        revocations
+            .learn(token, br#"{"before":0,"until":500}"#)
+            .unwrap();
+        assert!(revocations.refuse(&identity("kim", Some(7), Some("t1")), 100));
+        assert!(!revocations.refuse(&identity("kim", Some(7), Some("t2")), 100));
+        assert!(!revocations.refuse(&identity("kim", Some(7), None), 100));
+    }
+
+    #[test]
+    fn the_last_word_about_a_block_counts_in_whatever_order_it_comes() {
+        let kim = || Whose::Blocked("kim".to_owned());
+        let words = [r#"{"blocked":true,"at":5}"#, r#"{"blocked":false,"at":7}"#];
+        for order in [[0, 1], [1, 0]] {
+            let revocations = Revocations::default();
+            let mut changes = revocations.changes();
+            for word in order {
+                revocations.learn(kim(), words[word].as_bytes()).unwrap();
+            }
+            assert!(changes.has_changed().unwrap());
+            changes.mark_unchanged();
+            assert!(!revocations.refuse(&identity("kim", Some(9999), None), 1));
+            revocations
+                .learn(kim(), br#"{"blocked":true,"at":9}"#)
+                .unwrap();
+            assert!(changes.has_changed().unwrap());
+            assert!(revocations.refuse(&identity("kim", Some(9999), None), 1));
+        }
+    }
+
+    #[test]
+    fn what_is_no_rule_changes_nothing() {
+        let revocations = Revocations::default();
+        let kim = || Whose::User("kim".to_owned());
+        for text in ["", "{}", r#"{"before":-1,"until":3}"#, "x"] {
+            assert!(revocations.learn(kim(), text.as_bytes()).is_err(), "{text}");
+        }
+        assert!(!revocations.refuse(&identity("kim", None, None), 1));
+    }
+}
