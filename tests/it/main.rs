@@ -18,6 +18,7 @@ mod history;
 mod lease;
 mod limits;
 mod line;
+mod mesh_state;
 mod pages;
 mod passes;
 mod placement;
