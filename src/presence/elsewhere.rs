@@ -3,7 +3,7 @@
 //! A mirror removes a lease when its time to live has passed, whether or not its region has renewed it: behind a cut all
 //! leases of a region vanish from the mirror without a word (only an origin leaves markers). So a lease that is missing here
 //! has ended if its end was told, or if the mirror has kept up with its origin all the time in which it should have been
-//! renewed. While the mirror hears nothing, nobody knows: its users are unreachable.
+//! renewed: it heard from it later than that. While the mirror hears nothing, nobody knows: its users are unreachable.
 //!
 //! A mirror does not repeat what its origin removes by a purge either: what was left under a lease that is over is purged in
 //! every region.
@@ -43,8 +43,8 @@ const LONG_CUT: Duration = Duration::from_secs(REMOVED_FOR.as_secs() / 2);
 /// How a mirror stands to its origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Link {
-    /// It has all that the origin has.
-    Up,
+    /// It has all that the origin had then.
+    Up(Instant),
     /// It hears nothing.
     Cut,
     /// NATS here was away a moment ago, or does not answer.
@@ -120,7 +120,7 @@ impl Table {
         let mut look = Look::default();
         self.over.retain(|_, at| now < *at + REMEMBERED);
         match link {
-            Link::Up => {
+            Link::Up(_) => {
                 self.up.get_or_insert(now);
                 let cut = self.cut.take();
                 look.healed = cut.is_some_and(|since| now >= since + LONG_CUT);
@@ -148,11 +148,14 @@ impl Table {
                 (Some(_), None) => {}
             }
         }
-        let told = self.up.is_some_and(|up| now >= up + lease + TICK);
         let overdue = self.leases.iter_mut();
         for (name, known) in overdue.filter(|(_, known)| known.is_overdue(lease, now)) {
             known.unreachable |= link == Link::Cut;
-            if told {
+            // It should have been renewed since then, and the mirror would have heard of that.
+            let since = self.up.max(known.renewed.filter(|_| self.up.is_some()));
+            if let (Link::Up(heard), Some(since)) = (link, since)
+                && heard >= since + lease + TICK
+            {
                 look.ended.push(Arc::clone(name));
             }
         }
@@ -259,7 +262,9 @@ pub(super) async fn follow(presence: Arc<Presence>) {
             followed.looked = Some(now);
             let link = match followed.edges.silent_for().await {
                 _ if grace.is_some() => Link::Unknown,
-                Ok(Some(silent)) if silent < SILENT => Link::Up,
+                Ok(Some(silent)) if silent < SILENT => {
+                    Link::Up(now.checked_sub(silent).unwrap_or(now))
+                }
                 Ok(_) => Link::Cut,
                 Err(error) => {
                     tracing::debug!(origin = %region, %error, "a mirror does not tell how it stands");
@@ -329,7 +334,7 @@ mod tests {
     fn a_lease_that_vanished_behind_a_cut_is_unreachable_until_it_is_renewed() {
         let start = Instant::now();
         let mut table = Table::default();
-        table.looked(&[entry("a", 5, true)], Link::Up, LEASE, start);
+        table.looked(&[entry("a", 5, true)], Link::Up(start), LEASE, start);
         assert_eq!(names(table.alive()), ["a"]);
         let late = start + LEASE + TICK;
         let look = table.looked(&[], Link::Cut, LEASE, late);
@@ -338,7 +343,7 @@ mod tests {
         assert_eq!(names(table.alive()), [""; 0]);
         // The cut is over, and the edge has time to be heard of.
         let healed = late + LEASE;
-        let look = table.looked(&[], Link::Up, LEASE, healed);
+        let look = table.looked(&[], Link::Up(healed), LEASE, healed);
         assert_eq!(look, Look::default());
         assert_eq!(names(table.unreachable()), ["a"]);
         table.renewed("a", 9, healed + TICK);
@@ -350,24 +355,40 @@ mod tests {
     fn a_lease_whose_end_was_not_told_is_over_when_the_mirror_has_kept_up_for_long_enough() {
         let start = Instant::now();
         let mut table = Table::default();
-        table.looked(&[entry("a", 5, true)], Link::Up, LEASE, start);
+        table.looked(&[entry("a", 5, true)], Link::Up(start), LEASE, start);
         let late = start + LEASE + TICK;
         table.looked(&[], Link::Cut, LEASE, late);
-        table.looked(&[], Link::Up, LEASE, late + TICK);
+        table.looked(&[], Link::Up(late + TICK), LEASE, late + TICK);
         // A look that shows nothing of the mirror begins the wait anew.
         table.looked(&[], Link::Unknown, LEASE, late + LEASE);
         let up = late + LEASE + TICK;
-        table.looked(&[], Link::Up, LEASE, up);
-        let look = table.looked(&[], Link::Up, LEASE, up + LEASE);
+        table.looked(&[], Link::Up(up), LEASE, up);
+        let look = table.looked(&[], Link::Up(up + LEASE), LEASE, up + LEASE);
         assert_eq!(look.ended, [""; 0].map(Arc::from));
-        let look = table.looked(&[], Link::Up, LEASE, up + LEASE + TICK);
+        let look = table.looked(&[], Link::Up(up + LEASE + TICK), LEASE, up + LEASE + TICK);
         assert_eq!(look.ended, [Arc::from("a")]);
         // It never lives again, and what it has left is found.
         table.renewed("a", 99, up + LEASE + TICK);
         let found = [entry("used.a", 1, true)];
-        let look = table.looked(&found, Link::Up, LEASE, up + 2 * LEASE);
+        let look = table.looked(&found, Link::Up(up + 2 * LEASE), LEASE, up + 2 * LEASE);
         assert_eq!(look.left, [Arc::from("a")]);
         assert_eq!(names(table.alive()), [""; 0]);
+    }
+
+    #[test]
+    fn a_mirror_that_was_silent_while_a_lease_became_overdue_does_not_say_that_it_is_over() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        table.looked(&[entry("a", 5, true)], Link::Up(start), LEASE, start);
+        table.renewed("a", 6, start + 2 * LEASE);
+        // The cut begins right after the renewal; the mirror is not known to be silent yet.
+        let heard = start + 2 * LEASE + TICK;
+        let late = start + 3 * LEASE + TICK;
+        let look = table.looked(&[], Link::Up(heard), LEASE, late);
+        assert_eq!(look, Look::default());
+        let look = table.looked(&[], Link::Cut, LEASE, late + SILENT);
+        assert_eq!(look, Look::default());
+        assert_eq!(names(table.unreachable()), ["a"]);
     }
 
     #[test]
@@ -375,10 +396,15 @@ mod tests {
         let start = Instant::now();
         let mut table = Table::default();
         let found = [entry("used.a", 1, true), entry("a", 5, true)];
-        table.looked(&found, Link::Up, LEASE, start);
+        table.looked(&found, Link::Up(start), LEASE, start);
         table.looked(&found[..1], Link::Cut, LEASE, start + LEASE + TICK);
         let found = [entry("used.a", 1, true), entry("a", 8, false)];
-        let look = table.looked(&found, Link::Up, LEASE, start + 2 * LEASE);
+        let look = table.looked(
+            &found,
+            Link::Up(start + 2 * LEASE),
+            LEASE,
+            start + 2 * LEASE,
+        );
         assert_eq!(look.ended, [Arc::from("a")]);
         assert_eq!(names(table.unreachable()), [""; 0]);
     }
@@ -400,14 +426,19 @@ mod tests {
         let start = Instant::now();
         let mut table = Table::default();
         table.looked(&[], Link::Cut, LEASE, start);
-        let look = table.looked(&[], Link::Up, LEASE, start + LONG_CUT / 2);
+        let look = table.looked(
+            &[],
+            Link::Up(start + LONG_CUT / 2),
+            LEASE,
+            start + LONG_CUT / 2,
+        );
         assert!(!look.healed);
         let cut = start + LONG_CUT;
         table.looked(&[], Link::Cut, LEASE, cut);
         table.looked(&[], Link::Unknown, LEASE, cut + LONG_CUT);
-        let look = table.looked(&[], Link::Up, LEASE, cut + LONG_CUT);
+        let look = table.looked(&[], Link::Up(cut + LONG_CUT), LEASE, cut + LONG_CUT);
         assert!(look.healed);
-        let look = table.looked(&[], Link::Up, LEASE, cut + 2 * LONG_CUT);
+        let look = table.looked(&[], Link::Up(cut + 2 * LONG_CUT), LEASE, cut + 2 * LONG_CUT);
         assert!(!look.healed);
     }
 }

@@ -225,10 +225,13 @@ async fn who_is_behind_a_cut_is_unreachable_and_not_gone() {
         panic!("{seen:?} are there, not {expected:?}");
     };
     until(&mut asks, &[("kim", false), ("lee", false)]).await;
-    let mut pushes = vec![told(&mut kim).await, told(&mut kim).await];
-    pushes.sort();
     let pair = |user: &str, state: &str| (user.to_owned(), state.to_owned());
-    assert_eq!(pushes, [pair("kim", "join"), pair("lee", "join")]);
+    // A user's own coming is told where the room was looked at before.
+    let mut first = told(&mut kim).await;
+    if first == pair("kim", "join") {
+        first = told(&mut kim).await;
+    }
+    assert_eq!(first, pair("lee", "join"));
 
     regions.cut(VIRGINIA);
     until(&mut asks, &[("kim", false), ("lee", true)]).await;
