@@ -105,6 +105,15 @@ impl Eraser {
         }
     }
 
+    /// The same for the streams of another origin, as this region mirrors them.
+    #[must_use]
+    pub fn of(&self, streams: Arc<Streams>) -> Self {
+        Self {
+            streams,
+            ..self.clone()
+        }
+    }
+
     /// How many partitions there are.
     #[must_use]
     pub fn partitions(&self) -> u16 {

@@ -5,19 +5,25 @@
 //! the rooms concerned, durably, so that members drop what they have, now or when they come back. What a worker had in hand
 //! meanwhile is deleted again by that worker ([`Store::enforce_erasures`](crate::store::Store::enforce_erasures)), or by a
 //! second look some time later if it died first.
+//!
+//! A mirror does not repeat what its origin removes. So there is a record for each region, and each region's service erases
+//! from the streams and the mirrors that it has: at once, or when it is back.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::oneshot,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout_at},
 };
 
 use super::{Parts, question::Refusal};
 use crate::{
     bus::{Candidate, EraseError, Eraser},
-    model::{Kind, Reference, RoomId, RoomScope},
+    model::{Kind, Reference, Region, RoomId, RoomScope},
     protocol::ErrorCode,
     runtime::Phase,
     store::{Claimed, Erased, Erasure, StoreError},
@@ -66,6 +72,9 @@ pub struct EraseAnswer {
     pub done: bool,
     /// Messages erased: the larger of how many MongoDB and the streams had.
     pub erased: u64,
+    /// Other regions whose services have not carried it out yet; they do it when they can be reached.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waiting: Vec<String>,
 }
 
 /// An erasure can't be carried out now.
@@ -83,6 +92,7 @@ enum ErasureError {
 #[derive(Debug, Clone)]
 pub(super) struct Erasing {
     parts: Parts,
+    /// Of the own region's streams.
     eraser: Eraser,
     /// This instance, as holder of erasures.
     holder: String,
@@ -122,6 +132,7 @@ impl Erasing {
         for part in 0..self.eraser.partitions() {
             before.push(self.eraser.clock(part).await?);
         }
+        let own = self.parts.streams.origin();
         let erasure = Erasure {
             id: ulid::Ulid::new().to_string(),
             what: match request.what {
@@ -130,10 +141,26 @@ impl Erasing {
             },
             before,
             by: request.by,
+            region: Some(own.clone()),
         };
         let id = erasure.id.clone();
         let store = &self.parts.store;
         store.record_erasure(&erasure, &self.holder, LEASE).await?;
+        // What is recorded for one region is enforced on what all write; the others' records are what they have to do.
+        let mut elsewhere = BTreeMap::new();
+        for streams in self.parts.origins.all() {
+            let region = streams.origin().clone();
+            if region == *own {
+                continue;
+            }
+            let erasure = Erasure {
+                id: format!("{id}.{region}"),
+                region: Some(region.clone()),
+                ..erasure.clone()
+            };
+            store.record_erasure(&erasure, "", Duration::ZERO).await?;
+            elsewhere.insert(erasure.id, region);
+        }
         let (done, erased) = oneshot::channel();
         let erasing = self.clone();
         let claimed = Claimed {
@@ -146,16 +173,40 @@ impl Erasing {
                 let _gone = done.send(erased);
             }
         });
-        let erased = match timeout(ANSWER_WITHIN, erased).await {
+        let deadline = Instant::now() + ANSWER_WITHIN;
+        let erased = match timeout_at(deadline, erased).await {
             Ok(Ok(erased)) => Some(erased),
             // It takes longer, or is tried again.
             Ok(Err(_)) | Err(_) => None,
         };
+        let waiting = self.left(elsewhere, deadline).await?;
         Ok(EraseAnswer {
             id,
-            done: erased.is_some(),
+            done: erased.is_some() && waiting.is_empty(),
             erased: erased.unwrap_or_default(),
+            waiting,
         })
+    }
+
+    /// Waits until other regions have carried out what was recorded for them; which have not by the deadline.
+    async fn left(
+        &self,
+        mut elsewhere: BTreeMap<String, Region>,
+        deadline: Instant,
+    ) -> Result<Vec<String>, StoreError> {
+        while !elsewhere.is_empty() {
+            let ids: Vec<String> = elsewhere.keys().cloned().collect();
+            let left = self.parts.store.erasures_left(&ids).await?;
+            elsewhere.retain(|id, _| left.contains(id));
+            if Instant::now() >= deadline {
+                break;
+            }
+            if !elsewhere.is_empty() {
+                sleep(LOOK_EVERY / 8).await;
+            }
+        }
+        let left = elsewhere.into_values();
+        Ok(left.map(|region| region.to_string()).collect())
     }
 
     /// Takes over what others left, for ever.
@@ -164,7 +215,7 @@ impl Erasing {
             return;
         }
         loop {
-            match self.parts.store.claim_erasure(&self.holder, LEASE).await {
+            match self.claim().await {
                 Ok(Some(claimed)) => {
                     tracing::info!(
                         erasure = claimed.erasure.id,
@@ -180,6 +231,12 @@ impl Erasing {
                 }
             }
         }
+    }
+
+    async fn claim(&self) -> Result<Option<Claimed>, StoreError> {
+        let region = self.parts.streams.origin();
+        let store = &self.parts.store;
+        store.claim_erasure(region, &self.holder, LEASE).await
     }
 
     /// Carries an erasure out while renewing the lease; how many messages. `None`: it failed, and is due again when the lease
@@ -260,28 +317,38 @@ impl Erasing {
             !announced && erasure.dooms(room, *ts, from, author.as_deref())
         };
         let mut erased = 0;
-        let mut scans = vec![self.eraser.scan_dead()];
-        match &erasure.what {
-            Erased::Room(room) => {
-                let before = erasure.before(room).unwrap_or_default();
-                erased += self.eraser.purge_room(room, before).await?;
+        for streams in self.parts.origins.all() {
+            let is_own = streams.origin() == self.parts.streams.origin();
+            let eraser = self.eraser.of(streams);
+            let mut scans = Vec::new();
+            if is_own {
+                scans.push(eraser.scan_dead());
             }
-            Erased::User { .. } => {
-                for part in 0..self.eraser.partitions() {
-                    scans.push(self.eraser.scan(part).await?);
+            match &erasure.what {
+                Erased::Room(room) => {
+                    let before = erasure.before(room).unwrap_or_default();
+                    let purged = eraser.purge_room(room, before).await?;
+                    // What a mirror has is counted where it comes from.
+                    erased += if is_own { purged } else { 0 };
+                }
+                Erased::User { .. } => {
+                    for part in 0..eraser.partitions() {
+                        scans.push(eraser.scan(part).await?);
+                    }
                 }
             }
-        }
-        for mut scan in scans {
-            while let Some(mut found) = self.eraser.candidates(&mut scan).await? {
-                found.retain(doomed);
-                let rooms: BTreeSet<RoomId> = found.iter().map(|one| one.room.clone()).collect();
-                if !rooms.is_empty() {
-                    store.note_erased_rooms(&erasure.id, rooms).await?;
+            for mut scan in scans {
+                while let Some(mut found) = eraser.candidates(&mut scan).await? {
+                    found.retain(doomed);
+                    let rooms: BTreeSet<RoomId> =
+                        found.iter().map(|one| one.room.clone()).collect();
+                    if !rooms.is_empty() {
+                        store.note_erased_rooms(&erasure.id, rooms).await?;
+                    }
+                    eraser.remove(&scan, &found).await?;
+                    let messages = found.iter().filter(|one| one.kind == Kind::Message);
+                    erased += if is_own { messages.count() as u64 } else { 0 };
                 }
-                self.eraser.remove(&scan, &found).await?;
-                let messages = found.iter().filter(|one| one.kind == Kind::Message);
-                erased += messages.count() as u64;
             }
         }
         Ok(erased)

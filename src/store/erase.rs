@@ -34,7 +34,7 @@ use super::{
     document::{self, field_name, number},
     within,
 };
-use crate::model::{RoomId, RoomScope, header_escape, header_unescape, partition_of};
+use crate::model::{Region, RoomId, RoomScope, header_escape, header_unescape, partition_of};
 
 /// The collection of erasures.
 const ERASURES: &str = "erasures";
@@ -59,6 +59,9 @@ pub struct Erasure {
     pub before: Vec<u64>,
     /// Who wants it.
     pub by: String,
+    /// The region whose service carries it out, in the streams and mirrors that it has; each region has a record of its own.
+    /// `None`: an earlier version wrote it down, in a mesh of one region.
+    pub region: Option<Region>,
 }
 
 /// What an erasure is about.
@@ -127,7 +130,9 @@ impl Erasure {
 
     fn fields(&self) -> Fields {
         let before: Vec<i64> = self.before.iter().map(|before| number(*before)).collect();
-        let mut fields = doc! { "_id": &self.id, "by": &self.by, "before": before };
+        let region = self.region.as_ref().map(Region::as_str);
+        let mut fields =
+            doc! { "_id": &self.id, "by": &self.by, "before": before, "region": region };
         match &self.what {
             Erased::Room(room) => {
                 fields.insert("room", room.as_str());
@@ -170,6 +175,7 @@ impl Erasure {
                 what,
                 before: before.collect::<Option<_>>()?,
                 by: fields.get_str("by").ok()?.to_owned(),
+                region: fields.get_str("region").ok().and_then(Region::parse),
             })
         };
         read().ok_or_else(|| StoreError::Document {
@@ -227,7 +233,7 @@ impl Store {
         self.database.collection_with_options(MESSAGES, options)
     }
 
-    /// Writes an erasure down, held by `holder` for `lease`.
+    /// Writes an erasure down, held by `holder` for `lease`; with no time, whoever looks takes it over.
     ///
     /// # Errors
     /// [`StoreError`]; it may be written down all the same.
@@ -250,16 +256,19 @@ impl Store {
             .map(|_inserted| ())
     }
 
-    /// Takes over an erasure that is due, if there is one.
+    /// Takes over an erasure of `region` that is due, if there is one.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn claim_erasure(
         &self,
+        region: &Region,
         holder: &str,
         lease: Duration,
     ) -> Result<Option<Claimed>, StoreError> {
         let due = doc! {
+            // Null is also where there is none.
+            "region": { "$in": [region.as_str(), Bson::Null] },
             "state": { "$in": ["running", "settling"] },
             "$expr": { "$lte": ["$due", "$$NOW"] },
         };
@@ -278,6 +287,18 @@ impl Store {
             })
         });
         claimed.transpose()
+    }
+
+    /// Which of these erasures have not been carried out yet.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn erasures_left(&self, ids: &[String]) -> Result<Vec<String>, StoreError> {
+        let erasures = self.erasures();
+        let left = erasures.distinct("_id", doc! { "_id": { "$in": ids }, "state": "running" });
+        let left = within(self.read_timeout, left.into_future()).await?;
+        let left = left.iter().filter_map(Bson::as_str);
+        Ok(left.map(str::to_owned).collect())
     }
 
     /// Keeps an erasure for another `lease`; whether it is still the holder's.

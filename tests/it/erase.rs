@@ -443,6 +443,7 @@ async fn orphan(mesh: &Mesh, room: &str) -> (Store, Erasure) {
         what: Erased::Room(RoomId::parse(room).unwrap()),
         before: vec![newest.unwrap(); usize::from(mesh.config.nats.partitions)],
         by: "mod".to_owned(),
+        region: None,
     };
     store
         .record_erasure(&erasure, "who died", Duration::ZERO)
@@ -649,12 +650,13 @@ async fn what_is_written_is_held_against_the_erasures() {
         },
         before: vec![newest; 4],
         by: "mod".to_owned(),
+        region: None,
     };
     store.record_erasure(&erasure, "me", LONG).await.unwrap();
     assert_eq!(store.erasures_running().await.unwrap(), 1);
     assert!(
         store
-            .claim_erasure("another", LONG)
+            .claim_erasure(&mesh.config.region(), "another", LONG)
             .await
             .unwrap()
             .is_none()

@@ -468,3 +468,47 @@ async fn lee_is_there(lee: &mut Connection) -> bool {
     let frame = tokio::time::timeout(LONG, lee.next()).await;
     frame.expect("the session is closed").is_some()
 }
+
+/// What is erased is gone in the mirrors as well, which do not repeat what their origins remove; in a region that is cut off
+/// when the cut is over.
+#[tokio::test]
+async fn what_is_erased_is_gone_in_all_regions() {
+    let toml = format!("[mongodb]\nurl = \"{}\"\n", mongodb_url());
+    let mut regions = two(&toml).await;
+    for region in BOTH {
+        regions.mesh(region).add_worker("/readyz").await;
+    }
+    let mut here = regions.mesh(SEOUL).connect(0, "kim").await;
+    let mut there = regions.mesh(VIRGINIA).connect(0, "kim").await;
+    for number in 0..3 {
+        say(&mut here, &format!("s{number}")).await;
+        say(&mut there, &format!("v{number}")).await;
+    }
+    let mut lee = regions.mesh(SEOUL).connect(0, "lee").await;
+    let mut lee_there = regions.mesh(VIRGINIA).connect(0, "lee").await;
+    until_unread(&mut lee, 6).await;
+    until_unread(&mut lee_there, 6).await;
+    let address = regions.mesh(SEOUL).edges[0].address;
+    let erase = async || {
+        let bearer = format!("Authorization: Bearer {}\r\n", token("kim"));
+        let answer = http(address, "DELETE", "/v1/rooms/chat:a", &bearer, "").await;
+        let (status, body) = answer.unwrap();
+        (status, serde_json::from_str::<Value>(&body).unwrap())
+    };
+    let (status, answer) = erase().await;
+    assert!(status == 200 || status == 202, "{answer}");
+    until_unread(&mut lee, 0).await;
+    until_unread(&mut lee_there, 0).await;
+
+    say(&mut here, "s4").await;
+    say(&mut there, "v4").await;
+    until_unread(&mut lee, 2).await;
+    until_unread(&mut lee_there, 2).await;
+    regions.mesh(VIRGINIA).workers[0].process.kill().await;
+    let (status, answer) = erase().await;
+    assert_eq!(status, 202, "{answer}");
+    assert_eq!(answer["waiting"], json!([VIRGINIA]), "{answer}");
+    until_unread(&mut lee, 0).await;
+    regions.mesh(VIRGINIA).add_worker("/readyz").await;
+    until_unread(&mut lee_there, 0).await;
+}

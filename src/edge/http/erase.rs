@@ -27,6 +27,9 @@ pub(super) struct EraseReply {
     /// Messages that were erased, once it is done.
     #[serde(skip_serializing_if = "Option::is_none")]
     erased: Option<u64>,
+    /// Other regions that have not carried it out yet; they do when they can be reached.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    waiting: Vec<String>,
 }
 
 type Erased = Result<(StatusCode, Json<EraseReply>), HttpError>;
@@ -134,6 +137,7 @@ async fn erase(api: &Api, by: &str, what: EraseWhat) -> Erased {
         id: answer.id,
         state,
         erased: answer.done.then_some(answer.erased),
+        waiting: answer.waiting,
     };
     Ok((status, Json(reply)))
 }
