@@ -255,7 +255,7 @@ mod tests {
     fn place(seq: u64) -> Place {
         Place {
             ts: 1_000 + seq / 2,
-            origin: Region::parse("seoul").unwrap(),
+            origin: Region::parse(if seq % 3 == 0 { "seoul" } else { "virginia" }).unwrap(),
             epoch: Epoch::parse("k3").unwrap(),
             seq,
         }
@@ -293,7 +293,10 @@ mod tests {
                 from,
                 what,
             });
-            entries.collect()
+            // The log of two regions in its order.
+            let mut entries: Vec<Entry> = entries.collect();
+            entries.sort_by(|a, b| a.place.cmp(&b.place));
+            entries
         })
     }
 
