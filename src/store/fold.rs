@@ -255,7 +255,12 @@ mod tests {
     fn place(seq: u64) -> Place {
         Place {
             ts: 1_000 + seq / 2,
-            origin: Region::parse(if seq % 3 == 0 { "seoul" } else { "virginia" }).unwrap(),
+            origin: Region::parse(if seq.is_multiple_of(3) {
+                "seoul"
+            } else {
+                "virginia"
+            })
+            .unwrap(),
             epoch: Epoch::parse("k3").unwrap(),
             seq,
         }

@@ -164,6 +164,40 @@ async fn a_marker_is_the_furthest_of_all_regions_and_never_goes_back() {
     until_unread(&mut there, 1).await;
 }
 
+/// Receipts cross regions, also those of what only the other region's log has; who joins later finds the marker.
+#[tokio::test]
+async fn receipts_are_told_in_all_regions() {
+    let mut regions = two("").await;
+    let mut kim = regions.mesh(SEOUL).connect(0, "kim").await;
+    let join = json!({"room": ROOM, "read": true});
+    reply(&mut kim, "join", join.clone()).await;
+    let mut lee = regions.mesh(VIRGINIA).connect(0, "lee").await;
+    let mut park = regions.mesh(VIRGINIA).connect(0, "park").await;
+    let said = say(&mut park, "v").await;
+    read(&mut lee, &said).await;
+    loop {
+        let frame = next(&mut kim).await;
+        let frame: Value = serde_json::from_str(frame.text()).unwrap();
+        if frame["op"] == "read" && frame["user"] == "lee" {
+            let told: Cursor = frame["cursor"].as_str().unwrap().parse().unwrap();
+            assert_eq!(seq(&told, VIRGINIA), seq(&said, VIRGINIA), "{frame}");
+            break;
+        }
+    }
+    let mut here = regions.mesh(SEOUL).connect(0, "lee").await;
+    // The key comes through the mirror.
+    for _ in 0..600 {
+        let marked = marker(&mut here, "lee").await;
+        if marked.is_some_and(|marked| seq(&marked, VIRGINIA) == seq(&said, VIRGINIA)) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let joined = reply(&mut here, "join", join).await;
+    let joined_at: Cursor = joined["marker"].as_str().unwrap().parse().unwrap();
+    assert_eq!(seq(&joined_at, VIRGINIA), seq(&said, VIRGINIA), "{joined}");
+}
+
 /// A cursor of a region that nobody knows is of no use; together with others it is left out.
 #[tokio::test]
 async fn what_a_cursor_says_of_unknown_regions_is_left_out() {
