@@ -168,6 +168,11 @@ impl Local {
         }
     }
 
+    /// Whether there are users under the lease, or were, that are kept.
+    pub(super) fn keeps_anybody(&self) -> bool {
+        self.rooms.values().any(|room| !room.users.is_empty())
+    }
+
     /// Whether keys are written.
     pub(super) fn has_lease(&self) -> bool {
         self.lease.is_some()

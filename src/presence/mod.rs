@@ -65,6 +65,9 @@ const WAITING: usize = 1024;
 /// How often rooms that are looked at are looked after.
 const TICK: Duration = Duration::from_secs(1);
 
+/// How long the users of an edge that drains have to come back elsewhere after the last of them was let go.
+const COME_BACK: Duration = Duration::from_millis(500);
+
 /// Rooms compared with what is stored at once.
 const COMPARED_AT_ONCE: usize = 8;
 
@@ -427,6 +430,12 @@ impl Presence {
         let Some(own) = own.filter(|_| self.edges.connection().is_up()) else {
             return;
         };
+        // Who was told to leave a moment ago is still on the way.
+        if self.local.lock().keeps_anybody() {
+            let now = tokio::time::Instant::now();
+            let half = deadline.saturating_duration_since(now) / 2;
+            tokio::time::sleep(COME_BACK.min(half)).await;
+        }
         // No more writes: those under way come before the purge.
         self.local.lock().set_lease(None);
         if timeout_at(deadline, lease::give_up(self, &self.edges, &own))
