@@ -5,6 +5,7 @@ use std::{
     collections::VecDeque,
     rc::Rc,
     sync::Arc,
+    time::Duration,
 };
 
 use futures_util::future::try_join_all;
@@ -12,7 +13,7 @@ use indexmap::IndexMap;
 use tokio::{
     sync::Notify,
     task::spawn_local,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::{
@@ -73,6 +74,8 @@ pub struct Hub {
     pub(super) receipts: Receipts,
     /// Whether a task waits for the end of the time of messages that wait.
     pub(super) holding: Cell<bool>,
+    /// How many wait for what is delivered.
+    awaiting: Cell<usize>,
 }
 
 /// Where one origin's part of the room's log is stored.
@@ -145,6 +148,7 @@ impl Hub {
             empty_since: Cell::new(Some(Instant::now())),
             receipts: Receipts::new(rooms.read_push_max),
             holding: Cell::new(false),
+            awaiting: Cell::new(0),
             room,
         });
         hub.subscribe(rooms);
@@ -177,6 +181,15 @@ impl Hub {
             }
             changed.await;
         }
+    }
+
+    /// Waits until what was delivered makes `is_so`, or the hub is gone, for at most `most`.
+    pub(super) async fn when_delivered(&self, most: Duration, is_so: impl Fn(&RoomLog) -> bool) {
+        self.awaiting.set(self.awaiting.get() + 1);
+        let reached = self.when(|| self.is_gone() || is_so(&self.log.borrow()));
+        let in_time = timeout(most, reached).await.is_ok();
+        self.awaiting.set(self.awaiting.get() - 1);
+        tracing::trace!(room.id = %self.room, in_time, "waited for a region");
     }
 
     /// Waits until the hub is gone.
@@ -530,6 +543,9 @@ impl Hub {
                 self.receipts.spoke(track, record, &log);
             }
             None => count(Counter::MessageSuppressed(Suppressed::Duplicate), 1),
+        }
+        if self.awaiting.get() > 0 {
+            self.changed.notify_waiters();
         }
     }
 

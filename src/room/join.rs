@@ -294,6 +294,11 @@ impl Rooms {
         reply: impl FnOnce(&Joined) -> Bytes,
     ) -> Membership {
         let conn = who.conn;
+        // What it has seen elsewhere may come here under another name: it is waited for, for a while.
+        let lags = match &plan {
+            Plan::Fresh | Plan::Reset(_) => false,
+            Plan::Memory(_, since) | Plan::Backlog(_, since, _) => hub.log.borrow().lags(since),
+        };
         let (frames, joined, since, result) = {
             let log = hub.log.borrow();
             let head = || hub.durable.then(|| log.cursor());
@@ -325,6 +330,10 @@ impl Rooms {
                 (joined, since)
             };
             match plan {
+                Plan::Memory(cursor, since) | Plan::Backlog(cursor, since, _) if lags => {
+                    let (joined, _) = resumed(cursor, since.clone(), &[]);
+                    (Vec::new(), joined, since, metrics::Joined::Stream)
+                }
                 Plan::Fresh => (
                     Vec::new(),
                     joined(head(), None),
@@ -356,7 +365,7 @@ impl Rooms {
         let head = hub.log.borrow().head_index();
         let bytes: usize = frames.iter().map(Bytes::len).sum();
         // A client that joins many rooms at once gets their backlogs one after the other, not all into its outbox.
-        let fits = bytes <= PIECE && (bytes == 0 || conn.queued_bytes() <= PIECE);
+        let fits = !lags && bytes <= PIECE && (bytes == 0 || conn.queued_bytes() <= PIECE);
         let member = Rc::new(Member::new(
             who.session,
             who.user,
@@ -372,8 +381,16 @@ impl Rooms {
             conn.send(&frames);
         } else {
             let (rooms, hub, member) = (Rc::clone(self), Rc::clone(&hub), Rc::clone(&member));
-            let place = (since, head);
-            spawn_local(async move { rooms.catch_up(&hub, &member, frames, place).await });
+            spawn_local(async move {
+                let mut place = (since, head);
+                if lags {
+                    let most = rooms.config.causal_wait;
+                    hub.when_delivered(most, |log| !log.lags(&place.0)).await;
+                    // Nothing that the room has in memory was given to it.
+                    place.1 = 0;
+                }
+                rooms.catch_up(&hub, &member, frames, place).await;
+            });
         }
         count(Counter::MessageDelivered, joined.replay);
         Membership { hub, member }

@@ -248,6 +248,13 @@ impl RoomLog {
         ahead.chain(since.elsewhere.iter().cloned()).collect()
     }
 
+    /// Whether a track has not got as far as `since`: some of what it lacks may be a copy of what it has.
+    #[must_use]
+    pub(super) fn lags(&self, since: &Since) -> bool {
+        let mut tracks = self.tracks.iter().zip(&since.place);
+        tracks.any(|(track, (seq, _))| *seq > track.position)
+    }
+
     /// Whether a position lies beyond this log.
     #[must_use]
     pub(super) fn is_ahead(&self, position: &Position) -> bool {

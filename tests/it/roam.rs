@@ -148,7 +148,8 @@ async fn who_comes_to_a_region_that_is_cut_off_is_shown_nothing_twice_and_misses
     // Kim comes to Virginia with what Virginia has not got.
     let mut roaming = connect(&mut regions, VIRGINIA, "kim").await;
     let joined = join(&mut roaming, Some(&cursor)).await;
-    assert_eq!((&joined["cursor"], &joined["replay"]), (&cursor, &json!(1)));
+    // For a moment it is waited for what she has seen: it might come under another name.
+    assert_eq!((&joined["cursor"], &joined["replay"]), (&cursor, &json!(0)));
     hear_all(&mut roaming, ["v1"]).await;
     say(&mut max, "v2").await;
     let cursor = hear_all(&mut roaming, ["v2"]).await;

@@ -6,6 +6,7 @@
 //! each other, with long faults: a cut of 20 s, a server that stands still for 10 s.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -14,15 +15,20 @@ use std::{
 
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
+use serde_json::Value;
 use tokio::{sync::watch, task::JoinSet, time::sleep};
 
 use crate::{
     storm::{
         Seed, caught_up, seed,
-        sessions::{Board, Session, Shared, Stage},
+        sessions::{Board, Session, Shared, Stage, room_name},
     },
     support::{
+        LONG,
         checker::{self, Log},
+        eventually,
+        mesh::{Mesh, http, token},
+        mongodb_url,
         regions::Regions,
         vectors::{self, Verdict},
     },
@@ -43,15 +49,17 @@ enum Fault {
     NatsStopped,
     EdgeKilled,
     SpineKilled,
+    HistoryKilled,
 }
 
-const FAULTS: [Fault; 6] = [
+const FAULTS: [Fault; 7] = [
     Fault::Cut,
     Fault::Flap,
     Fault::NatsKilled,
     Fault::NatsStopped,
     Fault::EdgeKilled,
     Fault::SpineKilled,
+    Fault::HistoryKilled,
 ];
 
 /// How long faults last: in the suite they are to be survived, not waited for.
@@ -108,6 +116,12 @@ async fn befall(regions: &mut Regions, rng: &mut StdRng, measure: &Measure) -> u
                 edge.start().await.unwrap();
             }
             Fault::SpineKilled => regions.restart_spine(region).await,
+            Fault::HistoryKilled => {
+                let history = &mut regions.mesh(region).workers[0].process;
+                history.kill().await;
+                sleep(Duration::from_millis(rng.random_range(0..3000))).await;
+                history.start().await.unwrap();
+            }
         }
         sleep(Duration::from_millis(rng.random_range(500..2000))).await;
     }
@@ -118,12 +132,15 @@ async fn storm(seed: &Seed, measure: &Measure) {
     let started = Instant::now();
     eprintln!("roaming: NATTER_TEST_SEED={}", seed.0);
     let mut rng = StdRng::seed_from_u64(seed.0);
-    let toml =
-        "rooms.ring = '32KiB'\nlimits.sessions_per_ip = 0\ntelemetry.log = 'natter=debug,info'";
+    let mongodb = mongodb_url();
+    let toml = format!(
+        "rooms.ring = '32KiB'\ntelemetry.log = 'natter=debug,info'\nmongodb.url = '{mongodb}'"
+    );
     let delay = Duration::from_millis(rng.random_range(0..40));
-    let mut regions = Regions::start_with(&REGIONS, toml, delay).await;
+    let mut regions = Regions::start_with(&REGIONS, &toml, delay).await;
     for region in REGIONS {
         regions.mesh(region).add_edge().await;
+        regions.mesh(region).add_worker("/readyz").await;
     }
     let (stage, watched) = watch::channel(Stage::Storm);
     let shared = Arc::new(Shared {
@@ -135,14 +152,22 @@ async fn storm(seed: &Seed, measure: &Measure) {
         board: Mutex::new(Board::new(ROOMS, SESSIONS)),
     });
     let mut tasks = JoinSet::new();
+    let mut users = vec![BTreeSet::new(); ROOMS];
     for number in 0..SESSIONS {
-        tasks.spawn(Session::new(number, seed.0, &shared).run());
+        let session = Session::new(number, seed.0, &shared);
+        for room in session.rooms() {
+            users[room].insert(session.user.clone());
+        }
+        tasks.spawn(session.run());
     }
     let mut timeouts = befall(&mut regions, &mut rng, measure).await;
     stage.send_replace(Stage::Calm);
     let stormy = started.elapsed();
     let caught_up = caught_up(&shared).await;
     let calm = started.elapsed() - stormy;
+    if caught_up.is_ok() {
+        everybody_is_there(&mut regions, &users).await;
+    }
     stage.send_replace(Stage::Over);
     let mut log = Log::default();
     while let Some(session) = tasks.join_next().await {
@@ -181,11 +206,112 @@ async fn storm(seed: &Seed, measure: &Measure) {
         let kept = keep(seed.0, &mut regions, &log, &verdict);
         panic!("{}", told(&verdict, &kept));
     }
+    histories_are_equal(&mut regions, &log).await;
     assert!(
         verdict.roamed > SESSIONS,
         "hardly anybody roamed: {}",
         verdict.roamed
     );
+}
+
+/// All regions agree on who is in each room: everybody who is.
+async fn everybody_is_there(regions: &mut Regions, users: &[BTreeSet<String>]) {
+    for region in REGIONS {
+        let mesh = regions.mesh(region);
+        for (room, users) in users.iter().enumerate() {
+            let path = format!("/v1/rooms/{}/presence?limit=1000", room_name(room));
+            eventually("all are shown", LONG, async || {
+                let list = get(mesh, &path).await?;
+                let list = list["users"].as_array().ok_or("no list")?;
+                let shown = list.iter().map(|user| match user.get("state") {
+                    None => user["user"].as_str().unwrap_or_default().to_owned(),
+                    Some(state) => format!("{} is {state}", user["user"]),
+                });
+                let shown: BTreeSet<String> = shown.collect();
+                let differ: Vec<&String> = shown.symmetric_difference(users).collect();
+                match differ.is_empty() {
+                    true => Ok(()),
+                    false => Err(format!("{region}, room {room}: {differ:?}")),
+                }
+            })
+            .await;
+        }
+    }
+}
+
+/// The history of each room is the same in all regions, and each message that was acknowledged or seen is in it once.
+async fn histories_are_equal(regions: &mut Regions, log: &Log) {
+    let mut expected: BTreeMap<&str, BTreeSet<(String, String)>> = BTreeMap::new();
+    for ack in &log.acks {
+        let of = expected.entry(&ack.room).or_default();
+        of.insert((ack.from.clone(), ack.id.clone()));
+    }
+    for event in log.sessions.iter().flat_map(|session| &session.events) {
+        if let checker::Event::Pushed { room, from, id, .. } = event {
+            let of = expected.entry(room).or_default();
+            of.insert((from.clone(), id.clone()));
+        }
+    }
+    for (room, expected) in expected {
+        let mut orders: Vec<Vec<(String, String)>> = Vec::new();
+        for region in REGIONS {
+            let mesh = regions.mesh(region);
+            let order = Mutex::new(Vec::new());
+            eventually("the history is whole", LONG, async || {
+                let messages = history(mesh, room).await?;
+                let said: BTreeSet<_> = messages.iter().cloned().collect();
+                let once = said.len() == messages.len();
+                *order.lock() = messages;
+                if !once {
+                    return Err(format!("{region}, {room}: a message is there twice"));
+                }
+                match expected.difference(&said).next() {
+                    None => Ok(()),
+                    Some(missing) => Err(format!("{region}, {room}: {missing:?} is missing")),
+                }
+            })
+            .await;
+            orders.push(order.into_inner());
+        }
+        assert!(
+            orders.windows(2).all(|two| two[0] == two[1]),
+            "{room}: {orders:?}"
+        );
+    }
+}
+
+/// Sender and id of all messages of a room, oldest first.
+async fn history(mesh: &Mesh, room: &str) -> Result<Vec<(String, String)>, String> {
+    let mut messages = Vec::new();
+    let mut query = "limit=200".to_owned();
+    loop {
+        let page = get(mesh, &format!("/v1/rooms/{room}/messages?{query}")).await?;
+        if page.get("partial").is_some() {
+            return Err("a page is partial".to_owned());
+        }
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let of_page = page["messages"].as_array().ok_or("no messages")?.iter();
+        let mut of_page: Vec<_> = of_page
+            .map(|m| (text(&m["from"]), text(&m["id"])))
+            .collect();
+        of_page.append(&mut messages);
+        messages = of_page;
+        match page["prev"].as_str() {
+            Some(prev) => query = format!("limit=200&before={prev}"),
+            None => return Ok(messages),
+        }
+    }
+}
+
+async fn get(mesh: &Mesh, path: &str) -> Result<Value, String> {
+    let headers = format!("Authorization: Bearer {}\r\n", token("observer"));
+    let (status, body) = http(mesh.edges[0].address, "GET", path, &headers, "")
+        .await
+        .map_err(|error| error.to_string())?;
+    match status {
+        200 => serde_json::from_str(&body).map_err(|error| error.to_string()),
+        _ => Err(format!("{status}: {body}")),
+    }
 }
 
 fn told(verdict: &Verdict, kept: &Path) -> String {

@@ -130,6 +130,9 @@ struct Place {
     head: String,
     /// The last message here, to be answered.
     last: Option<String>,
+    /// What the user's read marker was at last, and the `read` that is under way.
+    marker: Reached,
+    reading: Option<u64>,
     state: State,
 }
 
@@ -167,6 +170,17 @@ struct SendFields<'a> {
     body: &'a RawValue,
     #[serde(skip_serializing_if = "Option::is_none")]
     reply_to: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct ReadFields<'a> {
+    room: &'a str,
+    cursor: &'a str,
+}
+
+#[derive(Deserialize)]
+struct Marker {
+    cursor: String,
 }
 
 #[derive(Serialize)]
@@ -260,6 +274,8 @@ impl Session {
                 to_come: 0,
                 head: String::new(),
                 last: None,
+                marker: Reached::new(),
+                reading: None,
                 state: State::Out,
             }),
             rng,
@@ -291,6 +307,7 @@ impl Session {
             let stormy = self.stage() == Stage::Storm;
             for place in &mut self.places {
                 place.state = State::Out;
+                place.reading = None;
             }
             for pending in &mut self.pending {
                 pending.rid = None;
@@ -381,13 +398,16 @@ impl Session {
         let stormy = self.stage() == Stage::Storm;
         let roll = self.rng.random_range(0..100);
         // Who only misses a copy that is not shown finds out by joining again.
-        if (stormy || self.is_behind()) && roll < 3 {
+        if (stormy && roll < 3) || (!stormy && roll < 20 && self.is_behind()) {
             return Some(Next::Reconnect);
         }
         if stormy && roll < 15 {
             self.leave(connection).await;
         } else if stormy && roll < 70 && self.pending.len() < MOST_PENDING {
             self.publish();
+        }
+        if stormy && (70..80).contains(&roll) {
+            self.read(connection).await;
         }
         let eager = !stormy || self.events.len() < 2;
         for at in 0..ROOMS_A_SESSION {
@@ -421,6 +441,27 @@ impl Session {
         places.any(|place| {
             place.state == State::In && !covers(&place.reached, &board.newest[place.room])
         })
+    }
+
+    async fn read(&mut self, connection: &Connection) {
+        let at = self.rng.random_range(0..ROOMS_A_SESSION);
+        let place = &mut self.places[at];
+        let room = room_name(place.room);
+        if place.reading.is_none()
+            && let (State::In, Some(cursor)) = (&place.state, &place.cursor)
+            && let Ok(rid) = connection
+                .commands()
+                .send(
+                    "read",
+                    ReadFields {
+                        room: &room,
+                        cursor,
+                    },
+                )
+                .await
+        {
+            place.reading = Some(rid);
+        }
     }
 
     async fn leave(&mut self, connection: &Connection) {
@@ -479,6 +520,7 @@ impl Session {
                 }
                 Ok(())
             }
+            "ok" => frame.fields().map(|marker| self.on_marker(frame, &marker)),
             "error" => {
                 self.on_refused(frame);
                 Ok(())
@@ -497,6 +539,21 @@ impl Session {
         };
         if let Err(error) = understood {
             self.fault(frame, &error.to_string());
+        }
+    }
+
+    /// A marker never goes back, wherever the user has been meanwhile.
+    fn on_marker(&mut self, frame: &Frame, Marker { cursor }: &Marker) {
+        let asked = |place: &&mut Place| place.reading.is_some() && place.reading == frame.rid();
+        let Some(place) = self.places.iter_mut().find(asked) else {
+            return self.fault(frame, "nobody asked");
+        };
+        place.reading = None;
+        let mut now = Reached::new();
+        raise(&mut now, cursor);
+        let was = std::mem::replace(&mut place.marker, now);
+        if !covers(&place.marker, &was) {
+            self.fault(frame, &format!("the marker was {was:?}"));
         }
     }
 
@@ -598,9 +655,16 @@ impl Session {
             pending.rid = None;
         } else if let Some(place) = self.places.iter_mut().find(joining) {
             place.state = State::Out;
+        } else if let Some(place) = self.places.iter_mut().find(|p| p.reading == rid) {
+            place.reading = None;
         } else {
             self.fault(frame, "nobody asked");
         }
+    }
+
+    /// The rooms the session is in.
+    pub(crate) fn rooms(&self) -> [usize; ROOMS_A_SESSION] {
+        self.places.each_ref().map(|place| place.room)
     }
 
     /// Tells the board where this session stands.
