@@ -5,12 +5,16 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use natter::{
     bus::{
+        Connection,
         mirrors::{self, NudgeError},
         provision,
     },
     model::Region,
     servers::Cut,
-    subject::api::{self, in_domain},
+    subject::{
+        api::{self, in_domain},
+        rooms_stream,
+    },
 };
 use serde_json::Value;
 
@@ -103,6 +107,67 @@ async fn nothing_passes_a_cut_and_both_sides_go_on() {
             eventually("the healed region is reached", LONG, || reaches(from, to)).await;
         }
     }
+}
+
+/// A request of a mirror that was lost in a cut is answered after it: only because it was repeated.
+#[tokio::test]
+async fn what_a_mirror_asked_during_a_cut_is_asked_again() {
+    let mut regions = Regions::start(&["seoul", "frankfurt"]).await;
+    let config = regions.mesh("frankfurt").config.clone();
+    let connection = Connection::open(&config.nats, "keeps mirrors")
+        .await
+        .unwrap();
+    let keep = mirrors::keep(connection.clone(), config.region(), config.nats.clone());
+    let tasks = natter::runtime::Tasks::default();
+    tasks.spawn_until_stopping("keep", keep);
+    let frankfurt = client(&regions.url("frankfurt")).await;
+    // What mirrors ask when they are made is not what this is about.
+    let seoul = Region::parse("seoul").unwrap();
+    for part in 0..config.nats.partitions {
+        let info = api::stream_info(&rooms_stream(&seoul, part));
+        eventually("the mirror hears its origin", LONG, async || {
+            let answer = frankfurt.request(info.clone(), "".into()).await.unwrap();
+            let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+            // Nanoseconds since it heard something; -1: never.
+            match answer["mirror"]["active"].as_i64() {
+                Some(active) if active >= 0 => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+    }
+    eventually("it listens", LONG, async || {
+        connection.is_up().then_some(()).ok_or_else(String::new)
+    })
+    .await;
+    connection.round_trip("nobody.is.there").await;
+
+    // A mirror in frankfurt hears nothing for 10 s, and asks again.
+    regions.relay.cut(&seoul, Cut::Close);
+    let mut answers = frankfurt.subscribe(api::CONSUMER_ANSWERS).await.unwrap();
+    let mut requests = frankfurt.subscribe(api::CONSUMER_REQUESTS).await.unwrap();
+    let of_rooms = async {
+        loop {
+            let request = requests.next().await.unwrap();
+            if request.subject.contains("ROOMS_") {
+                return request.reply.unwrap();
+            }
+        }
+    };
+    let reply = tokio::time::timeout(LONG, of_rooms).await.unwrap();
+    reaches(&frankfurt, "seoul").await.unwrap_err();
+    regions.heal("seoul");
+    let answered = async {
+        loop {
+            let answer = answers.next().await.unwrap();
+            if answer.subject == reply {
+                return answer;
+            }
+        }
+    };
+    let answer = tokio::time::timeout(LONG, answered).await.unwrap();
+    let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+    assert!(answer["error"].is_null(), "{answer}");
 }
 
 #[tokio::test]
