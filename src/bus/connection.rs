@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use crate::{
     config,
+    model::is_token,
     telemetry::metrics::{Counter, Gauge, count, gauge_add},
 };
 
@@ -33,9 +34,15 @@ pub(super) fn reconnect_delay(attempts: usize) -> Duration {
         .mul_f64(rand::random_range(0.5..1.0))
 }
 
-/// Where the answers to one connection go; two regions must never share one. `_INBOX.>` allows all of them to a user.
-pub(super) fn new_inbox() -> String {
-    format!("_INBOX.{}", ulid::Ulid::new().to_string().to_lowercase())
+/// Where the answers to one connection go; two regions must never share one. Below `_INBOX.<user>`, so that a user's
+/// permissions can be limited to its own answers (wildcards of subjects are whole tokens).
+pub(super) fn new_inbox(config: &config::Nats) -> String {
+    let unique = ulid::Ulid::new().to_string().to_lowercase();
+    if is_token(&config.user) {
+        format!("_INBOX.{}.{unique}", config.user)
+    } else {
+        format!("_INBOX.{unique}")
+    }
 }
 
 /// The servers that the configuration names.
@@ -114,7 +121,7 @@ impl Connection {
         let label = name.to_owned();
         let mut options = ConnectOptions::new()
             .name(name)
-            .custom_inbox_prefix(new_inbox())
+            .custom_inbox_prefix(new_inbox(config))
             .request_timeout(None)
             .retry_on_initial_connect()
             .ping_interval(PING_INTERVAL)

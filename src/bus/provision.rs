@@ -28,6 +28,7 @@ pub(super) use mesh::{is_mirror, metadata, regions_of};
 pub(super) use plan::plan as plan_stream;
 pub use plan::{Action, FieldChange, Outcome, Verdict};
 
+use super::connection::new_inbox;
 use crate::{
     config::{self, Config},
     model::{MAX_REGIONS, Region},
@@ -127,6 +128,7 @@ pub(super) async fn connect_with_denials(
     };
     let mut options = ConnectOptions::new()
         .name(name)
+        .custom_inbox_prefix(new_inbox(nats))
         .event_callback(move |event| {
             if let Event::ServerError(ServerError::Other(text)) = event
                 && let Some(subject) = denied_subject(&text)

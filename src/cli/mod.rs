@@ -30,6 +30,7 @@ use figment::providers::{Format, Toml};
 use crate::{
     auth::{AuthConfigError, Verifier},
     config::{Config, ConfigError},
+    servers,
     telemetry::InitError,
 };
 
@@ -63,6 +64,8 @@ enum Command {
     CheckConfig,
     /// Print the configuration that results from file, environment and flags; secrets are hidden.
     ShowConfig,
+    /// Print the accounts of a region's nats-servers: users with their permissions, and subject mappings.
+    NatsAccounts,
     Token(token::Token),
     Edge(edge::EdgeCommand),
     History(history::HistoryCommand),
@@ -120,6 +123,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::History(history) => return history.run(cli.config.as_deref()),
+        Command::NatsAccounts => print!("{}", servers::accounts(&load()?)),
         Command::Token(token) => println!("{}", token.make(cli.config.as_deref())?),
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
         Command::Revoke(args) => revoke::run(args, &load()?)?,

@@ -8,6 +8,7 @@
 //! - A handle that is dropped kills its process.
 //! - A restarted server keeps its port and its data.
 
+mod accounts;
 mod binaries;
 mod mongod;
 mod nats;
@@ -18,6 +19,7 @@ mod spawner;
 mod spine;
 mod template;
 
+pub use accounts::accounts;
 pub use binaries::{Binaries, BinaryError, Program, Sources};
 pub use mongod::{Mongod, MongodOptions};
 pub use nats::{NatsOptions, NatsServer, SpineLink};

@@ -129,7 +129,9 @@ impl Needs {
             let changes = subjects.bucket_changes(&own, bucket, ">");
             needs.subscribed.insert(changes);
         }
-        needs.subscribed.insert(format!("{}.*", new_inbox()));
+        needs
+            .subscribed
+            .insert(format!("{}.*", new_inbox(&config.nats)));
         for origin in regions {
             let rooms = (0..config.nats.partitions).map(|part| subject::rooms_stream(origin, part));
             let buckets = WRITTEN.into_iter().chain([bucket::CONTROL]);

@@ -128,7 +128,7 @@ impl Line {
             state: Mutex::new(State {
                 out: Vec::new(),
                 scratch: Vec::new(),
-                inbox: new_inbox() + ".",
+                inbox: new_inbox(config) + ".",
                 max_payload: usize::MAX,
                 waiting: VecDeque::new(),
                 first: 0,

@@ -1,0 +1,86 @@
+//! The accounts of a deployment's nats-servers.
+
+use super::template::{Part, quoted, render};
+use crate::{config::Config, subject::Subjects};
+
+/// The accounts of region `local` with the default configuration.
+const TEMPLATE: &str = include_str!("../../nats/accounts.conf");
+
+/// Stands before the partition in lines of the template that are there once a partition.
+const ROOMS: &str = "ROOMS_local_";
+
+/// The text of a nats-server configuration with accounts, users and subject mappings of the region that `config` names.
+#[must_use]
+pub fn accounts(config: &Config) -> String {
+    let (region, prefix) = (config.region(), &config.nats.prefix);
+    // Regions and prefixes hold no character that would have to be quoted.
+    let named = |line: &str| {
+        line.replace("\"natter.", &format!("\"{prefix}."))
+            .replace(".local.", &format!(".{region}."))
+            .replace("_local", &format!("_{region}"))
+    };
+    let mut text = String::with_capacity(TEMPLATE.len());
+    for line in TEMPLATE.lines() {
+        let comment = line.trim_start().starts_with('#');
+        match line.split_once(ROOMS) {
+            _ if comment => text.push_str(&format!("{line}\n")),
+            None => text.push_str(&format!("{}\n", named(line))),
+            Some((before, after)) if after.starts_with('0') => {
+                let after = after.trim_start_matches('0');
+                for part in 0..config.nats.partitions {
+                    let line = named(&format!("{before}{ROOMS}{part}{after}"));
+                    text.push_str(&format!("{line}\n"));
+                }
+            }
+            // The other partitions of the template.
+            Some(_) => {}
+        }
+    }
+    let namespaces = config.namespaces.iter();
+    let namespaces = namespaces.map(|(name, namespace)| (&**name, namespace.durable));
+    let mappings = Subjects::new(prefix).mappings(&region, config.nats.partitions, namespaces);
+    render(&text, |name| {
+        let lines = mappings.iter();
+        let lines = lines.map(|(from, to)| format!("{}: {}", quoted(from), quoted(to)));
+        (name == "mappings").then(|| Part::Block(lines.collect()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use figment::providers::{Format, Toml};
+
+    use super::*;
+
+    #[test]
+    fn the_file_is_what_the_defaults_render_to() {
+        let config = Config::with_defaults(Toml::string("")).unwrap();
+        assert_eq!(accounts(&config), TEMPLATE);
+    }
+
+    #[test]
+    fn region_prefix_partitions_and_namespaces_are_those_of_the_configuration() {
+        let toml = "region = 'us-east'\n[nats]\nprefix = 'm2'\npartitions = 16\n[namespaces.games]\ndurable = true\ntyping = false";
+        let config = Config::with_defaults(Toml::string(toml)).unwrap();
+        let text = accounts(&config);
+        for part in [
+            "\"m2.in.us-east.>\"",
+            "\"$KV.presence_us-east.>\"",
+            "\"$JS.API.STREAM.PURGE.KV_presence_us-east\"",
+            "\"$JS.API.STREAM.PURGE.ROOMS_us-east_0\"",
+            "\"$JS.API.CONSUMER.CREATE.ROOMS_us-east_15.history\"",
+            "\"m2.put.us-east.*.*\": \"m2.in.us-east.{{partition(16,1,2)}}.",
+            "\"m2.pub.games.*\": \"m2.put.us-east.games.{{wildcard(1)}}\"",
+        ] {
+            assert!(text.contains(part), "{part} is missing in:\n{text}");
+        }
+        let rules = text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with('#'));
+        let rules = rules.collect::<Vec<_>>().join("\n");
+        assert!(
+            !rules.contains("local") && !rules.contains("\"natter."),
+            "{rules}"
+        );
+    }
+}
