@@ -9,6 +9,7 @@
 
 mod architecture;
 mod codes;
+mod deploy;
 mod docs;
 mod doctor;
 mod drain;

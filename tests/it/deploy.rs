@@ -1,0 +1,533 @@
+//! deploy/nats: nats-servers with the configuration, the users and the TLS of a deployment, and natter on them.
+
+mod site;
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use async_nats::Client;
+use futures_util::StreamExt as _;
+use natter::{
+    model::{Class, Region, RoomId, partition_of},
+    servers::accounts,
+    subject::{Subjects, rooms_stream},
+};
+use serde_json::{Value, json};
+
+use self::site::{
+    Mesh, Natter, PARTITIONS, Ports, Server, Setting, client, deploy, example, start, violations,
+};
+use crate::{
+    resume::reply,
+    support::{
+        LONG, eventually,
+        mesh::{http, token},
+        unique,
+    },
+};
+
+/// The regions of the examples.
+const REGIONS: [&str; 3] = ["seoul", "frankfurt", "virginia"];
+const ROOM: &str = "chat:lobby";
+
+/// A request that is answered with JSON without an error.
+async fn ask(client: &Client, subject: &str, body: &str) -> Value {
+    let answer = client.request(subject.to_owned(), body.to_owned().into());
+    let answer = answer
+        .await
+        .unwrap_or_else(|error| panic!("{subject}: {error}"));
+    let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+    assert!(answer.get("error").is_none(), "{subject}: {answer}");
+    answer
+}
+
+async fn call(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    body: &Value,
+) -> Result<Value, String> {
+    let headers = format!("Authorization: Bearer {}\r\n", token("kim"));
+    let body = if body.is_null() {
+        String::new()
+    } else {
+        body.to_string()
+    };
+    let (status, answer) = http(address, method, path, &headers, &body)
+        .await
+        .map_err(|error| error.to_string())?;
+    if status == 200 {
+        Ok(serde_json::from_str(&answer).unwrap())
+    } else {
+        Err(format!("{method} {path}: {status} {answer}"))
+    }
+}
+
+/// Everything that edges and the history service do with NATS: through two edges of one region.
+async fn use_it(first: SocketAddr, second: SocketAddr) {
+    let endpoint = |address: SocketAddr| format!("ws://{address}/ws").parse().unwrap();
+    let connect = async |address, user| {
+        natter::client::Connection::open(&endpoint(address), Some(&token(user)))
+            .await
+            .unwrap()
+    };
+    let (mut kim, mut lee) = (connect(first, "kim").await, connect(second, "lee").await);
+    let join = json!({"room": ROOM, "presence": true, "read": true});
+    for user in [&mut kim, &mut lee] {
+        let joined = reply(user, "join", join.clone()).await;
+        assert_eq!(joined["op"], "joined", "{joined}");
+        let joined = reply(user, "join", json!({"room": "live:stage"})).await;
+        assert_eq!(joined["op"], "joined", "{joined}");
+    }
+    let mut cursor = Value::Null;
+    for n in 0..3 {
+        let fields =
+            json!({"room": ROOM, "id": format!("m{n}"), "body": {"text": format!("hello {n}")}});
+        let ack = reply(&mut kim, "send", fields).await;
+        assert_eq!(ack["op"], "ack", "{ack}");
+        cursor = ack["cursor"].clone();
+    }
+    for (op, fields) in [
+        (
+            "send",
+            json!({"room": ROOM, "kind": "edit", "target": "m0", "body": {"text": "edited"}}),
+        ),
+        ("send", json!({"room": "live:stage", "body": 1})),
+        ("typing", json!({"room": ROOM})),
+        ("read", json!({"room": ROOM, "cursor": cursor})),
+        ("unread", json!({"rooms": [ROOM]})),
+        ("readers", json!({"room": ROOM})),
+    ] {
+        let answer = reply(&mut kim, op, fields).await;
+        assert_ne!(answer["op"], "error", "{op}: {answer}");
+    }
+    // A replay from the beginning, on the other edge.
+    let mut late = connect(second, "park").await;
+    let page = call(second, "GET", "/v1/rooms/chat:lobby/messages", &Value::Null)
+        .await
+        .unwrap();
+    let oldest = page["messages"][0]["cursor"].clone();
+    let joined = reply(&mut late, "join", json!({"room": ROOM, "since": oldest})).await;
+    assert!(
+        joined["op"] == "joined" && joined["replay"].as_u64() >= Some(2),
+        "{joined}"
+    );
+    eventually("both edges show everybody", LONG, async || {
+        for edge in [first, second] {
+            let shown = call(edge, "GET", "/v1/rooms/chat:lobby/presence", &Value::Null).await?;
+            if shown["count"] != 3 {
+                return Err(shown.to_string());
+            }
+        }
+        Ok(())
+    })
+    .await;
+    eventually("history has everything", LONG, async || {
+        let page = call(second, "GET", "/v1/rooms/chat:lobby/messages", &Value::Null).await?;
+        let found = call(
+            second,
+            "GET",
+            "/v1/rooms/chat:lobby/search?q=hello",
+            &Value::Null,
+        )
+        .await?;
+        if page.get("partial").is_none() && found["messages"].as_array().map(Vec::len) == Some(2) {
+            Ok(())
+        } else {
+            Err(format!("{page} {found}"))
+        }
+    })
+    .await;
+    // Purges, deletes, and announces.
+    eventually("a user's messages are erased", LONG, async || {
+        call(first, "DELETE", "/v1/users/park/messages", &Value::Null).await
+    })
+    .await;
+    eventually("the room is erased", LONG, async || {
+        call(first, "DELETE", "/v1/rooms/chat:lobby", &Value::Null).await
+    })
+    .await;
+}
+
+/// Tries what must be denied; panics where the server did not say so.
+async fn denied(servers: &[Server], url: &str, user: &str, publish: &[&str], subscribe: &[&str]) {
+    let client = client(url, user, None).await;
+    for subject in publish {
+        client
+            .publish((*subject).to_owned(), "{}".into())
+            .await
+            .unwrap();
+    }
+    let mut kept = Vec::new();
+    for subject in subscribe {
+        kept.push(client.subscribe((*subject).to_owned()).await.unwrap());
+    }
+    client.flush().await.unwrap();
+    let wanted = publish.iter().map(|subject| ("Publish", subject));
+    let wanted = wanted.chain(subscribe.iter().map(|subject| ("Subscription", subject)));
+    for (what, subject) in wanted {
+        // What is published by hand is judged by where the mapping leads.
+        let mapped = subject.replace("natter.pub.", "natter.put.local.");
+        let (said, about) = (format!("{what} Violation"), format!("Subject \"{mapped}\""));
+        let by = format!("\"natter/user:{user}\"");
+        eventually(&format!("{user} is denied {subject}"), LONG, async || {
+            let violations = violations(servers);
+            let found = violations
+                .iter()
+                .any(|line| [&said, &about, &by].iter().all(|part| line.contains(*part)));
+            found.then_some(()).ok_or_else(|| violations.join("\n"))
+        })
+        .await;
+    }
+}
+
+/// `NATTER_TEST_WRITE=1` writes them.
+#[test]
+fn the_accounts_of_the_example_regions_are_those_that_natter_prints() {
+    for region in REGIONS {
+        let file = deploy().join(format!("accounts/{region}.conf"));
+        let text = accounts(&example(region, 16));
+        if std::env::var_os("NATTER_TEST_WRITE").is_some() {
+            fs::write(&file, &text).unwrap();
+        }
+        assert_eq!(
+            fs::read_to_string(&file).unwrap(),
+            text,
+            "{}: NATTER_TEST_WRITE=1 writes it",
+            file.display()
+        );
+    }
+}
+
+/// What was found to make a mesh heal soon is in both places.
+#[test]
+fn the_servers_of_a_deployment_are_tuned_as_those_of_natter_up() {
+    let read =
+        |path: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap();
+    for (ours, laptops, keys) in [
+        ("parts/server.conf", "server.conf", &["max_payload: "][..]),
+        ("parts/leaf.conf", "server.conf", &["reconnect: "]),
+        (
+            "spine.conf",
+            "spine.conf",
+            &[
+                "max_payload: ",
+                "ping_interval: ",
+                "ping_max: ",
+                "reject_unknown_cluster: ",
+            ],
+        ),
+    ] {
+        let (ours, laptops) = (
+            read(&format!("deploy/nats/{ours}")),
+            read(&format!("nats/{laptops}")),
+        );
+        for key in keys {
+            let value = |text: &str| -> Option<String> {
+                let mut lines = text.lines().map(str::trim);
+                let line = lines.find_map(|line| line.strip_prefix(key))?;
+                Some(line.split(" #").next().unwrap().to_owned())
+            };
+            assert_eq!(value(&ours), value(&laptops), "{key}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_user_may_do_what_it_needs_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let natter = Natter {
+        dir: dir.path(),
+        region: "local",
+        url: String::new(),
+        replicas: 1,
+        partitions: 4,
+        regions: &["local"],
+        ca: None,
+        database: unique("deploy"),
+    };
+    let ports = Ports::free();
+    let accounts =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("nats/accounts.conf"));
+    let setting = Setting {
+        dir: dir.path(),
+        name: "nats",
+        file: "one.conf",
+        accounts: accounts.unwrap(),
+        ports: &ports,
+        env: vec![
+            ("SERVER_NAME", "nats".to_owned()),
+            ("REGION", "local".to_owned()),
+        ],
+        tls: PathBuf::new(),
+        gateways: Vec::new(),
+    };
+    let servers = [start(setting).await];
+    let url = format!("nats://127.0.0.1:{}", servers[0].client);
+    let natter = Natter {
+        url: url.clone(),
+        ..natter
+    };
+
+    // What each needs.
+    natter.tool("provision", &["provision"]).await;
+    let again = natter.tool("provision", &["provision", "--dry-run"]).await;
+    assert!(
+        !again.contains("create") && !again.contains("update"),
+        "{again}"
+    );
+    let (_history, _) = natter.start("history", "history").await;
+    let (mut first, first_address) = natter.start("edge", "edge-1").await;
+    let (_second, second_address) = natter.start("edge", "edge-2").await;
+    use_it(first_address, second_address).await;
+    let status = natter.tool("history", &["history", "status"]).await;
+    assert!(status.contains("instance"), "{status}");
+    natter.tool("history", &["history", "dead"]).await;
+
+    // A person who looks.
+    let operator = client(&url, "operator", None).await;
+    let subjects = Subjects::new("natter");
+    let room = RoomId::parse(ROOM).unwrap();
+    let local = Region::parse("local").unwrap();
+    let part = partition_of(&room, 4);
+    let stream = rooms_stream(&local, part);
+    let mut live = operator
+        .subscribe(subjects.live(&local, part, &room))
+        .await
+        .unwrap();
+    operator.flush().await.unwrap();
+    ask(
+        &operator,
+        &format!("$JS.API.STREAM.INFO.{stream}"),
+        r#"{"subjects_filter":">"}"#,
+    )
+    .await;
+    ask(&operator, "$JS.API.STREAM.LIST", "").await;
+    ask(&operator, "$JS.API.CONSUMER.LIST.ROOMS_local_0", "{}").await;
+    ask(&operator, "$SRV.STATS.natter-history", "").await;
+    // A person who may publish by hand: through both mappings.
+    let admin = client(&url, "admin", None).await;
+    let ack = ask(&admin, &subjects.by_hand(&room), r#"{"text":"by hand"}"#).await;
+    assert_eq!(ack["stream"], json!(stream));
+    let seen = live.next().await.unwrap();
+    assert_eq!(&seen.payload[..], br#"{"text":"by hand"}"#);
+
+    // The keys of an edge that died are purged by another one: the only purge an edge may do.
+    let endpoint = format!("ws://{first_address}/ws").parse().unwrap();
+    let mut last = natter::client::Connection::open(&endpoint, Some(&token("choi")))
+        .await
+        .unwrap();
+    let joined = reply(&mut last, "join", json!({"room": ROOM, "presence": true})).await;
+    assert_eq!(joined["op"], "joined", "{joined}");
+    let keys = async || {
+        let filter = r#"{"subjects_filter":"$KV.presence_local.*.*.choi.*"}"#;
+        let info = ask(&operator, "$JS.API.STREAM.INFO.KV_presence_local", filter).await;
+        info["state"]["subjects"]
+            .as_object()
+            .map_or(0, serde_json::Map::len)
+    };
+    eventually("there is a key", LONG, async || {
+        if keys().await == 1 {
+            Ok(())
+        } else {
+            Err("none".to_owned())
+        }
+    })
+    .await;
+    first.kill().await;
+    eventually("the key is purged", LONG, async || {
+        if keys().await == 0 {
+            Ok(())
+        } else {
+            Err("still there".to_owned())
+        }
+    })
+    .await;
+    assert_eq!(violations(&servers), [""; 0]);
+    // It may do what the doctor thinks that an edge must.
+    let found = natter.tool("edge", &["doctor"]).await;
+    assert!(found.contains("problems 0"), "{found}");
+
+    // What nobody may do.
+    let config_of = async |stream: &str| {
+        ask(&admin, &format!("$JS.API.STREAM.INFO.{stream}"), "").await["config"].clone()
+    };
+    let before = (
+        config_of(&stream).await,
+        ask(&admin, "$JS.API.STREAM.NAMES", "").await,
+    );
+    let streams = [
+        "$JS.API.STREAM.DELETE.ROOMS_local_0",
+        "$JS.API.STREAM.PURGE.KV_lastread_local",
+        "$JS.API.CONSUMER.CREATE.ROOMS_local_0.other",
+        "$JS.API.CONSUMER.DURABLE.CREATE.ROOMS_local_0.history",
+        "$JS.API.CONSUMER.DELETE.ROOMS_local_0.history",
+        "$JS.API.STREAM.SNAPSHOT.ROOMS_local_0",
+        "$KV.control_local.x",
+        "natter.in.virginia.0.chat.lobby.msg",
+        "natter.live.local.local.0.chat.lobby.msg",
+        "natter.pub.chat.lobby",
+        "_INBOX.edge.x",
+    ];
+    let create = "$JS.API.STREAM.CREATE.OTHER";
+    let own = format!("$JS.API.STREAM.PURGE.{stream}");
+    let with =
+        |more: &[&'static str]| -> Vec<&str> { streams.iter().chain(more).copied().collect() };
+    let rooms = ["natter.in.>", "_INBOX.>", ">"];
+    let mut tried = with(&[
+        create,
+        "$JS.API.STREAM.UPDATE.ROOMS_local_0",
+        "$JS.API.STREAM.MSG.DELETE.ROOMS_local_0",
+        "$KV.presence_virginia.x",
+        "natter.dead.local.0.chat.lobby.msg",
+    ]);
+    tried.push(&own);
+    denied(&servers, &url, "edge", &tried, &rooms).await;
+    let tried = with(&[
+        create,
+        "$JS.API.STREAM.UPDATE.ROOMS_local_0",
+        "$JS.API.STREAM.PURGE.KV_presence_local",
+        "natter.in.local.0.chat.lobby.msg",
+        "natter.eph.chat.lobby",
+        "$KV.presence_local.x",
+    ]);
+    denied(&servers, &url, "history", &tried, &rooms).await;
+    let mut tried = with(&[
+        "natter.in.local.0.chat.lobby.msg",
+        "natter.eph.chat.lobby",
+        "$KV.presence_local.x",
+    ]);
+    tried.push(&own);
+    denied(&servers, &url, "provision", &tried, &rooms).await;
+    let mut tried = with(&[
+        create,
+        "$JS.API.STREAM.UPDATE.ROOMS_local_0",
+        "$JS.API.STREAM.MSG.DELETE.ROOMS_local_0",
+        "$JS.API.CONSUMER.MSG.NEXT.ROOMS_local_0.history",
+        "natter.in.local.0.chat.lobby.msg",
+        "natter.eph.chat.lobby",
+        "$KV.presence_local.x",
+        "$JS.ACK.ROOMS_local_0.history.1.1.1.1.1",
+    ]);
+    tried.push(&own);
+    denied(&servers, &url, "operator", &tried, &rooms).await;
+    let after = (
+        config_of(&stream).await,
+        ask(&admin, "$JS.API.STREAM.NAMES", "").await,
+    );
+    assert_eq!(before, after);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn regions_of_three_servers_with_tls_are_a_mesh() {
+    let mesh = Mesh::start(&REGIONS[..2]).await;
+    let ca = mesh.ca();
+    let natter = Natter {
+        dir: mesh.dir.path(),
+        region: "seoul",
+        url: mesh.url(0),
+        replicas: 3,
+        partitions: PARTITIONS,
+        regions: &REGIONS[..2],
+        ca: Some(ca.clone()),
+        database: unique("deploy"),
+    };
+    // Both regions, and their mirrors, over one connection, through the spines.
+    let text = eventually("the mesh is provisioned", LONG, async || {
+        natter.try_tool("provision", &["provision"]).await
+    })
+    .await;
+    assert!(text.contains("frankfurt"), "{text}");
+    eventually("nothing is wrong", LONG, async || {
+        natter.try_tool("admin", &["doctor"]).await
+    })
+    .await;
+    let (_history, _) = natter.start("history", "history").await;
+    let (_first, first) = natter.start("edge", "edge-1").await;
+    let (_second, second) = natter.start("edge", "edge-2").await;
+    use_it(first, second).await;
+
+    // What is said here arrives in the mirror there, for the edges there.
+    let first_url = |region: usize| mesh.url(region).split(',').next().unwrap().to_owned();
+    let (here, there) = (first_url(0), first_url(1));
+    let room = RoomId::parse(ROOM).unwrap();
+    let part = partition_of(&room, PARTITIONS);
+    let seoul = Region::parse("seoul").unwrap();
+    let frankfurt = Region::parse("frankfurt").unwrap();
+    let subjects = Subjects::new("natter");
+    let edge_there = client(&there, "edge", Some(&ca)).await;
+    let mut live = edge_there
+        .subscribe(subjects.live(&frankfurt, part, &room))
+        .await
+        .unwrap();
+    let signals = edge_there
+        .subscribe(subjects.ephemeral(&room))
+        .await
+        .unwrap();
+    let signals = tokio::sync::Mutex::new(signals);
+    edge_there.flush().await.unwrap();
+    let edge_here = client(&here, "edge", Some(&ca)).await;
+    ask(
+        &edge_here,
+        &subjects.publish(&seoul, part, &room, Class::Msg),
+        "\"over the sea\"",
+    )
+    .await;
+    // A new mirror republishes what was before as well.
+    loop {
+        let message = tokio::time::timeout(LONG, live.next()).await;
+        if message.expect("in time").unwrap().payload == "\"over the sea\"" {
+            break;
+        }
+    }
+    eventually("a signal reaches the other region", LONG, async || {
+        edge_here
+            .publish(subjects.ephemeral(&room), "1".into())
+            .await
+            .unwrap();
+        edge_here.flush().await.unwrap();
+        let short = std::time::Duration::from_millis(100);
+        let mut signals = signals.lock().await;
+        let seen = tokio::time::timeout(short, signals.next()).await;
+        seen.map(drop).map_err(|error| error.to_string())
+    })
+    .await;
+    // A member there sees what is said here, and is seen here: edges and users of both regions.
+    let away = Natter {
+        region: "frankfurt",
+        url: mesh.url(1),
+        ..natter
+    };
+    let (_history_there, _) = away.start("history", "history-there").await;
+    let (_third, third) = away.start("edge", "edge-3").await;
+    let endpoint = format!("ws://{third}/ws").parse().unwrap();
+    let mut han = natter::client::Connection::open(&endpoint, Some(&token("han")))
+        .await
+        .unwrap();
+    let joined = reply(&mut han, "join", json!({"room": ROOM, "presence": true})).await;
+    assert_eq!(joined["op"], "joined", "{joined}");
+    let said = json!({"id": "far", "body": {"text": "from seoul"}});
+    call(first, "POST", "/v1/rooms/chat:lobby/messages", &said)
+        .await
+        .unwrap();
+    loop {
+        let frame = tokio::time::timeout(LONG, han.next()).await;
+        if frame.expect("in time").unwrap().json()["id"] == "far" {
+            break;
+        }
+    }
+    eventually("han is seen from the other region", LONG, async || {
+        let path = "/v1/rooms/chat:lobby/presence";
+        let shown = call(first, "GET", path, &Value::Null).await?;
+        let users = shown["users"].as_array().unwrap();
+        let here = users.iter().any(|user| user["user"] == "han");
+        here.then_some(()).ok_or_else(|| shown.to_string())
+    })
+    .await;
+    for servers in &mesh.regions {
+        assert_eq!(violations(servers), [""; 0]);
+    }
+}
