@@ -29,6 +29,7 @@ mod provision_mesh;
 mod read;
 mod regions;
 mod regions_up;
+mod replicas;
 mod resume;
 mod resync;
 mod roam;

@@ -212,7 +212,7 @@ pub(crate) async fn caught_up(shared: &Shared) -> Result<(), String> {
     }
 }
 
-fn told(violations: &[Violation], kept: &Path) -> String {
+pub(crate) fn told(violations: &[Violation], kept: &Path) -> String {
     let mut text = format!(
         "{} violations (all of it is in {}):",
         violations.len(),
@@ -225,10 +225,10 @@ fn told(violations: &[Violation], kept: &Path) -> String {
 }
 
 /// Writes down what is needed to find out what happened.
-fn keep(seed: u64, mesh: &Mesh, log: &Log, violations: &[Violation]) -> PathBuf {
+pub(crate) fn keep(seed: u64, mesh: &Mesh, log: &Log, violations: &[Violation]) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("storm-{seed}"));
     fs::create_dir_all(&folder).unwrap();
-    for edge in 0..EDGES {
+    for edge in 0..mesh.edges.len() {
         fs::copy(mesh.log(edge), folder.join(format!("edge-{edge}.log"))).unwrap();
     }
     let lines: String = violations.iter().map(|v| format!("{v}\n")).collect();
