@@ -1,7 +1,9 @@
 //! The accounts of a deployment's nats-servers.
 
+use std::collections::BTreeSet;
+
 use super::template::{Part, quoted, render};
-use crate::{config::Config, subject::Subjects};
+use crate::{config::Config, model::Region, subject::Subjects};
 
 /// The accounts of region `local` with the default configuration.
 const TEMPLATE: &str = include_str!("../../nats/accounts.conf");
@@ -9,27 +11,47 @@ const TEMPLATE: &str = include_str!("../../nats/accounts.conf");
 /// Stands before the partition in lines of the template that are there once a partition.
 const ROOMS: &str = "ROOMS_local_";
 
+/// What is removed is removed from mirrors as well, which hold what their region had: lines with these are there once a
+/// region.
+const REMOVED: [&str; 2] = [
+    "\"$JS.API.STREAM.PURGE.",
+    "\"$JS.API.STREAM.MSG.DELETE.ROOMS_",
+];
+
 /// The text of a nats-server configuration with accounts, users and subject mappings of the region that `config` names.
 #[must_use]
 pub fn accounts(config: &Config) -> String {
-    let (region, prefix) = (config.region(), &config.nats.prefix);
+    let (own, prefix) = (config.region(), &config.nats.prefix);
     // Regions and prefixes hold no character that would have to be quoted.
-    let named = |line: &str| {
+    let named = |line: &str, region: &Region| {
         line.replace("\"natter.", &format!("\"{prefix}."))
             .replace(".local.", &format!(".{region}."))
             .replace("_local", &format!("_{region}"))
     };
     let mut text = String::with_capacity(TEMPLATE.len());
     for line in TEMPLATE.lines() {
-        let comment = line.trim_start().starts_with('#');
+        if line.trim_start().starts_with('#') {
+            text.push_str(&format!("{line}\n"));
+            continue;
+        }
+        let regions = if REMOVED.iter().any(|removed| line.contains(removed)) {
+            config.regions()
+        } else {
+            BTreeSet::from([own.clone()])
+        };
         match line.split_once(ROOMS) {
-            _ if comment => text.push_str(&format!("{line}\n")),
-            None => text.push_str(&format!("{}\n", named(line))),
+            None => {
+                for region in &regions {
+                    text.push_str(&format!("{}\n", named(line, region)));
+                }
+            }
             Some((before, after)) if after.starts_with('0') => {
                 let after = after.trim_start_matches('0');
-                for part in 0..config.nats.partitions {
-                    let line = named(&format!("{before}{ROOMS}{part}{after}"));
-                    text.push_str(&format!("{line}\n"));
+                for region in &regions {
+                    for part in 0..config.nats.partitions {
+                        let line = named(&format!("{before}{ROOMS}{part}{after}"), region);
+                        text.push_str(&format!("{line}\n"));
+                    }
                 }
             }
             // The other partitions of the template.
@@ -38,7 +60,7 @@ pub fn accounts(config: &Config) -> String {
     }
     let namespaces = config.namespaces.iter();
     let namespaces = namespaces.map(|(name, namespace)| (&**name, namespace.durable));
-    let mappings = Subjects::new(prefix).mappings(&region, config.nats.partitions, namespaces);
+    let mappings = Subjects::new(prefix).mappings(&own, config.nats.partitions, namespaces);
     render(&text, |name| {
         let lines = mappings.iter();
         let lines = lines.map(|(from, to)| format!("{}: {}", quoted(from), quoted(to)));
@@ -60,7 +82,7 @@ mod tests {
 
     #[test]
     fn region_prefix_partitions_and_namespaces_are_those_of_the_configuration() {
-        let toml = "region = 'us-east'\n[nats]\nprefix = 'm2'\npartitions = 16\n[namespaces.games]\ndurable = true\ntyping = false";
+        let toml = "region = 'us-east'\nregions = ['us-east', 'oslo']\n[nats]\nprefix = 'm2'\npartitions = 16\n[namespaces.games]\ndurable = true\ntyping = false";
         let config = Config::with_defaults(Toml::string(toml)).unwrap();
         let text = accounts(&config);
         for part in [
@@ -68,6 +90,9 @@ mod tests {
             "\"$KV.presence_us-east.>\"",
             "\"$JS.API.STREAM.PURGE.KV_presence_us-east\"",
             "\"$JS.API.STREAM.PURGE.ROOMS_us-east_0\"",
+            "\"$JS.API.STREAM.PURGE.ROOMS_oslo_15\"",
+            "\"$JS.API.STREAM.MSG.DELETE.ROOMS_oslo_0\"",
+            "\"$JS.API.STREAM.PURGE.KV_edges_oslo\"",
             "\"$JS.API.CONSUMER.CREATE.ROOMS_us-east_15.history\"",
             "\"m2.put.us-east.*.*\": \"m2.in.us-east.{{partition(16,1,2)}}.",
             "\"m2.pub.games.*\": \"m2.put.us-east.games.{{wildcard(1)}}\"",

@@ -18,7 +18,8 @@ use natter::{
 use serde_json::{Value, json};
 
 use self::site::{
-    Mesh, Natter, PARTITIONS, Ports, Server, Setting, client, deploy, example, start, violations,
+    Mesh, Natter, PARTITIONS, Ports, REGIONS, Server, Setting, client, deploy, example, start,
+    violations,
 };
 use crate::{
     resume::reply,
@@ -29,8 +30,6 @@ use crate::{
     },
 };
 
-/// The regions of the examples.
-const REGIONS: [&str; 3] = ["seoul", "frankfurt", "virginia"];
 const ROOM: &str = "chat:lobby";
 
 /// A request that is answered with JSON without an error.
@@ -445,7 +444,14 @@ async fn regions_of_three_servers_with_tls_are_a_mesh() {
         natter.try_tool("admin", &["doctor"]).await
     })
     .await;
+    // Of both: a page that lacks what another region has in hand says so.
     let (_history, _) = natter.start("history", "history").await;
+    let away = Natter {
+        region: "frankfurt",
+        url: mesh.url(1),
+        ..natter.clone()
+    };
+    let (_history_there, _) = away.start("history", "history-there").await;
     let (_first, first) = natter.start("edge", "edge-1").await;
     let (_second, second) = natter.start("edge", "edge-2").await;
     use_it(first, second).await;
@@ -496,13 +502,7 @@ async fn regions_of_three_servers_with_tls_are_a_mesh() {
     })
     .await;
     // A member there sees what is said here, and is seen here: edges and users of both regions.
-    let away = Natter {
-        region: "frankfurt",
-        url: mesh.url(1),
-        ..natter
-    };
-    let (_history_there, _) = away.start("history", "history-there").await;
-    let (_third, third) = away.start("edge", "edge-3").await;
+    let (mut there_edge, third) = away.start("edge", "edge-3").await;
     let endpoint = format!("ws://{third}/ws").parse().unwrap();
     let mut han = natter::client::Connection::open(&endpoint, Some(&token("han")))
         .await
@@ -525,6 +525,23 @@ async fn regions_of_three_servers_with_tls_are_a_mesh() {
         let users = shown["users"].as_array().unwrap();
         let here = users.iter().any(|user| user["user"] == "han");
         here.then_some(()).ok_or_else(|| shown.to_string())
+    })
+    .await;
+    // What its edge leaves when it dies is purged from the mirror here, too.
+    let admin = client(&here, "admin", Some(&ca)).await;
+    let keys = async || {
+        let filter = r#"{"subjects_filter":"$KV.presence_frankfurt.*.*.han.*"}"#;
+        let stream = "$JS.API.STREAM.INFO.KV_presence_frankfurt";
+        let info = ask(&admin, stream, filter).await;
+        info["state"]["subjects"]
+            .as_object()
+            .map_or(0, serde_json::Map::len)
+    };
+    assert_eq!(keys().await, 1);
+    there_edge.kill().await;
+    eventually("its keys are purged from the mirror", LONG, async || {
+        let left = keys().await;
+        (left == 0).then_some(()).ok_or_else(|| left.to_string())
     })
     .await;
     for servers in &mesh.regions {

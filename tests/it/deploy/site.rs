@@ -19,6 +19,8 @@ use crate::support::{
     mongodb_url, natter_command,
 };
 
+/// The regions of the examples.
+pub(super) const REGIONS: [&str; 3] = ["seoul", "frankfurt", "virginia"];
 const USERS: [&str; 6] = ["edge", "history", "provision", "operator", "admin", "sys"];
 /// Of the mesh that is started: each is a stream of three copies, in both regions.
 pub(super) const PARTITIONS: u16 = 2;
@@ -30,7 +32,7 @@ pub(super) fn deploy() -> PathBuf {
 /// What `natter.toml` of a region in deploy/ says about its accounts.
 pub(super) fn example(region: &str, partitions: u16) -> natter::config::Config {
     config(&format!(
-        "region = '{region}'\n[nats]\npartitions = {partitions}"
+        "region = '{region}'\nregions = {REGIONS:?}\n[nats]\npartitions = {partitions}"
     ))
 }
 
@@ -169,6 +171,7 @@ pub(super) async fn start(setting: Setting<'_>) -> Server {
 }
 
 /// natter on such servers.
+#[derive(Clone)]
 pub(super) struct Natter<'a> {
     pub(super) dir: &'a Path,
     pub(super) region: &'a str,
