@@ -21,13 +21,13 @@ mod scenarios;
 #[path = "../../tests/it/support/mod.rs"]
 mod support;
 mod swarm;
+mod table;
 
-use std::{fmt::Write as _, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-
-const RESULTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/RESULTS.md");
+use table::{Table, save};
 
 /// Load, and what it costs.
 #[derive(Debug, Parser)]
@@ -46,30 +46,6 @@ struct Args {
     /// What cargo says to every benchmark.
     #[arg(long, hide = true)]
     bench: bool,
-}
-
-/// A table of results.
-#[derive(Debug)]
-struct Table {
-    title: &'static str,
-    columns: &'static [&'static str],
-    rows: Vec<Vec<String>>,
-}
-
-impl Table {
-    fn text(&self) -> String {
-        let mut text = format!("\n{}\n\n", self.title);
-        let line = |text: &mut String, cells: &[String]| {
-            writeln!(text, "| {} |", cells.join(" | ")).unwrap();
-        };
-        let head: Vec<String> = self.columns.iter().map(|&name| name.to_owned()).collect();
-        line(&mut text, &head);
-        line(&mut text, &vec!["---".to_owned(); head.len()]);
-        for row in &self.rows {
-            line(&mut text, row);
-        }
-        text
-    }
 }
 
 fn main() -> ExitCode {
@@ -97,7 +73,7 @@ fn main() -> ExitCode {
         }
     }
     if let Some(name) = args.save {
-        save(&name, &text);
+        save("load", &name, &text);
     }
     if bench.faults > 0 {
         eprintln!("{} messages were lost or repeated", bench.faults);
@@ -114,20 +90,4 @@ fn raise_file_limit() {
         ..limit
     };
     setrlimit(Resource::Nofile, raised).unwrap();
-}
-
-/// Replaces the part of the results between the marks of this name.
-fn save(name: &str, text: &str) {
-    let results = std::fs::read_to_string(RESULTS).unwrap();
-    let (begin, end) = (
-        format!("<!-- load {name} -->"),
-        format!("<!-- end of load {name} -->"),
-    );
-    let (before, rest) = results
-        .split_once(&begin)
-        .unwrap_or_else(|| panic!("{RESULTS} has no mark {begin}"));
-    let (_, after) = rest
-        .split_once(&end)
-        .unwrap_or_else(|| panic!("{RESULTS} has no mark {end}"));
-    std::fs::write(RESULTS, format!("{before}{begin}\n{text}\n{end}{after}")).unwrap();
 }

@@ -5,12 +5,43 @@ use std::{
     time::{Duration, Instant},
 };
 
+use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::{support::cpu_time, swarm::Tally};
+use super::support::cpu_time;
 
 /// Runs during which everything else on the machine took more than this many cores are repeated.
 pub(crate) const NOISE: f64 = 0.25;
+
+/// Longest latency that is told apart, in µs.
+pub(crate) const MOST_US: u64 = 60_000_000;
+
+/// What was received.
+#[derive(Debug)]
+pub(crate) struct Tally {
+    pub(crate) deliveries: u64,
+    pub(crate) lost: u64,
+    /// Repeated, or out of order.
+    pub(crate) repeated: u64,
+    pub(crate) acked: u64,
+    pub(crate) joined: u64,
+    /// Latency in µs, from when a message was due.
+    pub(crate) latency: Histogram<u64>,
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self {
+            deliveries: 0,
+            lost: 0,
+            repeated: 0,
+            acked: 0,
+            joined: 0,
+            latency: Histogram::new_with_bounds(1, MOST_US, 3)
+                .expect("bounds and digits are possible"),
+        }
+    }
+}
 
 /// A process whose cost is measured.
 #[derive(Debug, Clone)]

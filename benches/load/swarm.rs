@@ -8,13 +8,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hdrhistogram::Histogram;
 use rustix::{
     event::{Timespec, epoll},
     net::sockopt,
 };
 
-use super::dialect::{Dialect, Seen, body};
+use super::{
+    dialect::{Dialect, Seen, body},
+    measure::Tally,
+};
 
 /// Bytes read at once, and the largest frame.
 const BUFFER: usize = 512 * 1024;
@@ -22,8 +24,6 @@ const BUFFER: usize = 512 * 1024;
 const OPENING: usize = 128;
 /// How long anything may take before the benchmark gives up.
 const LONG: Duration = Duration::from_secs(120);
-/// Longest latency that is told apart, in µs.
-const MOST_US: u64 = 60_000_000;
 
 /// How far a connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,33 +55,6 @@ struct Client {
     cursor: String,
     /// It does not read.
     paused: bool,
-}
-
-/// What was received since the last [`Swarm::reset`].
-#[derive(Debug)]
-pub(crate) struct Tally {
-    pub(crate) deliveries: u64,
-    pub(crate) lost: u64,
-    /// Repeated, or out of order.
-    pub(crate) repeated: u64,
-    pub(crate) acked: u64,
-    pub(crate) joined: u64,
-    /// Latency in µs, from when a message was due.
-    pub(crate) latency: Histogram<u64>,
-}
-
-impl Default for Tally {
-    fn default() -> Self {
-        Self {
-            deliveries: 0,
-            lost: 0,
-            repeated: 0,
-            acked: 0,
-            joined: 0,
-            latency: Histogram::new_with_bounds(1, MOST_US, 3)
-                .expect("bounds and digits are possible"),
-        }
-    }
 }
 
 /// Clients of one server.

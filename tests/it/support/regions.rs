@@ -138,9 +138,20 @@ impl Regions {
         &mut self.region_mut(name).mesh
     }
 
+    /// As [`Self::mesh`], only to look at and to connect to.
+    pub(crate) fn at(&self, name: &str) -> &Mesh {
+        &self.region(name).mesh
+    }
+
     /// URL of the region's nats-server.
     pub(crate) fn url(&self, name: &str) -> String {
         self.region(name).nats.url()
+    }
+
+    /// Process ids of the region's nats-server and of its spine.
+    pub(crate) fn pids(&self, name: &str) -> [u32; 2] {
+        let region = self.region(name);
+        [&region.nats, &region.spine.server].map(|server| server.pid().unwrap())
     }
 
     /// Cuts a region off from all others, as a network does that is gone.
