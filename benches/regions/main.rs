@@ -7,6 +7,7 @@
 //! messages, and refused commands, are counted in each run, and end it with exit code 1; what never comes ends it at once.
 
 #![expect(
+    clippy::cast_possible_truncation,
     clippy::print_stdout,
     clippy::print_stderr,
     clippy::unwrap_used,

@@ -73,6 +73,9 @@ pub enum PublishError {
     /// The connection broke before the acknowledgement.
     #[error("the connection to NATS broke before the acknowledgement; repeat it with the same id")]
     Lost,
+    /// The stream is storing the same message at this moment: it was repeated before it was acknowledged.
+    #[error("the stream is about to store the message; repeat it with the same id")]
+    InProcess,
     /// The stream has reached a limit or the disk is full.
     #[error("the stream refuses the message: {0}")]
     StreamFull(String),
@@ -94,9 +97,11 @@ impl PublishError {
     fn fault(&self) -> PublishFault {
         match self {
             Self::Unavailable => PublishFault::Unavailable,
-            Self::UnknownOutcome(_) | Self::Lost | Self::Cursor(_) | Self::Time(_) => {
-                PublishFault::UnknownOutcome
-            }
+            Self::UnknownOutcome(_)
+            | Self::Lost
+            | Self::InProcess
+            | Self::Cursor(_)
+            | Self::Time(_) => PublishFault::UnknownOutcome,
             Self::StreamFull(_) => PublishFault::StreamFull,
             Self::TooLarge(_) | Self::Refused(_) => PublishFault::Refused,
         }
@@ -107,9 +112,11 @@ impl PublishError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Unavailable => ErrorCode::Unavailable,
-            Self::UnknownOutcome(_) | Self::Lost | Self::Cursor(_) | Self::Time(_) => {
-                ErrorCode::UnknownOutcome
-            }
+            Self::UnknownOutcome(_)
+            | Self::Lost
+            | Self::InProcess
+            | Self::Cursor(_)
+            | Self::Time(_) => ErrorCode::UnknownOutcome,
             Self::StreamFull(_) => ErrorCode::StreamFull,
             Self::TooLarge(_) => ErrorCode::TooLarge,
             Self::Refused(_) => ErrorCode::Internal,
@@ -127,6 +134,8 @@ mod err_code {
     pub(super) const MESSAGE_TOO_LARGE: u32 = 10054;
     /// The stream's store failed: maximum messages, bytes, or messages per subject exceeded, or the disk.
     pub(super) const STORE_FAILED: u32 = 10077;
+    /// Duplicate message id is in process: of several copies, one leader is still asking the others.
+    pub(super) const DUPLICATE_IN_PROCESS: u32 = 10158;
     /// Resource limits exceeded for account.
     pub(super) const ACCOUNT_LIMITS: u32 = 10002;
 }
@@ -379,6 +388,7 @@ fn refusal(error: AckError) -> PublishError {
         | err_code::STORAGE_EXCEEDED
         | err_code::STORE_FAILED
         | err_code::ACCOUNT_LIMITS => PublishError::StreamFull(error.description),
+        err_code::DUPLICATE_IN_PROCESS => PublishError::InProcess,
         // 429: the stream's queue is full for now. 503: no leader for now. Neither has stored it.
         _ if error.code == 429 || error.code == 503 => PublishError::Unavailable,
         _ => PublishError::Refused(error.description),

@@ -55,11 +55,21 @@ enum Link {
 #[derive(Debug, Default)]
 struct Table {
     leases: HashMap<Arc<str>, Lease>,
-    over: HashMap<Arc<str>, Instant>,
+    over: HashMap<Arc<str>, Over>,
     /// Since when the mirror has kept up.
     up: Option<Instant>,
     /// Since when it has heard nothing.
     cut: Option<Instant>,
+}
+
+/// A lease that is over.
+#[derive(Debug)]
+struct Over {
+    since: Instant,
+    /// Whether its origin said so; otherwise that was concluded from what a mirror did not say, and a renewal refutes it.
+    told: bool,
+    /// Of its last renewal.
+    revision: u64,
 }
 
 #[derive(Debug, Default)]
@@ -74,8 +84,10 @@ struct Lease {
 /// What a look at a mirror shows.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Look {
-    /// Leases that are over now.
+    /// Leases whose end was told now.
     ended: Vec<Arc<str>>,
+    /// Leases of which it is concluded.
+    missed: Vec<Arc<str>>,
     /// Leases that were over before, and have left something.
     left: Vec<Arc<str>>,
     /// A long cut is over.
@@ -92,8 +104,11 @@ impl Lease {
 impl Table {
     /// A lease was renewed, or taken. What was seen before says nothing new.
     fn renewed(&mut self, lease: &str, revision: u64, now: Instant) {
-        if self.over.contains_key(lease) {
-            return;
+        if let Some(over) = self.over.get(lease) {
+            if over.told || revision <= over.revision {
+                return;
+            }
+            self.over.remove(lease);
         }
         let known = self.leases.entry(lease.into()).or_default();
         if revision > known.revision {
@@ -105,10 +120,17 @@ impl Table {
         }
     }
 
-    /// A lease has ended; whether that is news.
-    fn ended(&mut self, lease: &str, now: Instant) -> bool {
-        self.over.insert(lease.into(), now);
-        self.leases.remove(lease).is_some()
+    /// A lease has ended, as its origin has `told` or as it seems; whether that is news.
+    fn ended(&mut self, lease: &str, now: Instant, told: bool) -> bool {
+        let known = self.leases.remove(lease);
+        let revision = known.as_ref().map_or(0, |known| known.revision);
+        let over = Over {
+            since: now,
+            told,
+            revision,
+        };
+        let before = self.over.insert(lease.into(), over);
+        known.is_some() || before.is_some_and(|before| told && !before.told)
     }
 
     fn is_doubtful(&self, lease: Duration, now: Instant) -> bool {
@@ -118,7 +140,7 @@ impl Table {
     /// The mirror was read.
     fn looked(&mut self, found: &[Entry], link: Link, lease: Duration, now: Instant) -> Look {
         let mut look = Look::default();
-        self.over.retain(|_, at| now < *at + REMEMBERED);
+        self.over.retain(|_, over| now < over.since + REMEMBERED);
         match link {
             Link::Up(_) => {
                 self.up.get_or_insert(now);
@@ -134,14 +156,18 @@ impl Table {
         for entry in found {
             match (entry.key.strip_prefix(USED), &entry.value) {
                 (Some(lease), Some(_)) if self.over.contains_key(lease) => {
-                    look.left.push(lease.into());
+                    // What only seems to be over may come back, and a mirror gets nothing twice.
+                    let over = &self.over[lease];
+                    if over.told || now >= over.since + REMEMBERED / 2 {
+                        look.left.push(lease.into());
+                    }
                 }
                 (Some(lease), Some(_)) => {
                     self.leases.entry(lease.into()).or_default();
                 }
                 (None, Some(_)) => self.renewed(&entry.key, entry.revision, now),
                 (None, None) => {
-                    if self.ended(&entry.key, now) {
+                    if self.ended(&entry.key, now, true) {
                         look.ended.push(Arc::from(&*entry.key));
                     }
                 }
@@ -156,11 +182,11 @@ impl Table {
             if let (Link::Up(heard), Some(since)) = (link, since)
                 && heard >= since + lease + TICK
             {
-                look.ended.push(Arc::clone(name));
+                look.missed.push(Arc::clone(name));
             }
         }
-        for lease in &look.ended {
-            self.ended(lease, now);
+        for lease in &look.missed {
+            self.ended(lease, now, false);
         }
         look
     }
@@ -241,8 +267,8 @@ pub(super) async fn follow(presence: Arc<Presence>) {
             }
             if entry.value.is_some() {
                 followed.table.renewed(&entry.key, entry.revision, now);
-            } else if followed.table.ended(&entry.key, now) {
-                over(&presence, &followed.edges, vec![Arc::from(entry.key)]).await;
+            } else if followed.table.ended(&entry.key, now, true) {
+                over(&presence, &followed.edges, vec![Arc::from(entry.key)], true).await;
             }
         }
         let suspect = feed.is_suspect();
@@ -286,7 +312,8 @@ pub(super) async fn follow(presence: Arc<Presence>) {
             if look.healed {
                 presence.announce_anew();
             }
-            over(&presence, &followed.edges, look.ended).await;
+            over(&presence, &followed.edges, look.ended, true).await;
+            over(&presence, &followed.edges, look.missed, false).await;
             if presence.is_first() {
                 for lease in look.left {
                     purge(&presence.bucket.of(region), &followed.edges, &lease).await;
@@ -300,12 +327,12 @@ pub(super) async fn follow(presence: Arc<Presence>) {
     }
 }
 
-/// Leases of another region are over: one edge of each region purges what is left of them there.
-async fn over(presence: &Presence, edges: &Bucket, leases: Vec<Arc<str>>) {
+/// Leases of another region are over: one edge of each region purges what is left of them there, when the origin has `told` it.
+async fn over(presence: &Presence, edges: &Bucket, leases: Vec<Arc<str>>, told: bool) {
     for lease in leases {
         count(Counter::LeaseEnded(LeaseEnd::Seen), 1);
-        tracing::info!(lease = %lease, origin = %edges.origin(), "a lease is over");
-        if presence.is_first() {
+        tracing::info!(lease = %lease, origin = %edges.origin(), told, "a lease is over");
+        if told && presence.is_first() {
             purge(&presence.bucket.of(edges.origin()), edges, &lease).await;
         }
     }
@@ -364,14 +391,24 @@ mod tests {
         let up = late + LEASE + TICK;
         table.looked(&[], Link::Up(up), LEASE, up);
         let look = table.looked(&[], Link::Up(up + LEASE), LEASE, up + LEASE);
-        assert_eq!(look.ended, [""; 0].map(Arc::from));
-        let look = table.looked(&[], Link::Up(up + LEASE + TICK), LEASE, up + LEASE + TICK);
-        assert_eq!(look.ended, [Arc::from("a")]);
-        // It never lives again, and what it has left is found.
-        table.renewed("a", 99, up + LEASE + TICK);
+        assert_eq!(look.missed, [""; 0].map(Arc::from));
+        let over = up + LEASE + TICK;
+        let look = table.looked(&[], Link::Up(over), LEASE, over);
+        assert_eq!(look.missed, [Arc::from("a")]);
+        // What it has left is found when it has been over for long; what was known before does not bring it back.
+        table.renewed("a", 5, over);
         let found = [entry("used.a", 1, true)];
-        let look = table.looked(&found, Link::Up(up + 2 * LEASE), LEASE, up + 2 * LEASE);
+        let look = table.looked(&found, Link::Up(over + LEASE), LEASE, over + LEASE);
+        assert_eq!(look.left, [""; 0].map(Arc::from));
+        assert_eq!(names(table.alive()), [""; 0]);
+        let long = over + REMEMBERED / 2;
+        let look = table.looked(&found, Link::Up(long), LEASE, long);
         assert_eq!(look.left, [Arc::from("a")]);
+        // A renewal refutes the conclusion, and not what the origin has said.
+        table.renewed("a", 99, long);
+        assert_eq!(names(table.alive()), ["a"]);
+        assert!(table.ended("a", long, true));
+        table.renewed("a", 100, long);
         assert_eq!(names(table.alive()), [""; 0]);
     }
 

@@ -69,11 +69,10 @@ impl Cluster {
         let routes = std::array::from_fn::<u16, SERVERS, _>(|_| free_port().unwrap());
         let binary = support::binaries().await.nats_server.clone();
         let mut servers = Vec::new();
-        for number in 0..SERVERS {
-            let conf = conf(dir.path(), number, ports[number], &routes);
+        for (number, port) in ports.into_iter().enumerate() {
+            let conf = conf(dir.path(), number, port, &routes);
             let path = dir.path().join(format!("n{number}.conf"));
             std::fs::write(&path, conf).unwrap();
-            let port = ports[number];
             let spec = Spec {
                 name: format!("n{number}"),
                 program: binary.clone(),

@@ -130,7 +130,7 @@ struct Place {
     head: String,
     /// The last message here, to be answered.
     last: Option<String>,
-    /// What the user's read marker was at last, and the `read` that is under way.
+    /// Up to where the user has read, and the `read` that is under way.
     marker: Reached,
     reading: Option<u64>,
     state: State,
@@ -461,6 +461,7 @@ impl Session {
                 .await
         {
             place.reading = Some(rid);
+            raise(&mut place.marker, cursor);
         }
     }
 
@@ -542,7 +543,7 @@ impl Session {
         }
     }
 
-    /// A marker never goes back, wherever the user has been meanwhile.
+    /// A marker lies before nothing that the user has read, wherever that was.
     fn on_marker(&mut self, frame: &Frame, Marker { cursor }: &Marker) {
         let asked = |place: &&mut Place| place.reading.is_some() && place.reading == frame.rid();
         let Some(place) = self.places.iter_mut().find(asked) else {
@@ -551,9 +552,9 @@ impl Session {
         place.reading = None;
         let mut now = Reached::new();
         raise(&mut now, cursor);
-        let was = std::mem::replace(&mut place.marker, now);
-        if !covers(&place.marker, &was) {
-            self.fault(frame, &format!("the marker was {was:?}"));
+        if !covers(&now, &place.marker) {
+            let read = place.marker.clone();
+            self.fault(frame, &format!("read up to {read:?}"));
         }
     }
 

@@ -85,8 +85,16 @@ pub(crate) fn check(log: &Log) -> Verdict {
     }
     verdict.acked = places.len();
     // A message is where a component grew to its fingerprint. Not every place of it was acknowledged.
+    // Of two with one fingerprint nobody knows which one it is.
+    let mut known: HashMap<(&str, Fingerprint), Option<Key<'_>>> = HashMap::new();
+    for sent in &log.sent {
+        let key = (&*sent.room, &*sent.from, &*sent.id);
+        let its_own = Fingerprint::of(message_key(key.0, key.1, key.2).as_bytes());
+        let entry = known.entry((key.0, its_own)).or_insert(Some(key));
+        *entry = entry.filter(|other| *other == key);
+    }
     for session in &log.sessions {
-        learn(session, &mut places);
+        learn(session, &known, &mut places);
     }
     verdict.twins = places.values().filter(|of| of.len() > 1).count();
     for session in &log.sessions {
@@ -95,11 +103,23 @@ pub(crate) fn check(log: &Log) -> Verdict {
     verdict
 }
 
-fn learn<'a>(session: &'a Session, places: &mut Places<'a>) {
+fn learn<'a>(
+    session: &'a Session,
+    known: &HashMap<(&'a str, Fingerprint), Option<Key<'a>>>,
+    places: &mut Places<'a>,
+) {
     let mut last: HashMap<&str, Vector> = HashMap::new();
     for event in &session.events {
         match event {
             Event::Joined { room, cursor, .. } => {
+                // Nobody may have got the last message before the first member came.
+                let cursor_of: Cursor = cursor.parse().expect("a cursor of an edge");
+                for at in cursor_of.positions() {
+                    if let Some(Some(key)) = known.get(&(&**room, at.fingerprint)) {
+                        let of = places.entry(*key).or_default();
+                        of.entry(at.origin.as_str().to_owned()).or_insert(at.seq);
+                    }
+                }
                 last.insert(room, vector(cursor));
             }
             Event::Pushed {
