@@ -221,7 +221,7 @@ async fn take(
                 // Nobody waits for it who only speaks.
                 replied.try_send(frame.json()).ok();
             }
-            _ if frame.rid().is_some() => replied.send(frame.json()).await.unwrap(),
+            _ if frame.rid().is_some() => drop(replied.send(frame.json()).await),
             // Presence and receipts.
             _ => {}
         }
