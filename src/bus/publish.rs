@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{
     task::yield_now,
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
@@ -23,6 +23,12 @@ use crate::{
         metrics::{Counter, Histogram, PublishFault, count, record},
     },
 };
+
+/// Reads after which a message that was acknowledged and is not found is taken for trimmed or erased.
+const TIME_READS: usize = 10;
+
+/// Pause between two of them: a copy of the stream that is behind mostly has it after one.
+const TIME_PAUSE: Duration = Duration::from_millis(50);
 
 /// Publishes over one line; cheap to clone.
 #[derive(Debug, Clone)]
@@ -258,17 +264,29 @@ impl Publisher {
         })
     }
 
-    /// When the stream stored a message.
+    /// When the stream stored a message. Any copy of the stream answers, also one that has yet to get what the leader has
+    /// acknowledged: then it is asked again.
     async fn stored_at(&self, room: &RoomId, acked: &Acked) -> Result<u64, PublishError> {
         let part = partition_of(room, self.streams.partitions());
         let stream = rooms_stream(self.streams.origin(), part);
-        let epoch = self.streams.known(part).epoch;
-        let stored = self
-            .reader
-            .message(&stream, epoch, acked.seq)
-            .await
-            .map_err(PublishError::Time)?;
-        Ok(stored.map_or(0, |stored| stored.record.ts))
+        for read in 0..TIME_READS {
+            if read > 0 {
+                sleep(TIME_PAUSE).await;
+            }
+            let known = self.streams.known(part);
+            let stored = self
+                .reader
+                .message(&stream, known.epoch, acked.seq)
+                .await
+                .map_err(PublishError::Time)?;
+            if let Some(stored) = stored {
+                return Ok(stored.record.ts);
+            }
+            if acked.seq < known.first_seq {
+                break;
+            }
+        }
+        Ok(0)
     }
 
     /// Publishes a message of an ephemeral room; returns its time in ms since 1970. Nobody acknowledges it: whoever is there

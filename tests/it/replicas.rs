@@ -55,6 +55,9 @@ const SHARE: usize = 40;
 /// Rooms for each kill in which one message is sent about then, and nothing else ever: nothing after it shows that it was lost.
 const QUIET_ROOMS: usize = 60;
 
+/// Messages sent from outside a room before the storm: some of them meet a copy that is behind.
+const OUTSIDE: usize = 400;
+
 /// The servers of one region.
 struct Cluster {
     dir: TempDir,
@@ -197,6 +200,16 @@ async fn speak(connection: Arc<Connection>, room: String, quiet: Arc<Mutex<Quiet
     }
 }
 
+/// Whoever is not in a room is told when their message was stored, too: that is read, also from a copy that has not got it yet.
+async fn acks_tell_the_time(speakers: &[Arc<Connection>]) {
+    for number in 0..OUTSIDE {
+        let commands = speakers[number % speakers.len()].commands();
+        let message = json!({"room": "chat:outside", "body": number});
+        let ack = commands.call("send", message).await.unwrap().json();
+        assert_ne!(ack["ts"], 0, "message {number}: {ack}");
+    }
+}
+
 /// The longest time of the storm in which nothing was acknowledged.
 async fn longest_pause(shared: Arc<Shared>) -> Duration {
     let mut look = interval(Duration::from_millis(5));
@@ -248,6 +261,8 @@ async fn whoever_is_acknowledged_is_heard_by_all_when_the_leader_of_three_copies
         listeners.spawn(listen(connection, Arc::clone(&quiet)));
         speakers.push(Arc::new(mesh.connect(edge, "speaker").await));
     }
+
+    acks_tell_the_time(&speakers).await;
 
     let (stage, watched) = watch::channel(Stage::Storm);
     let shared = Arc::new(Shared {
