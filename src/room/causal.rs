@@ -6,6 +6,7 @@
 
 use std::rc::Rc;
 
+use futures_util::future::try_join_all;
 use tokio::{
     task::spawn_local,
     time::{Instant, sleep_until},
@@ -90,20 +91,23 @@ impl Hub {
         if self.sources.len() < 2 {
             return Ok(());
         }
-        for (track, source) in self.sources.iter().enumerate() {
-            let epoch = self.log.borrow().epoch(track);
-            let filter = self.filter(rooms, track);
-            let records = rooms
-                .reader
-                .recent(
-                    &source.stream,
-                    epoch,
-                    &filter,
-                    rooms.retried_within,
-                    MAX_REFERENCES,
-                )
-                .await?;
-            self.log.borrow_mut().remember(track, &records);
+        let reads = self
+            .sources
+            .iter()
+            .enumerate()
+            .map(async |(track, source)| {
+                let epoch = self.log.borrow().epoch(track);
+                let filter = self.filter(rooms, track);
+                let within = rooms.retried_within;
+                let reader = &rooms.reader;
+                reader
+                    .recent(&source.stream, epoch, &filter, within, MAX_REFERENCES)
+                    .await
+            });
+        // At once: whoever joins first waits for all of them.
+        let earlier = try_join_all(reads).await?;
+        for (track, records) in earlier.iter().enumerate() {
+            self.log.borrow_mut().remember(track, records);
         }
         Ok(())
     }

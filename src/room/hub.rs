@@ -532,14 +532,14 @@ impl Hub {
         }
         let first = log.head_index();
         match log.advance(track, record) {
-            Some(cursor) => {
+            Some((cursor, reference)) => {
                 let frame = encode::message(&self.room, record, Some(&cursor));
                 if ready.frames.is_empty() {
                     ready.first = first;
                 }
                 ready.frames.push(frame.clone());
                 ready.spots.push((track, record.seq));
-                log.push(track, record, frame);
+                log.push(track, record, reference, frame);
                 self.receipts.spoke(track, record, &log);
             }
             None => count(Counter::MessageSuppressed(Suppressed::Duplicate), 1),

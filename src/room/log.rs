@@ -389,10 +389,14 @@ impl RoomLog {
         Some((track, record, true))
     }
 
-    /// Takes note of an admitted message and returns the cursor of its frame, or `None` if its reference was delivered
-    /// before (the first one wins): then the position moves on and there is no frame.
+    /// Takes note of an admitted message and returns the cursor of its frame and the hash of its reference, or `None` if its
+    /// reference was delivered before (the first one wins): then the position moves on and there is no frame.
     #[must_use]
-    pub(super) fn advance(&mut self, track: usize, record: &Record) -> Option<Cursor> {
+    pub(super) fn advance(
+        &mut self,
+        track: usize,
+        record: &Record,
+    ) -> Option<(Cursor, Option<u64>)> {
         let of = &mut self.tracks[track];
         let last = &mut of.last[index(record.class)];
         *last = record.seq.max(*last);
@@ -401,8 +405,9 @@ impl RoomLog {
             of.fingerprint = record.fingerprint;
         }
         let spot = (track, record.seq);
-        let fresh = reference(record).is_none_or(|key| self.references.note(key, spot));
-        fresh.then(|| self.cursor())
+        let reference = reference(record);
+        let fresh = reference.is_none_or(|key| self.references.note(key, spot));
+        fresh.then(|| (self.cursor(), reference))
     }
 
     /// Notes references of messages before the beginning of the log: they are not shown again when they come from another origin.
@@ -423,8 +428,14 @@ impl RoomLog {
         reference.is_some_and(|key| self.references.has_twin(key, at, seen))
     }
 
-    /// Keeps the frame of the message that [`Self::advance`] has just taken note of.
-    pub(super) fn push(&mut self, track: usize, record: &Record, frame: Bytes) {
+    /// Keeps the frame of the message that [`Self::advance`] has just taken note of, with what that said of its reference.
+    pub(super) fn push(
+        &mut self,
+        track: usize,
+        record: &Record,
+        reference: Option<u64>,
+        frame: Bytes,
+    ) {
         self.bytes += frame.len();
         self.entries.push_back(Entry {
             track,
@@ -432,7 +443,7 @@ impl RoomLog {
             fingerprint: record.fingerprint,
             position: self.tracks[track].position,
             ts: record.ts,
-            reference: reference(record),
+            reference,
             after: record.after.clone(),
             frame,
         });

@@ -39,11 +39,12 @@ fn deliver(log: &mut RoomLog, record: &Record) -> bool {
 }
 
 fn deliver_in(log: &mut RoomLog, track: usize, record: &Record) -> bool {
-    let fresh = log.advance(track, record).is_some();
-    if fresh {
-        log.push(track, record, Bytes::from(vec![0; 10]));
+    let fresh = log.advance(track, record);
+    if let Some((_, reference)) = fresh {
+        log.push(track, record, reference, Bytes::from(vec![0; 10]));
+        return true;
     }
-    fresh
+    false
 }
 
 /// The sequences of what is in memory after a place.
@@ -244,12 +245,12 @@ fn take(log: &mut RoomLog, track: usize, record: Record, now: Instant, until: In
 }
 
 fn show(log: &mut RoomLog, track: usize, record: &Record) {
-    if let Some(cursor) = log.advance(track, record) {
+    if let Some((cursor, reference)) = log.advance(track, record) {
         let mut record = record.clone();
         record.body = Bytes::from(format!("[{track},{}]", record.seq));
         let room = crate::model::RoomId::parse("chat:a").unwrap();
         let frame = encode::message(&room, &record, Some(&cursor));
-        log.push(track, &record, frame);
+        log.push(track, &record, reference, frame);
     }
 }
 
