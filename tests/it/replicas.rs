@@ -22,7 +22,6 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{
-    sync::watch,
     task::JoinSet,
     time::{interval, sleep},
 };
@@ -31,15 +30,10 @@ use crate::{
     resume::reply,
     storm::{
         Seed, caught_up, keep, seed,
-        sessions::{Board, Session, Shared, Stage},
+        sessions::{Session, Shared, Stage, logs},
         told,
     },
-    support::{
-        self, LONG,
-        checker::{self, Log},
-        eventually,
-        mesh::Mesh,
-    },
+    support::{self, LONG, checker, eventually, mesh::Mesh},
 };
 
 const REGION: &str = "trio";
@@ -264,12 +258,8 @@ async fn whoever_is_acknowledged_is_heard_by_all_when_the_leader_of_three_copies
 
     acks_tell_the_time(&speakers).await;
 
-    let (stage, watched) = watch::channel(Stage::Storm);
-    let shared = Arc::new(Shared {
-        endpoints: (0..EDGES).map(|edge| mesh.endpoint(edge)).collect(),
-        stage: watched,
-        board: Mutex::new(Board::new(ROOMS, SESSIONS)),
-    });
+    let endpoints = (0..EDGES).map(|edge| mesh.endpoint(edge)).collect();
+    let (stage, shared) = Shared::new(endpoints, ROOMS, SESSIONS);
     let pause = tokio::spawn(longest_pause(Arc::clone(&shared)));
     let mut tasks = JoinSet::new();
     for number in 0..SESSIONS {
@@ -304,16 +294,7 @@ async fn whoever_is_acknowledged_is_heard_by_all_when_the_leader_of_three_copies
     while let Some(spoken) = speaking.join_next().await {
         spoken.unwrap();
     }
-    let mut log = Log::default();
-    while let Some(session) = tasks.join_next().await {
-        let session = session.unwrap();
-        log.sent.extend(session.sent);
-        log.acks.extend(session.acks);
-        log.sessions.push(checker::Session {
-            name: session.user,
-            events: session.events,
-        });
-    }
+    let log = logs(tasks).await;
 
     let late = eventually("the quiet rooms have got their message", LONG, async || {
         let quiet = quiet.lock();

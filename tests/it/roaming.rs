@@ -9,19 +9,18 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     path::{Path, PathBuf},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use serde_json::Value;
-use tokio::{sync::watch, task::JoinSet, time::sleep};
+use tokio::{task::JoinSet, time::sleep};
 
 use crate::{
     storm::{
         Seed, caught_up, seed,
-        sessions::{Board, Session, Shared, Stage, room_name},
+        sessions::{Session, Shared, Stage, logs, room_name},
     },
     support::{
         LONG,
@@ -142,15 +141,8 @@ async fn storm(seed: &Seed, measure: &Measure) {
         regions.mesh(region).add_edge().await;
         regions.mesh(region).add_worker("/readyz").await;
     }
-    let (stage, watched) = watch::channel(Stage::Storm);
-    let shared = Arc::new(Shared {
-        endpoints: REGIONS
-            .iter()
-            .map(|region| regions.mesh(region).endpoint(0))
-            .collect(),
-        stage: watched,
-        board: Mutex::new(Board::new(ROOMS, SESSIONS)),
-    });
+    let endpoints = REGIONS.map(|region| regions.mesh(region).endpoint(0));
+    let (stage, shared) = Shared::new(endpoints.to_vec(), ROOMS, SESSIONS);
     let mut tasks = JoinSet::new();
     let mut users = vec![BTreeSet::new(); ROOMS];
     for number in 0..SESSIONS {
@@ -169,16 +161,7 @@ async fn storm(seed: &Seed, measure: &Measure) {
         everybody_is_there(&mut regions, &users).await;
     }
     stage.send_replace(Stage::Over);
-    let mut log = Log::default();
-    while let Some(session) = tasks.join_next().await {
-        let session = session.unwrap();
-        log.sent.extend(session.sent);
-        log.acks.extend(session.acks);
-        log.sessions.push(checker::Session {
-            name: session.user,
-            events: session.events,
-        });
-    }
+    let log = logs(tasks).await;
     for region in REGIONS {
         timeouts += causal_timeouts(&mut regions, region).await;
     }

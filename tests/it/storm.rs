@@ -9,18 +9,16 @@ use std::{
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use serde_json::json;
-use tokio::{sync::watch, task::JoinSet, time::sleep};
+use tokio::{task::JoinSet, time::sleep};
 
 pub(crate) mod sessions;
 
-use sessions::{Board, Joined, Reached, Session, Shared, Stage, raise};
+use sessions::{Joined, Reached, Session, Shared, Stage, logs, raise};
 
 use crate::support::{
     DedicatedNats,
@@ -133,12 +131,8 @@ async fn every_session_sees_every_message_once_in_order_through_kills_of_edges_a
     let mut nats = dedicated_nats().await;
     let mut mesh = Mesh::start(&nats.url(), EDGES, &toml).await;
 
-    let (stage, watched) = watch::channel(Stage::Storm);
-    let shared = Arc::new(Shared {
-        endpoints: (0..EDGES).map(|edge| mesh.endpoint(edge)).collect(),
-        stage: watched,
-        board: Mutex::new(Board::new(ROOMS, SESSIONS)),
-    });
+    let endpoints = (0..EDGES).map(|edge| mesh.endpoint(edge)).collect();
+    let (stage, shared) = Shared::new(endpoints, ROOMS, SESSIONS);
     let mut tasks = JoinSet::new();
     for number in 0..SESSIONS {
         tasks.spawn(Session::new(number, seed.0, &shared).run());
@@ -159,16 +153,7 @@ async fn every_session_sees_every_message_once_in_order_through_kills_of_edges_a
     stage.send_replace(Stage::Over);
     let calm = started.elapsed() - stormy;
     let reconnects = shared.board.lock().reconnects;
-    let mut log = Log::default();
-    while let Some(session) = tasks.join_next().await {
-        let session = session.unwrap();
-        log.sent.extend(session.sent);
-        log.acks.extend(session.acks);
-        log.sessions.push(checker::Session {
-            name: session.user,
-            events: session.events,
-        });
-    }
+    let log = logs(tasks).await;
 
     let (summary, violations) = checker::check(&log);
     eprintln!(

@@ -12,11 +12,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use tokio::{
     sync::watch,
+    task::JoinSet,
     time::{Instant as TokioInstant, sleep, sleep_until},
 };
 
 use crate::support::{
-    checker::{Ack, Event, Sent},
+    checker::{self, Ack, Event, Log, Sent},
     mesh::token,
 };
 
@@ -39,9 +40,41 @@ pub(crate) enum Stage {
 
 /// What the sessions tell the test, and what they share.
 pub(crate) struct Shared {
-    pub(crate) endpoints: Vec<Endpoint>,
+    endpoints: Vec<Endpoint>,
     pub(crate) stage: watch::Receiver<Stage>,
     pub(crate) board: Mutex<Board>,
+}
+
+impl Shared {
+    /// What so many sessions share in so many rooms, in a storm, and what tells them the stages after it.
+    pub(crate) fn new(
+        endpoints: Vec<Endpoint>,
+        rooms: usize,
+        sessions: usize,
+    ) -> (watch::Sender<Stage>, Arc<Self>) {
+        let (stage, watched) = watch::channel(Stage::Storm);
+        let shared = Self {
+            endpoints,
+            stage: watched,
+            board: Mutex::new(Board::new(rooms, sessions)),
+        };
+        (stage, Arc::new(shared))
+    }
+}
+
+/// What all have done and seen, once they are over.
+pub(crate) async fn logs(mut tasks: JoinSet<Session>) -> Log {
+    let mut log = Log::default();
+    while let Some(session) = tasks.join_next().await {
+        let session = session.unwrap();
+        log.sent.extend(session.sent);
+        log.acks.extend(session.acks);
+        log.sessions.push(checker::Session {
+            name: session.user,
+            events: session.events,
+        });
+    }
+    log
 }
 
 pub(crate) struct Board {
@@ -63,7 +96,7 @@ struct Standing {
 }
 
 impl Board {
-    pub(crate) fn new(rooms: usize, sessions: usize) -> Self {
+    fn new(rooms: usize, sessions: usize) -> Self {
         Self {
             acked: 0,
             newest: vec![Reached::new(); rooms],
@@ -115,9 +148,9 @@ pub(crate) struct Session {
     published: usize,
     /// Connected since the calm began.
     last_connection: bool,
-    pub(crate) events: Vec<Event>,
-    pub(crate) sent: Vec<Sent>,
-    pub(crate) acks: Vec<Ack>,
+    events: Vec<Event>,
+    sent: Vec<Sent>,
+    acks: Vec<Ack>,
 }
 
 struct Place {
