@@ -36,7 +36,7 @@ pub struct Position {
     pub epoch: Epoch,
     /// Stream sequence, 0 before the first message.
     pub seq: u64,
-    /// Fingerprint of the message at `seq`.
+    /// Fingerprint of the message at `seq`; 0 where there is none.
     pub fingerprint: Fingerprint,
 }
 
@@ -125,6 +125,15 @@ impl fmt::Display for Epoch {
 impl fmt::Debug for Epoch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Epoch({self})")
+    }
+}
+
+impl Position {
+    /// Whether there is a message at it. Where nothing was said yet a position is only a sequence up to which the room is
+    /// empty, and any such sequence says as much as another one.
+    #[must_use]
+    pub fn names_message(&self) -> bool {
+        self.fingerprint != Fingerprint(0)
     }
 }
 

@@ -13,10 +13,7 @@ use tokio::{
 };
 
 use super::{fan_out::Pass, hub::Hub, references::MAX_REFERENCES, rooms::Rooms};
-use crate::{
-    bus::{ReadError, Record},
-    telemetry::metrics::{Counter, count},
-};
+use crate::bus::{ReadError, Record};
 
 impl Hub {
     /// Takes an admitted message in: delivers it and whatever waited for it, or lets it wait.
@@ -27,9 +24,10 @@ impl Hub {
         record: Record,
         pass: &mut Pass,
     ) {
-        let must_wait = self.log.borrow().must_wait(track, &record);
+        let now = Instant::now();
+        let must_wait = self.log.borrow().must_wait(track, &record, now);
         if must_wait {
-            let until = Instant::now() + rooms.config.causal_wait;
+            let until = now + rooms.config.causal_wait;
             self.log.borrow_mut().hold(track, record, until);
             self.watch_held(rooms);
         } else {
@@ -43,16 +41,14 @@ impl Hub {
         if self.log.borrow().held() == 0 {
             return;
         }
-        let now = Instant::now();
+        let (now, config) = (Instant::now(), &rooms.config);
         loop {
-            let next = self.log.borrow_mut().release(now, rooms.config.causal_max);
-            let Some((track, record, in_vain)) = next else {
+            let mut log = self.log.borrow_mut();
+            let next = log.release(now, config.causal_max, config.causal_wait);
+            drop(log);
+            let Some((track, record)) = next else {
                 break;
             };
-            if in_vain {
-                count(Counter::MessageCausalTimeout, 1);
-                tracing::debug!(room.id = %self.room, seq = record.seq, "what a message answers has not come");
-            }
             self.deliver(track, &record, pass);
         }
     }

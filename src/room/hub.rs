@@ -295,6 +295,10 @@ impl Hub {
     pub(super) async fn start(self: Rc<Self>, rooms: Rc<Rooms>) {
         let deadline = Instant::now() + rooms.config.join_timeout;
         match timeout_at(deadline, self.open(&rooms)).await {
+            Ok(Ok(())) if self.is_outdated(&rooms) => {
+                // An origin has come meanwhile, or a stream has begun anew: the next one knows of it.
+                self.end(&rooms, None);
+            }
             Ok(Ok(())) => {
                 if self.phase.get() == Phase::Starting {
                     self.phase.set(Phase::Ready);
@@ -529,6 +533,10 @@ impl Hub {
         if is_erasure(record) {
             // What it speaks of is not in the stream any more, and nobody shall get it from memory.
             log.forget();
+        }
+        if log.is_early(track, record) {
+            count(Counter::MessageCausalTimeout, 1);
+            tracing::debug!(room.id = %self.room, seq = record.seq, "what a message answers has not come");
         }
         let first = log.head_index();
         match log.advance(track, record) {

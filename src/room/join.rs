@@ -145,11 +145,12 @@ impl Membership {
         self.hub.durable.then(|| self.member.raised(head()))
     }
 
-    /// What the member has seen of other origins than the own; `None`: there are none, or the room keeps no log.
+    /// What the member has seen of other origins than the own; `None`: nothing.
     #[must_use]
     pub fn seen_elsewhere(&self) -> Option<Cursor> {
-        let seen = self.hub.log.borrow().seen_elsewhere()?;
-        Some(self.member.raised(seen))
+        let seen = self.hub.log.borrow().seen_elsewhere();
+        let seen = self.member.raised(seen);
+        (!seen.positions().is_empty()).then_some(seen)
     }
 }
 

@@ -1,6 +1,9 @@
 //! The state of a room's log on one shard, without I/O: what was delivered, what is missing, who can resume from memory.
 
-use std::collections::VecDeque;
+use std::{
+    collections::{HashMap, VecDeque},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -13,6 +16,12 @@ use crate::{
     bus::Record,
     model::{Class, Cursor, Epoch, Fingerprint, Position, Region},
 };
+
+/// For how many times `rooms.causal_wait` nothing is waited for because of a sender for whose message something was, in vain.
+const PATIENCE: u32 = 5;
+
+/// Senders of whom that is known; of others, something is waited for again.
+const MAX_IN_VAIN: usize = 1024;
 
 /// Delivered messages of a room and the place they lead to.
 ///
@@ -40,6 +49,8 @@ pub(super) struct RoomLog {
     /// Index of the first entry in memory.
     base: u64,
     references: References,
+    /// Whose messages have waited in vain, and until when no other of theirs waits.
+    in_vain: HashMap<String, Instant>,
 }
 
 /// A place in a room: sequence and fingerprint, a track each.
@@ -73,8 +84,8 @@ struct Track {
     floor_fingerprint: Fingerprint,
     /// Admitted messages that wait for other tracks, and until when.
     held: VecDeque<(Record, Instant)>,
-    /// Up to here messages of other tracks have waited in vain.
-    given_up: u64,
+    /// Up to here messages of other tracks have waited in vain, and until when that is reason not to wait again.
+    given_up: Option<(u64, Instant)>,
 }
 
 /// One delivered message.
@@ -135,12 +146,13 @@ impl RoomLog {
     #[must_use]
     pub(super) fn new(starts: Vec<Start>, max_bytes: usize) -> Self {
         Self {
+            references: References::new(starts.len()),
             tracks: starts.into_iter().map(Track::new).collect(),
             entries: VecDeque::new(),
             bytes: 0,
             max_bytes,
             base: 0,
-            references: References::default(),
+            in_vain: HashMap::new(),
         }
     }
 
@@ -208,11 +220,12 @@ impl RoomLog {
         Cursor::single(self.tracks[track].at(seq, fingerprint))
     }
 
-    /// What a member that is up to date has seen of other origins than its own; `None`: there are none.
+    /// What a member that is up to date has seen of other origins than its own. Where nothing was said there is nothing to be
+    /// waited for.
     #[must_use]
-    pub(super) fn seen_elsewhere(&self) -> Option<Cursor> {
-        let others = self.tracks.get(1..).filter(|others| !others.is_empty())?;
-        Some(Cursor::of(others.iter().map(Track::position_now).collect()))
+    pub(super) fn seen_elsewhere(&self) -> Cursor {
+        let others = self.tracks.iter().skip(1).map(Track::position_now);
+        Cursor::of(others.filter(Position::names_message).collect())
     }
 
     /// The place up to which everything was delivered.
@@ -242,17 +255,22 @@ impl RoomLog {
     /// Those components of `since` that lie beyond this log.
     #[must_use]
     pub(super) fn ahead(&self, since: &Since) -> Vec<Position> {
-        let tracks = self.tracks.iter().zip(&since.place);
-        let ahead = tracks.filter(|(track, (seq, _))| *seq > track.position);
-        let ahead = ahead.map(|(track, (seq, fingerprint))| track.at(*seq, *fingerprint));
+        let ahead = self.not_reached(since);
         ahead.chain(since.elsewhere.iter().cloned()).collect()
     }
 
     /// Whether a track has not got as far as `since`: some of what it lacks may be a copy of what it has.
     #[must_use]
     pub(super) fn lags(&self, since: &Since) -> bool {
-        let mut tracks = self.tracks.iter().zip(&since.place);
-        tracks.any(|(track, (seq, _))| *seq > track.position)
+        self.not_reached(since).next().is_some()
+    }
+
+    /// The messages of `since` that its tracks have not got to.
+    fn not_reached<'a>(&'a self, since: &'a Since) -> impl Iterator<Item = Position> + 'a {
+        let tracks = self.tracks.iter().zip(&since.place);
+        let ahead = tracks.filter(|(track, (seq, _))| *seq > track.position);
+        let ahead = ahead.map(|(track, (seq, fingerprint))| track.at(*seq, *fingerprint));
+        ahead.filter(Position::names_message)
     }
 
     /// Whether a position lies beyond this log.
@@ -320,21 +338,45 @@ impl RoomLog {
 
     /// Whether an admitted message has to wait: for one before it in its track, or for what its sender had seen of others.
     #[must_use]
-    pub(super) fn must_wait(&self, track: usize, record: &Record) -> bool {
-        !self.tracks[track].held.is_empty() || self.misses(track, record)
+    pub(super) fn must_wait(&self, track: usize, record: &Record, now: Instant) -> bool {
+        !self.tracks[track].held.is_empty() || self.misses(track, record, now)
     }
 
-    /// Whether something that the sender had seen is not delivered, and may still come.
-    fn misses(&self, track: usize, record: &Record) -> bool {
-        let Some(after) = &record.after else {
+    /// Whether something that the sender had seen is not delivered, and is worth waiting for.
+    fn misses(&self, track: usize, record: &Record, now: Instant) -> bool {
+        let mut not_seen = self.not_seen(track, record).peekable();
+        // Looked up only where it matters.
+        if not_seen.peek().is_none() || self.in_vain.get(&record.from).is_some_and(|end| now < *end)
+        {
             return false;
-        };
-        after.positions().iter().any(|seen| {
-            // An origin that is not seen here can't be waited for.
-            self.track_of(&seen.origin).is_some_and(|other| {
-                let of = &self.tracks[other];
-                other != track && of.epoch == seen.epoch && seen.seq > of.position.max(of.given_up)
-            })
+        }
+        not_seen.any(|(of, seq)| {
+            let waited = of.given_up.filter(|(_, end)| now < *end);
+            waited.is_none_or(|(upto, _)| seq > upto)
+        })
+    }
+
+    /// Whether something that the sender had seen is not delivered.
+    #[must_use]
+    pub(super) fn is_early(&self, track: usize, record: &Record) -> bool {
+        self.not_seen(track, record).next().is_some()
+    }
+
+    /// What the sender of a message had seen and is not delivered. What is of an origin that is not seen here can't be waited for.
+    fn not_seen<'a>(
+        &'a self,
+        track: usize,
+        record: &'a Record,
+    ) -> impl Iterator<Item = (&'a Track, u64)> {
+        let seen = record.after.iter().flat_map(Cursor::positions);
+        seen.filter_map(move |seen| {
+            let other = self.track_of(&seen.origin)?;
+            let of = &self.tracks[other];
+            let is_missing = other != track
+                && of.epoch == seen.epoch
+                && seen.names_message()
+                && seen.seq > of.position;
+            is_missing.then_some((of, seen.seq))
         })
     }
 
@@ -358,15 +400,24 @@ impl RoomLog {
         fronts.map(|(_, until)| *until).min()
     }
 
-    /// The next message that need not wait any longer, and whether it waited in vain: its time is up, or more than `most` wait.
-    pub(super) fn release(&mut self, now: Instant, most: usize) -> Option<(usize, Record, bool)> {
+    /// The next message that need not wait any longer: what its sender had seen has come; or its time, `wait`, is up, or more than
+    /// `most` wait.
+    ///
+    /// What was waited for in vain is not waited for again in as long a time, and neither is anything for the sake of the same
+    /// sender in [`PATIENCE`] times as long: whoever claims to have seen what does not exist delays a room seldom.
+    pub(super) fn release(
+        &mut self,
+        now: Instant,
+        most: usize,
+        wait: Duration,
+    ) -> Option<(usize, Record)> {
         let ready = (0..self.tracks.len()).find(|track| {
             let front = self.tracks[*track].held.front();
-            front.is_some_and(|(record, _)| !self.misses(*track, record))
+            front.is_some_and(|(record, _)| !self.misses(*track, record, now))
         });
         if let Some(track) = ready {
             let (record, _) = self.tracks[track].held.pop_front()?;
-            return Some((track, record, false));
+            return Some((track, record));
         }
         let crowded = self.held() > most;
         let (until, track) = self
@@ -379,14 +430,20 @@ impl RoomLog {
             return None;
         }
         let (record, _) = self.tracks[track].held.pop_front()?;
-        // Those that wait for the same need not wait as long again.
         for seen in record.after.iter().flat_map(Cursor::positions) {
             if let Some(other) = self.track_of(&seen.origin) {
                 let of = &mut self.tracks[other];
-                of.given_up = of.given_up.max(seen.seq);
+                let before = of.given_up.filter(|(_, end)| now < *end);
+                let upto = before.map_or(seen.seq, |(upto, _)| upto.max(seen.seq));
+                of.given_up = Some((upto, now + wait));
             }
         }
-        Some((track, record, true))
+        self.in_vain.retain(|_, end| now < *end);
+        if self.in_vain.len() < MAX_IN_VAIN {
+            let end = now + wait * PATIENCE;
+            self.in_vain.insert(record.from.clone(), end);
+        }
+        Some((track, record))
     }
 
     /// Takes note of an admitted message and returns the cursor of its frame and the hash of its reference, or `None` if its
@@ -618,7 +675,7 @@ impl Track {
             floor: position,
             floor_fingerprint: fingerprint,
             held: VecDeque::new(),
-            given_up: 0,
+            given_up: None,
         }
     }
 

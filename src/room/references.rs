@@ -1,13 +1,14 @@
 //! What messages of a room are known by, and where each was stored: so that none is shown twice.
 
-use std::collections::{HashMap, VecDeque};
-
-use crate::{
-    bus::{Record, message_key},
-    model::Class,
+use std::{
+    collections::{HashMap, VecDeque, hash_map::RandomState},
+    hash::BuildHasher as _,
+    sync::LazyLock,
 };
 
-/// Messages that are remembered.
+use crate::{bus::Record, model::Class};
+
+/// Messages of each origin that are remembered.
 pub(super) const MAX_REFERENCES: usize = 1024;
 
 /// A track and a sequence.
@@ -15,8 +16,9 @@ pub(super) type Spot = (usize, u64);
 
 /// The references of a room's last messages. A publish that is repeated after its stream's duplicate window, or in another region, is
 /// stored again: a copy that is not shown, but that a member may have seen elsewhere in place of the first.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct References {
+    most: usize,
     /// Where each was found first.
     first: HashMap<u64, Spot>,
     /// Oldest first.
@@ -26,12 +28,22 @@ pub(super) struct References {
 }
 
 impl References {
+    /// None yet, of so many origins.
+    pub(super) fn new(origins: usize) -> Self {
+        Self {
+            most: MAX_REFERENCES * origins.max(1),
+            first: HashMap::new(),
+            order: VecDeque::new(),
+            twins: VecDeque::new(),
+        }
+    }
+
     /// Notes where a reference is stored; whether it is new.
     pub(super) fn note(&mut self, key: u64, at: Spot) -> bool {
         if let Some(first) = self.first.get(&key) {
             if *first != at {
                 self.twins.push_back((key, at));
-                if self.twins.len() > MAX_REFERENCES {
+                if self.twins.len() > self.most {
                     self.twins.pop_front();
                 }
             }
@@ -39,7 +51,7 @@ impl References {
         }
         self.first.insert(key, at);
         self.order.push_back(key);
-        if self.order.len() > MAX_REFERENCES
+        if self.order.len() > self.most
             && let Some(oldest) = self.order.pop_front()
         {
             self.first.remove(&oldest);
@@ -69,13 +81,9 @@ pub(super) fn reference(record: &Record) -> Option<u64> {
     is_message.then(|| reference_of(&record.from, &record.id))
 }
 
-/// The same of a message by its sender and id.
+/// The same of a message by its sender and id. The hash has a key of this process: who chooses ids can't choose two that collide,
+/// and so make another's message look like a copy.
 pub(super) fn reference_of(from: &str, id: &str) -> u64 {
-    fnv64(message_key("", from, id).as_bytes())
-}
-
-fn fnv64(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    KEY.hash_one((from, id))
 }

@@ -226,20 +226,23 @@ fn two_tracks(max_bytes: usize) -> RoomLog {
 /// A message of a track that its sender sent after it had seen `seen` of the other.
 fn said(track: usize, seq: u64, seen: u64) -> Record {
     let other = ["virginia", "seoul"][track];
-    let after = (seen > 0).then(|| format!("{other}.k3.{seen}.0").parse().unwrap());
+    let after = (seen > 0).then(|| format!("{other}.k3.{seen}.1").parse().unwrap());
     let mut record = record(seq, Class::Msg, &format!("{track}-{seq}"));
     record.after = after;
     record
 }
 
+/// How long a message waits.
+const WAIT: Duration = Duration::from_secs(2);
+
 /// Takes a message in as a hub does; the frame has the room's cursor and, as its body, track and sequence.
 fn take(log: &mut RoomLog, track: usize, record: Record, now: Instant, until: Instant) {
-    if log.must_wait(track, &record) {
+    if log.must_wait(track, &record, now) {
         log.hold(track, record, until);
     } else {
         show(log, track, &record);
     }
-    while let Some((track, record, _)) = log.release(now, usize::MAX) {
+    while let Some((track, record)) = log.release(now, usize::MAX, WAIT) {
         show(log, track, &record);
     }
 }
@@ -281,21 +284,54 @@ fn an_answer_waits_for_what_it_answers_and_no_longer_than_it_should() {
     assert_eq!((log.position(0), log.position(1), log.held()), (5, 3, 0));
     // What does not come in time is not waited for, by nobody that waits for the same.
     take(&mut log, 1, said(1, 4, 9), now, later);
-    assert!(log.release(now, 10).is_none());
-    let (track, record, in_vain) = log.release(later, 10).unwrap();
-    assert_eq!((track, record.seq, in_vain), (1, 4, true));
+    assert!(log.release(now, 10, WAIT).is_none());
+    let (track, record) = log.release(later, 10, WAIT).unwrap();
+    assert_eq!((track, record.seq), (1, 4));
+    assert!(log.is_early(1, &record));
     show(&mut log, track, &record);
-    assert!(!log.must_wait(1, &said(1, 5, 8)));
-    assert!(log.must_wait(1, &said(1, 5, 10)));
+    let by = |from: &str, seen| Record {
+        from: from.to_owned(),
+        ..said(1, 5, seen)
+    };
+    assert!(!log.must_wait(1, &by("lee", 8), later) && log.is_early(1, &by("lee", 8)));
+    assert!(log.must_wait(1, &by("lee", 10), later));
+    assert!(log.must_wait(1, &by("lee", 8), later + WAIT));
+    // Nothing more is waited for on the word of who claimed to have seen it, for a while.
+    assert!(!log.must_wait(1, &by("kim", 10), later + WAIT));
+    assert!(log.must_wait(1, &by("kim", 10), later + WAIT * PATIENCE));
     // More than may wait: the first goes on.
-    take(&mut log, 1, said(1, 5, 10), now, later);
-    assert!(matches!(log.release(now, 0), Some((1, _, true))));
-    // An origin that is not seen here, or one of another epoch, is not waited for.
-    for after in ["mars.k3.7.1", "seoul.q8.99.1"] {
-        let mut record = said(1, 6, 0);
+    take(&mut log, 1, by("lee", 10), now, later + WAIT);
+    assert!(matches!(log.release(later, 0, WAIT), Some((1, _))));
+    // An origin that is not seen here, one of another epoch, or a place where nothing was said, is not waited for.
+    for after in ["mars.k3.7.1", "seoul.q8.99.1", "seoul.k3.99.0"] {
+        let mut record = by("park", 0);
         record.after = Some(after.parse().unwrap());
-        assert!(!log.must_wait(1, &record), "{after}");
+        assert!(!log.must_wait(1, &record, later), "{after}");
+        assert!(!log.is_early(1, &record), "{after}");
     }
+}
+
+#[test]
+fn where_nothing_was_said_nobody_is_behind() {
+    // Two edges that opened the room at different times; nobody has spoken in Virginia.
+    let head = record(7, Class::Msg, "m7");
+    let opened = |empty_at| {
+        let heads = std::slice::from_ref(&head);
+        RoomLog::new(
+            vec![start("seoul", heads, 0), start("virginia", &[], empty_at)],
+            1000,
+        )
+    };
+    let (early, late) = (opened(3000), opened(5000));
+    assert_eq!(late.seen_elsewhere(), Cursor::default());
+    let since = early.place_of(&late.cursor()).unwrap();
+    assert!(!early.lags(&since));
+    assert_eq!(early.ahead(&since), []);
+    // One who has seen a message there is ahead.
+    let cursor = "seoul.k3.7.1_virginia.k3.5000.1".parse().unwrap();
+    let since = early.place_of(&cursor).unwrap();
+    assert!(early.lags(&since));
+    assert_eq!(early.ahead(&since).len(), 1);
 }
 
 #[test]
