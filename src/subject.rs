@@ -465,6 +465,9 @@ pub mod api {
     /// Names of streams, a page a request.
     pub const STREAM_NAMES: &str = "$JS.API.STREAM.NAMES";
 
+    /// Begins the subjects at which is told that a stream of several copies has a new leader; its name follows.
+    pub const LEADER_ELECTED: &str = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.";
+
     /// Begins the subjects at which a consumer is answered.
     pub const ACK: &str = "$JS.ACK.";
 

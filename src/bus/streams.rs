@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::StreamExt as _;
 use parking_lot::RwLock;
 use serde::Deserialize;
 use tokio::time::{Instant, sleep, timeout};
@@ -25,6 +26,16 @@ use crate::{
 /// How often the streams are looked for while they are not there.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// A stream of several copies whose leader has just been elected may tell less than there is, until it has applied what the
+/// others have: only after so many looks has it lost its end.
+const LOOKS: u32 = 10;
+
+/// In this time all copies of a stream have got what its leader had.
+const COPIES_FOLLOW: Duration = Duration::from_secs(1);
+
+/// Pause between two of these.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
 /// The state of one stream, as last seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamState {
@@ -36,6 +47,8 @@ pub struct StreamState {
     pub first_seq: u64,
     /// Its newest sequence.
     pub last_seq: u64,
+    /// Whether there are several copies of it: then the one that answers may be behind for a moment, a new leader too.
+    pub replicated: bool,
 }
 
 /// A stream's state can't be known.
@@ -85,6 +98,8 @@ struct Part {
     known: RwLock<Known>,
     /// Newest sequence that anybody on this edge has seen of it.
     newest: AtomicU64,
+    /// How often it was heard to have a new leader.
+    elections: AtomicU64,
     /// Held by who looks because of a suspicion.
     verifying: tokio::sync::Mutex<()>,
 }
@@ -94,6 +109,8 @@ struct Known {
     state: StreamState,
     /// When it was asked for.
     seen: Instant,
+    /// Its newest sequence at an earlier look, [`COPIES_FOLLOW`] before that one at least.
+    earlier: u64,
 }
 
 #[derive(Deserialize)]
@@ -111,6 +128,8 @@ struct ApiError {
 
 #[derive(Deserialize)]
 struct InfoConfig {
+    #[serde(default)]
+    num_replicas: u8,
     #[serde(default)]
     metadata: std::collections::HashMap<String, String>,
 }
@@ -148,10 +167,12 @@ impl Streams {
             parts.push(Part {
                 stream: stream.into(),
                 newest: AtomicU64::new(state.last_seq),
+                elections: AtomicU64::new(0),
                 verifying: tokio::sync::Mutex::default(),
                 known: RwLock::new(Known {
                     state,
                     seen: Instant::now(),
+                    earlier: 0,
                 }),
             });
         }
@@ -212,6 +233,16 @@ impl Streams {
         self.parts[usize::from(part)].known.read().state
     }
 
+    /// A sequence up to which whatever copy answers has everything: what it does not have there is not stored.
+    #[must_use]
+    pub fn settled(&self, part: u16) -> u64 {
+        let known = self.parts[usize::from(part)].known.read();
+        match known.state.replicated && known.seen.elapsed() < COPIES_FOLLOW {
+            true => known.earlier,
+            false => known.state.last_seq,
+        }
+    }
+
     /// Changes with every incarnation that was seen to change.
     #[must_use]
     pub fn version(&self) -> u64 {
@@ -232,6 +263,13 @@ impl Streams {
         self.parts[usize::from(part)].newest.load(Ordering::Acquire)
     }
 
+    /// A leader was elected of one of the streams, if it is one of these.
+    fn note_election(&self, stream: &str) {
+        if let Some(part) = self.parts.iter().find(|part| *part.stream == *stream) {
+            part.elections.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
     /// Looks at a stream now.
     ///
     /// # Errors
@@ -239,14 +277,24 @@ impl Streams {
     pub async fn fetch(&self, part: u16) -> Result<StreamState, StreamError> {
         let slot = &self.parts[usize::from(part)];
         let newest = slot.newest.load(Ordering::Acquire);
-        let seen = Instant::now();
-        let (mut state, regions) = look(
-            &self.connection,
-            stream_info(&slot.stream),
-            &slot.stream,
-            self.timeout,
-        )
-        .await?;
+        let mut looks = 0;
+        let (mut state, regions, seen) = loop {
+            let seen = Instant::now();
+            let (state, regions) = look(
+                &self.connection,
+                stream_info(&slot.stream),
+                &slot.stream,
+                self.timeout,
+            )
+            .await?;
+            looks += 1;
+            let before = slot.known.read().state.epoch;
+            let behind = state.replicated && state.epoch == before && state.last_seq < newest;
+            if !behind || looks == LOOKS {
+                break (state, regions, seen);
+            }
+            sleep(LOOK_AGAIN).await;
+        };
         if part == 0 {
             *self.regions.write() = regions;
         }
@@ -264,7 +312,18 @@ impl Streams {
         } else {
             slot.newest.fetch_max(state.last_seq, Ordering::AcqRel);
         }
-        *known = Known { state, seen };
+        let earlier = if state.incarnation != before.incarnation {
+            0
+        } else if known.seen.elapsed() >= COPIES_FOLLOW {
+            before.last_seq
+        } else {
+            known.earlier
+        };
+        *known = Known {
+            state,
+            seen,
+            earlier,
+        };
         drop(known);
         if state.incarnation != before.incarnation {
             self.version.fetch_add(1, Ordering::AcqRel);
@@ -366,6 +425,34 @@ impl Origins {
         let changes: u64 = others.iter().map(|streams| streams.version()).sum();
         // A lost origin takes its changes along: so each coming and going weighs more than all of them.
         (self.members_version() << 32) + changes + self.own.version()
+    }
+
+    /// Changes when a stream of `part` was heard to have a new leader, of whatever origin. What the old one stored last it may not
+    /// have republished.
+    #[must_use]
+    pub fn elections(&self, part: u16) -> u64 {
+        let all = self.all();
+        let of = |streams: &Arc<Streams>| {
+            let part = &streams.parts[usize::from(part)];
+            part.elections.load(Ordering::Acquire)
+        };
+        all.iter().map(of).sum()
+    }
+
+    /// Hears of elections, for ever. Without the permission to, it hears of none, and what was not republished is found when rooms
+    /// are compared anyway.
+    pub async fn hear_elections(self: Arc<Self>) {
+        let subject = format!("{}*", api::LEADER_ELECTED);
+        let mut elected = match self.own.connection.client().subscribe(subject).await {
+            Ok(elected) => elected,
+            Err(error) => return tracing::warn!(%error, "elections are not heard of"),
+        };
+        while let Some(message) = elected.next().await {
+            let stream = message.subject.strip_prefix(api::LEADER_ELECTED);
+            for streams in self.all() {
+                streams.note_election(stream.unwrap_or_default());
+            }
+        }
     }
 
     /// Looks at every stream every `interval`, for ever: a stream that was re-created is noticed even if nobody speaks, and a
@@ -480,6 +567,7 @@ async fn look(
                 incarnation: 0,
                 first_seq: state.first_seq,
                 last_seq: state.last_seq,
+                replicated: config.num_replicas > 1,
             };
             Ok((state, regions.filter_map(Region::parse).collect()))
         }

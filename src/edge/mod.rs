@@ -216,6 +216,8 @@ async fn make_ready(
     let origins = Origins::wait_for(&connection, &config.region(), &config.nats).await;
     let watch = Arc::clone(&origins).watch(STREAMS_WATCH);
     tasks.spawn_until_stopping("watch streams", watch);
+    let elections = Arc::clone(&origins).hear_elections();
+    tasks.spawn_until_stopping("hear of elections", elections);
     if !config.nats.leafnodes.is_empty() {
         let keep = mirrors::keep(connection.clone(), config.region(), config.nats.clone());
         tasks.spawn_until_stopping("help mirrors", keep);

@@ -25,6 +25,9 @@ use crate::{
     telemetry::metrics::{Counter, Gauge, count, gauge_add},
 };
 
+/// Reads that are repeated because the copy of the stream that answered seems to be behind; then it is believed. Some two seconds.
+const BEHIND_READS: u32 = 10;
+
 /// Requests of one hub for what lies in one stream.
 #[derive(Debug, Default)]
 pub(super) struct Backlogs {
@@ -35,6 +38,8 @@ pub(super) struct Backlogs {
 #[derive(Debug)]
 struct Waiter {
     since: (u64, Fingerprint),
+    /// Reads that were answered by a copy of the stream that may have been behind.
+    tries: u32,
     answer: oneshot::Sender<Answer>,
 }
 
@@ -114,7 +119,11 @@ impl Hub {
     ) -> Answer {
         let (answer, answered) = oneshot::channel();
         let backlogs = &self.sources[track].backlogs;
-        backlogs.waiting.borrow_mut().push(Waiter { since, answer });
+        backlogs.waiting.borrow_mut().push(Waiter {
+            since,
+            tries: 0,
+            answer,
+        });
         if backlogs.reading.replace(true) {
             count(Counter::ReplayCoalesced, 1);
         } else {
@@ -135,6 +144,11 @@ impl Hub {
             if group.is_empty() {
                 break;
             }
+            if group.iter().all(|waiter| waiter.tries > 0) {
+                // Whoever comes during the pause is served together with them.
+                self.pause().await;
+                group.append(&mut backlogs.waiting.borrow_mut());
+            }
             group.sort_by_key(|waiter| waiter.since.0);
             while !group.is_empty() {
                 self.serve_group(rooms, track, &mut group).await;
@@ -143,18 +157,17 @@ impl Hub {
         backlogs.reading.set(false);
     }
 
-    /// Reads from the oldest cursor of the group and answers as many as that can answer, at least one.
+    /// Reads from the oldest cursor of the group and answers as many as that can answer, at least that one, or lets it wait for
+    /// another read.
     async fn serve_group(&self, rooms: &Rc<Rooms>, track: usize, group: &mut Vec<Waiter>) {
-        let oldest = group[0].since;
-        let answer_oldest = |group: &mut Vec<Waiter>, refusal: &dyn Fn() -> Refusal| {
-            let same = group.partition_point(|waiter| waiter.since.0 <= oldest.0);
-            for waiter in group.drain(..same) {
-                // A receiver that is gone gave up.
-                let _gone = waiter.answer.send(Err(refusal()));
-            }
-        };
+        let (oldest, tries) = (group[0].since, group[0].tries);
+        let same = |group: &[Waiter]| group.partition_point(|waiter| waiter.since.0 <= oldest.0);
         let span = tracing::debug_span!("replay", room.id = %self.room, position.seq = oldest.0);
-        match self.read_after(rooms, track, oldest).instrument(span).await {
+        // A stream of one copy has no other that could tell more.
+        let source = &self.sources[track];
+        let is_last = tries >= BEHIND_READS || !source.streams.known(self.part).replicated;
+        let read = self.read_after(rooms, track, oldest, is_last);
+        match read.instrument(span).await {
             Err(error) => {
                 tracing::debug!(error = %error, room.id = %self.room, "a backlog could not be read");
                 for waiter in group.drain(..) {
@@ -163,12 +176,25 @@ impl Hub {
                         .send(Err(Refusal::Failed(JoinError::Unavailable)));
                 }
             }
-            Ok(Read::Reset(reason)) => answer_oldest(group, &|| Refusal::Reset(reason)),
+            Ok(Read::Behind) => {
+                let again = group.drain(..same(group)).map(|waiter| Waiter {
+                    tries: waiter.tries + 1,
+                    ..waiter
+                });
+                let mut waiting = source.backlogs.waiting.borrow_mut();
+                waiting.extend(again);
+            }
+            Ok(Read::Reset(reason)) => {
+                for waiter in group.drain(..same(group)) {
+                    // A receiver that is gone gave up.
+                    let _gone = waiter.answer.send(Err(Refusal::Reset(reason)));
+                }
+            }
             Ok(Read::TooFar { boundary }) => {
                 // Everybody before the boundary is too far behind as well.
                 let too_far = group
                     .partition_point(|waiter| waiter.since.0 < boundary)
-                    .max(group.partition_point(|waiter| waiter.since.0 <= oldest.0));
+                    .max(same(group));
                 for waiter in group.drain(..too_far) {
                     let _gone = waiter
                         .answer
@@ -178,14 +204,17 @@ impl Hub {
             Ok(Read::Found(held, upto)) => {
                 for waiter in std::mem::take(group) {
                     let ends = (oldest, waiter.since);
-                    let answer = self.cut(rooms, track, &held, upto, ends).await;
-                    let _gone = waiter.answer.send(answer);
+                    match self.cut(rooms, track, &held, upto, ends).await {
+                        Some(answer) => drop(waiter.answer.send(answer)),
+                        None => group.push(waiter),
+                    }
                 }
             }
         }
     }
 
-    /// The part of what was read after `oldest` that comes after `since`, if `since` is a place of this log.
+    /// The part of what was read after `oldest` that comes after `since`, if `since` is a place of this log. `None`: what was read does
+    /// not tell, and a read of its own does.
     async fn cut(
         &self,
         rooms: &Rooms,
@@ -193,22 +222,23 @@ impl Hub {
         held: &Rc<Held>,
         upto: (u64, Fingerprint),
         (oldest, since): ((u64, Fingerprint), (u64, Fingerprint)),
-    ) -> Answer {
+    ) -> Option<Answer> {
         let (seq, fingerprint) = since;
         let skip = held.entries.partition_point(|missed| missed.seq <= seq);
         let backlog = || {
-            Ok(Backlog {
+            Some(Ok(Backlog {
                 held: Rc::clone(held),
                 skip,
                 upto,
-            })
+            }))
         };
         let unchecked = fingerprint == Fingerprint(0);
         if unchecked || since == oldest {
             return backlog();
         }
         if seq > upto.0 {
-            return Err(Refusal::Reset(ResetReason::Future));
+            // In the future, or the copy that was read is behind.
+            return None;
         }
         let at = skip
             .checked_sub(1)
@@ -216,29 +246,41 @@ impl Hub {
             .filter(|m| m.seq == seq);
         match at {
             Some(missed) if missed.fingerprint == fingerprint => backlog(),
-            Some(_) => Err(Refusal::Reset(ResetReason::Epoch)),
-            None => match self.is_erased(rooms, track, seq).await {
-                Ok(true) => backlog(),
-                Ok(false) => Err(Refusal::Reset(ResetReason::Epoch)),
-                Err(_) => Err(Refusal::Failed(JoinError::Unavailable)),
+            Some(_) => Some(Err(Refusal::Reset(ResetReason::Epoch))),
+            None => match self.stored_at(rooms, track, since).await {
+                Ok(At::Nothing) => backlog(),
+                Ok(At::Same) => None,
+                Ok(At::Other) => Some(Err(Refusal::Reset(ResetReason::Epoch))),
+                Err(_) => Some(Err(Refusal::Failed(JoinError::Unavailable))),
             },
         }
     }
 
-    /// Whether no message is stored at `since` (it was erased, or trimmed); otherwise it is one that the cursor was not made
-    /// of, since those that belong to the room have been looked at.
-    async fn is_erased(&self, rooms: &Rooms, track: usize, seq: u64) -> Result<bool, ReadError> {
+    /// What is stored where a cursor says that it was made.
+    async fn stored_at(
+        &self,
+        rooms: &Rooms,
+        track: usize,
+        (seq, fingerprint): (u64, Fingerprint),
+    ) -> Result<At, ReadError> {
         let epoch = self.log.borrow().epoch(track);
         let stream = &self.sources[track].stream;
-        Ok(rooms.reader.message(stream, epoch, seq).await?.is_none())
+        let stored = rooms.reader.message(stream, epoch, seq).await?;
+        Ok(match stored {
+            None => At::Nothing,
+            Some(at) if at.room == self.room && at.record.fingerprint == fingerprint => At::Same,
+            Some(_) => At::Other,
+        })
     }
 
-    /// Reads everything after `since`, and makes sure that it is everything.
+    /// Reads everything after `since`, and makes sure that it is everything. `is_last`: what a copy does not have now is believed not
+    /// to be there.
     async fn read_after(
         &self,
         rooms: &Rooms,
         track: usize,
         since: (u64, Fingerprint),
+        is_last: bool,
     ) -> Result<Read, BacklogError> {
         let (after, fingerprint) = since;
         let limits = &rooms.config;
@@ -247,6 +289,7 @@ impl Hub {
         let epoch = self.log.borrow().epoch(track);
         let stream = &self.sources[track].stream;
         let filter = self.filter(rooms, track);
+        let delivered = self.log.borrow().place()[track];
         let mut anchored = false;
         let mut entries: Vec<Missed> = Vec::new();
         let mut bytes = 0;
@@ -290,12 +333,20 @@ impl Hub {
                 _ => break,
             }
         }
-        if let Some(reason) = self.broken(rooms, track, since, anchored).await? {
-            return Ok(Read::Reset(reason));
+        if let Some(broken) = self.broken(rooms, track, since, anchored, is_last).await? {
+            return Ok(broken);
+        }
+        let mut upto = entries.last().map_or(since, |m| (m.seq, m.fingerprint));
+        if upto.0 < delivered.0 {
+            // The room has delivered more: the copy that was read is behind, or it was erased. Where nothing was delivered the
+            // room is known to be empty up to there.
+            if delivered.1 != Fingerprint(0) && !is_last {
+                return Ok(Read::Behind);
+            }
+            upto = delivered;
         }
         // The frames are a little larger than the bodies; the share is a bound on bodies, like the limit.
         rooms.shrink_share(&mut share, bytes);
-        let upto = entries.last().map_or(since, |m| (m.seq, m.fingerprint));
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         gauge_add(Gauge::ReplayBytes, bytes);
         let held = Held {
@@ -316,25 +367,32 @@ impl Hub {
         track: usize,
         (seq, fingerprint): (u64, Fingerprint),
         anchored: bool,
-    ) -> Result<Option<ResetReason>, BacklogError> {
+        is_last: bool,
+    ) -> Result<Option<Read>, BacklogError> {
         let epoch = self.log.borrow().epoch(track);
         let source = &self.sources[track];
-        let at = rooms.reader.message(&source.stream, epoch, seq).await?;
+        let at = self.stored_at(rooms, track, (seq, fingerprint)).await?;
         let names_message = fingerprint != Fingerprint(0);
-        if anchored && at.is_some() {
-            return Ok(None);
-        }
-        if names_message && at.is_some() {
+        match at {
+            At::Nothing => {}
+            _ if anchored => return Ok(None),
+            // Another copy has it than the one that was read.
+            At::Same if names_message && !is_last => return Ok(Some(Read::Behind)),
             // There is a message, but the room's log does not have it: a store that was rolled back and written anew.
-            return Ok(Some(ResetReason::Epoch));
+            At::Same | At::Other if names_message => {
+                return Ok(Some(Read::Reset(ResetReason::Epoch)));
+            }
+            At::Same | At::Other => {}
         }
         let state: StreamState = source.streams.fetch(self.part).await?;
         Ok(if state.epoch != epoch {
-            Some(ResetReason::Epoch)
+            Some(Read::Reset(ResetReason::Epoch))
+        } else if seq > state.last_seq && !is_last {
+            Some(Read::Behind)
         } else if seq > state.last_seq {
-            Some(ResetReason::Future)
+            Some(Read::Reset(ResetReason::Future))
         } else if seq + 1 < state.first_seq {
-            Some(ResetReason::Trimmed)
+            Some(Read::Reset(ResetReason::Trimmed))
         } else {
             None
         })
@@ -357,9 +415,22 @@ impl Hub {
     }
 }
 
+/// What is stored at a cursor's place.
+#[derive(Clone, Copy)]
+enum At {
+    /// The message that the cursor was made of.
+    Same,
+    /// Another one.
+    Other,
+    /// None: it was erased, or trimmed.
+    Nothing,
+}
+
 enum Read {
     Found(Rc<Held>, (u64, Fingerprint)),
     Reset(ResetReason),
+    /// The copy of the stream that answered seems to be behind the others.
+    Behind,
     TooFar {
         /// Every cursor before this sequence has more than `replay_max` messages after it.
         boundary: u64,

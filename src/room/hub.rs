@@ -326,13 +326,13 @@ impl Hub {
                 match try_join_all(heads).await {
                     Ok(heads) => {
                         let starts = self.sources.iter().zip(heads).map(|(source, heads)| {
-                            let (state, heads) = heads;
+                            let (state, settled, heads) = heads;
                             source.incarnation.set(state.incarnation);
                             Start {
                                 origin: source.streams.origin().clone(),
                                 epoch: state.epoch,
                                 heads,
-                                empty_at: state.last_seq,
+                                empty_at: settled,
                             }
                         });
                         *self.log.borrow_mut() = rooms.new_log(starts.collect());

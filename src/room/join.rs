@@ -19,7 +19,7 @@ use super::{
     rooms::Rooms,
 };
 use crate::{
-    model::{Cursor, RoomId},
+    model::{Cursor, Fingerprint, RoomId},
     protocol::{Close, native::Wants},
     telemetry::metrics::{self, Counter, Histogram, Source, count},
     wire::Conn,
@@ -160,6 +160,21 @@ impl Drop for Membership {
     }
 }
 
+impl Hub {
+    /// Where a session that stands at `since` of a track can go on.
+    fn resume(&self, track: usize, since: (u64, Fingerprint)) -> Resume {
+        let (seq, fingerprint) = since;
+        let of = &self.sources[track].streams;
+        match self.log.borrow().resume(track, since) {
+            // It was told by another edge up to where the room is empty, which did not have to be the same.
+            Resume::Ahead if fingerprint == Fingerprint(0) && seq <= of.newest(self.part) => {
+                Resume::Memory
+            }
+            resume => resume,
+        }
+    }
+}
+
 impl Rooms {
     /// Begins to open a room that is about to be joined.
     pub fn open(self: &Rc<Self>, room: &RoomId, durable: bool) {
@@ -241,9 +256,8 @@ impl Rooms {
                 return Ok((hub, Plan::Backlog(cursor.clone(), since, backlogs)));
             }
             let resumes: Vec<Resume> = {
-                let log = hub.log.borrow();
                 let tracks = since.place.iter().enumerate();
-                tracks.map(|(t, at)| log.resume(t, *at)).collect()
+                tracks.map(|(t, at)| hub.resume(t, *at)).collect()
             };
             if resumes[0] == Resume::Ahead && !filled {
                 filled = true;

@@ -70,6 +70,8 @@ pub struct Rooms {
     suspecting: Cell<bool>,
     generation: Cell<u64>,
     version: Cell<u64>,
+    /// A partition each: the elections after which its rooms were compared.
+    elections: RefCell<Vec<u64>>,
 }
 
 impl Rooms {
@@ -88,11 +90,14 @@ impl Rooms {
         let read_push_max = config.limits.read_push_max;
         let inbox_capacity = config.nats.subscription_capacity;
         let retried_within = config.streams.duplicate_window;
+        let elections = (0..streams.partitions()).map(|part| origins.elections(part));
+        let elections = RefCell::new(elections.collect());
         let config = config.rooms.clone();
         let shares = usize::try_from(config.replay_memory.as_u64() / 1024).unwrap_or(usize::MAX);
         Rc::new(Self {
             generation: Cell::new(line.generation()),
             version: Cell::new(origins.version()),
+            elections,
             inbox_capacity,
             retried_within,
             openings: RefCell::default(),
@@ -178,7 +183,7 @@ impl Rooms {
             if group.is_empty() {
                 break;
             }
-            let before = streams.known(part);
+            let (before, settled) = (streams.known(part), streams.settled(part));
             let rooms = group.iter().map(|(room, _)| room);
             let subjects = self.log_subjects(streams, part, rooms);
             let read = self
@@ -200,7 +205,7 @@ impl Rooms {
                     for (room, answer) in group {
                         let records = by_room.remove(&room).unwrap_or_default();
                         // Whoever gave up needs no answer.
-                        let _gone = answer.send(Ok((before, records)));
+                        let _gone = answer.send(Ok((before, settled, records)));
                     }
                 }
                 Err(error) => {
@@ -305,7 +310,7 @@ impl Rooms {
     }
 
     /// Compares rooms with their streams and forgets empty ones, for ever. Every room is compared at least every
-    /// `rooms.resync`, all of them at once after a reconnect.
+    /// `rooms.resync`, all of them at once after a reconnect, and those of a partition when one of its streams has a new leader.
     pub async fn keep(self: Rc<Self>) {
         let mut tick = interval(TICK);
         // A look that took long is not made up for by several at once.
@@ -318,6 +323,13 @@ impl Rooms {
             if !self.line.is_up() {
                 continue;
             }
+            let elections: Vec<u64> = (0..self.streams.partitions())
+                .map(|part| self.origins.elections(part))
+                .collect();
+            let elected = |part: u16| {
+                let part = usize::from(part);
+                self.elections.borrow()[part] != elections[part]
+            };
             let mut due: HashMap<u16, Vec<Rc<Hub>>> = HashMap::new();
             let mut idle = Vec::new();
             {
@@ -330,7 +342,8 @@ impl Rooms {
                         && hub.member_count() == 0
                     {
                         idle.push(Rc::clone(hub));
-                    } else if hub.durable && (reconnected || self.is_due(hub)) {
+                    } else if hub.durable && (reconnected || elected(hub.part) || self.is_due(hub))
+                    {
                         due.entry(hub.part).or_default().push(Rc::clone(hub));
                     }
                 }
@@ -338,14 +351,20 @@ impl Rooms {
             idle.iter().for_each(|hub| hub.end(&self, None));
             let mut complete = true;
             for (part, hubs) in due {
+                let again = elected(part);
                 for streams in self.origins.all() {
                     for chunk in hubs.chunks(ROOMS_A_READ) {
                         complete &= self.compare(&streams, part, chunk).await;
                     }
                 }
+                if again {
+                    // The copy that answered may have been behind.
+                    hubs.iter().for_each(|hub| hub.compared.set(false));
+                }
             }
             if complete {
                 self.generation.set(generation);
+                self.elections.replace(elections);
             }
         }
     }
@@ -424,8 +443,8 @@ impl Rooms {
     }
 }
 
-/// What a stream said of one room: its own state, and the room's last message of each class.
-type Heads = (StreamState, Vec<Record>);
+/// What a stream said of one room: its own state, up to where it says all there is, and the room's last message of each class.
+type Heads = (StreamState, u64, Vec<Record>);
 
 /// Who asked for it.
 type Asking = oneshot::Sender<Result<Heads, Rc<ReadError>>>;

@@ -327,7 +327,9 @@ const EDGE: &str = r#", permissions: {
     "$JS.API.STREAM.PURGE.KV_edges_seoul",
     "$SYS.REQ.USER.INFO", "_INBOX.>"
   ] }
-  subscribe: { allow: [ "natter.live.seoul.>", "natter.eph.>", "natter.kv.seoul.>", "_INBOX.>" ] }
+  subscribe: { allow: [
+    "natter.live.seoul.>", "natter.eph.>", "natter.kv.seoul.>", "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.*", "_INBOX.>"
+  ] }
 }"#;
 
 #[tokio::test]

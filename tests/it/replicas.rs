@@ -239,7 +239,7 @@ async fn whoever_is_acknowledged_is_heard_by_all_when_the_leader_of_three_copies
     let seed = Seed(seed());
     let mut cluster = Cluster::start().await;
     let toml = format!(
-        "region = '{REGION}'\nnats.partitions = 1\nstreams.replicas = {SERVERS}\nrooms.ring = '4KiB'\nrooms.resync = '5s'\ntelemetry.log = 'natter=debug,info'"
+        "region = '{REGION}'\nnats.partitions = 1\nstreams.replicas = {SERVERS}\nrooms.ring = '4KiB'\nrooms.resync = '10m'\ntelemetry.log = 'natter=debug,info'"
     );
     let mesh = Mesh::start(&cluster.url(), EDGES, &toml).await;
 

@@ -205,6 +205,35 @@ async fn a_cursor_before_what_a_trimmed_stream_holds_resets() {
     assert_eq!(joined.get("reset"), None, "{joined}");
 }
 
+/// Edges do not have to know the same sequence up to which a room is empty.
+#[tokio::test]
+async fn who_was_in_a_room_where_nobody_has_spoken_goes_on_at_any_edge() {
+    let mut mesh = Mesh::start(support::nats_url(), 1, "nats.partitions = 1").await;
+    let mut kim = mesh.connect(0, "kim").await;
+    let join = async |connection: &mut Connection, since: &Value| {
+        let fields = json!({"room": "chat:quiet", "since": since});
+        let joined = reply(connection, "join", fields).await;
+        let is_whole = joined["replay"] == 0 && joined.get("reset").is_none();
+        assert!(joined["op"] == "joined" && is_whole, "{joined}");
+        joined["head"].clone()
+    };
+    let before = join(&mut kim, &Value::Null).await;
+    for i in 0..5 {
+        send(&mut kim, "chat:busy", json!(i)).await;
+    }
+    // It has not seen the room before, and finds the stream further on.
+    let later = mesh.add_edge().await;
+    let mut lee = mesh.connect(later, "lee").await;
+    let after = join(&mut lee, &before).await;
+    assert_ne!(before, after);
+    // And back, where it is known to be empty only up to the first place.
+    let mut park = mesh.connect(0, "park").await;
+    join(&mut park, &after).await;
+    send(&mut kim, "chat:quiet", json!("at last")).await;
+    assert_eq!(bodies(&mut lee, 1).await, [json!("at last")]);
+    assert_eq!(bodies(&mut park, 1).await, [json!("at last")]);
+}
+
 #[tokio::test]
 async fn a_stream_that_is_made_anew_resets_who_was_there() {
     let mesh = Mesh::start(support::nats_url(), 2, "nats.partitions = 1").await;

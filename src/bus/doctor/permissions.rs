@@ -132,6 +132,7 @@ impl Needs {
         needs
             .subscribed
             .insert(format!("{}.*", new_inbox(&config.nats)));
+        needs.subscribed.insert(format!("{}*", api::LEADER_ELECTED));
         for origin in regions {
             let rooms = (0..config.nats.partitions).map(|part| subject::rooms_stream(origin, part));
             let buckets = WRITTEN.into_iter().chain([bucket::CONTROL]);
