@@ -4,8 +4,9 @@
 //! request that is lost is waited for 30 s; then comes a pause of 10 s, longer by as much with each failure, up to 2 min. So
 //! a mirror may stand still for minutes after its link is back. Here:
 //!
-//! - A request without an answer is sent again as it was, until the server has given it up. Whichever arrives first is
-//!   the one that counts; the consumer's name and settings are in it, so a second one changes nothing.
+//! - A request that was lost is sent again as it was, before the server has given it up. It was lost if its origin has answered
+//!   what was asked after it, and not it: then, and not before. Each copy that arrives makes a consumer, and all of them send
+//!   the mirror the same messages over the link between regions, until it is set up anew.
 //! - When mirrors pause and their origin answers, the servers are made to look at their mirrors at once: they do so whenever
 //!   a leaf node connects, so this connects as one, and leaves. That needs `nats.leafnodes`.
 //!
@@ -20,7 +21,7 @@ use std::{
 
 use async_nats::{HeaderMap, Message, Subject};
 use bytes::Bytes;
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::{
@@ -36,14 +37,18 @@ use crate::{
     subject::api::{self, in_domain},
 };
 
-/// How often unanswered requests are repeated.
-const REPEAT_EVERY: Duration = Duration::from_secs(1);
+/// How often is looked whether the origins of unanswered requests and of pausing mirrors answer.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Looks in a row that an origin must have answered since a request was sent, for the request to be lost: what was sent before
+/// the first was received before it too, and may be answered until the next.
+const ANSWERED: u32 = 2;
+
+/// Pause before a request is sent once more.
+const REPEAT_AFTER: Duration = Duration::from_secs(5);
 
 /// How long the server waits for an answer (`srcConsumerWaitTime`), with a second for ours being later than its own.
 const GIVEN_UP_AFTER: Duration = Duration::from_secs(31);
-
-/// Pause between two looks whether the origin of a pausing mirror answers.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// How long such a look may take.
 const LOOK_WITHIN: Duration = Duration::from_secs(1);
@@ -86,6 +91,9 @@ struct Request {
     headers: Option<HeaderMap>,
     payload: Bytes,
     since: Instant,
+    /// Looks in a row that its origin has answered.
+    answered: u32,
+    repeated: Option<Instant>,
 }
 
 /// What we need of the request for a consumer.
@@ -143,6 +151,8 @@ impl Asked {
             headers: message.headers,
             payload: message.payload,
             since: now,
+            answered: 0,
+            repeated: None,
         };
         self.waiting.insert(config.name, request);
     }
@@ -152,24 +162,50 @@ impl Asked {
         self.waiting.retain(|_, request| request.reply != *reply);
     }
 
-    /// What is to be sent again.
-    fn on_tick(&mut self, now: Instant) -> Vec<Request> {
-        let mut repeated = Vec::new();
+    /// Gives up what the server has given up. The regions of which it matters whether they answer.
+    fn on_tick(&mut self, now: Instant) -> BTreeSet<Region> {
+        let age = |request: &Request| now.saturating_duration_since(request.since);
         self.waiting.retain(|name, request| {
-            let age = now.saturating_duration_since(request.since);
-            if age >= GIVEN_UP_AFTER {
-                if self.pausing.len() < MAX_MIRRORS {
-                    self.pausing.insert(name.clone(), request.origin.clone());
-                }
-                return false;
+            let is_waiting = age(request) < GIVEN_UP_AFTER;
+            if !is_waiting && self.pausing.len() < MAX_MIRRORS {
+                self.pausing.insert(name.clone(), request.origin.clone());
             }
-            // The first answer may still be on its way.
-            if age >= REPEAT_EVERY {
-                repeated.push(request.clone());
-            }
-            true
+            is_waiting
         });
-        repeated
+        // The answer to a new one may still be on its way.
+        let waiting = self.waiting.values().filter(|r| age(r) >= LOOK_EVERY);
+        let origins = waiting.map(|request| &request.origin);
+        origins.chain(self.pausing.values()).cloned().collect()
+    }
+
+    /// Of the regions that were `asked`, `back` have answered. What is to be sent again.
+    fn on_looked(
+        &mut self,
+        asked: &BTreeSet<Region>,
+        back: &BTreeSet<Region>,
+        now: Instant,
+    ) -> Vec<Request> {
+        let mut lost = Vec::new();
+        for request in self.waiting.values_mut() {
+            // What came during the look was not sent before it.
+            if now.saturating_duration_since(request.since) < LOOK_EVERY + LOOK_WITHIN
+                || !asked.contains(&request.origin)
+            {
+                continue;
+            }
+            request.answered = match back.contains(&request.origin) {
+                true => request.answered + 1,
+                false => 0,
+            };
+            let rested = request
+                .repeated
+                .is_none_or(|at| now.saturating_duration_since(at) >= REPEAT_AFTER);
+            if request.answered >= ANSWERED && rested {
+                request.repeated = Some(now);
+                lost.push(request.clone());
+            }
+        }
+        lost
     }
 
     fn pausing(&self) -> BTreeSet<Region> {
@@ -198,9 +234,8 @@ pub async fn keep(connection: Connection, region: Region, nats: config::Nats) {
         }
     };
     let mut asked = Asked::new(region);
-    let mut tick = interval(REPEAT_EVERY);
+    let mut tick = interval(LOOK_EVERY);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut looked = Instant::now();
     loop {
         // All branches are cancel-safe: a message is taken only when its branch is.
         tokio::select! {
@@ -213,16 +248,33 @@ pub async fn keep(connection: Connection, region: Region, nats: config::Nats) {
                 None => return,
             },
             now = tick.tick() => {
-                for request in asked.on_tick(now) {
+                let origins = asked.on_tick(now);
+                if origins.is_empty() {
+                    continue;
+                }
+                let back = answering(client, &origins).await;
+                // What was answered meanwhile is not lost.
+                while let Some(Some(answer)) = answers.next().now_or_never() {
+                    asked.on_answer(&answer.subject);
+                }
+                for request in asked.on_looked(&origins, &back, Instant::now()) {
                     repeat(client, request).await;
                 }
-                if looked.elapsed() >= LOOK_EVERY {
-                    help(client, &mut asked, &nats).await;
-                    looked = Instant::now();
-                }
+                help(&mut asked, &back, &nats).await;
             }
         }
     }
+}
+
+/// Those of some regions whose JetStream answers.
+async fn answering(client: &async_nats::Client, regions: &BTreeSet<Region>) -> BTreeSet<Region> {
+    let looks = regions.iter().map(async |region| {
+        let request = client.request(in_domain(region, api::INFO), Bytes::new());
+        let answered = matches!(timeout(LOOK_WITHIN, request).await, Ok(Ok(_)));
+        answered.then(|| region.clone())
+    });
+    let looks = futures_util::future::join_all(looks).await;
+    looks.into_iter().flatten().collect()
 }
 
 async fn repeat(client: &async_nats::Client, request: Request) {
@@ -242,21 +294,14 @@ async fn repeat(client: &async_nats::Client, request: Request) {
     }
 }
 
-/// Makes the servers look at their mirrors when an origin of those that pause answers.
-async fn help(client: &async_nats::Client, asked: &mut Asked, nats: &config::Nats) {
-    let looks = asked.pausing().into_iter().map(async |origin| {
-        let request = client.request(in_domain(&origin, api::INFO), Bytes::new());
-        let answered = matches!(timeout(LOOK_WITHIN, request).await, Ok(Ok(_)));
-        answered.then_some(origin)
-    });
-    let back: BTreeSet<Region> = futures_util::future::join_all(looks)
-        .await
-        .into_iter()
-        .flatten()
-        .collect();
+/// Makes the servers look at their mirrors when an origin of those that pause is among the regions that are `back`.
+async fn help(asked: &mut Asked, back: &BTreeSet<Region>, nats: &config::Nats) {
+    let pausing = asked.pausing();
+    let back: BTreeSet<Region> = pausing.intersection(back).cloned().collect();
     if back.is_empty() {
         return;
     }
+    let mut nudged = true;
     for address in nats.leafnodes.split(',').map(str::trim) {
         if let Err(error) = nudge(address, nats).await {
             // The mirrors go on by themselves, later.
@@ -264,10 +309,14 @@ async fn help(client: &async_nats::Client, asked: &mut Asked, nats: &config::Nat
                 error = &error as &dyn std::error::Error,
                 "mirrors were not helped on"
             );
+            nudged = false;
         }
     }
-    tracing::info!(regions = ?back, "mirrors of regions that are back were helped on");
-    asked.on_nudged(&back);
+    // A server that was not reached may have mirrors that still pause: it is tried again.
+    if nudged {
+        tracing::info!(regions = ?back, "mirrors of regions that are back were helped on");
+        asked.on_nudged(&back);
+    }
 }
 
 /// Makes the server at `address` (host and port for leaf nodes) set up at once those mirrors that have heard nothing for 10
@@ -349,29 +398,42 @@ mod tests {
         Region::parse(name).unwrap()
     }
 
+    /// The replies of what is sent again at a look that Seoul has answered, or has not.
+    fn look(asked: &mut Asked, now: Instant, answers: bool) -> Vec<String> {
+        let origins = asked.on_tick(now);
+        let back = if answers {
+            origins.clone()
+        } else {
+            BTreeSet::new()
+        };
+        let lost = asked.on_looked(&origins, &back, now);
+        lost.iter()
+            .map(|request| request.reply.to_string())
+            .collect()
+    }
+
     #[test]
-    fn a_request_is_repeated_until_it_is_answered() {
+    fn a_request_is_repeated_once_it_is_known_to_be_lost() {
         let (mut asked, start) = (Asked::new(region("frankfurt")), Instant::now());
+        let after = |seconds| start + Duration::from_secs(seconds);
         asked.on_request(request("frankfurt", "JS_MIRROR_a", "r1"), start);
         asked.on_request(request("frankfurt", "JS_MIRROR_b", "r2"), start);
-        assert!(
-            asked.on_tick(start).is_empty(),
-            "the answer may be on its way"
-        );
-        let later = start + REPEAT_EVERY;
-        assert_eq!(asked.on_tick(later).len(), 2);
-        // Our own repetition is heard too.
-        asked.on_request(request("frankfurt", "JS_MIRROR_a", "r1"), later);
+        // The answer may be on its way, and while the origin does not answer, so may the request.
+        assert!(asked.on_tick(start).is_empty());
+        for seconds in 2..10 {
+            assert!(look(&mut asked, after(seconds), false).is_empty());
+        }
+        assert!(look(&mut asked, after(10), true).is_empty());
+        // It was not lost.
         asked.on_answer(&"r2".into());
-        let repeated = asked.on_tick(start + GIVEN_UP_AFTER - REPEAT_EVERY);
-        let replies: Vec<_> = repeated
-            .iter()
-            .map(|request| request.reply.as_str())
-            .collect();
-        assert_eq!(replies, ["r1"]);
+        assert_eq!(look(&mut asked, after(11), true), ["r1"]);
+        // Our own repetition is heard too, and another one is not sent at once.
+        asked.on_request(request("frankfurt", "JS_MIRROR_a", "r1"), after(11));
+        assert!(look(&mut asked, after(12), true).is_empty());
+        assert_eq!(look(&mut asked, after(16), true), ["r1"]);
         assert!(asked.pausing().is_empty());
         // What the server has given up must not be answered any more: it may have asked again meanwhile.
-        assert!(asked.on_tick(start + GIVEN_UP_AFTER).is_empty());
+        assert!(look(&mut asked, start + GIVEN_UP_AFTER, true).is_empty());
         assert_eq!(asked.pausing(), BTreeSet::from([region("seoul")]));
     }
 
@@ -380,7 +442,9 @@ mod tests {
         let (mut asked, start) = (Asked::new(region("frankfurt")), Instant::now());
         asked.on_request(request("frankfurt", "JS_MIRROR_a", "r1"), start);
         asked.on_request(request("frankfurt", "JS_MIRROR_a", "r2"), start);
-        assert_eq!(asked.on_tick(start + REPEAT_EVERY).len(), 1);
+        let later = start + LOOK_EVERY + LOOK_WITHIN;
+        assert!(look(&mut asked, later, true).is_empty());
+        assert_eq!(look(&mut asked, later + LOOK_EVERY, true), ["r2"]);
         asked.on_tick(start + GIVEN_UP_AFTER);
         assert!(!asked.pausing().is_empty());
         asked.on_request(
@@ -400,7 +464,7 @@ mod tests {
         let mut no_reply = request("frankfurt", "JS_MIRROR_a", "r3");
         no_reply.reply = None;
         asked.on_request(no_reply, now);
-        assert!(asked.on_tick(now + REPEAT_EVERY).is_empty());
+        assert!(asked.on_tick(now + LOOK_EVERY).is_empty());
     }
 
     #[test]
