@@ -8,7 +8,7 @@
 //!   what was asked after it, and not it: then, and not before. Each copy that arrives makes a consumer, and all of them send
 //!   the mirror the same messages over the link between regions, until it is set up anew.
 //! - When mirrors pause and their origin answers, the servers are made to look at their mirrors at once: they do so whenever
-//!   a leaf node connects, so this connects as one, and leaves. That needs `nats.leafnodes`.
+//!   a leaf node connects, so this connects as one, and leaves. That needs `mirrors.leafnodes`.
 //!
 //! Any number of processes of a region may do this: each request is kept by one of them. None is needed: what it does is
 //! only to be sooner.
@@ -32,7 +32,7 @@ use tokio::{
 
 use super::Connection;
 use crate::{
-    config,
+    config::{self, Config},
     model::Region,
     subject::api::{self, in_domain},
 };
@@ -218,9 +218,24 @@ impl Asked {
     }
 }
 
-/// Does this for as long as it is polled, where `nats.leafnodes` names servers. It ends when `connection` is closed; without
-/// the permission to listen to the requests it does nothing.
-pub async fn keep(connection: Connection, region: Region, nats: config::Nats) {
+/// Does this for as long as it is polled, over a connection of [`Config::nats_of_mirrors`]. It ends when `connection` is
+/// closed; without the permission to listen to the requests it does nothing.
+pub fn keep(connection: Connection, config: &Config) -> impl Future<Output = ()> + Send + use<> {
+    let servers = Servers {
+        leafnodes: config.mirrors.leafnodes().map(str::to_owned).collect(),
+        nats: config.nats_of_mirrors(),
+    };
+    run(connection, config.region(), servers)
+}
+
+/// Those that are made to look at their mirrors.
+struct Servers {
+    leafnodes: Vec<String>,
+    /// Who connects to them.
+    nats: config::Nats,
+}
+
+async fn run(connection: Connection, region: Region, servers: Servers) {
     let client = connection.client();
     // A group of the region's own: another region's members must not take its requests.
     let group = format!("natter-mirrors-{region}");
@@ -260,7 +275,7 @@ pub async fn keep(connection: Connection, region: Region, nats: config::Nats) {
                 for request in asked.on_looked(&origins, &back, Instant::now()) {
                     repeat(client, request).await;
                 }
-                help(&mut asked, &back, &nats).await;
+                help(&mut asked, &back, &servers).await;
             }
         }
     }
@@ -295,15 +310,15 @@ async fn repeat(client: &async_nats::Client, request: Request) {
 }
 
 /// Makes the servers look at their mirrors when an origin of those that pause is among the regions that are `back`.
-async fn help(asked: &mut Asked, back: &BTreeSet<Region>, nats: &config::Nats) {
+async fn help(asked: &mut Asked, back: &BTreeSet<Region>, servers: &Servers) {
     let pausing = asked.pausing();
     let back: BTreeSet<Region> = pausing.intersection(back).cloned().collect();
     if back.is_empty() {
         return;
     }
     let mut nudged = true;
-    for address in nats.leafnodes.split(',').map(str::trim) {
-        if let Err(error) = nudge(address, nats).await {
+    for address in &servers.leafnodes {
+        if let Err(error) = nudge(address, &servers.nats).await {
             // The mirrors go on by themselves, later.
             tracing::warn!(
                 error = &error as &dyn std::error::Error,

@@ -54,6 +54,7 @@ pub struct Config {
     pub region: String,
     pub regions: Vec<String>,
     pub nats: Nats,
+    pub mirrors: Mirrors,
     pub streams: Streams,
     pub mongodb: Mongodb,
     pub history: History,
@@ -77,7 +78,6 @@ pub struct Nats {
     pub password: Secret,
     pub password_file: PathBuf,
     pub creds_file: PathBuf,
-    pub leafnodes: String,
     pub prefix: String,
     pub partitions: u16,
     #[serde(with = "humantime_serde")]
@@ -86,6 +86,16 @@ pub struct Nats {
     pub read_timeout: Duration,
     pub replay_concurrency: usize,
     pub subscription_capacity: usize,
+}
+
+/// `[mirrors]`: how mirrors are helped on after a cut.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mirrors {
+    pub leafnodes: String,
+    pub user: String,
+    pub password: Secret,
+    pub password_file: PathBuf,
 }
 
 /// `[streams]`: what `natter provision` creates.
@@ -225,6 +235,14 @@ pub struct Presence {
     pub writes_per_second: u32,
 }
 
+impl Mirrors {
+    /// The addresses of `leafnodes`, one by one.
+    pub fn leafnodes(&self) -> impl Iterator<Item = &str> {
+        let addresses = self.leafnodes.split(',').map(str::trim);
+        addresses.filter(|_| !self.leafnodes.is_empty())
+    }
+}
+
 /// What is told of the users in the rooms of a namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -328,6 +346,10 @@ impl Config {
             .password
             .read_file("nats.password_file", &config.nats.password_file)?;
         config
+            .mirrors
+            .password
+            .read_file("mirrors.password_file", &config.mirrors.password_file)?;
+        config
             .doctor
             .sys_password
             .read_file("doctor.sys_password_file", &config.doctor.sys_password_file)?;
@@ -358,6 +380,18 @@ impl Config {
     pub fn regions(&self) -> BTreeSet<Region> {
         let named = self.regions.iter().filter_map(|name| Region::parse(name));
         named.chain([self.region()]).collect()
+    }
+
+    /// `[nats]` as whoever helps mirrors on: the user of `[mirrors]`, where it names one.
+    #[must_use]
+    pub fn nats_of_mirrors(&self) -> Nats {
+        let mut nats = self.nats.clone();
+        if !self.mirrors.user.is_empty() {
+            nats.user.clone_from(&self.mirrors.user);
+            nats.password = self.mirrors.password.clone();
+            nats.creds_file.clear();
+        }
+        nats
     }
 
     /// Every broken rule, as `key = value: rule, and why`.
@@ -407,17 +441,6 @@ impl Config {
                 nats.prefix
             ),
         );
-        let host_and_port = |address: &str| {
-            let parts = address.trim().rsplit_once(':');
-            parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-        };
-        check(
-            nats.leafnodes.is_empty() || nats.leafnodes.split(',').all(host_and_port),
-            format!(
-                "nats.leafnodes = {:?}: must be empty or host:port, comma-separated",
-                nats.leafnodes
-            ),
-        );
         check(
             (1..=1024).contains(&nats.partitions),
             format!(
@@ -453,6 +476,21 @@ impl Config {
         check(
             nats.user.is_empty() || nats.creds_file.as_os_str().is_empty(),
             "nats.user and nats.creds_file: only one of them can be used".to_owned(),
+        );
+        let host_and_port = |address: &str| {
+            let address = address.strip_prefix("tls://").unwrap_or(address);
+            let parts = address.rsplit_once(':');
+            parts.is_some_and(|(host, port)| {
+                !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok()
+            })
+        };
+        let mirrors = &self.mirrors;
+        check(
+            mirrors.leafnodes.is_empty() || mirrors.leafnodes().all(host_and_port),
+            format!(
+                "mirrors.leafnodes = {:?}: must be empty or host:port or tls://host:port, comma-separated",
+                mirrors.leafnodes
+            ),
         );
         check(
             (1..=5).contains(&self.streams.replicas),
@@ -624,21 +662,37 @@ mod tests {
     #[test]
     fn every_fault_is_named_at_once() {
         let error = load(
-            "region = 'Se oul'\n[nats]\nleafnodes = 'nats-leaf://a:1, b'\nprefix = 'a.b'\npublish_timeout = '6s'\n[limits]\nframe = '1KiB'\n[auth]\nhs256_secret = 'short'",
+            "region = 'Se oul'\n[nats]\nprefix = 'a.b'\npublish_timeout = '6s'\n[mirrors]\nleafnodes = 'nats-leaf://a:1, b'\n[limits]\nframe = '1KiB'\n[auth]\nhs256_secret = 'short'",
         )
         .unwrap_err()
         .to_string();
         for key in [
             "region",
-            "nats.leafnodes",
             "nats.prefix",
             "nats.publish_timeout",
+            "mirrors.leafnodes",
             "limits.frame",
             "auth.hs256_secret",
         ] {
             assert!(error.contains(key), "{key} is missing in: {error}");
         }
         assert!(!error.contains("short"), "a secret is printed: {error}");
+    }
+
+    #[test]
+    fn mirrors_are_helped_on_as_their_own_user_or_as_that_of_nats() {
+        let nats = "[nats]\ncreds_file = '/creds'\n";
+        let same = load(nats).unwrap();
+        assert_eq!(same.mirrors.leafnodes().count(), 0);
+        assert_eq!(same.nats_of_mirrors().creds_file, same.nats.creds_file);
+        let own = "[mirrors]\nleafnodes = 'a:1, tls://[::1]:2'\nuser = 'm'\npassword = 'secret'";
+        let own = load(&format!("{nats}{own}")).unwrap();
+        let addresses: Vec<_> = own.mirrors.leafnodes().collect();
+        assert_eq!(addresses, ["a:1", "tls://[::1]:2"]);
+        let nats = own.nats_of_mirrors();
+        assert_eq!((&*nats.user, nats.password.expose()), ("m", "secret"));
+        assert!(nats.creds_file.as_os_str().is_empty());
+        assert!(!format!("{:?}", own.mirrors).contains("secret"));
     }
 
     #[test]

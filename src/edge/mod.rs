@@ -67,6 +67,8 @@ struct Ready {
     line: Line,
     /// For presence, read markers and history: what they wait for holds up no message.
     state: Connection,
+    /// For the mirrors of the region, where they are helped on.
+    mirrors: Option<Connection>,
     publisher: Publisher,
     presence: Arc<Presence>,
     markers: Arc<Markers>,
@@ -191,6 +193,9 @@ impl Edge {
             }
             ready.line.close().await;
             ready.state.close().await;
+            if let Some(mirrors) = &ready.mirrors {
+                mirrors.close().await;
+            }
             ready.connection.close().await;
         }
         let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
@@ -218,9 +223,13 @@ async fn make_ready(
     tasks.spawn_until_stopping("watch streams", watch);
     let elections = Arc::clone(&origins).hear_elections();
     tasks.spawn_until_stopping("hear of elections", elections);
-    if !config.nats.leafnodes.is_empty() {
-        let keep = mirrors::keep(connection.clone(), config.region(), config.nats.clone());
+    let mut mirrors = None;
+    if !config.mirrors.leafnodes.is_empty() {
+        let name = format!("natter edge {} mirrors", shared.id);
+        let connection = Connection::open(&config.nats_of_mirrors(), &name).await?;
+        let keep = mirrors::keep(connection.clone(), config);
         tasks.spawn_until_stopping("help mirrors", keep);
+        mirrors = Some(connection);
     }
     let streams = Arc::clone(origins.own());
     let name = format!("natter edge {} state", shared.id);
@@ -257,6 +266,7 @@ async fn make_ready(
         connection,
         line,
         state,
+        mirrors,
         publisher,
         presence,
         markers,

@@ -27,7 +27,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 
 use crate::{
-    bus::{ConnectError, Connection, Origins, Reader, Streams},
+    bus::{ConnectError, Connection, Origins, Reader, Streams, mirrors},
     config::Config,
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Store, StoreError},
@@ -72,7 +72,7 @@ pub struct History {
     lifecycle: Lifecycle,
     tasks: Tasks,
     http: Tasks,
-    connections: [Connection; 2],
+    connections: Vec<Connection>,
 }
 
 /// The service can't start.
@@ -106,11 +106,21 @@ impl History {
         let store = Store::open(&config.mongodb).await?;
         let connection = Connection::open(&config.nats, "natter history").await?;
         let reads = Connection::open(&config.nats, "natter history reads").await?;
+        let mut connections = vec![reads.clone(), connection.clone()];
+        let tasks = Tasks::default();
+        // Needs no streams, and no MongoDB.
+        if !config.mirrors.leafnodes.is_empty() {
+            let nats = config.nats_of_mirrors();
+            let connection = Connection::open(&nats, "natter history mirrors").await?;
+            let keep = mirrors::keep(connection.clone(), &config);
+            tasks.spawn_until_stopping("help mirrors", keep);
+            connections.push(connection);
+        }
         let history = Self {
             lifecycle: Lifecycle::default(),
-            tasks: Tasks::default(),
+            tasks,
             http: Tasks::default(),
-            connections: [reads.clone(), connection.clone()],
+            connections,
         };
         let Self {
             lifecycle,

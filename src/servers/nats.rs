@@ -61,7 +61,7 @@ pub struct NatsOptions {
 pub struct SpineLink {
     /// Where the region's spine listens for leaf nodes.
     pub spine: SocketAddr,
-    /// Where the server itself does: `nats.leafnodes` of its region's edges.
+    /// Where the server itself does: `mirrors.leafnodes` of its region.
     pub leafnodes: SocketAddr,
 }
 

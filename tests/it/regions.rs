@@ -117,7 +117,7 @@ async fn what_a_mirror_asked_during_a_cut_is_asked_again() {
     let connection = Connection::open(&config.nats, "keeps mirrors")
         .await
         .unwrap();
-    let keep = mirrors::keep(connection.clone(), config.region(), config.nats.clone());
+    let keep = mirrors::keep(connection.clone(), &config);
     let tasks = natter::runtime::Tasks::default();
     tasks.spawn_until_stopping("keep", keep);
     let frankfurt = client(&regions.url("frankfurt")).await;
@@ -173,8 +173,8 @@ async fn what_a_mirror_asked_during_a_cut_is_asked_again() {
 #[tokio::test]
 async fn a_nudge_is_taken_and_who_refuses_it_is_named() {
     let mut regions = Regions::start(&["seoul", "frankfurt"]).await;
-    let mut nats = regions.mesh("seoul").config.nats.clone();
-    let address = nats.leafnodes.clone();
+    let config = regions.mesh("seoul").config.clone();
+    let (mut nats, address) = (config.nats_of_mirrors(), config.mirrors.leafnodes.clone());
     mirrors::nudge(&address, &nats).await.unwrap();
     "somebody".clone_into(&mut nats.user);
     let refused = mirrors::nudge(&address, &nats).await.unwrap_err();

@@ -88,12 +88,17 @@ pub(super) fn common_env(config: &Config, nats_url: &str) -> Vec<(&'static str, 
         // Quoted: a name of digits would be read as a number.
         ("NATTER__REGION", format!("{:?}", config.region)),
         ("NATTER__REGIONS", format!("{:?}", config.regions)),
-        ("NATTER__NATS__LEAFNODES", config.nats.leafnodes.clone()),
+        (
+            "NATTER__MIRRORS__LEAFNODES",
+            config.mirrors.leafnodes.clone(),
+        ),
         // The server that `up` runs needs no credentials, and refuses wrong ones.
         ("NATTER__NATS__USER", String::new()),
         ("NATTER__NATS__PASSWORD", String::new()),
         ("NATTER__NATS__PASSWORD_FILE", String::new()),
         ("NATTER__NATS__CREDS_FILE", String::new()),
+        ("NATTER__MIRRORS__USER", String::new()),
+        ("NATTER__MIRRORS__PASSWORD_FILE", String::new()),
     ]
 }
 

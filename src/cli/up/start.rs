@@ -163,7 +163,7 @@ pub(super) async fn start(
 struct StartedNats {
     spines: Option<Spines>,
     servers: Vec<NatsServer>,
-    /// `nats.leafnodes` of each region.
+    /// `mirrors.leafnodes` of each region.
     leafnodes: Vec<String>,
 }
 
@@ -251,7 +251,7 @@ fn keep_all_nats(
     let servers = started.servers.into_iter().zip(started.leafnodes);
     for (region, (config, (nats, leafnodes))) in configs.iter().zip(servers).enumerate() {
         let mut config = config.clone();
-        config.nats.leafnodes = leafnodes;
+        config.mirrors.leafnodes = leafnodes;
         regions.push(Region {
             config,
             nats_url: nats.url(),

@@ -92,8 +92,8 @@ impl Regions {
         for (spine, nats, leafnodes) in servers {
             let name = spine.region.as_str().to_owned();
             let mut values: toml::Table = of_region(&name).parse().unwrap();
-            let section = values["nats"].as_table_mut().unwrap();
-            section.insert("leafnodes".to_owned(), leafnodes.to_string().into());
+            let mirrors = [("leafnodes".to_owned(), leafnodes.to_string().into())];
+            values.insert("mirrors".to_owned(), toml::Table::from_iter(mirrors).into());
             let toml = toml::to_string(&values).unwrap();
             let mesh = Mesh::without_edges(&nats.url(), &toml).await;
             regions.push(Running {
