@@ -537,8 +537,15 @@ pub mod api {
         format!("$JS.{region}.API")
     }
 
-    /// Requests for consumers to the API of any domain, as mirrors send them to their origins.
-    pub const CONSUMER_REQUESTS: &str = "$JS.*.API.CONSUMER.CREATE.>";
+    /// Requests for consumers to the API of any domain, as mirrors send them to their origins: with the name of the stream
+    /// only, since ours have no filter.
+    pub const CONSUMER_REQUESTS: &str = "$JS.*.API.CONSUMER.CREATE.*";
+
+    /// Such a request, in one's own domain.
+    #[must_use]
+    pub fn consumer_request(stream: &str) -> String {
+        format!("$JS.API.CONSUMER.CREATE.{stream}")
+    }
 
     /// Answers to what servers ask each other for their mirrors.
     pub const CONSUMER_ANSWERS: &str = "$JSC.R.>";

@@ -23,14 +23,15 @@ use async_nats::{HeaderMap, Message, Subject};
 use bytes::Bytes;
 use futures_util::{FutureExt as _, StreamExt as _};
 use serde::Deserialize;
-use serde_json::json;
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
-    net::TcpStream,
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
-use super::Connection;
+use super::{
+    Connection,
+    line::{DialError, Dialed, introduce_leaf_node},
+};
 use crate::{
     config::{self, Config},
     model::Region,
@@ -56,6 +57,9 @@ const LOOK_WITHIN: Duration = Duration::from_secs(1);
 /// How long it may take to connect as a leaf node.
 const NUDGE_WITHIN: Duration = Duration::from_secs(5);
 
+/// What we are called as a leaf node, in the logs of servers.
+const NAME: &str = "natter-nudge";
+
 /// Mirrors that are kept in mind; more are left to the server.
 const MAX_MIRRORS: usize = 4096;
 
@@ -68,9 +72,15 @@ pub enum NudgeError {
     /// No connection, or it broke.
     #[error("{address} can't be reached as a leaf node")]
     Io { address: String, source: io::Error },
-    /// It wants what we don't have.
+    /// It does not want us.
     #[error("{address} does not take us as a leaf node: {reason}")]
     Refused { address: String, reason: String },
+    /// There is no saying who we are.
+    #[error("{address} can't be told who we are")]
+    Identity {
+        address: String,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
 }
 
 /// What a mirror has asked, as far as is known. No I/O.
@@ -334,8 +344,9 @@ async fn help(asked: &mut Asked, back: &BTreeSet<Region>, servers: &Servers) {
     }
 }
 
-/// Makes the server at `address` (host and port for leaf nodes) set up at once those mirrors that have heard nothing for 10
-/// s and do not wait for an answer: connects as a leaf node, with the user and password of `nats`, and leaves.
+/// Makes the server at `address` (host and port for leaf nodes; `tls://` before them: with TLS or not at all) set up at once
+/// those mirrors that have heard nothing for 10 s and do not wait for an answer: connects as a leaf node, as who `nats` says,
+/// and leaves. With several servers each looks at the mirrors that it leads.
 ///
 /// # Errors
 /// [`NudgeError`]
@@ -344,30 +355,16 @@ pub async fn nudge(address: &str, nats: &config::Nats) -> Result<(), NudgeError>
         address: address.to_owned(),
         source,
     };
-    let refused = |reason: &str| NudgeError::Refused {
-        address: address.to_owned(),
-        reason: reason.trim().to_owned(),
-    };
     let talk = async {
-        let stream = TcpStream::connect(address).await.map_err(failed)?;
-        let (reads, mut writes) = stream.into_split();
-        let mut lines = BufReader::new(reads.take(MAX_GREETING));
-        let mut line = String::new();
-        lines.read_line(&mut line).await.map_err(failed)?;
-        if line.contains("\"tls_required\":true") {
-            return Err(refused("it wants TLS, which is not supported here"));
-        }
-        let mut options = json!({ "name": "natter-nudge", "headers": true });
-        if !nats.user.is_empty() {
-            options["user"] = json!(nats.user);
-            options["pass"] = json!(nats.password.expose());
-        }
-        let greeting = format!("CONNECT {options}\r\nPING\r\n");
-        writes
-            .write_all(greeting.as_bytes())
+        let Dialed {
+            transport, buffer, ..
+        } = introduce_leaf_node(nats, address, NAME)
             .await
-            .map_err(failed)?;
-        // The server looks at its mirrors while it takes the CONNECT.
+            .map_err(|error| NudgeError::at(address, error))?;
+        let said = (&buffer[..]).chain(transport).take(MAX_GREETING);
+        let mut lines = BufReader::new(said);
+        let mut line = String::new();
+        // The server looks at its mirrors while it takes who we are.
         loop {
             line.clear();
             if lines.read_line(&mut line).await.map_err(failed)? == 0 {
@@ -377,7 +374,10 @@ pub async fn nudge(address: &str, nats: &config::Nats) -> Result<(), NudgeError>
                 return Ok(());
             }
             if let Some(reason) = line.strip_prefix("-ERR") {
-                return Err(refused(reason));
+                return Err(NudgeError::Refused {
+                    address: address.to_owned(),
+                    reason: reason.trim().to_owned(),
+                });
             }
         }
     };
@@ -386,8 +386,28 @@ pub async fn nudge(address: &str, nats: &config::Nats) -> Result<(), NudgeError>
         .unwrap_or_else(|elapsed| Err(failed(elapsed.into())))
 }
 
+impl NudgeError {
+    fn at(address: &str, error: DialError) -> Self {
+        let address = address.to_owned();
+        match error {
+            DialError::Io(source) => Self::Io { address, source },
+            DialError::Refused(reason) => Self::Refused { address, reason },
+            DialError::Timeout => Self::Io {
+                address,
+                source: io::ErrorKind::TimedOut.into(),
+            },
+            error @ (DialError::Key(_) | DialError::Settings(_)) => Self::Identity {
+                address,
+                source: error.into(),
+            },
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn request(domain: &str, mirror: &str, reply: &str) -> Message {
@@ -397,8 +417,8 @@ mod tests {
         });
         Message {
             subject: api::CONSUMER_REQUESTS
-                .replace('*', "seoul")
-                .replace('>', "ROOMS_seoul_0")
+                .replace("$JS.*", "$JS.seoul")
+                .replace("CREATE.*", "CREATE.ROOMS_seoul_0")
                 .into(),
             reply: Some(reply.into()),
             payload: payload.to_string().into(),

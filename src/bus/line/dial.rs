@@ -42,7 +42,7 @@ enum Auth {
 
 /// A server could not be reached, or does not want us.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum DialError {
+pub(in crate::bus) enum DialError {
     #[error(transparent)]
     Io(#[from] io::Error),
     #[error("the server did not answer within {CONNECT_WITHIN:?}")]
@@ -51,18 +51,20 @@ pub(super) enum DialError {
     Refused(String),
     #[error(transparent)]
     Key(#[from] nkeys::error::Error),
+    #[error(transparent)]
+    Settings(#[from] ConnectError),
 }
 
 /// A connection's bytes.
-pub(super) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(in crate::bus) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
-/// A server that has taken us.
-pub(super) struct Dialed {
-    pub(super) transport: Box<dyn Transport>,
+/// A server that we have told who we are.
+pub(in crate::bus) struct Dialed {
+    pub(in crate::bus) transport: Box<dyn Transport>,
     pub(super) info: Info,
     /// What it said already.
-    pub(super) buffer: BytesMut,
+    pub(in crate::bus) buffer: BytesMut,
 }
 
 /// What a client says of itself.
@@ -72,7 +74,9 @@ struct Connect<'a> {
     pedantic: bool,
     tls_required: bool,
     name: &'a str,
-    lang: &'a str,
+    /// Servers take who has one for a client, also at their port for leaf nodes, and send it away there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lang: Option<&'a str>,
     version: &'a str,
     protocol: u8,
     headers: bool,
@@ -89,6 +93,14 @@ struct Connect<'a> {
 
 impl Dialer {
     pub(super) fn new(config: &config::Nats, name: &str) -> Result<Self, ConnectError> {
+        Self::to(servers(config)?, config, name)
+    }
+
+    fn to(
+        servers: Vec<ServerAddr>,
+        config: &config::Nats,
+        name: &str,
+    ) -> Result<Self, ConnectError> {
         let auth = match Identity::of(config)? {
             Identity::Nobody => Auth::Nobody,
             Identity::Password(user, password) => Auth::Password(user, password),
@@ -96,7 +108,7 @@ impl Dialer {
         };
         Ok(Self {
             name: name.to_owned(),
-            servers: servers(config)?,
+            servers,
             found: Vec::new(),
             auth,
         })
@@ -139,6 +151,26 @@ impl Dialer {
     }
 
     async fn reach(&self, server: &ServerAddr) -> Result<Dialed, DialError> {
+        let mut dialed = self.introduce(server, Some("rust")).await?;
+        let Dialed {
+            transport, buffer, ..
+        } = &mut dialed;
+        loop {
+            match read_op(transport, buffer).await? {
+                Op::Pong => return Ok(dialed),
+                Op::Error(text) => return Err(DialError::Refused(text)),
+                Op::Ping => transport.write_all(b"PONG\r\n").await?,
+                Op::Info(_) | Op::Ok | Op::Message(_) => {}
+            }
+        }
+    }
+
+    /// Connects, with TLS where the server or its address wants it, says who we are, and asks for a PONG.
+    async fn introduce(
+        &self,
+        server: &ServerAddr,
+        lang: Option<&str>,
+    ) -> Result<Dialed, DialError> {
         let mut stream = TcpStream::connect((server.host(), server.port())).await?;
         stream.set_nodelay(true)?;
         let mut buffer = BytesMut::new();
@@ -155,17 +187,9 @@ impl Dialer {
         } else {
             Box::new(stream)
         };
-        let connect = self.connect(server, &info, with_tls)?;
+        let connect = self.connect(server, &info, with_tls, lang)?;
         transport.write_all(&connect).await?;
         transport.flush().await?;
-        loop {
-            match read_op(&mut transport, &mut buffer).await? {
-                Op::Pong => break,
-                Op::Error(text) => return Err(DialError::Refused(text)),
-                Op::Ping => transport.write_all(b"PONG\r\n").await?,
-                Op::Info(_) | Op::Ok | Op::Message(_) => {}
-            }
-        }
         Ok(Dialed {
             transport,
             info,
@@ -178,13 +202,14 @@ impl Dialer {
         server: &ServerAddr,
         info: &Info,
         tls_required: bool,
+        lang: Option<&str>,
     ) -> Result<Vec<u8>, DialError> {
         let mut connect = Connect {
             verbose: false,
             pedantic: false,
             tls_required,
             name: &self.name,
-            lang: "rust",
+            lang,
             version: env!("CARGO_PKG_VERSION"),
             protocol: 1,
             headers: true,
@@ -209,6 +234,18 @@ impl Dialer {
         let json = serde_json::to_string(&connect).map_err(io::Error::other)?;
         Ok(format!("CONNECT {json}\r\nPING\r\n").into_bytes())
     }
+}
+
+/// Connects to a server's port for leaf nodes, as a leaf node that is called `name`. Whether it is taken, the server has yet
+/// to say, between its interest, which [`next_op`] does not know.
+pub(in crate::bus) async fn introduce_leaf_node(
+    config: &config::Nats,
+    address: &str,
+    name: &str,
+) -> Result<Dialed, DialError> {
+    let server: ServerAddr = address.parse()?;
+    let dialer = Dialer::to(vec![server.clone()], config, name)?;
+    dialer.introduce(&server, None).await
 }
 
 async fn read_op(
