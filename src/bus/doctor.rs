@@ -1,13 +1,14 @@
 //! Looks at a deployment, and says what is wrong with it and what to do.
 //!
 //! It changes nothing and stores nothing. What is looked at: whether regions answer, their streams and mirrors against the
-//! definitions of [`super::provision`], clocks, what the configured user may do, and, with a user of the system account,
-//! what only servers tell.
+//! definitions of [`super::provision`], clocks, what the configured users may do, whether mirrors can be helped on, and, with
+//! a user of the system account, what only servers tell.
 //!
 //! # Invariants
 //! - What could not be looked at is said; it never passes for fine.
 //! - Every wait is bounded.
 
+mod helped;
 mod permissions;
 mod servers;
 mod streams;
@@ -60,7 +61,7 @@ pub enum Check {
     Region,
     /// Whether a stream is there and as it is defined.
     Stream,
-    /// Whether a mirror is there, of the right stream, and not behind.
+    /// Whether a mirror is there, of the right stream, and not behind, and whether mirrors can be helped on after a cut.
     Mirror,
     /// Copies of a stream: how many, and in what state.
     Replicas,
@@ -167,8 +168,10 @@ pub async fn examine(config: &Config) -> Result<Examination, ProvisionError> {
         asked: 0,
     };
     let regions = run.mesh().await;
-    let may = permissions::examine(config, &regions).await?;
-    run.findings.extend(may);
+    let mut here = permissions::examine(config, &regions).await?;
+    here.extend(helped::examine(config, &regions).await);
+    let region = config.region();
+    run.findings.extend(here.into_iter().map(|f| f.at(&region)));
     let (servers, of_servers) = servers::examine(config).await;
     run.findings.extend(of_servers);
     let mut examination = Examination {

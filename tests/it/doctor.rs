@@ -6,6 +6,7 @@ use natter::{
         provision::{Options, connect, provision_mesh},
     },
     config::{Config, Secret},
+    servers::free_port,
 };
 use serde_json::{Value, json};
 
@@ -305,6 +306,64 @@ async fn unsynced_writes_and_a_missing_system_account_are_said() {
             found.findings
         );
     }
+}
+
+/// Of mirrors, which keep what their origins purge; and the rights of who helps them on.
+#[tokio::test]
+async fn what_a_user_lacks_for_the_mirrors_of_other_regions_is_named() {
+    let some = EDGE.replace('\n', "\n    ").replace(
+        "\"$SYS.REQ.USER.INFO\"",
+        "\"$JS.API.STREAM.PURGE.KV_presence_frankfurt\", \"$JS.*.API.INFO\", \"$SYS.REQ.USER.INFO\"",
+    );
+    let star = Star::start_with(&BOTH, ONE_PARTITION, SYNC_ALWAYS, &some).await;
+    let mut config = provisioned(&star).await;
+    config.mirrors.leafnodes = format!("127.0.0.1:{}", free_port().unwrap());
+    let problems = async |config: &Config, check: Check| -> Vec<String> {
+        let found = examine(config).await.unwrap();
+        let findings = found.findings.into_iter();
+        let of = findings.filter(|f| (f.level, f.check) == (Level::Problem, check));
+        of.map(|finding| finding.what).collect()
+    };
+    // The other users may do everything.
+    assert_eq!(
+        problems(&config, Check::Permission).await,
+        Vec::<String>::new()
+    );
+
+    config.nats.user = "edge".to_owned();
+    config.nats.password = Secret::new("edge".to_owned());
+    let found = problems(&config, Check::Permission).await;
+    let [publish, mirrors_publish, subscribe] = &found[..] else {
+        panic!("{found:#?}")
+    };
+    assert!(
+        publish.ends_with("what an edge must: $JS.API.STREAM.PURGE.KV_edges_frankfurt"),
+        "{publish}"
+    );
+    assert!(
+        mirrors_publish.ends_with(
+            "what helping mirrors on takes: $JS.frankfurt.API.CONSUMER.CREATE.ROOMS_frankfurt_0"
+        ),
+        "{mirrors_publish}"
+    );
+    assert!(
+        subscribe.ends_with("$JS.*.API.CONSUMER.CREATE.*, $JSC.R.>"),
+        "{subscribe}"
+    );
+
+    // Another user, and nobody at the port for leaf nodes.
+    config.mirrors.user = "natter".to_owned();
+    config.mirrors.password = Secret::new("natter".to_owned());
+    assert_eq!(problems(&config, Check::Permission).await.len(), 1);
+    let found = problems(&config, Check::Mirror).await;
+    let nobody = found.iter().any(|what| {
+        what.contains(&config.mirrors.leafnodes) && what.contains("can't be reached as a leaf node")
+    });
+    assert!(nobody, "{found:#?}");
+    config.mirrors.password = Secret::new("wrong".to_owned());
+    let found = problems(&config, Check::Permission).await;
+    let refused = found.iter().any(|what| what.contains("can't be helped on"));
+    assert!(refused, "{found:#?}");
 }
 
 async fn provisioned_alone(star: &Star) -> Config {

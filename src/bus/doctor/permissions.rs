@@ -1,7 +1,7 @@
-//! Whether the configured user may do what an edge does.
+//! Whether the configured user may do what an edge does, and that of `[mirrors]` what helping mirrors on takes.
 //!
-//! Subscribing and reading are tried; nothing is published that anybody would see or a stream would keep. What an edge
-//! publishes is compared with what the server says that the user may.
+//! Subscribing and reading are tried; nothing is published that anybody would see or a stream would keep. What would be
+//! published is compared with what the server says that the user may.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -16,7 +16,7 @@ use crate::{
         connection::new_inbox,
         provision::{Denials, ProvisionError, connect_with_denials},
     },
-    config::Config,
+    config::{self, Config},
     model::{Class, Region, RoomId},
     subject::{self, Subjects, api, bucket},
 };
@@ -27,15 +27,45 @@ const ROUND_TRIP: Duration = Duration::from_secs(5);
 /// Buckets that an edge writes to.
 const WRITTEN: [&str; 3] = [bucket::PRESENCE, bucket::EDGES, bucket::LASTREAD];
 
-const ADVICE: &str = "allow it to the user, if edges use this one (README, Permissions)";
-
+/// The user of `nats`.
 pub(super) async fn examine(
     config: &Config,
     regions: &BTreeSet<Region>,
 ) -> Result<Vec<Finding>, ProvisionError> {
+    let whose = Whose {
+        what: "what an edge must",
+        advice: "allow it to the user, if edges use this one (README, Permissions)",
+    };
+    compare(&config.nats, Needs::of_edges(config, regions), &whose).await
+}
+
+/// The user who helps mirrors on.
+pub(super) async fn examine_mirrors(
+    config: &Config,
+    regions: &BTreeSet<Region>,
+) -> Result<Vec<Finding>, ProvisionError> {
+    let nats = config.nats_of_mirrors();
+    let needs = Needs::of_mirrors(&nats, &config.region(), regions);
+    let whose = Whose {
+        what: "what helping mirrors on takes",
+        advice: "allow it to mirrors.user, or to that of nats where there is none (README, Permissions)",
+    };
+    compare(&nats, needs, &whose).await
+}
+
+/// What a user's permissions are compared with.
+struct Whose {
+    what: &'static str,
+    advice: &'static str,
+}
+
+async fn compare(
+    nats: &config::Nats,
+    needs: Needs,
+    whose: &Whose,
+) -> Result<Vec<Finding>, ProvisionError> {
     // A connection of its own: what else was asked may have been refused for other reasons.
-    let (client, denials) = connect_with_denials(&config.nats, "natter doctor").await?;
-    let needs = Needs::new(config, regions);
+    let (client, denials) = connect_with_denials(nats, "natter doctor").await?;
     let mut findings = Vec::new();
     let mut denied = BTreeSet::new();
     match tried(&client, &denials, &needs).await {
@@ -58,20 +88,16 @@ pub(super) async fn examine(
     for (verb, subjects) in [("subscribe to", subscribed), ("publish to", published)] {
         if !subjects.is_empty() {
             let all = subjects.join(", ");
-            let what = format!("the user may not {verb} what an edge must: {all}");
+            let what = format!("the user may not {verb} {}: {all}", whose.what);
             findings.push(Finding::new(
                 Level::Problem,
                 Check::Permission,
                 what,
-                ADVICE,
+                whose.advice,
             ));
         }
     }
-    let region = config.region();
-    Ok(findings
-        .into_iter()
-        .map(|finding| finding.at(&region))
-        .collect())
+    Ok(findings)
 }
 
 fn unchecked(why: &str) -> Finding {
@@ -83,7 +109,9 @@ fn unchecked(why: &str) -> Finding {
     )
 }
 
-/// What an edge does, by example: a room of each namespace in its partition stands for all.
+/// What somebody does, by example: for edges a room of each namespace in its partition stands for all, for mirrors one
+/// stream of each other region.
+#[derive(Default)]
 struct Needs {
     subscribed: BTreeSet<String>,
     /// Subjects of requests that change nothing, with a payload that finds nothing.
@@ -92,14 +120,10 @@ struct Needs {
 }
 
 impl Needs {
-    fn new(config: &Config, regions: &BTreeSet<Region>) -> Self {
+    fn of_edges(config: &Config, regions: &BTreeSet<Region>) -> Self {
         let subjects = Subjects::new(&config.nats.prefix);
         let own = config.region();
-        let mut needs = Self {
-            subscribed: BTreeSet::new(),
-            asked: Vec::new(),
-            published: BTreeSet::new(),
-        };
+        let mut needs = Self::default();
         // No room: nobody could have this one by accident, and nothing is published to it.
         let rooms = config.namespaces.iter().filter_map(|(name, policy)| {
             Some((RoomId::from_parts(name, "natter-doctor").ok()?, policy))
@@ -150,10 +174,26 @@ impl Needs {
                 .published
                 .insert(subject::bucket_key(bucket, &own, "natter-doctor"));
         }
-        // The keys of leases that are over.
-        for bucket in [bucket::PRESENCE, bucket::EDGES] {
-            let stream = subject::bucket_stream(bucket, &own);
-            needs.published.insert(api::stream_purge(&stream));
+        // The keys of leases that are over: of other regions too, since a mirror keeps what its origin purges.
+        for origin in regions {
+            for bucket in [bucket::PRESENCE, bucket::EDGES] {
+                let stream = subject::bucket_stream(bucket, origin);
+                needs.published.insert(api::stream_purge(&stream));
+            }
+        }
+        needs
+    }
+
+    fn of_mirrors(nats: &config::Nats, own: &Region, regions: &BTreeSet<Region>) -> Self {
+        let mut needs = Self::default();
+        let inbox = format!("{}.*", new_inbox(nats));
+        let heard = [api::CONSUMER_REQUESTS, api::CONSUMER_ANSWERS, &inbox];
+        needs.subscribed.extend(heard.map(str::to_owned));
+        for origin in regions.iter().filter(|origin| *origin != own) {
+            let request = api::consumer_request(&subject::rooms_stream(origin, 0));
+            for request in [&request, api::INFO] {
+                needs.published.insert(api::in_domain(origin, request));
+            }
         }
         needs
     }
