@@ -161,6 +161,9 @@ def kubernetes(natter, scratch):
                 port = int(config[role]["listen"].rsplit(":", 1)[1])
                 check(f"{title}: port", port in ports.values(), f"listens at {port}, named is {ports}")
                 check(f"{title}: user", config["nats"]["user"] == role, config["nats"]["user"])
+            if config and role == "history":
+                helps = config["mirrors"]
+                check(f"{title}: helps mirrors on", helps["user"] == "mirrors" and helps["leafnodes"], str(helps))
     for title, document in of("Service", "PodDisruptionBudget", "NetworkPolicy"):
         spec = document["spec"]
         selector = spec.get("podSelector", spec.get("selector", {}))
@@ -187,6 +190,8 @@ def kubernetes(natter, scratch):
     values = yaml.safe_load((folder / "nats-values.yaml").read_text())
     users = set(re.findall(r"\$(NATTER_\w+_PASSWORD)", (ROOT / "nats/accounts.conf").read_text()))
     given = values["container"]["env"]
+    leafnodes = values["config"]["leafnodes"]
+    check("nats-values.yaml: leaf nodes", leafnodes["enabled"] and leafnodes["tls"]["enabled"], str(leafnodes))
     check("nats-values.yaml: passwords", users <= set(given), f"missing: {users - set(given)}")
     for name, source in given.items():
         if isinstance(source, dict):
@@ -240,6 +245,10 @@ def compose(natter, nats_server, scratch):
                 if config:
                     role = service["command"][0]
                     check(f"{title}: NATS user", config["nats"]["user"] == role, config["nats"]["user"])
+                    helps = config["mirrors"]["leafnodes"]
+                    helped = role == "history" and path.stem == "three-regions"
+                    own = helps.removeprefix("tls://").split(":")[0] == config["nats"]["url"].split("//")[1].split(":")[0]
+                    check(f"{title}: helps mirrors on", own if helped else not helps, helps)
                     check(f"{title}: its NATS", config["nats"]["url"].split("//")[1].split(":")[0] in services, config["nats"]["url"])
             elif service["image"].startswith("nats:"):
                 home = scratch / path.stem / name
@@ -284,7 +293,7 @@ def three_servers(nats_server, scratch):
                     "REGION": region,
                     "ROUTES": "[" + ",".join(f"nats-route://nats-{region}-{n}:6222" for n in range(3)) + "]",
                     "SPINE": f'["tls://leaf:secret@spine-{region}:7422"]',
-                } | {f"NATTER_{user}_PASSWORD": "secret" for user in "EDGE HISTORY PROVISION OPERATOR ADMIN SYS".split()}
+                } | {f"NATTER_{user}_PASSWORD": "secret" for user in "EDGE HISTORY MIRRORS PROVISION OPERATOR ADMIN SYS".split()}
                 nats_config(f"{file}: {region} {number}", nats_server, home, f"/etc/nats/conf/{file}", env)
 
 

@@ -13,13 +13,13 @@ use futures_util::StreamExt as _;
 use natter::{
     model::{Class, Region, RoomId, partition_of},
     servers::accounts,
-    subject::{Subjects, rooms_stream},
+    subject::{Subjects, api, rooms_stream},
 };
 use serde_json::{Value, json};
 
 use self::site::{
-    Mesh, Natter, PARTITIONS, Ports, REGIONS, Server, Setting, client, deploy, example, start,
-    violations,
+    Mesh, Natter, PARTITIONS, Ports, REGIONS, Server, Setting, client, deploy, example, password,
+    start, violations,
 };
 use crate::{
     resume::reply,
@@ -168,8 +168,9 @@ async fn denied(servers: &[Server], url: &str, user: &str, publish: &[&str], sub
     let wanted = publish.iter().map(|subject| ("Publish", subject));
     let wanted = wanted.chain(subscribe.iter().map(|subject| ("Subscription", subject)));
     for (what, subject) in wanted {
-        // What is published by hand is judged by where the mapping leads.
+        // What is published by hand, or to the server's own domain by its name, is judged by where that leads.
         let mapped = subject.replace("natter.pub.", "natter.put.local.");
+        let mapped = mapped.replace("$JS.local.API.", "$JS.API.");
         let (said, about) = (format!("{what} Violation"), format!("Subject \"{mapped}\""));
         let by = format!("\"natter/user:{user}\"");
         eventually(&format!("{user} is denied {subject}"), LONG, async || {
@@ -247,6 +248,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         regions: &["local"],
         ca: None,
         database: unique("deploy"),
+        leafnodes: String::new(),
     };
     let ports = Ports::free();
     let accounts =
@@ -413,6 +415,26 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
     ]);
     tried.push(&own);
     denied(&servers, &url, "operator", &tried, &rooms).await;
+    let mut tried = with(&[
+        create,
+        "$JS.API.STREAM.UPDATE.ROOMS_local_0",
+        "$JS.API.STREAM.INFO.ROOMS_local_0",
+        "$JS.API.DIRECT.GET.ROOMS_local_0",
+        "$JS.virginia.API.STREAM.INFO.ROOMS_virginia_0",
+        "$JS.virginia.API.STREAM.PURGE.ROOMS_virginia_0",
+        "$JS.virginia.API.CONSUMER.CREATE.ROOMS_virginia_0.history",
+        // Its rights are for other regions.
+        "$JS.local.API.CONSUMER.CREATE.ROOMS_local_0",
+        "$JS.API.CONSUMER.MSG.NEXT.ROOMS_local_0.history",
+        "natter.in.local.0.chat.lobby.msg",
+        "natter.eph.chat.lobby",
+        "$KV.presence_local.x",
+        "$JSC.R.x",
+        "_INBOX.mirrors.x",
+    ]);
+    tried.push(&own);
+    let heard = [&rooms[..], &["natter.live.>", "$JS.>", "_INBOX.history.>"]].concat();
+    denied(&servers, &url, "mirrors", &tried, &heard).await;
     let after = (
         config_of(&stream).await,
         ask(&admin, "$JS.API.STREAM.NAMES", "").await,
@@ -422,7 +444,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn regions_of_three_servers_with_tls_are_a_mesh() {
-    let mesh = Mesh::start(&REGIONS[..2]).await;
+    let mesh = Mesh::of_three(&REGIONS[..2]).await;
     let ca = mesh.ca();
     let natter = Natter {
         dir: mesh.dir.path(),
@@ -433,6 +455,7 @@ async fn regions_of_three_servers_with_tls_are_a_mesh() {
         regions: &REGIONS[..2],
         ca: Some(ca.clone()),
         database: unique("deploy"),
+        leafnodes: String::new(),
     };
     // Both regions, and their mirrors, over one connection, through the spines.
     let text = eventually("the mesh is provisioned", LONG, async || {
@@ -444,11 +467,16 @@ async fn regions_of_three_servers_with_tls_are_a_mesh() {
         natter.try_tool("admin", &["doctor"]).await
     })
     .await;
-    // Of both: a page that lacks what another region has in hand says so.
+    // Of both: a page that lacks what another region has in hand says so. They help mirrors on.
+    let natter = Natter {
+        leafnodes: mesh.leafnodes(0),
+        ..natter
+    };
     let (_history, _) = natter.start("history", "history").await;
     let away = Natter {
         region: "frankfurt",
         url: mesh.url(1),
+        leafnodes: mesh.leafnodes(1),
         ..natter.clone()
     };
     let (_history_there, _) = away.start("history", "history-there").await;
@@ -547,4 +575,118 @@ async fn regions_of_three_servers_with_tls_are_a_mesh() {
     for servers in &mesh.regions {
         assert_eq!(violations(servers), [""; 0]);
     }
+    // Each of the three takes who helps mirrors on, and an edge may do here what it must, too.
+    eventually("mirrors can be helped on", LONG, async || {
+        natter.try_tool("admin", &["doctor"]).await
+    })
+    .await;
+    let found = natter.tool("edge", &["doctor"]).await;
+    assert!(found.contains("problems 0"), "{found}");
+}
+
+/// A request of a mirror that was lost in a cut is answered after it: only because the history service has repeated it, as a
+/// user that may do no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_mirror_asked_during_a_cut_is_asked_again_by_the_history_service() {
+    let mut mesh = Mesh::of_one(&REGIONS[..2]).await;
+    let natter = Natter {
+        dir: mesh.dir.path(),
+        region: "frankfurt",
+        url: mesh.url(1),
+        replicas: 1,
+        partitions: PARTITIONS,
+        regions: &REGIONS[..2],
+        // Of the ports for leaf nodes.
+        ca: Some(mesh.ca()),
+        database: unique("deploy"),
+        leafnodes: mesh.leafnodes(1),
+    };
+    eventually("the mesh is provisioned", LONG, async || {
+        natter.try_tool("provision", &["provision"]).await
+    })
+    .await;
+    let (_history, _) = natter.start("history", "history").await;
+    let sys = client(&natter.url, "sys", None).await;
+    eventually("it listens", LONG, async || {
+        let subject = format!("{}CONNZ", api::PING_SERVERS);
+        let shown = ask(&sys, &subject, r#"{"subscriptions":true}"#).await;
+        let connections = shown["data"]["connections"].as_array().unwrap();
+        let its = connections.iter().find(|connection| {
+            connection["name"] == "natter history mirrors"
+                && connection["subscriptions_list"]
+                    .as_array()
+                    .is_some_and(|list| list.contains(&json!(api::CONSUMER_ANSWERS)))
+        });
+        its.map(drop).ok_or_else(|| shown.to_string())
+    })
+    .await;
+    // What mirrors ask when they are made is not what this is about.
+    let admin = client(&natter.url, "admin", None).await;
+    let seoul = Region::parse("seoul").unwrap();
+    for part in 0..PARTITIONS {
+        let info = api::stream_info(&rooms_stream(&seoul, part));
+        eventually("the mirror hears its origin", LONG, async || {
+            let answer = ask(&admin, &info, "").await;
+            // Nanoseconds since it heard something; -1: never.
+            match answer["mirror"]["active"].as_i64() {
+                Some(active) if active >= 0 => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+    }
+
+    // A mirror in frankfurt hears nothing for 10 s, and asks again.
+    let spine = &mut mesh.regions[0].last_mut().unwrap().process;
+    spine.kill().await;
+    let mut answers = admin.subscribe(api::CONSUMER_ANSWERS).await.unwrap();
+    let mut requests = admin.subscribe(api::CONSUMER_REQUESTS).await.unwrap();
+    let of_rooms = async {
+        loop {
+            let request = requests.next().await.unwrap();
+            if request.subject.contains("ROOMS_") {
+                return request.reply.unwrap();
+            }
+        }
+    };
+    let reply = tokio::time::timeout(LONG, of_rooms).await.unwrap();
+    spine.start().await.unwrap();
+    let answered = async {
+        loop {
+            let answer = answers.next().await.unwrap();
+            if answer.subject == reply {
+                return answer;
+            }
+        }
+    };
+    let answer = tokio::time::timeout(LONG, answered).await.unwrap();
+    let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+    assert!(answer["error"].is_null(), "{answer}");
+    for servers in &mesh.regions {
+        assert_eq!(violations(servers), [""; 0]);
+    }
+
+    // The server takes nobody else as a leaf node.
+    eventually("mirrors can be helped on", LONG, async || {
+        natter.try_tool("admin", &["doctor"]).await
+    })
+    .await;
+    for (user, password) in [("mirrors", "wrong"), ("admin", &*password("admin"))] {
+        let who = [
+            ("NATTER__MIRRORS__USER", user),
+            ("NATTER__MIRRORS__PASSWORD", password),
+        ];
+        let found = natter.try_tool_with("admin", &["doctor"], &who).await;
+        let found = found.unwrap_err();
+        assert!(
+            found.contains("does not take us as a leaf node"),
+            "{user}: {found}"
+        );
+    }
+    // And we send no password to one whose certificate we don't trust.
+    let other = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/keys/nats-ca.pem");
+    let other = [("SSL_CERT_FILE", other)];
+    let found = natter.try_tool_with("admin", &["doctor"], &other).await;
+    let found = found.unwrap_err();
+    assert!(found.contains("can't be reached as a leaf node"), "{found}");
 }

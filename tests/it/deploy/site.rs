@@ -21,7 +21,15 @@ use crate::support::{
 
 /// The regions of the examples.
 pub(super) const REGIONS: [&str; 3] = ["seoul", "frankfurt", "virginia"];
-const USERS: [&str; 6] = ["edge", "history", "provision", "operator", "admin", "sys"];
+const USERS: [&str; 7] = [
+    "edge",
+    "history",
+    "mirrors",
+    "provision",
+    "operator",
+    "admin",
+    "sys",
+];
 /// Of the mesh that is started: each is a stream of three copies, in both regions.
 pub(super) const PARTITIONS: u16 = 2;
 
@@ -43,9 +51,10 @@ pub(super) fn password(user: &str) -> String {
 /// A nats-server with a file of deploy/nats.
 pub(super) struct Server {
     /// Ends with it.
-    _process: Process,
+    pub(super) process: Process,
     pub(super) log: PathBuf,
     pub(super) client: u16,
+    leaf: u16,
 }
 
 /// Ports of a server; each is free.
@@ -164,9 +173,10 @@ pub(super) async fn start(setting: Setting<'_>) -> Server {
     let mut process = Process::new(launcher(), spec);
     process.start().await.unwrap();
     Server {
-        _process: process,
+        process,
         log,
         client: ports.client,
+        leaf: ports.leaf,
     }
 }
 
@@ -183,6 +193,8 @@ pub(super) struct Natter<'a> {
     /// CA of the servers.
     pub(super) ca: Option<PathBuf>,
     pub(super) database: String,
+    /// Where its servers take leaf nodes: for whoever helps mirrors on.
+    pub(super) leafnodes: String,
 }
 
 impl Natter<'_> {
@@ -200,6 +212,14 @@ impl Natter<'_> {
             ("NATTER__PRESENCE__LEASE", "3s".to_owned()),
             ("NATTER__AUTH__HS256_SECRET", SECRET.to_owned()),
         ];
+        // Not for edges, as in deploy/.
+        if user != "edge" && !self.leafnodes.is_empty() {
+            env.extend([
+                ("NATTER__MIRRORS__LEAFNODES", self.leafnodes.clone()),
+                ("NATTER__MIRRORS__USER", "mirrors".to_owned()),
+                ("NATTER__MIRRORS__PASSWORD", password("mirrors")),
+            ]);
+        }
         if let Some(ca) = &self.ca {
             env.push(("SSL_CERT_FILE", ca.display().to_string()));
         }
@@ -214,8 +234,19 @@ impl Natter<'_> {
 
     /// The same, with all that it said where it fails.
     pub(super) async fn try_tool(&self, user: &str, arguments: &[&str]) -> Result<String, String> {
+        self.try_tool_with(user, arguments, &[]).await
+    }
+
+    /// The same, with more in its environment.
+    pub(super) async fn try_tool_with(
+        &self,
+        user: &str,
+        arguments: &[&str],
+        more: &[(&str, &str)],
+    ) -> Result<String, String> {
         let mut command = natter_command(self.dir).await;
         command.args(arguments).envs(self.environment(user));
+        command.envs(more.iter().copied());
         let output = tokio::task::spawn_blocking(move || command.output());
         let output = output.await.unwrap().unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -276,16 +307,27 @@ pub(super) struct Mesh {
     pub(super) dir: TempDir,
     /// Of each region, the spine last.
     pub(super) regions: Vec<Vec<Server>>,
+    file: &'static str,
 }
 
 impl Mesh {
-    pub(super) async fn start(regions: &[&str]) -> Self {
+    /// Regions with three servers each.
+    pub(super) async fn of_three(regions: &[&str]) -> Self {
+        Self::start(regions, "three-of-mesh.conf", 3).await
+    }
+
+    /// Regions with one server each, which has no TLS for clients.
+    pub(super) async fn of_one(regions: &[&str]) -> Self {
+        Self::start(regions, "one-of-mesh.conf", 1).await
+    }
+
+    async fn start(regions: &[&str], file: &'static str, servers: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let certs = dir.path().join("certs");
         let names: Vec<String> = regions
             .iter()
             .flat_map(|region| {
-                let servers = (0..3).map(move |n| format!("nats-{region}-{n}"));
+                let servers = (0..servers).map(move |n| format!("nats-{region}-{n}"));
                 servers.chain([format!("spine-{region}")])
             })
             .collect();
@@ -309,8 +351,8 @@ impl Mesh {
             .collect();
         let mut of_all = Vec::new();
         for (region, (spine, spine_ports)) in regions.iter().zip(&spines) {
-            let three: [Ports; 3] = std::array::from_fn(|_| Ports::free());
-            let routes: Vec<String> = three
+            let all: Vec<Ports> = (0..servers).map(|_| Ports::free()).collect();
+            let routes: Vec<String> = all
                 .iter()
                 .map(|ports| format!("nats-route://127.0.0.1:{}", ports.route))
                 .collect();
@@ -320,12 +362,12 @@ impl Mesh {
                 password("leaf"),
                 spine_ports.leaf
             );
-            let names: Vec<String> = (0..3).map(|n| format!("nats-{region}-{n}")).collect();
-            let starts = names.iter().zip(&three).map(|(name, ports)| {
+            let names: Vec<String> = (0..servers).map(|n| format!("nats-{region}-{n}")).collect();
+            let starts = names.iter().zip(&all).map(|(name, ports)| {
                 start(Setting {
                     dir: dir.path(),
                     name,
-                    file: "three-of-mesh.conf",
+                    file,
                     accounts: accounts(&example(region, PARTITIONS)),
                     ports,
                     env: vec![
@@ -357,7 +399,14 @@ impl Mesh {
         Self {
             dir,
             regions: of_all,
+            file,
         }
+    }
+
+    /// Without the spine.
+    fn servers(&self, region: usize) -> &[Server] {
+        let (_spine, servers) = self.regions[region].split_last().unwrap();
+        servers
     }
 
     pub(super) fn ca(&self) -> PathBuf {
@@ -365,10 +414,24 @@ impl Mesh {
     }
 
     pub(super) fn url(&self, region: usize) -> String {
-        let servers = self.regions[region].iter().take(3);
+        let scheme = if self.file.starts_with("three") {
+            "tls"
+        } else {
+            "nats"
+        };
+        let servers = self.servers(region).iter();
         let urls: Vec<String> = servers
-            .map(|server| format!("tls://127.0.0.1:{}", server.client))
+            .map(|server| format!("{scheme}://127.0.0.1:{}", server.client))
             .collect();
         urls.join(",")
+    }
+
+    /// Where the region's servers take leaf nodes.
+    pub(super) fn leafnodes(&self, region: usize) -> String {
+        let servers = self.servers(region).iter();
+        let addresses: Vec<String> = servers
+            .map(|server| format!("tls://127.0.0.1:{}", server.leaf))
+            .collect();
+        addresses.join(",")
     }
 }
