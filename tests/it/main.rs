@@ -7,6 +7,7 @@
     reason = "helpers of tests fail as tests do, and tell progress"
 )]
 
+mod alone;
 mod architecture;
 mod codes;
 mod deploy;

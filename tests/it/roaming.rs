@@ -26,7 +26,7 @@ use crate::{
         LONG,
         checker::{self, Log},
         eventually,
-        mesh::{Mesh, http, token},
+        mesh::Mesh,
         mongodb_url,
         regions::Regions,
         vectors::{self, Verdict},
@@ -204,7 +204,7 @@ async fn everybody_is_there(regions: &mut Regions, users: &[BTreeSet<String>]) {
         for (room, users) in users.iter().enumerate() {
             let path = format!("/v1/rooms/{}/presence?limit=1000", room_name(room));
             eventually("all are shown", LONG, async || {
-                let list = get(mesh, &path).await?;
+                let list = mesh.get(0, &path).await?;
                 let list = list["users"].as_array().ok_or("no list")?;
                 let shown = list.iter().map(|user| match user.get("state") {
                     None => user["user"].as_str().unwrap_or_default().to_owned(),
@@ -268,7 +268,8 @@ async fn history(mesh: &Mesh, room: &str) -> Result<Vec<(String, String)>, Strin
     let mut messages = Vec::new();
     let mut query = "limit=200".to_owned();
     loop {
-        let page = get(mesh, &format!("/v1/rooms/{room}/messages?{query}")).await?;
+        let path = format!("/v1/rooms/{room}/messages?{query}");
+        let page = mesh.get(0, &path).await?;
         if page.get("partial").is_some() {
             return Err("a page is partial".to_owned());
         }
@@ -283,17 +284,6 @@ async fn history(mesh: &Mesh, room: &str) -> Result<Vec<(String, String)>, Strin
             Some(prev) => query = format!("limit=200&before={prev}"),
             None => return Ok(messages),
         }
-    }
-}
-
-async fn get(mesh: &Mesh, path: &str) -> Result<Value, String> {
-    let headers = format!("Authorization: Bearer {}\r\n", token("observer"));
-    let (status, body) = http(mesh.edges[0].address, "GET", path, &headers, "")
-        .await
-        .map_err(|error| error.to_string())?;
-    match status {
-        200 => serde_json::from_str(&body).map_err(|error| error.to_string()),
-        _ => Err(format!("{status}: {body}")),
     }
 }
 

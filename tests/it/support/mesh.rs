@@ -10,6 +10,7 @@ use natter::{
     runtime::unix_s,
     servers::{Check, Process, Spec, free_port},
 };
+use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -193,6 +194,18 @@ impl Mesh {
         Connection::open(&self.endpoint(number), Some(&token(user)))
             .await
             .unwrap()
+    }
+
+    /// What an edge answers to a GET of somebody who may do everything everywhere, unless that is a refusal.
+    pub(crate) async fn get(&self, number: usize, path: &str) -> Result<Value, String> {
+        let headers = format!("Authorization: Bearer {}\r\n", token("observer"));
+        let (status, body) = http(self.edges[number].address, "GET", path, &headers, "")
+            .await
+            .map_err(|error| error.to_string())?;
+        match status {
+            200 => serde_json::from_str(&body).map_err(|error| error.to_string()),
+            _ => Err(format!("{status}: {body}")),
+        }
     }
 
     /// The value of a counter of an edge, all labels together unless `labels` names one as it stands in the exposition.

@@ -226,15 +226,11 @@ pub(crate) fn unique(prefix: &str) -> String {
 }
 
 /// Waits until `look` answers `Ok`, and gives what it found; panics with its last answer at the deadline.
-pub(crate) async fn eventually<T, Look, Looking>(
+pub(crate) async fn eventually<T>(
     what: &str,
     deadline: Duration,
-    mut look: Look,
-) -> T
-where
-    Look: FnMut() -> Looking,
-    Looking: Future<Output = Result<T, String>>,
-{
+    mut look: impl AsyncFnMut() -> Result<T, String>,
+) -> T {
     let started = Instant::now();
     loop {
         match look().await {
