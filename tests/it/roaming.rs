@@ -2,16 +2,19 @@
 //! then [`vectors`](crate::support::vectors) proves that each saw everything, once, each region's messages in order and answers
 //! after what they answer.
 //!
-//! `NATTER_TEST_SEED` repeats the decisions of a run, not its schedule. `NATTER_TEST_REGION_SEEDS=20` runs as many seeds as that after
-//! each other, with long faults: a cut of 20 s, a server that stands still for 10 s.
+//! `NATTER_TEST_SEED` repeats the decisions of a run, not its schedule. `NATTER_TEST_REGION_SEEDS=20` runs as many seeds as that, one
+//! after the other and whatever becomes of them; with `NATTER_TEST_REGION_FAULTS=long` a cut takes 20 s, and a server stands still
+//! for 10 s.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
+    panic::AssertUnwindSafe,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
+use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use serde_json::Value;
@@ -336,31 +339,46 @@ fn keep(seed: u64, regions: &mut Regions, log: &Log, verdict: &Verdict) -> PathB
     folder
 }
 
-/// How many seeds are to be run, with long faults; `None`: one, with short ones.
+/// What the environment says of how much is to be tested.
 #[expect(
     clippy::disallowed_methods,
     reason = "how much a test does is no configuration"
 )]
-fn seeds() -> Option<u64> {
-    let seeds = std::env::var("NATTER_TEST_REGION_SEEDS").ok()?;
-    Some(seeds.parse().expect("NATTER_TEST_REGION_SEEDS is a number"))
+fn asked_for(name: &str) -> Option<String> {
+    std::env::var(name).ok()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_roams_between_regions_sees_every_message_once_whatever_befalls_them() {
     let first = seed();
-    let Some(seeds) = seeds() else {
-        let measure = Measure {
-            cut: Duration::from_secs(4),
-            stop: Duration::from_secs(3),
-        };
-        return storm(&Seed(first), &measure).await;
+    let seeds = asked_for("NATTER_TEST_REGION_SEEDS").map_or(1, |seeds| {
+        let seeds = seeds.parse::<u64>();
+        seeds.expect("NATTER_TEST_REGION_SEEDS is a number")
+    });
+    let (cut, stop) = match asked_for("NATTER_TEST_REGION_FAULTS").as_deref() {
+        None | Some("short") => (4, 3),
+        Some("long") => (20, 10),
+        Some(other) => panic!("NATTER_TEST_REGION_FAULTS is short or long, not {other:?}"),
     };
+    let measure = Measure {
+        cut: Duration::from_secs(cut),
+        stop: Duration::from_secs(stop),
+    };
+    let mut failed = Vec::new();
     for number in 0..seeds {
-        let measure = Measure {
-            cut: Duration::from_secs(20),
-            stop: Duration::from_secs(10),
-        };
-        storm(&Seed(first.wrapping_add(number)), &measure).await;
+        let seed = first.wrapping_add(number);
+        // Where one fails, the next is run all the same.
+        let run = async { storm(&Seed(seed), &measure).await };
+        if let Err(payload) = AssertUnwindSafe(run).catch_unwind().await {
+            let text = payload.downcast_ref::<String>().cloned();
+            let text = text.unwrap_or_else(|| "see above".to_owned());
+            failed.push(format!("NATTER_TEST_SEED={seed}: {text}"));
+        }
     }
+    let count = failed.len();
+    assert!(
+        failed.is_empty(),
+        "{count} of {seeds} seeds failed:\n{}",
+        failed.join("\n")
+    );
 }
