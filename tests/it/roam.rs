@@ -265,3 +265,23 @@ async fn a_publish_that_is_repeated_where_it_is_known_is_not_stored_again() {
     );
     hear_all(&mut there, ["mine"]).await;
 }
+
+/// A room in which one of the regions has said nothing: where its part of the room stands, each edge sees as far as it looked.
+#[tokio::test]
+async fn a_member_comes_to_another_edge_though_a_region_has_said_nothing_in_the_room() {
+    let mut regions = two("nats.partitions = 1").await;
+    let mut mia = connect(&mut regions, SEOUL, "mia").await;
+    let mut max = connect(&mut regions, VIRGINIA, "max").await;
+    let mut kim = connect(&mut regions, SEOUL, "kim").await;
+    join(&mut kim, None).await;
+    say(&mut mia, "s1").await;
+    let cursor = hear_all(&mut kim, ["s1"]).await;
+    // In other rooms Virginia says something, and Seoul has it.
+    let mut lee = connect(&mut regions, SEOUL, "lee").await;
+    reply(&mut lee, "join", json!({"room": "chat:b"})).await;
+    reply(&mut max, "send", json!({"room": "chat:b", "body": "v1"})).await;
+    assert_eq!(hear(&mut lee).await.0, "v1");
+    regions.mesh(SEOUL).add_edge().await;
+    let mut kim = regions.mesh(SEOUL).connect(1, "kim").await;
+    assert_eq!(join(&mut kim, Some(&cursor)).await["replay"], json!(0));
+}
