@@ -455,12 +455,13 @@ async fn a_region_that_is_cut_off_goes_on_when_its_own_servers_are_killed() {
     there.partial = true;
     there.serves(&regions).await;
 
-    // All of it at once.
+    // All of it at once; with its spine goes what waited in the link for the end of the cut, such as receipts.
     let mesh = regions.mesh(VIRGINIA);
     for process in mesh.edges.iter_mut().chain(&mut mesh.workers) {
         process.process.kill().await;
     }
     regions.kill(VIRGINIA).await;
+    regions.restart_spine(VIRGINIA).await;
     regions.restart(VIRGINIA).await;
     let mesh = regions.mesh(VIRGINIA);
     for process in mesh.edges.iter_mut().chain(&mut mesh.workers) {
