@@ -351,7 +351,7 @@ impl Rooms {
             idle.iter().for_each(|hub| hub.end(&self, None));
             let mut complete = true;
             for (part, hubs) in due {
-                let again = elected(part);
+                let again = reconnected || elected(part);
                 for streams in self.origins.all() {
                     for chunk in hubs.chunks(ROOMS_A_READ) {
                         complete &= self.compare(&streams, part, chunk).await;
