@@ -43,6 +43,10 @@ pub(super) fn renewed_every(lease: Duration) -> Duration {
     lease.mul_f64(0.3)
 }
 
+fn is_overdue(renewed: Instant, lease: Duration, now: Instant) -> bool {
+    now >= renewed + lease + TICK
+}
+
 /// What is known of the leases of a mesh: pure state.
 #[derive(Debug, Default)]
 struct Table {
@@ -71,22 +75,34 @@ impl Table {
         self.alive.remove(lease).is_some()
     }
 
-    /// All leases that exist were read; those that ended since.
-    fn read(&mut self, found: &HashSet<Arc<str>>, now: Instant) -> Vec<Arc<str>> {
-        for lease in found {
-            self.renewed(lease, now);
+    /// The leases were read; those that ended since. One that was renewed lately is not over because it is not there: a
+    /// replica that lags behind may have answered.
+    fn read(&mut self, found: &[Entry], lease: Duration, now: Instant) -> Vec<Arc<str>> {
+        let found: HashMap<&str, bool> = found
+            .iter()
+            .map(|entry| (&*entry.key, entry.value.is_some()))
+            .collect();
+        for (name, _) in found.iter().filter(|(_, here)| **here) {
+            self.renewed(name, now);
         }
-        let missing: Vec<Arc<str>> = self.alive.keys().cloned().collect();
-        missing
-            .into_iter()
-            .filter(|lease| !found.contains(lease) && self.ended(lease, now))
+        let is_over = |name: &str, renewed| match found.get(name) {
+            Some(here) => !here,
+            None => is_overdue(renewed, lease, now),
+        };
+        let alive = self.alive.iter();
+        let over: Vec<Arc<str>> = alive
+            .filter(|(name, renewed)| is_over(name, **renewed))
+            .map(|(name, _)| Arc::clone(name))
+            .collect();
+        over.into_iter()
+            .filter(|name| self.ended(name, now))
             .collect()
     }
 
     /// Whether some lease should have been renewed, and was not: its end may have escaped us.
     fn is_doubtful(&self, lease: Duration, now: Instant) -> bool {
-        let late = lease + TICK;
-        self.alive.values().any(|renewed| now >= *renewed + late)
+        let mut alive = self.alive.values();
+        alive.any(|renewed| is_overdue(*renewed, lease, now))
     }
 
     fn tick(&mut self, now: Instant) {
@@ -275,19 +291,16 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
                 }
                 Ok(entries) => {
                     unread = false;
-                    let living = |entry: &&Entry| entry.value.is_some();
-                    let (used, found): (Vec<&Entry>, Vec<&Entry>) = entries
-                        .iter()
-                        .filter(living)
+                    let (used, found): (Vec<Entry>, Vec<Entry>) = entries
+                        .into_iter()
                         .partition(|entry| entry.key.starts_with(USED));
-                    let found: HashSet<Arc<str>> =
-                        found.iter().map(|entry| Arc::from(&*entry.key)).collect();
-                    ended.extend(table.read(&found, now));
+                    ended.extend(table.read(&found, lease, now));
                     if sweep {
                         swept = now;
                     }
                     let used: HashSet<Arc<str>> = used
                         .iter()
+                        .filter(|entry| entry.value.is_some())
                         .filter_map(|entry| entry.key.strip_prefix(USED).map(Arc::from))
                         .filter(|lease| !table.alive.contains_key(lease))
                         .collect();
@@ -307,7 +320,8 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
             count(Counter::LeaseEnded(LeaseEnd::Seen), 1);
             tracing::info!(lease = %lease, "a lease is over");
         }
-        // A lease that is being taken has its key `used.…` a moment before itself.
+        // A lease that is being taken has its key `used.…` a moment before itself, and may live by now.
+        left.retain(|lease, _| !table.alive.contains_key(lease));
         let old = left
             .iter()
             .filter(|(old, since)| now >= **since + 2 * lease && !presence.is_own(old))
@@ -352,6 +366,29 @@ mod tests {
         assert!(table.alive.is_empty());
     }
 
+    fn entry(key: &str, here: bool) -> Entry {
+        Entry {
+            key: key.to_owned(),
+            value: here.then(Bytes::new),
+            revision: 1,
+            at: 0,
+        }
+    }
+
+    #[test]
+    fn a_lease_that_a_read_does_not_show_is_not_over_before_it_is_overdue() {
+        let now = Instant::now();
+        let mut table = Table::default();
+        table.renewed("a", now);
+        assert!(table.read(&[], LEASE, now + LEASE).is_empty());
+        assert!(!table.renewed("a", now + LEASE));
+        assert!(table.alive.contains_key("a"));
+        // What was removed is over at once.
+        let found = [entry("a", false)];
+        assert_eq!(table.read(&found, LEASE, now + LEASE), [Arc::from("a")]);
+        assert!(table.read(&found, LEASE, now + LEASE).is_empty());
+    }
+
     #[test]
     fn an_end_that_nobody_told_is_found() {
         let now = Instant::now();
@@ -360,8 +397,9 @@ mod tests {
         table.renewed("b", now + LEASE / 2);
         assert!(!table.is_doubtful(LEASE, now + LEASE));
         assert!(table.is_doubtful(LEASE, now + LEASE + TICK));
-        let found = HashSet::from([Arc::from("b"), Arc::from("c")]);
-        assert_eq!(table.read(&found, now + LEASE + TICK), [Arc::from("a")]);
+        let found = [entry("b", true), entry("c", true)];
+        let ended = table.read(&found, LEASE, now + LEASE + TICK);
+        assert_eq!(ended, [Arc::from("a")]);
         assert_eq!(table.alive.len(), 2);
     }
 
@@ -373,12 +411,13 @@ mod tests {
         table.renewed("b", now);
         table.grace = Some(now + LEASE);
         assert!(!table.ended("a", now));
-        assert!(table.read(&HashSet::new(), now).is_empty());
+        assert!(table.read(&[], LEASE, now).is_empty());
         table.tick(now + LEASE / 2);
         assert!(!table.ended("a", now + LEASE / 2));
         table.tick(now + LEASE);
-        let found = HashSet::from([Arc::from("b")]);
-        assert_eq!(table.read(&found, now + LEASE), [Arc::from("a")]);
+        let found = [entry("a", false), entry("b", true)];
+        let ended = table.read(&found, LEASE, now + LEASE);
+        assert_eq!(ended, [Arc::from("a")]);
     }
 
     #[test]
