@@ -73,6 +73,15 @@ pub enum KvError {
     Read(#[from] ReadError),
 }
 
+/// How a mirror stands to its origin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heard {
+    /// How long ago it last heard from it; an origin says something every second.
+    pub ago: Duration,
+    /// Whether there was more to come then.
+    pub behind: bool,
+}
+
 /// How a key is written.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Put {
@@ -218,12 +227,11 @@ impl Bucket {
         }
     }
 
-    /// How long ago a mirror last heard from its origin, which says something every second; `None`: it has not heard from it
-    /// yet, or is still behind.
+    /// When a mirror last heard from its origin; `None`: it has not heard from it yet.
     ///
     /// # Errors
     /// [`KvError`]; also where it is no mirror.
-    pub async fn silent_for(&self) -> Result<Option<Duration>, KvError> {
+    pub async fn heard(&self) -> Result<Option<Heard>, KvError> {
         #[derive(Deserialize)]
         struct Answer {
             mirror: Option<Mirror>,
@@ -248,10 +256,11 @@ impl Bucket {
                 mirror: Some(mirror),
                 ..
             } => {
-                let active = u64::try_from(mirror.active)
-                    .ok()
-                    .filter(|_| mirror.lag == 0);
-                Ok(active.map(Duration::from_nanos))
+                let active = u64::try_from(mirror.active).ok();
+                Ok(active.map(|nanos| Heard {
+                    ago: Duration::from_nanos(nanos),
+                    behind: mirror.lag > 0,
+                }))
             }
             Answer { mirror: None, .. } => {
                 Err(KvError::Refused(format!("{} is no mirror", self.stream)))

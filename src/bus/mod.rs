@@ -28,7 +28,7 @@ pub use connection::{ConnectError, Connection};
 pub use count::Newer;
 pub use dead::{DeadLetter, DeadLetters, LetterError};
 pub use erase::{Candidate, EraseError, Eraser, Scan};
-pub use kv::{Bucket, Entry, KvError, Put};
+pub use kv::{Bucket, Entry, Heard, KvError, Put};
 pub use line::{Arrival, Driver, HeaderWriter, Headers, Line, LineError, Listener};
 pub use live::LiveFeed;
 pub use publish::{Acked, Outgoing, PublishError, Publisher};

@@ -5,6 +5,10 @@
 //! has ended if its end was told, or if the mirror has kept up with its origin all the time in which it should have been
 //! renewed: it heard from it later than that. While the mirror hears nothing, nobody knows: its users are unreachable.
 //!
+//! Mirrors are independent of each other: that of the leases may go on while that of the keys still stands. So a region
+//! counts as cut off while either hears nothing, and a lease that has ended is kept until the keys are here that were written
+//! before its end: what its users have under another lease, for one.
+//!
 //! A mirror does not repeat what its origin removes by a purge either: what was left under a lease that is over is purged in
 //! every region.
 //!
@@ -18,6 +22,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::join;
 use tokio::time::interval;
 
 use super::{
@@ -26,7 +31,7 @@ use super::{
     writer::REMOVED_FOR,
 };
 use crate::{
-    bus::{Bucket, Entry},
+    bus::{Bucket, Entry, Heard},
     model::Region,
     telemetry::metrics::{Counter, LeaseEnd, count},
 };
@@ -37,15 +42,23 @@ const SILENT: Duration = Duration::from_secs(5);
 /// How often a region's mirror is looked at when nothing is amiss.
 const LOOK: Duration = Duration::from_secs(10);
 
+/// Longest that a lease that has ended is kept because the mirror of the keys does not tell that it has them all, and is not
+/// cut off: it may go on saying that it is behind when its origin purges what was still to come.
+const KEPT: Duration = Duration::from_secs(30);
+
 /// After a cut this long others may have missed who has left: half of what a removal is remembered.
 const LONG_CUT: Duration = Duration::from_secs(REMOVED_FOR.as_secs() / 2);
 
-/// How a mirror stands to its origin.
+/// How the mirrors of a region stand to their origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Link {
-    /// It has all that the origin had then.
-    Up(Instant),
-    /// It hears nothing.
+    /// The mirror of the leases has all that the origin had at `leases`, that of the keys what it had at `keys`; `None`: it
+    /// is behind, or does not tell.
+    Up {
+        leases: Instant,
+        keys: Option<Instant>,
+    },
+    /// One of them hears nothing.
     Cut,
     /// NATS here was away a moment ago, or does not answer.
     Unknown,
@@ -60,6 +73,8 @@ struct Table {
     up: Option<Instant>,
     /// Since when it has heard nothing.
     cut: Option<Instant>,
+    /// As of when all keys were here at the last look: whoever shows them has taken them in by the next.
+    keys: Option<Instant>,
 }
 
 /// A lease that is over.
@@ -79,14 +94,26 @@ struct Lease {
     /// When that was seen; `None`: only that it was taken once is known.
     renewed: Option<Instant>,
     unreachable: bool,
+    end: Option<End>,
+}
+
+/// The end of a lease that is still shown.
+#[derive(Debug)]
+struct End {
+    /// When it was told, or concluded.
+    since: Instant,
+    /// As [`Over::told`].
+    told: bool,
+    /// When it counts at the latest.
+    latest: Instant,
 }
 
 /// What a look at a mirror shows.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Look {
-    /// Leases whose end was told now.
+    /// Leases that are over now, as was told.
     ended: Vec<Arc<str>>,
-    /// Leases of which it is concluded.
+    /// As is concluded.
     missed: Vec<Arc<str>>,
     /// Leases that were over before, and have left something.
     left: Vec<Arc<str>>,
@@ -101,6 +128,16 @@ impl Lease {
     }
 }
 
+impl End {
+    fn new(since: Instant) -> Self {
+        Self {
+            since,
+            told: false,
+            latest: since + KEPT,
+        }
+    }
+}
+
 impl Table {
     /// A lease was renewed, or taken. What was seen before says nothing new.
     fn renewed(&mut self, lease: &str, revision: u64, now: Instant) {
@@ -111,30 +148,39 @@ impl Table {
             self.over.remove(lease);
         }
         let known = self.leases.entry(lease.into()).or_default();
-        if revision > known.revision {
+        let told = known.end.as_ref().is_some_and(|end| end.told);
+        if revision > known.revision && !told {
             *known = Lease {
                 revision,
                 renewed: Some(now),
-                unreachable: false,
+                ..Lease::default()
             };
         }
     }
 
-    /// A lease has ended, as its origin has `told` or as it seems; whether that is news.
-    fn ended(&mut self, lease: &str, now: Instant, told: bool) -> bool {
-        let known = self.leases.remove(lease);
-        let revision = known.as_ref().map_or(0, |known| known.revision);
-        let over = Over {
+    /// The origin has told that a lease has ended. It is over when the keys are here that were written before.
+    fn ended(&mut self, lease: &str, now: Instant) {
+        if let Some(known) = self.leases.get_mut(lease) {
+            let end = known.end.get_or_insert(End::new(now));
+            end.told = true;
+            return;
+        }
+        let over = self.over.entry(lease.into()).or_insert(Over {
             since: now,
-            told,
-            revision,
-        };
-        let before = self.over.insert(lease.into(), over);
-        known.is_some() || before.is_some_and(|before| told && !before.told)
+            told: true,
+            revision: 0,
+        });
+        over.told = true;
     }
 
-    fn is_doubtful(&self, lease: Duration, now: Instant) -> bool {
-        self.leases.values().any(|one| one.is_overdue(lease, now))
+    /// How long after a look the mirror is looked at again.
+    fn every(&self, lease: Duration, now: Instant) -> Duration {
+        let mut leases = self.leases.values();
+        if self.cut.is_none() && leases.clone().any(|one| one.end.is_some()) {
+            return TICK / 2;
+        }
+        let doubtful = leases.any(|one| one.end.is_some() || one.is_overdue(lease, now));
+        if doubtful { lease / 5 } else { LOOK }
     }
 
     /// The mirror was read.
@@ -142,7 +188,7 @@ impl Table {
         let mut look = Look::default();
         self.over.retain(|_, over| now < over.since + REMEMBERED);
         match link {
-            Link::Up(_) => {
+            Link::Up { .. } => {
                 self.up.get_or_insert(now);
                 let cut = self.cut.take();
                 look.healed = cut.is_some_and(|since| now >= since + LONG_CUT);
@@ -166,29 +212,58 @@ impl Table {
                     self.leases.entry(lease.into()).or_default();
                 }
                 (None, Some(_)) => self.renewed(&entry.key, entry.revision, now),
-                (None, None) => {
-                    if self.ended(&entry.key, now, true) {
-                        look.ended.push(Arc::from(&*entry.key));
-                    }
-                }
+                (None, None) => self.ended(&entry.key, now),
                 (Some(_), None) => {}
             }
         }
-        let overdue = self.leases.iter_mut();
-        for (name, known) in overdue.filter(|(_, known)| known.is_overdue(lease, now)) {
-            known.unreachable |= link == Link::Cut;
+        for known in self.leases.values_mut() {
+            let overdue = known.is_overdue(lease, now);
+            known.unreachable |= link == Link::Cut && (overdue || known.end.is_some());
             // It should have been renewed since then, and the mirror would have heard of that.
             let since = self.up.max(known.renewed.filter(|_| self.up.is_some()));
-            if let (Link::Up(heard), Some(since)) = (link, since)
-                && heard >= since + lease + TICK
+            if let (Link::Up { leases, .. }, Some(since)) = (link, since)
+                && overdue
+                && leases >= since + lease + TICK
             {
-                look.missed.push(Arc::clone(name));
+                known.end.get_or_insert(End::new(now));
             }
         }
-        for lease in &look.missed {
-            self.ended(lease, now, false);
-        }
+        self.settle(link, now, &mut look);
         look
+    }
+
+    /// Ends count once the keys that were written before them are here, and were at the look before.
+    fn settle(&mut self, link: Link, now: Instant, look: &mut Look) {
+        let keys = match link {
+            Link::Up { keys, .. } => keys,
+            Link::Cut | Link::Unknown => None,
+        };
+        let before = std::mem::replace(&mut self.keys, keys).filter(|_| keys.is_some());
+        let Self { leases, over, .. } = self;
+        leases.retain(|name, known| {
+            let Some(end) = &mut known.end else {
+                return true;
+            };
+            if link == Link::Cut {
+                end.latest = now + KEPT;
+            }
+            if before.is_none_or(|keys| keys < end.since) && now < end.latest {
+                return true;
+            }
+            let list = if end.told {
+                &mut look.ended
+            } else {
+                &mut look.missed
+            };
+            list.push(Arc::clone(name));
+            let ended = Over {
+                since: now,
+                told: end.told,
+                revision: known.revision,
+            };
+            over.insert(Arc::clone(name), ended);
+            false
+        });
     }
 
     fn alive(&self) -> impl Iterator<Item = &Arc<str>> {
@@ -208,8 +283,38 @@ impl Table {
 #[derive(Debug)]
 struct Followed {
     edges: Bucket,
+    presence: Bucket,
     table: Table,
     looked: Option<Instant>,
+}
+
+impl Followed {
+    /// How the mirrors stand; asked after `now`.
+    async fn link(&self, now: Instant) -> Link {
+        let (leases, keys) = join(self.edges.heard(), self.presence.heard()).await;
+        let origin = self.edges.origin();
+        let is_cut = |heard: Option<Heard>| heard.is_none_or(|heard| heard.ago >= SILENT);
+        let caught_up = |heard: Option<Heard>| {
+            let heard = heard.filter(|heard| !heard.behind)?;
+            Some(now.checked_sub(heard.ago).unwrap_or(now))
+        };
+        let keys = match keys {
+            Ok(keys) if is_cut(keys) => return Link::Cut,
+            Ok(keys) => caught_up(keys),
+            Err(error) => {
+                tracing::debug!(%origin, %error, "the mirror of the keys does not tell how it stands");
+                None
+            }
+        };
+        match leases {
+            Ok(leases) if is_cut(leases) => Link::Cut,
+            Ok(leases) => caught_up(leases).map_or(Link::Cut, |leases| Link::Up { leases, keys }),
+            Err(error) => {
+                tracing::debug!(%origin, %error, "the mirror of the leases does not tell how it stands");
+                Link::Unknown
+            }
+        }
+    }
 }
 
 /// Follows the leases of all other regions for ever, and tells rosters of them. Costs nothing while there are none.
@@ -224,6 +329,7 @@ pub(super) async fn follow(presence: Arc<Presence>) {
         return;
     };
     let lease = presence.config.presence.lease;
+    let keys = presence.bucket.clone().with_timeout(lease / 5);
     let mut regions: HashMap<Region, Followed> = HashMap::new();
     let mut members = presence.origins.members_version();
     let mut generation = own.connection().generation();
@@ -241,6 +347,7 @@ pub(super) async fn follow(presence: Arc<Presence>) {
         for region in others {
             regions.entry(region).or_insert_with_key(|region| Followed {
                 edges: own.of(region),
+                presence: keys.of(region),
                 table: Table::default(),
                 looked: None,
             });
@@ -267,8 +374,8 @@ pub(super) async fn follow(presence: Arc<Presence>) {
             }
             if entry.value.is_some() {
                 followed.table.renewed(&entry.key, entry.revision, now);
-            } else if followed.table.ended(&entry.key, now, true) {
-                over(&presence, &followed.edges, vec![Arc::from(entry.key)], true).await;
+            } else {
+                followed.table.ended(&entry.key, now);
             }
         }
         let suspect = feed.is_suspect();
@@ -276,26 +383,16 @@ pub(super) async fn follow(presence: Arc<Presence>) {
             feed.settle();
         }
         for (region, followed) in &mut regions {
-            let every = if followed.table.is_doubtful(lease, now) {
-                lease / 5
-            } else {
-                LOOK
-            };
+            let every = followed.table.every(lease, now);
             let due = followed.looked.is_none_or(|at| now >= at + every);
             if !due && !suspect {
                 continue;
             }
             followed.looked = Some(now);
-            let link = match followed.edges.silent_for().await {
-                _ if grace.is_some() => Link::Unknown,
-                Ok(Some(silent)) if silent < SILENT => {
-                    Link::Up(now.checked_sub(silent).unwrap_or(now))
-                }
-                Ok(_) => Link::Cut,
-                Err(error) => {
-                    tracing::debug!(origin = %region, %error, "a mirror does not tell how it stands");
-                    Link::Unknown
-                }
+            let link = if grace.is_some() {
+                Link::Unknown
+            } else {
+                followed.link(now).await
             };
             let found = match followed.edges.scan(">").await {
                 Ok(found) => found,
@@ -357,11 +454,17 @@ mod tests {
         leases.map(|lease| &**lease).collect()
     }
 
+    /// Both mirrors have what the origin had then.
+    fn up(at: Instant) -> Link {
+        let keys = Some(at);
+        Link::Up { leases: at, keys }
+    }
+
     #[test]
     fn a_lease_that_vanished_behind_a_cut_is_unreachable_until_it_is_renewed() {
         let start = Instant::now();
         let mut table = Table::default();
-        table.looked(&[entry("a", 5, true)], Link::Up(start), LEASE, start);
+        table.looked(&[entry("a", 5, true)], up(start), LEASE, start);
         assert_eq!(names(table.alive()), ["a"]);
         let late = start + LEASE + TICK;
         let look = table.looked(&[], Link::Cut, LEASE, late);
@@ -370,7 +473,7 @@ mod tests {
         assert_eq!(names(table.alive()), [""; 0]);
         // The cut is over, and the edge has time to be heard of.
         let healed = late + LEASE;
-        let look = table.looked(&[], Link::Up(healed), LEASE, healed);
+        let look = table.looked(&[], up(healed), LEASE, healed);
         assert_eq!(look, Look::default());
         assert_eq!(names(table.unreachable()), ["a"]);
         table.renewed("a", 9, healed + TICK);
@@ -382,33 +485,39 @@ mod tests {
     fn a_lease_whose_end_was_not_told_is_over_when_the_mirror_has_kept_up_for_long_enough() {
         let start = Instant::now();
         let mut table = Table::default();
-        table.looked(&[entry("a", 5, true)], Link::Up(start), LEASE, start);
+        table.looked(&[entry("a", 5, true)], up(start), LEASE, start);
         let late = start + LEASE + TICK;
         table.looked(&[], Link::Cut, LEASE, late);
-        table.looked(&[], Link::Up(late + TICK), LEASE, late + TICK);
+        table.looked(&[], up(late + TICK), LEASE, late + TICK);
         // A look that shows nothing of the mirror begins the wait anew.
         table.looked(&[], Link::Unknown, LEASE, late + LEASE);
-        let up = late + LEASE + TICK;
-        table.looked(&[], Link::Up(up), LEASE, up);
-        let look = table.looked(&[], Link::Up(up + LEASE), LEASE, up + LEASE);
+        let heals = late + LEASE + TICK;
+        table.looked(&[], up(heals), LEASE, heals);
+        let look = table.looked(&[], up(heals + LEASE), LEASE, heals + LEASE);
         assert_eq!(look.missed, [""; 0].map(Arc::from));
-        let over = up + LEASE + TICK;
-        let look = table.looked(&[], Link::Up(over), LEASE, over);
+        let over = heals + LEASE + TICK;
+        let look = table.looked(&[], up(over), LEASE, over);
+        assert_eq!(look.missed, [""; 0].map(Arc::from));
+        // With all keys that were written before.
+        let over = over + TICK;
+        let look = table.looked(&[], up(over), LEASE, over);
         assert_eq!(look.missed, [Arc::from("a")]);
         // What it has left is found when it has been over for long; what was known before does not bring it back.
         table.renewed("a", 5, over);
         let found = [entry("used.a", 1, true)];
-        let look = table.looked(&found, Link::Up(over + LEASE), LEASE, over + LEASE);
+        let look = table.looked(&found, up(over + LEASE), LEASE, over + LEASE);
         assert_eq!(look.left, [""; 0].map(Arc::from));
         assert_eq!(names(table.alive()), [""; 0]);
         let long = over + REMEMBERED / 2;
-        let look = table.looked(&found, Link::Up(long), LEASE, long);
+        let look = table.looked(&found, up(long), LEASE, long);
         assert_eq!(look.left, [Arc::from("a")]);
         // A renewal refutes the conclusion, and not what the origin has said.
         table.renewed("a", 99, long);
         assert_eq!(names(table.alive()), ["a"]);
-        assert!(table.ended("a", long, true));
+        table.ended("a", long);
         table.renewed("a", 100, long);
+        let look = table.looked(&[], up(long + TICK), LEASE, long + TICK);
+        assert_eq!(look.ended, [Arc::from("a")]);
         assert_eq!(names(table.alive()), [""; 0]);
     }
 
@@ -416,12 +525,12 @@ mod tests {
     fn a_mirror_that_was_silent_while_a_lease_became_overdue_does_not_say_that_it_is_over() {
         let start = Instant::now();
         let mut table = Table::default();
-        table.looked(&[entry("a", 5, true)], Link::Up(start), LEASE, start);
+        table.looked(&[entry("a", 5, true)], up(start), LEASE, start);
         table.renewed("a", 6, start + 2 * LEASE);
         // The cut begins right after the renewal; the mirror is not known to be silent yet.
         let heard = start + 2 * LEASE + TICK;
         let late = start + 3 * LEASE + TICK;
-        let look = table.looked(&[], Link::Up(heard), LEASE, late);
+        let look = table.looked(&[], up(heard), LEASE, late);
         assert_eq!(look, Look::default());
         let look = table.looked(&[], Link::Cut, LEASE, late + SILENT);
         assert_eq!(look, Look::default());
@@ -429,19 +538,79 @@ mod tests {
     }
 
     #[test]
-    fn an_end_that_was_told_counts_at_once() {
+    fn an_end_that_was_told_counts_when_the_keys_are_here_that_were_written_before() {
         let start = Instant::now();
         let mut table = Table::default();
         let found = [entry("used.a", 1, true), entry("a", 5, true)];
-        table.looked(&found, Link::Up(start), LEASE, start);
+        table.looked(&found, up(start), LEASE, start);
+        // The edge has taken another lease, and of what it has written under that nothing is here yet.
+        let told = start + TICK;
+        table.ended("a", told);
+        table.renewed("b", 8, told);
+        let look_at = |table: &mut Table, after: Duration, keys: Option<Instant>| {
+            let now = told + after;
+            let leases = now;
+            table.looked(&[], Link::Up { leases, keys }, LEASE, now)
+        };
+        let shown = |table: &Table| {
+            let mut alive = names(table.alive()).join(" ").into_bytes();
+            alive.sort_unstable();
+            (alive, names(table.unreachable()).join(" "))
+        };
+        for keys in [Some(start), None] {
+            assert_eq!(look_at(&mut table, TICK, keys), Look::default());
+            assert_eq!(shown(&table), (b" ab".to_vec(), String::new()));
+        }
+        assert_eq!(table.every(LEASE, told + TICK), TICK / 2);
+        let look = table.looked(&[], Link::Cut, LEASE, told + SILENT);
+        assert_eq!(look, Look::default());
+        assert_eq!(shown(&table), (b"b".to_vec(), "a".to_owned()));
+        let caught_up = Some(told + LEASE);
+        let look = look_at(&mut table, LEASE, caught_up);
+        assert_eq!(look, Look::default());
+        let look = look_at(&mut table, LEASE + TICK, caught_up);
+        assert_eq!(look.ended, [Arc::from("a")]);
+        assert_eq!(shown(&table), (b"b".to_vec(), String::new()));
+    }
+
+    #[test]
+    fn a_mirror_of_keys_that_stays_behind_keeps_an_end_for_a_while() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        table.looked(&[entry("a", 5, true)], up(start), LEASE, start);
+        table.ended("a", start);
+        let look_at = |table: &mut Table, now: Instant| {
+            let behind = Link::Up {
+                leases: now,
+                keys: None,
+            };
+            table.looked(&[], behind, LEASE, now).ended
+        };
+        let heals = start + KEPT;
+        table.looked(&[], Link::Cut, LEASE, heals);
+        assert_eq!(
+            look_at(&mut table, heals + KEPT - TICK),
+            [""; 0].map(Arc::from)
+        );
+        assert_eq!(look_at(&mut table, heals + KEPT), [Arc::from("a")]);
+    }
+
+    #[test]
+    fn an_end_that_was_told_counts_also_if_it_was_found() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        let found = [entry("used.a", 1, true), entry("a", 5, true)];
+        table.looked(&found, up(start), LEASE, start);
         table.looked(&found[..1], Link::Cut, LEASE, start + LEASE + TICK);
         let found = [entry("used.a", 1, true), entry("a", 8, false)];
-        let look = table.looked(
-            &found,
-            Link::Up(start + 2 * LEASE),
-            LEASE,
-            start + 2 * LEASE,
+        let healed = start + 2 * LEASE;
+        assert_eq!(
+            table.looked(&found, up(healed), LEASE, healed),
+            Look::default()
         );
+        assert_eq!(names(table.unreachable()), ["a"]);
+        let later = healed + TICK;
+        let look = table.looked(&found, up(later), LEASE, later);
         assert_eq!(look.ended, [Arc::from("a")]);
         assert_eq!(names(table.unreachable()), [""; 0]);
     }
@@ -463,19 +632,14 @@ mod tests {
         let start = Instant::now();
         let mut table = Table::default();
         table.looked(&[], Link::Cut, LEASE, start);
-        let look = table.looked(
-            &[],
-            Link::Up(start + LONG_CUT / 2),
-            LEASE,
-            start + LONG_CUT / 2,
-        );
+        let look = table.looked(&[], up(start + LONG_CUT / 2), LEASE, start + LONG_CUT / 2);
         assert!(!look.healed);
         let cut = start + LONG_CUT;
         table.looked(&[], Link::Cut, LEASE, cut);
         table.looked(&[], Link::Unknown, LEASE, cut + LONG_CUT);
-        let look = table.looked(&[], Link::Up(cut + LONG_CUT), LEASE, cut + LONG_CUT);
+        let look = table.looked(&[], up(cut + LONG_CUT), LEASE, cut + LONG_CUT);
         assert!(look.healed);
-        let look = table.looked(&[], Link::Up(cut + 2 * LONG_CUT), LEASE, cut + 2 * LONG_CUT);
+        let look = table.looked(&[], up(cut + 2 * LONG_CUT), LEASE, cut + 2 * LONG_CUT);
         assert!(!look.healed);
     }
 }
