@@ -120,6 +120,20 @@ impl User {
             unreachable: !holds.filter(is_alive).any(|hold| hold.seen.is_some()),
         })
     }
+
+    /// Of two facts of one lease the one with the higher revision counts.
+    fn take(&mut self, fact: Fact) {
+        let hold = Hold {
+            lease: fact.lease,
+            revision: fact.revision,
+            seen: fact.seen,
+        };
+        match self.holds.iter_mut().find(|old| old.lease == hold.lease) {
+            Some(old) if old.revision >= hold.revision => {}
+            Some(old) => *old = hold,
+            None => self.holds.push(hold),
+        }
+    }
 }
 
 impl Roster {
@@ -140,20 +154,9 @@ impl Roster {
 
     /// Takes in what one lease says of one user.
     pub(super) fn apply(&mut self, fact: Fact) -> Option<Change> {
-        let entry = self.users.entry(Arc::clone(&fact.user)).or_default();
-        match entry.holds.iter_mut().find(|hold| hold.lease == fact.lease) {
-            Some(hold) if hold.revision >= fact.revision => return None,
-            Some(hold) => {
-                hold.revision = fact.revision;
-                hold.seen = fact.seen;
-            }
-            None => entry.holds.push(Hold {
-                lease: fact.lease,
-                revision: fact.revision,
-                seen: fact.seen,
-            }),
-        }
-        self.look(&fact.user)
+        let user = Arc::clone(&fact.user);
+        self.users.entry(Arc::clone(&user)).or_default().take(fact);
+        self.look(&user)
     }
 
     /// Takes in which leases live now, and which can't be reached.
@@ -162,8 +165,8 @@ impl Roster {
         self.look_at_all()
     }
 
-    /// Takes in all that the buckets hold of this room. `known` tells which leases they speak of; what else is known of
-    /// those, and not in `facts`, is over.
+    /// Takes in all that the buckets hold of this room, a key perhaps twice. `known` tells which leases they speak of; what
+    /// else is known of those, and not in `facts`, is over.
     pub(super) fn replace(
         &mut self,
         facts: Vec<Fact>,
@@ -173,12 +176,8 @@ impl Roster {
             user.holds.retain(|hold| !known(&hold.lease));
         }
         for fact in facts {
-            let holds = &mut self.users.entry(fact.user).or_default().holds;
-            holds.push(Hold {
-                lease: fact.lease,
-                revision: fact.revision,
-                seen: fact.seen,
-            });
+            let user = Arc::clone(&fact.user);
+            self.users.entry(user).or_default().take(fact);
         }
         self.look_at_all()
     }
@@ -533,6 +532,27 @@ mod tests {
         assert_eq!(found, expected);
         // The page that ends with the last user says so.
         assert_eq!(roster.page(Some("user-18"), 5).next.as_deref(), None);
+    }
+
+    #[test]
+    fn a_key_that_was_read_twice_is_one() {
+        let lease: Arc<str> = "e1".into();
+        let mut roster = Roster::new(living(HashSet::from([Arc::clone(&lease)])));
+        let said = |revision, here: bool| Fact {
+            lease: Arc::clone(&lease),
+            user: "kim".into(),
+            revision,
+            seen: here.then_some(Seen {
+                since: revision,
+                info: None,
+            }),
+        };
+        // It was written anew while the bucket was read.
+        roster.replace(vec![said(3, true), said(1, true)], |_| true);
+        let page = roster.page(None, 9);
+        assert_eq!((page.count, page.users[0].1.seen.since), (1, 3));
+        roster.apply(said(4, false));
+        assert_eq!(roster.count(), 0);
     }
 
     #[test]
