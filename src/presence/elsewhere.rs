@@ -321,6 +321,8 @@ impl Followed {
 pub(super) async fn follow(presence: Arc<Presence>) {
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // Before the first has come: rosters do not have it yet.
+    let mut members = presence.origins.members_version();
     while presence.others().is_empty() {
         tick.tick().await;
     }
@@ -331,7 +333,6 @@ pub(super) async fn follow(presence: Arc<Presence>) {
     let lease = presence.config.presence.lease;
     let keys = presence.bucket.clone().with_timeout(lease / 5);
     let mut regions: HashMap<Region, Followed> = HashMap::new();
-    let mut members = presence.origins.members_version();
     let mut generation = own.connection().generation();
     let mut grace = None;
     let mut batch = Vec::new();

@@ -54,7 +54,7 @@ use crate::{
 use local::Local;
 use roster::{Alive, Leases};
 pub use roster::{Page, Seen, Shown};
-use watch::{LOCAL, Watched};
+use watch::{Due, LOCAL, Watched};
 
 /// The state of a user whose region is cut off, as clients are told.
 pub const UNREACHABLE: &str = "unreachable";
@@ -290,7 +290,7 @@ impl Presence {
     }
 
     /// Looks after the rooms that are looked at, for ever: each is compared with what is stored once in `rooms.resync`, since
-    /// a republish can be lost.
+    /// a republish can be lost, and read every few times.
     async fn keep(self: Arc<Self>) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -305,7 +305,10 @@ impl Presence {
                 .filter_map(|watched| Some((watched.due(self.config.rooms.resync)?, watched)))
                 .collect();
             stream::iter(due)
-                .for_each_concurrent(COMPARED_AT_ONCE, async |(newest, watched)| {
+                .for_each_concurrent(COMPARED_AT_ONCE, async |(due, watched)| {
+                    let Due::Compare(newest) = due else {
+                        return watched.resync();
+                    };
                     for streams in self.origins.all() {
                         let bucket = self.bucket.of(streams.origin());
                         let known = newest.get(streams.origin()).copied().unwrap_or_default();

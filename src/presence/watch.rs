@@ -1,7 +1,7 @@
 //! One room that somebody on this edge looks at: its roster, kept up to date, and pushes to those who want them.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -44,6 +44,21 @@ const IDLE: Duration = Duration::from_secs(30);
 /// Pause before a read that failed is repeated.
 const RETRY: Duration = Duration::from_millis(500);
 
+/// How often a room is read again at once where what was read is not all that is known of already.
+const AGAIN: u32 = 2;
+
+/// Of so many times that a room is to be compared with what is stored, it is read once: a change that was lost does not show
+/// in what is newest when another came after it.
+const READ_EVERY: u32 = 4;
+
+/// What is to be done about a room that was not looked after for a while.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    /// Whether this is the newest revision of each origin.
+    Compare(HashMap<Region, u64>),
+    Read,
+}
+
 /// A room that is looked at.
 #[derive(Debug)]
 pub(super) struct Watched {
@@ -67,9 +82,15 @@ struct State {
     used: Instant,
     /// When the room was last compared with what is stored.
     checked: Instant,
+    /// How often that has been so.
+    checks: u32,
     resync: bool,
+    /// How often the room was read again for what a read did not show.
+    again: u32,
     /// Newest revision of each origin's bucket that was taken in.
     newest: HashMap<Region, u64>,
+    /// Of which origin each lease is.
+    origins: HashMap<Arc<str>, Region>,
 }
 
 /// The value of a presence key.
@@ -112,6 +133,63 @@ fn fact(entry: &Entry) -> Option<Fact> {
 }
 
 impl State {
+    /// Takes in a change.
+    fn apply(&mut self, origin: Region, entry: &Entry) -> Option<Change> {
+        let fact = fact(entry);
+        if let Some(fact) = &fact
+            && !self.origins.contains_key(&fact.lease)
+        {
+            self.origins.insert(Arc::clone(&fact.lease), origin.clone());
+        }
+        let newest = self.newest.entry(origin).or_default();
+        *newest = (*newest).max(entry.revision);
+        self.roster.apply(fact?)
+    }
+
+    /// Takes in what the buckets of all origins hold of the room; `None`: that of a mirror can't be read. That, and what a
+    /// replica tells that is behind, takes nothing away: then all is to be read again, a few times.
+    fn take(&mut self, read: Vec<(Region, Option<Vec<Entry>>)>, loaded: bool) -> Vec<Change> {
+        let last = self.again == AGAIN;
+        let (mut kept, mut facts) = (HashSet::new(), Vec::new());
+        let known = std::mem::take(&mut self.newest);
+        let origins = std::mem::take(&mut self.origins);
+        for (origin, entries) in read {
+            let known = known.get(&origin).copied().unwrap_or_default();
+            let newest = |entries: &Vec<Entry>| entries.last().map_or(0, |entry| entry.revision);
+            // What was newest may also have been purged, or have been a removal that is forgotten.
+            let newest = entries
+                .as_ref()
+                .map(newest)
+                .filter(|newest| *newest >= known || last);
+            self.newest.insert(origin.clone(), newest.unwrap_or(known));
+            if newest.is_none() {
+                kept.insert(origin.clone());
+            }
+            // Old news may be about somebody whose removal is forgotten already.
+            if newest.is_some() || !loaded {
+                for fact in entries.iter().flatten().filter_map(fact) {
+                    self.origins.insert(Arc::clone(&fact.lease), origin.clone());
+                    facts.push(fact);
+                }
+            }
+        }
+        self.resync |= !kept.is_empty() && !last;
+        self.again = if kept.is_empty() || last {
+            0
+        } else {
+            self.again + 1
+        };
+        let kept = origins
+            .into_iter()
+            .filter(|(_, origin)| kept.contains(origin));
+        let kept: HashMap<_, _> = kept.collect();
+        let changes = self
+            .roster
+            .replace(facts, |lease| lease != LOCAL && !kept.contains_key(lease));
+        self.origins.extend(kept);
+        changes
+    }
+
     fn record(&mut self, changes: impl IntoIterator<Item = Change>, max: usize) {
         for change in changes {
             self.total += 1;
@@ -134,8 +212,11 @@ impl Watched {
                 watchers: vec![0; shards],
                 used: now,
                 checked: now,
+                checks: rand::random_range(0..READ_EVERY),
                 resync: true,
+                again: 0,
                 newest: HashMap::new(),
+                origins: HashMap::new(),
             }),
             wake: Notify::new(),
             loaded: watch::Sender::new(false),
@@ -180,9 +261,8 @@ impl Watched {
         self.wake.notify_one();
     }
 
-    /// Whether the room is due to be compared with what is stored; if so, it is taken for compared. Then the newest
-    /// revision of each origin.
-    pub(super) fn due(&self, interval: Duration) -> Option<HashMap<Region, u64>> {
+    /// Whether the room is due to be compared with what is stored; if so, it is taken for compared.
+    pub(super) fn due(&self, interval: Duration) -> Option<Due> {
         let mut state = self.state.lock();
         // Spread, so that rooms that were opened together are not all compared together.
         let wait = interval.mul_f64(rand::random_range(0.6..1.0));
@@ -191,7 +271,12 @@ impl Watched {
         }
         state.checked = Instant::now();
         state.roster.forget_gone();
-        Some(state.newest.clone())
+        state.checks += 1;
+        Some(if state.checks.is_multiple_of(READ_EVERY) {
+            Due::Read
+        } else {
+            Due::Compare(state.newest.clone())
+        })
     }
 
     /// A page of the list, once the room is known.
@@ -262,12 +347,8 @@ impl Watched {
                 let Some((origin, entry)) = presence.bucket.change(message) else {
                     continue;
                 };
-                let newest = state.newest.entry(origin).or_default();
-                *newest = (*newest).max(entry.revision);
-                if let Some(fact) = fact(&entry) {
-                    let change = state.roster.apply(fact);
-                    state.record(change, self.max);
-                }
+                let change = state.apply(origin, &entry);
+                state.record(change, self.max);
             }
         }
     }
@@ -302,15 +383,12 @@ impl Watched {
         *retry = None;
         count(Counter::PresenceScans, 1);
         let mut state = self.state.lock();
-        let newest = |entries: &[Entry]| entries.last().map_or(0, |entry| entry.revision);
-        state.newest = all
-            .iter()
-            .zip(&stored)
-            .map(|(streams, entries)| (streams.origin().clone(), newest(entries)))
-            .collect();
+        let origins = all.iter().map(|streams| streams.origin().clone());
         state.checked = Instant::now();
-        let facts = stored.iter().flatten().filter_map(fact).collect();
-        let changes = state.roster.replace(facts, |lease| lease != LOCAL);
+        let changes = state.take(origins.zip(stored).collect(), *self.loaded.borrow());
+        if state.resync {
+            *retry = Some(Instant::now() + RETRY * state.again);
+        }
         state.record(changes, self.max);
         if !*self.loaded.borrow() {
             // Who asks for the list from now on gets all of it: there is nothing to push of what was so before.
@@ -360,13 +438,17 @@ impl Watched {
     }
 }
 
-/// What the bucket of an origin has of a room. A mirror that is not there (any more) has nothing.
-async fn stored(presence: &Presence, origin: &Region, keys: &str) -> Result<Vec<Entry>, KvError> {
+/// What the bucket of an origin has of a room; `None`: a mirror that is not there now.
+async fn stored(
+    presence: &Presence,
+    origin: &Region,
+    keys: &str,
+) -> Result<Option<Vec<Entry>>, KvError> {
     match presence.bucket.of(origin).scan(keys).await {
         Err(KvError::Read(ReadError::NoStream { .. })) if origin != presence.bucket.origin() => {
-            Ok(Vec::new())
+            Ok(None)
         }
-        stored => stored,
+        stored => stored.map(Some),
     }
 }
 
@@ -414,5 +496,113 @@ pub(super) fn within(policy: PresencePolicy, page: Page) -> Page {
             count: page.count,
             ..Page::default()
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::presence::roster::Leases;
+
+    const SEOUL: &str = "seoul";
+    const VIRGINIA: &str = "virginia";
+
+    fn room() -> RoomId {
+        RoomId::parse("chat:a").unwrap()
+    }
+
+    /// A room where `a` is a lease of Seoul and `b` one of Virginia.
+    fn watched() -> Arc<Watched> {
+        let alive = Leases {
+            alive: HashSet::from(["a", "b"].map(Arc::from)),
+            unreachable: HashSet::new(),
+        };
+        Watched::new(room(), Arc::new(alive), 1, 9)
+    }
+
+    fn region(name: &str) -> Region {
+        Region::parse(name).unwrap()
+    }
+
+    fn entry(user: &str, lease: &str, revision: u64, here: bool) -> Entry {
+        Entry {
+            key: subject::presence_key(&room(), user, lease),
+            value: here.then(|| Bytes::from_static(b"{}")),
+            revision,
+            at: 0,
+        }
+    }
+
+    fn read(
+        state: &mut State,
+        seoul: Option<Vec<Entry>>,
+        virginia: Option<Vec<Entry>>,
+    ) -> Vec<String> {
+        state.resync = false;
+        let read = vec![(region(SEOUL), seoul), (region(VIRGINIA), virginia)];
+        let changes = state.take(read, true);
+        changes.iter().map(|c| c.user.to_string()).collect()
+    }
+
+    fn shown(state: &State) -> Vec<String> {
+        let page = state.roster.page(None, 9);
+        page.users
+            .iter()
+            .map(|(user, _)| user.to_string())
+            .collect()
+    }
+
+    #[test]
+    fn a_replica_that_is_behind_takes_nobody_away() {
+        let watched = watched();
+        let mut state = watched.state.lock();
+        let stale = || Some(vec![entry("gone", "a", 2, true)]);
+        let there = |revision| Some(vec![entry("lee", "b", revision, true)]);
+        state.apply(region(SEOUL), &entry("gone", "a", 3, false));
+        state.apply(region(SEOUL), &entry("kim", "a", 4, true));
+        state.apply(region(VIRGINIA), &entry("park", "b", 5, true));
+        state.roster.forget_gone();
+        // What the other region's bucket says counts all the same.
+        let changes = read(&mut state, stale(), there(9));
+        assert_eq!(changes, ["lee", "park"]);
+        assert_eq!(shown(&state), ["kim", "lee"]);
+        assert!(state.resync);
+        let now = || Some(vec![entry("kim", "a", 4, true)]);
+        assert_eq!(read(&mut state, now(), there(9)), [""; 0]);
+        assert!(!state.resync);
+        // What stays away was purged.
+        for _ in 0..AGAIN {
+            assert_eq!(read(&mut state, Some(vec![]), there(9)), [""; 0]);
+            assert!(state.resync);
+        }
+        assert_eq!(read(&mut state, Some(vec![]), there(9)), ["kim"]);
+        assert!(!state.resync);
+        assert_eq!(state.newest[&region(SEOUL)], 0);
+    }
+
+    #[test]
+    fn a_mirror_that_can_not_be_read_takes_nobody_away() {
+        let watched = watched();
+        let mut state = watched.state.lock();
+        state.apply(region(SEOUL), &entry("kim", "a", 4, true));
+        state.apply(region(VIRGINIA), &entry("lee", "b", 5, true));
+        for more in [true, true, false] {
+            let seoul = Some(vec![entry("kim", "a", 6, false)]);
+            read(&mut state, seoul, None);
+            assert_eq!(shown(&state), ["lee"]);
+            assert_eq!(state.resync, more);
+        }
+        // The region has left the mesh.
+        let seoul = (region(SEOUL), Some(vec![entry("kim", "a", 6, false)]));
+        state.take(vec![seoul], true);
+        assert_eq!(shown(&state), [""; 0]);
+    }
+
+    #[test]
+    fn a_room_is_read_now_and_then_however_new_its_newest_change_is() {
+        let watched = watched();
+        watched.state.lock().resync = false;
+        let reads = (0..2 * READ_EVERY).filter(|_| watched.due(Duration::ZERO) == Some(Due::Read));
+        assert_eq!(reads.count(), 2);
     }
 }
