@@ -24,6 +24,9 @@ use crate::{
 /// JetStream's error code for an expected last sequence that is not the last one.
 const WRONG_LAST_SEQUENCE: u32 = 10071;
 
+/// What the mark of a key says that its TTL has removed.
+const EXPIRED: &str = "MaxAge";
+
 /// How long a removed key says that it was removed; then nothing is left of it.
 const REMOVED_FOR: Duration = Duration::from_secs(60);
 
@@ -47,6 +50,8 @@ pub struct Entry {
     pub key: String,
     /// Its value; `None`: it was removed, by hand or by its TTL.
     pub value: Option<Bytes>,
+    /// Whether its TTL has removed it.
+    pub expired: bool,
     /// Sequence in the bucket's stream: what comes later has a higher one.
     pub revision: u64,
     /// When that was, in ms since 1970.
@@ -382,11 +387,12 @@ impl Bucket {
 
 fn entry(key: &str, message: &Message) -> Result<Entry, BadRecord> {
     let headers = message.headers.as_ref().ok_or(BadRecord::Sequence)?;
-    let removed =
-        headers.get(header::KV_OPERATION).is_some() || headers.get(header::MARKER_REASON).is_some();
+    let reason = headers.get(header::MARKER_REASON);
+    let removed = headers.get(header::KV_OPERATION).is_some() || reason.is_some();
     Ok(Entry {
         key: key.to_owned(),
         value: (!removed).then(|| message.payload.clone()),
+        expired: reason.is_some_and(|reason| reason.as_str() == EXPIRED),
         revision: last(headers, header::SEQUENCE)
             .and_then(|text| text.parse().ok())
             .ok_or(BadRecord::Sequence)?,

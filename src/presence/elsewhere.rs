@@ -9,6 +9,9 @@
 //! counts as cut off while either hears nothing, and a lease that has ended is kept until the keys are here that were written
 //! before its end: what its users have under another lease, for one.
 //!
+//! An end by its time to live may be one of many because the region's NATS stood still: then its edges take new leases, and
+//! have time for that ([`counts_from`]).
+//!
 //! A mirror does not repeat what its origin removes by a purge either: what was left under a lease that is over is purged in
 //! every region.
 //!
@@ -27,7 +30,7 @@ use tokio::time::interval;
 
 use super::{
     Presence,
-    lease::{REMEMBERED, TICK, USED, purge},
+    lease::{REMEMBERED, TICK, USED, purge, renewed_every},
     writer::REMOVED_FOR,
 };
 use crate::{
@@ -100,7 +103,7 @@ struct Lease {
 /// The end of a lease that is still shown.
 #[derive(Debug)]
 struct End {
-    /// When it was told, or concluded.
+    /// From when on it counts: when it was told, or concluded, or a little later.
     since: Instant,
     /// As [`Over::told`].
     told: bool,
@@ -138,6 +141,16 @@ impl End {
     }
 }
 
+/// From when on the end of a lease counts that is told `now`: if its edge could not renew it because NATS stood still there,
+/// the edge finds that out with the next renewal, and takes another.
+fn counts_from(end: &Entry, lease: Duration, now: Instant) -> Instant {
+    if end.expired {
+        now + renewed_every(lease)
+    } else {
+        now
+    }
+}
+
 impl Table {
     /// A lease was renewed, or taken. What was seen before says nothing new.
     fn renewed(&mut self, lease: &str, revision: u64, now: Instant) {
@@ -158,15 +171,16 @@ impl Table {
         }
     }
 
-    /// The origin has told that a lease has ended. It is over when the keys are here that were written before.
-    fn ended(&mut self, lease: &str, now: Instant) {
+    /// The origin has told that a lease has ended, which counts from then `on`. It is over when the keys are here that were
+    /// written before.
+    fn ended(&mut self, lease: &str, on: Instant) {
         if let Some(known) = self.leases.get_mut(lease) {
-            let end = known.end.get_or_insert(End::new(now));
+            let end = known.end.get_or_insert(End::new(on));
             end.told = true;
             return;
         }
         let over = self.over.entry(lease.into()).or_insert(Over {
-            since: now,
+            since: on,
             told: true,
             revision: 0,
         });
@@ -212,7 +226,7 @@ impl Table {
                     self.leases.entry(lease.into()).or_default();
                 }
                 (None, Some(_)) => self.renewed(&entry.key, entry.revision, now),
-                (None, None) => self.ended(&entry.key, now),
+                (None, None) => self.ended(&entry.key, counts_from(entry, lease, now)),
                 (Some(_), None) => {}
             }
         }
@@ -376,7 +390,8 @@ pub(super) async fn follow(presence: Arc<Presence>) {
             if entry.value.is_some() {
                 followed.table.renewed(&entry.key, entry.revision, now);
             } else {
-                followed.table.ended(&entry.key, now);
+                let on = counts_from(&entry, lease, now);
+                followed.table.ended(&entry.key, on);
             }
         }
         let suspect = feed.is_suspect();
@@ -446,6 +461,7 @@ mod tests {
         Entry {
             key: key.to_owned(),
             value: here.then(bytes::Bytes::new),
+            expired: false,
             revision,
             at: 0,
         }
@@ -572,6 +588,31 @@ mod tests {
         let look = look_at(&mut table, LEASE + TICK, caught_up);
         assert_eq!(look.ended, [Arc::from("a")]);
         assert_eq!(shown(&table), (b"b".to_vec(), String::new()));
+    }
+
+    #[test]
+    fn an_edge_has_time_to_take_another_lease_when_one_expired() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        let found = [entry("a", 5, true), entry("b", 6, true)];
+        table.looked(&found, up(start), LEASE, start);
+        let expired = Entry {
+            expired: true,
+            ..entry("a", 7, false)
+        };
+        let found = [expired, entry("b", 8, false)];
+        let told = start + TICK;
+        table.looked(&found, up(told), LEASE, told);
+        // What was given up was meant to be.
+        let mut look_at = |after| {
+            let now = told + after;
+            table.looked(&found, up(now), LEASE, now).ended
+        };
+        assert_eq!(look_at(TICK), [Arc::from("b")]);
+        let late = renewed_every(LEASE);
+        assert_eq!(look_at(late - TICK / 2), [""; 0].map(Arc::from));
+        assert_eq!(look_at(late), [""; 0].map(Arc::from));
+        assert_eq!(look_at(late + TICK), [Arc::from("a")]);
     }
 
     #[test]

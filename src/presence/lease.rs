@@ -370,6 +370,7 @@ mod tests {
         Entry {
             key: key.to_owned(),
             value: here.then(Bytes::new),
+            expired: false,
             revision: 1,
             at: 0,
         }

@@ -528,6 +528,7 @@ mod tests {
         Entry {
             key: subject::presence_key(&room(), user, lease),
             value: here.then(|| Bytes::from_static(b"{}")),
+            expired: false,
             revision,
             at: 0,
         }
