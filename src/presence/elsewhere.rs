@@ -26,7 +26,7 @@ use std::{
 };
 
 use futures_util::future::join;
-use tokio::time::interval;
+use tokio::{sync::mpsc, time::interval};
 
 use super::{
     Presence,
@@ -48,6 +48,12 @@ const LOOK: Duration = Duration::from_secs(10);
 /// Longest that a lease that has ended is kept because the mirror of the keys does not tell that it has them all, and is not
 /// cut off: it may go on saying that it is behind when its origin purges what was still to come.
 const KEPT: Duration = Duration::from_secs(30);
+
+/// When a purge is repeated that has left something: it may be refused.
+const PURGED_AGAIN: Duration = Duration::from_secs(60);
+
+/// Purges that wait for others; beyond that they are left to the next time.
+const PURGES: usize = 256;
 
 /// After a cut this long others may have missed who has left: half of what a removal is remembered.
 const LONG_CUT: Duration = Duration::from_secs(REMOVED_FOR.as_secs() / 2);
@@ -88,6 +94,8 @@ struct Over {
     told: bool,
     /// Of its last renewal.
     revision: u64,
+    /// When it was last to be purged.
+    purged: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -128,6 +136,19 @@ impl Lease {
     fn is_overdue(&self, lease: Duration, now: Instant) -> bool {
         self.renewed
             .is_none_or(|renewed| now >= renewed + lease + TICK)
+    }
+}
+
+impl Over {
+    /// Whether what was found of it is to be purged; if so, that is taken for begun.
+    fn is_to_be_purged(&mut self, now: Instant) -> bool {
+        // What only seems to be over may come back, and a mirror gets nothing twice.
+        let surely = self.told || now >= self.since + REMEMBERED / 2;
+        let is = surely && self.purged.is_none_or(|at| now >= at + PURGED_AGAIN);
+        if is {
+            self.purged = Some(now);
+        }
+        is
     }
 }
 
@@ -183,6 +204,7 @@ impl Table {
             since: on,
             told: true,
             revision: 0,
+            purged: None,
         });
         over.told = true;
     }
@@ -216,9 +238,8 @@ impl Table {
         for entry in found {
             match (entry.key.strip_prefix(USED), &entry.value) {
                 (Some(lease), Some(_)) if self.over.contains_key(lease) => {
-                    // What only seems to be over may come back, and a mirror gets nothing twice.
-                    let over = &self.over[lease];
-                    if over.told || now >= over.since + REMEMBERED / 2 {
+                    let over = self.over.get_mut(lease);
+                    if over.is_some_and(|over| over.is_to_be_purged(now)) {
                         look.left.push(lease.into());
                     }
                 }
@@ -274,6 +295,7 @@ impl Table {
                 since: now,
                 told: end.told,
                 revision: known.revision,
+                purged: end.told.then_some(now),
             };
             over.insert(Arc::clone(name), ended);
             false
@@ -344,6 +366,13 @@ pub(super) async fn follow(presence: Arc<Presence>) {
     let Ok(mut feed) = own.changes(">").await else {
         return;
     };
+    // One after the other, beside what is shown.
+    let (purges, mut purged) = mpsc::channel::<(Bucket, Bucket, Arc<str>)>(PURGES);
+    presence.background("purges", async move {
+        while let Some((keys, edges, lease)) = purged.recv().await {
+            purge(&keys, &edges, &lease).await;
+        }
+    });
     let lease = presence.config.presence.lease;
     let keys = presence.bucket.clone().with_timeout(lease / 5);
     let mut regions: HashMap<Region, Followed> = HashMap::new();
@@ -425,11 +454,14 @@ pub(super) async fn follow(presence: Arc<Presence>) {
             if look.healed {
                 presence.announce_anew();
             }
-            over(&presence, &followed.edges, look.ended, true).await;
-            over(&presence, &followed.edges, look.missed, false).await;
+            over(region, &look.ended, true);
+            over(region, &look.missed, false);
             if presence.is_first() {
-                for lease in look.left {
-                    purge(&presence.bucket.of(region), &followed.edges, &lease).await;
+                for lease in look.ended.into_iter().chain(look.left) {
+                    let purge = (presence.bucket.of(region), followed.edges.clone(), lease);
+                    if purges.try_send(purge).is_err() {
+                        tracing::debug!(origin = %region, "too many leases are to be purged");
+                    }
                 }
             }
         }
@@ -440,14 +472,11 @@ pub(super) async fn follow(presence: Arc<Presence>) {
     }
 }
 
-/// Leases of another region are over: one edge of each region purges what is left of them there, when the origin has `told` it.
-async fn over(presence: &Presence, edges: &Bucket, leases: Vec<Arc<str>>, told: bool) {
+/// Leases of another region are over.
+fn over(origin: &Region, leases: &[Arc<str>], told: bool) {
     for lease in leases {
         count(Counter::LeaseEnded(LeaseEnd::Seen), 1);
-        tracing::info!(lease = %lease, origin = %edges.origin(), told, "a lease is over");
-        if told && presence.is_first() {
-            purge(&presence.bucket.of(edges.origin()), edges, &lease).await;
-        }
+        tracing::info!(lease = %lease, %origin, told, "a lease is over");
     }
 }
 
@@ -613,6 +642,27 @@ mod tests {
         assert_eq!(look_at(late - TICK / 2), [""; 0].map(Arc::from));
         assert_eq!(look_at(late), [""; 0].map(Arc::from));
         assert_eq!(look_at(late + TICK), [Arc::from("a")]);
+    }
+
+    #[test]
+    fn a_purge_that_has_left_something_is_not_repeated_at_every_look() {
+        let start = Instant::now();
+        let mut table = Table::default();
+        let found = [entry("used.a", 1, true), entry("a", 5, true)];
+        table.looked(&found, up(start), LEASE, start);
+        table.ended("a", start);
+        let mut look_at = |after| {
+            let now = start + after;
+            table.looked(&found[..1], up(now), LEASE, now)
+        };
+        let [a, nothing] = [vec![Arc::from("a")], vec![]];
+        let look = look_at(TICK);
+        assert_eq!((&look.ended, &look.left), (&a, &nothing));
+        assert_eq!(look_at(LOOK).left, nothing);
+        let again = TICK + PURGED_AGAIN;
+        assert_eq!(look_at(again).left, a);
+        assert_eq!(look_at(again + LOOK).left, nothing);
+        assert_eq!(look_at(again + PURGED_AGAIN).left, a);
     }
 
     #[test]
