@@ -1,8 +1,11 @@
 //! What every edge must obey: follows the control buckets of all regions.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
-use futures_util::future::join_all;
+use futures_util::{
+    FutureExt as _,
+    future::{Fuse, FusedFuture as _, join_all},
+};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::{
@@ -12,7 +15,7 @@ use crate::{
     subject::{ControlKey, parse_control_key},
 };
 
-/// Pause before a read that failed is repeated, and how often is looked whether one is due.
+/// Pause before a read that failed, of one bucket or all, is repeated, and how often is looked whether one is due.
 const TICK: Duration = Duration::from_secs(1);
 
 /// How often the buckets are read although nothing is amiss: a republish can be lost.
@@ -21,10 +24,29 @@ const RESYNC: Duration = Duration::from_secs(30);
 /// The control buckets, followed.
 #[derive(Debug)]
 pub(super) struct Control {
+    rules: Rules,
+    feed: LiveFeed,
+    /// When the buckets are to be read again.
+    due: Instant,
+}
+
+/// What is learned, and where it stands.
+#[derive(Debug)]
+struct Rules {
     bucket: Bucket,
     origins: Arc<Origins>,
     revocations: Arc<Revocations>,
-    feed: LiveFeed,
+}
+
+/// What a read of the buckets has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    /// All of them were read.
+    All,
+    /// The own one was, and a mirror could not be.
+    Own,
+    /// The own one could not be.
+    Failed,
 }
 
 impl Control {
@@ -36,70 +58,103 @@ impl Control {
     ) -> Option<Self> {
         // Subscribed first, read then: what changes in between is seen.
         let feed = bucket.changes(">").await.ok()?;
-        let control = Self {
+        let rules = Rules {
             bucket,
             origins,
             revocations,
-            feed,
         };
         let mut told = false;
-        while !control.read().await {
+        let read = loop {
+            match rules.read().await {
+                Reading::Failed => {}
+                read => break read,
+            }
             if !std::mem::replace(&mut told, true) {
                 tracing::warn!("waiting for the list of what is revoked");
             }
             sleep(TICK).await;
-        }
-        Some(control)
+        };
+        let due = Instant::now() + read.pause();
+        Some(Self { rules, feed, due })
     }
 
-    /// Learns what is said from now on, for ever.
-    pub(super) async fn follow(mut self) {
+    /// Learns what is said from now on, for ever; also while the buckets are read, which may take its time.
+    pub(super) async fn follow(self) {
+        let Self {
+            rules,
+            mut feed,
+            mut due,
+        } = self;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut seen = (
-            self.bucket.connection().generation(),
-            self.origins.members_version(),
-        );
-        let (mut due, mut batch) = (Instant::now() + RESYNC, Vec::new());
+        let mut seen = rules.seen();
+        let mut batch = Vec::new();
+        let mut reading = pin!(Fuse::terminated());
         loop {
             batch.clear();
             tokio::select! {
-                more = self.feed.next_batch(&mut batch, 64) => if !more { return },
+                more = feed.next_batch(&mut batch, 64) => if !more { return },
+                read = &mut reading, if !reading.is_terminated() => {
+                    due = Instant::now() + Reading::pause(read);
+                    rules.revocations.forget(unix_s());
+                }
                 _ = tick.tick() => {}
             }
             for message in &batch {
-                if let Some((_origin, entry)) = self.bucket.change(message) {
-                    self.learn(&entry);
+                if let Some((_origin, entry)) = rules.bucket.change(message) {
+                    rules.learn(&entry);
                 }
             }
-            let now = (
-                self.bucket.connection().generation(),
-                self.origins.members_version(),
-            );
-            if self.feed.is_suspect() || seen != now || due <= Instant::now() {
-                self.feed.settle();
+            let now = rules.seen();
+            let wanted = feed.is_suspect() || seen != now || due <= Instant::now();
+            // What raises a suspicion during a read leads to another one.
+            if wanted && reading.is_terminated() {
+                feed.settle();
                 seen = now;
-                let wait = if self.read().await { RESYNC } else { TICK };
-                due = Instant::now() + wait;
-                self.revocations.forget(unix_s());
+                reading.set(rules.read().fuse());
             }
         }
     }
+}
 
-    /// Reads all buckets; whether that of the own region could be read. A mirror that can't be is read again later.
-    async fn read(&self) -> bool {
+impl Reading {
+    /// After which the buckets are read again. Where one could not be, something may be amiss.
+    fn pause(self) -> Duration {
+        match self {
+            Self::All => RESYNC,
+            Self::Own | Self::Failed => TICK,
+        }
+    }
+}
+
+impl Rules {
+    /// What makes a read necessary when it changes.
+    fn seen(&self) -> (u64, u64) {
+        let connection = self.bucket.connection();
+        (connection.generation(), self.origins.members_version())
+    }
+
+    /// Reads all buckets, and learns of each as soon as it is read.
+    async fn read(&self) -> Reading {
         let all = self.origins.all();
         let reads = all.iter().map(async |streams| {
-            let entries = self.bucket.of(streams.origin()).scan(">").await;
-            entries.inspect_err(|error| {
-                tracing::debug!(origin = %streams.origin(), %error, "what is revoked can't be read");
-            })
+            match self.bucket.of(streams.origin()).scan(">").await {
+                Ok(entries) => {
+                    entries.iter().for_each(|entry| self.learn(entry));
+                    true
+                }
+                Err(error) => {
+                    tracing::debug!(origin = %streams.origin(), %error, "what is revoked can't be read");
+                    false
+                }
+            }
         });
-        let read = join_all(reads).await;
-        for entry in read.iter().flatten().flatten() {
-            self.learn(entry);
+        match &join_all(reads).await[..] {
+            // The own one is the first.
+            [false, ..] => Reading::Failed,
+            read if read.contains(&false) => Reading::Own,
+            _ => Reading::All,
         }
-        read.first().is_some_and(Result::is_ok)
     }
 
     fn learn(&self, entry: &Entry) {

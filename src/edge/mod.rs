@@ -235,7 +235,9 @@ async fn make_ready(
     let name = format!("natter edge {} state", shared.id);
     let state = Connection::open(&config.nats, &name).await?;
     let state_reader = Reader::new(state.clone(), &config.nats);
-    let control = Bucket::new(state.clone(), state_reader.clone(), config, bucket::CONTROL);
+    // Its turns are its own: what is revoked does not wait behind rosters.
+    let control_reader = Reader::new(state.clone(), &config.nats);
+    let control = Bucket::new(state.clone(), control_reader, config, bucket::CONTROL);
     let revocations = Arc::clone(shared.verifier.revocations());
     if let Some(control) = Control::open(control, Arc::clone(&origins), revocations).await {
         tasks.spawn_until_stopping("follow what is revoked", control.follow());

@@ -3,8 +3,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use futures_util::StreamExt as _;
 use natter::{
     auth::{Claims, Grant, Right, issue},
+    bus::provision::connect,
     client::{ConnectError, Connection},
     model::{Cursor, Region},
     runtime::unix_s,
@@ -495,6 +497,35 @@ async fn what_is_revoked_in_one_region_is_off_all_edges() {
     })
     .await;
     assert!(!kim.commands().is_closed(), "nobody else is concerned");
+}
+
+/// What is revoked is heard of also while a bucket is being read that does not answer.
+#[tokio::test]
+async fn a_revocation_does_not_wait_for_a_bucket_that_is_read() {
+    // Longer than any test.
+    let toml = "nats.read_timeout = '10m'";
+    let mut regions = Regions::start_with(&BOTH, toml, Duration::ZERO).await;
+    let seoul = regions.mesh(SEOUL);
+    seoul.add_edge().await;
+    let mut lee = Connection::open(&seoul.endpoint(0), Some(&issued(unix_s() - 5, "a")))
+        .await
+        .unwrap();
+    // A mirror that can't be read: somebody takes the questions and says nothing.
+    let client = connect(&seoul.config.nats).await.unwrap();
+    let subject = "$JS.API.DIRECT.GET.KV_control_virginia";
+    let mut questions = client.subscribe(subject).await.unwrap();
+    client.flush().await.unwrap();
+    let request = "$JS.API.STREAM.DELETE.KV_control_virginia";
+    client.request(request, "".into()).await.unwrap();
+    let question = tokio::time::timeout(LONG, questions.next()).await;
+    question.expect("the mirror is read").unwrap();
+
+    let output = seoul.command(&["revoke", "--user", "lee"]).await.output();
+    let output = output.unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{text}");
+    while lee_is_there(&mut lee).await {}
+    assert_eq!(lee.end().unwrap().code, 4002);
 }
 
 /// Waits for the next frame, or the end.
