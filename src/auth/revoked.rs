@@ -35,6 +35,17 @@ pub struct Revocation {
     pub until: u64,
 }
 
+impl Revocation {
+    /// What both say: the later and the longer one hold.
+    #[must_use]
+    pub fn merge(self, other: Self) -> Self {
+        Self {
+            before: self.before.max(other.before),
+            until: self.until.max(other.until),
+        }
+    }
+}
+
 /// Whether a user is let in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Block {
@@ -42,6 +53,17 @@ pub struct Block {
     pub blocked: bool,
     /// When that was said, in ms since 1970: the last word counts.
     pub at: u64,
+}
+
+impl Block {
+    /// The same as the word that counts after `known`, also if that was said by a clock that is ahead.
+    #[must_use]
+    pub fn after(self, known: Self) -> Self {
+        Self {
+            at: self.at.max(known.at.saturating_add(1)),
+            ..self
+        }
+    }
 }
 
 /// What is revoked, as an edge knows it. One for all shards.
@@ -132,10 +154,7 @@ fn revoke(rules: &mut HashMap<String, Revocation>, key: String, rule: Revocation
         rules.insert(key, rule);
         return true;
     };
-    let merged = Revocation {
-        before: known.before.max(rule.before),
-        until: known.until.max(rule.until),
-    };
+    let merged = known.merge(rule);
     let news = merged != *known;
     *known = merged;
     news
@@ -208,6 +227,18 @@ mod tests {
                 .unwrap();
             assert!(changes.has_changed().unwrap());
             assert!(revocations.refuse(&identity("kim", Some(9999), None), 1));
+        }
+    }
+
+    #[test]
+    fn a_word_that_is_said_over_another_counts_whatever_the_clocks_say() {
+        let known = Block {
+            blocked: true,
+            at: 9,
+        };
+        for (at, counts) in [(5, 10), (9, 10), (12, 12)] {
+            let word = Block { blocked: false, at }.after(known);
+            assert_eq!((word.blocked, word.at), (false, counts));
         }
     }
 

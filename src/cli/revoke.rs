@@ -42,20 +42,24 @@ pub(super) struct Args {
     unblock: bool,
 }
 
+/// What is written down.
+enum Word {
+    Revoked(Revocation),
+    Block(Block),
+}
+
 /// Writes it down in the configured region, and says what was done.
 pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
-    let until = unix_s() + args.time.as_secs();
-    let revocation = || {
-        let before = unix_s();
-        serde_json::to_vec(&Revocation { before, until })
-    };
-    let (key, value, ttl, done) = match (args.user, args.jti) {
+    let before = unix_s();
+    let until = before + args.time.as_secs();
+    let revoked = Word::Revoked(Revocation { before, until });
+    let (key, word, done) = match (args.user, args.jti) {
         (Some(user), None) if args.block || args.unblock => {
             let (blocked, at) = (args.block, unix_ms());
             let what = if blocked { "blocked" } else { "unblocked" };
             let done = format!("{what} the user {user}");
-            let value = serde_json::to_vec(&Block { blocked, at })?;
-            (ControlKey::BlockedUser(user), value, None, done)
+            let word = Word::Block(Block { blocked, at });
+            (ControlKey::BlockedUser(user), word, done)
         }
         (user, jti) => {
             if args.time < Duration::from_secs(1) {
@@ -72,17 +76,13 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
                 }
                 (None, None) => bail!("neither --user nor --jti was given"),
             };
-            (key, revocation()?, Some(args.time), done)
+            (key, revoked, done)
         }
-    };
-    let how = Put {
-        ttl,
-        expected: None,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let write = write(config, key.to_string(), value.into(), how);
+    let write = write(config, key.to_string(), &word);
     runtime
         .block_on(write)
         .with_context(|| format!("nothing was revoked in region {}", config.region()))?;
@@ -90,18 +90,50 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn write(config: &Config, key: String, value: bytes::Bytes, how: Put) -> anyhow::Result<()> {
+async fn write(config: &Config, key: String, word: &Word) -> anyhow::Result<()> {
     let connection = Connection::open(&config.nats, "natter revoke").await?;
     let reader = Reader::new(connection.clone(), &config.nats);
     let control = Bucket::new(connection.clone(), reader, config, bucket::CONTROL);
     let deadline = Instant::now() + WITHIN;
     let written = loop {
-        match control.put(&key, value.clone(), how).await {
-            Err(KvError::Unavailable) if Instant::now() < deadline => sleep(RETRY).await,
+        match merge(&control, &key, word).await {
+            // Another has written it meanwhile, or NATS is not there yet.
+            Err(KvError::Conflict | KvError::Unavailable | KvError::Read(_))
+                if Instant::now() < deadline =>
+            {
+                sleep(RETRY).await;
+            }
             written => break written,
         }
     };
     connection.close().await;
     written?;
     Ok(())
+}
+
+/// Writes over what the key holds: what was revoked for longer stays so.
+async fn merge(control: &Bucket, key: &str, word: &Word) -> Result<u64, KvError> {
+    let entries = control.get(&[key.to_owned()]).await?;
+    let known = entries.first();
+    // What is no rule is replaced.
+    let value = known.and_then(|entry| entry.value.as_deref());
+    let (value, ttl) = match word {
+        Word::Revoked(rule) => {
+            let known = value.and_then(|value| serde_json::from_slice(value).ok());
+            let rule = known.map_or(*rule, |known| rule.merge(known));
+            let left = rule.until.saturating_sub(unix_s()).max(1);
+            (serde_json::to_vec(&rule), Some(Duration::from_secs(left)))
+        }
+        Word::Block(block) => {
+            let known = value.and_then(|value| serde_json::from_slice(value).ok());
+            let block = known.map_or(*block, |known| block.after(known));
+            (serde_json::to_vec(&block), None)
+        }
+    };
+    let value = value.map_err(|error| KvError::Refused(error.to_string()))?;
+    let how = Put {
+        ttl,
+        expected: Some(known.map_or(0, |entry| entry.revision)),
+    };
+    control.put(key, value.into(), how).await
 }

@@ -4,9 +4,11 @@ use std::{net::SocketAddr, time::Duration};
 
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use natter::{
-    auth::{Claims, Grant, Right},
+    auth::{Block, Claims, Grant, Revocation, Right},
+    bus::{self, Bucket, Put, Reader},
     client::{ConnectError, Connection},
-    runtime::unix_s,
+    runtime::{unix_ms, unix_s},
+    subject::{ControlKey, bucket},
 };
 use serde_json::{Value, json};
 
@@ -333,4 +335,66 @@ async fn a_refresh_that_loses_a_grant_leaves_the_room() {
     assert_eq!(refreshed["op"], "refreshed");
     let joined = reply(&mut kim, "join", json!({"room": "chat:a"})).await;
     assert_eq!(joined["op"], "joined");
+}
+
+/// What stands in the bucket is all that an edge knows which starts later.
+#[tokio::test]
+async fn what_was_revoked_for_longer_stays_so() {
+    let mesh = Mesh::without_edges(support::nats_url(), "").await;
+    let nats = &mesh.config.nats;
+    let connection = bus::Connection::open(nats, "test").await.unwrap();
+    let reader = Reader::new(connection.clone(), nats);
+    let control = Bucket::new(connection, reader, &mesh.config, bucket::CONTROL);
+    let revoke = async |args: &[&str]| {
+        let args = [&["revoke"], args].concat();
+        let output = mesh.command(&args).await.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{args:?}: {text}");
+    };
+    let stands = async |key: &ControlKey| {
+        let entries = control.get(&[key.to_string()]).await.unwrap();
+        let [entry] = &entries[..] else {
+            panic!("{entries:?}")
+        };
+        entry.value.clone().unwrap()
+    };
+    for (flag, key) in [
+        ("--user", ControlKey::RevokedUser("kim".to_owned())),
+        ("--jti", ControlKey::RevokedToken("kim".to_owned())),
+    ] {
+        revoke(&[flag, "kim", "--for", "30d"]).await;
+        let long: Revocation = serde_json::from_slice(&stands(&key).await).unwrap();
+        revoke(&[flag, "kim", "--for", "1h"]).await;
+        let now: Revocation = serde_json::from_slice(&stands(&key).await).unwrap();
+        assert_eq!(now.until, long.until, "{flag}");
+        assert!(now.before >= long.before, "{flag}");
+        revoke(&[flag, "kim", "--for", "60d"]).await;
+        let longer: Revocation = serde_json::from_slice(&stands(&key).await).unwrap();
+        assert!(longer.until > long.until, "{flag}");
+    }
+
+    // Blocked by a machine whose clock is ahead: the word that is said later counts all the same.
+    let key = ControlKey::BlockedUser("kim".to_owned());
+    let ahead = Block {
+        blocked: true,
+        at: unix_ms() + 3_600_000,
+    };
+    let value = serde_json::to_vec(&ahead).unwrap();
+    control
+        .put(&key.to_string(), value.into(), Put::default())
+        .await
+        .unwrap();
+    revoke(&["--user", "kim", "--unblock"]).await;
+    let now: Block = serde_json::from_slice(&stands(&key).await).unwrap();
+    assert!(!now.blocked && now.at > ahead.at, "{now:?}");
+    // What is no rule, or was removed, is replaced.
+    control
+        .put(&key.to_string(), "x".into(), Put::default())
+        .await
+        .unwrap();
+    revoke(&["--user", "kim", "--block"]).await;
+    control.remove(&key.to_string()).await.unwrap();
+    revoke(&["--user", "kim", "--block"]).await;
+    let now: Block = serde_json::from_slice(&stands(&key).await).unwrap();
+    assert!(now.blocked, "{now:?}");
 }
