@@ -28,7 +28,7 @@ pub(super) use mesh::{is_mirror, metadata, regions_of};
 pub(super) use plan::plan as plan_stream;
 pub use plan::{Action, FieldChange, Outcome, Verdict};
 
-use super::connection::new_inbox;
+use super::{STREAMS_WATCH, connection::new_inbox};
 use crate::{
     config::{self, Config},
     model::{MAX_REGIONS, Region},
@@ -41,13 +41,30 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// The subjects that the server has refused on one connection.
 pub(super) type Denials = watch::Receiver<BTreeSet<String>>;
 
+/// How long edges and history services may take to follow a list that has changed.
+const EDGES_FOLLOW: Duration = STREAMS_WATCH
+    .saturating_mul(2)
+    .saturating_add(Duration::from_secs(5));
+
 /// How to provision.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// Only say what would be done.
     pub dry_run: bool,
     /// Also do what may drop stored messages.
     pub allow_destructive: bool,
+    /// How long a region that was taken out of the lists keeps its mirrors: until edges do not ask them any more.
+    pub edges_follow: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            dry_run: false,
+            allow_destructive: false,
+            edges_follow: EDGES_FOLLOW,
+        }
+    }
 }
 
 /// Why the streams could not be brought to their definitions.

@@ -51,6 +51,10 @@ pub struct StreamState {
     pub replicated: bool,
 }
 
+/// How often edges and history services look at every stream, and whether a region has joined or left the mesh: it takes them
+/// up to twice as long to notice.
+pub const STREAMS_WATCH: Duration = Duration::from_secs(10);
+
 /// A stream's state can't be known.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {

@@ -24,8 +24,8 @@ pub(super) struct Args {
     /// it.
     #[arg(long, value_name = "REGION", value_parser = region)]
     region: Option<Region>,
-    /// Take this region out of the mesh: its mirrors in the others are deleted, its own streams are left alone. It need not
-    /// be reachable.
+    /// Take this region out of the mesh: its mirrors in the others are deleted when edges have followed, half a minute later;
+    /// its own streams are left alone. It need not be reachable.
     #[arg(
         long,
         value_name = "REGION",
@@ -65,6 +65,7 @@ async fn provision(args: &Args, config: &Config) -> anyhow::Result<Provisioned> 
     let options = Options {
         dry_run: args.dry_run,
         allow_destructive: args.allow_destructive,
+        ..Options::default()
     };
     if let Some(gone) = &args.remove_region {
         ensure!(
@@ -79,6 +80,12 @@ async fn provision(args: &Args, config: &Config) -> anyhow::Result<Provisioned> 
     let client = connect(&config.nats).await?;
     if let Some(gone) = &args.remove_region {
         let regions = known_regions(&client, config).await?;
+        if !args.dry_run {
+            eprintln!(
+                "natter: {gone} is taken out of the lists of the other regions; its mirrors there are deleted {} later, when edges have followed",
+                humantime::format_duration(options.edges_follow)
+            );
+        }
         return Ok(remove_region(&client, config, &regions, gone, options).await?);
     }
     let regions = match &args.region {

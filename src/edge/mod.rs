@@ -15,7 +15,7 @@ mod page;
 mod shard;
 mod upgrade;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc};
 
 use tokio::net::TcpListener;
 
@@ -23,7 +23,9 @@ pub use http::openapi_json;
 
 use crate::{
     auth::{AuthConfigError, Verifier},
-    bus::{Bucket, ConnectError, Connection, Line, Origins, Publisher, Reader, mirrors},
+    bus::{
+        Bucket, ConnectError, Connection, Line, Origins, Publisher, Reader, STREAMS_WATCH, mirrors,
+    },
     config::Config,
     history,
     presence::Presence,
@@ -34,9 +36,6 @@ use crate::{
 use admission::Admission;
 use control::Control;
 use shard::Shards;
-
-/// How often each stream's state is looked at when nothing else asks for it.
-const STREAMS_WATCH: Duration = Duration::from_secs(10);
 
 /// A running edge.
 #[derive(Debug)]

@@ -27,7 +27,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 
 use crate::{
-    bus::{ConnectError, Connection, Origins, Reader, Streams, mirrors},
+    bus::{ConnectError, Connection, Origins, Reader, STREAMS_WATCH, Streams, mirrors},
     config::Config,
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Store, StoreError},
@@ -41,9 +41,6 @@ pub use erase::{EraseAnswer, EraseRequest, EraseWhat};
 pub use question::{At, Lies, PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest};
 pub use read::Pages;
 pub use status::{InstanceStatus, PartStatus, Status, StatusError, instances, status};
-
-/// How often each stream's state is looked at when nothing else asks for it.
-const STREAMS_WATCH: Duration = Duration::from_secs(10);
 
 /// How long what is in hand may take to be written when the process is told to end.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);

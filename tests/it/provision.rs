@@ -16,14 +16,17 @@ use crate::support;
 const DRY: Options = Options {
     dry_run: true,
     allow_destructive: false,
+    edges_follow: Duration::ZERO,
 };
 const PLAIN: Options = Options {
     dry_run: false,
     allow_destructive: false,
+    edges_follow: Duration::ZERO,
 };
 const DESTRUCTIVE: Options = Options {
     dry_run: false,
     allow_destructive: true,
+    edges_follow: Duration::ZERO,
 };
 
 async fn run(config: &Config, options: Options) -> Vec<Outcome> {

@@ -1,6 +1,6 @@
 //! `natter provision` for several regions.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::StreamExt as _;
 use natter::{
@@ -26,10 +26,12 @@ const MIRRORED: usize = 5;
 const DRY: Options = Options {
     dry_run: true,
     allow_destructive: false,
+    edges_follow: Duration::ZERO,
 };
 const DESTRUCTIVE: Options = Options {
     dry_run: false,
     allow_destructive: true,
+    edges_follow: Duration::ZERO,
 };
 
 fn region(name: &str) -> Region {
@@ -211,7 +213,7 @@ async fn a_mirror_has_the_same_messages_and_tells_its_own_edges() {
     edges.delete("a").await.unwrap();
     let deleted = next(&mut keys).await;
     assert_eq!(header(&deleted, "KV-Operation").as_deref(), Some("DEL"));
-    let ttl = std::time::Duration::from_secs(1);
+    let ttl = Duration::from_secs(1);
     edges
         .create_with_ttl("b", "here".into(), ttl)
         .await
@@ -284,19 +286,22 @@ async fn a_region_joins_a_running_mesh_and_leaves_it() {
         (Some(0), 2 * MIRRORED),
         "{out}{err}"
     );
-    let (code, out, err) = output(&star, &remove).await;
-    assert_eq!(
-        (code, out.matches(" delete").count()),
-        (Some(0), 2 * MIRRORED),
-        "{out}{err}"
-    );
+    assert!(!err.contains("when edges have followed"), "{err}");
+    // Nobody has to follow here.
+    let all = set(&["seoul", "frankfurt", "virginia"]);
+    let client = connect(&seoul.nats).await.unwrap();
+    let removed = remove_region(&client, &seoul, &all, &region("virginia"), DESTRUCTIVE)
+        .await
+        .unwrap();
+    assert_eq!(count(&removed, Action::Delete), 2 * MIRRORED);
     for name in ["seoul", "frankfurt"] {
         assert_eq!(regions_in(&seoul, name).await, json!("frankfurt,seoul"));
         assert!(stream(&seoul, name, "ROOMS_virginia_0").await["config"].is_null());
         assert!(stream(&seoul, name, "KV_edges_virginia").await["config"].is_null());
     }
-    let (code, out, _) = output(&star, &remove).await;
+    let (code, out, err) = output(&star, &remove).await;
     assert_eq!((code, &*out), (Some(0), ""), "nothing is left to do");
+    assert!(err.contains("25s later, when edges have followed"), "{err}");
     // What it stored is still there.
     star.revive("virginia").await;
     assert!(stream(&seoul, "virginia", "ROOMS_virginia_0").await["config"].is_object());
@@ -421,4 +426,60 @@ async fn streams_of_a_removed_regions_name_that_are_no_mirrors_stay() {
     .unwrap();
     assert_eq!(provisioned.outcomes, []);
     assert!(stream(&seoul, "seoul", "ROOMS_virginia_0").await["config"].is_object());
+}
+
+/// Edges ask the mirrors of every region that is listed, and take a while to see that one is not any more.
+#[tokio::test]
+async fn mirrors_of_a_removed_region_stay_until_edges_have_followed() {
+    let star = Star::start(&["seoul", "frankfurt", "virginia"], ONE_PARTITION).await;
+    let seoul = star.config("seoul");
+    run(
+        &seoul,
+        &["frankfurt", "seoul", "virginia"],
+        Options::default(),
+    )
+    .await;
+    let all = set(&["frankfurt", "seoul", "virginia"]);
+    let virginia = region("virginia");
+    let never = Options {
+        edges_follow: Duration::MAX,
+        ..DESTRUCTIVE
+    };
+    let client = connect(&seoul.nats).await.unwrap();
+    let listed = async || {
+        let both = [
+            regions_in(&seoul, "seoul").await,
+            regions_in(&seoul, "frankfurt").await,
+        ];
+        both.map(|regions| regions == json!("frankfurt,seoul"))
+    };
+    // Broken off when both lists were changed; before that no mirror goes.
+    let others_follow = eventually("no list names it", LONG, async || {
+        let before = mirrors_of_virginia(&seoul).await;
+        assert_eq!(before, 2 * MIRRORED);
+        let listed = listed().await;
+        let all = listed == [true; 2];
+        all.then_some(()).ok_or_else(|| format!("{listed:?}"))
+    });
+    tokio::select! {
+        removed = remove_region(&client, &seoul, &all, &virginia, never) => panic!("{removed:?}"),
+        () = others_follow => {}
+    }
+    assert_eq!(mirrors_of_virginia(&seoul).await, 2 * MIRRORED);
+    let removed = remove_region(&client, &seoul, &all, &virginia, DESTRUCTIVE)
+        .await
+        .unwrap();
+    assert_eq!(count(&removed, Action::Delete), 2 * MIRRORED);
+    assert_eq!(mirrors_of_virginia(&seoul).await, 0);
+}
+
+async fn mirrors_of_virginia(config: &Config) -> usize {
+    let mut there = 0;
+    for at in ["seoul", "frankfurt"] {
+        let names = api(config, at, "STREAM.NAMES", json!({})).await.unwrap();
+        let names = names["streams"].as_array().unwrap();
+        let mirrors = names.iter().filter_map(Value::as_str);
+        there += mirrors.filter(|name| name.contains("virginia")).count();
+    }
+    there
 }

@@ -5,7 +5,7 @@
 //!
 //! # Invariants
 //! - A region stands in [`REGIONS_METADATA`] of another's streams only while its mirrors are there: it is written after
-//!   they were created, and taken out before they are deleted.
+//!   they were created, and taken out, in time for edges to follow, before they are deleted.
 //! - A mirror has the epoch of its origin, read there. What an origin's stream holds is never deleted.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use async_nats::Client;
 use futures_util::future::join_all;
 use serde_json::{Map, Value, json};
+use tokio::time::sleep;
 
 use super::{
     Options, ProvisionError, check_partitions,
@@ -29,7 +30,7 @@ use crate::{
 /// What was done in a mesh.
 #[derive(Debug, Default)]
 pub struct Provisioned {
-    /// One a stream and domain, in the order of the domains.
+    /// One a stream and domain, in the order in which they were dealt with.
     pub outcomes: Vec<Outcome>,
     /// The regions that did not answer, and why: what concerns them is still to be done.
     pub unreachable: BTreeMap<Region, ProvisionError>,
@@ -72,8 +73,8 @@ pub async fn provision_mesh(
     Ok(run.report)
 }
 
-/// Takes `gone` out of a mesh: its mirrors in the other regions are deleted. Its own streams are left alone, and it need
-/// not be reachable.
+/// Takes `gone` out of a mesh: first out of the lists of all other regions, then, when edges have followed
+/// ([`Options::edges_follow`]), its mirrors there are deleted. Its own streams are left alone, and it need not be reachable.
 ///
 /// # Errors
 /// As [`provision_mesh`].
@@ -88,7 +89,18 @@ pub async fn remove_region(
     let others: BTreeSet<_> = regions.iter().filter(|r| *r != gone).cloned().collect();
     run.ping(&others).await;
     for region in &others {
-        run.forget(region, gone).await?;
+        run.unlist(region, gone).await?;
+    }
+    let mut left = false;
+    for region in &others {
+        left |= !run.mirrors_of(region, gone).await?.is_empty();
+    }
+    // Also where the lists were changed by a run that broke off: nobody knows when.
+    if left && !options.dry_run {
+        sleep(options.edges_follow).await;
+    }
+    for region in &others {
+        run.delete_mirrors(region, gone).await?;
     }
     Ok(run.report)
 }
@@ -428,31 +440,58 @@ impl<'a> Run<'a> {
         }
     }
 
-    async fn forget(&mut self, region: &Region, gone: &Region) -> Result<(), ProvisionError> {
+    /// Takes a region out of the list of another.
+    async fn unlist(&mut self, region: &Region, gone: &Region) -> Result<(), ProvisionError> {
         if self.is_away(region) {
             return Ok(());
         }
-        let result = self.try_forget(region, gone).await;
+        let jetstream = self.jetstream(region);
+        let remove = |regions: &mut BTreeSet<Region>| {
+            regions.remove(gone);
+        };
+        let result = self.change_regions(&jetstream, region, remove).await;
         self.unless_away(region, result)
     }
 
-    async fn try_forget(&mut self, region: &Region, gone: &Region) -> Result<(), ProvisionError> {
+    /// The mirrors of `gone` that a region has.
+    async fn mirrors_of(
+        &mut self,
+        region: &Region,
+        gone: &Region,
+    ) -> Result<Vec<String>, ProvisionError> {
+        let mut mirrors = Vec::new();
+        if self.is_away(region) {
+            return Ok(mirrors);
+        }
         let jetstream = self.jetstream(region);
-        self.change_regions(&jetstream, region, |regions| {
-            regions.remove(gone);
-        })
-        .await?;
-        for definition in definitions(self.config, gone) {
-            let name = &definition.stream;
-            let stream = jetstream.stream_config(name).await?;
-            // Whatever has its name and is no mirror is somebody's own.
-            if !stream.is_some_and(|stream| is_mirror(&stream)) {
-                continue;
+        let look = async {
+            for definition in definitions(self.config, gone) {
+                let stream = jetstream.stream_config(&definition.stream).await?;
+                // Whatever has its name and is no mirror is somebody's own.
+                if stream.is_some_and(|stream| is_mirror(&stream)) {
+                    mirrors.push(definition.stream);
+                }
             }
-            if !self.options.dry_run {
-                jetstream.delete(name).await?;
+            Ok::<_, ProvisionError>(())
+        };
+        let result = look.await;
+        self.unless_away(region, result)?;
+        Ok(mirrors)
+    }
+
+    async fn delete_mirrors(
+        &mut self,
+        region: &Region,
+        gone: &Region,
+    ) -> Result<(), ProvisionError> {
+        let jetstream = self.jetstream(region);
+        for name in self.mirrors_of(region, gone).await? {
+            if !self.options.dry_run
+                && let Err(error) = jetstream.delete(&name).await
+            {
+                return self.unless_away(region, Err(error));
             }
-            self.push(Outcome::new(name, Action::Delete), region);
+            self.push(Outcome::new(&name, Action::Delete), region);
         }
         Ok(())
     }
