@@ -172,7 +172,7 @@ pub async fn examine(config: &Config) -> Result<Examination, ProvisionError> {
     here.extend(helped::examine(config, &regions).await);
     let region = config.region();
     run.findings.extend(here.into_iter().map(|f| f.at(&region)));
-    let (servers, of_servers) = servers::examine(config).await;
+    let (servers, of_servers) = servers::examine(config, &regions).await;
     run.findings.extend(of_servers);
     let mut examination = Examination {
         regions: regions.len(),

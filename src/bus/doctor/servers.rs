@@ -1,26 +1,29 @@
 //! What only the system account is told: whether writes are synced, gateways, the clock of each server.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, SystemTime},
 };
 
-use async_nats::Client;
-use futures_util::StreamExt as _;
+use async_nats::{Client, Message};
+use futures_util::{Stream, StreamExt as _};
 use serde_json::Value;
 use tokio::time::timeout;
 
 use super::{Check, Finding, Level, ahead, clock};
-use crate::{bus::provision::connect, config::Config, subject::api};
+use crate::{bus::provision::connect, config::Config, model::Region, subject::api};
 
 /// How long the first server may take to answer, over gateways too.
 const FIRST: Duration = Duration::from_secs(3);
 
-/// Nobody says how many servers there are: they have all answered when none did for this long.
+/// Nobody says how many servers there are: those of one region have all answered when none did for this long.
 const QUIET: Duration = Duration::from_millis(500);
 
+/// The answers of servers by their ids, each with the time it took.
+type Answers = BTreeMap<String, (Duration, Value)>;
+
 /// All servers that the system account reaches: how many, and what is wrong.
-pub(super) async fn examine(config: &Config) -> (usize, Vec<Finding>) {
+pub(super) async fn examine(config: &Config, regions: &BTreeSet<Region>) -> (usize, Vec<Finding>) {
     let doctor = &config.doctor;
     if doctor.sys_user.is_empty() {
         let unchecked = Finding::new(
@@ -53,8 +56,10 @@ pub(super) async fn examine(config: &Config) -> (usize, Vec<Finding>) {
             return (0, vec![refused(what)]);
         }
     };
+    // Servers of other regions may be as late as the first.
+    let quiet = if regions.len() > 1 { FIRST } else { QUIET };
     let asked = SystemTime::now();
-    let servers = match ask(&client, "VARZ").await {
+    let servers = match ask(&client, "VARZ", quiet).await {
         Ok(servers) if servers.is_empty() => {
             let what = format!(
                 "no server answers {} as it answers the system account",
@@ -65,12 +70,12 @@ pub(super) async fn examine(config: &Config) -> (usize, Vec<Finding>) {
         Ok(servers) => servers,
         Err(error) => return (0, vec![refused(error)]),
     };
-    let gateways = ask(&client, "GATEWAYZ").await.unwrap_or_default();
+    let gateways = ask(&client, "GATEWAYZ", quiet).await.unwrap_or_default();
     let durable = config
         .namespaces
         .values()
         .any(|namespace| namespace.durable);
-    let mut findings = Vec::new();
+    let mut findings = unheard(&servers, regions);
     for (id, (took, varz)) in &servers {
         let found = [
             durable
@@ -97,24 +102,49 @@ fn name(varz: &Value) -> &str {
     name.unwrap_or("a server")
 }
 
-/// The answers of all servers by their ids, each with the time it took.
-async fn ask(client: &Client, what: &str) -> Result<BTreeMap<String, (Duration, Value)>, String> {
+/// The regions of a mesh of which no server with JetStream has answered.
+fn unheard(servers: &Answers, regions: &BTreeSet<Region>) -> Vec<Finding> {
+    let heard: BTreeSet<&str> = servers
+        .values()
+        .filter_map(|(_, varz)| varz.pointer("/server/domain")?.as_str())
+        .collect();
+    // The servers of a region alone need no domain.
+    let regions = regions.iter().filter(|_| regions.len() > 1);
+    let unheard = regions.filter(|region| !heard.contains(region.as_str()));
+    let note = |region| {
+        Finding::new(
+            Level::Note,
+            Check::Durability,
+            "not looked at: sync_interval and the clocks of its servers, of which none answers the system account that was asked".to_owned(),
+            "run natter doctor with that region as region too",
+        )
+        .at(region)
+    };
+    unheard.map(note).collect()
+}
+
+/// The answers of all servers, until none has come for `quiet`.
+async fn ask(client: &Client, what: &str, quiet: Duration) -> Result<Answers, String> {
     let failed = |error: &dyn std::error::Error| format!("{}{what}: {error}", api::PING_SERVERS);
     let inbox = client.new_inbox();
-    let mut answers = client
+    let answers = client
         .subscribe(inbox.clone())
         .await
         .map_err(|e| failed(&e))?;
-    let started = tokio::time::Instant::now();
     let subject = format!("{}{what}", api::PING_SERVERS);
     client
         .publish_with_reply(subject, inbox, "".into())
         .await
         .map_err(|e| failed(&e))?;
-    let mut servers = BTreeMap::new();
+    Ok(gather(answers, quiet).await)
+}
+
+async fn gather(mut answers: impl Stream<Item = Message> + Unpin, quiet: Duration) -> Answers {
+    let started = tokio::time::Instant::now();
+    let mut servers = Answers::new();
     let mut patience = FIRST;
     while let Ok(Some(answer)) = timeout(patience, answers.next()).await {
-        patience = QUIET;
+        patience = quiet;
         // "No responders" is empty.
         let Ok(answer) = serde_json::from_slice::<Value>(&answer.payload) else {
             continue;
@@ -123,7 +153,7 @@ async fn ask(client: &Client, what: &str) -> Result<BTreeMap<String, (Duration, 
             servers.insert(id.to_owned(), (started.elapsed(), answer));
         }
     }
-    Ok(servers)
+    servers
 }
 
 /// Whether an acknowledged message is on the disk.
@@ -175,13 +205,31 @@ fn links(varz: &Value, gatewayz: Option<&Value>) -> Vec<Finding> {
     let told = varz
         .pointer("/data/gateway/gateways")
         .and_then(Value::as_array);
-    let connected = gatewayz.and_then(|z| z.pointer("/data/outbound_gateways")?.as_object());
-    let names = told
+    let names: Vec<&str> = told
         .into_iter()
         .flatten()
-        .filter_map(|gateway| gateway.get("name").and_then(Value::as_str));
-    names
+        .filter_map(|gateway| gateway.get("name").and_then(Value::as_str))
         .filter(|name| Some(*name) != own)
+        .collect();
+    let Some(gatewayz) = gatewayz else {
+        let unchecked = Finding::new(
+            Level::Note,
+            Check::Gateway,
+            format!(
+                "{}: not looked at: it did not say which gateways it is connected to",
+                name(varz)
+            ),
+            "run natter doctor again, or with --sys-url of a server that is nearer",
+        );
+        return (!names.is_empty())
+            .then_some(unchecked)
+            .into_iter()
+            .collect();
+    };
+    let connected = gatewayz.pointer("/data/outbound_gateways");
+    let connected = connected.and_then(Value::as_object);
+    names
+        .into_iter()
         .filter(|name| !connected.is_some_and(|connected| connected.contains_key(*name)))
         .map(|gateway| {
             Finding::new(
@@ -199,6 +247,7 @@ fn links(varz: &Value, gatewayz: Option<&Value>) -> Vec<Finding> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::stream;
     use serde_json::json;
 
     use super::*;
@@ -216,6 +265,55 @@ mod tests {
         assert_eq!(down.len(), 1);
         assert!(down[0].what.contains("gateway g2"), "{down:?}");
         assert_eq!(links(&json!({ "data": { "gateway": {} } }), None), []);
+        // Nobody knows what a server has that did not say it.
+        let unknown = links(&varz, None);
+        assert_eq!(unknown.len(), 1);
+        assert_eq!(unknown[0].level, Level::Note, "{unknown:?}");
+    }
+
+    fn answer(varz: &Value) -> Message {
+        Message {
+            subject: "_INBOX.x".into(),
+            reply: None,
+            payload: varz.to_string().into(),
+            headers: None,
+            status: None,
+            description: None,
+            length: 0,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_far_away_is_waited_for() {
+        let far = async |quiet| {
+            let late = [(10, "near"), (1500, "far"), (9000, "never")];
+            let answers = stream::unfold(late.into_iter(), |mut late| async {
+                let (ms, id) = late.next()?;
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+                Some((answer(&json!({ "server": { "id": id } })), late))
+            });
+            let servers = gather(Box::pin(answers), quiet).await;
+            servers.into_keys().collect::<Vec<_>>()
+        };
+        assert_eq!(far(FIRST).await, ["far", "near"]);
+        assert_eq!(far(QUIET).await, ["near"]);
+    }
+
+    #[test]
+    fn a_region_of_which_no_server_answers_is_named() {
+        let varz = json!({ "server": { "name": "seoul-1", "domain": "seoul" } });
+        let spine = json!({ "server": { "name": "virginia-spine" } });
+        let answers = [("a", varz), ("b", spine)];
+        let answers = answers.map(|(id, varz)| (id.to_owned(), (Duration::ZERO, varz)));
+        let regions = |names: &[&str]| names.iter().flat_map(|name| Region::parse(name)).collect();
+        let named = |answers: &Answers, names: &[&str]| {
+            let found = unheard(answers, &regions(names)).into_iter();
+            found.map(|f| (f.level, f.region)).collect::<Vec<_>>()
+        };
+        let note = |region: &str| (Level::Note, Some(region.to_owned()));
+        let both = ["seoul", "virginia"];
+        assert_eq!(named(&answers.into(), &both), [note("virginia")]);
+        assert_eq!(named(&Answers::new(), &["seoul"]), []);
     }
 
     #[test]
