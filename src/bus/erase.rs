@@ -282,11 +282,12 @@ impl Eraser {
         }
     }
 
-    /// Says in a room that messages were erased: `body` says which. Repeated with the same `id` it is said once.
+    /// Says in a room that messages were erased: `body` says which. Repeated with the same `id` it is said once. The sequence
+    /// of what was said.
     ///
     /// # Errors
     /// [`EraseError`]; it may have been said all the same.
-    pub async fn announce(&self, room: &RoomId, id: &str, body: String) -> Result<(), EraseError> {
+    pub async fn announce(&self, room: &RoomId, id: &str, body: String) -> Result<u64, EraseError> {
         let origin = self.streams.origin();
         let part = partition_of(room, self.streams.partitions());
         let stream = rooms_stream(origin, part);
@@ -302,9 +303,10 @@ impl Eraser {
         let answer: PubAck = self
             .exchange(&stream, subject, request, self.timeout)
             .await?;
-        match answer.error {
-            Some(error) => Err(refused(&stream, error.description)),
-            None => Ok(()),
+        match (answer.error, answer.seq) {
+            (Some(error), _) => Err(refused(&stream, error.description)),
+            (None, Some(seq)) => Ok(seq),
+            (None, None) => Err(refused(&stream, "an empty answer".to_owned())),
         }
     }
 

@@ -224,6 +224,12 @@ impl Streams {
         &self.parts[usize::from(part)].stream
     }
 
+    /// The regions of the mesh, as the first stream said when it was looked at last.
+    #[must_use]
+    pub fn regions(&self) -> Vec<Region> {
+        self.regions.read().clone()
+    }
+
     /// How many there are.
     #[must_use]
     pub fn partitions(&self) -> u16 {

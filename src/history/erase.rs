@@ -7,10 +7,13 @@
 //! second look some time later if it died first.
 //!
 //! A mirror does not repeat what its origin removes. So there is a record for each region, and each region's service erases
-//! from the streams and the mirrors that it has: at once, or when it is back.
+//! from the streams and the mirrors that it has: at once, or when it is back. A mirror that was cut off from its origin may bring
+//! what is erased there later. So when a region has carried an erasure out, each other one is told to erase from its mirror of that
+//! region once more, when that has come to what was said there afterwards: the announcement of the erasure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,11 +25,11 @@ use tokio::{
 
 use super::{Parts, question::Refusal};
 use crate::{
-    bus::{Candidate, EraseError, Eraser},
-    model::{Kind, Reference, Region, RoomId, RoomScope},
+    bus::{Candidate, EraseError, Eraser, Streams},
+    model::{Kind, Reference, Region, RoomId, RoomScope, partition_of},
     protocol::ErrorCode,
     runtime::Phase,
-    store::{Claimed, Erased, Erasure, StoreError},
+    store::{Again, Claimed, Erased, Erasure, StoreError},
     telemetry::metrics::{Counter, count},
 };
 
@@ -35,6 +38,9 @@ const LEASE: Duration = Duration::from_secs(15);
 
 /// Pause between two looks for erasures whose holder died.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// After how long a mirror is looked at again that may bring what its origin has erased.
+const AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 /// How long who asks for an erasure waits for its end.
 pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(3);
@@ -133,6 +139,8 @@ impl Erasing {
             before.push(self.eraser.clock(part).await?);
         }
         let own = self.parts.streams.origin();
+        // Also those whose mirrors are not there yet.
+        let others = self.others().await?;
         let erasure = Erasure {
             id: ulid::Ulid::new().to_string(),
             what: match request.what {
@@ -148,11 +156,7 @@ impl Erasing {
         store.record_erasure(&erasure, &self.holder, LEASE).await?;
         // What is recorded for one region is enforced on what all write; the others' records are what they have to do.
         let mut elsewhere = BTreeMap::new();
-        for streams in self.parts.origins.all() {
-            let region = streams.origin().clone();
-            if region == *own {
-                continue;
-            }
+        for region in others {
             let erasure = Erasure {
                 id: format!("{id}.{region}"),
                 region: Some(region.clone()),
@@ -166,6 +170,7 @@ impl Erasing {
         let claimed = Claimed {
             erasure,
             settling: false,
+            again: None,
         };
         self.parts.tasks.spawn("erase", async move {
             if let Some(erased) = erasing.carry_out(&claimed).await {
@@ -186,6 +191,15 @@ impl Erasing {
             erased: erased.unwrap_or_default(),
             waiting,
         })
+    }
+
+    /// The other regions of the mesh, as the streams name them now.
+    async fn others(&self) -> Result<Vec<Region>, EraseError> {
+        let streams = &self.parts.streams;
+        streams.fetch(0).await?;
+        let mut regions = streams.regions();
+        regions.retain(|region| region != streams.origin());
+        Ok(regions)
     }
 
     /// Waits until other regions have carried out what was recorded for them; which have not by the deadline.
@@ -216,6 +230,9 @@ impl Erasing {
         }
         loop {
             match self.claim().await {
+                Ok(Some(claimed)) if claimed.again.is_some() => {
+                    self.carry_out(&claimed).await;
+                }
                 Ok(Some(claimed)) => {
                     tracing::info!(
                         erasure = claimed.erasure.id,
@@ -249,6 +266,8 @@ impl Erasing {
             () = self.parts.tasks.stopping() => return None,
         };
         match result {
+            // Said when the mirror has come that far.
+            Ok(erased) if claimed.again.is_some() => Some(erased),
             Ok(erased) => {
                 count(Counter::HistoryErased, erased);
                 tracing::info!(
@@ -286,13 +305,20 @@ impl Erasing {
     async fn erase(&self, claimed: &Claimed) -> Result<u64, ErasureError> {
         let erasure = &claimed.erasure;
         let store = &self.parts.store;
+        if let Some(again) = &claimed.again {
+            self.erase_again(erasure, again).await?;
+            return Ok(0);
+        }
         // What is said in the same millisecond as `before` is stored by now.
         sleep(Duration::from_millis(2)).await;
         let in_streams = self.erase_from_streams(erasure).await?;
         let in_store = store.erase_documents(erasure).await?;
         let erased = in_streams.max(in_store);
         if !claimed.settling || erased > 0 {
-            self.announce(erasure).await?;
+            let upto = self.announce(erasure).await?;
+            if !claimed.settling && !upto.is_empty() {
+                self.have_erased_again(erasure, upto).await?;
+            }
         }
         // A worker that has taken messages before confirms or repeats them within that time.
         let config = &self.parts.config;
@@ -304,7 +330,69 @@ impl Erasing {
         Ok(erased)
     }
 
+    /// Has the other regions erase from their mirrors of this one, when these are complete up to there.
+    async fn have_erased_again(
+        &self,
+        erasure: &Erasure,
+        upto: BTreeMap<u16, u64>,
+    ) -> Result<(), ErasureError> {
+        let origin = self.parts.streams.origin();
+        let again = Again {
+            origin: origin.clone(),
+            upto,
+        };
+        let id = erasure.id.split('.').next().unwrap_or_default();
+        for region in self.others().await? {
+            let erasure = Erasure {
+                id: format!("{id}.{region}.{origin}"),
+                region: Some(region),
+                ..erasure.clone()
+            };
+            let store = &self.parts.store;
+            store.record_again(&erasure, &again, AGAIN_AFTER).await?;
+        }
+        Ok(())
+    }
+
+    /// Erases once more from a mirror; later, if it is not there, or has not come that far.
+    async fn erase_again(&self, erasure: &Erasure, again: &Again) -> Result<(), ErasureError> {
+        let origin = &again.origin;
+        let later = match self.parts.origins.get(origin) {
+            Some(mirror) => {
+                let mut behind = false;
+                for (part, seq) in &again.upto {
+                    let state = mirror.fetch(*part).await.map_err(EraseError::from)?;
+                    behind |= state.last_seq < *seq;
+                }
+                if !behind {
+                    self.erase_from(erasure, mirror).await?;
+                    tracing::info!(erasure = erasure.id, %origin, "erased once more from a mirror");
+                }
+                behind
+            }
+            // Or it has left the mesh, and its mirror with it.
+            None => self.others().await?.contains(origin),
+        };
+        let later = later.then_some(AGAIN_AFTER);
+        let store = &self.parts.store;
+        store.finish_erasure(&erasure.id, 0, later).await?;
+        Ok(())
+    }
+
     async fn erase_from_streams(&self, erasure: &Erasure) -> Result<u64, ErasureError> {
+        let mut erased = 0;
+        for streams in self.parts.origins.all() {
+            erased += self.erase_from(erasure, streams).await?;
+        }
+        Ok(erased)
+    }
+
+    /// Erases from the streams of an origin; how many messages, none from a mirror: they are counted where they come from.
+    async fn erase_from(
+        &self,
+        erasure: &Erasure,
+        streams: Arc<Streams>,
+    ) -> Result<u64, ErasureError> {
         let store = &self.parts.store;
         let doomed = |candidate: &Candidate| {
             let author = candidate.target.as_deref().and_then(|target| {
@@ -316,46 +404,41 @@ impl Erasing {
             let announced = candidate.kind == Kind::Erase;
             !announced && erasure.dooms(room, *ts, from, author.as_deref())
         };
+        let is_own = streams.origin() == self.parts.streams.origin();
+        let eraser = self.eraser.of(streams);
         let mut erased = 0;
-        for streams in self.parts.origins.all() {
-            let is_own = streams.origin() == self.parts.streams.origin();
-            let eraser = self.eraser.of(streams);
-            let mut scans = Vec::new();
-            if is_own {
-                scans.push(eraser.scan_dead());
+        let mut scans = Vec::new();
+        if is_own {
+            scans.push(eraser.scan_dead());
+        }
+        match &erasure.what {
+            Erased::Room(room) => {
+                let before = erasure.before(room).unwrap_or_default();
+                erased += eraser.purge_room(room, before).await?;
             }
-            match &erasure.what {
-                Erased::Room(room) => {
-                    let before = erasure.before(room).unwrap_or_default();
-                    let purged = eraser.purge_room(room, before).await?;
-                    // What a mirror has is counted where it comes from.
-                    erased += if is_own { purged } else { 0 };
-                }
-                Erased::User { .. } => {
-                    for part in 0..eraser.partitions() {
-                        scans.push(eraser.scan(part).await?);
-                    }
-                }
-            }
-            for mut scan in scans {
-                while let Some(mut found) = eraser.candidates(&mut scan).await? {
-                    found.retain(doomed);
-                    let rooms: BTreeSet<RoomId> =
-                        found.iter().map(|one| one.room.clone()).collect();
-                    if !rooms.is_empty() {
-                        store.note_erased_rooms(&erasure.id, rooms).await?;
-                    }
-                    eraser.remove(&scan, &found).await?;
-                    let messages = found.iter().filter(|one| one.kind == Kind::Message);
-                    erased += if is_own { messages.count() as u64 } else { 0 };
+            Erased::User { .. } => {
+                for part in 0..eraser.partitions() {
+                    scans.push(eraser.scan(part).await?);
                 }
             }
         }
-        Ok(erased)
+        for mut scan in scans {
+            while let Some(mut found) = eraser.candidates(&mut scan).await? {
+                found.retain(doomed);
+                let rooms: BTreeSet<RoomId> = found.iter().map(|one| one.room.clone()).collect();
+                if !rooms.is_empty() {
+                    store.note_erased_rooms(&erasure.id, rooms).await?;
+                }
+                eraser.remove(&scan, &found).await?;
+                let messages = found.iter().filter(|one| one.kind == Kind::Message);
+                erased += messages.count() as u64;
+            }
+        }
+        Ok(if is_own { erased } else { 0 })
     }
 
-    /// Tells the members of the rooms concerned.
-    async fn announce(&self, erasure: &Erasure) -> Result<(), ErasureError> {
+    /// Tells the members of the rooms concerned; up to where the streams of these have gone with that.
+    async fn announce(&self, erasure: &Erasure) -> Result<BTreeMap<u16, u64>, ErasureError> {
         let mut rooms: BTreeSet<RoomId> = BTreeSet::new();
         match &erasure.what {
             Erased::Room(room) => {
@@ -365,16 +448,21 @@ impl Erasing {
                 rooms.extend(self.parts.store.erased_rooms(&erasure.id).await?);
             }
         }
+        let mut upto = BTreeMap::new();
         for room in rooms {
             let before = erasure.before(&room);
             let body = match &erasure.what {
                 Erased::Room(_) => serde_json::json!({ "before": before }),
                 Erased::User { user, .. } => serde_json::json!({ "user": user, "before": before }),
             };
-            self.eraser
+            let said = self
+                .eraser
                 .announce(&room, &erasure.id, body.to_string())
                 .await?;
+            let part = partition_of(&room, self.eraser.partitions());
+            let last = upto.entry(part).or_default();
+            *last = said.max(*last);
         }
-        Ok(())
+        Ok(upto)
     }
 }

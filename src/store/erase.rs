@@ -5,11 +5,12 @@
 //!
 //! ```text
 //! {_id, room? | user, scope, before: [<ms per partition>], by, at, state: "running" | "settling" | "done", due, holder, erased,
-//!  rooms: []}
+//!  rooms: [], again?: {region, upto: {<partition>: <sequence>}}}
 //! ```
 //! - `before`: what was said later than this stays, by the clock of the streams; one for each partition.
 //! - `due`: when another may take it over: the holder's lease while it is running, the time of the second look when settling.
 //! - `rooms`: where it has to be announced.
+//! - `again`: a record beside the region's own, settling from the beginning ([`Again`]).
 //!
 //! # Invariants
 //! - An erasure is confirmed by the majority before anything is deleted, and a writer looks for erasures after what it wrote is
@@ -78,6 +79,36 @@ pub enum Erased {
     },
 }
 
+/// A mirror from which a region erases once more: its origin has carried the erasure out, and what the mirror brought from
+/// there before is not taken back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Again {
+    /// The region whose mirror it is.
+    pub origin: Region,
+    /// When the mirror is complete up to there: for each partition concerned, a sequence of after the erasure.
+    pub upto: BTreeMap<u16, u64>,
+}
+
+impl Again {
+    fn fields(&self) -> Fields {
+        let upto = self.upto.iter();
+        let upto = upto.map(|(part, seq)| (part.to_string(), number(*seq).into()));
+        doc! { "region": self.origin.as_str(), "upto": upto.collect::<Fields>() }
+    }
+
+    fn read(fields: &Fields) -> Option<Self> {
+        let upto = fields.get_document("upto").ok()?.iter();
+        let upto = upto.map(|(part, seq)| {
+            let seq = u64::try_from(seq.as_i64()?).ok()?;
+            Some((part.parse().ok()?, seq))
+        });
+        Some(Self {
+            origin: Region::parse(fields.get_str("region").ok()?)?,
+            upto: upto.collect::<Option<_>>()?,
+        })
+    }
+}
+
 /// An erasure that somebody holds.
 #[derive(Debug, Clone)]
 pub struct Claimed {
@@ -85,6 +116,8 @@ pub struct Claimed {
     pub erasure: Erasure,
     /// It was carried out before; this is the second look.
     pub settling: bool,
+    /// Only this is to be done.
+    pub again: Option<Again>,
 }
 
 impl Erasure {
@@ -256,6 +289,33 @@ impl Store {
             .map(|_inserted| ())
     }
 
+    /// Writes down what the region of `erasure` has to do once more, due after `wait`. Repeating it changes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError`]; it may be written down all the same.
+    pub async fn record_again(
+        &self,
+        erasure: &Erasure,
+        again: &Again,
+        wait: Duration,
+    ) -> Result<(), StoreError> {
+        let mut fields = erasure.fields();
+        fields.remove("_id");
+        let now = DateTime::now();
+        fields.extend(doc! {
+            "at": now, "state": "settling", "holder": "", "erased": 0_i64, "rooms": [],
+            "due": DateTime::from_millis(now.timestamp_millis() + millis(wait)),
+            "again": again.fields(),
+        });
+        let erasures = self.erasures();
+        let record = erasures
+            .update_one(doc! { "_id": &erasure.id }, doc! { "$setOnInsert": fields })
+            .upsert(true);
+        within(self.write_timeout, record.into_future())
+            .await
+            .map(|_recorded| ())
+    }
+
     /// Takes over an erasure of `region` that is due, if there is one.
     ///
     /// # Errors
@@ -284,6 +344,7 @@ impl Store {
                 settling: fields
                     .get_str("state")
                     .is_ok_and(|state| state == "settling"),
+                again: fields.get_document("again").ok().and_then(Again::read),
             })
         });
         claimed.transpose()
@@ -545,7 +606,7 @@ impl Store {
             return Ok(0);
         }
         let since = DateTime::now().timestamp_millis() - millis(ENFORCED);
-        let concerned = doc! { "at": { "$gte": DateTime::from_millis(since) }, "$or": [
+        let concerned = doc! { "at": { "$gte": DateTime::from_millis(since) }, "again": Bson::Null, "$or": [
             { "room": { "$in": rooms.into_iter().collect::<Vec<_>>() } },
             { "user": { "$in": users.into_iter().collect::<Vec<_>>() } },
         ] };

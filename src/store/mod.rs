@@ -28,7 +28,7 @@ use crate::{
     model::{Place, Position, RoomId, RoomScope},
 };
 
-pub use erase::{Claimed, Erased, Erasure};
+pub use erase::{Again, Claimed, Erased, Erasure};
 pub use fold::{
     Base, Change, Edit, Entry, Folded, MAX_ANNOTATION_NAME, MAX_ANNOTATIONS, MAX_REACTION, Said,
     What, annotations, reaction,

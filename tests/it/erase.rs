@@ -6,12 +6,12 @@ use futures_util::TryStreamExt as _;
 use mongodb::bson::{Document as Fields, doc};
 use natter::{
     auth::{Grant, Right},
-    bus::{Connection, Reader, Stored, StreamState, Streams},
+    bus::{Connection, Reader, Stored, StreamState, Streams, provision::connect},
     client::{Connection as Client, Frame},
     history::{entry, status},
     model::{RoomId, RoomScope},
     store::{Erased, Erasure, Store, What},
-    subject::{Subjects, rooms_stream},
+    subject::{REGIONS_METADATA, Subjects, rooms_stream},
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -388,6 +388,39 @@ async fn an_erased_user_is_gone_from_the_rooms_of_the_token_and_others_stay() {
         assert_ne!(next(&mut member).await["kind"], "erase");
     }
     assert_is_erasure(&next(&mut member).await, Some(user));
+}
+
+/// The streams name a region whose mirrors this service does not have, or not yet.
+#[tokio::test]
+async fn a_region_that_is_only_named_has_to_erase_too() {
+    let mesh = Mesh::with_history(nats_url(), mongodb_url(), (1, 1), ONE_PARTITION).await;
+    let room = "chat:secret";
+    say(&mesh, room, "kim", json!({"id": "s1", "body": "secret"})).await;
+    let client = connect(&mesh.config.nats).await.unwrap();
+    let stream = rooms_stream(&mesh.config.region(), 0);
+    let change = async |what: &str, payload: String| {
+        let subject = format!("$JS.API.STREAM.{what}.{stream}");
+        let answer = client.request(subject, payload.into()).await.unwrap();
+        let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+        assert!(answer["error"].is_null(), "{answer}");
+        answer
+    };
+    let mut config = change("INFO", String::new()).await["config"].clone();
+    let regions = &mut config["metadata"][REGIONS_METADATA];
+    *regions = json!(format!("{},mars", mesh.config.region()));
+    change("UPDATE", config.to_string()).await;
+
+    let address = mesh.edges[0].address;
+    let path = format!("/v1/rooms/{room}");
+    let (status, answer) = ask(address, "DELETE", &path, &token("mod"), &Value::Null).await;
+    assert_eq!(
+        (status, &answer["waiting"]),
+        (202, &json!(["mars"])),
+        "{answer}"
+    );
+    let waits = doc! { "region": "mars", "state": "running" };
+    let found = erasures(&mesh).await.find_one(waits).await.unwrap();
+    assert!(found.is_some());
 }
 
 #[tokio::test]

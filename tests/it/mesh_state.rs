@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use futures_util::StreamExt as _;
+use mongodb::bson::{DateTime, Document, doc};
 use natter::{
     auth::{Claims, Grant, Right, issue},
     bus::provision::connect,
@@ -576,4 +577,56 @@ async fn what_is_erased_is_gone_in_all_regions() {
     until_unread(&mut lee, 0).await;
     regions.mesh(VIRGINIA).add_worker("/readyz").await;
     until_unread(&mut lee_there, 0).await;
+}
+
+/// What the other region said behind a cut comes when that is over, and may come before it is erased there: it does not stay
+/// in the mirror, which does not repeat what its origin removes.
+#[tokio::test]
+async fn what_comes_after_a_cut_and_is_erased_there_is_gone_here_too() {
+    let toml = format!("[mongodb]\nurl = \"{}\"\n", mongodb_url());
+    let mut regions = two(&toml).await;
+    for region in BOTH {
+        regions.mesh(region).add_worker("/readyz").await;
+    }
+    let mut there = regions.mesh(VIRGINIA).connect(0, "kim").await;
+    let mut lee = regions.mesh(SEOUL).connect(0, "lee").await;
+    say(&mut there, "v1").await;
+    until_unread(&mut lee, 1).await;
+
+    regions.cut(VIRGINIA);
+    // Nothing of the other region's is carried out before the cut is over.
+    regions.mesh(VIRGINIA).workers[0].process.kill().await;
+    say(&mut there, "v2").await;
+    let address = regions.mesh(SEOUL).edges[0].address;
+    let bearer = format!("Authorization: Bearer {}\r\n", token("kim"));
+    let (status, body) = http(address, "DELETE", "/v1/rooms/chat:a", &bearer, "")
+        .await
+        .unwrap();
+    assert_eq!(status, 202, "{body}");
+    until_unread(&mut lee, 0).await;
+    // A long cut: the second look at what was erased here is over too.
+    let config = &regions.mesh(SEOUL).config.mongodb;
+    let client = mongodb::Client::with_uri_str(config.url.expose()).await;
+    let erasures = client.unwrap().database(&config.database);
+    let erasures = erasures.collection::<Document>("erasures");
+    let of_seoul = doc! { "region": SEOUL };
+    eventually("it was looked at again", LONG, async || {
+        let due = doc! { "region": SEOUL, "state": "settling" };
+        let now = doc! { "$set": { "due": DateTime::now() } };
+        erasures.update_one(due, now).await.unwrap();
+        let record = erasures.find_one(of_seoul.clone()).await.unwrap();
+        match record
+            .as_ref()
+            .and_then(|record| record.get_str("state").ok())
+        {
+            Some("done") => Ok(()),
+            _ => Err(format!("{record:?}")),
+        }
+    })
+    .await;
+
+    regions.heal(VIRGINIA);
+    until_unread(&mut lee, 1).await;
+    regions.mesh(VIRGINIA).add_worker("/readyz").await;
+    until_unread(&mut lee, 0).await;
 }
