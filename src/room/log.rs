@@ -49,8 +49,8 @@ pub(super) struct RoomLog {
     /// Index of the first entry in memory.
     base: u64,
     references: References,
-    /// Whose messages have waited in vain, and until when no other of theirs waits.
-    in_vain: HashMap<String, Instant>,
+    /// Whose messages have waited in vain: for what, and until when no other of theirs waits unless that has come.
+    in_vain: HashMap<String, (Cursor, Instant)>,
 }
 
 /// A place in a room: sequence and fingerprint, a track each.
@@ -345,8 +345,12 @@ impl RoomLog {
     /// Whether something that the sender had seen is not delivered, and is worth waiting for.
     fn misses(&self, track: usize, record: &Record, now: Instant) -> bool {
         let mut not_seen = self.not_seen(track, record).peekable();
-        // Looked up only where it matters.
-        if not_seen.peek().is_none() || self.in_vain.get(&record.from).is_some_and(|end| now < *end)
+        if not_seen.peek().is_none() {
+            return false;
+        }
+        if let Some((claimed, end)) = self.in_vain.get(&record.from)
+            && now < *end
+            && self.lacks(track, claimed).next().is_some()
         {
             return false;
         }
@@ -362,14 +366,23 @@ impl RoomLog {
         self.not_seen(track, record).next().is_some()
     }
 
-    /// What the sender of a message had seen and is not delivered. What is of an origin that is not seen here can't be waited for.
+    /// What the sender of a message had seen and is not delivered.
     fn not_seen<'a>(
         &'a self,
         track: usize,
         record: &'a Record,
     ) -> impl Iterator<Item = (&'a Track, u64)> {
-        let seen = record.after.iter().flat_map(Cursor::positions);
-        seen.filter_map(move |seen| {
+        let after = record.after.iter();
+        after.flat_map(move |after| self.lacks(track, after))
+    }
+
+    /// What of `seen` is not delivered, but for `track` itself. What is of an origin that is not seen here can't be waited for.
+    fn lacks<'a>(
+        &'a self,
+        track: usize,
+        seen: &'a Cursor,
+    ) -> impl Iterator<Item = (&'a Track, u64)> {
+        seen.positions().iter().filter_map(move |seen| {
             let other = self.track_of(&seen.origin)?;
             let of = &self.tracks[other];
             let is_missing = other != track
@@ -404,7 +417,8 @@ impl RoomLog {
     /// `most` wait.
     ///
     /// What was waited for in vain is not waited for again in as long a time, and neither is anything for the sake of the same
-    /// sender in [`PATIENCE`] times as long: whoever claims to have seen what does not exist delays a room seldom.
+    /// sender in [`PATIENCE`] times as long, or until it has come: whoever claims to have seen what does not exist delays a room
+    /// seldom.
     pub(super) fn release(
         &mut self,
         now: Instant,
@@ -438,10 +452,12 @@ impl RoomLog {
                 of.given_up = Some((upto, now + wait));
             }
         }
-        self.in_vain.retain(|_, end| now < *end);
-        if self.in_vain.len() < MAX_IN_VAIN {
-            let end = now + wait * PATIENCE;
-            self.in_vain.insert(record.from.clone(), end);
+        self.in_vain.retain(|_, (_, end)| now < *end);
+        if self.in_vain.len() < MAX_IN_VAIN
+            && let Some(after) = &record.after
+        {
+            let claim = (after.clone(), now + wait * PATIENCE);
+            self.in_vain.insert(record.from.clone(), claim);
         }
         Some((track, record))
     }

@@ -299,6 +299,9 @@ fn an_answer_waits_for_what_it_answers_and_no_longer_than_it_should() {
     // Nothing more is waited for on the word of who claimed to have seen it, for a while.
     assert!(!log.must_wait(1, &by("kim", 10), later + WAIT));
     assert!(log.must_wait(1, &by("kim", 10), later + WAIT * PATIENCE));
+    // Unless it comes: then they had seen it.
+    show(&mut log, 0, &said(0, 9, 0));
+    assert!(log.must_wait(1, &by("kim", 10), later));
     // More than may wait: the first goes on.
     take(&mut log, 1, by("lee", 10), now, later + WAIT);
     assert!(matches!(log.release(later, 0, WAIT), Some((1, _))));
