@@ -22,6 +22,7 @@ use self::site::{
     start, violations,
 };
 use crate::{
+    regions::Overheard,
     resume::reply,
     support::{
         LONG, eventually,
@@ -639,29 +640,10 @@ async fn what_a_mirror_asked_during_a_cut_is_asked_again_by_the_history_service(
     // A mirror in frankfurt hears nothing for 10 s, and asks again.
     let spine = &mut mesh.regions[0].last_mut().unwrap().process;
     spine.kill().await;
-    let mut answers = admin.subscribe(api::CONSUMER_ANSWERS).await.unwrap();
-    let mut requests = admin.subscribe(api::CONSUMER_REQUESTS).await.unwrap();
-    let of_rooms = async {
-        loop {
-            let request = requests.next().await.unwrap();
-            if request.subject.contains("ROOMS_") {
-                return request.reply.unwrap();
-            }
-        }
-    };
-    let reply = tokio::time::timeout(LONG, of_rooms).await.unwrap();
+    let mut overheard = Overheard::listen(&admin).await;
+    let reply = overheard.asked().await;
     spine.start().await.unwrap();
-    let answered = async {
-        loop {
-            let answer = answers.next().await.unwrap();
-            if answer.subject == reply {
-                return answer;
-            }
-        }
-    };
-    let answer = tokio::time::timeout(LONG, answered).await.unwrap();
-    let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
-    assert!(answer["error"].is_null(), "{answer}");
+    overheard.answered(&reply).await;
     for servers in &mesh.regions {
         assert_eq!(violations(servers), [""; 0]);
     }

@@ -109,6 +109,49 @@ async fn nothing_passes_a_cut_and_both_sides_go_on() {
     }
 }
 
+/// What the mirrors of a region ask their origins, and what is answered.
+pub(crate) struct Overheard {
+    requests: async_nats::Subscriber,
+    answers: async_nats::Subscriber,
+}
+
+impl Overheard {
+    /// Over a connection that may listen to it.
+    pub(crate) async fn listen(client: &async_nats::Client) -> Self {
+        let requests = client.subscribe(api::CONSUMER_REQUESTS).await.unwrap();
+        let answers = client.subscribe(api::CONSUMER_ANSWERS).await.unwrap();
+        Self { requests, answers }
+    }
+
+    /// Waits until a mirror of rooms asks for a consumer; where the answer is to go.
+    pub(crate) async fn asked(&mut self) -> async_nats::Subject {
+        let of_rooms = async {
+            loop {
+                let request = self.requests.next().await.unwrap();
+                if request.subject.contains("ROOMS_") {
+                    return request.reply.unwrap();
+                }
+            }
+        };
+        tokio::time::timeout(LONG, of_rooms).await.unwrap()
+    }
+
+    /// Waits until that is answered, without an error.
+    pub(crate) async fn answered(&mut self, reply: &async_nats::Subject) {
+        let its_own = async {
+            loop {
+                let answer = self.answers.next().await.unwrap();
+                if answer.subject == *reply {
+                    return answer;
+                }
+            }
+        };
+        let answer = tokio::time::timeout(LONG, its_own).await.unwrap();
+        let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+        assert!(answer["error"].is_null(), "{answer}");
+    }
+}
+
 /// A request of a mirror that was lost in a cut is answered after it: only because it was repeated.
 #[tokio::test]
 async fn what_a_mirror_asked_during_a_cut_is_asked_again() {
@@ -144,30 +187,11 @@ async fn what_a_mirror_asked_during_a_cut_is_asked_again() {
 
     // A mirror in frankfurt hears nothing for 10 s, and asks again.
     regions.relay.cut(&seoul, Cut::Close);
-    let mut answers = frankfurt.subscribe(api::CONSUMER_ANSWERS).await.unwrap();
-    let mut requests = frankfurt.subscribe(api::CONSUMER_REQUESTS).await.unwrap();
-    let of_rooms = async {
-        loop {
-            let request = requests.next().await.unwrap();
-            if request.subject.contains("ROOMS_") {
-                return request.reply.unwrap();
-            }
-        }
-    };
-    let reply = tokio::time::timeout(LONG, of_rooms).await.unwrap();
+    let mut overheard = Overheard::listen(&frankfurt).await;
+    let reply = overheard.asked().await;
     reaches(&frankfurt, "seoul").await.unwrap_err();
     regions.heal("seoul");
-    let answered = async {
-        loop {
-            let answer = answers.next().await.unwrap();
-            if answer.subject == reply {
-                return answer;
-            }
-        }
-    };
-    let answer = tokio::time::timeout(LONG, answered).await.unwrap();
-    let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
-    assert!(answer["error"].is_null(), "{answer}");
+    overheard.answered(&reply).await;
 }
 
 #[tokio::test]
