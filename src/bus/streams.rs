@@ -30,11 +30,11 @@ const RETRY: Duration = Duration::from_secs(1);
 /// others have: only after so many looks has it lost its end.
 const LOOKS: u32 = 10;
 
-/// In this time all copies of a stream have got what its leader had.
-const COPIES_FOLLOW: Duration = Duration::from_secs(1);
-
 /// Pause between two of these.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// In this time all copies of a stream have got what its leader had.
+const COPIES_FOLLOW: Duration = Duration::from_secs(1);
 
 /// The state of one stream, as last seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
