@@ -452,6 +452,31 @@ pub fn parse_control_key(key: &str) -> Option<ControlKey> {
     }
 }
 
+/// Keys of the bucket `control` that say what every edge must obey, but for what was erased.
+pub const CONTROL_RULES: &str = "*.*.*";
+
+/// Keys of the bucket `control` that say of which rooms or users messages were erased.
+pub const ERASED_SETS: &str = "erased.set.*";
+
+/// Key of a set of erased messages.
+#[must_use]
+pub fn erased_set_key(set: &str) -> String {
+    format!("erased.set.{set}")
+}
+
+/// The set of a [`erased_set_key`].
+#[must_use]
+pub fn parse_erased_set_key(key: &str) -> Option<&str> {
+    key.strip_prefix("erased.set.")
+}
+
+/// Key of a chunk of a set of erased messages. It has a token more than what [`CONTROL_RULES`] names: chunks are not read with
+/// the rest.
+#[must_use]
+pub fn erased_ids_key(set: &str, chunk: usize) -> String {
+    format!("erased.ids.{set}.{chunk}")
+}
+
 /// JetStream's own API, in the domain one is connected to.
 pub mod api {
     use crate::model::Region;

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     config,
-    model::{Kind, RoomId, partition_of},
+    model::{Kind, Reference, RoomId, partition_of},
     runtime::unix_ms,
     subject::{FROM_NATTER, Subjects, api, dead_stream, header, rooms_stream},
 };
@@ -47,10 +47,30 @@ pub struct Candidate {
     pub ts: u64,
     /// Who said it.
     pub from: String,
+    /// Under which id.
+    pub id: String,
     /// What it is about, if it is an edit, a delete, a reaction or an annotation.
     pub target: Option<String>,
     /// What it is.
     pub kind: Kind,
+}
+
+impl Candidate {
+    /// What identifies it: `<room>/<user>/<id>`.
+    #[must_use]
+    pub fn key(&self) -> String {
+        message_key(self.room.as_str(), &self.from, &self.id)
+    }
+
+    /// The message that it is about, with its author.
+    #[must_use]
+    pub fn target(&self) -> Option<Reference> {
+        let target = Reference::parse(self.target.as_deref()?).ok()?;
+        Some(Reference {
+            user: Some(target.user.unwrap_or_else(|| self.from.clone())),
+            ..target
+        })
+    }
 }
 
 /// A way through a stream, from its beginning to what was its end.
@@ -186,6 +206,41 @@ impl Eraser {
         })
     }
 
+    /// Begins to read what the stream of a room holds of it now.
+    ///
+    /// # Errors
+    /// [`EraseError`].
+    pub async fn scan_room(&self, room: &RoomId) -> Result<Scan, EraseError> {
+        let part = partition_of(room, self.streams.partitions());
+        let filter = self.subjects.stored_all(self.streams.origin(), part, room);
+        Ok(Scan {
+            filter,
+            ..self.scan(part).await?
+        })
+    }
+
+    /// Removes the message at `seq` of the stream of `room`, if that is the one that is meant.
+    ///
+    /// # Errors
+    /// [`EraseError`]; repeating it is harmless.
+    pub async fn remove_one(
+        &self,
+        room: &RoomId,
+        seq: u64,
+        is_meant: impl Fn(&Candidate) -> bool,
+    ) -> Result<bool, EraseError> {
+        let part = partition_of(room, self.streams.partitions());
+        let stream = rooms_stream(self.streams.origin(), part);
+        let request = serde_json::json!({ "seq": seq });
+        let (found, _) = self.reader.get(&stream, &request).await?;
+        let found = found.first().and_then(|message| self.candidate(message));
+        if !found.is_some_and(|found| found.seq == seq && is_meant(&found)) {
+            return Ok(false);
+        }
+        self.delete(&stream, seq).await?;
+        Ok(true)
+    }
+
     /// Begins to read the dead letters.
     #[must_use]
     pub fn scan_dead(&self) -> Scan {
@@ -255,6 +310,7 @@ impl Eraser {
             room: subject.room,
             ts: said.unwrap_or(record.ts),
             from: record.from,
+            id: record.id,
             target: record.target,
             kind: record.kind.and_then(Kind::parse).unwrap_or_default(),
         })

@@ -18,6 +18,7 @@ mod publish;
 mod pull;
 mod read;
 mod record;
+mod remembered;
 mod service;
 mod stats;
 mod streams;
@@ -38,6 +39,7 @@ pub use pull::{
 };
 pub use read::{MAX_HEADS, Page, ReadError, Reader, Stored};
 pub use record::{BY_HAND, BadRecord, Record, message_key};
+pub use remembered::{Leaving, Remembered, Suspect};
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};
 pub use stats::{Instance, instances};
 pub use streams::{Origins, STREAMS_WATCH, StreamError, StreamState, Streams, epoch_elsewhere};

@@ -4,11 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{
     task::yield_now,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use super::{
-    HeaderWriter, Line, LineError, ReadError, Reader, StreamError, Streams,
+    HeaderWriter, KvError, Line, LineError, Reader, Remembered, Streams, Suspect,
     ack::{AckError, PubAck},
     record::message_key,
 };
@@ -24,7 +24,7 @@ use crate::{
     },
 };
 
-/// Reads after which a message that was acknowledged and is not found is taken for trimmed or erased.
+/// Reads after which the time of a message that was acknowledged is given up: it was trimmed or erased, or can't be read.
 const TIME_READS: usize = 10;
 
 /// Pause between two of them: a copy of the stream that is behind mostly has it after one.
@@ -37,6 +37,7 @@ pub struct Publisher {
     reader: Reader,
     streams: Arc<Streams>,
     subjects: Subjects,
+    remembered: Arc<Remembered>,
     edge: Arc<str>,
     timeout: Duration,
 }
@@ -61,7 +62,8 @@ pub struct Acked {
     pub cursor: Cursor,
     /// Its sequence.
     pub seq: u64,
-    /// When the stream stored it, in ms since 1970; 0 if it was trimmed or erased meanwhile.
+    /// When the stream stored it, in ms since 1970; 0 if that can't be told: it was trimmed or erased meanwhile, or its time
+    /// could not be read before the publish had to be answered.
     pub ts: u64,
     /// Whether the stream had it before: then the cursor is that of the first time.
     pub duplicate: bool,
@@ -88,28 +90,24 @@ pub enum PublishError {
     /// Larger than the stream or the server takes.
     #[error("the message is larger than the stream takes: {0}")]
     TooLarge(String),
+    /// It was erased, or what it is about.
+    #[error("this message was erased, or what it is about; it is not stored again: drop it")]
+    Erased,
+    /// Whether it was erased can't be told now: nothing was stored.
+    #[error("whether this message was erased can't be told now; nothing was stored")]
+    Doubtful(#[source] KvError),
     /// The stream answered with another error: it was not stored.
     #[error("the stream refuses the message: {0}")]
     Refused(String),
-    /// Stored, but what is needed for the answer can't be read.
-    #[error("the message is stored, but its cursor can't be told; repeat it with the same id")]
-    Cursor(#[source] StreamError),
-    /// Stored, but its time can't be read.
-    #[error("the message is stored, but its time can't be told; repeat it with the same id")]
-    Time(#[source] ReadError),
 }
 
 impl PublishError {
     fn fault(&self) -> PublishFault {
         match self {
-            Self::Unavailable => PublishFault::Unavailable,
-            Self::UnknownOutcome(_)
-            | Self::Lost
-            | Self::InProcess
-            | Self::Cursor(_)
-            | Self::Time(_) => PublishFault::UnknownOutcome,
+            Self::Unavailable | Self::Doubtful(_) => PublishFault::Unavailable,
+            Self::UnknownOutcome(_) | Self::Lost | Self::InProcess => PublishFault::UnknownOutcome,
             Self::StreamFull(_) => PublishFault::StreamFull,
-            Self::TooLarge(_) | Self::Refused(_) => PublishFault::Refused,
+            Self::TooLarge(_) | Self::Erased | Self::Refused(_) => PublishFault::Refused,
         }
     }
 
@@ -117,14 +115,11 @@ impl PublishError {
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Unavailable => ErrorCode::Unavailable,
-            Self::UnknownOutcome(_)
-            | Self::Lost
-            | Self::InProcess
-            | Self::Cursor(_)
-            | Self::Time(_) => ErrorCode::UnknownOutcome,
+            Self::Unavailable | Self::Doubtful(_) => ErrorCode::Unavailable,
+            Self::UnknownOutcome(_) | Self::Lost | Self::InProcess => ErrorCode::UnknownOutcome,
             Self::StreamFull(_) => ErrorCode::StreamFull,
             Self::TooLarge(_) => ErrorCode::TooLarge,
+            Self::Erased => ErrorCode::Erased,
             Self::Refused(_) => ErrorCode::Internal,
         }
     }
@@ -147,12 +142,13 @@ mod err_code {
 }
 
 impl Publisher {
-    /// A publisher over `line`; `reader` looks up the times of messages.
+    /// A publisher over `line`; `reader` looks up the times of messages. What is `remembered` to be erased is not published.
     #[must_use]
     pub fn new(
         line: Line,
         reader: Reader,
         streams: Arc<Streams>,
+        remembered: Arc<Remembered>,
         config: &config::Nats,
         edge: &str,
     ) -> Self {
@@ -161,13 +157,14 @@ impl Publisher {
             reader,
             streams,
             subjects: Subjects::new(&config.prefix),
+            remembered,
             edge: edge.into(),
             timeout: config.publish_timeout,
         }
     }
 
-    /// Publishes to the room's stream; the stream has `nats.publish_timeout` to acknowledge. `known_time` tells the time of a
-    /// message that is at hand; for others the stream is asked.
+    /// Publishes to the room's stream. `known_time` tells the time of a message that is at hand; for others the stream is asked.
+    /// All of it takes at most `nats.publish_timeout`: once the stream has acknowledged, what can't be read by then is left out.
     ///
     /// # Errors
     /// [`PublishError`]; with `UnknownOutcome` and `Lost` the message may be stored all the same.
@@ -190,7 +187,19 @@ impl Publisher {
         outgoing: &Outgoing<'_>,
         known_time: impl Fn(u64) -> Option<u64>,
     ) -> Result<Acked, PublishError> {
-        let mut acked = self.publish(outgoing).await?;
+        let deadline = Instant::now() + self.timeout;
+        let suspect = Suspect {
+            room: &outgoing.publication.room,
+            from: outgoing.user,
+            id: outgoing.id,
+            target: outgoing.publication.target.as_ref().map(|(_, to)| to),
+        };
+        let remembered = timeout_at(deadline, self.remembered.has(suspect)).await;
+        let remembered = remembered.unwrap_or(Err(KvError::Unavailable));
+        if remembered.map_err(PublishError::Doubtful)? {
+            return Err(PublishError::Erased);
+        }
+        let mut acked = self.publish(outgoing, deadline).await?;
         // The stream republishes before it acknowledges: who is in the room has the message now, or after one turn of
         // the shard's tasks.
         let mut ts = known_time(acked.seq);
@@ -201,12 +210,20 @@ impl Publisher {
         acked.ts = match ts {
             Some(ts) => ts,
             // Rare, and large: not part of what each publish needs.
-            None => Box::pin(self.stored_at(&outgoing.publication.room, &acked)).await?,
+            None => {
+                let stored_at = Box::pin(self.stored_at(&outgoing.publication.room, &acked));
+                let ts = timeout_at(deadline, stored_at).await;
+                ts.unwrap_or_default()
+            }
         };
         Ok(acked)
     }
 
-    async fn publish(&self, outgoing: &Outgoing<'_>) -> Result<Acked, PublishError> {
+    async fn publish(
+        &self,
+        outgoing: &Outgoing<'_>,
+        deadline: Instant,
+    ) -> Result<Acked, PublishError> {
         let Outgoing {
             publication,
             user,
@@ -228,7 +245,7 @@ impl Publisher {
         let (newest, asked) = (self.streams.newest(part), Instant::now());
         let answer = self
             .line
-            .request(&subject, headers, body, self.timeout)
+            .request(&subject, headers, body, deadline - Instant::now())
             .await?;
         let ack: PubAck = serde_json::from_slice(&answer.payload())
             .map_err(|error| PublishError::Refused(error.to_string()))?;
@@ -242,14 +259,16 @@ impl Publisher {
         record(Histogram::PublishDuration, asked.elapsed());
         self.streams.note(part, seq);
         // Not what is the newest by now: the message itself has usually come live before its acknowledgement.
-        let state = if ack.duplicate || seq > newest {
-            self.streams.known(part)
-        } else {
+        if !ack.duplicate && seq <= newest {
             // Rare, and large.
-            Box::pin(self.streams.verify(part, Instant::now()))
-                .await
-                .map_err(PublishError::Cursor)?
-        };
+            let verify = Box::pin(self.streams.verify(part, Instant::now()));
+            if !matches!(timeout_at(deadline, verify).await, Ok(Ok(_))) {
+                // The message is stored all the same. At worst its cursor is one of the stream that was there before, and
+                // whoever comes back with it is told `reset`.
+                tracing::debug!(part, seq, "a stream could not be looked at");
+            }
+        }
+        let state = self.streams.known(part);
         let position = Position {
             origin: self.streams.origin().clone(),
             epoch: state.epoch,
@@ -264,9 +283,9 @@ impl Publisher {
         })
     }
 
-    /// When the stream stored a message. Any copy of the stream answers, also one that has yet to get what the leader has
-    /// acknowledged: then it is asked again.
-    async fn stored_at(&self, room: &RoomId, acked: &Acked) -> Result<u64, PublishError> {
+    /// When the stream stored a message; 0 if that can't be read. Any copy of the stream answers, also one that has yet to get
+    /// what the leader has acknowledged: then it is asked again.
+    async fn stored_at(&self, room: &RoomId, acked: &Acked) -> u64 {
         let part = partition_of(room, self.streams.partitions());
         let stream = rooms_stream(self.streams.origin(), part);
         for read in 0..TIME_READS {
@@ -274,19 +293,16 @@ impl Publisher {
                 sleep(TIME_PAUSE).await;
             }
             let known = self.streams.known(part);
-            let stored = self
-                .reader
-                .message(&stream, known.epoch, acked.seq)
-                .await
-                .map_err(PublishError::Time)?;
-            if let Some(stored) = stored {
-                return Ok(stored.record.ts);
-            }
-            if acked.seq < known.first_seq {
-                break;
+            match self.reader.message(&stream, known.epoch, acked.seq).await {
+                Ok(Some(stored)) => return stored.record.ts,
+                Ok(None) if acked.seq < known.first_seq => break,
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::debug!(%error, seq = acked.seq, "the time of a message can't be read");
+                }
             }
         }
-        Ok(0)
+        0
     }
 
     /// Publishes a message of an ephemeral room; returns its time in ms since 1970. Nobody acknowledges it: whoever is there

@@ -138,6 +138,8 @@ pub struct History {
     pub max_deliver: u32,
     #[serde(with = "humantime_serde")]
     pub ask_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    pub remember_erased: Duration,
 }
 
 /// `[servers]`: the programs that `natter up` runs.
@@ -634,6 +636,13 @@ impl Config {
         ] {
             check(!time.is_zero(), format!("{key} = 0s: must be above 0"));
         }
+        check(
+            history.remember_erased >= Duration::from_secs(3600),
+            format!(
+                "history.remember_erased = {:?}: must be at least 1h, or an erased message comes back",
+                history.remember_erased
+            ),
+        );
         for name in self.namespaces.keys() {
             check(
                 is_token(name),

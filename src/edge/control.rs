@@ -12,7 +12,7 @@ use crate::{
     auth::{Revocations, Whose},
     bus::{Bucket, Entry, LiveFeed, Origins},
     runtime::unix_s,
-    subject::{ControlKey, parse_control_key},
+    subject::{CONTROL_RULES, ControlKey, parse_control_key},
 };
 
 /// Pause before a read that failed, of one bucket or all, is repeated, and how often is looked whether one is due.
@@ -57,7 +57,7 @@ impl Control {
         revocations: Arc<Revocations>,
     ) -> Option<Self> {
         // Subscribed first, read then: what changes in between is seen.
-        let feed = bucket.changes(">").await.ok()?;
+        let feed = bucket.changes(CONTROL_RULES).await.ok()?;
         let rules = Rules {
             bucket,
             origins,
@@ -138,7 +138,7 @@ impl Rules {
     async fn read(&self) -> Reading {
         let all = self.origins.all();
         let reads = all.iter().map(async |streams| {
-            match self.bucket.of(streams.origin()).scan(">").await {
+            match self.bucket.of(streams.origin()).scan(CONTROL_RULES).await {
                 Ok(entries) => {
                     entries.iter().for_each(|entry| self.learn(entry));
                     true

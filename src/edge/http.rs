@@ -267,7 +267,7 @@ struct PublishReply {
     /// The room's cursor after the message; absent in ephemeral rooms.
     #[serde(skip_serializing_if = "Option::is_none")]
     cursor: Option<String>,
-    /// When it was stored (ephemeral: sent), in ms since 1970.
+    /// When it was stored (ephemeral: sent), in ms since 1970; 0: it is stored, and that can't be told.
     ts: u64,
     /// Whether it had been stored before.
     dup: bool,
@@ -285,6 +285,7 @@ struct PublishReply {
         (status = 401, body = ErrorBody, description = "unauthorized"),
         (status = 403, body = ErrorBody, description = "forbidden"),
         (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 410, body = ErrorBody, description = "erased"),
         (status = 413, body = ErrorBody, description = "too_large"),
         (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
         (status = 503, body = ErrorBody, description = "unavailable, unknown_outcome, stream_full"),

@@ -24,7 +24,8 @@ pub use http::openapi_json;
 use crate::{
     auth::{AuthConfigError, Verifier},
     bus::{
-        Bucket, ConnectError, Connection, Line, Origins, Publisher, Reader, STREAMS_WATCH, mirrors,
+        Bucket, ConnectError, Connection, Line, Origins, Publisher, Reader, Remembered,
+        STREAMS_WATCH, mirrors,
     },
     config::Config,
     history,
@@ -53,6 +54,8 @@ struct Shared {
     config: Arc<Config>,
     id: Arc<str>,
     verifier: Arc<Verifier>,
+    /// Which messages were erased: none of them is stored again.
+    remembered: Arc<Remembered>,
     lifecycle: Lifecycle,
     admission: Arc<Admission>,
     /// What needs NATS; there from when the edge is ready.
@@ -128,6 +131,7 @@ impl Edge {
         };
         let shared = Arc::new(Shared {
             verifier: Arc::new(Verifier::from_config(&config.auth)?),
+            remembered: Arc::default(),
             admission: Arc::new(Admission::new(&config.limits)),
             id: id.into(),
             lifecycle: Lifecycle::default(),
@@ -237,6 +241,11 @@ async fn make_ready(
     // Its turns are its own: what is revoked does not wait behind rosters.
     let control_reader = Reader::new(state.clone(), &config.nats);
     let control = Bucket::new(state.clone(), control_reader, config, bucket::CONTROL);
+    let remembered = Arc::clone(&shared.remembered);
+    if let Some(feed) = remembered.open(&control, &origins).await {
+        let follow = remembered.follow(control.clone(), Arc::clone(&origins), feed);
+        tasks.spawn_until_stopping("follow what was erased", follow);
+    }
     let revocations = Arc::clone(shared.verifier.revocations());
     if let Some(control) = Control::open(control, Arc::clone(&origins), revocations).await {
         tasks.spawn_until_stopping("follow what is revoked", control.follow());
@@ -251,6 +260,7 @@ async fn make_ready(
         line.clone(),
         reader,
         Arc::clone(&streams),
+        Arc::clone(&shared.remembered),
         &config.nats,
         &shared.id,
     );

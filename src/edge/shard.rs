@@ -343,6 +343,7 @@ impl Shard {
             live.clone(),
             reader,
             Arc::clone(origins.own()),
+            Arc::clone(&shared.remembered),
             &config.nats,
             &shared.id,
         );

@@ -12,15 +12,20 @@ pub fn entry(stored: Stored, origin: &Region, epoch: Epoch) -> Entry {
     let Stored { room, record } = stored;
     let what = what(&room, &record);
     Entry {
-        place: Place {
-            ts: record.ts,
-            origin: origin.clone(),
-            epoch,
-            seq: record.seq,
-        },
+        place: place(&record, origin, epoch),
         from: record.from,
         room,
         what,
+    }
+}
+
+/// Where a message of the stream of `origin`, in its incarnation `epoch`, stands in history.
+pub(super) fn place(record: &Record, origin: &Region, epoch: Epoch) -> Place {
+    Place {
+        ts: record.ts,
+        origin: origin.clone(),
+        epoch,
+        seq: record.seq,
     }
 }
 

@@ -1,7 +1,8 @@
 //! Erases rooms and users: from the streams, from MongoDB, from memory.
 //!
 //! An erasure is written down first, then carried out by the instance that was asked; if that dies, by the next one that looks.
-//! From the streams first, so that nothing is taken from there to MongoDB any more; then from MongoDB; then it is announced in
+//! First it is remembered what is erased ([`Remembered`](crate::bus::Remembered)): none of it is stored again, whoever repeats it.
+//! Then from the streams, so that nothing is taken from there to MongoDB any more; then from MongoDB; then it is announced in
 //! the rooms concerned, durably, so that members drop what they have, now or when they come back. What a worker had in hand
 //! meanwhile is deleted again by that worker ([`Store::enforce_erasures`](crate::store::Store::enforce_erasures)), or by a
 //! second look some time later if it died first.
@@ -25,11 +26,11 @@ use tokio::{
 
 use super::{Parts, question::Refusal};
 use crate::{
-    bus::{Candidate, EraseError, Eraser, Streams},
-    model::{Kind, Reference, Region, RoomId, RoomScope, partition_of},
+    bus::{Candidate, EraseError, Eraser, KvError, Leaving, Scan, Streams, Suspect},
+    model::{Kind, Place, Region, RoomId, RoomScope, partition_of},
     protocol::ErrorCode,
     runtime::Phase,
-    store::{Again, Claimed, Erased, Erasure, StoreError},
+    store::{Again, Claimed, Erased, Erasure, Removal, StoreError},
     telemetry::metrics::{Counter, count},
 };
 
@@ -92,6 +93,9 @@ enum ErasureError {
     /// MongoDB.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// What is erased can't be remembered.
+    #[error("what is erased can't be remembered")]
+    Remember(#[from] KvError),
 }
 
 /// What erases.
@@ -311,6 +315,7 @@ impl Erasing {
         }
         // What is said in the same millisecond as `before` is stored by now.
         sleep(Duration::from_millis(2)).await;
+        self.remember(erasure).await?;
         let in_streams = self.erase_from_streams(erasure).await?;
         let in_store = store.erase_documents(erasure).await?;
         let erased = in_streams.max(in_store);
@@ -364,8 +369,15 @@ impl Erasing {
                     let state = mirror.fetch(*part).await.map_err(EraseError::from)?;
                     behind |= state.last_seq < *seq;
                 }
+                let control = self.parts.control.of(origin);
+                behind |= control.heard().await?.is_none_or(|heard| heard.behind);
                 if !behind {
                     self.erase_from(erasure, mirror).await?;
+                    self.parts
+                        .remembered
+                        .read_of(&self.parts.control, origin)
+                        .await?;
+                    self.sweep(erasure).await?;
                     tracing::info!(erasure = erasure.id, %origin, "erased once more from a mirror");
                 }
                 behind
@@ -376,6 +388,94 @@ impl Erasing {
         let later = later.then_some(AGAIN_AFTER);
         let store = &self.parts.store;
         store.finish_erasure(&erasure.id, 0, later).await?;
+        Ok(())
+    }
+
+    /// Remembers which messages are about to be erased. Each region does so for what was said there, and the one that was asked
+    /// for what only MongoDB has.
+    async fn remember(&self, erasure: &Erasure) -> Result<(), ErasureError> {
+        let (control, kept) = (
+            self.parts.control.clone(),
+            self.parts.config.history.remember_erased,
+        );
+        let mut leaving = match &erasure.what {
+            Erased::Room(room) => Leaving::room(control, room, kept),
+            Erased::User { user, scope } => Leaving::user(control, user, scope, kept),
+        };
+        for mut scan in self.own_scans(erasure).await? {
+            while let Some(mut found) = self.eraser.candidates(&mut scan).await? {
+                found.retain(|one| is_doomed(erasure, one));
+                let keys: Vec<String> = found.iter().map(Candidate::key).collect();
+                leaving.take(&keys).await?;
+            }
+        }
+        // The others' records are named after the region.
+        if !erasure.id.contains('.') {
+            let mut doomed = self.parts.store.doomed(erasure).await?;
+            loop {
+                let keys = doomed.keys().await?;
+                if keys.is_empty() {
+                    break;
+                }
+                leaving.take(&keys).await?;
+            }
+        }
+        Ok(leaving.finish().await?)
+    }
+
+    /// The ways through what the own region's streams hold of what an erasure is about.
+    async fn own_scans(&self, erasure: &Erasure) -> Result<Vec<Scan>, EraseError> {
+        let eraser = &self.eraser;
+        let mut scans = Vec::new();
+        match &erasure.what {
+            Erased::Room(room) => scans.push(eraser.scan_room(room).await?),
+            Erased::User { .. } => {
+                for part in 0..eraser.partitions() {
+                    scans.push(eraser.scan(part).await?);
+                }
+            }
+        }
+        Ok(scans)
+    }
+
+    /// Has taken out what was erased and was stored here again before this region heard of it.
+    async fn sweep(&self, erasure: &Erasure) -> Result<(), ErasureError> {
+        let store = &self.parts.store;
+        let origin = self.parts.streams.origin();
+        for mut scan in self.own_scans(erasure).await? {
+            while let Some(found) = self.eraser.candidates(&mut scan).await? {
+                let mut again = Vec::new();
+                for one in found {
+                    let later = erasure
+                        .before(&one.room)
+                        .is_some_and(|before| one.ts > before);
+                    let target = one.target();
+                    let suspect = Suspect {
+                        room: &one.room,
+                        from: &one.from,
+                        id: &one.id,
+                        target: target.as_ref(),
+                    };
+                    if !later
+                        || one.kind == Kind::Erase
+                        || !self.parts.remembered.has(suspect).await?
+                    {
+                        continue;
+                    }
+                    let part = partition_of(&one.room, self.eraser.partitions());
+                    let place = Place {
+                        ts: one.ts,
+                        origin: origin.clone(),
+                        epoch: self.parts.streams.known(part).epoch,
+                        seq: one.seq,
+                    };
+                    let key = one.key();
+                    store.erase_at(&one.room, &key, &place).await?;
+                    again.push(Removal::new(place, one.room, &key));
+                }
+                store.record_removals(&again).await?;
+            }
+        }
         Ok(())
     }
 
@@ -394,16 +494,6 @@ impl Erasing {
         streams: Arc<Streams>,
     ) -> Result<u64, ErasureError> {
         let store = &self.parts.store;
-        let doomed = |candidate: &Candidate| {
-            let author = candidate.target.as_deref().and_then(|target| {
-                let reference = Reference::parse(target).ok()?;
-                Some(reference.user.unwrap_or_else(|| candidate.from.clone()))
-            });
-            let Candidate { room, ts, from, .. } = candidate;
-            // Announcements of earlier erasures have nothing in them that is to be erased.
-            let announced = candidate.kind == Kind::Erase;
-            !announced && erasure.dooms(room, *ts, from, author.as_deref())
-        };
         let is_own = streams.origin() == self.parts.streams.origin();
         let eraser = self.eraser.of(streams);
         let mut erased = 0;
@@ -424,7 +514,7 @@ impl Erasing {
         }
         for mut scan in scans {
             while let Some(mut found) = eraser.candidates(&mut scan).await? {
-                found.retain(doomed);
+                found.retain(|one| is_doomed(erasure, one));
                 let rooms: BTreeSet<RoomId> = found.iter().map(|one| one.room.clone()).collect();
                 if !rooms.is_empty() {
                     store.note_erased_rooms(&erasure.id, rooms).await?;
@@ -465,4 +555,14 @@ impl Erasing {
         }
         Ok(upto)
     }
+}
+
+/// Whether an erasure means a message of a stream.
+fn is_doomed(erasure: &Erasure, candidate: &Candidate) -> bool {
+    let Candidate { room, ts, from, .. } = candidate;
+    let target = candidate.target();
+    let author = target.as_ref().and_then(|target| target.user.as_deref());
+    // Announcements of earlier erasures have nothing in them that is to be erased.
+    let announced = candidate.kind == Kind::Erase;
+    !announced && erasure.dooms(room, *ts, from, author)
 }

@@ -16,6 +16,7 @@ mod http;
 mod merge;
 mod question;
 mod read;
+mod removals;
 mod service;
 mod show;
 mod status;
@@ -27,10 +28,14 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 
 use crate::{
-    bus::{ConnectError, Connection, Origins, Reader, STREAMS_WATCH, Streams, mirrors},
+    bus::{
+        Bucket, ConnectError, Connection, Origins, Reader, Remembered, STREAMS_WATCH, Streams,
+        mirrors,
+    },
     config::Config,
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Store, StoreError},
+    subject::bucket,
 };
 use figures::Figures;
 
@@ -57,6 +62,9 @@ struct Parts {
     /// Of the own region: those that are written to MongoDB here.
     streams: Arc<Streams>,
     store: Store,
+    /// The own region's, of what is remembered to be erased.
+    control: Bucket,
+    remembered: Arc<Remembered>,
     tasks: Tasks,
     /// Ready when MongoDB is prepared.
     lifecycle: Lifecycle,
@@ -173,7 +181,16 @@ async fn start(
 ) {
     let origins = Origins::wait_for(&connection, &config.region(), &config.nats).await;
     let streams = Arc::clone(origins.own());
+    let control = Bucket::new(connection.clone(), reader.clone(), &config, bucket::CONTROL);
+    let remembered: Arc<Remembered> = Arc::default();
+    if let Some(feed) = remembered.open(&control, &origins).await {
+        let follow = Arc::clone(&remembered);
+        let follow = follow.follow(control.clone(), Arc::clone(&origins), feed);
+        tasks.spawn_until_stopping("follow what was erased", follow);
+    }
     let parts = Parts {
+        control,
+        remembered,
         config,
         connection,
         reader,
@@ -192,6 +209,7 @@ async fn start(
     tasks.spawn_until_stopping("keep figures", status::keep(parts.clone()));
     let erasing = erase::Erasing::new(parts.clone());
     tasks.spawn_until_stopping("take over erasures", erasing.clone().keep());
+    tasks.spawn_until_stopping("take out of the streams", removals::keep(parts.clone()));
     if let Err(error) = service::serve(&parts, erasing).await {
         tracing::error!(%error, "history can't be read");
         parts.lifecycle.advance(Phase::Stopped);

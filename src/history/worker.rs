@@ -23,12 +23,18 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
-use super::{Parts, entry};
+use super::{
+    Parts,
+    entry::{entry, place},
+};
 use crate::{
-    bus::{Answer, DeadLetters, Delivery, Pull, PullError, StreamError, answer},
-    model::Epoch,
+    bus::{
+        Answer, DeadLetters, Delivery, Pull, PullError, Stored, StreamError, Suspect, answer,
+        message_key,
+    },
+    model::{Epoch, Reference},
     runtime::Phase,
-    store::{Entry, What},
+    store::{Entry, Removal, What},
     subject::{Subjects, rooms_stream},
     telemetry::metrics::{Counter, Histogram, HistoryEntry, count, record},
 };
@@ -269,21 +275,39 @@ impl Worker {
         // The delivery of each entry.
         let mut of = Vec::with_capacity(deliveries.len());
         let mut faults = Vec::new();
+        let mut removals = Vec::new();
+        // What was said about messages: the entry, its delivery, and what takes it out again if it was said before.
+        let (mut said, mut said_at) = (Vec::new(), Vec::new());
         let (mut messages, mut changes, mut nothing) = (0, 0, 0);
         for (index, delivery) in deliveries.iter().enumerate() {
             let Some(stored) = delivery.stored(&self.subjects, epoch) else {
                 faults.push((index, "its subject is not a room's".to_owned()));
                 continue;
             };
+            if self.was_erased(&stored).await {
+                tracing::info!(seq = delivery.seq, "a message that was erased came again");
+                removals.push(self.removal(&stored, epoch));
+                continue;
+            }
             let namespace = self.parts.config.namespaces.get(stored.room.namespace());
             // A namespace that only the edges know is kept: what is not written now can't be written later.
             if namespace.is_some_and(|namespace| !namespace.history) {
                 continue;
             }
+            let removal = stored
+                .record
+                .target
+                .is_some()
+                .then(|| self.removal(&stored, epoch));
             let entry = entry(stored, self.parts.streams.origin(), epoch);
             match entry.what {
                 What::Message { .. } => messages += 1,
-                What::Change { .. } => changes += 1,
+                What::Change { .. } => {
+                    // It says what it is about.
+                    said_at.extend(removal);
+                    said.push((entry, index));
+                    continue;
+                }
                 What::Nothing(why) => {
                     nothing += 1;
                     tracing::debug!(seq = delivery.seq, why, "nothing to keep");
@@ -293,6 +317,17 @@ impl Worker {
             entries.push(entry);
             of.push(index);
         }
+        let again = self.said_again(&said_at).await;
+        for (at, ((entry, index), removal)) in said.into_iter().zip(said_at).enumerate() {
+            if again.contains(&at) {
+                removals.push(removal);
+            } else {
+                changes += 1;
+                entries.push(entry);
+                of.push(index);
+            }
+        }
+        self.take_out(&removals).await;
         for (index, reason) in self.write_entries(&entries).await {
             match entries.get(index).map(|entry| &entry.what) {
                 Some(What::Message { .. }) => messages -= 1,
@@ -327,6 +362,60 @@ impl Worker {
             count(Counter::HistoryBatches, 1);
             record(Histogram::HistoryBatchDuration, started.elapsed());
             self.parts.figures.written(entries.len());
+        }
+    }
+
+    /// Whether a message is one that was erased, and was repeated past the edges that know it: looks until that can be told.
+    async fn was_erased(&self, stored: &Stored) -> bool {
+        let Stored { room, record } = stored;
+        let target = record.target.as_deref();
+        let target = target.and_then(|target| Reference::parse(target).ok());
+        let suspect = Suspect {
+            room,
+            from: &record.from,
+            id: &record.id,
+            target: target.as_ref(),
+        };
+        let mut pause = Backoff::default();
+        loop {
+            match self.parts.remembered.has(suspect).await {
+                Ok(erased) => return erased,
+                Err(error) => {
+                    tracing::debug!(%error, "what was erased can't be read");
+                    sleep(pause.next()).await;
+                }
+            }
+        }
+    }
+
+    /// What takes a message out of the streams again.
+    fn removal(&self, stored: &Stored, epoch: Epoch) -> Removal {
+        let Stored { room, record } = stored;
+        let key = message_key(room.as_str(), &record.from, &record.id);
+        let place = place(record, self.parts.streams.origin(), epoch);
+        Removal::new(place, room.clone(), &key)
+    }
+
+    /// Which changes were said before, however long it takes to find out.
+    async fn said_again(&self, changes: &[Removal]) -> HashSet<usize> {
+        let mut pause = Backoff::default();
+        loop {
+            match self.parts.store.said_again(changes).await {
+                Ok(again) => return again,
+                Err(error) => {
+                    self.parts.figures.batch_failed(&error);
+                    sleep(pause.next()).await;
+                }
+            }
+        }
+    }
+
+    /// Has messages taken out of the streams: writes it down, however long that takes.
+    async fn take_out(&self, removals: &[Removal]) {
+        let mut pause = Backoff::default();
+        while let Err(error) = self.parts.store.record_removals(removals).await {
+            self.parts.figures.batch_failed(&error);
+            sleep(pause.next()).await;
         }
     }
 

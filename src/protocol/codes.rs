@@ -19,6 +19,8 @@ pub enum ErrorCode {
     BadCursor,
     /// The body is larger than `limits.body`.
     TooLarge,
+    /// The message was erased, or what it is about: it is not stored again, under this id.
+    Erased,
     /// No token, or one that is not valid.
     Unauthorized,
     /// The token's grants do not cover it.
@@ -41,7 +43,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::BadJson,
         Self::BadRequest,
         Self::UnknownOp,
@@ -50,6 +52,7 @@ impl ErrorCode {
         Self::BadId,
         Self::BadCursor,
         Self::TooLarge,
+        Self::Erased,
         Self::Unauthorized,
         Self::Forbidden,
         Self::NotJoined,
@@ -73,6 +76,7 @@ impl ErrorCode {
             Self::BadId => "bad_id",
             Self::BadCursor => "bad_cursor",
             Self::TooLarge => "too_large",
+            Self::Erased => "erased",
             Self::Unauthorized => "unauthorized",
             Self::Forbidden => "forbidden",
             Self::NotJoined => "not_joined",
@@ -98,6 +102,7 @@ impl ErrorCode {
             | Self::BadId
             | Self::BadCursor
             | Self::TooLarge
+            | Self::Erased
             | Self::Unauthorized
             | Self::Forbidden
             | Self::NotJoined
@@ -121,6 +126,7 @@ impl ErrorCode {
             Self::Forbidden => 403,
             Self::UnknownNamespace => 404,
             Self::NotJoined => 409,
+            Self::Erased => 410,
             Self::TooLarge => 413,
             Self::RateLimited | Self::Limit => 429,
             Self::Internal => 500,

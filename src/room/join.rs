@@ -1,6 +1,6 @@
 //! Joining a room: finding out how a session can go on, beginning its membership, catching up.
 
-use std::{rc::Rc, sync::Arc};
+use std::{rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::try_join_all;
@@ -19,8 +19,9 @@ use super::{
     rooms::Rooms,
 };
 use crate::{
-    model::{Cursor, Fingerprint, RoomId},
+    model::{Class, Cursor, Fingerprint, RoomId},
     protocol::{Close, native::Wants},
+    runtime::unix_ms,
     telemetry::metrics::{self, Counter, Histogram, Source, count},
     wire::Conn,
 };
@@ -130,12 +131,19 @@ impl Membership {
         self.hub.log.borrow().time_of(seq)
     }
 
-    /// The message that `user` has published under `id` in another region, if the room has it in memory: its cursor and its time, in
-    /// ms since 1970.
+    /// The message that `user` has published under `id` in another region, or longer ago than the own one's stream knows
+    /// (`window`), if the room has it in memory: its cursor and its time, in ms since 1970.
     #[must_use]
-    pub fn said_elsewhere(&self, user: &str, id: &str) -> Option<(Cursor, u64)> {
+    pub fn said_before(
+        &self,
+        class: Class,
+        (user, id): (&str, &str),
+        window: Duration,
+    ) -> Option<(Cursor, u64)> {
+        let window = u64::try_from(window.as_millis()).unwrap_or(u64::MAX);
+        let forgotten = unix_ms().saturating_sub(window);
         let log = self.hub.log.borrow();
-        log.said_elsewhere(reference_of(user, id))
+        log.said_before(class, reference_of(class, user, id), forgotten)
     }
 
     /// Where the room stands, as far as its members were told; `None`: it keeps no log.

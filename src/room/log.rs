@@ -48,7 +48,8 @@ pub(super) struct RoomLog {
     max_bytes: usize,
     /// Index of the first entry in memory.
     base: u64,
-    references: References,
+    /// Of each class for itself: reactions don't push messages out.
+    references: [References; 2],
     /// Whose messages have waited in vain: for what, and until when no other of theirs waits unless that has come.
     in_vain: HashMap<String, (Cursor, Instant)>,
 }
@@ -101,7 +102,7 @@ pub(super) struct Entry {
     pub(super) position: u64,
     /// Its time, ms since 1970.
     pub(super) ts: u64,
-    /// The hash of its reference; `None` for what refers to a message.
+    /// The hash of its reference; `None` for what natter announces.
     pub(super) reference: Option<u64>,
     /// What its sender had seen of other origins.
     pub(super) after: Option<Cursor>,
@@ -146,7 +147,7 @@ impl RoomLog {
     #[must_use]
     pub(super) fn new(starts: Vec<Start>, max_bytes: usize) -> Self {
         Self {
-            references: References::new(starts.len()),
+            references: [(); 2].map(|()| References::new(starts.len())),
             tracks: starts.into_iter().map(Track::new).collect(),
             entries: VecDeque::new(),
             bytes: 0,
@@ -479,7 +480,8 @@ impl RoomLog {
         }
         let spot = (track, record.seq);
         let reference = reference(record);
-        let fresh = reference.is_none_or(|key| self.references.note(key, spot));
+        let fresh =
+            reference.is_none_or(|key| self.references[index(record.class)].note(key, spot));
         fresh.then(|| (self.cursor(), reference))
     }
 
@@ -489,7 +491,7 @@ impl RoomLog {
         // What was stored since the heads were read will be delivered.
         for record in records.iter().filter(|record| record.seq <= beginning) {
             if let Some(key) = reference(record) {
-                self.references.note(key, (track, record.seq));
+                self.references[index(record.class)].note(key, (track, record.seq));
             }
         }
     }
@@ -498,7 +500,8 @@ impl RoomLog {
     #[must_use]
     pub(super) fn has_twin(&self, place: &Place, reference: Option<u64>, at: Spot) -> bool {
         let seen = |spot: Spot| place.get(spot.0).is_some_and(|of| spot.1 <= of.0);
-        reference.is_some_and(|key| self.references.has_twin(key, at, seen))
+        let of = |references: &References, key| references.has_twin(key, at, seen);
+        reference.is_some_and(|key| self.references.iter().any(|known| of(known, key)))
     }
 
     /// Keeps the frame of the message that [`Self::advance`] has just taken note of, with what that said of its reference.
@@ -631,16 +634,22 @@ impl RoomLog {
         self.entries.iter()
     }
 
-    /// The message of this reference, if it is of another origin and in memory: its cursor and its time.
+    /// The message of this reference, if it is in memory and the own stream would not know it: it is of another origin, or the
+    /// stream has forgotten all that it stored before the time `forgotten`. Its cursor and its time.
     #[must_use]
-    pub(super) fn said_elsewhere(&self, reference: u64) -> Option<(Cursor, u64)> {
-        if self.tracks.len() < 2 || !self.references.contains(reference) {
+    pub(super) fn said_before(
+        &self,
+        class: Class,
+        reference: u64,
+        forgotten: u64,
+    ) -> Option<(Cursor, u64)> {
+        if !self.references[index(class)].contains(reference) {
             return None;
         }
         let mut newest_first = self.entries.iter().rev();
         let entry = newest_first.find(|entry| entry.reference == Some(reference))?;
         let cursor = self.cursor_at(entry.track, entry.seq, entry.fingerprint);
-        (entry.track > 0).then_some((cursor, entry.ts))
+        (entry.track > 0 || entry.ts < forgotten).then_some((cursor, entry.ts))
     }
 
     /// The time of the message of the own origin at `seq`, if it is in memory.

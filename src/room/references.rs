@@ -6,9 +6,12 @@ use std::{
     sync::LazyLock,
 };
 
-use crate::{bus::Record, model::Class};
+use crate::{
+    bus::Record,
+    model::{Class, Kind},
+};
 
-/// Messages of each origin that are remembered.
+/// Messages, and as many changes, of each origin that are remembered.
 pub(super) const MAX_REFERENCES: usize = 1024;
 
 /// A track and a sequence.
@@ -75,15 +78,15 @@ impl References {
     }
 }
 
-/// The hash of what a message is known by in its room; `None` for what refers to one.
+/// The hash of what a message is known by in its room; `None` for what natter itself announces, which is heeded each time.
 pub(super) fn reference(record: &Record) -> Option<u64> {
-    let is_message = record.class == Class::Msg;
-    is_message.then(|| reference_of(&record.from, &record.id))
+    let announced = record.kind == Some(Kind::Erase.as_str());
+    (!announced).then(|| reference_of(record.class, &record.from, &record.id))
 }
 
-/// The same of a message by its sender and id. The hash has a key of this process: who chooses ids can't choose two that collide,
+/// The same of a message, or of what refers to one, by its sender and id. The hash has a key of this process: who chooses ids can't choose two that collide,
 /// and so make another's message look like a copy.
-pub(super) fn reference_of(from: &str, id: &str) -> u64 {
+pub(super) fn reference_of(class: Class, from: &str, id: &str) -> u64 {
     static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-    KEY.hash_one((from, id))
+    KEY.hash_one((class == Class::Msg, from, id))
 }

@@ -447,13 +447,18 @@ impl Session {
         }
     }
 
-    /// A message that is repeated here, after it was stored in another region: it need not be stored again.
-    fn said_elsewhere(&self, outgoing: &Outgoing<'_>) -> Option<(Cursor, u64)> {
+    /// A message that is repeated here, after it was stored in another region, or so long ago that the stream has forgotten it:
+    /// it need not be stored again.
+    fn said_before(&self, outgoing: &Outgoing<'_>) -> Option<(Cursor, u64)> {
+        // What the edge has made an id for is new.
+        outgoing.publication.id.as_ref()?;
         let rooms = self.rooms.borrow();
         let joined = rooms.get(&outgoing.publication.room)?;
+        let class = outgoing.publication.kind.class();
+        let window = self.context.config.streams.duplicate_window;
         let found = joined
             .membership
-            .said_elsewhere(outgoing.user, outgoing.id)?;
+            .said_before(class, (outgoing.user, outgoing.id), window)?;
         count(Counter::PublishDuplicate, 1);
         Some(found)
     }
@@ -473,9 +478,7 @@ impl Session {
             });
         }
         let room = &outgoing.publication.room;
-        if outgoing.publication.kind == Kind::Message
-            && let Some((cursor, ts)) = self.said_elsewhere(outgoing)
-        {
+        if let Some((cursor, ts)) = self.said_before(outgoing) {
             return Ok(Accepted {
                 cursor: Some(cursor),
                 ts,

@@ -25,7 +25,7 @@ use std::{
 
 use futures_util::TryStreamExt as _;
 use mongodb::{
-    Collection,
+    Collection, Cursor,
     bson::{Bson, DateTime, Document as Fields, RawDocumentBuf, doc},
     options::{CollectionOptions, FindOptions, ReturnDocument, WriteConcern},
 };
@@ -35,7 +35,9 @@ use super::{
     document::{self, field_name, number},
     within,
 };
-use crate::model::{Region, RoomId, RoomScope, header_escape, header_unescape, partition_of};
+use crate::model::{
+    Place, Region, RoomId, RoomScope, header_escape, header_unescape, partition_of,
+};
 
 /// The collection of erasures.
 const ERASURES: &str = "erasures";
@@ -516,6 +518,42 @@ impl Store {
         }
     }
 
+    /// Begins to read the keys of the documents that an erasure means.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn doomed<'e>(&self, erasure: &'e Erasure) -> Result<Doomed<'e>, StoreError> {
+        let filter = match &erasure.what {
+            Erased::Room(room) => doc! { "room": room.as_str() },
+            Erased::User { user, .. } => doc! { "from": user },
+        };
+        let messages = self.majority_messages();
+        let find = messages
+            .find(filter)
+            .projection(doc! { "body": 0, "terms": 0, "mentions": 0 });
+        Ok(Doomed {
+            erasure,
+            found: within(self.read_timeout, find.into_future()).await?,
+            timeout: self.read_timeout,
+        })
+    }
+
+    /// Deletes a message, if that is the one that stands at `place`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn erase_at(
+        &self,
+        room: &RoomId,
+        key: &str,
+        place: &Place,
+    ) -> Result<(), StoreError> {
+        let messages = self.majority_messages();
+        let which = doc! { "room": room.as_str(), "_id": key, "place": place.to_string() };
+        let delete = messages.delete_one(which).into_future();
+        within(self.write_timeout, delete).await.map(|_deleted| ())
+    }
+
     /// Deletes documents; how many of them were messages.
     async fn delete(&self, documents: &[Document]) -> Result<u64, StoreError> {
         let mut by_room: BTreeMap<&RoomId, Vec<&str>> = BTreeMap::new();
@@ -650,6 +688,31 @@ impl Store {
         doomed.retain(|document| erasure.dooms_document(document));
         self.delete(&doomed).await?;
         Ok(doomed.len() as u64)
+    }
+}
+
+/// The documents that an erasure means, on the way through them.
+#[derive(Debug)]
+pub struct Doomed<'e> {
+    erasure: &'e Erasure,
+    found: Cursor<RawDocumentBuf>,
+    timeout: Duration,
+}
+
+impl Doomed<'_> {
+    /// The next keys; none at the end.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn keys(&mut self) -> Result<Vec<String>, StoreError> {
+        let mut keys = Vec::new();
+        while keys.len() < DELETED_AT_ONCE && within(self.timeout, self.found.advance()).await? {
+            let document = document::read(self.found.current())?;
+            if self.erasure.dooms_document(&document) {
+                keys.push(document.key);
+            }
+        }
+        Ok(keys)
     }
 }
 

@@ -7,6 +7,7 @@ mod document;
 mod erase;
 mod fold;
 mod query;
+mod removals;
 mod schema;
 mod text;
 mod update;
@@ -28,11 +29,12 @@ use crate::{
     model::{Place, Position, RoomId, RoomScope},
 };
 
-pub use erase::{Again, Claimed, Erased, Erasure};
+pub use erase::{Again, Claimed, Doomed, Erased, Erasure};
 pub use fold::{
     Base, Change, Edit, Entry, Folded, MAX_ANNOTATION_NAME, MAX_ANNOTATIONS, MAX_REACTION, Said,
     What, annotations, reaction,
 };
+pub use removals::Removal;
 pub use text::MAX_QUERY;
 
 /// The collection of messages.

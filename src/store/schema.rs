@@ -81,6 +81,7 @@ impl Store {
         };
         self.run(create, BUILD_TIMEOUT).await?;
         self.prepare_erasures().await?;
+        self.prepare_removals().await?;
         if known.is_none() {
             self.record_version().await?;
         }

@@ -7,7 +7,7 @@
 //! The driver's `insert_many` is not used: a document that is too large fails all of it, and nothing else sends many updates
 //! to a MongoDB 5 to 7 at once.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use indexmap::IndexMap;
 use mongodb::bson::{
@@ -16,8 +16,10 @@ use mongodb::bson::{
     rawdoc,
 };
 
-use super::{Entry, Folded, MESSAGES, RefusedEntry, Store, StoreError, What, document, update};
-use crate::model::RoomId;
+use super::{
+    Entry, Folded, MESSAGES, RefusedEntry, Removal, Store, StoreError, What, document, update,
+};
+use crate::model::{Place, RoomId};
 
 /// `DuplicateKey` of MongoDB: the document is there already.
 pub(super) const DUPLICATE_KEY: i32 = 11000;
@@ -92,6 +94,8 @@ struct Group<'a> {
     folded: Folded,
     /// Which entries these are.
     entries: Vec<usize>,
+    /// Where the message was said again.
+    copies: Vec<Place>,
 }
 
 /// What MongoDB said about one document or statement.
@@ -148,7 +152,9 @@ impl Store {
     ) -> Result<Vec<(Group<'a>, String)>, StoreError> {
         let mut refused = Vec::new();
         let (mut inserts, mut updates) = (Vec::new(), Vec::new());
+        let mut removals: Vec<Removal> = Vec::new();
         for group in groups {
+            removals.extend(group.removals());
             match &group.folded.base {
                 Some(base) => {
                     let new = document::new(group.key, group.room, &group.folded, base);
@@ -164,6 +170,8 @@ impl Store {
                 refused.push((group, error.text()));
             }
         }
+        removals.extend(self.said_before(&mut updates).await?);
+        self.record_removals(&removals).await?;
         for _ in 0..UPSERTS {
             if updates.is_empty() {
                 return Ok(refused);
@@ -189,6 +197,28 @@ impl Store {
         }
         let problem = "documents come and go while they are updated";
         Err(StoreError::Unavailable(problem.to_owned()))
+    }
+
+    /// Which messages of `groups` were said before at another place, and the later places of these. Before the documents are
+    /// changed: what is displaced by an earlier one is found too.
+    async fn said_before(&self, groups: &mut [Group<'_>]) -> Result<Vec<Removal>, StoreError> {
+        let messages = groups.iter().filter(|group| group.folded.base.is_some());
+        let keys: Vec<String> = messages.map(|group| group.key.to_owned()).collect();
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        let known = self.get(&keys).await?.into_iter();
+        let known = known.filter_map(|one| Some((one.key, one.folded.base?.place)));
+        let known: HashMap<String, Place> = known.collect();
+        let mut removals = Vec::new();
+        for group in groups {
+            if let Some(place) = known.get(group.key) {
+                group.copies.clear();
+                group.said_at(place);
+                removals.extend(group.removals());
+            }
+        }
+        Ok(removals)
     }
 
     /// Sends documents or statements, in as many commands as it takes, and gives back those that were not taken. What is too
@@ -275,12 +305,29 @@ impl<'a> Group<'a> {
             room: &entry.room,
             folded: Folded::default(),
             entries: Vec::new(),
+            copies: Vec::new(),
         }
     }
 
     fn add(&mut self, index: usize, entry: &Entry) {
+        if let What::Message { .. } = entry.what {
+            self.said_at(&entry.place);
+        }
         self.folded.apply(entry);
         self.entries.push(index);
+    }
+
+    /// The message stands at `place`. If it is known from another one, the later one is a copy.
+    fn said_at(&mut self, place: &Place) {
+        let known = self.folded.base.as_ref().map(|base| &base.place);
+        if let Some(known) = known.filter(|known| *known != place) {
+            self.copies.push(known.max(place).clone());
+        }
+    }
+
+    fn removals(&self) -> impl Iterator<Item = Removal> {
+        let copies = self.copies.iter();
+        copies.map(|place| Removal::new(place.clone(), self.room.clone(), self.key))
     }
 }
 

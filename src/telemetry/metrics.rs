@@ -343,6 +343,8 @@ counters! {
     HistoryAnswered(source: HistoryAnswer) = "natter.history.answered", "{request}";
     /// Messages erased from MongoDB and the streams.
     HistoryErased = "natter.history.erased", "{message}";
+    /// Messages taken out of the streams: said before under the same id, or erased before.
+    HistoryRemoved = "natter.history.removed", "{message}";
 }
 
 plain! {
@@ -605,7 +607,7 @@ mod tests {
             .for_each(|op| add(Counter::CommandReceived(*op)));
         add(Counter::MessageDelivered);
         add(Counter::TypingDelivered);
-        let last = Counter::HistoryErased;
+        let last = Counter::HistoryRemoved;
         add(last);
         assert_eq!(last.slot(), COUNTER_SLOTS - 1);
     }

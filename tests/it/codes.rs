@@ -106,9 +106,10 @@ async fn every_error_code_is_provoked() {
         Box::pin(refused_for_rate()),
         Box::pin(refused_by_the_stream()),
         Box::pin(nats_is_away()),
+        Box::pin(refused_for_erasure()),
     );
     let mut seen = Seen::default();
-    for part in [parts.0, parts.1, parts.2, parts.3] {
+    for part in [parts.0, parts.1, parts.2, parts.3, parts.4] {
         seen.merge(part);
     }
     let all: BTreeSet<&str> = ErrorCode::ALL.into_iter().map(ErrorCode::as_str).collect();
@@ -160,6 +161,30 @@ fn bad_rooms() -> Vec<String> {
 
 fn in_path(room: &str) -> String {
     room.bytes().map(|byte| format!("%{byte:02X}")).collect()
+}
+
+async fn refused_for_erasure() -> Seen {
+    let mut seen = Seen::default();
+    let (nats, mongodb) = (support::nats_url(), support::mongodb_url());
+    let mesh = Mesh::with_history(nats, mongodb, (1, 1), "").await;
+    let (address, token) = (mesh.edges[0].address, token("kim"));
+    let mut kim = Raw::open(address, &token).await;
+    let send = json!({"op": "send", "rid": 1, "room": "chat:a", "id": "m1", "body": 1});
+    assert_eq!(kim.call(send.clone()).await["op"], "ack");
+    eventually("it is erased", LONG, async || {
+        let headers = bearer(&token);
+        let answer = request(address, "DELETE", "/v1/rooms/chat:a", &headers, "").await;
+        match answer.status {
+            200 => Ok(()),
+            status => Err(format!("{status} {}", answer.json())),
+        }
+    })
+    .await;
+    seen.call(&mut kim, send, ErrorCode::Erased).await;
+    let body = r#"{"id":"m1","body":1}"#;
+    seen.post(address, &token, "chat:a", body, ErrorCode::Erased)
+        .await;
+    seen
 }
 
 async fn refused_by_the_edge() -> Seen {

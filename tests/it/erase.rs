@@ -581,14 +581,14 @@ async fn what_a_stopped_worker_had_in_hand_does_not_come_back() {
         }
     });
     kept.await;
-    // It wrote them all, and took back what was erased before it confirmed.
+    // It wrote them all and took back what was erased before it confirmed, unless it had heard of that before it wrote.
     let address = mesh.workers[0].address;
     let (_, metrics) = http(address, "GET", "/metrics", "", "").await.unwrap();
     let written = metrics.lines().find(|line| {
         line.starts_with("natter_history_written") && line.contains("kind=\"message\"")
     });
-    let written = written.and_then(|line| line.rsplit_once(' '));
-    assert_eq!(written.map(|(_, n)| n), Some("11"), "{metrics}");
+    let written: Option<u64> = written.and_then(|line| line.rsplit_once(' ')?.1.parse().ok());
+    assert!((6..=11).contains(&written.unwrap()), "{metrics}");
     assert_eq!(documents(&mesh, doc! { "room": room }).await, []);
 }
 

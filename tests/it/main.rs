@@ -7,6 +7,7 @@
     reason = "helpers of tests fail as tests do, and tell progress"
 )]
 
+mod acks;
 mod alone;
 mod architecture;
 mod codes;
@@ -30,6 +31,7 @@ mod provision_mesh;
 mod read;
 mod regions;
 mod regions_up;
+mod repeats;
 mod replicas;
 mod resume;
 mod resync;

@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::*;
+use super::{super::references::reference_of, *};
 
 fn record(seq: u64, class: Class, id: &str) -> Record {
     Record {
@@ -96,6 +96,47 @@ fn a_reference_is_delivered_once() {
     assert!(!deliver(&mut log, &record(2, Class::Msg, "a")));
     assert_eq!(log.position(0), 2);
     assert!(deliver(&mut log, &record(3, Class::Msg, "b")));
+}
+
+#[test]
+fn a_change_is_delivered_once_and_an_announcement_each_time() {
+    let mut log = log(&[], 0, 1000);
+    assert!(deliver(&mut log, &record(1, Class::Msg, "a")));
+    // Its id is not one of a message.
+    assert!(deliver(&mut log, &record(2, Class::Ev, "a")));
+    assert!(!deliver(&mut log, &record(3, Class::Ev, "a")));
+    assert_eq!(log.position(0), 3);
+    for seq in [4, 5] {
+        let erase = Record {
+            kind: Some(crate::model::Kind::Erase.as_str()),
+            ..record(seq, Class::Ev, "erasure")
+        };
+        assert!(deliver(&mut log, &erase));
+    }
+}
+
+#[test]
+fn what_the_own_stream_knows_itself_is_left_to_it() {
+    let mut log = RoomLog::new(vec![start("seoul", &[], 0), start("virginia", &[], 0)], 1000);
+    // Their times are their sequences.
+    for (track, seq, class, id) in [
+        (0, 10, Class::Msg, "old"),
+        (0, 20, Class::Msg, "new"),
+        (1, 30, Class::Msg, "elsewhere"),
+        (0, 11, Class::Ev, "change"),
+    ] {
+        assert!(deliver_in(&mut log, track, &record(seq, class, id)));
+    }
+    let said = |class, id| {
+        let found = log.said_before(class, reference_of(class, "kim", id), 20);
+        found.map(|(_, ts)| ts)
+    };
+    assert_eq!(said(Class::Msg, "old"), Some(10));
+    assert_eq!(said(Class::Msg, "new"), None);
+    assert_eq!(said(Class::Msg, "elsewhere"), Some(30));
+    assert_eq!(said(Class::Ev, "change"), Some(11));
+    assert_eq!(said(Class::Ev, "old"), None);
+    assert_eq!(said(Class::Msg, "change"), None);
 }
 
 #[test]

@@ -1,0 +1,87 @@
+//! Takes single messages out of the region's streams and mirrors: copies of what is there already, and what was erased and came
+//! again. They are written down in MongoDB, and done by each region for itself, at once or when it is back.
+//!
+//! So a message that pages do not show is not counted either: what is unread is counted by the stream.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::Parts;
+use crate::{
+    bus::{Candidate, EraseError, Eraser},
+    model::partition_of,
+    runtime::Phase,
+    store::{Removal, StoreError},
+    telemetry::metrics::{Counter, count},
+};
+
+/// Pause between two looks.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Removals that are looked at at once. What waits for a mirror that is cut off stands among them.
+const AT_ONCE: usize = 10_000;
+
+/// Looks for what is to be taken out, for ever.
+pub(super) async fn keep(parts: Parts) {
+    if parts.lifecycle.reached(Phase::Ready).await != Phase::Ready {
+        return;
+    }
+    loop {
+        if let Err(error) = look(&parts).await {
+            tracing::debug!(%error, "what is to be taken out of the streams is not known");
+        }
+        sleep(LOOK_EVERY.mul_f64(rand::random_range(0.5..1.0))).await;
+    }
+}
+
+async fn look(parts: &Parts) -> Result<(), StoreError> {
+    let own = parts.streams.origin();
+    for removal in parts.store.removals_of(own, AT_ONCE).await? {
+        match take_out(parts, &removal).await {
+            Ok(true) => {
+                let regions = parts.streams.regions();
+                parts.store.removed(&removal, own, &regions).await?;
+            }
+            // Later.
+            Ok(false) => {}
+            Err(error) => {
+                tracing::debug!(%error, place = %removal.place, "a message is not taken out yet");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Takes a message out of its stream, or the mirror of that, as this region has it. Whether nothing is left to do.
+async fn take_out(parts: &Parts, removal: &Removal) -> Result<bool, EraseError> {
+    let Removal { place, room, .. } = removal;
+    let own = parts.streams.origin();
+    let Some(streams) = parts.origins.get(&place.origin) else {
+        // Not mirrored here yet, or it has left the mesh.
+        return Ok(!parts.streams.regions().contains(&place.origin));
+    };
+    let part = partition_of(room, streams.partitions());
+    let mut state = streams.known(part);
+    if state.epoch != place.epoch || state.last_seq < place.seq {
+        state = streams.fetch(part).await?;
+    }
+    if state.epoch != place.epoch {
+        return Ok(true);
+    }
+    if state.last_seq < place.seq {
+        // A mirror that has yet to get it.
+        return Ok(place.origin == *own);
+    }
+    let eraser = Eraser::new(
+        parts.connection.clone(),
+        parts.reader.clone(),
+        streams,
+        &parts.config.nats,
+    );
+    let is_meant = |one: &Candidate| removal.means(&one.key());
+    if eraser.remove_one(room, place.seq, is_meant).await? && place.origin == *own {
+        count(Counter::HistoryRemoved, 1);
+    }
+    Ok(true)
+}
