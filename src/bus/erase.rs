@@ -219,7 +219,20 @@ impl Eraser {
         })
     }
 
-    /// Removes the message at `seq` of the stream of `room`, if that is the one that is meant.
+    /// The message at `seq` of the stream of `room`, if there is one.
+    ///
+    /// # Errors
+    /// [`EraseError`].
+    pub async fn at(&self, room: &RoomId, seq: u64) -> Result<Option<Candidate>, EraseError> {
+        let part = partition_of(room, self.streams.partitions());
+        let stream = rooms_stream(self.streams.origin(), part);
+        let request = serde_json::json!({ "seq": seq });
+        let (found, _) = self.reader.get(&stream, &request).await?;
+        let found = found.first().and_then(|message| self.candidate(message));
+        Ok(found.filter(|found| found.seq == seq))
+    }
+
+    /// Removes the message at `seq` of the stream of `room`, if that is the one that is meant; whether it was.
     ///
     /// # Errors
     /// [`EraseError`]; repeating it is harmless.
@@ -229,14 +242,12 @@ impl Eraser {
         seq: u64,
         is_meant: impl Fn(&Candidate) -> bool,
     ) -> Result<bool, EraseError> {
-        let part = partition_of(room, self.streams.partitions());
-        let stream = rooms_stream(self.streams.origin(), part);
-        let request = serde_json::json!({ "seq": seq });
-        let (found, _) = self.reader.get(&stream, &request).await?;
-        let found = found.first().and_then(|message| self.candidate(message));
-        if !found.is_some_and(|found| found.seq == seq && is_meant(&found)) {
+        let found = self.at(room, seq).await?;
+        if !found.as_ref().is_some_and(is_meant) {
             return Ok(false);
         }
+        let part = partition_of(room, self.streams.partitions());
+        let stream = rooms_stream(self.streams.origin(), part);
         self.delete(&stream, seq).await?;
         Ok(true)
     }

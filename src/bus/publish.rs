@@ -188,15 +188,8 @@ impl Publisher {
         known_time: impl Fn(u64) -> Option<u64>,
     ) -> Result<Acked, PublishError> {
         let deadline = Instant::now() + self.timeout;
-        let suspect = Suspect {
-            room: &outgoing.publication.room,
-            from: outgoing.user,
-            id: outgoing.id,
-            target: outgoing.publication.target.as_ref().map(|(_, to)| to),
-        };
-        let remembered = timeout_at(deadline, self.remembered.has(suspect)).await;
-        let remembered = remembered.unwrap_or(Err(KvError::Unavailable));
-        if remembered.map_err(PublishError::Doubtful)? {
+        // Rare, and large.
+        if self.remembered.is_any() && Box::pin(self.was_erased(outgoing, deadline)).await? {
             return Err(PublishError::Erased);
         }
         let mut acked = self.publish(outgoing, deadline).await?;
@@ -217,6 +210,23 @@ impl Publisher {
             }
         };
         Ok(acked)
+    }
+
+    /// Whether a message was erased, or what it is about.
+    async fn was_erased(
+        &self,
+        outgoing: &Outgoing<'_>,
+        deadline: Instant,
+    ) -> Result<bool, PublishError> {
+        let suspect = Suspect {
+            room: &outgoing.publication.room,
+            from: outgoing.user,
+            id: outgoing.id,
+            target: outgoing.publication.target.as_ref().map(|(_, to)| to),
+        };
+        let told = timeout_at(deadline, self.remembered.has(suspect)).await;
+        let told = told.unwrap_or(Err(KvError::Unavailable));
+        told.map_err(PublishError::Doubtful)
     }
 
     async fn publish(

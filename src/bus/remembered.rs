@@ -358,7 +358,7 @@ impl Remembered {
 
     /// Forgets the sets that have ended.
     fn forget(&self, now_s: u64) {
-        if !self.any.load(Ordering::Acquire) {
+        if !self.is_any() {
             return;
         }
         let mut sets = self.sets.write();
@@ -381,19 +381,17 @@ impl Remembered {
         users.retain(|_, of| ended(of));
     }
 
+    /// Whether there is anything to look up.
+    #[must_use]
+    pub fn is_any(&self) -> bool {
+        self.any.load(Ordering::Acquire)
+    }
+
     /// Whether a message was erased, or what a change is about.
     ///
     /// # Errors
     /// [`KvError`]: that can't be told now.
     pub async fn has(&self, suspect: Suspect<'_>) -> Result<bool, KvError> {
-        if !self.any.load(Ordering::Acquire) {
-            return Ok(false);
-        }
-        // Rare, and large.
-        Box::pin(self.look_up(suspect)).await
-    }
-
-    async fn look_up(&self, suspect: Suspect<'_>) -> Result<bool, KvError> {
         for (set, key) in self.concerned(suspect) {
             if self.is_in(&set, &key).await? {
                 return Ok(true);

@@ -3,14 +3,14 @@
 //!
 //! So a message that pages do not show is not counted either: what is unread is counted by the stream.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::sleep;
 
 use super::Parts;
 use crate::{
-    bus::{Candidate, EraseError, Eraser},
-    model::partition_of,
+    bus::{Candidate, EraseError, Eraser, Streams},
+    model::{Place, partition_of},
     runtime::Phase,
     store::{Removal, StoreError},
     telemetry::metrics::{Counter, count},
@@ -73,15 +73,54 @@ async fn take_out(parts: &Parts, removal: &Removal) -> Result<bool, EraseError> 
         // A mirror that has yet to get it.
         return Ok(place.origin == *own);
     }
-    let eraser = Eraser::new(
-        parts.connection.clone(),
-        parts.reader.clone(),
-        streams,
-        &parts.config.nats,
-    );
+    if let Some(first) = &removal.first {
+        match has_first(parts, removal, first).await? {
+            Some(true) => {}
+            // It is all that is left of the message.
+            Some(false) => return Ok(true),
+            None => return Ok(false),
+        }
+    }
     let is_meant = |one: &Candidate| removal.means(&one.key());
+    let eraser = eraser(parts, streams);
     if eraser.remove_one(room, place.seq, is_meant).await? && place.origin == *own {
         count(Counter::HistoryRemoved, 1);
     }
     Ok(true)
+}
+
+/// Whether what a copy is one of is stored at `first`, or was, and was trimmed. Not where its stream lost its end or began anew:
+/// then who was away is to get the copy. `None`: that can't be told yet.
+async fn has_first(
+    parts: &Parts,
+    removal: &Removal,
+    first: &Place,
+) -> Result<Option<bool>, EraseError> {
+    let Some(streams) = parts.origins.get(&first.origin) else {
+        let named = parts.streams.regions().contains(&first.origin);
+        return Ok((!named).then_some(false));
+    };
+    let part = partition_of(&removal.room, streams.partitions());
+    let state = streams.fetch(part).await?;
+    if state.epoch != first.epoch {
+        return Ok(Some(false));
+    }
+    if first.seq < state.first_seq {
+        return Ok(Some(true));
+    }
+    if first.seq > state.last_seq && first.origin != *parts.streams.origin() {
+        // A mirror that has yet to get it.
+        return Ok(None);
+    }
+    let found = eraser(parts, streams).at(&removal.room, first.seq).await?;
+    Ok(Some(found.is_some_and(|found| removal.means(&found.key()))))
+}
+
+fn eraser(parts: &Parts, streams: Arc<Streams>) -> Eraser {
+    Eraser::new(
+        parts.connection.clone(),
+        parts.reader.clone(),
+        streams,
+        &parts.config.nats,
+    )
 }

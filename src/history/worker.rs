@@ -32,7 +32,7 @@ use crate::{
         Answer, DeadLetters, Delivery, Pull, PullError, Stored, StreamError, Suspect, answer,
         message_key,
     },
-    model::{Epoch, Reference},
+    model::{Epoch, Place, Reference},
     runtime::Phase,
     store::{Entry, Removal, What},
     subject::{Subjects, rooms_stream},
@@ -284,7 +284,7 @@ impl Worker {
                 faults.push((index, "its subject is not a room's".to_owned()));
                 continue;
             };
-            if self.was_erased(&stored).await {
+            if self.parts.remembered.is_any() && self.was_erased(&stored).await {
                 tracing::info!(seq = delivery.seq, "a message that was erased came again");
                 removals.push(self.removal(&stored, epoch));
                 continue;
@@ -319,8 +319,8 @@ impl Worker {
         }
         let again = self.said_again(&said_at).await;
         for (at, ((entry, index), removal)) in said.into_iter().zip(said_at).enumerate() {
-            if again.contains(&at) {
-                removals.push(removal);
+            if let Some(first) = again.get(&at) {
+                removals.push(removal.copy_of(first.clone()));
             } else {
                 changes += 1;
                 entries.push(entry);
@@ -396,8 +396,8 @@ impl Worker {
         Removal::new(place, room.clone(), &key)
     }
 
-    /// Which changes were said before, however long it takes to find out.
-    async fn said_again(&self, changes: &[Removal]) -> HashSet<usize> {
+    /// Which changes were said before, and where, however long it takes to find out.
+    async fn said_again(&self, changes: &[Removal]) -> HashMap<usize, Place> {
         let mut pause = Backoff::default();
         loop {
             match self.parts.store.said_again(changes).await {

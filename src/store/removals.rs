@@ -4,8 +4,11 @@
 //! The collection `removals`:
 //!
 //! ```text
-//! {_id: "<place>", room, key: <hash of the message's key>, at, done: ["<region>"]}
+//! {_id: "<place>", room, key: <hash of the message's key>, first?: "<place>", at, done: ["<region>"]}
 //! ```
+//!
+//! `first`: where the message was said first. A copy is taken out only where that is still stored, or was trimmed: what a stream
+//! has lost and got again is no copy.
 //!
 //! A message that is said again is found by its `_id` in `messages`. An edit or a reaction has no document of its own; that it was
 //! said, and where, stands in the collection `changes` for a while:
@@ -14,10 +17,7 @@
 //! {_id: <hash of its key>, place, at}
 //! ```
 
-use std::{
-    collections::{HashMap, HashSet},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use futures_util::TryStreamExt as _;
 use mongodb::{
@@ -48,6 +48,8 @@ pub struct Removal {
     pub place: Place,
     /// Its room.
     pub room: RoomId,
+    /// Where it was said first, if it is a copy.
+    pub first: Option<Place>,
     /// The hash of its key: another message that came to that place is left alone.
     key: Vec<u8>,
     /// The regions that have removed it.
@@ -61,8 +63,18 @@ impl Removal {
         Self {
             place,
             room,
+            first: None,
             key: hash(key),
             done: Vec::new(),
+        }
+    }
+
+    /// The same, of a copy of what stands at `first`.
+    #[must_use]
+    pub fn copy_of(self, first: Place) -> Self {
+        Self {
+            first: Some(first),
+            ..self
         }
     }
 
@@ -75,13 +87,15 @@ impl Removal {
     fn fields(&self) -> Fields {
         doc! {
             "_id": self.place.to_string(), "room": self.room.as_str(), "key": binary(&self.key),
-            "at": DateTime::now(), "done": [],
+            "first": self.first.as_ref().map(Place::to_string), "at": DateTime::now(), "done": [],
         }
     }
 
     fn read(fields: &Fields) -> Option<Self> {
         let done = fields.get_array("done").ok()?.iter();
+        let first = fields.get_str("first").ok().map(str::parse);
         Some(Self {
+            first: first.transpose().ok()?,
             place: fields.get_str("_id").ok()?.parse().ok()?,
             room: RoomId::parse(fields.get_str("room").ok()?).ok()?,
             key: fields.get_binary_generic("key").ok()?.clone(),
@@ -124,19 +138,22 @@ impl Store {
         self.database.collection_with_options(collection, options)
     }
 
-    /// Which of these changes (by their index) were said before at another place, as far as that is remembered. What is new is
-    /// noted. Of several of a kind one is not said before, whoever asks, and however often.
+    /// Which of these changes (by their index) were said before at another place, and where, as far as that is remembered. What
+    /// is new is noted. Of several of a kind one is not said before, whoever asks, and however often.
     ///
     /// # Errors
     /// [`StoreError`]: it has to be asked again.
-    pub async fn said_again(&self, changes: &[Removal]) -> Result<HashSet<usize>, StoreError> {
+    pub async fn said_again(
+        &self,
+        changes: &[Removal],
+    ) -> Result<HashMap<usize, Place>, StoreError> {
         let mut first: HashMap<&[u8], &Place> = HashMap::new();
         for one in changes {
             let place = first.entry(&one.key).or_insert(&one.place);
             *place = (*place).min(&one.place);
         }
         if first.is_empty() {
-            return Ok(HashSet::new());
+            return Ok(HashMap::new());
         }
         let new = first.iter().map(|(key, place)| {
             let place = place.to_string();
@@ -155,15 +172,12 @@ impl Store {
                 Some((one.get_binary_generic("_id").ok()?.clone(), place))
             }));
         }
-        let is_copy = |one: &Removal| {
+        let again = changes.iter().enumerate().filter_map(|(at, one)| {
             let first = first.get(one.key.as_slice()).copied();
-            known.get(&one.key).or(first) != Some(&one.place)
-        };
-        let changes = changes.iter().enumerate();
-        Ok(changes
-            .filter(|(_, one)| is_copy(one))
-            .map(|(at, _)| at)
-            .collect())
+            let first = known.get(&one.key).or(first)?;
+            (*first != one.place).then(|| (at, first.clone()))
+        });
+        Ok(again.collect())
     }
 
     /// Inserts documents; whether some were there already.
@@ -195,6 +209,20 @@ impl Store {
         self.insert_missing(REMOVALS, documents)
             .await
             .map(|_met| ())
+    }
+
+    /// Notes that the message that was taken for the first of its copies, at `before`, is itself one of what stands at `first`.
+    pub(super) async fn displace_first(
+        &self,
+        before: &Place,
+        first: &Place,
+    ) -> Result<(), StoreError> {
+        let collection = self.confirmed(REMOVALS);
+        let set = doc! { "$set": { "first": first.to_string() } };
+        let update = collection.update_many(doc! { "first": before.to_string() }, set);
+        within(self.write_timeout, update.into_future())
+            .await
+            .map(|_updated| ())
     }
 
     /// What `region` has still to take out, at most `limit`.

@@ -154,9 +154,9 @@ impl Store {
         let (mut inserts, mut updates) = (Vec::new(), Vec::new());
         let mut removals: Vec<Removal> = Vec::new();
         for group in groups {
-            removals.extend(group.removals());
             match &group.folded.base {
                 Some(base) => {
+                    removals.extend(group.removals(&base.place));
                     let new = document::new(group.key, group.room, &group.folded, base);
                     inserts.push((group, new));
                 }
@@ -170,8 +170,10 @@ impl Store {
                 refused.push((group, error.text()));
             }
         }
-        removals.extend(self.said_before(&mut updates).await?);
-        self.record_removals(&removals).await?;
+        // What the documents say of the first goes before what the batch says.
+        let mut known = self.said_before(&mut updates).await?;
+        known.append(&mut removals);
+        self.record_removals(&known).await?;
         for _ in 0..UPSERTS {
             if updates.is_empty() {
                 return Ok(refused);
@@ -212,10 +214,16 @@ impl Store {
         let known: HashMap<String, Place> = known.collect();
         let mut removals = Vec::new();
         for group in groups {
-            if let Some(place) = known.get(group.key) {
-                group.copies.clear();
-                group.said_at(place);
-                removals.extend(group.removals());
+            let base = group.folded.base.as_ref().map(|base| base.place.clone());
+            let (Some(place), Some(base)) = (known.get(group.key), base) else {
+                continue;
+            };
+            group.said_at(place);
+            let first = place.min(&base);
+            removals.extend(group.removals(first));
+            if base < *place {
+                // Of what had been taken for the first, others were copies too.
+                self.displace_first(place, &base).await?;
             }
         }
         Ok(removals)
@@ -325,9 +333,13 @@ impl<'a> Group<'a> {
         }
     }
 
-    fn removals(&self) -> impl Iterator<Item = Removal> {
+    /// What takes the copies out of the streams: those of the message that stands at `first`.
+    fn removals(&self, first: &Place) -> impl Iterator<Item = Removal> {
         let copies = self.copies.iter();
-        copies.map(|place| Removal::new(place.clone(), self.room.clone(), self.key))
+        copies.map(|copy| {
+            let removal = Removal::new(copy.clone(), self.room.clone(), self.key);
+            removal.copy_of(first.clone())
+        })
     }
 }
 

@@ -891,3 +891,90 @@ async fn a_connection_string_that_can_not_be_used_is_told_without_its_password()
         assert!(!error.to_string().contains("cret"), "{error}");
     }
 }
+
+/// Whatever order copies come in, and however they are batched: all but the first are to be taken out, and none by a repeat.
+#[tokio::test]
+async fn the_later_places_of_a_message_are_to_be_removed() {
+    let own = Own::new().await;
+    let region = Region::parse("seoul").unwrap();
+    let orders = [
+        [1, 2, 3],
+        [1, 3, 2],
+        [2, 1, 3],
+        [2, 3, 1],
+        [3, 1, 2],
+        [3, 2, 1],
+    ];
+    for (number, order) in orders.into_iter().enumerate() {
+        for together in [1, 2, 3] {
+            let room = room(&format!("chat:copies-{number}-{together}"));
+            let first = message(&room, 1, "1");
+            let said = order.map(|seq| Entry {
+                place: message(&room, seq, "1").place,
+                ..first.clone()
+            });
+            for _ in 0..2 {
+                for some in said.chunks(together) {
+                    own.write(some).await;
+                }
+            }
+            let shown = own.all(&room, &Span::default(), End::Oldest).await;
+            let place = shown[0].folded.base.as_ref().unwrap().place.clone();
+            assert_eq!((shown.len(), &place), (1, &first.place), "{order:?}");
+            let removals = own.store.removals_of(&region, 1000).await.unwrap();
+            let mut of_room: Vec<u64> = removals
+                .iter()
+                .filter(|one| one.room == room)
+                .map(|one| one.place.seq)
+                .collect();
+            of_room.sort_unstable();
+            assert_eq!(of_room, [2, 3], "{order:?}, {together} together");
+        }
+    }
+    // Each region does its part, and the last one leaves nothing.
+    let all = own.store.removals_of(&region, 1000).await.unwrap();
+    let other = Region::parse("virginia").unwrap();
+    let regions = [region.clone(), other.clone()];
+    for removal in &all {
+        own.store.removed(removal, &region, &regions).await.unwrap();
+    }
+    assert_eq!(own.store.removals_of(&region, 1000).await.unwrap(), []);
+    let left = own.store.removals_of(&other, 1000).await.unwrap();
+    assert_eq!(left.len(), all.len());
+    for removal in &left {
+        own.store.removed(removal, &other, &regions).await.unwrap();
+    }
+    let removals = own.database.collection::<Fields>("removals");
+    assert_eq!(removals.count_documents(doc! {}).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_change_is_said_again_only_from_another_place() {
+    let own = Own::new().await;
+    let room = room("chat:again");
+    let at = |seq: u64, key: &str| {
+        let place = message(&room, seq, "1").place;
+        natter::store::Removal::new(place, room.clone(), key)
+    };
+    let again = async |changes: &[natter::store::Removal]| {
+        let again = own.store.said_again(changes).await.unwrap();
+        let mut again: Vec<(usize, u64)> =
+            again.into_iter().map(|(n, first)| (n, first.seq)).collect();
+        again.sort_unstable();
+        again
+    };
+    assert_eq!(again(&[]).await, []);
+    assert_eq!(again(&[at(1, "a"), at(2, "b")]).await, []);
+    // Given out again, also after a crash.
+    assert_eq!(again(&[at(1, "a"), at(2, "b"), at(3, "c")]).await, []);
+    assert_eq!(
+        again(&[at(4, "a"), at(3, "c"), at(5, "c")]).await,
+        [(0, 1), (2, 3)]
+    );
+    // Of several in one batch the first counts, whatever their order.
+    assert_eq!(
+        again(&[at(9, "d"), at(8, "d"), at(7, "d")]).await,
+        [(0, 7), (1, 7)]
+    );
+    assert_eq!(again(&[at(7, "d"), at(8, "d")]).await, [(1, 7)]);
+}

@@ -117,7 +117,10 @@ fn a_change_is_delivered_once_and_an_announcement_each_time() {
 
 #[test]
 fn what_the_own_stream_knows_itself_is_left_to_it() {
-    let mut log = RoomLog::new(vec![start("seoul", &[], 0), start("virginia", &[], 0)], 1000);
+    let mut log = RoomLog::new(
+        vec![start("seoul", &[], 0), start("virginia", &[], 0)],
+        1000,
+    );
     // Their times are their sequences.
     for (track, seq, class, id) in [
         (0, 10, Class::Msg, "old"),
