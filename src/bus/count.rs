@@ -31,7 +31,13 @@ impl Reader {
         let Some(first) = wanted.first() else {
             return Ok(Vec::new());
         };
-        let _turn = self.turn().await?;
+        let timed_out = |_elapsed| ReadError::Timeout {
+            stream: first.stream.clone(),
+            waited: self.timeout(),
+        };
+        let _turn = timeout(self.timeout(), self.turn())
+            .await
+            .map_err(timed_out)??;
         let closed = |_error| ReadError::Closed;
         let client = self.connection().client();
         let inbox = client.new_inbox();
@@ -60,10 +66,7 @@ impl Reader {
             // Each answer has the time of a read: many counts take longer than one, and a server that is gone shows.
             let answer = timeout(self.timeout(), answers.next())
                 .await
-                .map_err(|_elapsed| ReadError::Timeout {
-                    stream: first.stream.clone(),
-                    waited: self.timeout(),
-                })?;
+                .map_err(timed_out)?;
             let answer = answer.ok_or(ReadError::Closed)?;
             let number = answer.subject.rsplit_once('.');
             let number = number.and_then(|(_, number)| number.parse::<usize>().ok());

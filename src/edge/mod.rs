@@ -67,8 +67,10 @@ struct Shared {
 struct Ready {
     connection: Connection,
     line: Line,
-    /// For presence, read markers and history: what they wait for holds up no message.
+    /// For presence and read markers: what they wait for holds up no message.
     state: Connection,
+    /// For unread counts and history, which take long: presence and markers don't wait for them.
+    questions: Connection,
     /// For the mirrors of the region, where they are helped on.
     mirrors: Option<Connection>,
     publisher: Publisher,
@@ -196,6 +198,7 @@ impl Edge {
             }
             ready.line.close().await;
             ready.state.close().await;
+            ready.questions.close().await;
             if let Some(mirrors) = &ready.mirrors {
                 mirrors.close().await;
             }
@@ -264,12 +267,16 @@ async fn make_ready(
         &config.nats,
         &shared.id,
     );
-    let markers = Markers::new(&state_reader, &origins, config, publisher.clone());
+    // One of these is up to hundreds of reads, or megabytes: presence, markers and joins don't wait behind them.
+    let name = format!("natter edge {} questions", shared.id);
+    let questions = Connection::open(&config.nats, &name).await?;
+    let ask = || Reader::new(questions.clone(), &config.nats);
+    let markers = Markers::new(&state_reader, ask(), &origins, config, publisher.clone());
     tasks.spawn_until_stopping("keep read markers", Arc::clone(&markers).keep());
     let count = Shards::count(config);
     let (presence, pushes) =
         Presence::start(config, &shared.id, &state_reader, &origins, count, tasks);
-    let history = history::Client::new(&state_reader, &origins, config);
+    let history = history::Client::new(&ask(), &origins, config);
     let presences = (&presence, pushes);
     let shards = Shards::start(shared, &origins, presences, &markers, &history).await?;
     // Set once, here.
@@ -277,6 +284,7 @@ async fn make_ready(
         connection,
         line,
         state,
+        questions,
         mirrors,
         publisher,
         presence,

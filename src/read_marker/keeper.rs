@@ -10,11 +10,13 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
     sync::oneshot,
+    task::yield_now,
     time::{Instant, sleep_until, timeout_at},
 };
 
 use super::{
     Markers,
+    index::STEP,
     marker::{Marker, Phase},
     markers::{Key, State},
 };
@@ -42,8 +44,9 @@ const ATTEMPTS: usize = 5;
 /// How long the last writes of an edge may take: a bucket that does not answer must not cut the rest of a drain.
 const FLUSH_WITHIN: Duration = Duration::from_secs(5);
 
-/// How often markers that rest are forgotten.
+/// How often markers that rest are forgotten, and in how many of these times all are looked at.
 const SWEEP: Duration = Duration::from_secs(1);
+const SWEEPS: usize = 10;
 
 /// Keys on their way to the bucket, each in the queue of its [`Phase`].
 #[derive(Debug)]
@@ -132,11 +135,13 @@ impl State {
         self.queues.gathering.len() == 1
     }
 
-    /// Moves keys whose pause is over to where they belong now.
+    /// Moves keys whose pause is over to where they belong now, some of them: what is left is still due.
     fn wake(&mut self, now: Instant) {
         let flushing = self.queues.flushing;
+        let (mut gathered, mut paused, mut checked) = (0..STEP, 0..STEP, 0..STEP);
         while let Some((due, _)) = self.queues.gathering.front()
             && (*due <= now || flushing)
+            && gathered.next().is_some()
             && let Some((_, key)) = self.queues.gathering.pop_front()
         {
             // Others have been queued by a command meanwhile.
@@ -149,6 +154,7 @@ impl State {
         }
         while let Some((due, _)) = self.queues.later.front()
             && (*due <= now || flushing)
+            && paused.next().is_some()
             && let Some((_, key)) = self.queues.later.pop_front()
         {
             let Some(marker) = self.markers.get_mut(&key) else {
@@ -166,6 +172,7 @@ impl State {
         }
         while let Some((due, _)) = self.queues.checks.front()
             && *due <= now
+            && checked.next().is_some()
             && let Some((_, key)) = self.queues.checks.pop_front()
         {
             // Others have been queued by a command meanwhile.
@@ -261,6 +268,10 @@ impl Markers {
         let mut sweep = Instant::now() + SWEEP;
         loop {
             let now = Instant::now();
+            if now >= sweep {
+                sweep = now + SWEEP;
+                self.sweep(now).await;
+            }
             let due = {
                 let mut state = self.state.lock();
                 state.wake(now);
@@ -268,10 +279,6 @@ impl Markers {
                     && let Some(key) = state.next(now)
                 {
                     writes.push(self.write_key(key));
-                }
-                if now >= sweep {
-                    sweep = now + SWEEP;
-                    state.markers.retain(|_, marker| !marker.is_idle(now));
                 }
                 if state.queues.flushing && !state.owes() {
                     self.written.notify_waiters();
@@ -286,6 +293,15 @@ impl Markers {
                 () = self.write.notified() => {}
                 () = sleep_until(due) => {}
             }
+        }
+    }
+
+    /// Forgets markers that rest. The lock is held for a step at a time: each durable send takes it.
+    async fn sweep(&self, now: Instant) {
+        let steps = self.state.lock().markers.len() / (STEP * SWEEPS) + 1;
+        for _ in 0..steps {
+            self.state.lock().markers.sweep(now);
+            yield_now().await;
         }
     }
 

@@ -14,8 +14,10 @@ use tokio::{
 };
 
 use super::{
+    index::{Index, STEP},
     keeper::Queues,
     marker::{Marker, Phase},
+    unread::Counting,
 };
 use crate::{
     bus::{Bucket, Entry, KvError, Origins, Publisher, ReadError, Reader, Streams},
@@ -48,6 +50,7 @@ pub struct Markers {
     pub(super) origins: Arc<Origins>,
     pub(super) subjects: Subjects,
     pub(super) unread_cap: u64,
+    pub(super) counting: Counting,
     /// How long a `read`, or the keys it needs, may take.
     timeout: Duration,
     pub(super) state: Mutex<State>,
@@ -64,7 +67,7 @@ pub(super) type Key = Arc<str>;
 
 #[derive(Debug, Default)]
 pub(super) struct State {
-    pub(super) markers: HashMap<Key, Marker>,
+    pub(super) markers: Index,
     pub(super) queues: Queues,
     pub(super) loads: Vec<Load>,
     /// When the bucket last failed to answer.
@@ -102,6 +105,9 @@ pub enum MarkerError {
     /// NATS can't be reached, or does not answer.
     #[error("read markers are not reachable now")]
     Unavailable,
+    /// Too many ask for unread counts at once.
+    #[error("too many unread counts are asked for at once")]
+    Busy,
     /// The cursor is not one of the room.
     #[error("the cursor {0} is not of this room's log")]
     BadCursor(Cursor),
@@ -115,7 +121,7 @@ impl MarkerError {
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Unavailable => ErrorCode::Unavailable,
+            Self::Unavailable | Self::Busy => ErrorCode::Unavailable,
             Self::BadCursor(_) => ErrorCode::BadCursor,
             Self::Refused(_) => ErrorCode::Internal,
         }
@@ -149,10 +155,12 @@ impl From<KvError> for MarkerError {
 
 impl Markers {
     /// The markers of an edge, which are read by `reader` and written over its connection, never the ones of messages; `publisher` tells of them.
+    /// Unread messages are counted by `counts`, over a connection on which nobody waits for anything else.
     /// Nothing is read or written before [`Self::keep`] runs.
     #[must_use]
     pub fn new(
         reader: &Reader,
+        counts: Reader,
         origins: &Arc<Origins>,
         config: &Config,
         publisher: Publisher,
@@ -165,18 +173,13 @@ impl Markers {
             origins: Arc::clone(origins),
             subjects: Subjects::new(&config.nats.prefix),
             unread_cap: config.limits.unread_cap,
+            counting: Counting::new(counts, &config.nats),
             timeout: config.nats.publish_timeout,
             state: Mutex::default(),
             load: Notify::new(),
             write: Notify::new(),
             written: Notify::new(),
         })
-    }
-
-    /// The reader over the connection of these markers, for who has none of their own.
-    #[must_use]
-    pub fn reader(&self) -> &Reader {
-        &self.reader
     }
 
     /// Moves a user's marker to `cursor`, at most to the room's newest message, and tells the room if it moved. The marker
@@ -262,7 +265,7 @@ impl Markers {
         let part = self.part(room);
         let key: Key = marker_key(room, user).into();
         let mut state = self.state.lock();
-        if state.markers.len() >= MAX_HEARD && !state.markers.contains_key(&key) {
+        if state.markers.len() >= MAX_HEARD && !state.markers.contains(&key) {
             return;
         }
         let marker = state.marker(&key);
@@ -354,20 +357,14 @@ impl Markers {
                 }
             }
         }
-        let prefix = marker_key(room, "");
-        for (key, marker) in &self.state.lock().markers {
-            let (true, Some(cursor)) = (key.starts_with(&prefix), marker.cursor()) else {
+        for (key, cursor, at) in self.in_memory(room) {
+            let Some((_, user)) = parse_marker_key(&key) else {
                 continue;
             };
-            let Some((_, user)) = parse_marker_key(key) else {
-                continue;
-            };
-            let reading = readings
-                .entry(user)
-                .or_insert_with(|| (cursor.clone(), marker.at()));
-            let merged = reading.0.merge(cursor, self.is_current(part));
+            let reading = readings.entry(user).or_insert_with(|| (cursor.clone(), at));
+            let merged = reading.0.merge(&cursor, self.is_current(part));
             if merged != reading.0 {
-                *reading = (merged, marker.at());
+                *reading = (merged, at);
             }
         }
         let readings = readings.into_iter();
@@ -375,6 +372,31 @@ impl Markers {
             .filter(|(_, (cursor, _))| self.means_something(part, cursor))
             .map(|(user, (cursor, at))| Reading { user, cursor, at })
             .collect())
+    }
+
+    /// The markers of a room that are in memory. The lock is held for a part of them at a time; none is forgotten in between that
+    /// the bucket did not hold for a while.
+    fn in_memory(&self, room: &RoomId) -> Vec<(Key, Cursor, u64)> {
+        let prefix = marker_key(room, "");
+        let mut found = Vec::new();
+        let mut last: Option<Key> = None;
+        loop {
+            let state = self.state.lock();
+            let part = state.markers.after(&prefix, last.as_deref());
+            let mut looked_at = 0;
+            let mut end = None;
+            for (key, marker) in part.take(STEP) {
+                looked_at += 1;
+                end = Some(Arc::clone(key));
+                if let Some(cursor) = marker.cursor() {
+                    found.push((Arc::clone(key), cursor.clone(), marker.at()));
+                }
+            }
+            if looked_at < STEP {
+                return found;
+            }
+            last = end;
+        }
     }
 
     /// What is known of a marker after it was loaded, if it means anything.
@@ -458,34 +480,36 @@ impl Markers {
             .iter()
             .map(|entries| entries.iter().map(|e| (e.key.as_str(), e)).collect())
             .collect();
-        let mut state = self.state.lock();
-        state.failed = None;
-        for key in keys {
-            let Some((room, _)) = parse_marker_key(key) else {
-                continue;
-            };
-            let is_current = self.is_current(self.part(&room));
-            // What was put there by hand and is no cursor is overwritten.
-            let mut held: Option<Cursor> = None;
-            let (mut at, mut revision) = (0, 0);
-            for (number, bucket) in buckets.iter_mut().enumerate() {
-                let Some(entry) = bucket.remove(key.as_str()) else {
+        self.state.lock().failed = None;
+        for part in keys.chunks(STEP) {
+            let mut state = self.state.lock();
+            for key in part {
+                let Some((room, _)) = parse_marker_key(key) else {
                     continue;
                 };
-                // Written over is only the own one's; what another region's holds need not be written here as well.
-                if number == 0 {
-                    revision = entry.revision;
+                let is_current = self.is_current(self.part(&room));
+                // What was put there by hand and is no cursor is overwritten.
+                let mut held: Option<Cursor> = None;
+                let (mut at, mut revision) = (0, 0);
+                for (number, bucket) in buckets.iter_mut().enumerate() {
+                    let Some(entry) = bucket.remove(key.as_str()) else {
+                        continue;
+                    };
+                    // Written over is only the own one's; what another region's holds need not be written here as well.
+                    if number == 0 {
+                        revision = entry.revision;
+                    }
+                    at = at.max(entry.at);
+                    if let Some(cursor) = entry.value.as_deref().and_then(parse) {
+                        held = Some(match held {
+                            Some(held) => held.merge(&cursor, &is_current),
+                            None => cursor,
+                        });
+                    }
                 }
-                at = at.max(entry.at);
-                if let Some(cursor) = entry.value.as_deref().and_then(parse) {
-                    held = Some(match held {
-                        Some(held) => held.merge(&cursor, &is_current),
-                        None => cursor,
-                    });
-                }
+                let marker = state.marker(&Key::from(key.as_str()));
+                marker.read(held, at, revision, now, is_current);
             }
-            let marker = state.marker(&Key::from(key.as_str()));
-            marker.read(held, at, revision, now, is_current);
         }
         Ok(())
     }
@@ -596,11 +620,7 @@ impl Markers {
 
 impl State {
     pub(super) fn marker(&mut self, key: &Key) -> &mut Marker {
-        // Most are there: no clone of the key for those.
-        if !self.markers.contains_key(key) {
-            self.markers.insert(Arc::clone(key), Marker::new());
-        }
-        self.markers.get_mut(key).expect("it was put there")
+        self.markers.marker(key)
     }
 }
 

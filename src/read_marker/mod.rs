@@ -12,6 +12,7 @@
 //! or NATS is away. One that was moved by sending waits at most that long as well. If the edge dies meanwhile, every other edge with members in that room has heard the receipt, sees some
 //! seconds later that the bucket has less, and writes it. If there is none, the marker stays where it was written last.
 
+mod index;
 mod keeper;
 mod marker;
 mod markers;

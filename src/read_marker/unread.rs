@@ -1,15 +1,22 @@
 //! How much is new: counted by the stream, after the reader's marker.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     sync::Arc,
+    time::Duration,
 };
 
 use futures_util::future::try_join_all;
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout,
+};
 
 use super::{MarkerError, Markers, markers::Key};
 use crate::{
     bus::{MAX_HEADS, Newer, Reader, Streams},
+    config,
     model::{Class, Cursor, RoomId},
     subject::{marker_key, rooms_stream},
     telemetry::metrics::{Counter, count},
@@ -24,9 +31,72 @@ pub struct Unread {
     pub capped: bool,
 }
 
+/// Questions of one user that wait or are worked on; more are refused, or one user's would be all that is worked on.
+const OF_ONE_USER: usize = 4;
+
+/// Whose turn it is to have rooms counted. One question can be hundreds of reads: so they have a connection of their own, and
+/// few are worked on at once, in the order in which they came. Nothing else waits for them.
+#[derive(Debug)]
+pub(super) struct Counting {
+    reader: Reader,
+    turns: Semaphore,
+    wait: Duration,
+    /// How many questions each user has here.
+    users: Mutex<HashMap<Box<str>, usize>>,
+}
+
+/// A user's place among those who ask; given back when dropped.
+struct Asking<'c> {
+    counting: &'c Counting,
+    user: &'c str,
+}
+
+impl Counting {
+    /// Counts over `reader`, which nobody else has.
+    pub(super) fn new(reader: Reader, config: &config::Nats) -> Self {
+        Self {
+            reader,
+            turns: Semaphore::new(config.replay_concurrency),
+            wait: config.read_timeout,
+            users: Mutex::default(),
+        }
+    }
+
+    /// Waits for a turn, no longer than a read may take.
+    async fn turn<'c>(
+        &'c self,
+        user: &'c str,
+    ) -> Result<(Asking<'c>, SemaphorePermit<'c>), MarkerError> {
+        match self.users.lock().entry(user.into()) {
+            Entry::Occupied(asking) if *asking.get() >= OF_ONE_USER => {
+                return Err(MarkerError::Busy);
+            }
+            entry => *entry.or_default() += 1,
+        }
+        let asking = Asking {
+            counting: self,
+            user,
+        };
+        let turn = timeout(self.wait, self.turns.acquire()).await;
+        // The semaphore is never closed.
+        let turn = turn.ok().and_then(Result::ok).ok_or(MarkerError::Busy)?;
+        Ok((asking, turn))
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        if let Entry::Occupied(mut asking) = self.counting.users.lock().entry(self.user.into()) {
+            *asking.get_mut() -= 1;
+            if *asking.get() == 0 {
+                asking.remove();
+            }
+        }
+    }
+}
+
 impl Markers {
-    /// How many messages of each durable room are new to `user`: those after their marker that the stream still holds. Read
-    /// over `reader`.
+    /// How many messages of each durable room are new to `user`: those after their marker that the stream still holds.
     ///
     /// Of each origin: the markers are read in one request, the heads in one a partition; only rooms whose head lies after
     /// the marker are counted, in a request each.
@@ -37,7 +107,6 @@ impl Markers {
         &self,
         user: &str,
         rooms: impl IntoIterator<Item = &'r RoomId>,
-        reader: &Reader,
     ) -> Result<HashMap<&'r RoomId, Unread>, MarkerError> {
         let keys: BTreeMap<&RoomId, Key> = rooms
             .into_iter()
@@ -48,9 +117,11 @@ impl Markers {
         if keys.is_empty() {
             return Ok(unread);
         }
+        let reader = &self.counting.reader;
         if !reader.connection().is_up() || !self.bucket.connection().is_up() {
             return Err(MarkerError::Unavailable);
         }
+        let _turn = self.counting.turn(user).await?;
         let requests = keys.len().div_ceil(MAX_HEADS);
         // What another edge wrote a moment ago counts too.
         self.load(keys.values().map(Arc::clone).collect()).await?;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::oneshot;
 use tracing::Instrument as _;
 
 use super::{
@@ -22,7 +22,7 @@ use super::{
 use crate::{
     bus::{ReadError, Record, StreamError, StreamState},
     model::{Cursor, Fingerprint},
-    telemetry::metrics::{Counter, Gauge, count, gauge_add},
+    telemetry::metrics::{Counter, count},
 };
 
 /// Reads that are repeated because the copy of the stream that answered seems to be behind; then it is believed. Some two seconds.
@@ -77,15 +77,18 @@ pub(super) struct Backlog {
 #[derive(Debug)]
 struct Held {
     entries: Vec<Missed>,
-    /// Its share of `rooms.replay_memory`.
-    _share: OwnedSemaphorePermit,
-    bytes: i64,
 }
 
-impl Drop for Held {
-    fn drop(&mut self) {
-        gauge_add(Gauge::ReplayBytes, -self.bytes);
-    }
+/// Bytes of messages that are read of a backlog at a time.
+const PART_BYTES: usize = 1 << 20;
+
+/// How much of a backlog is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// All of it.
+    Whole,
+    /// Its beginning: what one request brings.
+    Part,
 }
 
 /// One missed message.
@@ -99,7 +102,7 @@ pub(super) struct Missed {
     pub(super) reference: Option<u64>,
     /// What its sender had seen of other origins.
     pub(super) after: Option<Cursor>,
-    /// Its frame; the cursor in it names this origin alone.
+    /// Its frame, counted against `rooms.replay_memory`; the cursor in it names this origin alone.
     pub(super) frame: Bytes,
 }
 
@@ -135,6 +138,43 @@ impl Hub {
             .unwrap_or(Err(Refusal::Failed(JoinError::Unavailable)))
     }
 
+    /// The beginning of what came after `since`, for a session that is slow and has time: nothing is read that it can't take soon.
+    pub(super) async fn backlog_part(
+        &self,
+        rooms: &Rc<Rooms>,
+        track: usize,
+        since: (u64, Fingerprint),
+    ) -> Answer {
+        let mut tries = 0;
+        loop {
+            let is_last = tries >= BEHIND_READS || !self.is_replicated(track);
+            let read = self.read_after(rooms, track, since, (Extent::Part, is_last));
+            return match read.await {
+                Ok(Read::Found(held, upto)) => Ok(Backlog {
+                    held,
+                    skip: 0,
+                    upto,
+                }),
+                Ok(Read::Behind) => {
+                    self.pause().await;
+                    tries += 1;
+                    continue;
+                }
+                Ok(Read::Reset(reason)) => Err(Refusal::Reset(reason)),
+                Ok(Read::TooFar { .. }) => Err(Refusal::Reset(ResetReason::ReplayMax)),
+                Err(error) => {
+                    tracing::debug!(error = %error, room.id = %self.room, "a backlog could not be read");
+                    Err(Refusal::Failed(JoinError::Unavailable))
+                }
+            };
+        }
+    }
+
+    /// A stream of one copy has no other that could tell more.
+    fn is_replicated(&self, track: usize) -> bool {
+        self.sources[track].streams.known(self.part).replicated
+    }
+
     async fn read_backlogs(&self, rooms: &Rc<Rooms>, track: usize) {
         let backlogs = &self.sources[track].backlogs;
         loop {
@@ -163,10 +203,9 @@ impl Hub {
         let (oldest, tries) = (group[0].since, group[0].tries);
         let same = |group: &[Waiter]| group.partition_point(|waiter| waiter.since.0 <= oldest.0);
         let span = tracing::debug_span!("replay", room.id = %self.room, position.seq = oldest.0);
-        // A stream of one copy has no other that could tell more.
         let source = &self.sources[track];
-        let is_last = tries >= BEHIND_READS || !source.streams.known(self.part).replicated;
-        let read = self.read_after(rooms, track, oldest, is_last);
+        let is_last = tries >= BEHIND_READS || !self.is_replicated(track);
+        let read = self.read_after(rooms, track, oldest, (Extent::Whole, is_last));
         match read.instrument(span).await {
             Err(error) => {
                 tracing::debug!(error = %error, room.id = %self.room, "a backlog could not be read");
@@ -273,19 +312,25 @@ impl Hub {
         })
     }
 
-    /// Reads everything after `since`, and makes sure that it is everything. `is_last`: what a copy does not have now is believed not
-    /// to be there.
+    /// Reads what came after `since`, and makes sure that nothing of it is missing. `is_last`: what a copy does not have now is
+    /// believed not to be there.
     async fn read_after(
         &self,
         rooms: &Rooms,
         track: usize,
         since: (u64, Fingerprint),
-        is_last: bool,
+        (extent, is_last): (Extent, bool),
     ) -> Result<Read, BacklogError> {
         let (after, fingerprint) = since;
         let limits = &rooms.config;
         let most_bytes = usize::try_from(limits.replay_max_bytes.as_u64()).unwrap_or(usize::MAX);
-        let mut share = rooms.replay_share(most_bytes).await;
+        let mut share = rooms
+            .memory
+            .share(match extent {
+                Extent::Whole => most_bytes,
+                Extent::Part => PART_BYTES.min(most_bytes),
+            })
+            .await;
         let epoch = self.log.borrow().epoch(track);
         let stream = &self.sources[track].stream;
         let filter = self.filter(rooms, track);
@@ -293,6 +338,7 @@ impl Hub {
         let mut anchored = false;
         let mut entries: Vec<Missed> = Vec::new();
         let mut bytes = 0;
+        let mut is_whole = true;
         // From the cursor's own message on: if it is still there, nothing after it has been trimmed.
         let mut next = after.max(1);
         loop {
@@ -321,7 +367,9 @@ impl Hub {
             }
             for record in records {
                 bytes += record.body.len();
-                entries.push(self.missed(track, record));
+                let mut missed = self.missed(track, record);
+                missed.frame = share.count(missed.frame);
+                entries.push(missed);
             }
             if bytes > most_bytes {
                 return Ok(Read::TooFar {
@@ -329,6 +377,10 @@ impl Hub {
                 });
             }
             match page.records.last() {
+                Some(_) if page.pending > 0 && extent == Extent::Part && !entries.is_empty() => {
+                    is_whole = false;
+                    break;
+                }
                 Some(last) if page.pending > 0 => next = last.seq + 1,
                 _ => break,
             }
@@ -337,7 +389,7 @@ impl Hub {
             return Ok(broken);
         }
         let mut upto = entries.last().map_or(since, |m| (m.seq, m.fingerprint));
-        if upto.0 < delivered.0 {
+        if is_whole && upto.0 < delivered.0 {
             // The room has delivered more: the copy that was read is behind, or it was erased. Where nothing was delivered the
             // room is known to be empty up to there.
             if delivered.1 != Fingerprint(0) && !is_last {
@@ -345,16 +397,8 @@ impl Hub {
             }
             upto = delivered;
         }
-        // The frames are a little larger than the bodies; the share is a bound on bodies, like the limit.
-        rooms.shrink_share(&mut share, bytes);
-        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        gauge_add(Gauge::ReplayBytes, bytes);
-        let held = Held {
-            entries,
-            _share: share,
-            bytes,
-        };
-        Ok(Read::Found(Rc::new(held), upto))
+        // What of the share no frame has taken is given back.
+        Ok(Read::Found(Rc::new(Held { entries }), upto))
     }
 
     /// After the read: whether anything between the cursor and what was read may have been trimmed, before or meanwhile.

@@ -1,6 +1,6 @@
 //! Joining a room: finding out how a session can go on, beginning its membership, catching up.
 
-use std::{rc::Rc, sync::Arc, time::Duration};
+use std::{mem::size_of, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::try_join_all;
@@ -11,9 +11,11 @@ use tokio::{
 
 use super::{
     backlog::{Backlog, Refusal},
+    encode,
     fan_out::{Member, raise},
     hub::{Hub, Phase},
-    log::{Place, Resume, Since},
+    log::{Place, Resume, RoomLog, Since},
+    memory::{Memory, Share, weight},
     merge::{Frames, is_complete, missed},
     references::reference_of,
     rooms::Rooms,
@@ -26,7 +28,8 @@ use crate::{
     wire::Conn,
 };
 
-/// Backlog is handed to a connection in pieces of this size, so that the outbox' bound is not reached by our own doing.
+/// Backlog is handed to a connection in pieces of this size, or a quarter of the outbox where that is less: its bound is not
+/// reached by our own doing.
 const PIECE: usize = 64 * 1024;
 
 /// Who joins.
@@ -279,7 +282,10 @@ impl Rooms {
             }
             let wanted = (0..resumes.len()).map(|t| !is_elsewhere(t)).collect();
             match self.read_backlogs(&hub, &since, wanted).await {
-                Ok(backlogs) => read = Some(backlogs),
+                Ok(backlogs) => {
+                    self.room_for_copies(&hub, &since, &backlogs).await;
+                    read = Some(backlogs);
+                }
                 Err(Refusal::Reset(reason)) => return Ok((hub, Plan::Reset(reason))),
                 Err(Refusal::Failed(error)) => return Err(error),
             }
@@ -308,6 +314,15 @@ impl Rooms {
         Ok(backlogs)
     }
 
+    /// Waits until there is memory for the frames of a session that has cursors of its own.
+    async fn room_for_copies(&self, hub: &Hub, since: &Since, backlogs: &[Option<Backlog>]) {
+        if hub.log.borrow().tracks() > 1 || !since.elsewhere.is_empty() {
+            let missed = backlogs.iter().flatten().flat_map(Backlog::entries);
+            let bytes = missed.map(|missed| weight(&missed.frame)).sum();
+            self.memory.room_for(bytes, bytes).await;
+        }
+    }
+
     /// Begins the membership: one step, without waiting.
     fn begin(
         self: &Rc<Self>,
@@ -322,7 +337,7 @@ impl Rooms {
             Plan::Fresh | Plan::Reset(_) => false,
             Plan::Memory(_, since) | Plan::Backlog(_, since, _) => hub.log.borrow().lags(since),
         };
-        let (frames, joined, since, result) = {
+        let (frames, joined, from, since, result) = {
             let log = hub.log.borrow();
             let head = || hub.durable.then(|| log.cursor());
             let here = || Since {
@@ -336,13 +351,13 @@ impl Rooms {
                 reset,
             };
             // It stands where the room stands, or further, where it has seen more elsewhere.
-            let resumed = |cursor: Cursor, since: Since, frames: &[Bytes]| {
-                let ahead = log.ahead(&since);
+            let resumed = |cursor: Cursor, since: &Since, frames: &[Bytes]| {
+                let ahead = log.ahead(since);
                 let place = since.place.iter().zip(log.place());
                 let place = place.map(|(was, now)| if was.0 > now.0 { *was } else { now });
                 let since = Since {
                     place: place.collect(),
-                    elsewhere: since.elsewhere,
+                    elsewhere: since.elsewhere.clone(),
                 };
                 let joined = Joined {
                     cursor: Some(cursor),
@@ -354,12 +369,14 @@ impl Rooms {
             };
             match plan {
                 Plan::Memory(cursor, since) | Plan::Backlog(cursor, since, _) if lags => {
-                    let (joined, _) = resumed(cursor, since.clone(), &[]);
-                    (Vec::new(), joined, since, metrics::Joined::Stream)
+                    let (joined, _) = resumed(cursor, &since, &[]);
+                    let from = since.clone();
+                    (Vec::new(), joined, from, since, metrics::Joined::Stream)
                 }
                 Plan::Fresh => (
                     Vec::new(),
                     joined(head(), None),
+                    here(),
                     here(),
                     metrics::Joined::Live,
                 ),
@@ -367,19 +384,20 @@ impl Rooms {
                     Vec::new(),
                     joined(head(), Some(reason)),
                     here(),
+                    here(),
                     reason.result(),
                 ),
                 Plan::Memory(cursor, since) => {
                     let frames = log.frames_after(&since, 0);
                     count(Counter::MessageReplayed(Source::Ring), frames.len() as u64);
-                    let (joined, since) = resumed(cursor, since, &frames);
-                    (frames, joined, since, metrics::Joined::Ring)
+                    let (joined, upto) = resumed(cursor, &since, &frames);
+                    (frames, joined, since, upto, metrics::Joined::Ring)
                 }
                 Plan::Backlog(cursor, since, backlogs) => {
-                    let Frames { frames, read } = missed(&log, &since, &backlogs);
+                    let Frames { frames, read } = missed(&log, &since, &backlogs, &self.memory);
                     count(Counter::MessageReplayed(Source::Stream), read as u64);
-                    let (joined, since) = resumed(cursor, since, &frames);
-                    (frames, joined, since, metrics::Joined::Stream)
+                    let (joined, upto) = resumed(cursor, &since, &frames);
+                    (frames, joined, since, upto, metrics::Joined::Stream)
                 }
             }
         };
@@ -388,7 +406,8 @@ impl Rooms {
         let head = hub.log.borrow().head_index();
         let bytes: usize = frames.iter().map(Bytes::len).sum();
         // A client that joins many rooms at once gets their backlogs one after the other, not all into its outbox.
-        let fits = !lags && bytes <= PIECE && (bytes == 0 || conn.queued_bytes() <= PIECE);
+        let piece = piece_of(&conn);
+        let fits = !lags && bytes <= piece && (bytes == 0 || conn.queued_bytes() <= piece);
         let member = Rc::new(Member::new(
             who.session,
             who.user,
@@ -401,48 +420,79 @@ impl Rooms {
         hub.add(Rc::clone(&member));
         hub.follow_receipts(self);
         if fits {
+            count(Counter::MessageDelivered, joined.replay);
             conn.send(&frames);
         } else {
             let (rooms, hub, member) = (Rc::clone(self), Rc::clone(&hub), Rc::clone(&member));
+            let frames = match result {
+                metrics::Joined::Ring => self.counted(frames),
+                _ => frames,
+            };
+            let mut behind = Behind::new(&self.memory, frames, (from, since), head);
             spawn_local(async move {
-                let mut place = (since, head);
                 if lags {
                     let most = rooms.config.causal_wait;
-                    hub.when_delivered(most, |log| !log.lags(&place.0)).await;
+                    hub.when_delivered(most, |log| !log.lags(&behind.upto))
+                        .await;
                     // Nothing that the room has in memory was given to it.
-                    place.1 = 0;
+                    behind.index = 0;
                 }
-                rooms.catch_up(&hub, &member, frames, place).await;
+                rooms.catch_up(&hub, &member, behind).await;
             });
         }
-        count(Counter::MessageDelivered, joined.replay);
         Membership { hub, member }
+    }
+
+    /// Frames of the ring, for a session that may keep them for longer than the ring does.
+    fn counted(&self, frames: Vec<Bytes>) -> Vec<Bytes> {
+        let frames = frames.into_iter();
+        frames.map(|frame| self.memory.count(frame)).collect()
     }
 
     /// Hands a large backlog over at the pace at which the client reads, then what has come to the room meanwhile (from
     /// memory, or from the streams where memory does not reach back), until there is nothing more: then the member is fed
     /// live. A client that falls further behind than `rooms.replay_max` is closed as too slow.
-    async fn catch_up(
-        self: &Rc<Self>,
-        hub: &Rc<Hub>,
-        member: &Rc<Member>,
-        frames: Vec<Bytes>,
-        (since, index): (Since, u64),
-    ) {
+    ///
+    /// What is read for a slow client is given up when others wait for the memory, and read again, in parts, from where it got to.
+    async fn catch_up(self: &Rc<Self>, hub: &Rc<Hub>, member: &Rc<Member>, mut behind: Behind) {
         let conn = &member.conn;
-        // Up to where it has got what the room has delivered.
-        let (mut since, mut index) = (since, index);
-        let mut frames = frames;
+        let piece = piece_of(conn);
+        let is_over = || member.has_left() || hub.is_gone() || conn.is_over();
+        let mut in_parts = false;
         loop {
-            for piece in pieces(&frames) {
-                conn.drained(PIECE).await;
-                if member.has_left() || hub.is_gone() || conn.closing().is_some() {
+            let mut given = 0;
+            let mut given_up = false;
+            for part in pieces(&behind.frames, piece) {
+                // The last one is not worth another read.
+                let is_last = given + part.len() == behind.frames.len();
+                let bytes: usize = part.iter().map(weight).sum();
+                let below = piece.min((conn.outbox_bytes() / 2).saturating_sub(bytes));
+                given_up = tokio::select! {
+                    biased;
+                    () = conn.drained(below) => false,
+                    () = self.memory.is_short(), if !is_last => true,
+                };
+                if is_over() {
                     return;
                 }
-                conn.send(piece);
+                if given_up {
+                    break;
+                }
+                conn.send(part);
+                count(Counter::MessageDelivered, part.len() as u64);
+                given += part.len();
             }
-            conn.drained(PIECE).await;
-            if member.has_left() || hub.is_gone() || conn.closing().is_some() {
+            let (since, index) = match given_up {
+                true => match behind.reached(&hub.log.borrow(), given) {
+                    Some(since) => (since, 0),
+                    None => return conn.close(Close::TooSlow),
+                },
+                false => (behind.upto.clone(), behind.index),
+            };
+            in_parts |= given_up;
+            drop(behind);
+            conn.drained(piece).await;
+            if is_over() {
                 return;
             }
             let from_memory = {
@@ -451,57 +501,114 @@ impl Rooms {
                 let reaches = tracks.all(|(track, (seq, _))| *seq >= log.floor(track));
                 reaches.then(|| log.frames_after(&since, index))
             };
-            frames = match from_memory {
+            behind = match from_memory {
                 Some(frames) => {
                     let log = hub.log.borrow();
-                    reach(&mut since, &log.place());
-                    index = log.head_index();
-                    if frames.iter().map(Bytes::len).sum::<usize>() <= PIECE {
+                    let mut upto = since.clone();
+                    reach(&mut upto, &log.place());
+                    if frames.iter().map(Bytes::len).sum::<usize>() <= piece {
                         count(Counter::MessageDelivered, frames.len() as u64);
                         conn.send(&frames);
-                        member.set_ahead(log.ahead(&since));
+                        member.set_ahead(log.ahead(&upto));
                         member.go_live(log.head_index());
                         return;
                     }
-                    frames
+                    let frames = self.counted(frames);
+                    Behind::new(&self.memory, frames, (since, upto), log.head_index())
                 }
-                None => {
-                    let wanted: Vec<bool> = {
+                None => match self.read_on(hub, &since, in_parts).await {
+                    Ok(backlogs) => {
                         let log = hub.log.borrow();
-                        let tracks = since.place.iter().enumerate();
-                        tracks
-                            .map(|(t, (seq, _))| *seq <= log.position(t))
-                            .collect()
-                    };
-                    match self.read_backlogs(hub, &since, wanted).await {
-                        Ok(backlogs) => {
-                            let log = hub.log.borrow();
-                            let found = missed(&log, &since, &backlogs);
-                            let mut reached = log.place();
-                            if !is_complete(&log, &since, &backlogs) {
-                                // The room has run on: what was read is all that is given now.
-                                let read = backlogs.iter().zip(&since.place);
-                                for (at, (backlog, was)) in reached.iter_mut().zip(read) {
-                                    let upto = backlog.as_ref().map_or(*was, |read| read.upto);
-                                    *at = if upto.0 < at.0 { upto } else { *at };
-                                }
+                        let found = missed(&log, &since, &backlogs, &self.memory);
+                        let mut reached = log.place();
+                        if !is_complete(&log, &since, &backlogs) {
+                            // The room has run on, or this is a part: what was read is all that is given now.
+                            let read = backlogs.iter().zip(&since.place);
+                            for (at, (backlog, was)) in reached.iter_mut().zip(read) {
+                                let upto = backlog.as_ref().map_or(*was, |read| read.upto);
+                                *at = if upto.0 < at.0 { upto } else { *at };
                             }
-                            reach(&mut since, &reached);
-                            index = 0;
-                            found.frames
                         }
-                        Err(Refusal::Reset(_)) => return conn.close(Close::TooSlow),
-                        Err(Refusal::Failed(_)) => {
-                            // NATS is away. Nothing comes live either.
-                            hub.pause().await;
-                            Vec::new()
-                        }
+                        let mut upto = since.clone();
+                        reach(&mut upto, &reached);
+                        Behind::new(&self.memory, found.frames, (since, upto), 0)
                     }
-                }
+                    Err(Refusal::Reset(_)) => return conn.close(Close::TooSlow),
+                    Err(Refusal::Failed(_)) => {
+                        // NATS is away. Nothing comes live either.
+                        hub.pause().await;
+                        Behind::new(&self.memory, Vec::new(), (since.clone(), since), index)
+                    }
+                },
             };
-            count(Counter::MessageDelivered, frames.len() as u64);
         }
     }
+
+    /// What came after `since`, for a member that is behind; only the beginning of it where one stream has all and memory is short.
+    async fn read_on(
+        self: &Rc<Self>,
+        hub: &Rc<Hub>,
+        since: &Since,
+        in_parts: bool,
+    ) -> Result<Vec<Option<Backlog>>, Refusal> {
+        let wanted: Vec<bool> = {
+            let log = hub.log.borrow();
+            let tracks = since.place.iter().enumerate();
+            tracks
+                .map(|(t, (seq, _))| *seq <= log.position(t))
+                .collect()
+        };
+        match (in_parts, &wanted[..], &since.place[..]) {
+            (true, [true], [at]) => Ok(vec![Some(hub.backlog_part(self, 0, *at).await?)]),
+            _ => {
+                let backlogs = self.read_backlogs(hub, since, wanted).await?;
+                self.room_for_copies(hub, since, &backlogs).await;
+                Ok(backlogs)
+            }
+        }
+    }
+}
+
+/// What a session has yet to be given.
+struct Behind {
+    frames: Vec<Bytes>,
+    /// Where it stands before and after them.
+    from: Since,
+    upto: Since,
+    /// Index in the log of what follows, where they reach to what is in memory.
+    index: u64,
+    /// What the list takes, besides the frames.
+    _list: Share,
+}
+
+impl Behind {
+    fn new(
+        memory: &Arc<Memory>,
+        frames: Vec<Bytes>,
+        (from, upto): (Since, Since),
+        index: u64,
+    ) -> Self {
+        Self {
+            _list: memory.take(frames.len() * size_of::<Bytes>()),
+            frames,
+            from,
+            upto,
+            index,
+        }
+    }
+
+    /// Where the session stands that was given the first `given` frames: it is what their cursors say.
+    fn reached(&self, log: &RoomLog, given: usize) -> Option<Since> {
+        match self.frames[..given].last() {
+            Some(frame) => log.place_of(&encode::cursor_of(frame)?).ok(),
+            None => Some(self.from.clone()),
+        }
+    }
+}
+
+/// Bytes that are handed to a connection at a time.
+fn piece_of(conn: &Conn) -> usize {
+    PIECE.min(conn.outbox_bytes() / 4)
 }
 
 /// Moves a place on to another, where that is further.
@@ -513,17 +620,17 @@ fn reach(since: &mut Since, place: &Place) {
     }
 }
 
-/// Cuts frames into pieces of about [`PIECE`] bytes.
-fn pieces(frames: &[Bytes]) -> impl Iterator<Item = &[Bytes]> {
-    let mut bytes = 0;
+/// Cuts frames into pieces of at most `most` bytes; a frame that is larger is one of its own.
+fn pieces(frames: &[Bytes], most: usize) -> impl Iterator<Item = &[Bytes]> {
     let mut rest = frames;
     std::iter::from_fn(move || {
-        let cut = rest.iter().position(|frame| {
+        let mut bytes = 0;
+        let fit = rest.iter().take_while(|frame| {
             bytes += frame.len();
-            bytes >= PIECE
+            bytes <= most
         });
-        bytes = 0;
-        let (piece, after) = rest.split_at(cut.map_or(rest.len(), |at| at + 1));
+        let cut = fit.count().max(1).min(rest.len());
+        let (piece, after) = rest.split_at(cut);
         rest = after;
         (!piece.is_empty()).then_some(piece)
     })
@@ -539,4 +646,27 @@ enum Plan {
     Memory(Cursor, Since),
     /// With what was read from the streams, then from memory.
     Backlog(Cursor, Since, Vec<Option<Backlog>>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_all_frames_in_order_and_no_larger_than_they_may_be() {
+        let frames: Vec<Bytes> = [10, 40, 50, 1, 200, 99, 1, 1, 100, 100, 7]
+            .into_iter()
+            .enumerate()
+            .map(|(number, bytes)| Bytes::from(vec![u8::try_from(number).unwrap(); bytes]))
+            .collect();
+        for most in [0, 1, 7, 50, 100, 1000] {
+            let parts: Vec<&[Bytes]> = pieces(&frames, most).collect();
+            assert_eq!(parts.concat(), frames, "{most}");
+            for part in parts {
+                let bytes: usize = part.iter().map(Bytes::len).sum();
+                assert!(bytes <= most || part.len() == 1, "{most}: {bytes}");
+            }
+        }
+        assert_eq!(pieces(&[], 100).count(), 0);
+    }
 }

@@ -1,6 +1,9 @@
 //! Backlogs of several origins in one order.
 
-use std::collections::{HashSet, VecDeque};
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 
@@ -8,6 +11,7 @@ use super::{
     backlog::Backlog,
     encode,
     log::{Place, RoomLog, Since},
+    memory::Memory,
     references::Spot,
 };
 use crate::model::{Cursor, Fingerprint};
@@ -36,7 +40,14 @@ struct Item<'a> {
 /// others were read.
 ///
 /// The order is that of time, except that none comes before what its sender had seen.
-pub(super) fn missed(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>]) -> Frames {
+///
+/// Frames that are not those that were read are counted in `memory`.
+pub(super) fn missed(
+    log: &RoomLog,
+    since: &Since,
+    backlogs: &[Option<Backlog>],
+    memory: &Arc<Memory>,
+) -> Frames {
     let in_memory = is_complete(log, since, backlogs);
     let mut tracks: Vec<VecDeque<Item<'_>>> = Vec::with_capacity(backlogs.len());
     let mut references = HashSet::new();
@@ -87,13 +98,15 @@ pub(super) fn missed(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>])
         }
         missed.read += usize::from(item.read);
         // One track has one order, and the cursor in the frame is the session's.
-        missed
-            .frames
-            .push(if log.tracks() == 1 && since.elsewhere.is_empty() {
-                item.frame.clone()
-            } else {
-                encode::with_cursor(item.frame, &log.cursor_of(&place, &since.elsewhere))
-            });
+        let as_it_is = log.tracks() == 1 && since.elsewhere.is_empty();
+        missed.frames.push(match (as_it_is, item.read) {
+            (true, true) => item.frame.clone(),
+            (true, false) => memory.count(item.frame.clone()),
+            (false, _) => {
+                let cursor = log.cursor_of(&place, &since.elsewhere);
+                memory.count(encode::with_cursor(item.frame, &cursor))
+            }
+        });
     }
     missed
 }

@@ -11,6 +11,7 @@ mod gap;
 mod hub;
 mod join;
 mod log;
+mod memory;
 mod merge;
 mod receipts;
 mod references;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    sync::oneshot,
     task::spawn_local,
     time::{Instant, MissedTickBehavior, interval},
 };
@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     hub::{Hub, Source},
     log::{RoomLog, Start},
+    memory::Memory,
 };
 use crate::{
     bus::{
@@ -66,7 +67,7 @@ pub struct Rooms {
     touched: RefCell<Vec<Rc<Hub>>>,
     /// By stream: rooms that want to know where they stand.
     openings: RefCell<HashMap<Arc<str>, Rc<Opening>>>,
-    replay_memory: Arc<Semaphore>,
+    pub(super) memory: Arc<Memory>,
     suspecting: Cell<bool>,
     generation: Cell<u64>,
     version: Cell<u64>,
@@ -93,7 +94,7 @@ impl Rooms {
         let elections = (0..streams.partitions()).map(|part| origins.elections(part));
         let elections = RefCell::new(elections.collect());
         let config = config.rooms.clone();
-        let shares = usize::try_from(config.replay_memory.as_u64() / 1024).unwrap_or(usize::MAX);
+        let memory = usize::try_from(config.replay_memory.as_u64()).unwrap_or(usize::MAX);
         Rc::new(Self {
             generation: Cell::new(line.generation()),
             version: Cell::new(origins.version()),
@@ -112,15 +113,9 @@ impl Rooms {
             markers,
             read_push_max,
             hubs: RefCell::default(),
-            replay_memory: Arc::new(Semaphore::new(shares.min(Semaphore::MAX_PERMITS))),
+            memory: Memory::new(memory),
             suspecting: Cell::new(false),
         })
-    }
-
-    /// Reads streams over a connection that is no live one.
-    #[must_use]
-    pub fn reader(&self) -> &Reader {
-        &self.reader
     }
 
     pub(super) fn hub(self: &Rc<Self>, room: &RoomId, durable: bool) -> Rc<Hub> {
@@ -259,22 +254,6 @@ impl Rooms {
     pub(super) fn new_log(&self, starts: Vec<Start>) -> RoomLog {
         let bytes = usize::try_from(self.config.ring.as_u64()).unwrap_or(usize::MAX);
         RoomLog::new(starts, bytes)
-    }
-
-    /// A share of `rooms.replay_memory` for a backlog of at most `bytes`.
-    pub(super) async fn replay_share(&self, bytes: usize) -> OwnedSemaphorePermit {
-        // The configuration bounds sizes to 2 GiB.
-        let units = u32::try_from(bytes / 1024).unwrap_or(u32::MAX).max(1);
-        Arc::clone(&self.replay_memory)
-            .acquire_many_owned(units)
-            .await
-            .expect("the semaphore is never closed")
-    }
-
-    /// Gives back what a backlog of `bytes` does not need.
-    pub(super) fn shrink_share(&self, share: &mut OwnedSemaphorePermit, bytes: usize) {
-        let spare = share.num_permits().saturating_sub(bytes / 1024 + 1);
-        drop(share.split(spare));
     }
 
     /// Something does not fit what is known of a stream: look at it, once for all who ask meanwhile.

@@ -108,6 +108,7 @@ impl Session {
     }
 
     async fn obey(self: &Rc<Self>, command: Result<Command, Refusal>) {
+        self.replies.room_for_replies().await;
         if self.draining.get() {
             return;
         }

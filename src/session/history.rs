@@ -26,9 +26,6 @@ use crate::{
 /// What a page weighs among what a session waits for: half of it, so that two are asked for at once at most.
 const PAGE_WEIGHT: usize = MAX_WAITING_BYTES / 2;
 
-/// A page is handed over when no more than this waits to be read: several together are more than an outbox takes.
-const ALMOST_READ: usize = 64 * 1024;
-
 /// Checks that a user may read what was said in a room.
 ///
 /// # Errors
@@ -70,7 +67,6 @@ impl Session {
                 Ok(answer) => page_frame(rid, &request.room, &answer),
                 Err((code, message)) => error_frame(rid, code, message),
             };
-            session.conn.drained(ALMOST_READ).await;
             session.replies.keep(ticket, reply);
         };
         spawn_local(read.in_current_span());

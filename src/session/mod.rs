@@ -14,6 +14,7 @@
 //! # Invariants
 //! - Every command gets exactly one reply, in order, except that acks of different rooms may overtake each other
 //!   (`Replies`).
+//! - What is queued for the client is counted, and bounded: no command is taken while its replies to earlier ones are not read.
 //! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
 
 mod commands;
@@ -160,9 +161,10 @@ pub struct Session {
     /// It stays on this shard: it has come here for a room, or was in one.
     settled: Cell<bool>,
     rooms: RefCell<HashMap<RoomId, Seat>>,
-    replies: Replies,
+    replies: Rc<Replies>,
     opened: Instant,
-    last_seen: Cell<Instant>,
+    /// The last sign of life, while it is listened to. What waits for a client to read is the business of the outbox' stall.
+    last_seen: Cell<Option<Instant>>,
     next_ping: Cell<Instant>,
     expiry_told: Cell<bool>,
     pace: Cell<Pace>,
@@ -238,7 +240,7 @@ impl Session {
             settled: Cell::new(moved),
             rooms: RefCell::default(),
             opened: now,
-            last_seen: Cell::new(now),
+            last_seen: Cell::new(None),
             // Spread over the interval: sessions that came back together are not pinged together.
             next_ping: Cell::new(now + PING_EVERY.mul_f64(rand::random_range(0.5..1.0))),
             expiry_told: Cell::new(expiry_told),
@@ -286,10 +288,13 @@ impl Session {
             if self.conn.closing().is_some() {
                 break;
             }
+            self.last_seen.set(Some(Instant::now()));
             let read = self.conn.read_with(&self.context.buffer, |bytes| {
                 self.take_in(&mut decoder, &mut inbox, bytes)
             });
-            violation = match read.await {
+            let read = read.await;
+            self.last_seen.set(None);
+            violation = match read {
                 Ok(Some(fed)) => fed.err(),
                 Ok(None) => break,
                 Err(error) => {
@@ -350,7 +355,6 @@ impl Session {
         inbox: &mut VecDeque<Inbound>,
         bytes: &mut [u8],
     ) -> Result<(), Close> {
-        self.last_seen.set(Instant::now());
         decoder.feed(bytes, |incoming| match incoming {
             Incoming::Text(text) => inbox.push_back(Inbound::Command(native::decode(text))),
             Incoming::Ping(payload) => {
@@ -387,7 +391,8 @@ impl Session {
             count(Counter::SessionRefused(metrics::Admission::FirstFrame), 1);
             return self.conn.close(Close::BadToken);
         }
-        if now.duration_since(self.last_seen.get()) >= DEAD_AFTER {
+        let last_seen = self.last_seen.get();
+        if last_seen.is_some_and(|seen| now.duration_since(seen) >= DEAD_AFTER) {
             return self.conn.close(Close::PingTimeout);
         }
         if now >= self.next_ping.get() {
@@ -437,6 +442,8 @@ impl Session {
     pub async fn drain(self: Rc<Self>) {
         // What is read from here on is not taken: without a reply the client repeats it elsewhere.
         self.draining.set(true);
+        // Nor does it wait for a client that does not read: its queue takes what it can.
+        self.replies.hurry();
         self.replies.idle().await;
         let after_ms = rand::random_range(0..500);
         self.push(|out| {
@@ -447,10 +454,10 @@ impl Session {
         self.conn.close(Close::Draining);
     }
 
-    /// Bytes that wait for the client to read.
+    /// Bytes that wait for the client to read: in its connection's queue, and replies that are to go there.
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
-        self.conn.queued_bytes()
+        self.conn.queued_bytes() + self.replies.held_bytes()
     }
 
     fn push(&self, write: impl FnOnce(&mut Vec<u8>)) {

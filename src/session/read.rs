@@ -155,11 +155,10 @@ impl Session {
         rooms: &[RoomId],
     ) -> Result<(), Refused> {
         let durable = check_unread(&self.context.config, identity, rooms)?;
-        let reader = self.context.rooms.reader();
         let counts = self
             .context
             .markers
-            .unread(&identity.user, durable, reader)
+            .unread(&identity.user, durable)
             .await
             .map_err(|error| marker_refusal(&error))?;
         self.replies.now(frame(|out| {

@@ -1,4 +1,4 @@
-//! The order of replies.
+//! The order of replies, and the pace at which they are handed over.
 
 use std::{
     cell::{Cell, RefCell},
@@ -7,23 +7,39 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, task::spawn_local};
 
-use crate::{model::RoomId, wire::Conn};
+use crate::{
+    model::RoomId,
+    wire::{Conn, FRAME_COST},
+};
 
 /// Publishes and questions of one session that may wait for their answer, and bytes of theirs; then it is not read further.
 const MAX_WAITING: usize = 256;
 pub(super) const MAX_WAITING_BYTES: usize = 1 << 20;
 
-/// Replies that wait for earlier ones.
+/// Replies that wait for earlier ones, or for the client to read.
 ///
 /// Commands are answered in order; only the acks of publishes to different rooms may overtake each other, so that one stream
 /// without a leader does not hold up the others.
+///
+/// Replies take half of `limits.outbox` at most, so that no client is too slow for what it asked for itself: what does not fit
+/// waits here, and while it does no further command is taken ([`Self::room_for_replies`]). One that is larger than that goes
+/// alone, when everything before it was read.
 #[derive(Debug)]
 pub(super) struct Replies {
     conn: Rc<Conn>,
     state: RefCell<State>,
-    bytes: Cell<usize>,
+    /// Bytes of commands that wait for their answer.
+    promised: Cell<usize>,
+    /// What the replies take that are here and not handed over.
+    held: Cell<usize>,
+    /// What may be queued for replies to be handed over.
+    most: usize,
+    /// A task hands over what is here when the client has read.
+    pacing: Cell<bool>,
+    /// The session ends: whatever may go goes at once.
+    hurried: Cell<bool>,
     changed: Notify,
 }
 
@@ -58,14 +74,44 @@ pub(super) struct Ticket {
     bytes: usize,
 }
 
+/// How much may still be handed over.
+struct Budget {
+    queued: usize,
+    most: usize,
+    /// How much may be queued for the first that did not fit.
+    below: Option<usize>,
+}
+
+impl Budget {
+    fn fits(&mut self, reply: &Bytes) -> bool {
+        let weight = weight(reply);
+        let fits = self.queued == 0 || self.queued.saturating_add(weight) <= self.most;
+        if fits {
+            self.queued = self.queued.saturating_add(weight);
+        } else {
+            self.below = Some(self.most.saturating_sub(weight));
+        }
+        fits
+    }
+}
+
+/// What a reply takes while it waits.
+fn weight(reply: &Bytes) -> usize {
+    reply.len() + FRAME_COST
+}
+
 impl Replies {
-    pub(super) fn new(conn: Rc<Conn>) -> Self {
-        Self {
+    pub(super) fn new(conn: Rc<Conn>) -> Rc<Self> {
+        Rc::new(Self {
+            most: conn.outbox_bytes() / 2,
             conn,
             state: RefCell::default(),
-            bytes: Cell::new(0),
+            promised: Cell::new(0),
+            held: Cell::new(0),
+            pacing: Cell::new(false),
+            hurried: Cell::new(false),
             changed: Notify::new(),
-        }
+        })
     }
 
     /// Takes the next place for the ack of a publish of `bytes` to `room`.
@@ -85,17 +131,18 @@ impl Replies {
             room,
             reply: Reply::Awaited,
         });
-        self.bytes.set(self.bytes.get() + bytes);
+        self.promised.set(self.promised.get() + bytes);
         Ticket { number, bytes }
     }
 
     /// Sends the reply that was promised as soon as its turn has come.
-    pub(super) fn keep(&self, ticket: Ticket, reply: Bytes) {
-        self.bytes.set(self.bytes.get() - ticket.bytes);
+    pub(super) fn keep(self: &Rc<Self>, ticket: Ticket, reply: Bytes) {
+        self.promised.set(self.promised.get() - ticket.bytes);
         {
             let mut state = self.state.borrow_mut();
             let at = usize::try_from(ticket.number - state.base).unwrap_or(usize::MAX);
             if let Some(slot) = state.slots.get_mut(at) {
+                self.held.set(self.held.get() + weight(&reply));
                 slot.reply = Reply::Held(reply);
                 state.held += 1;
             }
@@ -105,76 +152,97 @@ impl Replies {
     }
 
     /// Replies to a command that is done: at once, or after the acks of earlier publishes.
-    pub(super) fn now(&self, reply: Bytes) {
-        let mut state = self.state.borrow_mut();
-        if state.slots.is_empty() {
-            drop(state);
-            self.conn.send(&[reply]);
-        } else {
+    pub(super) fn now(self: &Rc<Self>, reply: Bytes) {
+        self.held.set(self.held.get() + weight(&reply));
+        {
+            let mut state = self.state.borrow_mut();
             state.slots.push_back(Slot {
                 room: None,
                 reply: Reply::Held(reply),
             });
             state.held += 1;
         }
+        self.release();
     }
 
-    /// Sends whatever may go now.
-    fn release(&self) {
-        let mut ready = Vec::new();
-        let mut state = self.state.borrow_mut();
-        let State { slots, base, held } = &mut *state;
+    /// Sends whatever may go now; the rest goes as the client reads.
+    fn release(self: &Rc<Self>) {
+        if self.pacing.get() && !self.hurried.get() {
+            return;
+        }
+        let Some(mut below) = self.hand_over() else {
+            return;
+        };
+        self.pacing.set(true);
+        let replies = Rc::clone(self);
+        spawn_local(async move {
+            loop {
+                replies.conn.drained(below).await;
+                match replies.hand_over() {
+                    Some(next) => below = next,
+                    None => break,
+                }
+            }
+            replies.pacing.set(false);
+        });
+    }
+
+    /// Sends what may go and fits; how much may be queued for the next to fit.
+    fn hand_over(&self) -> Option<usize> {
         loop {
-            match slots
-                .front_mut()
-                .map(|slot| std::mem::replace(&mut slot.reply, Reply::Sent))
-            {
-                Some(Reply::Held(reply)) => {
-                    ready.push(reply);
-                    *held -= 1;
-                }
-                Some(Reply::Sent) => {}
-                Some(Reply::Awaited) => {
-                    if let Some(front) = slots.front_mut() {
-                        front.reply = Reply::Awaited;
-                    }
-                    break;
-                }
-                None => break,
+            let hurried = self.hurried.get() || self.conn.is_over();
+            let mut budget = Budget {
+                queued: self.conn.queued_bytes(),
+                most: if hurried { usize::MAX } else { self.most },
+                below: None,
+            };
+            let ready = self.state.borrow_mut().take_ready(&mut budget);
+            if !ready.is_empty() {
+                let bytes: usize = ready.iter().map(weight).sum();
+                self.held.set(self.held.get() - bytes);
+                self.conn.send(&ready);
+                self.changed.notify_waiters();
             }
-            slots.pop_front();
-            *base += 1;
-        }
-        if *held > 0 {
-            // Acks behind one that is awaited: those of other rooms, up to the first reply that is no ack.
-            let mut blocked = HashSet::new();
-            for slot in slots.iter_mut() {
-                let Some(room) = &slot.room else { break };
-                match std::mem::replace(&mut slot.reply, Reply::Sent) {
-                    Reply::Held(reply) if !blocked.contains(room) => {
-                        ready.push(reply);
-                        *held -= 1;
-                    }
-                    Reply::Sent => {}
-                    kept @ (Reply::Held(_) | Reply::Awaited) => {
-                        blocked.insert(room.clone());
-                        slot.reply = kept;
-                    }
-                }
+            // The socket may have taken all of it.
+            let below = budget.below?;
+            if self.conn.queued_bytes() > below && !self.conn.is_over() {
+                return Some(below);
             }
         }
-        drop(state);
-        if !ready.is_empty() {
-            self.conn.send(&ready);
-        }
+    }
+
+    /// From here on nothing waits for the client to read: it is told to go.
+    pub(super) fn hurry(&self) {
+        self.hurried.set(true);
+        let _all = self.hand_over();
     }
 
     /// Waits until one more publish may wait for its ack.
     pub(super) async fn room_for_one(&self) {
         self.wait(|this| {
-            this.state.borrow().slots.len() < MAX_WAITING && this.bytes.get() < MAX_WAITING_BYTES
+            this.state.borrow().slots.len() < MAX_WAITING && this.promised.get() < MAX_WAITING_BYTES
         })
         .await;
+    }
+
+    /// Waits until the client has read so much that another command may be taken.
+    pub(super) async fn room_for_replies(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.conn.is_over() {
+                return;
+            }
+            match self.most.checked_sub(self.held.get()) {
+                Some(below) if self.conn.queued_bytes() <= below => return,
+                Some(below) => self.conn.drained(below).await,
+                None => changed.await,
+            }
+        }
+    }
+
+    /// What the replies take that are not handed over.
+    pub(super) fn held_bytes(&self) -> usize {
+        self.held.get()
     }
 
     /// Waits until every command taken so far has its reply.
@@ -198,11 +266,62 @@ impl Replies {
     }
 }
 
+impl State {
+    /// The replies whose turn has come, as many as fit.
+    fn take_ready(&mut self, budget: &mut Budget) -> Vec<Bytes> {
+        let Self { slots, base, held } = self;
+        let mut ready = Vec::new();
+        while let Some(front) = slots.front_mut() {
+            match std::mem::replace(&mut front.reply, Reply::Sent) {
+                Reply::Held(reply) if budget.fits(&reply) => {
+                    ready.push(reply);
+                    *held -= 1;
+                }
+                Reply::Sent => {}
+                kept @ (Reply::Held(_) | Reply::Awaited) => {
+                    front.reply = kept;
+                    break;
+                }
+            }
+            slots.pop_front();
+            *base += 1;
+        }
+        if *held == 0 || budget.below.is_some() {
+            return ready;
+        }
+        // Acks behind one that is awaited: those of other rooms, up to the first reply that is no ack.
+        let mut blocked = HashSet::new();
+        for slot in slots.iter_mut() {
+            let Some(room) = &slot.room else { break };
+            match std::mem::replace(&mut slot.reply, Reply::Sent) {
+                Reply::Held(reply) if !blocked.contains(room) && budget.fits(&reply) => {
+                    ready.push(reply);
+                    *held -= 1;
+                }
+                Reply::Sent => {}
+                kept @ (Reply::Held(_) | Reply::Awaited) => {
+                    blocked.insert(room.clone());
+                    slot.reply = kept;
+                }
+            }
+            if budget.below.is_some() {
+                break;
+            }
+        }
+        ready
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
-    use tokio::{io::AsyncReadExt, net::TcpListener, task::LocalSet};
+    use futures_util::FutureExt as _;
+    use tokio::{
+        io::AsyncReadExt,
+        net::{TcpListener, TcpSocket, TcpStream},
+        task::{LocalSet, yield_now},
+    };
 
     use super::*;
     use crate::wire::ConnLimits;
@@ -212,11 +331,11 @@ mod tests {
     }
 
     /// Runs `script` and returns what the peer read, which is as many bytes as there are replies.
-    async fn sent(count: usize, script: impl FnOnce(&Replies)) -> String {
+    async fn sent(count: usize, script: impl FnOnce(&Rc<Replies>)) -> String {
         LocalSet::new()
             .run_until(async {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-                let peer = tokio::net::TcpStream::connect(listener.local_addr().unwrap());
+                let peer = TcpStream::connect(listener.local_addr().unwrap());
                 let (peer, accepted) = tokio::join!(peer, listener.accept());
                 let limits = ConnLimits {
                     outbox_bytes: 1 << 20,
@@ -263,5 +382,121 @@ mod tests {
         })
         .await;
         assert_eq!(order, "aHbP");
+    }
+
+    const OUTBOX: usize = 200_000;
+
+    /// Runs `script` with replies to a peer that reads only what the script reads.
+    async fn with_peer<F: Future<Output = ()>>(script: impl FnOnce(Rc<Replies>, TcpStream) -> F) {
+        LocalSet::new()
+            .run_until(async {
+                // The kernel keeps little: what is not read waits here.
+                let (listener, peer) = (TcpSocket::new_v4().unwrap(), TcpSocket::new_v4().unwrap());
+                listener.set_send_buffer_size(4096).unwrap();
+                peer.set_recv_buffer_size(4096).unwrap();
+                listener.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+                let listener = listener.listen(1).unwrap();
+                let peer = peer.connect(listener.local_addr().unwrap());
+                let (peer, accepted) = tokio::join!(peer, listener.accept());
+                let limits = ConnLimits {
+                    outbox_bytes: OUTBOX,
+                    stall: Duration::from_secs(30),
+                };
+                let conn = Conn::new(accepted.unwrap().0, Rc::new(limits));
+                script(Replies::new(conn), peer.unwrap()).await;
+            })
+            .await;
+    }
+
+    fn reply(number: u8, bytes: usize) -> Bytes {
+        Bytes::from(vec![number; bytes])
+    }
+
+    /// Replies until the client has to read first; how many bytes that were.
+    async fn until_full(replies: &Rc<Replies>, bytes: usize) -> usize {
+        let mut sent = 0;
+        while replies.room_for_replies().now_or_never().is_some() {
+            replies.now(reply(b'x', bytes));
+            sent += bytes;
+            yield_now().await;
+        }
+        sent
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_client_that_does_not_read_has_bounded_replies_and_gets_all_of_them() {
+        for bytes in [1, 50, 3000, OUTBOX / 2, OUTBOX, 3 * OUTBOX] {
+            with_peer(|replies, mut peer| async move {
+                let sent = until_full(&replies, bytes).await;
+                let queued = replies.conn.queued_bytes() + replies.held_bytes();
+                let most = OUTBOX / 2 + 2 * (bytes + FRAME_COST);
+                assert!(queued <= most, "{bytes}: {queued}");
+                assert_eq!(replies.conn.closing(), None, "{bytes}");
+                let mut read = vec![0; sent];
+                peer.read_exact(&mut read).await.unwrap();
+                replies.room_for_replies().await;
+                replies.idle().await;
+                assert_eq!((replies.held_bytes(), replies.conn.queued_bytes()), (0, 0));
+            })
+            .await;
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn replies_behind_one_that_is_awaited_count_and_come_in_order() {
+        with_peer(|replies, mut peer| async move {
+            let page = replies.promise_in_order(1);
+            let mut expected = vec![b'H'; OUTBOX];
+            let mut number = 0;
+            while replies.room_for_replies().now_or_never().is_some() {
+                number += 1;
+                replies.now(reply(number, 5000));
+                expected.extend(vec![number; 5000]);
+            }
+            assert_eq!(replies.conn.queued_bytes(), 0);
+            let held = replies.held_bytes();
+            assert!(
+                (OUTBOX / 2..OUTBOX / 2 + 2 * 5064).contains(&held),
+                "{held}"
+            );
+            replies.keep(page, reply(b'H', OUTBOX));
+            assert!(replies.room_for_replies().now_or_never().is_none());
+            let mut read = vec![0; expected.len()];
+            peer.read_exact(&mut read).await.unwrap();
+            assert_eq!(replies.conn.closing(), None);
+            assert!(read == expected, "not in order");
+            replies.room_for_replies().await;
+        })
+        .await;
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_session_that_ends_does_not_wait_for_its_client_to_read() {
+        with_peer(|replies, _peer| async move {
+            until_full(&replies, 3000).await;
+            let ack = replies.promise(room("chat:a"), 1);
+            assert!(replies.idle().now_or_never().is_none());
+            replies.hurry();
+            replies.keep(ack, reply(b'a', 100));
+            assert!(replies.idle().now_or_never().is_some());
+            assert_eq!(replies.held_bytes(), 0);
+        })
+        .await;
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_connection_that_closes_holds_nothing() {
+        with_peer(|replies, _peer| async move {
+            let page = replies.promise_in_order(1);
+            let sent = until_full(&replies, 3000).await;
+            assert!(sent > 0);
+            replies.conn.close(crate::protocol::Close::TooSlow);
+            // Nobody waits for ever, and what was promised meanwhile goes nowhere.
+            replies.room_for_replies().await;
+            replies.keep(page, reply(b'H', 10));
+            replies.idle().await;
+            assert_eq!(replies.held_bytes(), 0);
+        })
+        .await;
     }
 }

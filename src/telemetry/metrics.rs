@@ -362,7 +362,7 @@ plain! {
     RosterActive = "natter.roster.active", "{room}";
     /// Connections to NATS that are up.
     NatsConnected = "natter.nats.connected", "{connection}";
-    /// Bytes that wait in the outboxes of sessions.
+    /// Bytes that wait for clients to read: outboxes, and replies that are to go there.
     OutboxBytes = "natter.outbox.size", "By";
     /// Bytes of backlog in memory for joins under way.
     ReplayBytes = "natter.replay.memory", "By";

@@ -46,7 +46,7 @@ const MAX_SLICES: usize = 64;
 /// What a queued frame costs beside its bytes: its slot in the queue and what the allocator and `Bytes` need for it. Counted
 /// against [`ConnLimits::outbox_bytes`], or a peer that only sends pings and never reads could make us hold many times the
 /// limit in pongs of two bytes.
-const FRAME_COST: usize = 64;
+pub(crate) const FRAME_COST: usize = 64;
 /// Size that [`Conn::read_with`] gives a buffer that has none.
 const READ_BYTES: usize = 64 * 1024;
 /// Stack buffer for what a peer still sends while we close.
@@ -110,9 +110,15 @@ impl Outbox {
         self.frames.push_back(frame);
     }
 
+    /// What it takes: its bytes, and a cost a frame.
+    fn weight(&self) -> usize {
+        let cost = self.frames.len().saturating_mul(FRAME_COST);
+        self.bytes.saturating_add(cost)
+    }
+
     fn exceeds(&self, limits: &ConnLimits, frame: &Bytes) -> bool {
-        let cost = (self.frames.len() + 1).saturating_mul(FRAME_COST);
-        self.bytes.saturating_add(frame.len()).saturating_add(cost) > limits.outbox_bytes
+        let weight = self.weight().saturating_add(FRAME_COST);
+        weight.saturating_add(frame.len()) > limits.outbox_bytes
     }
 
     /// Drops all that a peer can do without: everything but the rest of a frame whose beginning it has.
@@ -194,20 +200,32 @@ impl Conn {
         }
     }
 
-    /// Bytes accepted by [`send`](Self::send) (and the close frame) that the socket has not taken yet.
+    /// What was accepted by [`send`](Self::send) (and the close frame) and the socket has not taken yet: its bytes, and what each
+    /// frame costs beside them.
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
         self.outbox
             .borrow()
             .as_ref()
-            .map_or(0, |outbox| outbox.bytes)
+            .map_or(0, |outbox| outbox.weight())
+    }
+
+    /// How much may be queued.
+    #[must_use]
+    pub fn outbox_bytes(&self) -> usize {
+        self.limits.outbox_bytes
+    }
+
+    /// Whether nothing is accepted any more: it is closing or dead.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.closing.get().is_some() || self.is_dead()
     }
 
     /// Resolves when at most `below` bytes are queued, or the connection is closing or dead. Cancel-safe.
     pub async fn drained(&self, below: usize) {
         poll_fn(|cx| {
-            let over = self.closing.get().is_some() || self.is_dead();
-            if over || self.queued_bytes() <= below {
+            if self.is_over() || self.queued_bytes() <= below {
                 return Poll::Ready(());
             }
             self.wait(cx);

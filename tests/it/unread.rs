@@ -11,7 +11,10 @@ use serde_json::{Value, json};
 
 use crate::{
     resume::reply,
-    support::{self, mesh::Mesh},
+    support::{
+        self,
+        mesh::{Mesh, http, token},
+    },
 };
 
 const ROOMS: usize = 500;
@@ -277,4 +280,123 @@ async fn a_marker_of_an_older_stream_counts_as_none() {
     assert_eq!(reply(&mut lee, "read", read).await["cursor"], fresh);
     let unread = reply(&mut lee, "unread", json!({"rooms": ["chat:a"]})).await;
     assert_eq!(unread["rooms"][0]["count"], json!(0), "{unread}");
+}
+
+/// Two hundred sessions that ask for 500 rooms each, again and again, and joins that have to be read from the stream at the same
+/// time: each join is served, and whoever asks gets counts, or `unavailable` and the advice to ask again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn joins_are_served_while_many_ask_what_is_new() {
+    const ASKERS: usize = 200;
+    const JOINS: usize = 20;
+    const MISSED: usize = 100;
+    let toml = "edge.shards = 1\nrooms.ring = '1KiB'\nrooms.idle = '1s'\nnats.partitions = 4";
+    let mesh = Mesh::start(support::nats_url(), 1, toml).await;
+    let client = async_nats::connect(support::nats_url()).await.unwrap();
+    let subjects = Subjects::new(&mesh.config.nats.prefix);
+    let region = mesh.config.region();
+    let rooms: Vec<RoomId> = (0..ROOMS)
+        .map(|n| RoomId::parse(&format!("chat:r{n}")).unwrap())
+        .collect();
+    for chunk in rooms.chunks(64) {
+        let said = chunk.iter().map(async |room| {
+            let subject = subjects.publish(&region, partition_of(room, 4), room, Class::Msg);
+            client.request(subject, "1".into()).await.unwrap();
+        });
+        futures_util::future::join_all(said).await;
+    }
+    let mut kim = mesh.connect(0, "kim").await;
+    let start = reply(&mut kim, "join", json!({"room": "chat:a"})).await["cursor"].clone();
+    for n in 0..MISSED {
+        let fields = json!({"room": "chat:a", "body": format!("{n} {}", "x".repeat(100))});
+        assert_eq!(reply(&mut kim, "send", fields).await["op"], "ack");
+    }
+
+    let ask: Vec<&str> = rooms.iter().map(RoomId::as_str).collect();
+    let ask = json!({ "rooms": ask });
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut askers = tokio::task::JoinSet::new();
+    for n in 0..ASKERS {
+        let mut asker = mesh.connect(0, &format!("asker-{n}")).await;
+        let (ask, stopped) = (ask.clone(), stopped.clone());
+        askers.spawn(async move {
+            let (mut counted, mut refused) = (0, 0);
+            while !*stopped.borrow() {
+                let answer = reply(&mut asker, "unread", ask.clone()).await;
+                if answer["op"] == "unread" {
+                    let rooms = answer["rooms"].as_array().unwrap();
+                    assert!(rooms.iter().all(|room| room["count"] == 1), "{answer}");
+                    counted += 1;
+                } else {
+                    let told = (&answer["code"], &answer["retry"]);
+                    assert_eq!(told, (&json!("unavailable"), &json!(true)), "{answer}");
+                    refused += 1;
+                }
+            }
+            (counted, refused)
+        });
+    }
+    // From here on somebody always waits.
+    support::eventually("they ask", support::LONG, async || {
+        match mesh.metric(0, "natter_unread_requests_total", "").await {
+            some if some > ROOMS as u64 => Ok(()),
+            some => Err(some.to_string()),
+        }
+    })
+    .await;
+    let before = mesh.metric(0, "natter_unread_requests_total", "").await;
+    for _ in 0..JOINS {
+        let mut lee = mesh.connect(0, "lee").await;
+        let join = json!({"room": "chat:a", "since": start});
+        let joined = reply(&mut lee, "join", join).await;
+        assert_eq!(joined["replay"], json!(MISSED), "{joined}");
+        for n in 0..MISSED {
+            let message = crate::resume::next(&mut lee).await.json();
+            let body = message["body"].as_str().unwrap();
+            assert!(body.starts_with(&format!("{n} ")), "{message}");
+        }
+    }
+    let during = mesh.metric(0, "natter_unread_requests_total", "").await - before;
+    stop.send(true).unwrap();
+    let (mut counted, mut refused) = (0, 0);
+    while let Some(asker) = askers.join_next().await {
+        let (some, others) = asker.unwrap();
+        counted += some;
+        refused += others;
+    }
+    println!("{JOINS} joins during {during} reads; {counted} answers, {refused} refused");
+    assert!(during > 0 && counted > 0, "{during} {counted}");
+}
+
+/// One user's questions over HTTP, many at once: some are refused, and another user's is answered.
+#[tokio::test]
+async fn one_user_that_asks_all_the_time_does_not_keep_others_from_it() {
+    let mesh = Mesh::start(support::nats_url(), 1, "nats.partitions = 1").await;
+    let mut kim = mesh.connect(0, "kim").await;
+    let rooms: Vec<String> = (0..40).map(|n| format!("chat:r{n}")).collect();
+    for room in &rooms {
+        let ack = reply(&mut kim, "send", json!({"room": room, "body": 1})).await;
+        assert_eq!(ack["op"], "ack", "{ack}");
+    }
+    let body = json!({"rooms": rooms}).to_string();
+    let ask = async |user: &str| {
+        let headers = format!("Authorization: Bearer {}\r\n", token(user));
+        let address = mesh.edges[0].address;
+        let answer = http(address, "POST", "/v1/unread", &headers, &body).await;
+        let (status, body) = answer.unwrap();
+        let body: Value = serde_json::from_str(&body).unwrap();
+        assert!(
+            status == 200 || (status, &body["code"]) == (503, &json!("unavailable")),
+            "{status} {body}"
+        );
+        (status, body)
+    };
+    let many = futures_util::future::join_all((0..60).map(|_| ask("lee")));
+    let (many, (status, answer)) = tokio::join!(many, ask("park"));
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(answer["rooms"][7]["count"], json!(1), "{answer}");
+    let answered = many.iter().filter(|(status, _)| *status == 200).count();
+    println!("{answered} of {} were answered", many.len());
+    assert!(answered > 0);
+    // Nothing is left behind: the next one is answered.
+    assert_eq!(ask("lee").await.0, 200);
 }

@@ -229,7 +229,7 @@ pub(super) async fn unread(
         let durable = check_unread(config, &identity, &rooms)?;
         let counts = ready
             .markers
-            .unread(&identity.user, durable, ready.markers.reader())
+            .unread(&identity.user, durable)
             .await
             .map_err(|error| marker_refusal(&error))?;
         let rooms = rooms.iter().map(|room| {

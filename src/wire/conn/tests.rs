@@ -268,9 +268,9 @@ fn peer_that_never_reads_is_too_slow_at_the_byte_bound() {
                 tokio::task::yield_now().await;
             }
             assert_eq!(conn.closing(), Some(Close::TooSlow));
-            assert!(most <= outbox_bytes.max(LENGTH + 4), "{most}");
+            assert!(most <= outbox_bytes.max(LENGTH + 4 + FRAME_COST), "{most}");
             assert!(
-                conn.queued_bytes() <= LENGTH + 4 + 64,
+                conn.queued_bytes() <= LENGTH + 4 + 64 + 2 * FRAME_COST,
                 "the queue was dropped"
             );
             conn.drained(0).await;
