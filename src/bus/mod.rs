@@ -40,4 +40,7 @@ pub use read::{MAX_HEADS, Page, ReadError, Reader, Stored};
 pub use record::{BY_HAND, BadRecord, Record, message_key};
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};
 pub use stats::{Instance, instances};
-pub use streams::{Origins, STREAMS_WATCH, StreamError, StreamState, Streams, epoch_elsewhere};
+pub use streams::{
+    Origins, STREAMS_WATCH, StreamError, StreamState, Streams, epoch_elsewhere, mesh_regions,
+    newest_elsewhere,
+};
