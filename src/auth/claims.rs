@@ -5,6 +5,9 @@ use serde_json::{Map, Value};
 
 use super::Grant;
 
+/// The last second of the year 9999: a later "time" is not in seconds.
+const LAST_SECOND: u64 = 253_402_300_799;
+
 /// The claims of a token, as they are written there: shape checked, meaning not yet.
 ///
 /// Claims of other names are ignored.
@@ -120,18 +123,29 @@ fn time(claim: &'static str, value: Option<Value>) -> Result<Option<u64>, BadCla
     let Some(value) = value else {
         return Ok(None);
     };
-    if let Some(seconds) = value.as_u64() {
-        return Ok(Some(seconds));
+    if value.is_string() {
+        return Err(wrong(
+            claim,
+            "must be a number of unix seconds, not a string",
+        ));
     }
-    match value.as_f64() {
+    let seconds = match (value.as_u64(), value.as_f64()) {
+        (Some(seconds), _) => seconds,
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
             reason = "not negative, the fraction is to go, and `as` saturates"
         )]
-        Some(seconds) if seconds >= 0.0 => Ok(Some(seconds as u64)),
-        _ => Err(wrong(claim, "must be a time in unix seconds")),
+        (None, Some(seconds)) if seconds >= 0.0 => seconds as u64,
+        (None, _) => return Err(wrong(claim, "must be a time in unix seconds")),
+    };
+    // Taken as seconds, an `exp` in milliseconds would never come, and neither would an `iat` be revoked.
+    if seconds > LAST_SECOND {
+        let rule =
+            "is after the year 9999: it looks like milliseconds, and must be in unix seconds";
+        return Err(wrong(claim, rule));
     }
+    Ok(Some(seconds))
 }
 
 fn audience(value: Option<Value>) -> Result<Vec<String>, BadClaim> {
@@ -177,11 +191,50 @@ mod tests {
     }
 
     #[test]
+    fn times_that_are_not_in_seconds_are_refused_and_say_what_they_look_like() {
+        for claim in ["exp", "nbf", "iat"] {
+            let read = |value: Value| {
+                let mut map = json!({"sub": "kim", "exp": 1}).as_object().unwrap().clone();
+                map.insert(claim.to_owned(), value);
+                Claims::try_from(map)
+            };
+            for seconds in [
+                json!(0),
+                json!(1_763_600_000),
+                json!(1_763_600_000.5),
+                json!(1.7636e9),
+                json!(LAST_SECOND),
+            ] {
+                assert!(read(seconds.clone()).is_ok(), "{claim}: {seconds}");
+            }
+            for (value, told) in [
+                (json!(1_763_600_000_000_u64), "milliseconds"),
+                (json!(1_763_600_000_000.5), "milliseconds"),
+                (json!(1_763_600_000_000_000_u64), "milliseconds"),
+                (json!(LAST_SECOND + 1), "milliseconds"),
+                (json!(u64::MAX), "milliseconds"),
+                (json!(1e300), "milliseconds"),
+                (json!("1763600000"), "not a string"),
+                (json!(""), "not a string"),
+                (json!(-1), "unix seconds"),
+                (json!(true), "unix seconds"),
+            ] {
+                let error = read(value.clone()).unwrap_err().to_string();
+                let named = error.contains(told) && error.contains(&format!("`{claim}`"));
+                assert!(named, "{value}: {error}");
+            }
+        }
+    }
+
+    #[test]
     fn wrong_shapes_name_the_claim_and_not_its_value() {
         for (claim, value) in [
             ("sub", json!(7777)),
             ("exp", json!("7777")),
             ("exp", json!(-7777)),
+            ("iat", json!(-7777.5)),
+            ("nbf", json!({"7777": 7777})),
+            ("exp", json!(true)),
             ("nbf", json!([7777])),
             ("iat", json!("7777")),
             ("iss", json!(7777)),

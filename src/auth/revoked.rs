@@ -7,6 +7,7 @@
 use std::{
     collections::HashMap,
     sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
 use parking_lot::RwLock;
@@ -14,6 +15,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::Identity;
+
+/// How much longer than the tokens it names a revocation holds, besides the leeway: the clock of who revoked may be behind
+/// those of edges, and behind the one that said when the tokens end.
+const CLOCKS: Duration = Duration::from_mins(5);
 
 /// Whom a rule is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,11 +36,30 @@ pub enum Whose {
 pub struct Revocation {
     /// Of a user: those issued (`iat`) at this time or before, unix seconds, and those that don't say.
     pub before: u64,
-    /// When it ends, unix seconds: no such token is valid any more by then.
+    /// No such token ends (`exp`) later, unix seconds; [`u64::MAX`]: nobody knows, and it holds for good.
     pub until: u64,
 }
 
 impl Revocation {
+    /// What is said at `now_s` (unix seconds) of tokens that are valid for `time` at most. `leeway`: how far the clock of
+    /// their issuer may be ahead; what it issues with such an `iat` may be there already.
+    #[must_use]
+    pub fn new(now_s: u64, time: Duration, leeway: Duration) -> Self {
+        Self {
+            before: now_s.saturating_add(leeway.as_secs()),
+            until: now_s
+                .saturating_add(time.as_secs())
+                .saturating_add(u64::from(time.subsec_nanos() > 0)),
+        }
+    }
+
+    /// When it ends, unix seconds: an edge with this leeway lets no token in by then that it names. `None`: never.
+    #[must_use]
+    pub fn ends(&self, leeway: Duration) -> Option<u64> {
+        self.until
+            .checked_add(leeway.saturating_add(CLOCKS).as_secs())
+    }
+
     /// What both say: the later and the longer one hold.
     #[must_use]
     pub fn merge(self, other: Self) -> Self {
@@ -69,6 +93,8 @@ impl Block {
 /// What is revoked, as an edge knows it. One for all shards.
 #[derive(Debug, Default)]
 pub struct Revocations {
+    /// [`crate::config::Auth::leeway`].
+    leeway: Duration,
     rules: RwLock<Rules>,
     /// Whether there is any rule: without one nothing is looked up.
     any: AtomicBool,
@@ -83,6 +109,15 @@ struct Rules {
 }
 
 impl Revocations {
+    /// Nothing is revoked yet; rules outlive tokens that are let in for `leeway` after their end.
+    #[must_use]
+    pub fn new(leeway: Duration) -> Self {
+        Self {
+            leeway,
+            ..Self::default()
+        }
+    }
+
     /// Takes in a rule, as it stands in a bucket.
     ///
     /// # Errors
@@ -123,7 +158,7 @@ impl Revocations {
             .jti
             .as_deref()
             .and_then(|jti| rules.tokens.get(jti));
-        let revoked = |rule: &Revocation| now_s < rule.until;
+        let revoked = |rule: &Revocation| self.holds(rule, now_s);
         let too_old = |rule: &Revocation| identity.iat.is_none_or(|iat| iat <= rule.before);
         rules.blocks.get(user).is_some_and(|block| block.blocked)
             || of_token.is_some_and(revoked)
@@ -137,9 +172,13 @@ impl Revocations {
     pub fn forget(&self, now_s: u64) {
         if self.any.load(Ordering::Acquire) {
             let mut rules = self.rules.write();
-            rules.users.retain(|_, rule| now_s < rule.until);
-            rules.tokens.retain(|_, rule| now_s < rule.until);
+            rules.users.retain(|_, rule| self.holds(rule, now_s));
+            rules.tokens.retain(|_, rule| self.holds(rule, now_s));
         }
+    }
+
+    fn holds(&self, rule: &Revocation, now_s: u64) -> bool {
+        rule.ends(self.leeway).is_none_or(|end| now_s < end)
     }
 
     /// Says when there is a new rule.
@@ -173,7 +212,9 @@ mod tests {
 
     #[test]
     fn tokens_of_before_are_refused_until_the_revocation_ends() {
-        let revocations = Revocations::default();
+        /// The leeway, and the difference of clocks.
+        const END: u64 = 900 + 30 + 300;
+        let revocations = Revocations::new(Duration::from_secs(30));
         let kim = || Whose::User("kim".to_owned());
         revocations
             .learn(kim(), br#"{"before":100,"until":500}"#)
@@ -186,15 +227,34 @@ mod tests {
             (Some(100), 200, true),
             (Some(101), 200, false),
             (None, 200, true),
-            (Some(60), 899, true),
-            (Some(60), 900, false),
+            (Some(60), END - 1, true),
+            (Some(60), END, false),
         ] {
             let kim = identity("kim", iat, None);
             assert_eq!(revocations.refuse(&kim, now), refused, "{iat:?} at {now}");
         }
         assert!(!revocations.refuse(&identity("lee", None, None), 200));
-        revocations.forget(900);
+        revocations.forget(END - 1);
+        assert!(!revocations.rules.read().users.is_empty());
+        revocations.forget(END);
         assert!(revocations.rules.read().users.is_empty());
+    }
+
+    #[test]
+    fn what_is_revoked_for_good_never_ends() {
+        let rule = Revocation::new(100, Duration::MAX, Duration::from_secs(30));
+        assert_eq!((rule.before, rule.until), (130, u64::MAX));
+        assert_eq!(rule.ends(Duration::ZERO), None);
+        let part = Revocation::new(100, Duration::from_millis(9_001), Duration::ZERO);
+        assert_eq!(part.until, 110, "whole seconds, and not less");
+        assert_eq!(part.merge(rule), rule);
+        let revocations = Revocations::default();
+        let rule = serde_json::to_vec(&rule).unwrap();
+        revocations
+            .learn(Whose::Token("t1".to_owned()), &rule)
+            .unwrap();
+        revocations.forget(u64::MAX);
+        assert!(revocations.refuse(&identity("kim", Some(7), Some("t1")), u64::MAX));
     }
 
     #[test]

@@ -215,6 +215,12 @@ pub enum AuthError {
         /// Its start, unix seconds.
         nbf: u64,
     },
+    /// Issued in the future, leeway included: a revocation of the user's tokens could not name it.
+    #[error("the token was issued in the future (`iat` {iat}): see the clock of who issues it")]
+    IssuedInFuture {
+        /// When it says that it was issued, unix seconds.
+        iat: u64,
+    },
     /// It was revoked, or its user is blocked.
     #[error("the token is revoked")]
     Revoked,
@@ -235,7 +241,7 @@ impl AuthError {
             Self::Signature => TokenFault::Signature,
             Self::Claim(_) | Self::Pattern { .. } => TokenFault::Claim,
             Self::Expired { .. } => TokenFault::Expired,
-            Self::NotYetValid { .. } => TokenFault::NotYetValid,
+            Self::NotYetValid { .. } | Self::IssuedInFuture { .. } => TokenFault::NotYetValid,
             Self::Revoked => TokenFault::Revoked,
             Self::Issuer => TokenFault::Issuer,
             Self::Audience => TokenFault::Audience,
@@ -303,7 +309,7 @@ impl Verifier {
             audience: config.audience.clone(),
             leeway_s: config.leeway.as_secs(),
             cache: Cache::new(CACHE),
-            revocations: Arc::default(),
+            revocations: Arc::new(Revocations::new(config.leeway)),
         })
     }
 
@@ -356,14 +362,14 @@ impl Verifier {
         if let Some(digest) = &digest
             && let Some(identity) = self.cache.get(digest)
         {
-            if let Err(expired) = self.check_end(identity.exp, now_s) {
+            if let Err(refused) = self.check_times(identity.exp, identity.iat, now_s) {
                 self.cache.remove(digest);
-                return Err(expired);
+                return Err(refused);
             }
             return Ok((identity, TokenCheck::Cached));
         }
         let claims = self.open(token)?;
-        self.check_end(claims.exp, now_s)?;
+        self.check_times(claims.exp, claims.iat, now_s)?;
         if let Some(nbf) = claims.nbf
             && nbf > now_s.saturating_add(self.leeway_s)
         {
@@ -382,12 +388,14 @@ impl Verifier {
         Ok((identity, TokenCheck::Signature))
     }
 
-    /// RFC 7519 section 4.1.4: refused "on or after" the end.
-    fn check_end(&self, exp: u64, now_s: u64) -> Result<(), AuthError> {
-        if now_s >= exp.saturating_add(self.leeway_s) {
-            Err(AuthError::Expired { exp })
-        } else {
-            Ok(())
+    /// RFC 7519 section 4.1.4: refused "on or after" the end. And not issued in the future.
+    fn check_times(&self, exp: u64, iat: Option<u64>, now_s: u64) -> Result<(), AuthError> {
+        match iat {
+            _ if now_s >= exp.saturating_add(self.leeway_s) => Err(AuthError::Expired { exp }),
+            Some(iat) if iat > now_s.saturating_add(self.leeway_s) => {
+                Err(AuthError::IssuedInFuture { iat })
+            }
+            _ => Ok(()),
         }
     }
 

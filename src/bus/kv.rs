@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use async_nats::{HeaderMap, Message, Request, RequestErrorKind};
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use tokio::time::timeout;
 
 use super::{
     Connection, LiveFeed, MAX_HEADS, ReadError, Reader,
     ack::PubAck,
-    record::{BadRecord, last, stored_time},
+    record::{BadRecord, last, rfc3339_ms, stored_time},
 };
 use crate::{
     config::Config,
@@ -135,6 +135,12 @@ impl Bucket {
         Self { timeout, ..self }
     }
 
+    /// The name of its stream.
+    #[must_use]
+    pub fn stream(&self) -> &str {
+        &self.stream
+    }
+
     /// The region whose bucket it is.
     #[must_use]
     pub fn origin(&self) -> &Region {
@@ -249,11 +255,7 @@ impl Bucket {
             /// In nanoseconds; -1 where it never was.
             active: i64,
         }
-        let subject = stream_info(&self.stream);
-        let answer = self.request(subject, Request::new().payload(Bytes::new()));
-        let answer: Answer = serde_json::from_slice(&answer.await?)
-            .map_err(|error| KvError::Refused(error.to_string()))?;
-        match answer {
+        match self.info().await? {
             Answer {
                 error: Some(error), ..
             } => Err(KvError::Refused(error.description)),
@@ -271,6 +273,26 @@ impl Bucket {
                 Err(KvError::Refused(format!("{} is no mirror", self.stream)))
             }
         }
+    }
+
+    /// What the clock of the server says that leads the bucket, in ms since 1970.
+    ///
+    /// # Errors
+    /// [`KvError`].
+    pub async fn server_time(&self) -> Result<u64, KvError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            ts: String,
+        }
+        let Answer { ts } = self.info().await?;
+        rfc3339_ms(&ts).map_err(|error| KvError::Refused(error.to_string()))
+    }
+
+    /// What the bucket's stream is, and how it stands.
+    async fn info<T: DeserializeOwned>(&self) -> Result<T, KvError> {
+        let request = Request::new().payload(Bytes::new());
+        let answer = self.request(stream_info(&self.stream), request).await?;
+        serde_json::from_slice(&answer).map_err(|error| KvError::Refused(error.to_string()))
     }
 
     async fn request(&self, subject: String, request: Request) -> Result<Bytes, KvError> {

@@ -42,4 +42,7 @@ pub use record::{BY_HAND, BadRecord, Record, message_key};
 pub use remembered::{Leaving, Remembered, Suspect};
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};
 pub use stats::{Instance, instances};
-pub use streams::{Origins, STREAMS_WATCH, StreamError, StreamState, Streams, epoch_elsewhere};
+pub use streams::{
+    Origins, STREAMS_WATCH, StreamError, StreamState, Streams, epoch_elsewhere, mesh_regions,
+    newest_elsewhere,
+};

@@ -131,7 +131,7 @@ impl<'a> Fields<'a> {
 }
 
 /// An RFC 3339 time in ms since 1970.
-fn rfc3339_ms(text: &str) -> Result<u64, BadRecord> {
+pub(super) fn rfc3339_ms(text: &str) -> Result<u64, BadRecord> {
     let time = humantime::parse_rfc3339(text).map_err(|_unreadable| BadRecord::Time)?;
     Ok(unix_ms(time))
 }

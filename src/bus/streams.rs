@@ -525,6 +525,35 @@ pub async fn epoch_elsewhere(
     Ok(state.epoch)
 }
 
+/// The newest sequence of a stream as another region has it: of a mirror, how far it has come.
+///
+/// # Errors
+/// [`StreamError`]; also when that region can't be reached.
+pub async fn newest_elsewhere(
+    connection: &Connection,
+    region: &Region,
+    stream: &str,
+    wait: Duration,
+) -> Result<u64, StreamError> {
+    let subject = api::in_domain(region, &stream_info(stream));
+    let (state, _regions) = look(connection, subject, stream, wait).await?;
+    Ok(state.last_seq)
+}
+
+/// The regions of the mesh, as the streams of `own` name them.
+///
+/// # Errors
+/// [`StreamError`].
+pub async fn mesh_regions(
+    connection: &Connection,
+    own: &Region,
+    wait: Duration,
+) -> Result<Vec<Region>, StreamError> {
+    let stream = rooms_stream(own, 0);
+    let (_state, regions) = look(connection, stream_info(&stream), &stream, wait).await?;
+    Ok(regions)
+}
+
 async fn look(
     connection: &Connection,
     subject: String,

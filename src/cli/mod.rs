@@ -126,7 +126,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::NatsAccounts => print!("{}", servers::accounts(&load()?)),
         Command::Token(token) => println!("{}", token.make(cli.config.as_deref())?),
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
-        Command::Revoke(args) => revoke::run(args, &load()?)?,
+        Command::Revoke(args) => return revoke::run(args, &load()?),
         Command::Tail(tail) => tail::run(tail, load)?,
         Command::Send(send) => send::run(send, load)?,
     }

@@ -1,20 +1,28 @@
 //! `natter revoke`: tokens and users that are not let in any more.
 
-use std::time::Duration;
+use std::{
+    process::ExitCode,
+    time::{Duration, UNIX_EPOCH},
+};
 
 use anyhow::{Context as _, bail};
+use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
 
 use crate::{
     auth::{Block, Revocation},
-    bus::{Bucket, Connection, KvError, Put, Reader},
+    bus::{Bucket, Connection, KvError, Put, Reader, mesh_regions, newest_elsewhere},
     config::Config,
+    model::Region,
     runtime::{unix_ms, unix_s},
     subject::{ControlKey, bucket},
 };
 
 /// How long NATS may take to be there.
 const WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a region may take to have what was written here.
+const REACHED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Pause between two attempts.
 const RETRY: Duration = Duration::from_millis(100);
@@ -23,6 +31,8 @@ const RETRY: Duration = Duration::from_millis(100);
 ///
 /// With --user all tokens of a user that were issued until now (`iat`), and those that don't say when: the user comes back
 /// with a new token. With --jti one token. With --block a user is not let in by any token, until --unblock.
+///
+/// Regions that do not have it yet are named, and the exit code is 1: they follow when they can be reached.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The user (`sub`).
@@ -31,103 +41,163 @@ pub(super) struct Args {
     /// The name of a token (`jti`).
     #[arg(long)]
     jti: Option<String>,
-    /// How long it holds: at least as long as the tokens are valid. Whole seconds.
-    #[arg(long = "for", value_name = "DURATION", default_value = "30d", value_parser = humantime::parse_duration)]
-    time: Duration,
+    /// How long the tokens are valid from now on, at most. Edges keep the revocation until every such token has ended, with
+    /// the leeway and a difference of the clocks of 5 minutes; a token that is valid for longer is good again then. Left
+    /// out, the revocation has no end.
+    #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    time: Option<Duration>,
+    /// How far the clock of who issues tokens may be ahead: tokens with an `iat` up to that much after now are revoked too,
+    /// also new ones. The default is auth.leeway, and edges take no token that is further ahead.
+    #[arg(long, value_name = "DURATION", requires = "user", value_parser = humantime::parse_duration)]
+    leeway: Option<Duration>,
     /// Refuse all tokens of the user, new ones too, until they are unblocked.
-    #[arg(long, requires = "user", conflicts_with_all = ["unblock", "time"])]
+    #[arg(long, requires = "user", conflicts_with_all = ["unblock", "time", "leeway"])]
     block: bool,
     /// Let the user in again, with tokens that are not revoked.
-    #[arg(long, requires = "user", conflicts_with = "time")]
+    #[arg(long, requires = "user", conflicts_with_all = ["time", "leeway"])]
     unblock: bool,
 }
 
 /// What is written down.
 enum Word {
-    Revoked(Revocation),
+    /// Of tokens that are valid for this long at most.
+    Revoked(Duration),
     Block(Block),
 }
 
-/// Writes it down in the configured region, and says what was done.
-pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<()> {
-    let before = unix_s();
-    let until = before + args.time.as_secs();
-    let revoked = Word::Revoked(Revocation { before, until });
-    let (key, word, done) = match (args.user, args.jti) {
-        (Some(user), None) if args.block || args.unblock => {
-            let (blocked, at) = (args.block, unix_ms());
-            let what = if blocked { "blocked" } else { "unblocked" };
-            let done = format!("{what} the user {user}");
-            let word = Word::Block(Block { blocked, at });
-            (ControlKey::BlockedUser(user), word, done)
-        }
-        (user, jti) => {
-            if args.time < Duration::from_secs(1) {
-                bail!("--for must be at least 1s");
-            }
-            let (key, done) = match (user, jti) {
-                (Some(user), _) => {
-                    let done = format!("revoked the tokens of the user {user} issued until now");
-                    (ControlKey::RevokedUser(user), done)
-                }
-                (None, Some(jti)) => {
-                    let done = format!("revoked the token {jti}");
-                    (ControlKey::RevokedToken(jti), done)
-                }
-                (None, None) => bail!("neither --user nor --jti was given"),
-            };
-            (key, revoked, done)
-        }
+/// What was written.
+struct Written {
+    /// The revocation, together with what stood there; `None`: it is about a block.
+    rule: Option<Revocation>,
+    /// Regions that do not have it yet, and why.
+    missing: Vec<String>,
+}
+
+/// Writes it down in the configured region, and says what was done and who has not heard of it.
+pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<ExitCode> {
+    let word = match (args.block || args.unblock, args.time) {
+        (true, _) => Word::Block(Block {
+            blocked: args.block,
+            at: unix_ms(),
+        }),
+        (false, Some(time)) if time < Duration::from_secs(1) => bail!("--for must be at least 1s"),
+        (false, time) => Word::Revoked(time.unwrap_or(Duration::MAX)),
     };
+    let (key, mut done) = match (args.user, args.jti) {
+        (Some(user), _) => match &word {
+            Word::Block(Block { blocked, .. }) => {
+                let what = if *blocked { "blocked" } else { "unblocked" };
+                let done = format!("{what} the user {user}");
+                (ControlKey::BlockedUser(user), done)
+            }
+            Word::Revoked(_) => {
+                let done = format!("revoked the tokens of the user {user}");
+                (ControlKey::RevokedUser(user), done)
+            }
+        },
+        (None, Some(jti)) => {
+            let done = format!("revoked the token {jti}");
+            (ControlKey::RevokedToken(jti), done)
+        }
+        (None, None) => bail!("neither --user nor --jti was given"),
+    };
+    let leeway = args.leeway.unwrap_or(config.auth.leeway);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let write = write(config, key.to_string(), &word);
-    runtime
-        .block_on(write)
-        .with_context(|| format!("nothing was revoked in region {}", config.region()))?;
+    let Written { rule, missing } = runtime
+        .block_on(write(config, &key.to_string(), &word, leeway))
+        .with_context(|| format!("it could not be written in region {}", config.region()))?;
+    if let Some(rule) = rule {
+        if let ControlKey::RevokedUser(_) = key {
+            let before = time(rule.before);
+            done.push_str(&format!(" issued until {before}, and those without `iat`"));
+        }
+        done.push_str(&match rule.until {
+            u64::MAX => "; for good".to_owned(),
+            until => format!("; those that end until {}", time(until)),
+        });
+    }
     println!("{done}");
-    Ok(())
+    for missing in &missing {
+        eprintln!("natter: not reached: {missing}");
+    }
+    Ok(if missing.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
-async fn write(config: &Config, key: String, word: &Word) -> anyhow::Result<()> {
+/// Unix seconds, as people write them.
+fn time(seconds: u64) -> String {
+    let time = UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
+    // Beyond the year 9999 there is no way to write them.
+    time.filter(|_| seconds < 253_402_300_800).map_or_else(
+        || seconds.to_string(),
+        |time| humantime::format_rfc3339_seconds(time).to_string(),
+    )
+}
+
+async fn write(
+    config: &Config,
+    key: &str,
+    word: &Word,
+    leeway: Duration,
+) -> anyhow::Result<Written> {
     let connection = Connection::open(&config.nats, "natter revoke").await?;
     let reader = Reader::new(connection.clone(), &config.nats);
     let control = Bucket::new(connection.clone(), reader, config, bucket::CONTROL);
     let deadline = Instant::now() + WITHIN;
     let written = loop {
-        match merge(&control, &key, word).await {
-            // Another has written it meanwhile, or NATS is not there yet.
-            Err(KvError::Conflict | KvError::Unavailable | KvError::Read(_))
-                if Instant::now() < deadline =>
-            {
+        match merge(&control, key, word, leeway, config.auth.leeway).await {
+            // Another has written it meanwhile, or NATS is not there yet; or it may be written, and is then merged with itself.
+            Err(
+                KvError::Conflict
+                | KvError::Unavailable
+                | KvError::UnknownOutcome(_)
+                | KvError::Read(_),
+            ) if Instant::now() < deadline => {
                 sleep(RETRY).await;
             }
             written => break written,
         }
     };
+    let (rule, revision) = written?;
+    let missing = not_reached(config, &control, revision).await;
     connection.close().await;
-    written?;
-    Ok(())
+    Ok(Written { rule, missing })
 }
 
-/// Writes over what the key holds: what was revoked for longer stays so.
-async fn merge(control: &Bucket, key: &str, word: &Word) -> Result<u64, KvError> {
+/// Writes over what the key holds: what was revoked for longer stays so. The rule that stands then, and its revision.
+async fn merge(
+    control: &Bucket,
+    key: &str,
+    word: &Word,
+    leeway: Duration,
+    leeway_of_edges: Duration,
+) -> Result<(Option<Revocation>, u64), KvError> {
     let entries = control.get(&[key.to_owned()]).await?;
     let known = entries.first();
     // What is no rule is replaced.
     let value = known.and_then(|entry| entry.value.as_deref());
-    let (value, ttl) = match word {
-        Word::Revoked(rule) => {
+    let (value, ttl, rule) = match word {
+        Word::Revoked(time) => {
+            // The server's clock: that of an operator's machine may be anything. (Whoever may not ask for it has their own.)
+            let now = control.server_time().await;
+            let now = now.map_or_else(|_refused| unix_s(), |now_ms| now_ms / 1000);
+            let rule = Revocation::new(now, *time, leeway);
             let known = value.and_then(|value| serde_json::from_slice(value).ok());
-            let rule = known.map_or(*rule, |known| rule.merge(known));
-            let left = rule.until.saturating_sub(unix_s()).max(1);
-            (serde_json::to_vec(&rule), Some(Duration::from_secs(left)))
+            let rule = known.map_or(rule, |known| rule.merge(known));
+            let left = rule
+                .ends(leeway_of_edges)
+                .map(|end| Duration::from_secs(end.saturating_sub(now).max(1)));
+            (serde_json::to_vec(&rule), left, Some(rule))
         }
         Word::Block(block) => {
             let known = value.and_then(|value| serde_json::from_slice(value).ok());
             let block = known.map_or(*block, |known| block.after(known));
-            (serde_json::to_vec(&block), None)
+            (serde_json::to_vec(&block), None, None)
         }
     };
     let value = value.map_err(|error| KvError::Refused(error.to_string()))?;
@@ -135,5 +205,33 @@ async fn merge(control: &Bucket, key: &str, word: &Word) -> Result<u64, KvError>
         ttl,
         expected: Some(known.map_or(0, |entry| entry.revision)),
     };
-    control.put(key, value.into(), how).await
+    let revision = control.put(key, value.into(), how).await?;
+    Ok((rule, revision))
+}
+
+/// The other regions of the mesh whose mirrors do not have `revision` within [`REACHED_WITHIN`], and why.
+async fn not_reached(config: &Config, control: &Bucket, revision: u64) -> Vec<String> {
+    let (connection, own) = (control.connection(), control.origin());
+    let regions = match mesh_regions(connection, own, config.nats.read_timeout).await {
+        Ok(regions) => regions,
+        Err(error) => return vec![format!("other regions, if there are any: {error}")],
+    };
+    let deadline = Instant::now() + REACHED_WITHIN;
+    let others = regions.into_iter().filter(|region| region != own);
+    let reach = others.map(async |region: Region| {
+        loop {
+            let wait = config.nats.read_timeout;
+            let why = match newest_elsewhere(connection, &region, control.stream(), wait).await {
+                Ok(newest) if newest >= revision => return None,
+                Ok(_behind) => "its mirror is behind".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            if Instant::now() >= deadline {
+                let then = "its edges go by what they knew until it can be reached";
+                return Some(format!("{region} ({why}): {then}"));
+            }
+            sleep(RETRY).await;
+        }
+    });
+    join_all(reach).await.into_iter().flatten().collect()
 }

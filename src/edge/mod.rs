@@ -1,11 +1,13 @@
 //! The edge: accepts connections, hands WebSockets to shards, answers plain HTTP, drains.
 //!
 //! ```text
-//!  accept ─► hyper + axum ─┬─ /ws: token, upgrade ─► bare TcpStream ─► one of the shards (threads), for good
+//!  accept ─► hyper + axum ─┬─ /ws: token, upgrade ─► bare TcpStream ─► one of the shards (threads); with its first join
+//!                          │                         to the shard of that room
 //!                          └─ /v1/…, /metrics, /healthz, /readyz, /
 //! ```
 //!
-//! Shards share nothing: each has its own NATS connections, rooms and sessions, so an edge of n cores is n small edges.
+//! Each shard has its own NATS connections, rooms and sessions. What shards share (tokens, what is revoked, presence, read
+//! markers, counters) no live message needs but the counters.
 
 mod accept;
 mod admission;

@@ -1,4 +1,4 @@
-//! One room on one shard: its task, from subscription to end.
+//! One room on one shard, from subscription to end.
 
 use std::{
     cell::{Cell, RefCell},

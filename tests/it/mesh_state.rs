@@ -444,6 +444,9 @@ async fn what_is_revoked_in_one_region_is_off_all_edges() {
         answer.unwrap().0
     };
     assert_eq!(get(&old).await, 200);
+    // Issued by a clock that is ahead, within the leeway.
+    let ahead = issued(unix_s() + 20, "ahead");
+    let mut lee_ahead = connect(&ahead).await.unwrap();
     let mut revoke = async |args: &[&str]| {
         let args: Vec<&str> = ["revoke"].iter().chain(args).copied().collect();
         let output = regions.mesh(SEOUL).command(&args).await.output().unwrap();
@@ -464,18 +467,37 @@ async fn what_is_revoked_in_one_region_is_off_all_edges() {
     while lee_is_there(&mut lee).await {}
     assert_eq!(lee.end().unwrap().code, 4002);
     assert_eq!(get(&old).await, 401);
+    while lee_is_there(&mut lee_ahead).await {}
+    assert_eq!(lee_ahead.end().unwrap().code, 4002);
+    assert_eq!(get(&ahead).await, 401);
     assert!(matches!(
         connect(&old).await,
         Err(ConnectError::Refused { .. })
     ));
-    // A token that was made since then is as good as any; until it is revoked by its name.
-    let new = issued(unix_s() + 1, "b");
+    // A token that says to be issued later than any clock could say then is as good as any; until it is revoked by its name.
+    let leeway = 30;
+    let new = eventually("a new token is let in", LONG, async || {
+        let new = issued(unix_s() + leeway, "b");
+        match get(&new).await {
+            200 => Ok(new),
+            status => Err(status.to_string()),
+        }
+    })
+    .await;
     let mut lee = connect(&new).await.unwrap();
     revoke(&["--jti", "b"]).await;
     while lee_is_there(&mut lee).await {}
     assert_eq!(lee.end().unwrap().code, 4002);
-    let newer = issued(unix_s() + 1, "c");
+    let newer = issued(unix_s() + leeway, "c");
     assert_eq!(get(&newer).await, 200);
+    // Who knows that the clock is right need not wait with new tokens.
+    revoke(&["--user", "kim2", "--leeway", "0s"]).await;
+    let mut claims = Claims::new("kim2", unix_s() + 3600);
+    claims.grants = vec![Grant::new("*:*", &[Right::Presence])];
+    claims.iat = Some(unix_s() - 1);
+    until_refused(&issue(&claims, SECRET).unwrap()).await;
+    claims.iat = Some(unix_s() + 1);
+    assert_eq!(get(&issue(&claims, SECRET).unwrap()).await, 200);
 
     revoke(&["--user", "lee", "--block"]).await;
     until_refused(&newer).await;
@@ -498,6 +520,49 @@ async fn what_is_revoked_in_one_region_is_off_all_edges() {
     })
     .await;
     assert!(!kim.commands().is_closed(), "nobody else is concerned");
+}
+
+#[tokio::test]
+async fn what_a_revocation_did_not_reach_is_said() {
+    let mut regions = two("").await;
+    let token = issued(unix_s() - 5, "a");
+    let address = regions.mesh(VIRGINIA).edges[0].address;
+    let get = async || {
+        let bearer = format!("Authorization: Bearer {token}\r\n");
+        let answer = http(address, "GET", "/v1/rooms/chat:a/presence", &bearer, "").await;
+        answer.unwrap().0
+    };
+    let revoke = async |regions: &mut Regions, args: &[&str]| {
+        let args = [&["revoke"], args].concat();
+        let output = regions.mesh(SEOUL).command(&args).await.output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let (said, warned) = (text(&output.stdout), text(&output.stderr));
+        (output.status.code().unwrap(), said, warned)
+    };
+    assert_eq!(get().await, 200);
+    regions.cut(VIRGINIA);
+    for args in [
+        &["--jti", "a"][..],
+        &["--user", "lee"],
+        &["--user", "lee", "--block"],
+    ] {
+        let (code, said, warned) = revoke(&mut regions, args).await;
+        let reached = format!("not reached: {VIRGINIA}");
+        assert!(
+            code == 1 && warned.contains(&reached),
+            "{args:?}: {code}, {warned}"
+        );
+        assert!(said.contains(args[1]), "{args:?}: {said}");
+    }
+    assert_eq!(get().await, 200, "the region was cut off");
+    regions.heal(VIRGINIA);
+    eventually("it has heard of it", LONG, async || match get().await {
+        401 => Ok(()),
+        status => Err(status.to_string()),
+    })
+    .await;
+    let (code, _, warned) = revoke(&mut regions, &["--user", "lee"]).await;
+    assert!(code == 0 && warned.is_empty(), "{code}, {warned}");
 }
 
 /// What is revoked is heard of also while a bucket is being read that does not answer.

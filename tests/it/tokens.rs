@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use crate::{
     resume::{command, next, reply},
     support::{
-        self,
-        mesh::{Mesh, token, token_with},
+        self, eventually,
+        mesh::{Mesh, SECRET, token, token_with},
         raw::{Dial, Raw, bearer, request},
     },
 };
@@ -337,6 +337,139 @@ async fn a_refresh_that_loses_a_grant_leaves_the_room() {
     assert_eq!(joined["op"], "joined");
 }
 
+/// A token of kim with these claims besides those that it needs.
+fn claiming(claims: Value) -> String {
+    let mut all = json!({
+        "sub": "kim", "exp": unix_s() + 3600, "grants": [{"rooms": "*:*", "can": ["read", "presence"]}]
+    });
+    let all_of = all.as_object_mut().unwrap();
+    all_of.extend(claims.as_object().unwrap().clone());
+    let secret = EncodingKey::from_secret(SECRET.as_bytes());
+    encode(&Header::new(Algorithm::HS256), &all, &secret).unwrap()
+}
+
+/// What an edge says over HTTP to who comes with `token`.
+async fn presence(mesh: &Mesh, token: &str) -> (u16, Value) {
+    let (address, bearer) = (mesh.edges[0].address, bearer(token));
+    let answer = request(address, "GET", "/v1/rooms/chat:a/presence", &bearer, "").await;
+    (answer.status, serde_json::from_str(&answer.body).unwrap())
+}
+
+#[tokio::test]
+async fn a_token_of_the_future_is_refused_wherever_it_comes() {
+    let mesh = Mesh::start(support::nats_url(), 1, "").await;
+    let now = unix_s();
+    for near in [json!({"iat": now + 20}), json!({"iat": now as f64 + 0.5})] {
+        assert_eq!(
+            presence(&mesh, &claiming(near.clone())).await.0,
+            200,
+            "{near}"
+        );
+    }
+    let mut kim = mesh.connect(0, "kim").await;
+    for (claims, told) in [
+        (json!({"iat": now + 3600}), "in the future"),
+        (json!({"iat": now * 1000}), "looks like milliseconds"),
+        (
+            json!({"iat": now as f64 * 1000.5}),
+            "looks like milliseconds",
+        ),
+        (json!({"iat": now.to_string()}), "not a string"),
+        (json!({"iat": -1}), "unix seconds"),
+        (json!({"exp": (now + 60) * 1000}), "looks like milliseconds"),
+        (json!({"exp": (now + 60).to_string()}), "not a string"),
+        (json!({"nbf": now * 1000}), "looks like milliseconds"),
+        (json!({"nbf": now.to_string()}), "not a string"),
+    ] {
+        let token = claiming(claims.clone());
+        let says = |error: &Value| {
+            let message = error["message"].as_str().unwrap_or_default();
+            let ok = error["code"] == "unauthorized" && message.contains(told);
+            assert!(ok, "{claims}: {error}");
+        };
+        let (status, error) = presence(&mesh, &token).await;
+        assert_eq!(status, 401, "{claims}: {error}");
+        says(&error);
+        match Connection::open(&mesh.endpoint(0), Some(&token)).await {
+            Err(ConnectError::Refused {
+                status, message, ..
+            }) => {
+                assert_eq!(status, 401, "{claims}: {message}");
+                says(&serde_json::from_str(&message).unwrap());
+            }
+            Err(other) => panic!("{claims}: {other}"),
+            Ok(_) => panic!("{claims}: it was let in"),
+        }
+        let list = format!("Sec-WebSocket-Protocol: natter.v1, bearer.{token}\r\n");
+        let mut browser = dial(mesh.edges[0].address, &list).await;
+        assert_eq!(browser.until_close().await.1, 4001, "{claims}");
+        let mut first = Connection::open(&mesh.endpoint(0), None).await.unwrap();
+        says(&reply(&mut first, "auth", json!({"token": token})).await);
+        assert_eq!(end(&mut first).await.1, 4001, "{claims}");
+        says(&reply(&mut kim, "refresh", json!({"token": token})).await);
+    }
+    assert_eq!(command(&mut kim, "ping", json!({})).await.len(), 1);
+}
+
+/// Also where the edge gives tokens some time after their end.
+#[tokio::test]
+async fn a_revoked_token_is_not_good_again_before_it_ends() {
+    let toml = "auth.leeway = '3s'\nauth.first_frame_timeout = '1m'";
+    let mesh = Mesh::start(support::nats_url(), 1, toml).await;
+    let mut others = mesh.connect(0, "kim").await;
+    // By its name; as one of the user's, issued before and by a clock that is ahead; said to be valid for less, as long, longer.
+    let now = unix_s();
+    let tokens = ["1s", "4s", "1h"].map(|time| {
+        let claims = |user: &str, ahead: u64| {
+            json!({"sub": format!("{user}-{time}"), "exp": now + 4, "iat": now + ahead, "jti": format!("{user}-{time}")})
+        };
+        [
+            (claiming(claims("kim", 0)), vec!["--jti".to_owned(), format!("kim-{time}")], time),
+            (claiming(claims("lee", 0)), vec!["--user".to_owned(), format!("lee-{time}")], time),
+            (claiming(claims("eve", 2)), vec!["--user".to_owned(), format!("eve-{time}")], time),
+        ]
+    });
+    let tokens = tokens.concat();
+    for (token, _, _) in &tokens {
+        assert_eq!(presence(&mesh, token).await.0, 200);
+    }
+    for (_, whose, time) in &tokens {
+        let args = ["revoke", &whose[0], &whose[1], "--for", time];
+        let output = mesh.command(&args).await.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{args:?}: {text}");
+    }
+    for (token, whose, _) in &tokens {
+        eventually(
+            "the token is refused",
+            support::LONG,
+            async || match presence(&mesh, token).await.0 {
+                401 => Ok(()),
+                status => Err(format!("{whose:?}: {status}")),
+            },
+        )
+        .await;
+    }
+    // Refused from then on, until it is refused because it has ended.
+    eventually("the tokens have expired", support::LONG, async || {
+        let mut revoked = 0;
+        for (token, whose, time) in &tokens {
+            let (status, error) = presence(&mesh, token).await;
+            assert_eq!(status, 401, "{whose:?} --for {time}: {error}");
+            let handshake = Connection::open(&mesh.endpoint(0), Some(token)).await;
+            assert!(handshake.is_err(), "{whose:?} --for {time}");
+            let refreshed = reply(&mut others, "refresh", json!({"token": token})).await;
+            assert_eq!(refreshed["code"], "unauthorized", "{refreshed}");
+            revoked += usize::from(error["message"] == "the token is revoked");
+        }
+        match revoked {
+            0 => Ok(()),
+            some => Err(format!("{some} are said to be revoked")),
+        }
+    })
+    .await;
+}
+
 /// What stands in the bucket is all that an edge knows which starts later.
 #[tokio::test]
 async fn what_was_revoked_for_longer_stays_so() {
@@ -371,6 +504,12 @@ async fn what_was_revoked_for_longer_stays_so() {
         revoke(&[flag, "kim", "--for", "60d"]).await;
         let longer: Revocation = serde_json::from_slice(&stands(&key).await).unwrap();
         assert!(longer.until > long.until, "{flag}");
+        // Left out: for good. And there is no way back.
+        for args in [&[flag, "kim"][..], &[flag, "kim", "--for", "60d"]] {
+            revoke(args).await;
+            let now: Revocation = serde_json::from_slice(&stands(&key).await).unwrap();
+            assert_eq!(now.until, u64::MAX, "{args:?}");
+        }
     }
 
     // Blocked by a machine whose clock is ahead: the word that is said later counts all the same.

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    auth::{Grant, test_keys as keys},
+    auth::{Grant, Revocation, Whose, test_keys as keys},
     config::Config,
 };
 
@@ -251,7 +251,7 @@ fn every_refusal_is_named() {
         (
             "exp as text",
             signed(&with("exp", json!("never"))),
-            claim("exp", "must be a time in unix seconds"),
+            claim("exp", "must be a number of unix seconds, not a string"),
         ),
         (
             "sub empty",
@@ -294,6 +294,21 @@ fn every_refusal_is_named() {
             },
         ),
         (
+            "issued in the future",
+            signed(&with("iat", json!(NOW + LEEWAY + 1))),
+            AuthError::IssuedInFuture {
+                iat: NOW + LEEWAY + 1,
+            },
+        ),
+        (
+            "issued in milliseconds",
+            signed(&with("iat", json!(NOW * 1000))),
+            claim(
+                "iat",
+                "is after the year 9999: it looks like milliseconds, and must be in unix seconds",
+            ),
+        ),
+        (
             "malformed pattern",
             signed(&with(
                 "grants",
@@ -325,7 +340,8 @@ fn leeway_is_given_on_both_ends() {
     for payload in [
         with("exp", json!(NOW - LEEWAY + 1)),
         with("nbf", json!(NOW + LEEWAY)),
-        with("exp", json!(u64::MAX)),
+        with("iat", json!(NOW + LEEWAY)),
+        with("exp", json!(253_402_300_799_u64)),
         with("sub", json!("x".repeat(256))),
         without("grants"),
     ] {
@@ -440,6 +456,91 @@ fn a_remembered_token_still_ends() {
             verifier.verify(&token, NOW + 60 + LEEWAY).unwrap_err(),
             AuthError::Expired { exp: NOW + 60 }
         );
+    }
+}
+
+#[test]
+fn a_remembered_token_is_not_from_the_future_either() {
+    let verifier = verifier(&HS256);
+    let token = signed(&with("iat", json!(NOW)));
+    verifier.verify(&token, NOW).unwrap();
+    // The edge's clock was set back.
+    let earlier = NOW - LEEWAY - 1;
+    let error = verifier.verify(&token, earlier).unwrap_err();
+    assert_eq!(error, AuthError::IssuedInFuture { iat: NOW });
+}
+
+/// Whatever its leeway: a revoked token is not good again before it has ended.
+#[test]
+fn a_revocation_outlives_the_tokens_that_it_names() {
+    for leeway in [0, 1, 30, 60, 600] {
+        let (mut auth, _file) = auth(&HS256);
+        auth.leeway = Duration::from_secs(leeway);
+        // How much longer than the token the revocation was said to hold, and the operator's clock against the edge's.
+        for longer in [0, 1, 3600] {
+            for clock in [-120_i64, 0, 120] {
+                let mut payload = payload();
+                payload["iat"] = json!(NOW);
+                payload["jti"] = json!("t1");
+                let token = signed(&payload);
+                let exp = NOW + 60;
+                let said = NOW.checked_add_signed(clock).unwrap();
+                let rule = Revocation::new(said, Duration::from_secs(60 + longer), auth.leeway);
+                let rule = serde_json::to_vec(&rule).unwrap();
+                // By name at any difference of the clocks; by user where the leeway covers it.
+                let mut whose = vec![Whose::Token("t1".to_owned())];
+                if clock + i64::try_from(leeway).unwrap() >= 0 {
+                    whose.push(Whose::User("kim".to_owned()));
+                }
+                for whose in whose {
+                    let verifier = Verifier::from_config(&auth).unwrap();
+                    verifier.verify(&token, NOW).unwrap();
+                    let revocations = verifier.revocations();
+                    revocations.learn(whose.clone(), &rule).unwrap();
+                    for now in NOW..exp + leeway + 2 {
+                        revocations.forget(now);
+                        let error = verifier.verify(&token, now).unwrap_err();
+                        let expected = match now < exp + leeway {
+                            true => AuthError::Revoked,
+                            false => AuthError::Expired { exp },
+                        };
+                        assert_eq!(error, expected, "{whose:?}, {leeway}, {longer}, {clock}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn no_token_that_is_let_in_survives_a_revocation_of_its_user() {
+    let (auth, _file) = auth(&HS256);
+    for (iat, refused) in [
+        (json!(NOW - 3600), true),
+        (json!(NOW), true),
+        (json!(NOW + 1), true),
+        (json!(NOW + 20), true),
+        (json!(NOW as f64 + 29.9), true),
+        (json!(NOW + LEEWAY), true),
+        (json!(0), true),
+        (Value::Null, true),
+        // What is issued when no clock can be that much ahead any more.
+        (json!(NOW + LEEWAY + 1), false),
+    ] {
+        let verifier = Verifier::from_config(&auth).unwrap();
+        let rule = Revocation::new(NOW, Duration::from_secs(3600), auth.leeway);
+        let rule = serde_json::to_vec(&rule).unwrap();
+        let kim = Whose::User("kim".to_owned());
+        verifier.revocations().learn(kim, &rule).unwrap();
+        let mut payload = with("iat", iat);
+        payload["exp"] = json!(NOW + 600);
+        let result = verifier.verify(&signed(&payload), NOW + LEEWAY + 1);
+        let expected = if refused {
+            Err(AuthError::Revoked)
+        } else {
+            Ok(())
+        };
+        assert_eq!(result.map(|_identity| ()), expected, "{payload}");
     }
 }
 

@@ -36,7 +36,7 @@ type Erased = Result<(StatusCode, Json<EraseReply>), HttpError>;
 
 /// Erase everything that was said in a room until now. Needs `moderate` there.
 ///
-/// It is removed from MongoDB and from the streams of this region, and its members are told by a message of kind `erase`.
+/// It is removed from MongoDB and from the streams of all regions, and its members are told by a message of kind `erase`.
 #[utoipa::path(
     delete,
     path = "/v1/rooms/{room}",
@@ -82,7 +82,7 @@ pub(super) async fn room(
 /// Erase everything that a user said until now, in all rooms where the token has `moderate`.
 ///
 /// Messages, edits, reactions and annotations of theirs, and what others said about their messages; from MongoDB and from the
-/// streams of this region. The rooms are told by a message of kind `erase`. What others wrote stays, also where it quotes or
+/// streams of all regions. The rooms are told by a message of kind `erase`. What others wrote stays, also where it quotes or
 /// mentions the user.
 #[utoipa::path(
     delete,
