@@ -115,7 +115,7 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<ExitCode> {
         }
         done.push_str(&match rule.until {
             u64::MAX => "; for good".to_owned(),
-            until => format!("; those that end until {}", time(until)),
+            until => format!("; for tokens that end by {}", time(until)),
         });
     }
     println!("{done}");
@@ -212,7 +212,8 @@ async fn merge(
 /// The other regions of the mesh whose mirrors do not have `revision` within [`REACHED_WITHIN`], and why.
 async fn not_reached(config: &Config, control: &Bucket, revision: u64) -> Vec<String> {
     let (connection, own) = (control.connection(), control.origin());
-    let regions = match mesh_regions(connection, own, config.nats.read_timeout).await {
+    let most = config.nats.read_timeout.min(REACHED_WITHIN);
+    let regions = match mesh_regions(connection, own, most).await {
         Ok(regions) => regions,
         Err(error) => return vec![format!("other regions, if there are any: {error}")],
     };
@@ -220,7 +221,8 @@ async fn not_reached(config: &Config, control: &Bucket, revision: u64) -> Vec<St
     let others = regions.into_iter().filter(|region| region != own);
     let reach = others.map(async |region: Region| {
         loop {
-            let wait = config.nats.read_timeout;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let wait = most.min(left.max(RETRY));
             let why = match newest_elsewhere(connection, &region, control.stream(), wait).await {
                 Ok(newest) if newest >= revision => return None,
                 Ok(_behind) => "its mirror is behind".to_owned(),

@@ -18,7 +18,7 @@ use crate::{
     resume::{next, reply},
     support::{
         LONG, eventually,
-        mesh::{SECRET, http, token},
+        mesh::{Mesh, SECRET, http, token},
         mongodb_url,
         regions::Regions,
     },
@@ -420,6 +420,13 @@ async fn a_page_of_history_has_the_messages_of_all_regions_in_their_order() {
     assert_eq!(ids(&page), ["cut-s"]);
 }
 
+/// Runs a command of `natter` while the relay between the regions, which is part of this process, goes on.
+async fn run(mesh: &Mesh, args: &[&str]) -> std::process::Output {
+    let command = mesh.command(args).await;
+    let mut command = tokio::process::Command::from(command);
+    command.output().await.unwrap()
+}
+
 /// A token of lee that says when it was issued.
 fn issued(at: u64, jti: &str) -> String {
     let mut claims = Claims::new("lee", unix_s() + 3600);
@@ -449,7 +456,7 @@ async fn what_is_revoked_in_one_region_is_off_all_edges() {
     let mut lee_ahead = connect(&ahead).await.unwrap();
     let mut revoke = async |args: &[&str]| {
         let args: Vec<&str> = ["revoke"].iter().chain(args).copied().collect();
-        let output = regions.mesh(SEOUL).command(&args).await.output().unwrap();
+        let output = run(regions.mesh(SEOUL), &args).await;
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{args:?}: {text}");
     };
@@ -505,12 +512,11 @@ async fn what_is_revoked_in_one_region_is_off_all_edges() {
     regions.mesh(VIRGINIA).add_edge().await;
     let second = regions.mesh(VIRGINIA).endpoint(1);
     assert!(Connection::open(&second, Some(&newer)).await.is_err());
-    let output = regions
-        .mesh(VIRGINIA)
-        .command(&["revoke", "--user", "lee", "--unblock"])
-        .await
-        .output()
-        .unwrap();
+    let output = run(
+        regions.mesh(VIRGINIA),
+        &["revoke", "--user", "lee", "--unblock"],
+    )
+    .await;
     assert!(output.status.success());
     eventually("the user is let in again", LONG, async || {
         match get(&newer).await {
@@ -534,7 +540,7 @@ async fn what_a_revocation_did_not_reach_is_said() {
     };
     let revoke = async |regions: &mut Regions, args: &[&str]| {
         let args = [&["revoke"], args].concat();
-        let output = regions.mesh(SEOUL).command(&args).await.output().unwrap();
+        let output = run(regions.mesh(SEOUL), &args).await;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let (said, warned) = (text(&output.stdout), text(&output.stderr));
         (output.status.code().unwrap(), said, warned)
@@ -586,8 +592,7 @@ async fn a_revocation_does_not_wait_for_a_bucket_that_is_read() {
     let question = tokio::time::timeout(LONG, questions.next()).await;
     question.expect("the mirror is read").unwrap();
 
-    let output = seoul.command(&["revoke", "--user", "lee"]).await.output();
-    let output = output.unwrap();
+    let output = run(seoul, &["revoke", "--user", "lee"]).await;
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{text}");
     while lee_is_there(&mut lee).await {}
