@@ -25,6 +25,8 @@ pub enum ErrorCode {
     Forbidden,
     /// The command needs a join before.
     NotJoined,
+    /// Over HTTP: the body of the request did not arrive in time. Nothing was done.
+    Timeout,
     /// More commands than `limits.commands_per_second`.
     RateLimited,
     /// Another limit, named in the message.
@@ -41,7 +43,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::BadJson,
         Self::BadRequest,
         Self::UnknownOp,
@@ -53,6 +55,7 @@ impl ErrorCode {
         Self::Unauthorized,
         Self::Forbidden,
         Self::NotJoined,
+        Self::Timeout,
         Self::RateLimited,
         Self::Limit,
         Self::Unavailable,
@@ -76,6 +79,7 @@ impl ErrorCode {
             Self::Unauthorized => "unauthorized",
             Self::Forbidden => "forbidden",
             Self::NotJoined => "not_joined",
+            Self::Timeout => "timeout",
             Self::RateLimited => "rate_limited",
             Self::Limit => "limit",
             Self::Unavailable => "unavailable",
@@ -89,7 +93,7 @@ impl ErrorCode {
     #[must_use]
     pub fn retry(self) -> bool {
         match self {
-            Self::RateLimited | Self::Unavailable | Self::UnknownOutcome => true,
+            Self::Timeout | Self::RateLimited | Self::Unavailable | Self::UnknownOutcome => true,
             Self::BadJson
             | Self::BadRequest
             | Self::UnknownOp
@@ -120,6 +124,7 @@ impl ErrorCode {
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
             Self::UnknownNamespace => 404,
+            Self::Timeout => 408,
             Self::NotJoined => 409,
             Self::TooLarge => 413,
             Self::RateLimited | Self::Limit => 429,
