@@ -8,7 +8,7 @@
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
-//! auth   bus   store   servers   client   wire
+//! auth   bus   store   servers   client   wire   http1
 //! config   telemetry   runtime
 //! model   protocol   subject
 //! ```
@@ -25,6 +25,7 @@ pub mod client;
 pub mod config;
 pub mod edge;
 pub mod history;
+pub mod http1;
 pub mod model;
 pub mod presence;
 pub mod protocol;

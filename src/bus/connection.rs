@@ -7,6 +7,7 @@ use std::{
 
 use async_nats::{Client, ConnectOptions, Event, ServerAddr, Statistics, connection::State};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
@@ -87,6 +88,7 @@ pub struct Connection {
     client: Client,
     statistics: Arc<Statistics>,
     subscription_capacity: usize,
+    ended: CancellationToken,
 }
 
 /// NATS can't be used with what the configuration says.
@@ -119,6 +121,9 @@ impl Connection {
     /// [`ConnectError`] where repeating can't help.
     pub async fn open(config: &config::Nats, name: &str) -> Result<Self, ConnectError> {
         let label = name.to_owned();
+        // The client drops the callback when it ends, in whatever way; nothing else tells of all of them.
+        let ended = CancellationToken::new();
+        let end = ended.clone().drop_guard();
         let mut options = ConnectOptions::new()
             .name(name)
             .custom_inbox_prefix(new_inbox(config))
@@ -129,6 +134,7 @@ impl Connection {
             .subscription_capacity(config.subscription_capacity)
             .reconnect_delay_callback(reconnect_delay)
             .event_callback(move |event| {
+                let _end = &end;
                 let label = label.clone();
                 async move { on_event(&label, &event) }
             });
@@ -152,6 +158,7 @@ impl Connection {
             client,
             statistics,
             subscription_capacity: config.subscription_capacity,
+            ended,
         })
     }
 
@@ -168,7 +175,13 @@ impl Connection {
     /// Whether the connection is up, as far as is known: a peer that vanished is noticed after some seconds.
     #[must_use]
     pub fn is_up(&self) -> bool {
-        self.client.connection_state() == State::Connected
+        !self.ended.is_cancelled() && self.client.connection_state() == State::Connected
+    }
+
+    /// Waits until the connection has ended for good: it was closed, or its client panicked. Whatever servers do, refuse or say
+    /// does not end it. Cancel-safe.
+    pub async fn ended(&self) {
+        self.ended.cancelled().await;
     }
 
     /// How often a connection was established. It is counted before the first message of the new connection can arrive, so

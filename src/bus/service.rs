@@ -128,7 +128,7 @@ pub async fn serve(
             .await
             .map_err(failed)?;
         let work = take(questions, endpoint, Arc::clone(&load), tasks.clone());
-        tasks.spawn("take questions", work);
+        tasks.spawn_essential("take questions", work);
     }
     let stop = tasks.clone();
     tasks.spawn("serve questions", async move {
@@ -179,7 +179,7 @@ async fn take(
                 tracing::debug!(endpoint = name, %error, "an answer could not be sent");
             }
         };
-        tasks.spawn("answer a question", work.instrument(span));
+        tasks.spawn_contained("answer a question", work.instrument(span));
     }
 }
 

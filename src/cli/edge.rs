@@ -1,6 +1,11 @@
 //! `natter edge`: serves clients until it is told to stop.
 
-use std::{path::Path, process::ExitCode, time::Duration};
+use std::{
+    path::Path,
+    process::{self, ExitCode},
+    thread,
+    time::Duration,
+};
 
 use clap::Args;
 use figment::providers::{Format, Toml};
@@ -16,6 +21,9 @@ use crate::{
 
 /// How long what telemetry still holds may take to be sent at the end.
 const TELEMETRY_FLUSH: Duration = Duration::from_secs(2);
+
+/// How long after `edge.drain_timeout` the process ends, whatever still runs.
+const CUT_AFTER: Duration = Duration::from_secs(5);
 
 /// Serve WebSocket and HTTP clients.
 #[derive(Debug, Args)]
@@ -52,17 +60,42 @@ fn raise_file_limit() {
     }
 }
 
+/// Ends the process if it is still there after `time`. From a thread of its own: whatever is stuck then may have taken the
+/// runtime along.
+fn end_after(time: Duration) {
+    let end = move || {
+        thread::sleep(time);
+        #[expect(clippy::exit, reason = "the last resort of a role")]
+        process::exit(1);
+    };
+    if let Err(error) = thread::Builder::new()
+        .name("last resort".to_owned())
+        .spawn(end)
+    {
+        tracing::warn!(%error, "nothing ends the process if its drain does not");
+    }
+}
+
 async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::install()?;
     raise_file_limit();
+    let drain_timeout = config.edge.drain_timeout;
     let edge = Edge::start(config).await?;
     let lifecycle = edge.lifecycle().clone();
-    tokio::select! {
-        signal = signals.recv() => tracing::info!(?signal, "stopping"),
+    let code = tokio::select! {
+        signal = signals.recv() => {
+            tracing::info!(?signal, "stopping");
+            ExitCode::SUCCESS
+        }
+        why = edge.failed() => {
+            tracing::error!(why, "the edge can't go on: it tells its sessions so, and ends");
+            ExitCode::FAILURE
+        }
         _ = lifecycle.reached(Phase::Stopped) => return Ok(ExitCode::FAILURE),
-    }
+    };
+    end_after(drain_timeout + CUT_AFTER);
     match edge.drain().await {
-        Ok(()) => Ok(ExitCode::SUCCESS),
+        Ok(()) => Ok(code),
         Err(error) => {
             tracing::warn!(%error, "the edge did not drain in time");
             Ok(ExitCode::FAILURE)

@@ -97,15 +97,22 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::install()?;
     let history = History::start(config).await?;
     let lifecycle = history.lifecycle().clone();
-    tokio::select! {
-        signal = signals.recv() => tracing::info!(?signal, "stopping"),
+    let code = tokio::select! {
+        signal = signals.recv() => {
+            tracing::info!(?signal, "stopping");
+            ExitCode::SUCCESS
+        }
+        why = history.failed() => {
+            tracing::error!(why, "the service can't go on, and ends");
+            ExitCode::FAILURE
+        }
         _ = lifecycle.reached(Phase::Stopped) => return Ok(ExitCode::FAILURE),
-    }
+    };
     if let Err(error) = history.drain().await {
         // What was not confirmed is given out again.
         tracing::warn!(%error, "the service did not end in order");
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
 }
 
 /// What the tools ask.

@@ -61,6 +61,7 @@ pub struct Config {
     pub servers: Servers,
     pub doctor: Doctor,
     pub edge: Edge,
+    pub http: Http,
     pub auth: Auth,
     pub limits: Limits,
     pub rooms: Rooms,
@@ -172,6 +173,18 @@ pub struct Edge {
     #[serde(with = "humantime_serde")]
     pub drain_timeout: Duration,
     pub web_page: bool,
+}
+
+/// `[http]`: connections of edges and history services.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Http {
+    #[serde(with = "humantime_serde")]
+    pub keep_alive: Duration,
+    #[serde(with = "humantime_serde")]
+    pub header_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    pub body_timeout: Duration,
 }
 
 /// `[auth]`: who may come in.
@@ -625,6 +638,9 @@ impl Config {
             check(number > 0, format!("{key} = 0: must be at least 1"));
         }
         for (key, time) in [
+            ("http.keep_alive", self.http.keep_alive),
+            ("http.header_timeout", self.http.header_timeout),
+            ("http.body_timeout", self.http.body_timeout),
             ("limits.outbox_stall", limits.outbox_stall),
             ("rooms.join_timeout", self.rooms.join_timeout),
             ("rooms.resync", self.rooms.resync),

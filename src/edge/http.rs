@@ -5,7 +5,7 @@ mod history;
 mod presence;
 mod read;
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{collections::HashMap, error::Error, sync::Arc, time::Instant};
 
 use axum::{
     Json, Router,
@@ -15,8 +15,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{delete, get, post, put},
 };
+use http_body_util::LengthLimitError;
 use parking_lot::Mutex;
 use serde::Serialize;
+use tokio::time::sleep;
 use tracing::Instrument as _;
 use utoipa::{OpenApi, ToSchema};
 
@@ -24,9 +26,10 @@ use super::{Shared, upgrade};
 use crate::{
     auth::Identity,
     bus::Outgoing,
+    http1::LAST_STEP,
     model::{Kind, RoomId},
     protocol::{ErrorCode, native},
-    runtime::{Pace, unix_s},
+    runtime::{Pace, Phase, unix_s},
     session::{check_publication, publish_refusal},
     subject,
     telemetry::{
@@ -191,10 +194,16 @@ impl IntoResponse for HttpError {
             retry: self.code.retry(),
         };
         let mut response = (self.status, Json(body)).into_response();
+        let headers = response.headers_mut();
         if self.code.retry() {
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, header::HeaderValue::from(1));
+            headers.insert(header::RETRY_AFTER, header::HeaderValue::from(1));
+        }
+        if self.code == ErrorCode::Timeout {
+            // What is left of the request may still come, or not.
+            headers.insert(
+                header::CONNECTION,
+                header::HeaderValue::from_static("close"),
+            );
         }
         response
     }
@@ -285,6 +294,7 @@ struct PublishReply {
         (status = 401, body = ErrorBody, description = "unauthorized"),
         (status = 403, body = ErrorBody, description = "forbidden"),
         (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 408, body = ErrorBody, description = "timeout: the body did not arrive in time"),
         (status = 410, body = ErrorBody, description = "erased"),
         (status = 413, body = ErrorBody, description = "too_large"),
         (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
@@ -319,13 +329,31 @@ fn room_of(path: Result<Path<String>, PathRejection>) -> Result<RoomId, HttpErro
     RoomId::parse(&room).map_err(|error| bad(error.to_string()))
 }
 
-async fn read_body(body: Body, most: u64) -> Result<Bytes, HttpError> {
-    to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX))
-        .await
-        .map_err(|_cut| {
-            let text = format!("the request has more than {most} bytes");
-            HttpError::new(ErrorCode::TooLarge, text)
-        })
+/// Reads the body of a request: of `most` bytes, within `http.body_timeout`, and not much longer than the edge serves.
+async fn read_body(shared: &Shared, body: Body, most: u64) -> Result<Bytes, HttpError> {
+    let within = shared.config.http.body_timeout;
+    let drained = async {
+        shared.lifecycle.reached(Phase::Draining).await;
+        sleep(LAST_STEP).await;
+    };
+    let refused = |code, text: String| Err(HttpError::new(code, text));
+    tokio::select! {
+        read = to_bytes(body, usize::try_from(most).unwrap_or(usize::MAX)) => match read {
+            Ok(body) => Ok(body),
+            Err(error) if error.source().is_some_and(|error| error.is::<LengthLimitError>()) => {
+                refused(ErrorCode::TooLarge, format!("the request has more than {most} bytes"))
+            }
+            Err(error) => {
+                refused(ErrorCode::BadRequest, format!("the body of the request is broken: {error}"))
+            }
+        },
+        () = sleep(within) => {
+            refused(ErrorCode::Timeout, format!("the body did not arrive within {within:?}"))
+        }
+        () = drained => {
+            refused(ErrorCode::Timeout, "this edge is draining, and the body has not arrived".to_owned())
+        }
+    }
 }
 
 async fn publish_to(
@@ -338,7 +366,12 @@ async fn publish_to(
     let config = &api.shared.config;
     let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
     let room = room_of(room)?;
-    let body = read_body(body, config.limits.body.as_u64() + ENVELOPE_BYTES).await?;
+    let body = read_body(
+        &api.shared,
+        body,
+        config.limits.body.as_u64() + ENVELOPE_BYTES,
+    )
+    .await?;
     let publication = native::decode_publication(room, &body)?;
     let durable = check_publication(config, &identity, &publication)?;
     let id = match &publication.id {
@@ -391,22 +424,21 @@ async fn healthz() -> &'static str {
     "ok\n"
 }
 
-/// Whether the edge takes connections and publishes: streams found, NATS up, not draining.
+/// Whether the edge takes connections and publishes: streams found, NATS up, all shards at work, not draining.
 #[utoipa::path(get, path = "/readyz", responses((status = 200, body = String), (status = 503, body = String)))]
 async fn readyz(State(shared): State<Arc<Shared>>) -> (StatusCode, String) {
     let phase = shared.lifecycle.phase();
-    let up = shared
-        .ready
-        .get()
-        .is_some_and(|ready| ready.connection.is_up() && ready.line.is_up());
-    match (shared.lifecycle.is_ready(), up) {
-        (true, true) => (StatusCode::OK, "ready\n".to_owned()),
-        (true, false) => (StatusCode::SERVICE_UNAVAILABLE, "NATS is away\n".to_owned()),
-        (false, _) => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!("{}\n", phase.as_str()),
-        ),
-    }
+    let why = match shared.ready.get() {
+        Some(_) | None if !shared.lifecycle.is_ready() => phase.as_str().to_owned(),
+        Some(ready) if ready.connection.is_up() && ready.line.is_up() => {
+            match ready.shards.trouble() {
+                None => return (StatusCode::OK, "ready\n".to_owned()),
+                Some(trouble) => trouble,
+            }
+        }
+        Some(_) | None => "NATS is away".to_owned(),
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"))
 }
 
 /// Metrics in the Prometheus text format.

@@ -9,7 +9,6 @@
 //! Each shard has its own NATS connections, rooms and sessions. What shards share (tokens, what is revoked, presence, read
 //! markers, counters) no live message needs but the counters.
 
-mod accept;
 mod admission;
 mod control;
 mod http;
@@ -17,9 +16,13 @@ mod page;
 mod shard;
 mod upgrade;
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use tokio::net::TcpListener;
+use axum::{body::Body, extract::ConnectInfo};
+use futures_util::future::join_all;
+use hyper::{Request, body::Incoming, service::service_fn};
+use tokio::{net::TcpListener, time::timeout};
+use tower_service::Service as _;
 
 pub use http::openapi_json;
 
@@ -30,7 +33,7 @@ use crate::{
         STREAMS_WATCH, mirrors,
     },
     config::Config,
-    history,
+    history, http1,
     presence::Presence,
     read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},
@@ -38,7 +41,10 @@ use crate::{
 };
 use admission::Admission;
 use control::Control;
-use shard::Shards;
+use shard::{Drained, Shards};
+
+/// How long the shards may take to close their NATS connections at the end of a drain.
+const CLOSE_WITHIN: Duration = Duration::from_millis(1500);
 
 /// A running edge.
 #[derive(Debug)]
@@ -111,6 +117,9 @@ pub enum DrainError {
     /// Sessions were left.
     #[error("the drain was cut with {0} sessions left")]
     Sessions(usize),
+    /// Shards did not answer.
+    #[error("the drain was cut: shards {0:?} do not answer")]
+    Shards(Vec<usize>),
 }
 
 impl Edge {
@@ -148,8 +157,18 @@ impl Edge {
             http: Tasks::default(),
         };
         let router = http::router(Arc::clone(&edge.shared));
-        edge.http
-            .spawn("accept", accept::serve(listener, router, edge.http.clone()));
+        let limits = http1::Limits::new(&edge.shared.config);
+        let service = move |peer: SocketAddr| {
+            let router = router.clone();
+            service_fn(move |request: Request<Incoming>| {
+                let mut request = request.map(Body::new);
+                request.extensions_mut().insert(ConnectInfo(peer));
+                // A router is always ready.
+                router.clone().call(request)
+            })
+        };
+        let accept = http1::serve(listener, limits, edge.http.clone(), service);
+        edge.http.spawn_essential("accept", accept);
         let nats = &edge.shared.config.nats;
         let name = format!("natter edge {} control", edge.shared.id);
         let connection = Connection::open(nats, &name).await?;
@@ -174,21 +193,30 @@ impl Edge {
         &self.shared.lifecycle
     }
 
+    /// Waits until a part of it is gone without which it can't go on, and says which: it is to be drained then, as far as that
+    /// is still possible, and the process to end with an error. Cancel-safe.
+    pub async fn failed(&self) -> String {
+        tokio::select! {
+            why = self.tasks.failed() => why,
+            why = self.http.failed() => why,
+        }
+    }
+
     /// Ends in order: not ready, no new connections, sessions told to come back elsewhere, what is queued written.
     ///
     /// # Errors
-    /// [`DrainError`] when `edge.drain_timeout` was over before that; what is left is cut.
+    /// [`DrainError`] when `edge.drain_timeout` was over before that; what is left is cut, and nothing is waited for any longer.
     pub async fn drain(self) -> Result<(), DrainError> {
         let deadline = tokio::time::Instant::now() + self.shared.config.edge.drain_timeout;
         self.shared.lifecycle.advance(Phase::Draining);
         tracing::info!(edge.id = %self.shared.id, "edge draining");
         self.http.stop();
-        let mut left = 0;
+        let mut drained = Drained::default();
         let ready = self.shared.ready.get();
         if let Some(ready) = ready {
             let spread = self.shared.config.edge.drain_spread;
             ready.presence.drain();
-            left = ready.shards.drain(spread, deadline).await;
+            drained = ready.shards.drain(spread, deadline).await;
             ready.presence.give_up(deadline).await;
         }
         let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
@@ -198,23 +226,33 @@ impl Edge {
             if ready.state.is_up() && !ready.markers.flush(deadline).await {
                 tracing::warn!("read markers could not be written before the end of the drain");
             }
-            ready.line.close().await;
-            ready.state.close().await;
-            ready.questions.close().await;
-            if let Some(mirrors) = &ready.mirrors {
-                mirrors.close().await;
-            }
-            ready.connection.close().await;
+            let shards = timeout(CLOSE_WITHIN, join_all(drained.ends));
+            let mirrors = async {
+                if let Some(mirrors) = &ready.mirrors {
+                    mirrors.close().await;
+                }
+            };
+            let (line, connection) = (&ready.line, &ready.connection);
+            let (state, questions) = (&ready.state, &ready.questions);
+            // All at once: what hangs is waited for once.
+            let (_late, ..) = tokio::join!(
+                shards,
+                mirrors,
+                line.close(),
+                state.close(),
+                questions.close(),
+                connection.close()
+            );
         }
         let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
         let tasks = self.tasks.drain(rest).await;
         self.shared.lifecycle.advance(Phase::Stopped);
         http?;
         tasks?;
-        if left > 0 {
-            Err(DrainError::Sessions(left))
-        } else {
-            Ok(())
+        match drained {
+            Drained { stuck, .. } if !stuck.is_empty() => Err(DrainError::Shards(stuck)),
+            Drained { left, .. } if left > 0 => Err(DrainError::Sessions(left)),
+            Drained { .. } => Ok(()),
         }
     }
 }
@@ -227,37 +265,46 @@ async fn make_ready(
 ) -> Result<(), EdgeError> {
     let config = &shared.config;
     let origins = Origins::wait_for(&connection, &config.region(), &config.nats).await;
+    keep_connected(&connection, tasks);
     let watch = Arc::clone(&origins).watch(STREAMS_WATCH);
-    tasks.spawn_until_stopping("watch streams", watch);
+    tasks.keep_running("watch streams", watch);
     let elections = Arc::clone(&origins).hear_elections();
-    tasks.spawn_until_stopping("hear of elections", elections);
+    tasks.keep_running("hear of elections", elections);
     let mut mirrors = None;
     if !config.mirrors.leafnodes.is_empty() {
         let name = format!("natter edge {} mirrors", shared.id);
         let connection = Connection::open(&config.nats_of_mirrors(), &name).await?;
         let keep = mirrors::keep(connection.clone(), config);
-        tasks.spawn_until_stopping("help mirrors", keep);
+        keep_connected(&connection, tasks);
+        tasks.keep_running("help mirrors", keep);
         mirrors = Some(connection);
     }
     let streams = Arc::clone(origins.own());
     let name = format!("natter edge {} state", shared.id);
     let state = Connection::open(&config.nats, &name).await?;
+    keep_connected(&state, tasks);
     let state_reader = Reader::new(state.clone(), &config.nats);
     // Its turns are its own: what is revoked does not wait behind rosters.
     let control_reader = Reader::new(state.clone(), &config.nats);
     let control = Bucket::new(state.clone(), control_reader, config, bucket::CONTROL);
     let remembered = Arc::clone(&shared.remembered);
-    if let Some(feed) = remembered.open(&control, &origins).await {
-        let follow = remembered.follow(control.clone(), Arc::clone(&origins), feed);
-        tasks.spawn_until_stopping("follow what was erased", follow);
+    match remembered.open(&control, &origins).await {
+        Some(feed) => {
+            let follow = remembered.follow(control.clone(), Arc::clone(&origins), feed);
+            tasks.keep_running("follow what was erased", follow);
+        }
+        None => tasks.fail("what was erased can't be followed"),
     }
     let revocations = Arc::clone(shared.verifier.revocations());
-    if let Some(control) = Control::open(control, Arc::clone(&origins), revocations).await {
-        tasks.spawn_until_stopping("follow what is revoked", control.follow());
+    match Control::open(control, Arc::clone(&origins), revocations).await {
+        Some(control) => {
+            tasks.keep_running("follow what is revoked", control.follow());
+        }
+        None => tasks.fail("what is revoked can't be followed"),
     }
     // For what is published over HTTP, and for receipts.
     let (line, driver) = Line::new(&config.nats, &format!("natter edge {} publish", shared.id))?;
-    tasks.spawn_until_stopping("publish over HTTP", driver.run(()));
+    tasks.keep_running("publish over HTTP", driver.run(()));
     // Whoever finds the edge ready can publish.
     line.ready().await;
     let reader = Reader::new(connection.clone(), &config.nats);
@@ -272,15 +319,16 @@ async fn make_ready(
     // One of these is up to hundreds of reads, or megabytes: presence, markers and joins don't wait behind them.
     let name = format!("natter edge {} questions", shared.id);
     let questions = Connection::open(&config.nats, &name).await?;
+    keep_connected(&questions, tasks);
     let ask = || Reader::new(questions.clone(), &config.nats);
     let markers = Markers::new(&state_reader, ask(), &origins, config, publisher.clone());
-    tasks.spawn_until_stopping("keep read markers", Arc::clone(&markers).keep());
+    tasks.keep_running("keep read markers", Arc::clone(&markers).keep());
     let count = Shards::count(config);
     let (presence, pushes) =
         Presence::start(config, &shared.id, &state_reader, &origins, count, tasks);
     let history = history::Client::new(&ask(), &origins, config);
     let presences = (&presence, pushes);
-    let shards = Shards::start(shared, &origins, presences, &markers, &history).await?;
+    let shards = Shards::start(tasks, shared, &origins, presences, &markers, &history).await?;
     // Set once, here.
     let set = shared.ready.set(Ready {
         connection,
@@ -298,4 +346,10 @@ async fn make_ready(
     shared.lifecycle.advance(Phase::Ready);
     tracing::info!(edge.id = %shared.id, "edge ready");
     Ok(())
+}
+
+/// Sees to it that a NATS connection which has ended for good is missed.
+fn keep_connected(connection: &Connection, tasks: &Tasks) {
+    let connection = connection.clone();
+    tasks.keep_running("NATS connection", async move { connection.ended().await });
 }

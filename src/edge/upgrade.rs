@@ -9,16 +9,15 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use fastwebsockets::upgrade::{is_upgrade_request, upgrade};
-use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 
 use super::{
     Shared,
     http::{HttpError, bearer},
-    shard::NewSession,
+    shard::{NewSession, hand_over},
 };
 use crate::{
     auth::{AuthError, Identity},
+    http1,
     protocol::{Close, ErrorCode, native::SUBPROTOCOL},
     runtime::unix_s,
     session::{Carried, UserSlot},
@@ -101,21 +100,20 @@ pub(super) async fn websocket(
             Ok(websocket) => websocket.into_inner().into_inner(),
             Err(error) => return tracing::debug!(%error, "a handshake was not finished"),
         };
-        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else {
+        let Some((stream, first)) = http1::into_stream(upgraded) else {
             return tracing::error!("an upgraded connection is not a TCP stream");
         };
-        let stream = match parts.io.into_inner().into_std() {
+        let stream = match stream.into_std() {
             Ok(stream) => stream,
             Err(error) => return tracing::debug!(%error, "a connection was lost"),
         };
         let session = NewSession {
             stream,
-            first: parts.read_buf,
+            first,
             close,
             carried,
         };
-        // A shard that is gone is draining: the connection is closed by being dropped, as for any client that comes late.
-        if shard.send(session).await.is_err() {
+        if !hand_over(shard, session).await {
             count(Counter::SessionRefused(metrics::Admission::Draining), 1);
         }
     });

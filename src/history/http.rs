@@ -1,16 +1,22 @@
 //! Health and metrics of the service over HTTP.
 
+use std::net::SocketAddr;
+
 use axum::{
     Router,
+    body::Body,
     extract::State,
     http::{StatusCode, header},
     response::IntoResponse,
     routing::get,
 };
+use hyper::{Request, body::Incoming, service::service_fn};
 use tokio::net::TcpListener;
+use tower_service::Service as _;
 
 use crate::{
     bus::Connection,
+    http1,
     runtime::{Lifecycle, Tasks},
     telemetry,
 };
@@ -24,6 +30,7 @@ struct Health {
 /// Serves until `tasks` stop.
 pub(super) fn serve(
     listener: TcpListener,
+    limits: http1::Limits,
     lifecycle: Lifecycle,
     connection: Connection,
     tasks: &Tasks,
@@ -36,14 +43,13 @@ pub(super) fn serve(
             lifecycle,
             connection,
         });
-    let stop = tasks.clone();
-    tasks.spawn("http", async move {
-        let stopping = async move { stop.stopping().await };
-        let served = axum::serve(listener, router).with_graceful_shutdown(stopping);
-        if let Err(error) = served.await {
-            tracing::error!(%error, "HTTP ended");
-        }
-    });
+    let service = move |_peer: SocketAddr| {
+        let router = router.clone();
+        // A router is always ready.
+        service_fn(move |request: Request<Incoming>| router.clone().call(request.map(Body::new)))
+    };
+    let serve = http1::serve(listener, limits, tasks.clone(), service);
+    tasks.spawn_essential("http", serve);
 }
 
 /// Whether messages are written: MongoDB was prepared, NATS is up.

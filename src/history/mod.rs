@@ -33,6 +33,7 @@ use crate::{
         mirrors,
     },
     config::Config,
+    http1,
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Store, StoreError},
     subject::bucket,
@@ -118,7 +119,7 @@ impl History {
             let nats = config.nats_of_mirrors();
             let connection = Connection::open(&nats, "natter history mirrors").await?;
             let keep = mirrors::keep(connection.clone(), &config);
-            tasks.spawn_until_stopping("help mirrors", keep);
+            tasks.keep_running("help mirrors", keep);
             connections.push(connection);
         }
         let history = Self {
@@ -133,7 +134,18 @@ impl History {
             http,
             ..
         } = &history;
-        http::serve(listener, lifecycle.clone(), connection.clone(), http);
+        for connection in &history.connections {
+            let connection = connection.clone();
+            tasks.keep_running("NATS connection", async move { connection.ended().await });
+        }
+        let limits = http1::Limits::new(&config);
+        http::serve(
+            listener,
+            limits,
+            lifecycle.clone(),
+            connection.clone(),
+            http,
+        );
         let start = start(
             Arc::clone(&config),
             connection,
@@ -151,6 +163,15 @@ impl History {
     #[must_use]
     pub fn lifecycle(&self) -> &Lifecycle {
         &self.lifecycle
+    }
+
+    /// Waits until a part of it is gone without which it can't go on, and says which: it is to be drained then, and the process
+    /// to end with an error. Cancel-safe.
+    pub async fn failed(&self) -> String {
+        tokio::select! {
+            why = self.tasks.failed() => why,
+            why = self.http.failed() => why,
+        }
     }
 
     /// Ends in order: takes no more messages, writes and confirms what is in hand. What can't be written in time is given
@@ -186,7 +207,7 @@ async fn start(
     if let Some(feed) = remembered.open(&control, &origins).await {
         let follow = Arc::clone(&remembered);
         let follow = follow.follow(control.clone(), Arc::clone(&origins), feed);
-        tasks.spawn_until_stopping("follow what was erased", follow);
+        tasks.keep_running("follow what was erased", follow);
     }
     let parts = Parts {
         control,
@@ -204,9 +225,9 @@ async fn start(
     let tasks = &parts.tasks;
     // All that runs: what may be cut at any point, and the workers, which finish what is in hand.
     let watch = origins.watch(STREAMS_WATCH);
-    tasks.spawn_until_stopping("watch streams", watch);
+    tasks.keep_running("watch streams", watch);
     tasks.spawn_until_stopping("prepare MongoDB", prepare(parts.clone()));
-    tasks.spawn_until_stopping("keep figures", status::keep(parts.clone()));
+    tasks.keep_running("keep figures", status::keep(parts.clone()));
     let erasing = erase::Erasing::new(parts.clone());
     tasks.spawn_until_stopping("take over erasures", erasing.clone().keep());
     tasks.spawn_until_stopping("take out of the streams", removals::keep(parts.clone()));
@@ -215,7 +236,7 @@ async fn start(
         parts.lifecycle.advance(Phase::Stopped);
     }
     for part in 0..parts.streams.partitions() {
-        tasks.spawn("worker", worker::run(parts.clone(), part));
+        tasks.spawn_essential("worker", worker::run(parts.clone(), part));
     }
 }
 

@@ -62,6 +62,9 @@ pub const UNREACHABLE: &str = "unreachable";
 /// Pushes that wait for a shard; rooms wait with theirs when it is full.
 const WAITING: usize = 1024;
 
+/// How long a shard may take to take a push: one that takes longer is about to be given up.
+const PUSH_WITHIN: Duration = Duration::from_secs(5);
+
 /// How often rooms that are looked at are looked after.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -182,13 +185,13 @@ impl Presence {
             config: Arc::clone(config),
         });
         let (this, edges) = (Arc::clone(&presence), presence.edges.clone());
-        presence.background("lease", lease::hold(this, edges));
+        tasks.keep_running("lease", lease::hold(this, edges));
         let (this, edges) = (Arc::clone(&presence), presence.edges.clone());
-        presence.background("leases", lease::follow(this, edges));
+        tasks.keep_running("leases", lease::follow(this, edges));
         let this = Arc::clone(&presence);
-        presence.background("leases of other regions", elsewhere::follow(this));
-        presence.background("presence writer", writer::run(Arc::clone(&presence)));
-        presence.background("presence", Arc::clone(&presence).keep());
+        tasks.keep_running("leases of other regions", elsewhere::follow(this));
+        tasks.keep_running("presence writer", writer::run(Arc::clone(&presence)));
+        tasks.keep_running("presence", Arc::clone(&presence).keep());
         (presence, pushes)
     }
 
@@ -337,9 +340,9 @@ impl Presence {
 
     async fn push(&self, shard: usize, push: Push) {
         if let Some(shard) = self.shards.get(shard)
-            && shard.send(push).await.is_err()
+            && shard.send_timeout(push, PUSH_WITHIN).await.is_err()
         {
-            tracing::debug!("a shard that has ended gets no pushes");
+            tracing::debug!("a shard that has ended, or does not answer, gets no pushes");
         }
     }
 

@@ -27,6 +27,8 @@ pub enum ErrorCode {
     Forbidden,
     /// The command needs a join before.
     NotJoined,
+    /// Over HTTP: the body of the request did not arrive in time. Nothing was done.
+    Timeout,
     /// More commands than `limits.commands_per_second`.
     RateLimited,
     /// Another limit, named in the message.
@@ -56,6 +58,7 @@ impl ErrorCode {
         Self::Unauthorized,
         Self::Forbidden,
         Self::NotJoined,
+        Self::Timeout,
         Self::RateLimited,
         Self::Limit,
         Self::Unavailable,
@@ -80,6 +83,7 @@ impl ErrorCode {
             Self::Unauthorized => "unauthorized",
             Self::Forbidden => "forbidden",
             Self::NotJoined => "not_joined",
+            Self::Timeout => "timeout",
             Self::RateLimited => "rate_limited",
             Self::Limit => "limit",
             Self::Unavailable => "unavailable",
@@ -93,7 +97,7 @@ impl ErrorCode {
     #[must_use]
     pub fn retry(self) -> bool {
         match self {
-            Self::RateLimited | Self::Unavailable | Self::UnknownOutcome => true,
+            Self::Timeout | Self::RateLimited | Self::Unavailable | Self::UnknownOutcome => true,
             Self::BadJson
             | Self::BadRequest
             | Self::UnknownOp
@@ -125,6 +129,7 @@ impl ErrorCode {
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
             Self::UnknownNamespace => 404,
+            Self::Timeout => 408,
             Self::NotJoined => 409,
             Self::Erased => 410,
             Self::TooLarge => 413,

@@ -13,7 +13,7 @@ use indexmap::IndexMap;
 use tokio::{
     sync::Notify,
     task::spawn_local,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use super::{
@@ -34,6 +34,9 @@ use crate::{
 
 /// Messages fanned out in one go. What arrives meanwhile forms the next batch: batching that adapts to load.
 const BATCH: usize = 64;
+
+/// Pause before a room is opened again because its connection broke meanwhile.
+const OPEN_AGAIN: Duration = Duration::from_millis(20);
 
 /// A room's hub. It has a task only while it is opened, and while it does something that waits.
 #[derive(Debug)]
@@ -318,9 +321,16 @@ impl Hub {
     }
 
     async fn open(self: &Rc<Self>, rooms: &Rc<Rooms>) -> Result<(), Rc<ReadError>> {
+        let mut again = false;
         loop {
+            // A line that takes nothing although it is up must not be asked without end.
+            if std::mem::replace(&mut again, true) {
+                sleep(OPEN_AGAIN).await;
+            }
             // On a new connection it is subscribed anew before anything else is sent.
-            rooms.line.ready().await;
+            if !rooms.line.ready().await {
+                return Err(Rc::new(ReadError::Closed));
+            }
             if self.durable {
                 let heads = self.sources.iter().map(|source| rooms.heads(self, source));
                 match try_join_all(heads).await {

@@ -4,6 +4,7 @@
 //! [`Tasks::drain`], then [`Phase::Stopped`].
 
 mod pace;
+mod panics;
 mod phase;
 mod signals;
 mod tasks;
@@ -11,6 +12,7 @@ mod tasks;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use pace::Pace;
+pub use panics::on_panic;
 pub use phase::{Lifecycle, Phase};
 pub use signals::{Signal, Signals, shutdown_signal};
 pub use tasks::{Late, Tasks};

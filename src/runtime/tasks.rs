@@ -1,6 +1,17 @@
-//! Tasks with names, so that a drain can wait for them and say who is late.
+//! Tasks with names, so that a drain can wait for them and say who is late, and so that none is missing unnoticed.
+//!
+//! A process that has lost a part of itself must not look as if it were well: it ends, and whoever watches it starts another.
+//! So a task that panics *fails* all ([`Tasks::failed`]), unless it was only about one request; and so does one that the others
+//! can't do without when it ends before they are told to.
 
-use std::{collections::BTreeMap, fmt, future::Future, sync::Arc, thread, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    future::Future,
+    sync::{Arc, OnceLock},
+    thread,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
@@ -15,6 +26,9 @@ struct Inner {
     tracker: TaskTracker,
     stop: CancellationToken,
     running: Mutex<Running>,
+    /// Why the process can't go on: the first reason.
+    why: OnceLock<String>,
+    failed: CancellationToken,
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +59,8 @@ struct Entry {
     inner: Arc<Inner>,
     id: u64,
     name: &'static str,
+    /// Whether nothing but itself is hit when it panics.
+    contained: bool,
 }
 
 impl Drop for Entry {
@@ -52,7 +68,18 @@ impl Drop for Entry {
         self.inner.running.lock().names.remove(&self.id);
         if thread::panicking() {
             tracing::error!(task = self.name, "a task panicked");
+            if !self.contained {
+                self.inner
+                    .fail(format!("the task {:?} panicked", self.name));
+            }
         }
+    }
+}
+
+impl Inner {
+    fn fail(&self, why: String) {
+        let _known_before = self.why.set(why);
+        self.failed.cancel();
     }
 }
 
@@ -62,11 +89,65 @@ impl Tasks {
     where
         F: Future<Output: Send> + Send + 'static,
     {
-        let entry = self.enter(name);
+        self.start(self.enter(name, false), task)
+    }
+
+    /// As [`spawn`](Self::spawn), for a task that is about one request or connection: if it panics nothing else is hit.
+    pub fn spawn_contained<F>(&self, name: &'static str, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        self.start(self.enter(name, true), task)
+    }
+
+    /// As [`spawn`](Self::spawn), for a task that the others can't do without: all have [`failed`](Self::failed) when it ends
+    /// before they are told to end.
+    pub fn spawn_essential<F>(&self, name: &'static str, task: F) -> JoinHandle<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let tasks = self.clone();
+        self.spawn(name, async move {
+            task.await;
+            if !tasks.0.stop.is_cancelled() {
+                tasks.fail(format!("the task {name:?} ended"));
+            }
+        })
+    }
+
+    /// As [`spawn_essential`](Self::spawn_essential), for a task that is dropped where it stands when the others are told to end.
+    pub fn keep_running<F>(&self, name: &'static str, task: F) -> JoinHandle<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let tasks = self.clone();
+        self.spawn_essential(name, async move {
+            tokio::select! {
+                () = task => {}
+                () = tasks.stopping() => {}
+            }
+        })
+    }
+
+    fn start<F>(&self, entry: Entry, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
         self.0.tracker.spawn(async move {
             let _entry = entry;
             task.await
         })
+    }
+
+    /// Notes that a part of the process is gone without which it can't go on. Ends nothing by itself.
+    pub fn fail(&self, why: impl Into<String>) {
+        self.0.fail(why.into());
+    }
+
+    /// Waits until a part of the process is gone without which it can't go on, and says which. Cancel-safe.
+    pub async fn failed(&self) -> String {
+        self.0.failed.cancelled().await;
+        self.0.why.get().cloned().unwrap_or_default()
     }
 
     /// Starts a task on the current runtime that is dropped where it stands when the others are told to end.
@@ -88,14 +169,14 @@ impl Tasks {
     where
         F: Future + 'static,
     {
-        let entry = self.enter(name);
+        let entry = self.enter(name, false);
         self.0.tracker.spawn_local(async move {
             let _entry = entry;
             task.await
         })
     }
 
-    fn enter(&self, name: &'static str) -> Entry {
+    fn enter(&self, name: &'static str, contained: bool) -> Entry {
         let mut running = self.0.running.lock();
         let id = running.next;
         running.next += 1;
@@ -104,6 +185,7 @@ impl Tasks {
             inner: Arc::clone(&self.0),
             id,
             name,
+            contained,
         }
     }
 
@@ -183,5 +265,57 @@ mod tests {
             .await;
         assert_eq!(tasks.drain(Duration::from_secs(5)).await, Ok(()));
         assert!(tasks.0.running.lock().names.is_empty());
+    }
+
+    /// Whether the tasks have failed, and why, once all that can run has run.
+    async fn why(tasks: &Tasks) -> Option<String> {
+        let long = Duration::from_secs(3600);
+        tokio::time::timeout(long, tasks.failed()).await.ok()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_is_missed_is_told_of() {
+        let panicking = async || panic!("on purpose");
+        let cases: [(&str, &dyn Fn(&Tasks)); 5] = [
+            ("the task \"x\" panicked", &|tasks| {
+                tasks.spawn("x", panicking());
+            }),
+            ("the task \"x\" panicked", &|tasks| {
+                tasks.spawn_until_stopping("x", async { panic!("on purpose") });
+            }),
+            ("the task \"x\" panicked", &|tasks| {
+                tasks.keep_running("x", async { panic!("on purpose") });
+            }),
+            ("the task \"x\" ended", &|tasks| {
+                tasks.spawn_essential("x", async {});
+            }),
+            ("the task \"x\" ended", &|tasks| {
+                tasks.keep_running("x", async {});
+            }),
+        ];
+        for (told, start) in cases {
+            let tasks = Tasks::default();
+            tasks.keep_running("well", future::pending());
+            assert_eq!(why(&tasks).await, None);
+            start(&tasks);
+            assert_eq!(why(&tasks).await.as_deref(), Some(told));
+            // The first reason stays.
+            tasks.fail("another");
+            assert_eq!(why(&tasks).await.as_deref(), Some(told));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_may_end_and_who_is_told_to_is_not_missed() {
+        let tasks = Tasks::default();
+        tasks.spawn("done", async {});
+        tasks.spawn_until_stopping("done", async {});
+        tasks.spawn_contained("one request", async { panic!("on purpose") });
+        tasks.keep_running("kept", future::pending());
+        let told = tasks.clone();
+        tasks.spawn_essential("told", async move { told.stopping().await });
+        assert_eq!(why(&tasks).await, None);
+        assert_eq!(tasks.drain(Duration::from_secs(5)).await, Ok(()));
+        assert_eq!(why(&tasks).await, None);
     }
 }

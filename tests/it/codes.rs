@@ -15,13 +15,16 @@ use crate::{
     support::{
         self, LONG, eventually,
         mesh::{Mesh, token, token_with},
-        raw::{Raw, bearer, request},
+        raw::{Answer, Raw, bearer, exchange, request},
         signal, unique,
     },
 };
 
 /// Codes that have no HTTP request: it has no `op`, and no room to be in.
 const NOT_OVER_HTTP: [ErrorCode; 2] = [ErrorCode::UnknownOp, ErrorCode::NotJoined];
+
+/// Codes that only an HTTP request has: a frame has come when it is looked at.
+const NOT_OVER_THE_SOCKET: [ErrorCode; 1] = [ErrorCode::Timeout];
 
 /// The codes that were seen, each with all that belongs to it.
 #[derive(Debug, Default)]
@@ -82,8 +85,12 @@ impl Seen {
         expected: ErrorCode,
     ) {
         let answer = request(address, method, path, &bearer(token), body).await;
+        self.answer(&format!("{method} {path}"), &answer, expected);
+    }
+
+    fn answer(&mut self, what: &str, answer: &Answer, expected: ErrorCode) {
         let json = answer.json();
-        let what = format!("{method} {path}: {} {json}", answer.status);
+        let what = format!("{what}: {} {json}", answer.status);
         assert_eq!(code_of(&json), expected, "{what}");
         assert_eq!(answer.status, expected.http_status(), "{what}");
         assert_eq!(json["retry"], json!(expected.retry()), "{what}");
@@ -113,11 +120,12 @@ async fn every_error_code_is_provoked() {
         seen.merge(part);
     }
     let all: BTreeSet<&str> = ErrorCode::ALL.into_iter().map(ErrorCode::as_str).collect();
-    assert_eq!(seen.socket, all);
-    let over_http = all
-        .into_iter()
-        .filter(|word| NOT_OVER_HTTP.iter().all(|code| code.as_str() != *word));
-    assert_eq!(seen.http, over_http.collect());
+    let without = |codes: &[ErrorCode]| {
+        let has = |word: &&str| codes.iter().any(|code| code.as_str() == *word);
+        all.iter().copied().filter(|word| !has(word)).collect()
+    };
+    assert_eq!(seen.socket, without(&NOT_OVER_THE_SOCKET));
+    assert_eq!(seen.http, without(&NOT_OVER_HTTP));
 }
 
 /// Names that are no rooms, each with itself in a path.
@@ -189,7 +197,7 @@ async fn refused_for_erasure() -> Seen {
 
 async fn refused_by_the_edge() -> Seen {
     let mut seen = Seen::default();
-    let toml = "limits.rooms_per_session = 2";
+    let toml = "limits.rooms_per_session = 2\nhttp.body_timeout = '1s'";
     let mesh = Mesh::start(support::nats_url(), 1, toml).await;
     let address = mesh.edges[0].address;
     let token = token("kim");
@@ -248,6 +256,14 @@ async fn refused_by_the_edge() -> Seen {
     ] {
         seen.post(address, &token, "chat:a", body, code).await;
     }
+
+    // A body that stops.
+    let text = format!(
+        "POST /v1/rooms/chat:a/messages HTTP/1.1\r\nHost: x\r\n{}Content-Length: 10\r\n\r\n{{\"body\"",
+        bearer(&token)
+    );
+    let answer = exchange(address, &text).await;
+    seen.answer("a body that stops", &answer, ErrorCode::Timeout);
 
     // Rooms.
     for room in bad_rooms() {

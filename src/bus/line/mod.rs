@@ -160,13 +160,12 @@ impl Line {
         self.0.generation.load(Ordering::Acquire)
     }
 
-    /// Waits until there is a connection, or none will come any more.
-    pub async fn ready(&self) {
-        self.0
-            .when(|shared| {
-                shared.up.load(Ordering::Acquire) || shared.ended.load(Ordering::Acquire)
-            })
-            .await;
+    /// Waits until there is a connection; `false`: none will come any more, the line has ended.
+    pub async fn ready(&self) -> bool {
+        let up = |shared: &Shared| shared.up.load(Ordering::Acquire);
+        let ended = |shared: &Shared| shared.ended.load(Ordering::Acquire);
+        self.0.when(|shared| up(shared) || ended(shared)).await;
+        !ended(&self.0)
     }
 
     /// A number that no subscription has had before.

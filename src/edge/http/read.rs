@@ -148,7 +148,7 @@ pub(super) async fn read(
         let identity = authorize(&api, &parts.headers)?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let room = room_of(room)?;
-        let body = read_body(body, ENVELOPE_BYTES).await?;
+        let body = read_body(&api.shared, body, ENVELOPE_BYTES).await?;
         let cursor = native::decode_read(&body)?;
         let cursor = check_read(&api.shared.config, &identity, &room, &cursor)?;
         let marker = ready
@@ -225,7 +225,7 @@ pub(super) async fn unread(
         let config = &api.shared.config;
         let rooms = u64::try_from(config.limits.unread_rooms).unwrap_or(u64::MAX);
         let most = rooms.saturating_mul(ROOM_BYTES) + ENVELOPE_BYTES;
-        let rooms = native::decode_unread(&read_body(body, most).await?)?;
+        let rooms = native::decode_unread(&read_body(&api.shared, body, most).await?)?;
         let durable = check_unread(config, &identity, &rooms)?;
         let counts = ready
             .markers

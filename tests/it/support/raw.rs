@@ -56,11 +56,16 @@ pub(crate) async fn request(
     headers: &str,
     body: &str,
 ) -> Answer {
-    let mut stream = TcpStream::connect(address).await.unwrap();
     let length = body.len();
     let text = format!(
         "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
     );
+    exchange(address, &text).await
+}
+
+/// Sends `text` on a connection of its own, and gives the answer after which that is closed.
+pub(crate) async fn exchange(address: SocketAddr, text: &str) -> Answer {
+    let mut stream = TcpStream::connect(address).await.unwrap();
     // An edge that refuses a request by its size does not read it to the end: the rest may break, the answer is there.
     let written = stream.write_all(text.as_bytes()).await;
     let mut answer = Vec::new();
@@ -69,7 +74,7 @@ pub(crate) async fn request(
     let answer = String::from_utf8(answer).unwrap();
     let (head, body) = answer
         .split_once("\r\n\r\n")
-        .unwrap_or_else(|| panic!("{method} {path}: {written:?}, {read:?}, {answer:?}"));
+        .unwrap_or_else(|| panic!("{text}: {written:?}, {read:?}, {answer:?}"));
     Answer {
         status: head.split(' ').nth(1).unwrap().parse().unwrap(),
         head: head.to_lowercase(),

@@ -1,0 +1,167 @@
+//! HTTP/1.1 connections: accepting them, their time limits, and their end in a drain.
+//!
+//! ```text
+//!           first byte                header complete              answer handed over
+//!  IDLE ───────────────► HEADER ───────────────────────► AT WORK ─────────────────────► IDLE
+//!   └─ keep_alive: closed └─ header_timeout: closed        └─ the handler has deadlines of its own
+//!  in all of them: an answer of which the client takes nothing for `stall`: closed
+//! ```
+//!
+//! hyper reads and writes. Of these limits it has one, which begins when a connection is idle: a short one would end idle
+//! connections under the proxies that keep them, and a long one would let a header take that long. So the limits are here, beside
+//! hyper: one timer a connection, set anew when one of its steps changes what is waited for.
+//!
+//! A client may shut down its side when it has sent everything (`nc -N` does): it gets its answer. One that is gone can't be
+//! told from it before something is written; until then it costs what its request costs, whose handler ends by itself.
+
+mod timed;
+
+use std::{
+    convert::Infallible, error::Error, future::poll_fn, net::SocketAddr, sync::Arc, task::Poll,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use hyper::{
+    Request, Response,
+    body::{Body, Incoming},
+    server::conn::http1,
+    service::{Service, service_fn},
+    upgrade::Upgraded,
+};
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    time::{Instant, sleep, sleep_until},
+};
+
+use crate::{config::Config, runtime::Tasks};
+use timed::{Answering, Timed, Timing};
+
+/// What one step of a connection may still take once the process is told to end: the rest of a header or a body, or an answer
+/// that the client does not take.
+pub const LAST_STEP: Duration = Duration::from_secs(1);
+
+/// Bytes that a connection may hold of what it has read: a header must fit into it (431).
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// Pause after accepting failed, usually for want of file descriptors: some may be free by then.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Time limits of a connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// How long a connection may be idle.
+    pub keep_alive: Duration,
+    /// How long the header of a request may take, from its first byte.
+    pub header: Duration,
+    /// How long a client may take nothing of an answer.
+    pub stall: Duration,
+}
+
+impl Limits {
+    /// As `[http]` says; a client that does not read is borne as long as a session that does not.
+    #[must_use]
+    pub fn new(config: &Config) -> Self {
+        Self {
+            keep_alive: config.http.keep_alive,
+            header: config.http.header_timeout,
+            stall: config.limits.outbox_stall,
+        }
+    }
+}
+
+/// Accepts until `tasks` stops; `service` makes what answers the requests of a peer. Connections then finish the request that
+/// they are at, for at most [`LAST_STEP`] where that waits for the client.
+pub async fn serve<S, B>(
+    listener: TcpListener,
+    limits: Limits,
+    tasks: Tasks,
+    service: impl Fn(SocketAddr) -> S,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send + 'static,
+    S::Future: Send + 'static,
+    B: Body<Data: Send, Error: Into<Box<dyn Error + Send + Sync>>> + Send + Unpin + 'static,
+{
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = tasks.stopping() => return,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(%error, "TCP_NODELAY could not be set");
+                }
+                let connection = connection(stream, service(peer), limits, tasks.clone());
+                tasks.spawn_contained("http connection", connection);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// The socket of a connection that was upgraded, and what was read from it behind the handshake. `None`: it is none of
+/// [`serve`].
+#[must_use]
+pub fn into_stream(upgraded: Upgraded) -> Option<(TcpStream, Bytes)> {
+    let parts = upgraded.downcast::<TokioIo<Timed<TcpStream>>>().ok()?;
+    Some((parts.io.into_inner().into_inner(), parts.read_buf))
+}
+
+/// Serves one connection until it ends, or breaks a limit.
+async fn connection<IO, S, B>(io: IO, service: S, limits: Limits, tasks: Tasks)
+where
+    IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
+    S::Future: Send + 'static,
+    B: Body<Error: Into<Box<dyn Error + Send + Sync>>> + Unpin + 'static,
+{
+    let timing = Arc::new(Mutex::new(Timing::new(Instant::now())));
+    let io = TokioIo::new(Timed::new(io, Arc::clone(&timing)));
+    let at_work = Arc::clone(&timing);
+    let service = service_fn(move |request| {
+        let answering = Answering::begin(&at_work);
+        let answer = service.call(request);
+        async move { Ok::<_, Infallible>(answer.await?.map(|body| answering.until_end_of(body))) }
+    });
+    let mut builder = http1::Builder::new();
+    builder
+        .half_close(true)
+        .header_read_timeout(None)
+        .max_buf_size(BUFFER_BYTES);
+    let mut served = std::pin::pin!(builder.serve_connection(io, service).with_upgrades());
+    let mut stopping = std::pin::pin!(tasks.stopping());
+    let mut stopped = None;
+    let mut alarm = std::pin::pin!(sleep_until(Instant::now()));
+    let ended = poll_fn(|cx| {
+        if stopped.is_none() && stopping.as_mut().poll(cx).is_ready() {
+            stopped = Some(Instant::now());
+            served.as_mut().graceful_shutdown();
+        }
+        if let Poll::Ready(served) = served.as_mut().poll(cx) {
+            return Poll::Ready(Some(served));
+        }
+        // Whatever changes the deadline has happened within the poll above.
+        let Some(deadline) = timing.lock().deadline(&limits, stopped) else {
+            return Poll::Pending;
+        };
+        if alarm.deadline() != deadline {
+            alarm.as_mut().reset(deadline);
+        }
+        alarm.as_mut().poll(cx).map(|()| None)
+    });
+    match ended.await {
+        Some(Ok(())) => {}
+        Some(Err(error)) => tracing::debug!(%error, "an HTTP connection broke"),
+        None => tracing::debug!("an HTTP connection has taken too long"),
+    }
+}
+
+#[cfg(test)]
+mod tests;
