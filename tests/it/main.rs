@@ -16,6 +16,7 @@ mod doctor;
 mod drain;
 mod erase;
 mod frames;
+mod frozen;
 mod history;
 mod lease;
 mod limits;
