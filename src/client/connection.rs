@@ -7,6 +7,7 @@
 use std::{
     collections::HashMap,
     fmt, io,
+    pin::pin,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
@@ -47,8 +48,6 @@ const SUBPROTOCOL: &str = "natter.v1";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for the answer to a command. An edge answers a publish within 5 s, whatever NATS does.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// An edge pings every 25 s: when nothing at all came for this long, the peer is gone and TCP has not noticed.
-const SILENCE: Duration = Duration::from_secs(75);
 /// How long [`Connection::close`] waits for the edge's half of the closing handshake.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Frames read ahead of who takes them; when full, the socket is not read.
@@ -140,9 +139,32 @@ pub enum CallError {
     Timeout,
 }
 
+/// When a connection on which nothing comes is taken for dead, though TCP has not noticed: a frozen relay, a network that
+/// is gone.
+///
+/// An edge pings every 25 s. So a connection that works costs no ping of ours; where those of the edge stay away, it is
+/// asked once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Silence {
+    /// After so long without a frame, this side pings.
+    pub ask_after: Duration,
+    /// When nothing came for so long after that ping, the connection has ended. Also the longest time for one frame.
+    pub answer_within: Duration,
+}
+
+impl Default for Silence {
+    fn default() -> Self {
+        Self {
+            ask_after: Duration::from_secs(27),
+            answer_within: Duration::from_secs(10),
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Outgoing {
     Text(String),
+    Ping,
     Pong(Vec<u8>),
     /// The last frame.
     Close(u16),
@@ -167,7 +189,19 @@ impl Connection {
     /// # Errors
     /// [`ConnectError`]; a refused token is `Refused` with status 401.
     pub async fn open(endpoint: &Endpoint, token: Option<&str>) -> Result<Self, ConnectError> {
-        match timeout(CONNECT_TIMEOUT, Self::handshake(endpoint, token)).await {
+        Self::open_with(endpoint, token, Silence::default()).await
+    }
+
+    /// As [`open`](Self::open), with another patience.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn open_with(
+        endpoint: &Endpoint,
+        token: Option<&str>,
+        silence: Silence,
+    ) -> Result<Self, ConnectError> {
+        match timeout(CONNECT_TIMEOUT, Self::handshake(endpoint, token, silence)).await {
             Ok(result) => result,
             Err(_elapsed) => Err(ConnectError::Timeout {
                 endpoint: endpoint.clone(),
@@ -176,7 +210,11 @@ impl Connection {
         }
     }
 
-    async fn handshake(endpoint: &Endpoint, token: Option<&str>) -> Result<Self, ConnectError> {
+    async fn handshake(
+        endpoint: &Endpoint,
+        token: Option<&str>,
+        silence: Silence,
+    ) -> Result<Self, ConnectError> {
         let connect = |source| ConnectError::Connect {
             endpoint: endpoint.clone(),
             source,
@@ -219,7 +257,7 @@ impl Connection {
                 let parts = upgraded
                     .downcast::<TokioIo<TcpStream>>()
                     .expect("the connection was made of a TcpStream a few lines above");
-                Ok(Self::start(parts.io.into_inner(), parts.read_buf))
+                Ok(Self::start(parts.io.into_inner(), parts.read_buf, silence))
             }
             Answer::NotNatter => Err(ConnectError::NotNatter {
                 endpoint: endpoint.clone(),
@@ -232,7 +270,7 @@ impl Connection {
         }
     }
 
-    fn start(socket: TcpStream, already_read: Bytes) -> Self {
+    fn start(socket: TcpStream, already_read: Bytes, silence: Silence) -> Self {
         let (read_half, write_half) = socket.into_split();
         let stream = tokio::io::join(
             io::Cursor::new(already_read).chain(read_half),
@@ -252,6 +290,7 @@ impl Connection {
         let (incoming, frames) = mpsc::channel(FRAME_QUEUE);
         let reader = Reader {
             socket: FragmentCollector::new(socket),
+            silence,
             frames: incoming,
             outgoing: queue.clone(),
             // Ends the connection for everybody who waits, also when the task is aborted.
@@ -402,6 +441,7 @@ impl Drop for Forget<'_> {
 
 struct Reader {
     socket: Reading,
+    silence: Silence,
     frames: mpsc::Sender<Frame>,
     outgoing: mpsc::Sender<Outgoing>,
     ending: Ending,
@@ -422,14 +462,32 @@ impl Reader {
             reason,
         };
         loop {
-            // A time-out cancels `read_frame` midway, which is fine: nothing is read after it.
-            let frame = match timeout(SILENCE, self.socket.read_frame()).await {
+            let Silence {
+                ask_after,
+                answer_within,
+            } = self.silence;
+            // The first time-out must not cancel `read_frame` midway; after the second nothing is read any more.
+            let heard = {
+                let mut reading = pin!(self.socket.read_frame());
+                match timeout(ask_after, reading.as_mut()).await {
+                    Err(_elapsed) => {
+                        // Where the queue is full, what fills it asks as well.
+                        let _full_or_closed = self.outgoing.try_send(Outgoing::Ping);
+                        timeout(answer_within, reading).await
+                    }
+                    heard => heard,
+                }
+            };
+            let frame = match heard {
                 Ok(Ok(frame)) => frame,
                 Ok(Err(WebSocketError::UnexpectedEOF)) => {
                     return abnormal("the connection was cut".to_owned());
                 }
                 Ok(Err(error)) => return abnormal(error.to_string()),
-                Err(_elapsed) => return abnormal(format!("nothing was heard for {SILENCE:?}")),
+                Err(_elapsed) => {
+                    let silent = ask_after.saturating_add(answer_within);
+                    return abnormal(format!("nothing was heard for {silent:?}"));
+                }
             };
             match frame.opcode {
                 OpCode::Text => {
@@ -541,6 +599,7 @@ fn encode(frame: Outgoing, bytes: &mut Vec<u8>) {
     let payload = |bytes: Vec<u8>| Payload::Owned(bytes);
     let mut frame = match frame {
         Outgoing::Text(text) => WireFrame::text(payload(text.into_bytes())),
+        Outgoing::Ping => WireFrame::new(true, OpCode::Ping, None, payload(Vec::new())),
         Outgoing::Pong(data) => WireFrame::pong(payload(data)),
         Outgoing::Close(code) => WireFrame::close(code, b""),
     };

@@ -3,7 +3,8 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use super::{
-    Advice, Backoff, ConnectError, Connection, End, Endpoint, Refusal, advice, retry::LATER,
+    Advice, Backoff, ConnectError, Connection, End, Endpoint, Refusal, Silence, advice,
+    retry::LATER,
 };
 
 /// A connection that lived this long was a good one: the next loss starts the backoff anew. A shorter life counts as
@@ -29,6 +30,7 @@ pub struct Target {
     pub endpoints: Vec<Endpoint>,
     pub token: Token,
     pub backoff: Backoff,
+    pub silence: Silence,
 }
 
 /// Why a client gave up for good.
@@ -78,6 +80,7 @@ impl Target {
             endpoints,
             token,
             backoff: Backoff::default(),
+            silence: Silence::default(),
         }
     }
 }
@@ -103,7 +106,7 @@ impl Link {
             .token
             .get()
             .map_err(|fault| Lost::Stop(Stop::Token(fault)))?;
-        match Connection::open(&endpoint, Some(&token)).await {
+        match Connection::open_with(&endpoint, Some(&token), self.target.silence).await {
             Ok(connection) => Ok((endpoint, connection)),
             Err(error) => Err(self.on_refused(&error)),
         }

@@ -19,7 +19,7 @@ mod publisher;
 mod retry;
 mod room;
 
-pub use connection::{CallError, Commands, ConnectError, Connection, End};
+pub use connection::{CallError, Commands, ConnectError, Connection, End, Silence};
 pub use endpoint::{BadEndpoint, Endpoint};
 pub use frame::{Frame, Refusal};
 pub use link::{Stop, Target, Token, TokenMaker};

@@ -66,7 +66,9 @@ fn welcome(
         .headers_mut()
         .insert(SEC_WEBSOCKET_PROTOCOL, "natter.v1".parse().unwrap());
     tokio::spawn(async move {
-        let socket = FragmentCollector::new(upgraded.await.unwrap());
+        let mut socket = upgraded.await.unwrap();
+        socket.set_auto_pong(false);
+        let socket = FragmentCollector::new(socket);
         accepted.send(FakeSession(socket)).await.ok();
     });
     Ok(response)
@@ -440,4 +442,74 @@ async fn publish_gives_up_where_retry_is_pointless_or_patience_ends() {
         matches!(outcome, Err(PublishError::GaveUp { .. })),
         "{outcome:?}"
     );
+}
+
+/// The next frame that the client sends, whatever it is; `None` once the connection is cut.
+async fn heard(session: &mut FakeSession) -> Option<OpCode> {
+    let frame = timeout(DEADLINE, session.0.read_frame()).await;
+    frame
+        .expect("nothing was sent, and nothing cut")
+        .ok()
+        .map(|frame| frame.opcode)
+}
+
+#[test]
+fn silence_is_noticed_within_forty_seconds_and_an_edge_that_pings_is_not_asked() {
+    let Silence {
+        ask_after,
+        answer_within,
+    } = Silence::default();
+    assert!(ask_after + answer_within < Duration::from_secs(40));
+    // An edge looks once a second whether it is time for its ping.
+    assert!(ask_after > crate::session::PING_EVERY + Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn a_frozen_connection_is_left_and_what_waits_goes_over_the_next_one() {
+    let (mut one, mut two) = (FakeEdge::start().await, FakeEdge::start().await);
+    let mut target = target(&[&one, &two], "good");
+    target.silence = Silence {
+        ask_after: Duration::from_millis(300),
+        answer_within: Duration::from_millis(300),
+    };
+    let mut room = Room::follow(target, "chat:a", None);
+    let mut frozen = one.session().await;
+    frozen.join("c0", 0).await;
+    frozen.message("c1").await;
+    assert_eq!(next(&mut room).await, joined("c0", 0));
+    assert_eq!(cursor_of(&next(&mut room).await), "c1");
+    let publisher = room.publisher();
+    let draft = Draft::new("chat:a", json!({"text": "hi"}));
+    let id = draft.id.clone();
+    let publishing = tokio::spawn(async move { publisher.publish(&draft).await });
+    // It neither answers nor closes.
+    assert_eq!(heard(&mut frozen).await, Some(OpCode::Text));
+    assert_eq!(heard(&mut frozen).await, Some(OpCode::Ping));
+    assert_eq!(heard(&mut frozen).await, None);
+    let mut session = two.session().await;
+    assert_eq!(session.join("c1", 0).await["since"], "c1");
+    let send = session.command().await;
+    assert_eq!((&send["op"], &send["id"]), (&json!("send"), &json!(id)));
+    let ack = json!({"op":"ack","rid":send["rid"],"room":"chat:a","id":id,"cursor":"c2","ts":5});
+    session.say(ack).await;
+    assert_eq!(publishing.await.unwrap().unwrap().id, id);
+}
+
+#[tokio::test]
+async fn a_quiet_connection_that_answers_stays() {
+    let mut edge = FakeEdge::start().await;
+    let silence = Silence {
+        ask_after: Duration::from_millis(20),
+        answer_within: DEADLINE,
+    };
+    let connection = Connection::open_with(&edge.endpoint(), Some("good"), silence)
+        .await
+        .unwrap();
+    let mut session = edge.session().await;
+    for _ in 0..5 {
+        assert_eq!(heard(&mut session).await, Some(OpCode::Ping));
+        let pong = WireFrame::pong(Payload::Borrowed(&[]));
+        session.0.write_frame(pong).await.unwrap();
+    }
+    assert_eq!(connection.end(), None);
 }

@@ -85,6 +85,10 @@ impl Asked<'_> {
         async move {
             match answer.await {
                 Ok(Ok(answer)) => Ok(answer),
+                Ok(Err(StoreError::Query(error))) => Err(Failed::Refused((
+                    ErrorCode::BadRequest,
+                    format!("q: {error}"),
+                ))),
                 Ok(Err(error)) => Err(Failed::Store(error.to_string())),
                 Err(_elapsed) => Err(Failed::Store("MongoDB does not answer".to_owned())),
             }
@@ -455,7 +459,8 @@ impl Pages {
     /// Searches MongoDB.
     ///
     /// # Errors
-    /// `bad_cursor` for a `before` that is none of a search; `unavailable`.
+    /// `bad_cursor` for a `before` that is none of a search; `bad_request` for a text that can't be searched for;
+    /// `unavailable`.
     pub async fn search(&self, request: SearchRequest) -> Result<SearchAnswer, Refusal> {
         let unavailable = |problem: String| (ErrorCode::Unavailable, problem);
         let away = || unavailable("MongoDB does not answer".to_owned());

@@ -35,7 +35,7 @@ pub use fold::{
     What, annotations, reaction,
 };
 pub use removals::Removal;
-pub use text::MAX_QUERY;
+pub use text::{MAX_QUERY, QueryError};
 
 /// The collection of messages.
 const MESSAGES: &str = "messages";
@@ -82,6 +82,9 @@ pub enum StoreError {
     /// A document is not one of ours.
     #[error("the document {key:?} can't be read: {problem}")]
     Document { key: String, problem: String },
+    /// The text can't be searched for; asking again does not help.
+    #[error(transparent)]
+    Query(#[from] QueryError),
 }
 
 /// An entry that MongoDB refused for good, while it took others.
@@ -219,14 +222,13 @@ impl Store {
     /// search that finds little in much gives what it found within a bounded time, which may be nothing, and where to go on.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// [`StoreError`]; [`StoreError::Query`] before MongoDB is asked.
     pub async fn search(
         &self,
         search: &Search,
     ) -> Result<(Vec<Document>, Option<Place>), StoreError> {
-        let sought = text::Query::of(&search.text);
-        let says_nothing = !search.text.is_empty() && sought.is_empty();
-        if says_nothing || search.rooms.is_empty() || search.limit == 0 {
+        let sought = text::Query::of(&search.text)?;
+        if search.rooms.is_empty() || search.limit == 0 {
             return Ok((Vec::new(), None));
         }
         let deadline = Instant::now() + self.read_timeout;

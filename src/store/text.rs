@@ -1,36 +1,72 @@
 //! What a search looks for: the terms of a text, and whether a text has what a query names.
 //!
-//! Pure. MongoDB's own text index finds no parts of words in Korean, Japanese or Chinese; so every document has an array
+//! Pure. MongoDB's own text index finds no parts of words in Korean, Japanese or Chinese. So every document has an array
 //! `terms` with what it can be found by, in an ordinary index:
-//! - scripts with spaces: words (UAX #29), split further at what is inside of `example.com` and `snake_case`;
+//! - scripts with spaces: words (UAX #29), split further at the punctuation inside of `example.com` and `snake_case`;
 //! - scripts without, and Hangul, whose words have endings: every two neighbouring characters of a run, and the run's last
-//!   character. So a run in a query becomes pairs that must all be there, and a single character is the beginning of a term.
+//!   character. So a run in a query becomes pairs that must all be there, and a single character is the beginning of a term;
+//! - emoji, and all symbols that are not ASCII: each is a term (UAX #29 grapheme), and so is the first emoji of a sequence:
+//!   `🤷` finds `🤷‍♀️`.
 //!
-//! Pairs may be there without standing together: [`Query::fits`] looks at the text itself afterwards.
+//! Pairs may be there without standing together: [`Query::fits`] looks at the text itself afterwards. It also looks for what
+//! has no term: `&` or `->` between spaces in a query must occur in the text.
 //!
-//! Terms are NFKC in lower case, Latin without diacritics: `Café` and `cafe` are one. Whoever changes what is a term changes
-//! the schema's version (see `schema`): documents keep the terms they were written with.
+//! Texts and queries are compared in the form that [`folded`] gives them. Whoever changes what is a term changes the
+//! schema's version (see `schema`): documents keep the terms they were written with.
 
 use std::{borrow::Cow, collections::BTreeSet, fmt};
 
+use icu_properties::{
+    CodePointMapData, CodePointSetData,
+    props::{DefaultIgnorableCodePoint, ExtendedPictographic, GeneralCategory, Script},
+};
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use unicode_normalization::{UnicodeNormalization, char::is_combining_mark};
+use unicode_normalization::{
+    UnicodeNormalization,
+    char::{decompose_compatible, is_combining_mark},
+};
 use unicode_segmentation::UnicodeSegmentation;
 
-/// Longest query that is searched for, in characters: what comes after is not looked at.
+/// Longest query, in characters. A longer one is refused.
 pub const MAX_QUERY: usize = 256;
 
-/// Most words, and runs of characters, of one query.
+/// Most different words, and runs of characters, of one query. One with more is refused.
 const MAX_PARTS: usize = 32;
 
 /// How much of a message's text can be found, in bytes.
 const MAX_TEXT: usize = 8 << 10;
 
-/// Most terms of one message.
+/// Most terms of one message: it can be found by the first of them.
 const MAX_TERMS: usize = 512;
 
 /// Longest term, in bytes: a longer word is found by its beginning.
 const MAX_TERM: usize = 64;
+
+/// Joins several emoji to one. Elsewhere it has no meaning for a search.
+const JOINER: char = '\u{200d}';
+
+/// Makes a keycap of `#`, `*` or a digit.
+const KEYCAP: char = '\u{20e3}';
+
+/// Makes an Arabic word longer.
+const TATWEEL: char = '\u{640}';
+
+/// The only emoji that takes tags: the flags of England, Scotland and Wales.
+const BLACK_FLAG: char = '\u{1f3f4}';
+
+/// Why a text can't be searched for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum QueryError {
+    /// It is longer than [`MAX_QUERY`].
+    #[error("at most {MAX_QUERY} characters can be searched for")]
+    TooLong,
+    /// It has more words than a query may have.
+    #[error("at most {MAX_PARTS} different words can be searched for")]
+    TooManyParts,
+    /// Nothing in it is a term.
+    #[error("nothing in {0:?} can be searched for: it has no letter, digit, emoji or symbol")]
+    Nothing(String),
+}
 
 /// The text of a message's body as it is searched.
 pub(super) struct Text(String);
@@ -40,6 +76,8 @@ pub(super) struct Text(String);
 pub(super) struct Query {
     words: BTreeSet<String>,
     runs: BTreeSet<String>,
+    /// What stands between spaces and has no term. It must occur as it is.
+    marks: BTreeSet<String>,
 }
 
 /// What a term must be for a document to be a candidate.
@@ -54,7 +92,7 @@ pub(super) enum Term {
 /// A part of a text that can be found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part<'a> {
-    /// A word, or a pictogram.
+    /// A word, an emoji or another symbol.
     Word(&'a str),
     /// Characters of scripts that do not put spaces between words.
     Run(&'a str),
@@ -63,43 +101,62 @@ enum Part<'a> {
 impl Text {
     /// The text of a body (JSON): itself if it is a string, its `text` if it has one, else all strings in it.
     pub(super) fn of(body: &str) -> Self {
-        Self(normalised(&text_of(body)))
+        Self(folded(&text_of(body)))
     }
 
     /// What it can be found by, each once.
     pub(super) fn terms(&self) -> BTreeSet<&str> {
         let mut terms = BTreeSet::new();
         for part in parts(&self.0) {
-            match part {
-                Part::Word(word) => {
-                    terms.insert(word);
+            let (word, run) = match part {
+                Part::Word(word) => (Some(word), ""),
+                Part::Run(run) => (None, run),
+            };
+            for term in word.into_iter().chain(pairs(run)).chain(last(run)) {
+                if terms.len() == MAX_TERMS {
+                    return terms;
                 }
-                Part::Run(run) => terms.extend(pairs(run).chain(last(run))),
+                terms.insert(term);
             }
-            if terms.len() > MAX_TERMS {
-                break;
-            }
-        }
-        while terms.len() > MAX_TERMS {
-            terms.pop_last();
         }
         terms
     }
 }
 
 impl Query {
-    /// What `text` names: everything that is a word; nothing in it is an operator.
-    pub(super) fn of(text: &str) -> Self {
-        let end = text.char_indices().nth(MAX_QUERY);
-        let text = normalised(end.and_then(|(end, _)| text.get(..end)).unwrap_or(text));
-        let (mut words, mut runs) = (BTreeSet::new(), BTreeSet::new());
-        for part in parts(&text).take(MAX_PARTS) {
-            match part {
-                Part::Word(word) => words.insert(word.to_owned()),
-                Part::Run(run) => runs.insert(run.to_owned()),
-            };
+    /// What `text` names; nothing in it is an operator. An empty text names nothing.
+    ///
+    /// # Errors
+    /// [`QueryError`]: no part of a query is ignored without a word.
+    pub(super) fn of(text: &str) -> Result<Self, QueryError> {
+        if text.chars().nth(MAX_QUERY).is_some() {
+            return Err(QueryError::TooLong);
         }
-        Self { words, runs }
+        let mut query = Self {
+            words: BTreeSet::new(),
+            runs: BTreeSet::new(),
+            marks: BTreeSet::new(),
+        };
+        for chunk in folded(text).split_whitespace() {
+            let mut found = false;
+            for part in parts(chunk) {
+                found = true;
+                match part {
+                    Part::Word(word) => query.words.insert(word.to_owned()),
+                    Part::Run(run) => query.runs.insert(run.to_owned()),
+                };
+            }
+            if !found {
+                query.marks.insert(chunk.to_owned());
+            }
+        }
+        if query.is_empty() && !text.trim().is_empty() {
+            return Err(QueryError::Nothing(text.to_owned()));
+        }
+        if query.words.len() + query.runs.len() + query.marks.len() > MAX_PARTS {
+            return Err(QueryError::TooManyParts);
+        }
+        Ok(query)
     }
 
     /// Whether it names nothing.
@@ -140,50 +197,199 @@ impl Query {
             })
             .collect();
         let has_words = self.words.iter().all(|word| words.contains(word.as_str()));
-        has_words && self.runs.iter().all(|run| text.0.contains(run))
+        let mut as_they_are = self.runs.iter().chain(&self.marks);
+        has_words && as_they_are.all(|part| text.0.contains(part))
     }
 }
 
-/// Compatible forms as one, lower case, Latin without diacritics, without what can't be seen.
-fn normalised(text: &str) -> String {
+/// The form in which texts are compared:
+/// - without invisible characters, the tatweel of Arabic, and the tone of a skin;
+/// - compatible forms as one (NFKC), but emoji as they are, and a letter of Hangul that stands alone stays alone;
+/// - without the case of letters (full case folding; `ı` and `i` are one, so that the capitals of a text are the text);
+/// - without the marks that are accents or vowel signs in their script, see [`is_kept`];
+/// - stroked letters and ligatures of Latin, which Unicode does not take apart, as plain ones.
+fn folded(text: &str) -> String {
     if text.is_ascii() {
         return text.to_ascii_lowercase();
     }
-    let mut after_latin = false;
-    let unmarked = text.nfkd().filter(|c| {
-        if is_invisible(*c) {
-            return false;
-        }
-        if is_combining_mark(*c) {
-            return !after_latin;
-        }
-        after_latin = matches!(c, 'A'..='Z' | 'a'..='z' | '\u{c0}'..='\u{24f}');
-        true
-    });
     let mut folded = String::with_capacity(text.len());
-    for c in unmarked.flat_map(char::to_lowercase) {
+    let mut base = None;
+    // First composed: what belongs together is together, and no letter of Hangul is left that is part of a syllable.
+    for c in visible(text).nfc() {
+        if is_pictograph(c) || matches!(c, '\u{ac00}'..='\u{d7a3}') {
+            base = Some(c);
+            folded.push(c);
+            continue;
+        }
+        let alone = is_letter_of_hangul(c);
+        decompose_compatible(c, |c| {
+            if c == TATWEEL {
+                return;
+            }
+            if is_combining_mark(c) {
+                if base.is_some_and(|base| is_kept(c, base)) {
+                    folded.push(c);
+                }
+                return;
+            }
+            base = Some(c);
+            match alone {
+                true => folded.push(compatible_letter(c)),
+                false => fold_case(c, &mut folded),
+            }
+        });
+    }
+    folded.nfc().collect()
+}
+
+/// A text without the characters that can't be seen, and without what only changes how an emoji looks.
+fn visible(text: &str) -> impl Iterator<Item = char> {
+    let mut emoji = None;
+    let mut joined = false;
+    text.chars().flat_map(move |c| {
+        let shown = if c.is_ascii() {
+            true
+        } else if is_pictograph(c) {
+            let joiner = std::mem::take(&mut joined).then_some(JOINER);
+            emoji = Some(c);
+            return joiner.into_iter().chain(Some(c));
+        } else if c == JOINER && emoji.is_some() {
+            joined = true;
+            false
+        } else if is_skin_tone(c) {
+            emoji.is_none()
+        } else if is_tag(c) && emoji == Some(BLACK_FLAG) {
+            return None.into_iter().chain(Some(c));
+        } else {
+            !CodePointSetData::new::<DefaultIgnorableCodePoint>().contains(c)
+        };
+        if shown {
+            (emoji, joined) = (None, false);
+        }
+        None.into_iter().chain(shown.then_some(c))
+    })
+}
+
+/// Whether a mark makes another letter of its base. Those that are dropped: accents of Latin, Greek and Cyrillic, but not the
+/// breve of `й`; vowel signs of Arabic and Hebrew, and a hamza or madda on an alef; and what is no part of Korean, Japanese
+/// and Chinese, but not the dakuten of `が`. In other scripts (Devanagari, Thai, ...) all marks are kept: they are letters.
+fn is_kept(mark: char, base: char) -> bool {
+    match CodePointMapData::<Script>::new().get(base) {
+        Script::Latin | Script::Greek | Script::Hebrew => false,
+        Script::Cyrillic => mark == '\u{306}' && matches!(base, 'И' | 'и'),
+        Script::Arabic => matches!(mark, '\u{653}'..='\u{655}') && base != '\u{627}',
+        Script::Hangul | Script::Han | Script::Hiragana | Script::Katakana | Script::Bopomofo => {
+            matches!(mark, '\u{3099}' | '\u{309a}')
+        }
+        Script::Common => mark == KEYCAP && matches!(base, '0'..='9' | '#' | '*'),
+        _ => true,
+    }
+}
+
+/// Whether a character is a letter of Hangul by itself: conjoining, compatible, half as wide, in brackets or in a circle.
+/// Where one follows another they are no syllable: `ㅋㅠ` is not `큐`.
+fn is_letter_of_hangul(c: char) -> bool {
+    matches!(c,
+        '\u{1100}'..='\u{11ff}'
+        | '\u{3131}'..='\u{318e}'
+        | '\u{3200}'..='\u{320d}'
+        | '\u{3260}'..='\u{326d}'
+        | '\u{ffa0}'..='\u{ffdc}')
+}
+
+/// The letter that is typed for a conjoining one, which would join its neighbours. Those without one, which are no longer
+/// used, do not join in NFC.
+fn compatible_letter(c: char) -> char {
+    const FIRST: &str = "ㄱㄲㄴㄷㄸㄹㅁㅂㅃㅅㅆㅇㅈㅉㅊㅋㅌㅍㅎ";
+    const VOWELS: &str = "ㅏㅐㅑㅒㅓㅔㅕㅖㅗㅘㅙㅚㅛㅜㅝㅞㅟㅠㅡㅢㅣ";
+    const LAST: &str = "ㄱㄲㄳㄴㄵㄶㄷㄹㄺㄻㄼㄽㄾㄿㅀㅁㅂㅄㅅㅆㅇㅈㅊㅋㅌㅍㅎ";
+    let (letters, first) = match c {
+        '\u{1100}'..='\u{1112}' => (FIRST, '\u{1100}'),
+        '\u{1161}'..='\u{1175}' => (VOWELS, '\u{1161}'),
+        '\u{11a8}'..='\u{11c2}' => (LAST, '\u{11a8}'),
+        // First letters of the syllables of old, and last ones now.
+        '\u{111a}' => return 'ㅀ',
+        '\u{1121}' => return 'ㅄ',
+        _ => return c,
+    };
+    letters.chars().nth((first..c).count()).unwrap_or(c)
+}
+
+/// Adds a character whatever its case: that of the capitals of a text, which are more alike than small letters (`ß`, `ς`,
+/// `ı`), in lower case.
+fn fold_case(c: char, folded: &mut String) {
+    if c.is_ascii() {
+        folded.push(c.to_ascii_lowercase());
+        return;
+    }
+    // Lower case first: there is no capital of a capital `ẞ`.
+    let capitals = c.to_lowercase().flat_map(char::to_uppercase);
+    for c in capitals.flat_map(char::to_lowercase) {
         match c {
-            // Letters that Unicode does not take apart.
-            'ß' => folded.push_str("ss"),
             'æ' => folded.push_str("ae"),
             'œ' => folded.push_str("oe"),
             'ø' => folded.push('o'),
             'ł' => folded.push('l'),
             'đ' => folded.push('d'),
-            'ı' => folded.push('i'),
-            'ς' => folded.push('σ'),
+            'ħ' => folded.push('h'),
+            'ŧ' => folded.push('t'),
             c => folded.push(c),
         }
     }
-    folded.nfc().collect()
 }
 
-/// Soft hyphen, space without width, byte order mark, choice of a glyph, tone of a skin.
-fn is_invisible(c: char) -> bool {
+/// Whether a character is an emoji, also one of a later Unicode. Not those that are made of letters: keycaps and flags.
+fn is_pictograph(c: char) -> bool {
+    !c.is_ascii() && CodePointSetData::new::<ExtendedPictographic>().contains(c)
+}
+
+fn is_skin_tone(c: char) -> bool {
+    matches!(c, '\u{1f3fb}'..='\u{1f3ff}')
+}
+
+fn is_tag(c: char) -> bool {
+    matches!(c, '\u{e0020}'..='\u{e007f}')
+}
+
+/// How a stretch of a folded text becomes parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Each grapheme is a part.
+    Symbols,
+    /// It is one run.
+    Unspaced,
+    /// It has words.
+    Spaced,
+}
+
+impl Kind {
+    fn of(c: char, next: Option<char>) -> Self {
+        if is_symbol(c) || next == Some(KEYCAP) {
+            Self::Symbols
+        } else if is_unspaced(c) {
+            Self::Unspaced
+        } else {
+            Self::Spaced
+        }
+    }
+}
+
+/// Whether a character is a symbol, or in a folded text part of an emoji. What ASCII has of them is taken for punctuation:
+/// a `+` in an index finds too much.
+fn is_symbol(c: char) -> bool {
+    if c.is_ascii() {
+        return false;
+    }
+    let category = CodePointMapData::<GeneralCategory>::new().get(c);
     matches!(
-        c,
-        '\u{ad}' | '\u{200b}' | '\u{feff}' | '\u{fe0e}' | '\u{fe0f}' | '\u{1f3fb}'..='\u{1f3ff}'
-    )
+        category,
+        GeneralCategory::OtherSymbol
+            | GeneralCategory::MathSymbol
+            | GeneralCategory::CurrencySymbol
+    ) || is_pictograph(c)
+        || is_skin_tone(c)
+        || is_tag(c)
+        || matches!(c, JOINER | KEYCAP)
 }
 
 /// Whether a character is of a script that is searched by pairs: Han, kana, bopomofo, Hangul, Thai, Lao, Myanmar, Khmer.
@@ -209,31 +415,41 @@ fn is_unspaced(c: char) -> bool {
 
 /// Whether a character can be part of a word.
 fn is_of_word(c: char) -> bool {
-    let pictogram = matches!(c, '\u{2600}'..='\u{27bf}' | '\u{1f000}'..='\u{1faff}' | '\u{200d}');
-    c.is_alphanumeric() || is_combining_mark(c) || pictogram
+    c.is_alphanumeric() || is_combining_mark(c)
 }
 
-/// The parts of a normalised text.
+/// The parts of a folded text.
 fn parts(text: &str) -> impl Iterator<Item = Part<'_>> {
     let mut rest = text;
     let stretches = std::iter::from_fn(move || {
-        let unspaced = is_unspaced(rest.chars().next()?);
-        let end = rest.find(|c| is_unspaced(c) != unspaced);
-        let (stretch, after) = rest.split_at(end.unwrap_or(rest.len()));
+        let mut chars = rest.chars().peekable();
+        let mut kind = None;
+        let mut end = 0;
+        while let Some(c) = chars.next() {
+            let this = Kind::of(c, chars.peek().copied());
+            if *kind.get_or_insert(this) != this {
+                break;
+            }
+            end += c.len_utf8();
+        }
+        let (stretch, after) = rest.split_at_checked(end)?;
         rest = after;
-        Some((unspaced, stretch))
+        Some((kind?, stretch))
     });
-    stretches.flat_map(|(unspaced, stretch)| {
-        let run = unspaced.then_some(Part::Run(stretch));
-        let words = if unspaced { "" } else { stretch };
-        let words = words
+    stretches.flat_map(|(kind, stretch)| {
+        let of = |wanted: Kind| if kind == wanted { stretch } else { "" };
+        let run = (kind == Kind::Unspaced).then_some(Part::Run(stretch));
+        let symbols = of(Kind::Symbols).graphemes(true).flat_map(|symbol| {
+            let first = symbol.split(|c| c == JOINER || is_tag(c)).next();
+            let first = first.filter(|first| *first != symbol);
+            first.into_iter().chain([symbol])
+        });
+        let words = of(Kind::Spaced)
             .split_word_bounds()
             .flat_map(|word| word.split(|c| !is_of_word(c)))
-            .filter(|word| {
-                word.chars()
-                    .any(|c| c != '\u{200d}' && !is_combining_mark(c))
-            })
-            .map(|word| Part::Word(beginning(word, MAX_TERM)));
+            .filter(|word| !word.chars().all(is_combining_mark));
+        let words = symbols.chain(words);
+        let words = words.map(|word| Part::Word(beginning(word, MAX_TERM)));
         run.into_iter().chain(words)
     })
 }
@@ -387,7 +603,18 @@ mod tests {
 
     fn fits(query: &str, text: &str) -> bool {
         let body = serde_json::Value::from(text).to_string();
-        Query::of(query).fits(&body)
+        Query::of(query).unwrap().fits(&body)
+    }
+
+    /// Whether a query finds a text: in the index, and in the text itself.
+    fn finds(query: &str, text: &str) -> bool {
+        let known = terms(text);
+        let asked = Query::of(query).unwrap();
+        let in_index = asked.terms().iter().all(|term| match term {
+            Term::Is(term) => known.contains(term),
+            Term::Begins(start) => known.iter().any(|known| known.starts_with(start.as_str())),
+        });
+        in_index && fits(query, text)
     }
 
     #[test]
@@ -411,7 +638,10 @@ mod tests {
             terms("한글"),
             terms("\u{1112}\u{1161}\u{11ab}\u{1100}\u{1173}\u{11af}")
         );
-        assert_eq!(terms("👍🏽 ❤️ 👩‍👩‍👧"), ["❤", "👍", "👩\u{200d}👩\u{200d}👧"]);
+        assert_eq!(
+            terms("👍🏽 ❤️ 👩‍👩‍👧"),
+            ["❤", "👍", "👩", "👩\u{200d}👩\u{200d}👧"]
+        );
         assert_eq!(
             terms("Straße ΣΟΦΟΣ Łódź İI"),
             ["ii", "lodz", "strasse", "σοφοσ"]
@@ -452,20 +682,357 @@ mod tests {
 
     #[test]
     fn a_query_asks_for_what_is_rare_and_looks_at_the_rest() {
-        let terms = |query| Query::of(query).terms();
+        let terms = |query| Query::of(query).unwrap().terms();
         let is = |term: &str| Term::Is(term.to_owned());
         assert_eq!(terms("안녕 hello"), [is("안녕"), is("hello")]);
         assert_eq!(terms("가나다"), [is("가나"), is("나다")]);
         assert_eq!(terms("가"), [Term::Begins("가".to_owned())]);
         assert_eq!(terms("가 나다"), [is("나다")]);
-        assert!(Query::of("(.*) \"\" -").is_empty());
-        assert!(terms(&"가나다라마바사아자차카타파하".repeat(500)).len() <= MAX_PARTS);
+        assert!(terms(&"가나다라마바사아자차카타파하".repeat(18)).len() <= MAX_PARTS);
         assert!(fits("나다 hello", "hello, 가나다"));
         assert!(!fits("가나다", "나다 가나"));
         assert!(!fits("hell", "hello"));
     }
 
+    #[test]
+    fn letters_of_hangul_that_stand_alone_are_not_glued() {
+        for (query, text) in [
+            ("ㅋㅋ", "ㅋㅋㅠㅠ"),
+            ("ㅠㅠ", "ㅋㅋㅠㅠ"),
+            ("ㅋㅠ", "ㅋㅋㅠㅠ"),
+            ("ㅠㅠ", "아ㅠㅠㅠ 진짜"),
+            ("네", "네ㄳ"),
+            ("ㄳ", "네ㄳ"),
+            ("ㄱㄱ", "집에ㄱㄱ"),
+            ("ㅇㅇ", "ㅇㅇ 그래"),
+            ("ㄴㄴ", "ㄴㄴ아니"),
+            ("하ㅏ", "하ㅏㅏ"),
+            // Half as wide, conjoining, in circles and brackets: the same letters.
+            ("ㅋㅋㅠ", "\u{ffbb}\u{ffbb}\u{ffd7}"),
+            ("\u{ffbb}\u{ffd7}", "ㅋㅋㅠㅠ"),
+            ("ㅋㅋ", "\u{110f}\u{110f}"),
+            ("\u{110f}", "ㅋㅋ"),
+            ("ㄳ", "\u{11aa}"),
+            ("ㄱㄴ", "㉠㉡"),
+            ("ㄱ", "㈀"),
+            // What is a syllable is one, however it is written.
+            ("가", "㉮"),
+            ("가", "㈎"),
+            ("큐", "\u{110f}\u{1172}"),
+            ("\u{1102}\u{1166}", "네ㄳ"),
+            ("넧", "\u{1102}\u{1166}\u{11aa}"),
+            // Letters that are no longer used.
+            ("ㆍㅸ", "ㆍㅸ"),
+        ] {
+            assert!(finds(query, text), "{query} in {text}: {:?}", terms(text));
+        }
+        for (query, text) in [
+            ("큐", "ㅋㅋㅠㅠ"),
+            ("넧", "네ㄳ"),
+            ("ㅋ", "큐"),
+            ("가", "ㄱㅏ"),
+        ] {
+            assert!(!finds(query, text), "{query} in {text}");
+        }
+        assert_eq!(terms("ㅋㅋㅠㅠ"), ["ㅋㅋ", "ㅋㅠ", "ㅠ", "ㅠㅠ"]);
+    }
+
+    #[test]
+    fn case_and_accents_are_folded_as_is_right_for_the_script() {
+        for (one, other) in [
+            ("ΚΑΛΗΜΕΡΑ", "Καλημέρα"),
+            ("ΟΔΟΣ", "οδός"),
+            ("ᾆδε Τῷ", "αδε τω"),
+            ("ΑΫΠΝΊΑ", "αϋπνια"),
+            ("Ёлка ещё", "ЕЛКА еще"),
+            ("за́мок", "замок"),
+            ("Їжак", "іжак"),
+            ("Straße", "STRASSE"),
+            ("STRAẞE", "straße"),
+            ("İstanbul ISPARTA", "istanbul ısparta"),
+            ("Việt Nam", "viet nam"),
+            ("Łódź Ærø Ħal Đà", "lodz aero hal da"),
+            ("ﬁnden ŉ", "FINDEN ʼN"),
+            ("և", "ԵՒ"),
+            ("ᏣᎳᎩ", "ꮳꮃꭹ"),
+            ("მთავრული", "ᲛᲗᲐᲕᲠᲣᲚᲘ"),
+            ("مُحَمَّد", "محمد"),
+            ("العـــربية", "العربية"),
+            ("أحمد آمن إلى", "احمد امن الى"),
+            ("ﷲ", "الله"),
+            ("שָׁלוֹם", "שלום"),
+            ("שׁ", "ש"),
+            ("Ｆｕｌｌ ﾊﾝｶｸ ｶﾞ", "full ハンカク ガ"),
+            ("か\u{3099}", "が"),
+            ("x² № ½ ﹩", "x2 no 1⁄2 $"),
+            // Invisible ones.
+            ("می\u{200c}خواهم", "میخواهم"),
+            ("क्\u{200d}ष", "क्ष"),
+            ("wo\u{200b}rd", "word"),
+            ("wo\u{2060}\u{feff}rd", "word"),
+            ("\u{202b}w\u{200f}ord\u{202c}", "word"),
+            ("hy\u{ad}phen", "hyphen"),
+            ("葛\u{e0100}", "葛"),
+            ("❤\u{fe0f}", "❤\u{fe0e}"),
+            ("a\u{200d}b", "ab"),
+            ("안\u{200b}녕", "안녕"),
+        ] {
+            assert_eq!(folded(one), folded(other));
+            assert!(finds(one, other) && finds(other, one), "{one} {other}");
+        }
+        for (one, other) in [
+            ("мой", "мои"),
+            ("か", "が"),
+            ("ハ", "パ"),
+            ("कि", "क"),
+            ("हिन्दी", "हनद"),
+            ("ก้", "ก"),
+            ("ဗမာ", "ဗမ"),
+            ("سؤال", "سوال"),
+            ("ة", "ه"),
+            ("한", "하"),
+            ("þ", "th"),
+        ] {
+            assert_ne!(folded(one), folded(other));
+        }
+        // A mark without a letter is nothing that could be written in a query.
+        assert_eq!(folded("\u{301}x \u{20e3} ´"), "x   ");
+    }
+
+    #[test]
+    fn every_emoji_is_a_term() {
+        for emoji in [
+            "⭐",
+            "⏰",
+            "⬆️",
+            "©",
+            "™️",
+            "ℹ️",
+            "Ⓜ️",
+            "㊗️",
+            "🅰️",
+            "🈁",
+            "‼️",
+            "〰️",
+            "▶️",
+            "↔️",
+            "✅",
+            "❤️",
+            "☎",
+            "🀄",
+            "🫠",
+            "🪿",
+            "1️⃣",
+            "#️⃣",
+            "*⃣",
+            "🇰🇷",
+            "🇰",
+            "👍🏽",
+            "🤷🏽\u{200d}♀️",
+            "👩\u{200d}👩\u{200d}👧",
+            "❤️\u{200d}🔥",
+            "🏳️\u{200d}🌈",
+            "🏴\u{e0067}\u{e0062}\u{e0065}\u{e006e}\u{e0067}\u{e007f}",
+            // Other symbols.
+            "☆",
+            "→",
+            "♪",
+            "€",
+            "￦",
+            "∞",
+            "🄪",
+            "⠓",
+            "\u{1faff}",
+        ] {
+            for text in [
+                emoji.to_owned(),
+                format!("{emoji} 회의"),
+                format!("회의{emoji}"),
+                format!("a{emoji}b"),
+                format!("😀{emoji}1"),
+            ] {
+                assert!(finds(emoji, &text), "{emoji} in {text}: {:?}", terms(&text));
+            }
+            for text in ["회의", "word 17 # *", "😀"] {
+                assert!(!finds(emoji, text), "{emoji} in {text}");
+                assert!(
+                    !finds(&format!("{emoji} {text}"), text),
+                    "{emoji} in {text}"
+                );
+            }
+        }
+        for (query, text) in [
+            ("👍", "👍🏽"),
+            ("👍🏿", "👍🏽"),
+            ("👍🏽", "👍"),
+            ("🤷", "🤷🏽\u{200d}♀️"),
+            ("👩", "👩\u{200d}💻"),
+            (
+                "🏴",
+                "🏴\u{e0067}\u{e0062}\u{e0065}\u{e006e}\u{e0067}\u{e007f}",
+            ),
+            ("🇯🇵", "🇰🇷🇯🇵🇨🇳"),
+            ("2️⃣", "1️⃣2️⃣3️⃣"),
+            ("2⃣", "2️⃣"),
+            ("🏽", "🏽"),
+        ] {
+            assert!(finds(query, text), "{query} in {text}: {:?}", terms(text));
+        }
+        for (query, text) in [
+            ("👩\u{200d}💻", "👩💻"),
+            ("💻", "👩\u{200d}💻"),
+            ("🇷🇯", "🇰🇷🇯🇵"),
+            ("1️⃣", "1"),
+            ("1️⃣", "11 2️⃣"),
+            ("i", "ℹ️"),
+        ] {
+            assert!(!finds(query, text), "{query} in {text}");
+        }
+        assert_eq!(terms("👩\u{200d}"), ["👩"]);
+        assert_eq!(terms("👩\u{200d}a"), ["a", "👩"]);
+    }
+
+    #[test]
+    fn no_part_of_a_query_is_ignored_without_a_word() {
+        for nothing in [
+            "&",
+            "(.*) \"\" -",
+            "...",
+            "\0",
+            "\u{200b}",
+            "\u{301}",
+            "$ + <",
+            "\u{f8ff}",
+            "、。",
+        ] {
+            let error = Query::of(nothing).unwrap_err();
+            assert_eq!(error, QueryError::Nothing(nothing.to_owned()));
+            assert!(
+                error.to_string().contains(&format!("{nothing:?}")),
+                "{error}"
+            );
+        }
+        for nothing in ["", " ", "\n\t"] {
+            assert!(Query::of(nothing).unwrap().is_empty());
+        }
+        // What has no term is looked for in the text.
+        for (query, text) in [
+            ("fish & chips", "Fish & Chips!"),
+            ("x -> y", "x -> y"),
+            ("bonjour !", "Bonjour !"),
+            ("회의 \u{200b} now", "회의 now"),
+        ] {
+            assert!(finds(query, text), "{query} in {text}");
+        }
+        for (query, text) in [
+            ("fish & chips", "Fish and Chips"),
+            ("x -> y", "y, x"),
+            ("⭐ 회의", "회의"),
+            ("⏰ ⭐", "⏰"),
+            ("회의 \u{f8ff}", "회의"),
+        ] {
+            assert!(!finds(query, text), "{query} in {text}");
+        }
+        let words = |count: usize| (0..count).map(|n| format!("w{n} ")).collect::<String>();
+        assert!(Query::of(&words(MAX_PARTS)).is_ok());
+        let error = Query::of(&words(MAX_PARTS + 1)).unwrap_err();
+        assert_eq!(error, QueryError::TooManyParts);
+        assert!(Query::of(&"가 ".repeat(MAX_QUERY / 2)).is_ok());
+        let error = Query::of(&"가".repeat(MAX_QUERY + 1)).unwrap_err();
+        assert_eq!(error, QueryError::TooLong);
+    }
+
+    /// Capitals spell out the iota that a text may have below a letter, and that is dropped here.
+    fn has_iota_below(text: &str) -> bool {
+        text.nfd().any(|c| c == '\u{345}')
+    }
+
+    #[test]
+    fn every_character_is_folded_once_whatever_its_case_and_form() {
+        for c in '\0'..=char::MAX {
+            let text = String::from(c);
+            let one = folded(&text);
+            assert_eq!(folded(&one), one, "{c} {:x}", u32::from(c));
+            assert_eq!(
+                folded(&text.nfd().collect::<String>()),
+                one,
+                "{c} {:x}",
+                u32::from(c)
+            );
+            // `Ⓜ` is an emoji, and its small letter is not.
+            let capitals = text.to_uppercase();
+            if !has_iota_below(&text) && !capitals.chars().any(is_pictograph) {
+                assert_eq!(folded(&capitals), one, "{c} {:x}", u32::from(c));
+                assert_eq!(folded(&text.to_lowercase()), one, "{c} {:x}", u32::from(c));
+            }
+            if !is_pictograph(c) && !is_letter_of_hangul(c) {
+                assert_eq!(
+                    folded(&text.nfkc().collect::<String>()),
+                    one,
+                    "{c} {:x}",
+                    u32::from(c)
+                );
+            }
+        }
+    }
+
+    /// Words of several scripts, each of its own letters and marks, emoji, and what stands between.
+    fn any_text() -> impl Strategy<Value = String> {
+        let word = prop_oneof![
+            "[a-zA-ZéÅßıİæøŁﬁĳǆ\u{301}\u{308}\u{323}]{1,8}",
+            "[α-ωΑ-Ωάΐϋώἄῥ\u{301}\u{308}]{1,8}",
+            "[а-яА-ЯйЙёЁїў\u{301}\u{306}]{1,8}",
+            "[ا-يآأإؤئ\u{64b}-\u{655}\u{640}\u{670}]{1,8}",
+            "[א-ת\u{5b0}-\u{5bc}\u{5c1}\u{5c2}\u{fb2a}-\u{fb36}]{1,8}",
+            "[क-हा-्\u{200d}]{1,8}",
+            "[ก-ฮะ-ู่-์]{1,8}",
+            "[가-힣ㄱ-ㅣ]{1,8}",
+            "[ぁ-んァ-ヶー一-七゛ｱ-ﾝﾞ]{1,8}",
+            "[0-9Ａ-Ｚａ-ｚ²№]{1,8}",
+            "[😀👍🏽\u{200d}👩❤\u{fe0f}⭐©™🇰🇷🏴\u{e0067}→€1\u{20e3}]{1,8}",
+            "[!-/:-@、。…「」]{1,3}",
+            "[a가\u{200b}\u{ad}\u{feff}\u{2060}]{1,8}",
+        ];
+        let space = prop_oneof![Just(" "), Just("\n"), Just("\u{3000}"), Just(", ")];
+        let words = prop::collection::vec((word, space), 1..8);
+        words.prop_map(|words| {
+            words
+                .into_iter()
+                .flat_map(|(word, space)| [word, space.to_owned()])
+                .collect()
+        })
+    }
+
     proptest! {
+        #[test]
+        fn a_text_is_found_by_itself_and_its_words_in_any_case_and_form(text in any_text()) {
+            let words = text.split(|c: char| c.is_whitespace() || c == ',');
+            let known = terms(&text);
+            for named in words.chain([text.as_str()]) {
+                let mut forms = vec![
+                    named.to_owned(),
+                    named.to_uppercase(),
+                    named.to_lowercase(),
+                    named.nfc().collect(),
+                    named.nfd().collect(),
+                ];
+                // They glue letters of Hangul, and make words of `™`.
+                if !named.chars().any(|c| is_letter_of_hangul(c) || is_pictograph(c)) {
+                    forms.extend([named.nfkc().collect(), named.nfkd().collect()]);
+                }
+                for form in forms {
+                    match Query::of(&form) {
+                        Ok(query) if query.is_empty() => {}
+                        Ok(_) => prop_assert!(finds(&form, &text), "{form:?} in {text:?}: {known:?}"),
+                        Err(QueryError::Nothing(_)) => {
+                            prop_assert_eq!(terms(named), Vec::<String>::new(), "{:?}", form);
+                        }
+                        Err(QueryError::TooLong | QueryError::TooManyParts) => {}
+                    }
+                }
+            }
+        }
+
         #[test]
         fn whatever_is_in_a_text_finds_it(text in "[가-갸a-cあ-う한東京A-C é.,'👍 ]{1,30}", from in 0..30_usize, len in 1..30_usize) {
             let chars: Vec<char> = text.chars().collect();
@@ -475,21 +1042,16 @@ mod tests {
             let before = chars[..start].last().is_some_and(|c| is_of_word(*c) && !is_unspaced(*c));
             let after = chars.get(start + len).is_some_and(|c| is_of_word(*c) && !is_unspaced(*c));
             prop_assume!(!before && !after);
-            prop_assert!(fits(&cut, &text), "{cut:?} in {text:?}");
-            let known = terms(&text);
-            for term in Query::of(&cut).terms() {
-                let found = match &term {
-                    Term::Is(term) => known.contains(term),
-                    Term::Begins(start) => known.iter().any(|known| known.starts_with(start.as_str())),
-                };
-                prop_assert!(found, "{term:?} of {cut:?} in {text:?}: {known:?}");
-            }
+            prop_assume!(Query::of(&cut).is_ok());
+            prop_assert!(finds(&cut, &text), "{cut:?} in {text:?}: {:?}", terms(&text));
         }
 
         #[test]
         fn any_query_and_any_body_are_harmless(query in "\\PC{0,300}", body in "\\PC{0,100}") {
-            let _harmless = Query::of(&query).fits(&body);
-            prop_assert!(Query::of(&query).terms().len() <= MAX_PARTS);
+            if let Ok(query) = Query::of(&query) {
+                let _harmless = query.fits(&body);
+                prop_assert!(query.terms().len() <= MAX_PARTS);
+            }
         }
     }
 }

@@ -338,6 +338,48 @@ class Up:
         return (signed + b"." + part(hmac.new(secret, signed, hashlib.sha256).digest())).decode()
 
 
+class Relay:
+    """Passes connections on to the edge until it is frozen; those that come later are passed on again."""
+
+    def __init__(self, port):
+        self.target = ("127.0.0.1", port)
+        self.frozen = threading.Event()
+        self.sockets = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                inner, _ = self.listener.accept()
+                outer = socket.create_connection(self.target)
+            except OSError:
+                return
+            self.sockets += [inner, outer]
+            for source, sink in [(inner, outer), (outer, inner)]:
+                threading.Thread(target=self._copy, args=(source, sink, self.frozen), daemon=True).start()
+
+    @staticmethod
+    def _copy(source, sink, frozen):
+        try:
+            while (some := source.recv(65536)) and not frozen.is_set():
+                sink.sendall(some)
+            if not frozen.is_set():
+                sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # closed by one of its ends
+
+    def freeze(self):
+        """From now on nothing moves any more on the connections that are there, and they stay open."""
+        self.frozen.set()
+        self.frozen = threading.Event()
+
+    def close(self):
+        for one in [self.listener, *self.sockets]:
+            one.close()
+
+
 def stop(process):
     """Ends a process that was started here, and what it has started."""
     if process.poll() is None:
@@ -580,6 +622,37 @@ def edge_killed_and_restarted(up, kim, lee):
     until("read", lambda: kim.read_by("said while the edge was down") == ["read by 1", "lee"])
 
 
+def frozen_connection_is_left(up, kim, lee):
+    room = "chat:frozen"
+    relay = Relay(int(up.url().rstrip("/").rsplit(":", 1)[1]))
+    window = kim.browser.window()
+    try:
+        window.go(f"http://127.0.0.1:{relay.port}/#token={up.token('kim')}&room={room}")
+        window.until_state("connected")
+        window.say("before")
+        window.until_shows("kim", "before")
+        relay.freeze()
+        up.post(room, "lee", body={"text": "said meanwhile"})
+        window.say("into the void")
+        until("what was missed", lambda: "said meanwhile" in texts(window), deadline=40)
+        window.until_shows("kim", "into the void")
+        # Nothing is sent, so nothing waits for an answer.
+        relay.freeze()
+        up.post(room, "lee", body={"text": "said in the quiet"})
+        until("what was missed in the quiet", lambda: "said in the quiet" in texts(window), deadline=42)
+        window.until_state("connected")
+        once = ["before", "said meanwhile", "into the void", "said in the quiet"]
+        assert texts(window) == once, texts(window)
+        # And stored once.
+        window.go("about:blank")
+        window.go(entry(up, "cho", room))
+        window.until_state("connected")
+        until("all of it once", lambda: texts(window) == once)
+    finally:
+        relay.close()
+        window.command("DELETE", "/window")
+
+
 def texts(window):
     return [text for _, text, _ in window.messages()]
 
@@ -649,6 +722,8 @@ def search_finds_parts_of_words(up, kim, lee):
 
     # MongoDB may be a moment behind.
     until("a part of a Korean word", lambda: search("안녕") == ["여러분 안녕하세요, 반갑습니다"], interval=0.5)
+    search("?!")
+    until("that nothing can be searched for", lambda: "can be searched for" in lee.text("#hits"))
     until("nothing", lambda: search("고양이") == [] and lee.text("#hits") == "No messages found.", interval=0.5)
     until("words of the past", lambda: "note 3" in search("note 3"), interval=0.5)
     lee.run("[...document.querySelectorAll('#hits .hit')]"
@@ -760,6 +835,7 @@ CHECKS = [
     reload_resumes_with_what_was_missed,
     reload_without_loss_repeats_nothing,
     edge_killed_and_restarted,
+    frozen_connection_is_left,
     counts_where_names_are_not_told,
     without_the_right_no_presence,
     cursors_are_compared_by_component,

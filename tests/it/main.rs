@@ -17,6 +17,7 @@ mod doctor;
 mod drain;
 mod erase;
 mod frames;
+mod frozen;
 mod history;
 mod http;
 mod lease;

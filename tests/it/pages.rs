@@ -875,8 +875,36 @@ async fn searches_find_words_and_parts_of_words_in_granted_rooms() {
         let path = search(query);
         assert_eq!(found(&mesh, &all, &path).await, expected, "{path}");
     }
-    let long = search(format!("q={}", "a".repeat(10_000)));
-    assert_eq!(refused(&mesh, &long).await, (400, "bad_request".to_owned()));
+    let words: String = ('a'..='z')
+        .chain('0'..='9')
+        .map(|c| format!("{c} "))
+        .collect();
+    for query in [
+        "a".repeat(10_000),
+        words,
+        "&".to_owned(),
+        "?!".to_owned(),
+        "\u{200d}".to_owned(),
+    ] {
+        let path = search(format!("q={}", escaped(&query)));
+        assert_eq!(
+            refused(&mesh, &path).await,
+            (400, "bad_request".to_owned()),
+            "{query}"
+        );
+    }
+    let answer = get_as(
+        &mesh,
+        &all,
+        &search(format!("q={}&from=kim", escaped("->"))),
+        "",
+    )
+    .await;
+    let said = answer.json()["message"].as_str().unwrap().to_owned();
+    assert!(
+        said.contains("\"->\""),
+        "what can't be searched for is not named: {said}"
+    );
 
     // Page by page, over all rooms that are granted.
     let mut seen = Vec::new();

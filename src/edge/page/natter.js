@@ -9,6 +9,7 @@ const BACKOFF_CAP_MS = 10_000;
 const LATER_MS = 5_000; // at least, where the edge says "later"
 const HEALTHY_MS = 5_000; // a connection that lived this long starts the backoff anew
 const CALL_MS = 10_000; // an edge answers a publish within 5 s, whatever happens behind it
+const QUIET_MS = 25_000; // after so long without a frame we ask whether the edge is still there; CALL_MS later it is not
 const JOIN_MS = 15_000;
 const READ_EVERY_MS = 300; // between two moves of our read marker
 const LOOK_AGAIN_MS = 2_000; // at least, before the list of who is here is asked for once more
@@ -39,6 +40,8 @@ export class Natter extends EventTarget {
   #url; #token; #room;
   #socket = null;
   #opened = 0;
+  #heard = 0; // when the last frame came; the edge's WebSocket pings are not told to a page
+  #quiet = 0; // timer
   #attempt = 0;
   #retry = 0; // timer
   #leave = 0; // timer: told to go elsewhere
@@ -73,12 +76,19 @@ export class Natter extends EventTarget {
     const socket = new WebSocket(this.#url, [SUBPROTOCOL, `bearer.${this.#token}`]);
     this.#socket = socket;
     this.#opened = 0;
+    setTimeout(() => {
+      if (socket === this.#socket && !this.#opened) this.#lost(1006, "the edge does not answer");
+    }, CALL_MS);
     socket.onopen = () => {
-      this.#opened = performance.now();
+      if (socket !== this.#socket) return;
+      this.#opened = this.#heard = performance.now();
+      this.#watch();
       this.#join();
     };
     socket.onmessage = (event) => {
-      if (socket === this.#socket) this.#receive(event.data);
+      if (socket !== this.#socket) return;
+      this.#heard = performance.now();
+      this.#receive(event.data);
     };
     socket.onclose = (event) => {
       if (socket === this.#socket) this.#lost(event.code, event.reason);
@@ -94,9 +104,29 @@ export class Natter extends EventTarget {
     this.#drop(1000);
   }
 
-  /** Connects at once instead of at the end of the wait. */
+  /** Connects at once instead of at the end of the wait; a connection that is there is asked whether it still works. */
   hurry() {
-    if (!this.#socket && !this.#stopped) this.connect();
+    if (this.#stopped) return;
+    if (!this.#socket) this.connect();
+    else if (this.#opened) this.#probe();
+  }
+
+  /** Notices a connection on which nothing comes any more, though it was never closed. Costs nothing while frames come. */
+  #watch() {
+    clearTimeout(this.#quiet);
+    const wait = this.#heard + QUIET_MS - performance.now();
+    this.#quiet = setTimeout(() => {
+      if (performance.now() - this.#heard < QUIET_MS) this.#watch();
+      else this.#probe();
+    }, wait);
+  }
+
+  /** Asks for a sign of life. Where none comes, `call` gives the connection up. */
+  #probe() {
+    clearTimeout(this.#quiet);
+    const socket = this.#socket;
+    const watch = () => socket === this.#socket && this.#watch();
+    this.call("ping").then(watch, watch);
   }
 
   /**
@@ -169,18 +199,23 @@ export class Natter extends EventTarget {
     return this.call("read", { room: this.#room, cursor: this.#wanted });
   }
 
-  /** Sends a command and gives its reply; rejects with {code, message, retry}. */
-  call(op, fields = {}, within = CALL_MS) {
+  /**
+   * Sends a command and gives its reply; rejects with {code, message, retry}. Where nothing at all came in the time for an
+   * answer, the connection is taken for dead: what is repeated then goes over a new one.
+   */
+  call(op, fields = {}) {
     const socket = this.#socket;
     if (socket?.readyState !== WebSocket.OPEN) {
       return Promise.reject({ code: "disconnected", message: "not connected", retry: true });
     }
     const rid = (this.#rid += 1);
+    const sent = performance.now();
     return new Promise((resolve, reject) => {
       const timer = setTimeout(() => {
         this.#calls.delete(rid);
         reject({ code: "timeout", message: `no answer to ${op}`, retry: true });
-      }, within);
+        if (socket === this.#socket && this.#heard <= sent) this.#lost(1006, "the edge does not answer");
+      }, CALL_MS);
       this.#calls.set(rid, { resolve, reject, timer });
       socket.send(JSON.stringify({ op, rid, ...fields }));
     });
@@ -385,6 +420,7 @@ export class Natter extends EventTarget {
     this.#socket = null;
     this.joined = false;
     this.#early = null;
+    clearTimeout(this.#quiet);
     clearTimeout(this.#look);
     this.#look = 0;
     clearTimeout(this.#leave);
@@ -394,6 +430,7 @@ export class Natter extends EventTarget {
       clearTimeout(call.timer);
       call.reject({ code: "disconnected", message: "the connection was lost", retry: true });
     }
+    // Nobody waits for the edge to agree: nothing that this socket still says is heard.
     socket?.close(code);
   }
 

@@ -183,6 +183,8 @@ function showState({ state: name, why, retryMs }) {
   }
 }
 addEventListener("online", () => client?.hurry());
+// The timers of a tab that nobody looks at are late, and a laptop that slept has none.
+document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && client?.hurry());
 
 // Messages --------------------------------------------------------------------------------------------------------------
 

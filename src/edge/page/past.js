@@ -2,6 +2,7 @@
 
 import { bodyText, clock, element } from "./log.js";
 
+const ANSWER_MS = 15_000; // longer than an edge waits for its database
 const PAGE = 50; // messages a page
 const NEAR = 120; // px from the end of the list at which the next page is asked for
 const REST_MS = 3_000; // after an answer that did not reach far enough
@@ -186,7 +187,9 @@ export class Past {
     const path = `v1/rooms/${encodeURIComponent(this.#room)}/search?${fields}`;
     let answer;
     try {
-      const response = await fetch(new URL(path, document.baseURI), { headers: { Authorization: `Bearer ${this.#token}` } });
+      const headers = { Authorization: `Bearer ${this.#token}` };
+      const signal = AbortSignal.timeout(ANSWER_MS);
+      const response = await fetch(new URL(path, document.baseURI), { headers, signal });
       answer = await response.json();
     } catch {
       answer = { message: "The edge did not answer." };

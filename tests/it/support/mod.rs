@@ -12,6 +12,7 @@ pub(crate) mod checker;
 pub(crate) mod mesh;
 pub(crate) mod raw;
 pub(crate) mod regions;
+pub(crate) mod relay;
 pub(crate) mod vectors;
 
 use std::{
