@@ -159,7 +159,7 @@ mod tests {
         /// Whatever is done: each room has exactly the markers that a plain map of all has, in their order, however few are
         /// taken at once; and a sweep forgets what is idle and nothing else.
         #[test]
-        fn it_is_a_map_of_all_markers(steps in prop::collection::vec(step(), 1..200), most in 1..4_usize) {
+        fn it_is_a_map_of_all_markers(steps in prop::collection::vec(step(), 1..60), most in 1..4_usize) {
             let mut index = Index::default();
             let mut model: HashMap<(usize, usize), (bool, Option<Instant>)> = HashMap::new();
             let mut now = Instant::now();

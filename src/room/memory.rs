@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::{Notify, Semaphore};
 
 use crate::{
     telemetry::metrics::{Gauge, gauge_add},
@@ -29,7 +29,7 @@ pub(super) struct Memory {
     /// How many wait for a share.
     waiting: AtomicUsize,
     /// Held by the one who is next: shares are given in the order in which they were asked for.
-    next: Mutex<()>,
+    next: Semaphore,
     freed: Notify,
     /// Somebody has begun to wait.
     asked: Notify,
@@ -69,7 +69,7 @@ impl Memory {
             most,
             used: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
-            next: Mutex::new(()),
+            next: Semaphore::new(1),
             freed: Notify::new(),
             asked: Notify::new(),
         })
@@ -80,7 +80,8 @@ impl Memory {
         self.waiting.fetch_add(1, Relaxed);
         let _waiting = Waiting(self);
         let mut told = false;
-        let _next = self.next.lock().await;
+        // It is never closed.
+        let _next = self.next.acquire().await;
         loop {
             let mut freed = pin!(self.freed.notified());
             freed.as_mut().enable();

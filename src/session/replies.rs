@@ -418,6 +418,7 @@ mod tests {
         while replies.room_for_replies().now_or_never().is_some() {
             replies.now(reply(b'x', bytes));
             sent += bytes;
+            assert!(!replies.conn.is_over(), "the peer is gone");
             yield_now().await;
         }
         sent
@@ -472,7 +473,7 @@ mod tests {
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_session_that_ends_does_not_wait_for_its_client_to_read() {
-        with_peer(|replies, _peer| async move {
+        with_peer(|replies, peer| async move {
             until_full(&replies, 3000).await;
             let ack = replies.promise(room("chat:a"), 1);
             assert!(replies.idle().now_or_never().is_none());
@@ -480,13 +481,14 @@ mod tests {
             replies.keep(ack, reply(b'a', 100));
             assert!(replies.idle().now_or_never().is_some());
             assert_eq!(replies.held_bytes(), 0);
+            drop(peer);
         })
         .await;
     }
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_connection_that_closes_holds_nothing() {
-        with_peer(|replies, _peer| async move {
+        with_peer(|replies, peer| async move {
             let page = replies.promise_in_order(1);
             let sent = until_full(&replies, 3000).await;
             assert!(sent > 0);
@@ -496,6 +498,7 @@ mod tests {
             replies.keep(page, reply(b'H', 10));
             replies.idle().await;
             assert_eq!(replies.held_bytes(), 0);
+            drop(peer);
         })
         .await;
     }

@@ -364,7 +364,7 @@ plain! {
     NatsConnected = "natter.nats.connected", "{connection}";
     /// Bytes that wait for clients to read: outboxes, and replies that are to go there.
     OutboxBytes = "natter.outbox.size", "By";
-    /// Bytes of backlog in memory for joins under way.
+    /// Bytes of backlog in memory, up to when clients have read it.
     ReplayBytes = "natter.replay.memory", "By";
     /// Messages that the history service has not confirmed yet.
     HistoryPending = "natter.history.pending", "{message}";
