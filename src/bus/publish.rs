@@ -402,8 +402,10 @@ impl Publisher {
         if let Some(after) = after {
             headers.add(header::AFTER, &after.to_string());
         }
-        if !publication.mentions.is_empty()
-            && let Ok(json) = serde_json::to_string(&publication.mentions)
+        // An edit takes mentions away with an empty list; in a message it says nothing.
+        let says = |users: &&Vec<String>| !users.is_empty() || publication.kind == Kind::Edit;
+        if let Some(users) = publication.mentions.as_ref().filter(says)
+            && let Ok(json) = serde_json::to_string(users)
         {
             headers.add(header::MENTIONS, &json);
         }

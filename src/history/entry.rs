@@ -2,8 +2,8 @@
 
 use crate::{
     bus::{Record, Stored, message_key},
-    model::{Epoch, Kind, Place, Reference, Region, RoomId},
-    store::{Change, Entry, Said, What, annotations, reaction},
+    model::{BadRemark, Epoch, Kind, Place, Reference, Region, RoomId, annotations, reaction},
+    store::{Change, Entry, Said, What},
 };
 
 /// What history makes of a message that the stream of `origin` has in its incarnation `epoch`.
@@ -40,7 +40,6 @@ fn what(room: &RoomId, record: &Record) -> What {
             let reference = Reference::parse(reference).ok()?;
             Some(key_of(room, &record.from, &reference))
         });
-        let mentions = record.mentions.as_deref().unwrap_or("[]");
         return What::Message {
             key: message_key(room.as_str(), &record.from, &record.id),
             said: Said {
@@ -49,7 +48,7 @@ fn what(room: &RoomId, record: &Record) -> What {
                 body: body.to_owned(),
                 reply_to: record.reply_to.clone(),
                 reply_key,
-                mentions: serde_json::from_str(mentions).unwrap_or_default(),
+                mentions: mentions(record).unwrap_or_default(),
             },
         };
     }
@@ -65,19 +64,30 @@ fn what(room: &RoomId, record: &Record) -> What {
         Kind::Edit | Kind::Delete if !may => {
             return What::Nothing("only the author or a moderator may do that");
         }
-        Kind::Edit => Some(Change::Edit(body.to_owned())),
-        Kind::Delete => Some(Change::Delete),
-        Kind::Reaction => reaction(body),
-        Kind::Annotation => annotations(body),
-        Kind::Message | Kind::Erase => None,
+        Kind::Edit => Ok(Change::Edit {
+            body: body.to_owned(),
+            mentions: mentions(record),
+        }),
+        Kind::Delete => Ok(Change::Delete),
+        Kind::Reaction => reaction(body).map(|(key, on)| Change::React { key, on }),
+        Kind::Annotation => annotations(body).map(Change::Annotate),
+        Kind::Message | Kind::Erase => Err(BadRemark::OtherForm),
     };
     match change {
-        Some(change) => What::Change {
+        Ok(change) => What::Change {
             target: key_of(room, &record.from, &target),
             change,
         },
-        None => What::Nothing("the body says nothing that history understands"),
+        Err(BadRemark::OtherForm) => {
+            What::Nothing("the body says nothing that history understands")
+        }
+        Err(BadRemark::TooLarge(_)) => What::Nothing("it is larger than what history keeps"),
     }
+}
+
+/// Who is mentioned, if that is said.
+fn mentions(record: &Record) -> Option<Vec<String>> {
+    serde_json::from_str(record.mentions.as_deref()?).ok()
 }
 
 /// The key of the message that `from` means by `reference`.

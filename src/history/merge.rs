@@ -193,6 +193,8 @@ pub(super) struct Side<'t> {
     looked: usize,
     read: Read,
     known: HashMap<String, Folded>,
+    /// MongoDB told less than it was asked, because documents are large: what it told is enough for a page.
+    short: bool,
 }
 
 /// What MongoDB is to be asked.
@@ -204,6 +206,19 @@ pub(super) struct Ask {
     pub(super) limit: usize,
     /// And for the documents of these messages.
     pub(super) keys: Vec<String>,
+}
+
+/// What MongoDB says.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    /// Documents in the order of the end, at least one if there are any.
+    pub(super) page: Vec<Document>,
+    /// There are no others on this side.
+    pub(super) all: bool,
+    /// The documents of the first of the keys, as far as there are any.
+    pub(super) of_keys: Vec<Document>,
+    /// Of how many keys: of one at least.
+    pub(super) looked: usize,
 }
 
 impl<'t> Side<'t> {
@@ -235,6 +250,7 @@ impl<'t> Side<'t> {
             looked: 0,
             read: Read::Nothing,
             known: HashMap::new(),
+            short: false,
         }
     }
 
@@ -246,7 +262,11 @@ impl<'t> Side<'t> {
     /// What it has to know next; `None`: it knows enough.
     pub(super) fn ask(&self) -> Option<Ask> {
         let all = self.read == Read::All && self.looked == self.keys.len();
-        if all || self.is_cut_off() || self.wanted == 0 || self.found().len() >= self.wanted {
+        if all || self.is_cut_off() || self.wanted == 0 {
+            return None;
+        }
+        let found = self.found().len();
+        if found >= self.wanted || (self.short && found > 0) {
             return None;
         }
         let from = match &self.read {
@@ -296,14 +316,21 @@ impl<'t> Side<'t> {
         read && self.looked == self.keys.len()
     }
 
-    /// Takes the answer: a page, in the order of the end, and the documents of the keys as far as there are any.
-    pub(super) fn tell(&mut self, ask: &Ask, page: Vec<Document>, of_keys: Vec<Document>) {
+    /// Takes the answer.
+    pub(super) fn tell(&mut self, ask: &Ask, told: Told) {
+        let Told {
+            page,
+            all,
+            of_keys,
+            looked,
+        } = told;
+        self.short |= !all && page.len() < ask.limit || looked < ask.keys.len();
         if ask.page.is_some() {
             let last = page
                 .last()
                 .and_then(|document| document.folded.base.as_ref());
             self.read = match last {
-                Some(base) if page.len() >= ask.limit => Read::To(base.place.clone()),
+                Some(base) if !all => Read::To(base.place.clone()),
                 _ => Read::All,
             };
         }
@@ -311,12 +338,12 @@ impl<'t> Side<'t> {
             .into_iter()
             .map(|document| (document.key, document.folded))
             .collect();
-        for key in &ask.keys {
+        for key in ask.keys.iter().take(looked) {
             let mut folded = documents.remove(key).unwrap_or_default();
             self.tail.fold(key, &mut folded);
             self.known.insert(key.clone(), folded);
         }
-        self.looked += ask.keys.len();
+        self.looked += looked;
         for Document {
             key, mut folded, ..
         } in page
@@ -324,6 +351,11 @@ impl<'t> Side<'t> {
             self.tail.fold(&key, &mut folded);
             self.known.insert(key, folded);
         }
+    }
+
+    /// Whether there may be more than was found, although it is less than was wanted.
+    pub(super) fn is_short(&self) -> bool {
+        self.short && (self.read != Read::All || self.looked < self.keys.len())
     }
 
     /// Whether `a` is at least as near as `b`.

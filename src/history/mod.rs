@@ -35,7 +35,7 @@ use crate::{
     config::Config,
     http1,
     runtime::{Late, Lifecycle, Phase, Tasks},
-    store::{Store, StoreError},
+    store::{Migrated, Store, StoreError},
     subject::bucket,
 };
 use figures::Figures;
@@ -50,6 +50,9 @@ pub use status::{InstanceStatus, PartStatus, Status, StatusError, instances, sta
 
 /// How long what is in hand may take to be written when the process is told to end.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether who migrates documents is still there.
+const MIGRATION_WATCH: Duration = Duration::from_secs(15);
 
 /// What the parts of the service share.
 #[derive(Debug, Clone)]
@@ -260,4 +263,37 @@ async fn prepare(parts: Parts) {
     parts.figures.succeeded();
     parts.lifecycle.advance(Phase::Ready);
     tracing::info!("history service ready");
+    migrate(&parts).await;
+}
+
+/// Writes documents of an earlier version anew, no more than half of the time.
+async fn migrate(parts: &Parts) {
+    let holder = ulid::Ulid::new().to_string();
+    let mut renewed = 0;
+    let mut pause = worker::Backoff::default();
+    loop {
+        let begun = tokio::time::Instant::now();
+        let wait = match parts.store.migrate(&holder).await {
+            Ok(Migrated::All) => break,
+            Ok(Migrated::Some(more)) => {
+                if renewed == 0 && more > 0 {
+                    tracing::info!("documents of an earlier version are written anew");
+                }
+                renewed += more;
+                pause = worker::Backoff::default();
+                begun.elapsed()
+            }
+            Ok(Migrated::Elsewhere) => MIGRATION_WATCH,
+            Err(error) => {
+                parts
+                    .figures
+                    .failed(&error, "documents wait to be written anew");
+                pause.next()
+            }
+        };
+        tokio::time::sleep(wait).await;
+    }
+    if renewed > 0 {
+        tracing::info!(renewed, "all documents are of this version");
+    }
 }

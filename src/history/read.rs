@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    merge::{Ask, Side, Tail},
+    merge::{Ask, Side, Tail, Told},
     question::{At, Lies, PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest},
     show,
     tail::{Log, Part, RoomLog, Tails},
@@ -411,6 +411,7 @@ impl Pages {
             read_side(&mut before, room, asked),
             read_side(&mut behind, room, asked)
         )?;
+        let (short_left, short_right) = (before.is_short(), behind.is_short());
         let (before, behind) = (before.found(), behind.found());
         let (most_left, most_right) = share(split, before.len(), behind.len(), request.limit);
         let mut messages: Vec<(bool, &Folded, Box<RawValue>)> = Vec::new();
@@ -446,8 +447,9 @@ impl Pages {
             Some(show::cursor(base).to_string())
         };
         let is_cut = tail.is_cut_off() || asked.is_none();
-        let more_left = before.len() > lefts || split.is_left || is_cut;
-        let more_right = behind.len() > rights || split.is_right && right == 0 || tail.more;
+        let more_left = before.len() > lefts || split.is_left || is_cut || short_left;
+        let is_behind = split.is_right && right == 0 || short_right;
+        let more_right = behind.len() > rights || is_behind || tail.more;
         Ok(PageAnswer {
             prev: cursor(messages.first()).filter(|_| more_left),
             next: cursor(messages.last()).filter(|_| more_right),
@@ -547,35 +549,40 @@ async fn read_side(
     asked: Option<Asked<'_>>,
 ) -> Result<(), Failed> {
     while let Some(ask) = side.ask() {
-        let (page, of_keys) = match asked {
+        let told = match asked {
             Some(asked) => documents(asked, room, side.end(), &ask).await?,
-            None => (Vec::new(), Vec::new()),
+            None => Told {
+                all: true,
+                looked: ask.keys.len(),
+                ..Told::default()
+            },
         };
-        side.tell(&ask, page, of_keys);
+        side.tell(&ask, told);
     }
     Ok(())
 }
 
-async fn documents(
-    asked: Asked<'_>,
-    room: &RoomId,
-    end: End,
-    ask: &Ask,
-) -> Result<(Vec<Document>, Vec<Document>), Failed> {
+async fn documents(asked: Asked<'_>, room: &RoomId, end: End, ask: &Ask) -> Result<Told, Failed> {
     let page = async {
         match &ask.page {
             Some(span) => {
                 let page = asked.store.page(room, span, end, ask.limit);
                 asked.within(page).await
             }
-            None => Ok(Vec::new()),
+            None => Ok((Vec::new(), true)),
         }
     };
     let of_keys = async {
         if ask.keys.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), 0));
         }
-        asked.within(asked.store.get(&ask.keys)).await
+        asked.within(asked.store.get_first(&ask.keys)).await
     };
-    tokio::try_join!(page, of_keys)
+    let ((page, all), (of_keys, looked)) = tokio::try_join!(page, of_keys)?;
+    Ok(Told {
+        page,
+        all,
+        of_keys,
+        looked,
+    })
 }

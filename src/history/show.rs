@@ -1,6 +1,6 @@
 //! A message as clients are shown it.
 
-use std::collections::BTreeMap;
+use std::{cmp::Reverse, collections::BTreeMap};
 
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -10,8 +10,15 @@ use crate::{
     store::{Base, Folded},
 };
 
-/// Users that are named with a reaction; the others are only counted.
+/// Users that are named with a reaction, and bytes of names in all of a message; the others are only counted.
 const NAMED: usize = 100;
+const MAX_NAMES: usize = 32 << 10;
+
+/// Reactions that are shown: those of the most users.
+const MAX_REACTIONS: usize = 100;
+
+/// Bytes of annotations that are shown with a message: the small ones first.
+const MAX_ANNOTATIONS: usize = 256 << 10;
 
 /// Largest JSON of one message: what NATS carries, with room for the rest of an answer.
 const MAX_BYTES: usize = 900 * 1024;
@@ -60,6 +67,8 @@ pub(super) fn message(
     base: &Base,
     folded: &Folded,
 ) -> serde_json::Result<Box<RawValue>> {
+    let (reactions, more_reactions) = reactions(folded);
+    let (annotations, more_annotations) = annotations(folded);
     let mut shown = Shown {
         room,
         id: &base.said.id,
@@ -68,16 +77,12 @@ pub(super) fn message(
         cursor: cursor(base).to_string(),
         body: folded.body().map(raw),
         reply_to: base.said.reply_to.as_deref(),
-        mentions: &base.said.mentions,
+        mentions: folded.mentions(),
         edited_at: folded.edit.as_ref().map(|edit| edit.place.ts),
         deleted_at: folded.deleted.as_ref().map(|place| place.ts),
-        reactions: reactions(folded),
-        annotations: folded
-            .annotations
-            .iter()
-            .map(|(name, (_, _, json))| (name.as_str(), raw(json)))
-            .collect(),
-        truncated: false,
+        reactions,
+        annotations,
+        truncated: folded.truncated || more_reactions || more_annotations,
     };
     let mut json = serde_json::value::to_raw_value(&shown)?;
     if json.get().len() > MAX_BYTES {
@@ -97,19 +102,50 @@ fn raw(json: &str) -> &RawValue {
     serde_json::from_str(json).unwrap_or(RawValue::NULL)
 }
 
-fn reactions(folded: &Folded) -> BTreeMap<&str, Reaction<'_>> {
-    let reactions = folded.reactions.iter().map(|(key, users)| {
-        let there = || {
-            let there = users.iter().filter(|(_, (_, on))| *on);
-            there.map(|(user, _)| user.as_str())
-        };
-        let reaction = Reaction {
-            count: there().count(),
-            users: there().take(NAMED).collect(),
-        };
-        (key.as_str(), reaction)
+/// Reactions as they were written first, and whether there are more.
+fn reactions(folded: &Folded) -> (BTreeMap<&str, Reaction<'_>>, bool) {
+    let mut found = Vec::new();
+    for said in folded.reactions.by_name().into_values() {
+        let count = said.iter().filter(|(_, said)| said.on).count();
+        let first = said.iter().map(|(_, said)| *said);
+        if let Some(first) = first.min_by_key(|said| &said.first)
+            && count > 0
+        {
+            found.push((Reverse(count), &first.first, first.key.as_str(), said));
+        }
+    }
+    found.sort_unstable_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
+    let more = found.len() > MAX_REACTIONS;
+    let mut bytes = 0;
+    let shown = found.into_iter().take(MAX_REACTIONS);
+    let shown = shown.map(|(Reverse(count), _, key, said)| {
+        let there = said.into_iter().filter(|(_, said)| said.on);
+        let named = there.map(|(user, _)| user).take(NAMED).take_while(|user| {
+            bytes += user.len();
+            bytes <= MAX_NAMES
+        });
+        let users = named.collect();
+        (key, Reaction { count, users })
     });
-    reactions
-        .filter(|(_, reaction)| reaction.count > 0)
-        .collect()
+    (shown.collect(), more)
+}
+
+/// Annotations, of several with one name the last, and whether there are more.
+fn annotations(folded: &Folded) -> (BTreeMap<&str, &RawValue>, bool) {
+    let by_name = folded.annotations.by_name().into_iter();
+    let last = by_name.filter_map(|(name, said)| {
+        let last = said.into_iter().map(|(_, said)| said);
+        let last = last.max_by_key(|said| &said.at)?;
+        Some((last.json.as_str(), name))
+    });
+    let mut last: Vec<(&str, &str)> = last.collect();
+    last.sort_by_key(|(json, name)| (json.len(), *name));
+    let (all, mut bytes) = (last.len(), 0);
+    let shown = last.into_iter().take_while(|(json, name)| {
+        bytes += json.len() + name.len();
+        bytes <= MAX_ANNOTATIONS
+    });
+    let shown: BTreeMap<_, _> = shown.map(|(json, name)| (name, raw(json))).collect();
+    let more = shown.len() < all;
+    (shown, more)
 }

@@ -8,6 +8,7 @@ mod cursor;
 mod message;
 mod partition;
 mod place;
+mod remark;
 mod room;
 
 pub use cursor::{BadCursor, Cursor, Epoch, Fingerprint, MAX_REGIONS, Position, Region};
@@ -17,4 +18,8 @@ pub use message::{
 };
 pub use partition::partition_of;
 pub use place::Place;
+pub use remark::{
+    BadRemark, MAX_ANNOTATION, MAX_ANNOTATION_NAME, MAX_ANNOTATIONS, MAX_REACTION, annotations,
+    normal_reaction, reaction,
+};
 pub use room::{BadRoom, RoomId, RoomScope, is_token};

@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::ErrorCode;
-use crate::model::{Kind, MessageId, Reference, RoomId};
+use crate::model::{self, BadRemark, Kind, MessageId, Reference, RoomId};
 
 /// The WebSocket subprotocol.
 pub const SUBPROTOCOL: &str = "natter.v1";
@@ -220,8 +220,8 @@ pub struct Publication {
     pub target: Option<(String, Reference)>,
     /// What it answers, as it was sent.
     pub reply_to: Option<String>,
-    /// Mentioned users.
-    pub mentions: Vec<String>,
+    /// Mentioned users; in an edit `None` leaves them as they are.
+    pub mentions: Option<Vec<String>>,
 }
 
 /// The fields of a `send` and of the body of an HTTP publish.
@@ -467,8 +467,18 @@ fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused>
         (Kind::Delete, None) => RawValue::NULL.to_owned(),
         (_, None) => return Err(bad("body is missing".to_owned())),
     };
-    let mentions = fields.mentions.unwrap_or_default();
-    if mentions.len() > MAX_MENTIONS || mentions.iter().any(|user| user.len() > MAX_USER) {
+    let remark = match kind {
+        Kind::Reaction => model::reaction(body.get()).map(|_reaction| ()),
+        Kind::Annotation => model::annotations(body.get()).map(|_annotations| ()),
+        Kind::Message | Kind::Edit | Kind::Delete | Kind::Erase => Ok(()),
+    };
+    // What has another form is carried all the same.
+    if let Err(BadRemark::TooLarge(message)) = remark {
+        return Err((ErrorCode::TooLarge, message));
+    }
+    let mentions = fields.mentions;
+    let mentioned = mentions.as_deref().unwrap_or_default();
+    if mentioned.len() > MAX_MENTIONS || mentioned.iter().any(|user| user.len() > MAX_USER) {
         return Err(bad(format!(
             "mentions: at most {MAX_MENTIONS} users of at most {MAX_USER} bytes"
         )));
@@ -715,7 +725,7 @@ mod tests {
         };
         assert_eq!(publication.body.get(), body);
         assert_eq!(publication.reply_to.as_deref(), Some("kim/1"));
-        assert_eq!(publication.mentions, ["a", "b"]);
+        assert_eq!(publication.mentions.unwrap(), ["a", "b"]);
         let delete = r#"{"op":"send","rid":1,"room":"chat:x","kind":"delete","target":"1"}"#;
         let Op::Send(publication) = decode(delete).unwrap().op else {
             panic!("not a send")

@@ -1,93 +1,160 @@
 //! Documents of the collection `messages`: how they are written first, and how they are read.
 //!
 //! ```text
-//! {_id: "<room>/<user>/<id>", room, id, from, origin, epoch, seq, fp, ts, place, body, reply_to?, reply_key?, mentions?, terms?,
-//!  edited?, edited_at?, deleted?, deleted_at?, reactions?: {<key>: {<user>: {at, on}}}, annotations?: {<name>: {at, from, json}}}
+//! {_id: "<room>/<user>/<id>", room, id, from, origin, epoch, seq, fp, at, place, reply_to?, reply_key?, mentions?, mentioned?,
+//!  body?, body_json?, terms?, edited?, edited_at?, deleted?, deleted_at?, reactions?: {<reaction>: {<user>: {at, on, first?, key?}}},
+//!  annotations?: {<name>: {<user>: {at, value?, json?}}}, truncated?, slack?}
 //! ```
-//! - `place` orders a room. `edited`, `deleted` and every `at` are places too: updates compare them as text.
-//! - `body` is JSON text, that of the last edit where there was one: what an edit replaced is not kept.
+//! - `place` orders a room. `edited`, `mentioned`, `deleted`, and every `at` and `first` of a reaction or annotation, are places
+//!   too: updates compare them as text. `at`, `edited_at` and `deleted_at` of the message are dates.
+//! - `body` is what the body's JSON means, that of the last edit where there was one: what an edit replaced is not kept.
+//!   `body_json` is the text, where `body` does not give it back to the letter, see [`json`](super::json). Annotations likewise.
+//! - A reaction is named by its normal form; `first` and `key` say how it was written first, where that is not `at` or not
+//!   the normal form.
 //! - A *stub* is what is known of a message before the message is: it has `_id`, `room` and what was said about it, and no
 //!   `place`; so no page and no search finds it.
 //! - A *tombstone* is what is left of a deleted message: where it stood, who said it, what it answered, and `deleted`.
 //! - Reactions, users and names of annotations are names of fields here, see [`field_name`].
+//! - There may be more reactions and annotations than count: readers leave them out, and `slack`, about their bytes, says when
+//!   the document is to be written anew, see [`renew`](super::renew).
+//!
+//! # Before version 2
+//! Documents had the milliseconds `ts`, `edited_at` and `deleted_at`, the text of the JSON as `body`, reactions as they were
+//! written, and annotations `{<name>: {at, from, json}}`. They are read and updated as they are, until they are written anew.
 
 use std::{borrow::Cow, fmt::Write};
 
 use mongodb::bson::{
-    RawArrayBuf, RawDocument, RawDocumentBuf,
-    raw::{CString, RawBsonRef, cstr},
+    DateTime, RawArrayBuf, RawDocument, RawDocumentBuf,
+    raw::{CStr, CString, RawBsonRef, cstr},
 };
 
-use super::{Base, Document, Edit, Folded, Said, StoreError, text::Text};
-use crate::model::{Place, RoomId, header_unescape};
+use super::{
+    Base, Document, Edit, Folded, Said, StoreError,
+    json::{self, Stored},
+    slots::{Annotation, Reaction},
+    text::Text,
+};
+use crate::model::{Place, RoomId, header_unescape, normal_reaction};
 
-/// The document of a message that was not known before.
-pub(super) fn new(key: &str, room: &RoomId, folded: &Folded, base: &Base) -> RawDocumentBuf {
+/// The document that says what is known of a message.
+pub(super) fn new(key: &str, room: &RoomId, folded: &Folded) -> RawDocumentBuf {
     let mut document = RawDocumentBuf::new();
     document.append(cstr!("_id"), key);
     document.append(cstr!("room"), room.as_str());
-    let Base { place, from, said } = base;
-    document.append(cstr!("id"), said.id.as_str());
-    document.append(cstr!("from"), from.as_str());
-    document.append(cstr!("origin"), place.origin.as_str());
-    document.append(cstr!("epoch"), place.epoch.as_str());
-    document.append(cstr!("seq"), number(place.seq));
-    document.append(cstr!("fp"), i32::from(said.fingerprint));
-    document.append(cstr!("ts"), number(place.ts));
-    document.append(cstr!("place"), place.to_string());
-    if let Some(reference) = &said.reply_to {
-        document.append(cstr!("reply_to"), reference.as_str());
-    }
-    if let Some(key) = &said.reply_key {
-        document.append(cstr!("reply_key"), key.as_str());
+    if let Some(Base { place, from, said }) = &folded.base {
+        document.append(cstr!("id"), said.id.as_str());
+        document.append(cstr!("from"), from.as_str());
+        document.append(cstr!("origin"), place.origin.as_str());
+        document.append(cstr!("epoch"), place.epoch.as_str());
+        document.append(cstr!("seq"), number(place.seq));
+        document.append(cstr!("fp"), i32::from(said.fingerprint));
+        document.append(cstr!("at"), date(place));
+        document.append(cstr!("place"), place.to_string());
+        if let Some(reference) = &said.reply_to {
+            document.append(cstr!("reply_to"), reference.as_str());
+        }
+        if let Some(key) = &said.reply_key {
+            document.append(cstr!("reply_key"), key.as_str());
+        }
     }
     if let Some(deleted) = &folded.deleted {
         document.append(cstr!("deleted"), deleted.to_string());
-        document.append(cstr!("deleted_at"), number(deleted.ts));
+        document.append(cstr!("deleted_at"), date(deleted));
         return document;
     }
-    if !said.mentions.is_empty() {
-        let mentions: RawArrayBuf = said.mentions.iter().map(String::as_str).collect();
+    if !folded.mentions().is_empty() {
+        let mentions: RawArrayBuf = folded.mentions().iter().map(String::as_str).collect();
         document.append(cstr!("mentions"), mentions);
     }
-    let body = folded.body().unwrap_or_default();
-    document.append(cstr!("body"), body);
-    let text = Text::of(body);
-    let terms = text.terms();
-    if !terms.is_empty() {
-        let terms: RawArrayBuf = terms.into_iter().collect();
-        document.append(cstr!("terms"), terms);
+    if let Some((place, _)) = &folded.mentioned {
+        document.append(cstr!("mentioned"), place.to_string());
+    }
+    if let Some(body) = folded.body() {
+        append_json(&mut document, cstr!("body"), cstr!("body_json"), body);
+        let text = Text::of(body);
+        let terms = text.terms();
+        if !terms.is_empty() {
+            let terms: RawArrayBuf = terms.into_iter().collect();
+            document.append(cstr!("terms"), terms);
+        }
     }
     if let Some(edit) = &folded.edit {
         document.append(cstr!("edited"), edit.place.to_string());
-        document.append(cstr!("edited_at"), number(edit.place.ts));
+        document.append(cstr!("edited_at"), date(&edit.place));
     }
-    if !folded.reactions.is_empty() {
-        let mut reactions = RawDocumentBuf::new();
-        for (key, users) in &folded.reactions {
-            let mut said = RawDocumentBuf::new();
-            for (user, (place, on)) in users {
-                let mut one = RawDocumentBuf::new();
-                one.append(cstr!("at"), place.to_string());
-                one.append(cstr!("on"), *on);
-                append(&mut said, user, one);
-            }
-            append(&mut reactions, key, said);
-        }
-        document.append(cstr!("reactions"), reactions);
-    }
-    if !folded.annotations.is_empty() {
-        let mut annotations = RawDocumentBuf::new();
-        for (name, (place, from, json)) in &folded.annotations {
-            let mut one = RawDocumentBuf::new();
-            one.append(cstr!("at"), place.to_string());
-            one.append(cstr!("from"), from.as_str());
-            one.append(cstr!("json"), json.as_str());
-            append(&mut annotations, name, one);
-        }
-        document.append(cstr!("annotations"), annotations);
+    append_slots(
+        &mut document,
+        cstr!("reactions"),
+        folded.reactions.by_name(),
+        reaction,
+    );
+    append_slots(
+        &mut document,
+        cstr!("annotations"),
+        folded.annotations.by_name(),
+        |_name, said| annotation(said),
+    );
+    if folded.truncated {
+        document.append(cstr!("truncated"), true);
     }
     document
+}
+
+/// A reaction with this normal form.
+pub(super) fn reaction(normal: &str, said: &Reaction) -> RawDocumentBuf {
+    let mut one = RawDocumentBuf::new();
+    one.append(cstr!("at"), said.at.to_string());
+    one.append(cstr!("on"), said.on);
+    if said.first != said.at {
+        one.append(cstr!("first"), said.first.to_string());
+    }
+    if said.key != normal {
+        one.append(cstr!("key"), said.key.as_str());
+    }
+    one
+}
+
+pub(super) fn annotation(said: &Annotation) -> RawDocumentBuf {
+    let mut one = RawDocumentBuf::new();
+    one.append(cstr!("at"), said.at.to_string());
+    append_json(&mut one, cstr!("value"), cstr!("json"), &said.json);
+    one
+}
+
+fn append_slots<T>(
+    document: &mut RawDocumentBuf,
+    field: &'static CStr,
+    slots: std::collections::BTreeMap<&str, Vec<(&str, &T)>>,
+    one: impl Fn(&str, &T) -> RawDocumentBuf,
+) {
+    if slots.is_empty() {
+        return;
+    }
+    let mut by_name = RawDocumentBuf::new();
+    for (name, users) in slots {
+        let mut by_user = RawDocumentBuf::new();
+        for (user, said) in users {
+            append(&mut by_user, user, one(name, said));
+        }
+        append(&mut by_name, name, by_user);
+    }
+    document.append(field, by_name);
+}
+
+fn append_json(document: &mut RawDocumentBuf, value: &CStr, text: &CStr, json: &str) {
+    let stored = Stored::of(json);
+    if let Some(stored) = stored.value {
+        document.append(value, stored);
+    }
+    if let Some(stored) = stored.text {
+        document.append(text, stored);
+    }
+}
+
+/// The time of a place.
+pub(super) fn date(place: &Place) -> DateTime {
+    DateTime::from_millis(number(place.ts))
 }
 
 fn append(document: &mut RawDocumentBuf, name: &str, value: RawDocumentBuf) {
@@ -142,10 +209,12 @@ pub(super) fn read(document: &RawDocument) -> Result<Document, StoreError> {
 }
 
 fn read_fields(key: &str, document: &RawDocument) -> Result<Document, String> {
-    let problem = |error: mongodb::bson::error::Error| error.to_string();
     let mut folded = Folded::default();
     let (mut base, mut said) = (None, Said::default());
     let (mut room, mut from, mut edited) = (None, String::new(), None);
+    let (mut body, mut body_json) = (None, None);
+    let (mut mentioned, mut truncated) = (None, false);
+    let mut texts = Texts::default();
     for field in document {
         let (name, value) = field.map_err(problem)?;
         let text = || value.as_str().ok_or_else(|| format!("{name} is no text"));
@@ -161,8 +230,10 @@ fn read_fields(key: &str, document: &RawDocument) -> Result<Document, String> {
                 let number = value.as_i32().and_then(|number| u16::try_from(number).ok());
                 said.fingerprint = number.ok_or("fp is no fingerprint")?;
             }
+            "ts" => texts.said = true,
             "place" => base = Some(place(text()?)?),
-            "body" => text()?.clone_into(&mut said.body),
+            "body" => body = Some(value),
+            "body_json" => body_json = Some(text()?),
             "reply_to" => said.reply_to = Some(text()?.to_owned()),
             "reply_key" => said.reply_key = Some(text()?.to_owned()),
             "mentions" => {
@@ -172,53 +243,144 @@ fn read_fields(key: &str, document: &RawDocument) -> Result<Document, String> {
                         .push(user.as_str().ok_or("a mention is no text")?.to_owned());
                 }
             }
+            "mentioned" => mentioned = Some(place(text()?)?),
             "edited" => edited = Some(place(text()?)?),
+            "edited_at" => texts.edited = value.as_datetime().is_none(),
             "deleted" => folded.deleted = Some(place(text()?)?),
-            "reactions" => {
-                for reaction in object()? {
-                    let (key, users) = reaction.map_err(problem)?;
-                    let users = users.as_document().ok_or("a reaction is no object")?;
-                    let known = folded
-                        .reactions
-                        .entry(field_text(key.as_str()))
-                        .or_default();
-                    for user in users {
-                        let (user, said) = user.map_err(problem)?;
-                        let said = said.as_document().ok_or("a reaction is no object")?;
-                        let at = place(said.get_str("at").map_err(problem)?)?;
-                        let on = said.get_bool("on").map_err(problem)?;
-                        known.insert(field_text(user.as_str()), (at, on));
-                    }
-                }
-            }
-            "annotations" => {
-                for annotation in object()? {
-                    let (name, said) = annotation.map_err(problem)?;
-                    let said = said.as_document().ok_or("an annotation is no object")?;
-                    let get = |name| said.get_str(name).map_err(problem);
-                    let annotation = (
-                        place(get("at")?)?,
-                        get("from")?.to_owned(),
-                        get("json")?.to_owned(),
-                    );
-                    folded
-                        .annotations
-                        .insert(field_text(name.as_str()), annotation);
-                }
-            }
+            "reactions" => read_reactions(&mut folded, object()?)?,
+            "annotations" => read_annotations(&mut folded, object()?)?,
+            "truncated" => truncated = true,
             _ => {}
         }
     }
+    // Of version 1 the text itself; whatever else stands there was put there by a version that wrote values.
+    let is_text = if edited.is_some() {
+        texts.edited
+    } else {
+        texts.said
+    };
+    said.body = match (body, body_json) {
+        (Some(RawBsonRef::String(text)), _) if is_text => text.to_owned(),
+        (_, Some(text)) => text.to_owned(),
+        (Some(value), None) => json::write(value),
+        (None, None) => String::new(),
+    };
+    folded.truncated |= truncated;
     folded.edit = edited.map(|place| Edit {
         place,
         body: said.body.clone(),
     });
+    folded.mentioned = mentioned.map(|place| (place, said.mentions.clone()));
     folded.base = base.map(|place| Base { place, from, said });
     Ok(Document {
         key: key.to_owned(),
         room: room.ok_or("it has no room")?,
         folded,
     })
+}
+
+/// Which bodies would be texts: who wrote the message or the edit wrote numbers for times.
+#[derive(Default)]
+struct Texts {
+    said: bool,
+    edited: bool,
+}
+
+fn read_reactions(folded: &mut Folded, reactions: &RawDocument) -> Result<(), String> {
+    for reaction in reactions {
+        let (name, users) = reaction.map_err(problem)?;
+        let name = field_text(name.as_str());
+        let normal = normal_reaction(&name);
+        for user in users.as_document().ok_or("a reaction is no object")? {
+            let (user, said) = user.map_err(problem)?;
+            let said = said.as_document().ok_or("a reaction is no object")?;
+            let at = place(said.get_str("at").map_err(problem)?)?;
+            let first = optional(said, "first").map(place).transpose()?;
+            let one = Reaction {
+                on: said.get_bool("on").map_err(problem)?,
+                first: first.unwrap_or_else(|| at.clone()),
+                key: optional(said, "key").unwrap_or(&name).to_owned(),
+                at,
+            };
+            let user = field_text(user.as_str());
+            folded.truncated |= folded.reactions.add(&user, &normal, one);
+        }
+    }
+    Ok(())
+}
+
+fn read_annotations(folded: &mut Folded, annotations: &RawDocument) -> Result<(), String> {
+    for annotation in annotations {
+        let (name, users) = annotation.map_err(problem)?;
+        let name = field_text(name.as_str());
+        let users = users.as_document().ok_or("an annotation is no object")?;
+        // That of version 1, in which each name had one user.
+        if let (Some(at), Some(json)) = (optional(users, "at"), optional(users, "json")) {
+            let user = optional(users, "from").unwrap_or_default();
+            let one = Annotation {
+                at: place(at)?,
+                json: json.to_owned(),
+            };
+            folded.truncated |= folded.annotations.add(user, &name, one);
+        }
+        for user in users {
+            let (user, said) = user.map_err(problem)?;
+            let Some(said) = said.as_document() else {
+                continue;
+            };
+            let at = place(said.get_str("at").map_err(problem)?)?;
+            let json = match (optional(said, "json"), said.get("value").map_err(problem)?) {
+                (Some(json), _) => json.to_owned(),
+                (None, Some(value)) => json::write(value),
+                (None, None) => return Err("an annotation has no value".to_owned()),
+            };
+            let user = field_text(user.as_str());
+            let one = Annotation { at, json };
+            folded.truncated |= folded.annotations.add(&user, &name, one);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a document is to be written anew because an earlier version wrote it, or a part of it.
+pub(super) fn is_old(document: &RawDocument) -> bool {
+    let get = |name: &str| document.get(name).ok().flatten();
+    let number = |name: &str| get(name).is_some_and(|at| at.as_datetime().is_none());
+    let fields = |name: &str| {
+        let fields = get(name).and_then(RawBsonRef::as_document);
+        fields.into_iter().flatten().flatten()
+    };
+    get("ts").is_some()
+        || number("edited_at")
+        || number("deleted_at")
+        || fields("reactions").any(|(name, _)| {
+            let name = field_text(name.as_str());
+            normal_reaction(&name) != name
+        })
+        || fields("annotations").any(|(_, said)| {
+            let said = said.as_document();
+            said.is_some_and(|said| optional(said, "at").is_some())
+        })
+}
+
+/// Whether a field is one that is written here, or was in an earlier version; others were put there by people.
+pub(super) fn is_own(name: &str) -> bool {
+    const OWN: &str = " _id room id from origin epoch seq fp at ts place reply_to reply_key mentions mentioned body body_json \
+        terms edited edited_at deleted deleted_at reactions annotations truncated slack ";
+    OWN.split_whitespace().any(|own| own == name)
+}
+
+fn optional<'d>(document: &'d RawDocument, name: &str) -> Option<&'d str> {
+    document
+        .get(name)
+        .ok()
+        .flatten()
+        .and_then(RawBsonRef::as_str)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "it stands in `map_err`")]
+fn problem(error: mongodb::bson::error::Error) -> String {
+    error.to_string()
 }
 
 /// The place of a document of which nothing else was asked for.

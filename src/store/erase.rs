@@ -152,11 +152,11 @@ impl Erasure {
         }
         // What was said about a message before that time is about a message of before that time.
         let edited = folded.edit.iter().map(|edit| edit.place.ts);
-        let reacted = folded.reactions.values().flat_map(BTreeMap::values);
-        let annotated = folded.annotations.values().map(|(place, ..)| place.ts);
+        let reacted = folded.reactions.iter().map(|(.., said)| said.first.ts);
+        let annotated = folded.annotations.iter().map(|(.., said)| said.at.ts);
         let said = edited
             .chain(folded.deleted.iter().map(|place| place.ts))
-            .chain(reacted.map(|(place, _)| place.ts))
+            .chain(reacted)
             .chain(annotated);
         let author = author(room, key);
         said.min()
@@ -487,7 +487,7 @@ impl Store {
     /// Deletes what an erasure means of the documents that match.
     async fn delete_doomed(&self, erasure: &Erasure, filter: Fields) -> Result<u64, StoreError> {
         let options = FindOptions::builder()
-            .projection(doc! { "body": 0, "terms": 0, "mentions": 0 })
+            .projection(doc! { "body": 0, "body_json": 0, "terms": 0, "mentions": 0 })
             .batch_size(u32::try_from(DELETED_AT_ONCE).unwrap_or(u32::MAX))
             .build();
         let messages = self.majority_messages();
@@ -587,6 +587,7 @@ impl Store {
         let fields_of = |path: &str| doc! { "$objectToArray": { "$ifNull": [path, {}] } };
         let reaction =
             doc! { "$and": [ { "$eq": ["$$said.k", &field] }, { "$lt": ["$$said.v.at", &end] } ] };
+        // That of version 1 has its user within.
         let annotation = doc! { "$and": [
             { "$eq": ["$$said.v.from", { "$literal": user }] }, { "$lt": ["$$said.v.at", &end] },
         ] };
@@ -598,11 +599,14 @@ impl Store {
                 "input": input, "as": "said", "cond": { "$not": which.clone() },
             } } }
         };
-        let reacted = doc! { "$anyElementTrue": { "$map": {
-            "input": fields_of("$reactions"), "as": "reaction",
-            "in": among(fields_of("$$reaction.v"), &reaction),
-        } } };
-        let annotated = among(fields_of("$annotations"), &annotation);
+        let named = |path: &str| {
+            doc! { "$anyElementTrue": { "$map": {
+                "input": fields_of(path), "as": "name",
+                "in": among(fields_of("$$name.v"), &reaction),
+            } } }
+        };
+        let (reacted, annotated) = (named("$reactions"), named("$annotations"));
+        let annotated = doc! { "$or": [annotated, among(fields_of("$annotations"), &annotation)] };
         let mut filter = doc! {
             "room": room.as_str(),
             "$or": [{ "reactions": { "$exists": true } }, { "annotations": { "$exists": true } }],
@@ -611,17 +615,21 @@ impl Store {
         if let Some(keys) = keys {
             filter.insert("_id", doc! { "$in": keys });
         }
-        let reactions = doc! { "$arrayToObject": { "$map": {
-            "input": fields_of("$reactions"), "as": "reaction",
-            "in": { "k": "$$reaction.k", "v": without(fields_of("$$reaction.v"), &reaction) },
-        } } };
+        let remaining = |input: Fields| {
+            doc! { "$arrayToObject": { "$map": {
+                "input": input, "as": "name",
+                "in": { "k": "$$name.k", "v": without(fields_of("$$name.v"), &reaction) },
+            } } }
+        };
+        let annotations = without(fields_of("$annotations"), &annotation);
+        let annotations = remaining(doc! { "$objectToArray": annotations });
         let kept = |name: &str, value: Fields| {
             let there = doc! { "$eq": [{ "$type": format!("${name}") }, "object"] };
             doc! { "$cond": [there, value, "$$REMOVE"] }
         };
         let set = doc! { "$set": {
-            "reactions": kept("reactions", reactions),
-            "annotations": kept("annotations", without(fields_of("$annotations"), &annotation)),
+            "reactions": kept("reactions", remaining(fields_of("$reactions"))),
+            "annotations": kept("annotations", annotations),
         } };
         let messages = self.majority_messages();
         let update = messages.update_many(filter, vec![set]);

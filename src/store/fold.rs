@@ -7,11 +7,10 @@
 //!   of workers and regions. So nothing here may depend on what is already there, other than by an order of [`Place`]s.
 //! - Of several messages with the same key the first counts. Of several edits the last counts, and any edit counts more than
 //!   the message. A deletion counts more than all else, for good.
+//! - An edit that says who is mentioned replaces that, one that does not leaves it as it is.
+//! - What is kept is bounded, see [`Slots`].
 
-use std::collections::BTreeMap;
-
-use serde_json::value::RawValue;
-
+use super::slots::{Annotation, Reaction, Slots};
 use crate::model::{Place, RoomId};
 
 /// One message of a room's log, as history sees it.
@@ -69,12 +68,17 @@ pub struct Said {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// Another body.
-    Edit(String),
+    Edit {
+        /// The body's JSON text.
+        body: String,
+        /// Who is mentioned now; `None`: who was before.
+        mentions: Option<Vec<String>>,
+    },
     /// It is withdrawn: only a tombstone is left.
     Delete,
     /// The sender has, or no longer has, this reaction to it.
     React {
-        /// Which, e.g. `👍`.
+        /// Which, e.g. `👍`, as it was written.
         key: String,
         /// Whether it is there now.
         on: bool,
@@ -92,10 +96,14 @@ pub struct Folded {
     pub edit: Option<Edit>,
     /// The first deletion.
     pub deleted: Option<Place>,
-    /// By reaction and user: where that was said last, and whether it is there.
-    pub reactions: BTreeMap<String, BTreeMap<String, (Place, bool)>>,
-    /// By name: where that was said last, by whom, and its JSON text.
-    pub annotations: BTreeMap<String, (Place, String, String)>,
+    /// The last edit that said who is mentioned, and whom.
+    pub mentioned: Option<(Place, Vec<String>)>,
+    /// Reactions by their normal form.
+    pub reactions: Slots<Reaction>,
+    /// Annotations by their name.
+    pub annotations: Slots<Annotation>,
+    /// More reactions or annotations were said than are kept.
+    pub truncated: bool,
 }
 
 /// A message as it was said.
@@ -146,12 +154,17 @@ impl Folded {
     fn change(&mut self, entry: &Entry, change: &Change) {
         let place = &entry.place;
         match change {
-            Change::Edit(body) => {
+            Change::Edit { body, mentions } => {
                 if self.edit.as_ref().is_none_or(|edit| edit.place < *place) {
                     self.edit = Some(Edit {
                         place: place.clone(),
                         body: body.clone(),
                     });
+                }
+                if let Some(users) = mentions
+                    && self.mentioned.as_ref().is_none_or(|(last, _)| last < place)
+                {
+                    self.mentioned = Some((place.clone(), users.clone()));
                 }
             }
             Change::Delete => {
@@ -160,18 +173,15 @@ impl Folded {
                 }
             }
             Change::React { key, on } => {
-                let users = self.reactions.entry(key.clone()).or_default();
-                if users.get(&entry.from).is_none_or(|(said, _)| said < place) {
-                    users.insert(entry.from.clone(), (place.clone(), *on));
-                }
+                self.truncated |= self.reactions.react(&entry.from, key, place, *on);
             }
             Change::Annotate(annotations) => {
                 for (name, json) in annotations {
-                    let known = self.annotations.get(name);
-                    if known.is_none_or(|(said, ..)| said < place) {
-                        let annotation = (place.clone(), entry.from.clone(), json.clone());
-                        self.annotations.insert(name.clone(), annotation);
-                    }
+                    let said = Annotation {
+                        at: place.clone(),
+                        json: json.clone(),
+                    };
+                    self.truncated |= self.annotations.add(&entry.from, name, said);
                 }
             }
         }
@@ -180,8 +190,10 @@ impl Folded {
     /// What a tombstone must not have.
     fn bury(&mut self) {
         self.edit = None;
+        self.mentioned = None;
         self.reactions.clear();
         self.annotations.clear();
+        self.truncated = false;
         if let Some(base) = &mut self.base {
             base.said.body.clear();
             base.said.mentions.clear();
@@ -197,53 +209,17 @@ impl Folded {
         let edited = self.edit.as_ref().map(|edit| edit.body.as_str());
         edited.or(self.base.as_ref().map(|base| base.said.body.as_str()))
     }
-}
 
-/// The reaction that a body means: a string, or `{"key": …}` (also `text`), with `"remove": true` to take it back.
-#[must_use]
-pub fn reaction(body: &str) -> Option<Change> {
-    #[derive(serde::Deserialize)]
-    #[serde(untagged)]
-    enum Body {
-        Plain(String),
-        Full {
-            #[serde(alias = "text")]
-            key: String,
-            #[serde(default)]
-            remove: bool,
-        },
+    /// Who is mentioned now.
+    #[must_use]
+    pub fn mentions(&self) -> &[String] {
+        match (&self.mentioned, &self.base) {
+            (Some((_, users)), _) => users,
+            (None, Some(base)) => &base.said.mentions,
+            (None, None) => &[],
+        }
     }
-    let (key, on) = match serde_json::from_str(body).ok()? {
-        Body::Plain(key) => (key, true),
-        Body::Full { key, remove } => (key, !remove),
-    };
-    (1..=MAX_REACTION)
-        .contains(&key.len())
-        .then_some(Change::React { key, on })
 }
-
-/// The annotations that a body means: the fields of an object, at most [`MAX_ANNOTATIONS`].
-#[must_use]
-pub fn annotations(body: &str) -> Option<Change> {
-    let fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(body).ok()?;
-    let few = (1..=MAX_ANNOTATIONS).contains(&fields.len());
-    let short = fields
-        .keys()
-        .all(|name| (1..=MAX_ANNOTATION_NAME).contains(&name.len()));
-    let fields = fields
-        .into_iter()
-        .map(|(name, json)| (name, json.get().to_owned()));
-    (few && short).then(|| Change::Annotate(fields.collect()))
-}
-
-/// Longest reaction, in bytes.
-pub const MAX_REACTION: usize = 64;
-
-/// Most annotations in one message.
-pub const MAX_ANNOTATIONS: usize = 32;
-
-/// Longest name of an annotation, in bytes.
-pub const MAX_ANNOTATION_NAME: usize = 64;
 
 #[cfg(test)]
 mod tests {
@@ -276,9 +252,10 @@ mod tests {
             mentions: vec!["lee".to_owned()],
         });
         let change = prop_oneof![
-            3 => "[0-9]{1,2}".prop_map(Change::Edit),
+            3 => ("[0-9]{1,2}", prop::option::of(prop::collection::vec("ann|bob", 0..3)))
+                .prop_map(|(body, mentions)| Change::Edit { body, mentions }),
             1 => Just(Change::Delete),
-            4 => ("👍|👎", any::<bool>()).prop_map(|(key, on)| Change::React { key, on }),
+            4 => ("👍|👍\u{fe0f}|👎", any::<bool>()).prop_map(|(key, on)| Change::React { key, on }),
             2 => prop::collection::btree_map("emotion|translation", "[0-9]", 1..3)
                 .prop_map(|fields| Change::Annotate(fields.into_iter().collect())),
         ];
@@ -325,7 +302,7 @@ mod tests {
                 matches!(&entry.what, What::Change { change: Change::Delete, .. })
             });
             let last_edit = entries.iter().rev().find_map(|entry| match &entry.what {
-                What::Change { change: Change::Edit(body), .. } => Some(body.as_str()),
+                What::Change { change: Change::Edit { body, .. }, .. } => Some(body.as_str()),
                 _ => None,
             });
             let first = entries.iter().find_map(|entry| match &entry.what {
@@ -334,44 +311,14 @@ mod tests {
             });
             let expected = if deleted { None } else { last_edit.or(first) };
             prop_assert_eq!(folded.body(), expected);
+            let last_mentions = entries.iter().rev().find_map(|entry| match &entry.what {
+                What::Change { change: Change::Edit { mentions, .. }, .. } => mentions.clone(),
+                _ => None,
+            });
+            let first_mentions = if first.is_some() { vec!["lee".to_owned()] } else { Vec::new() };
+            let expected = last_mentions.unwrap_or(first_mentions);
+            prop_assert_eq!(folded.mentions(), if deleted { Vec::new() } else { expected });
             prop_assert_eq!(folded.base.is_some(), first.is_some());
-        }
-
-        #[test]
-        fn any_body_is_a_reaction_and_annotations_or_neither(body in "\\PC{0,40}") {
-            if let Some(Change::React { key, .. }) = reaction(&body) {
-                prop_assert!(!key.is_empty());
-            }
-            if let Some(Change::Annotate(fields)) = annotations(&body) {
-                prop_assert!(!fields.is_empty());
-            }
-        }
-    }
-
-    #[test]
-    fn bodies_of_reactions_and_annotations() {
-        let react = |key: &str, on| {
-            Some(Change::React {
-                key: key.to_owned(),
-                on,
-            })
-        };
-        assert_eq!(reaction(r#""👍""#), react("👍", true));
-        assert_eq!(
-            reaction(r#"{"key":"👍","remove":true}"#),
-            react("👍", false)
-        );
-        assert_eq!(reaction(r#"{"text":"👍"}"#), react("👍", true));
-        for nothing in ["7", "\"\"", "{}", "{\"key\":7}", "[]", "{"] {
-            assert_eq!(reaction(nothing), None, "{nothing}");
-        }
-        let found = Some(Change::Annotate(vec![(
-            "translation".to_owned(),
-            r#"{ "ko" : "안녕" }"#.to_owned(),
-        )]));
-        assert_eq!(annotations(r#"{"translation": { "ko" : "안녕" }}"#), found);
-        for nothing in ["7", "{}", "[]", "\"x\"", r#"{"":1}"#] {
-            assert_eq!(annotations(nothing), None, "{nothing}");
         }
     }
 }

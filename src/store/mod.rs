@@ -6,9 +6,12 @@
 mod document;
 mod erase;
 mod fold;
+mod json;
 mod query;
 mod removals;
+mod renew;
 mod schema;
+mod slots;
 mod text;
 mod update;
 mod write;
@@ -30,11 +33,10 @@ use crate::{
 };
 
 pub use erase::{Again, Claimed, Doomed, Erased, Erasure};
-pub use fold::{
-    Base, Change, Edit, Entry, Folded, MAX_ANNOTATION_NAME, MAX_ANNOTATIONS, MAX_REACTION, Said,
-    What, annotations, reaction,
-};
+pub use fold::{Base, Change, Edit, Entry, Folded, Said, What};
 pub use removals::Removal;
+pub use renew::Migrated;
+pub use slots::{Annotation, Reaction, Slot, Slots};
 pub use text::{MAX_QUERY, QueryError};
 
 /// The collection of messages.
@@ -49,6 +51,10 @@ const SEARCH_ROUND: std::ops::RangeInclusive<usize> = 50..=500;
 /// Messages of a room that is searched by looking at all of it. Measured where MongoDB's cache is small: looking at a thousand
 /// documents that are not in it takes ten times as long as looking a rare word up.
 const SMALL_ROOM: usize = 500;
+
+/// Most bytes of documents that are read for one answer of this module, unless the first has more: what comes after is left
+/// for the next. MongoDB itself sends at most 16 MiB at once.
+const MAX_READ: usize = 4 << 20;
 
 /// How often candidates are fetched for one page of a search, where most do not fit.
 const SEARCH_ROUNDS: usize = 8;
@@ -178,7 +184,8 @@ impl Store {
         })
     }
 
-    /// At most `limit` messages of a room, from one end of a span, in the order of that end.
+    /// At most `limit` messages of a room, from one end of a span, in the order of that end; and whether these are all.
+    /// Large ones are fewer than `limit`, and one at least.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -188,9 +195,37 @@ impl Store {
         span: &Span,
         end: End,
         limit: usize,
-    ) -> Result<Vec<Document>, StoreError> {
+    ) -> Result<(Vec<Document>, bool), StoreError> {
         let query = query::page(room, span, end, limit);
-        self.documents(query, self.read_timeout).await
+        let (page, cut) = self.documents(query, self.read_timeout).await?;
+        let all = page.len() < limit && !cut;
+        Ok((page, all))
+    }
+
+    /// The documents of the first of these keys, as far as they exist, also those of which only changes are known; and of how
+    /// many keys: of fewer than all where they are large.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn get_first(&self, keys: &[String]) -> Result<(Vec<Document>, usize), StoreError> {
+        let (mut found, mut looked) = (Vec::new(), 0);
+        let mut part = keys.len();
+        while looked < keys.len() && found.is_empty() {
+            let asked = keys
+                .get(looked..keys.len().min(looked + part))
+                .unwrap_or_default();
+            let (documents, cut) = self
+                .documents(query::keys(asked), self.read_timeout)
+                .await?;
+            // They come in no order: so fewer are asked for.
+            if cut && part > 1 {
+                part = part.div_ceil(4);
+                continue;
+            }
+            looked += asked.len();
+            found = documents;
+        }
+        Ok((found, looked))
     }
 
     /// The documents of these keys, as far as they exist; also those of which only changes are known.
@@ -198,7 +233,13 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn get(&self, keys: &[String]) -> Result<Vec<Document>, StoreError> {
-        self.documents(query::keys(keys), self.read_timeout).await
+        let (mut found, mut rest) = (Vec::new(), keys);
+        while !rest.is_empty() {
+            let (documents, looked) = self.get_first(rest).await?;
+            found.extend(documents);
+            rest = rest.get(looked..).unwrap_or_default();
+        }
+        Ok(found)
     }
 
     /// The place of the room's message nearest to a position of a stream: the first at it or after it (`End::Oldest`), or
@@ -213,7 +254,7 @@ impl Store {
         end: End,
     ) -> Result<Option<Place>, StoreError> {
         let query = query::nearest(room, position, end);
-        let found = self.find(query, self.read_timeout).await?;
+        let (found, _) = self.find(query, self.read_timeout).await?;
         let first = found.first().map(|found| document::read_place(found));
         first.transpose()
     }
@@ -251,12 +292,12 @@ impl Store {
                 .clamp(*SEARCH_ROUND.start(), *SEARCH_ROUND.end());
             let candidates = query::search(search, &sought, &span, fetched, walk);
             let left = deadline.saturating_duration_since(Instant::now());
-            let candidates = match self.documents(candidates, left).await {
+            let (candidates, cut) = match self.documents(candidates, left).await {
                 // There is something to show, and the rest can be asked for.
                 Err(StoreError::Unavailable(_)) if round > 0 => return Ok((found, span.before)),
                 candidates => candidates?,
             };
-            let exhausted = candidates.len() < fetched;
+            let exhausted = candidates.len() < fetched && !cut;
             for candidate in candidates {
                 if found.len() == search.limit {
                     return Ok((found, span.before));
@@ -297,19 +338,21 @@ impl Store {
         &self,
         query: query::Query,
         limit: Duration,
-    ) -> Result<Vec<Document>, StoreError> {
-        let found = self.find(query, limit).await?;
-        found.iter().map(|found| document::read(found)).collect()
+    ) -> Result<(Vec<Document>, bool), StoreError> {
+        let (found, cut) = self.find(query, limit).await?;
+        let documents: Result<_, _> = found.iter().map(|found| document::read(found)).collect();
+        Ok((documents?, cut))
     }
 
+    /// What a query finds, and whether that is only the first of it, because it is large.
     async fn find(
         &self,
         query: query::Query,
         limit: Duration,
-    ) -> Result<Vec<RawDocumentBuf>, StoreError> {
+    ) -> Result<(Vec<RawDocumentBuf>, bool), StoreError> {
         // For MongoDB no limit is no limit.
         if query.limit == 0 {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), false));
         }
         let mut options = FindOptions::default();
         options.sort = Some(query.sort);
@@ -322,7 +365,18 @@ impl Store {
         options.hint = query.index.map(|name| Hint::Name(name.to_owned()));
         let messages = self.database.collection::<RawDocumentBuf>(MESSAGES);
         let find = messages.find(query.filter).with_options(options);
-        let found = async { find.await?.try_collect().await };
+        let found = async {
+            let mut found = find.await?;
+            let (mut documents, mut bytes) = (Vec::new(), 0);
+            while let Some(document) = found.try_next().await? {
+                bytes += document.as_bytes().len();
+                if bytes > MAX_READ && !documents.is_empty() {
+                    return Ok((documents, true));
+                }
+                documents.push(document);
+            }
+            Ok((documents, false))
+        };
         within(limit, found).await
     }
 

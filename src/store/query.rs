@@ -41,6 +41,17 @@ pub(super) fn keys(keys: &[String]) -> Query {
     }
 }
 
+/// Documents in the order of their keys, after one.
+pub(super) fn after(key: &str, limit: usize) -> Query {
+    Query {
+        filter: doc! { "_id": { "$gt": key } },
+        sort: doc! { "_id": 1 },
+        limit,
+        only: None,
+        index: None,
+    }
+}
+
 pub(super) fn nearest(room: &RoomId, position: &Position, end: End) -> Query {
     let seq = i64::try_from(position.seq).unwrap_or(i64::MAX);
     let bound = match end {

@@ -6,11 +6,12 @@
 //! # From a version to the next
 //! What can be added without changing what documents mean (a field that may be absent, an index) is added here and needs no
 //! new version. For the rest, [`VERSION`] is increased and [`Store::prepare`] gets a step from the version before: it is run
-//! before the new version is recorded, must be repeatable (it may be interrupted, and several processes may run it at once),
-//! and must leave documents that the version before can still read and write, since workers of both run while a mesh is
-//! updated; what the old ones wrote meanwhile is converted by running the step again once they are gone. Where that can't be
-//! had (the terms of all documents change, say), the history is written anew into another `mongodb.database` from the streams
-//! or with a copy of the old one, and the mesh is pointed there.
+//! before the new version is recorded, and must be repeatable (it may be interrupted, and several processes may run it at
+//! once). Documents are written anew in the background ([`Store::migrate`]), and are read and updated in either form until then.
+//!
+//! A natter of an earlier version that still runs can't read documents of the new one. What it writes is read; it is written
+//! anew if the migration has not come to it yet, and else after `db.meta.deleteOne({_id: "migration"})` and
+//! `db.meta.updateOne({_id: "schema"}, {$set: {version: 1}})`, by the next start.
 //!
 //! # Sharding
 //! `sh.shardCollection("<database>.messages", {room: "hashed"})`. Every write names the room, and a room is on one shard.
@@ -21,9 +22,12 @@ use tokio::time::Duration;
 use super::{MESSAGES, Store, StoreError, write::DUPLICATE_KEY};
 
 /// The version of the schema that this natter reads and writes.
-pub(super) const VERSION: i64 = 1;
+///
+/// 2: bodies are values and times are dates; reactions are named by their normal form, annotations by name and user; terms are
+/// folded by Unicode.
+pub(super) const VERSION: i64 = 2;
 
-const META: &str = "meta";
+pub(super) const META: &str = "meta";
 
 /// Names of indexes that queries name.
 pub(super) const ROOM_PLACE: &str = "room_place";
@@ -82,8 +86,13 @@ impl Store {
         self.run(create, BUILD_TIMEOUT).await?;
         self.prepare_erasures().await?;
         self.prepare_removals().await?;
-        if known.is_none() {
-            self.record_version().await?;
+        match known {
+            None => self.record_version().await?,
+            Some(found) if found < VERSION => {
+                self.note_migration().await?;
+                self.raise_version().await?;
+            }
+            Some(_) => {}
         }
         Ok(())
     }
@@ -112,6 +121,15 @@ impl Store {
             key: "schema".to_owned(),
             problem: "it has no version".to_owned(),
         })
+    }
+
+    async fn raise_version(&self) -> Result<(), StoreError> {
+        let update = doc! {
+            "update": META,
+            "updates": [{ "q": { "_id": "schema" }, "u": { "$max": { "version": VERSION } } }],
+            "writeConcern": { "w": "majority" },
+        };
+        self.run(update, self.write_timeout).await.map(|_ok| ())
     }
 
     async fn record_version(&self) -> Result<(), StoreError> {

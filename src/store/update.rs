@@ -5,11 +5,13 @@
 //!   document may come in any order. Everything it takes over depends on a comparison of places.
 //! - What comes from clients stands in `$literal`, or in a path as [`field_name`] writes it: never as an expression.
 
-use mongodb::bson::{Bson, Document as Fields, doc};
+use mongodb::bson::{Bson, Document as Fields, RawDocumentBuf, doc, raw::RawBson};
 
 use super::{
     Base, Folded,
-    document::{field_name, number},
+    document::{self, date, field_name, number},
+    json::Stored,
+    slots::{Annotation, Reaction},
     text::Text,
 };
 use crate::model::RoomId;
@@ -17,8 +19,12 @@ use crate::model::RoomId;
 /// After every place: they begin with a hexadecimal digit.
 const AFTER_ALL: &str = "~";
 
+/// Bytes of reactions and annotations that may be added to a document until it is written anew, without those that do not
+/// count ([`Slots`](super::Slots)).
+pub(super) const MAX_SLACK: i32 = 32 << 10;
+
 /// What a tombstone keeps.
-const KEPT: [&str; 14] = [
+const KEPT: [&str; 15] = [
     "_id",
     "room",
     "id",
@@ -27,6 +33,7 @@ const KEPT: [&str; 14] = [
     "epoch",
     "seq",
     "fp",
+    "at",
     "ts",
     "place",
     "reply_to",
@@ -35,22 +42,18 @@ const KEPT: [&str; 14] = [
     "deleted_at",
 ];
 
-/// One statement of an `update` command, which adds `folded` to what the document says.
-pub(super) fn statement(key: &str, room: &RoomId, folded: &Folded) -> Fields {
+/// One statement of an `update` command, which adds `folded` to what the document says. `bounded`: a document that has to be
+/// written anew before is not found by it; then it fails as if somebody else had just made the document.
+pub(super) fn statement(key: &str, room: &RoomId, folded: &Folded, bounded: bool) -> Fields {
     let mut set = Fields::new();
     if let Some(base) = &folded.base {
         said(&mut set, base);
     }
     if let Some(edit) = &folded.edit {
         let place = edit.place.to_string();
-        let last = doc! { "$gt": [&place, { "$ifNull": ["$edited", ""] }] };
+        let last = later("edited", &place);
         take(&mut set, &last, "edited", Some(place.into()));
-        take(
-            &mut set,
-            &last,
-            "edited_at",
-            Some(number(edit.place.ts).into()),
-        );
+        take(&mut set, &last, "edited_at", Some(date(&edit.place).into()));
         body(&mut set, &last, &edit.body);
     } else if let Some(base) = &folded.base {
         let unedited = doc! { "$lte": ["$edited", Bson::Null] };
@@ -60,27 +63,50 @@ pub(super) fn statement(key: &str, room: &RoomId, folded: &Folded) -> Fields {
             &base.said.body,
         );
     }
+    if let Some((place, users)) = &folded.mentioned {
+        let place = place.to_string();
+        let last = later("mentioned", &place);
+        take(&mut set, &last, "mentioned", Some(place.into()));
+        mentions(&mut set, &last, users);
+    } else if let Some(base) = &folded.base {
+        let unsaid = doc! { "$lte": ["$mentioned", Bson::Null] };
+        mentions(
+            &mut set,
+            &doc! { "$and": [first(base), unsaid] },
+            &base.said.mentions,
+        );
+    }
     if let Some(deleted) = &folded.deleted {
-        set.insert(
-            "deleted",
-            doc! { "$min": ["$deleted", deleted.to_string()] },
-        );
-        set.insert(
-            "deleted_at",
-            doc! { "$min": ["$deleted_at", number(deleted.ts)] },
-        );
+        let place = deleted.to_string();
+        let first = doc! { "$lt": [&place, { "$ifNull": ["$deleted", AFTER_ALL] }] };
+        take(&mut set, &first, "deleted", Some(place.into()));
+        take(&mut set, &first, "deleted_at", Some(date(deleted).into()));
     }
-    for (reaction, users) in &folded.reactions {
-        for (user, (place, on)) in users {
-            let path = format!("reactions.{}.{}", field_name(reaction), field_name(user));
-            let said = doc! { "at": place.to_string(), "on": *on };
-            newest(&mut set, &path, said);
+    let mut added = Vec::new();
+    for (user, name, said) in folded.reactions.iter() {
+        let path = format!("reactions.{}.{}", field_name(name), field_name(user));
+        added.push(reaction(&mut set, &path, name, said));
+    }
+    for (user, name, said) in folded.annotations.iter() {
+        let path = format!("annotations.{}.{}", field_name(name), field_name(user));
+        added.push(annotation(&mut set, &path, said));
+    }
+    if folded.truncated {
+        set.insert("truncated", true);
+    }
+    // The room is the shard key.
+    let mut which = doc! { "_id": key, "room": room.as_str() };
+    if !added.is_empty() {
+        if bounded {
+            which.insert("slack", doc! { "$not": { "$gte": MAX_SLACK } });
         }
-    }
-    for (name, (place, from, json)) in &folded.annotations {
-        let path = format!("annotations.{}", field_name(name));
-        let said = doc! { "at": place.to_string(), "from": from, "json": json };
-        newest(&mut set, &path, said);
+        let sum = doc! { "$add": added };
+        let slack = doc! { "$add": [{ "$ifNull": ["$slack", 0] }, "$$added"] };
+        let changed = doc! { "$cond": [{ "$gt": ["$$added", 0] }, slack, "$slack"] };
+        set.insert(
+            "slack",
+            doc! { "$let": { "vars": { "added": sum }, "in": changed } },
+        );
     }
     let kept: Fields = KEPT
         .into_iter()
@@ -91,12 +117,12 @@ pub(super) fn statement(key: &str, room: &RoomId, folded: &Folded) -> Fields {
     if !set.is_empty() {
         stages.insert(0, doc! { "$set": set });
     }
-    doc! {
-        // The room is the shard key.
-        "q": { "_id": key, "room": room.as_str() },
-        "u": stages,
-        "upsert": true,
-    }
+    doc! { "q": which, "u": stages, "upsert": true }
+}
+
+/// Whether a place is later than the one in a field.
+fn later(field: &str, place: &str) -> Fields {
+    doc! { "$gt": [place, { "$ifNull": [format!("${field}"), ""] }] }
 }
 
 /// Whether this is the message, or what is there is another one with the same key, and later.
@@ -106,7 +132,6 @@ fn first(base: &Base) -> Fields {
 
 fn said(set: &mut Fields, base: &Base) {
     let (first, place, said) = (first(base), &base.place, &base.said);
-    let mentions: Vec<Bson> = said.mentions.iter().map(Bson::from).collect();
     let fields: [(&str, Option<Bson>); 11] = [
         ("id", Some(said.id.as_str().into())),
         ("from", Some(base.from.as_str().into())),
@@ -114,22 +139,36 @@ fn said(set: &mut Fields, base: &Base) {
         ("epoch", Some(place.epoch.as_str().into())),
         ("seq", Some(number(place.seq).into())),
         ("fp", Some(i32::from(said.fingerprint).into())),
-        ("ts", Some(number(place.ts).into())),
+        ("at", Some(date(place).into())),
+        // What an earlier version wrote in its place.
+        ("ts", None),
         ("place", Some(place.to_string().into())),
         ("reply_to", said.reply_to.as_deref().map(Bson::from)),
         ("reply_key", said.reply_key.as_deref().map(Bson::from)),
-        ("mentions", (!mentions.is_empty()).then(|| mentions.into())),
     ];
     for (name, value) in fields {
         take(set, &first, name, value);
     }
 }
 
+fn mentions(set: &mut Fields, condition: &Fields, users: &[String]) {
+    let users: Vec<Bson> = users.iter().map(Bson::from).collect();
+    let users = (!users.is_empty()).then(|| users.into());
+    take(set, condition, "mentions", users);
+}
+
 fn body(set: &mut Fields, condition: &Fields, body: &str) {
+    let Stored { value, text } = Stored::of(body);
+    take(set, condition, "body", value.and_then(bson));
+    take(set, condition, "body_json", text.map(Bson::from));
     let terms: Vec<Bson> = Text::of(body).terms().into_iter().map(Bson::from).collect();
-    take(set, condition, "body", Some(body.into()));
     let terms = (!terms.is_empty()).then(|| terms.into());
     take(set, condition, "terms", terms);
+}
+
+/// A value that was made here is well-formed.
+fn bson(value: RawBson) -> Option<Bson> {
+    Bson::try_from(value).ok()
 }
 
 /// Sets a field (or takes it away) if the condition is met.
@@ -139,15 +178,51 @@ fn take(set: &mut Fields, condition: &Fields, name: &str, value: Option<Bson>) {
     set.insert(name, doc! { "$cond": [condition.clone(), value, kept] });
 }
 
-/// Sets what was said at a path, if that is later than what is there.
-fn newest(set: &mut Fields, path: &str, said: Fields) {
-    let at = said.get("at").cloned().unwrap_or(Bson::Null);
-    let known = doc! { "$ifNull": [format!("${path}.at"), ""] };
-    let value = literal(said.into());
-    set.insert(
-        path,
-        doc! { "$cond": [{ "$gt": [at, known] }, value, format!("${path}")] },
-    );
+/// Adds what a user said about a reaction, as [`Slot::join`](super::Slot::join); how many bytes that adds.
+fn reaction(set: &mut Fields, path: &str, normal: &str, said: &Reaction) -> Bson {
+    let known = format!("${path}");
+    let known_at = format!("{known}.at");
+    let known_first = doc! { "$ifNull": [format!("{known}.first"), &known_at] };
+    let (at, first) = (said.at.to_string(), said.first.to_string());
+    let later = doc! { "$gt": [&at, &known_at] };
+    let earlier = doc! { "$lt": [&first, known_first.clone()] };
+    let last = doc! { "at": { "$literal": at }, "on": said.on, "first": known_first };
+    let begun = doc! { "$literal": { "first": first, "key": &said.key } };
+    let joined = doc! { "$mergeObjects": [
+        &known,
+        { "$cond": [later, last, {}] },
+        { "$cond": [earlier, begun, {}] },
+    ] };
+    let new = document::reaction(normal, said);
+    let bytes = size(path, &new);
+    let new = literal(bson(new.into()).unwrap_or(Bson::Null));
+    let is_new = is_new(&known_at);
+    set.insert(path, doc! { "$cond": [is_new.clone(), new, joined] });
+    doc! { "$cond": [is_new, bytes, 0] }.into()
+}
+
+/// Sets a user's annotation, if it is later than what is there; how many bytes that adds.
+fn annotation(set: &mut Fields, path: &str, said: &Annotation) -> Bson {
+    let known = format!("${path}");
+    let last = later(&format!("{path}.at"), &said.at.to_string());
+    let new = document::annotation(said);
+    let bytes = size(path, &new);
+    let new = literal(bson(new.into()).unwrap_or(Bson::Null));
+    // What it replaces makes room; in version 1 something else may stand there.
+    let is_one = doc! { "$eq": [{ "$type": &known }, "object"] };
+    let replaced = doc! { "$cond": [is_one, { "$bsonSize": &known }, 0] };
+    let more = doc! { "$max": [0, { "$subtract": [bytes, replaced] }] };
+    set.insert(path, doc! { "$cond": [last.clone(), new, known] });
+    doc! { "$cond": [last, more, 0] }.into()
+}
+
+/// Whether there is nothing at a path.
+fn is_new(path: &str) -> Fields {
+    doc! { "$lte": [path, Bson::Null] }
+}
+
+fn size(path: &str, said: &RawDocumentBuf) -> i32 {
+    i32::try_from(path.len() + said.as_bytes().len()).unwrap_or(i32::MAX)
 }
 
 fn literal(value: Bson) -> Bson {

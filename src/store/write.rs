@@ -30,8 +30,10 @@ const MAX_DOCUMENT: usize = (16 << 20) - (16 << 10);
 /// Documents or statements of one command, in bytes, unless a single one has more.
 const MAX_COMMAND: usize = 12 << 20;
 
-/// How often updates that met with another worker's insert are repeated. The document is there after the first.
+/// How often updates that met with another worker's insert, or with a document without room, are repeated. The document is
+/// there after the first. In the last ones it takes more in than it should: it may be too large to be written anew.
 const UPSERTS: usize = 4;
+const BOUNDED: usize = 2;
 
 /// Codes of write errors that have to do with the server's state, and not with the document: they pass, or somebody repairs
 /// the server. All else that is said of one document means that it will never be taken.
@@ -157,7 +159,7 @@ impl Store {
             match &group.folded.base {
                 Some(base) => {
                     removals.extend(group.removals(&base.place));
-                    let new = document::new(group.key, group.room, &group.folded, base);
+                    let new = document::new(group.key, group.room, &group.folded);
                     inserts.push((group, new));
                 }
                 None => updates.push(group),
@@ -174,24 +176,30 @@ impl Store {
         let mut known = self.said_before(&mut updates).await?;
         known.append(&mut removals);
         self.record_removals(&known).await?;
-        for _ in 0..UPSERTS {
+        for attempt in 0..UPSERTS {
             if updates.is_empty() {
                 return Ok(refused);
             }
             let mut statements = Vec::with_capacity(updates.len());
             for group in updates.drain(..) {
-                let statement = update::statement(group.key, group.room, &group.folded);
+                let (key, room, folded) = (group.key, group.room, &group.folded);
+                let statement = update::statement(key, room, folded, attempt < BOUNDED);
                 match RawDocumentBuf::try_from(&statement) {
                     Ok(statement) => statements.push((group, statement)),
                     Err(error) => refused.push((group, error.to_string())),
                 }
             }
             for (group, error) in self.send(cstr!("update"), statements, &mut refused).await? {
+                // Another worker has just made it, or there is no room in it.
                 if error.code == DUPLICATE_KEY {
                     updates.push(group);
                 } else {
                     refused.push((group, error.text()));
                 }
+            }
+            if !updates.is_empty() {
+                let keys: Vec<String> = updates.iter().map(|group| group.key.to_owned()).collect();
+                self.make_room(&keys).await?;
             }
         }
         if updates.is_empty() {

@@ -337,6 +337,8 @@ counters! {
     HistoryBatchFailed = "natter.history.batch_failed", "{batch}";
     /// Messages that MongoDB refused, each time one was given out again.
     HistoryRefused = "natter.history.refused", "{message}";
+    /// Documents in which something was left out because more was said about the message than is kept.
+    HistoryTruncated = "natter.history.truncated", "{message}";
     /// Messages that went to the dead-letter stream.
     HistoryDead = "natter.history.dead", "{message}";
     /// Questions for pages and searches answered.

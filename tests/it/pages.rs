@@ -29,6 +29,8 @@ use crate::support::{
     raw::{Answer, Raw, bearer, request},
 };
 
+mod remarks;
+
 const ONE_PART: &str = "[nats]\npartitions = 1\n";
 
 async fn get_as(mesh: &Mesh, token: &str, path: &str, headers: &str) -> Answer {

@@ -143,8 +143,15 @@ async fn rooms(config: &Config) -> Rc<Rooms> {
     let origins = Origins::wait_for(&connection, &config.region(), &config.nats).await;
     let (line, driver) = Line::new(&config.nats, "ended").unwrap();
     let own = Arc::clone(origins.own());
-    let publisher = Publisher::new(line.clone(), reader.clone(), own, &config.nats, "e");
-    let markers = Markers::new(&reader, &origins, config, publisher);
+    let publisher = Publisher::new(
+        line.clone(),
+        reader.clone(),
+        own,
+        Arc::default(),
+        &config.nats,
+        "e",
+    );
+    let markers = Markers::new(&reader, reader.clone(), &origins, config, publisher);
     let subjects = Subjects::new(&config.nats.prefix);
     drop(driver);
     Rooms::new(line, reader, origins, subjects, config, markers)

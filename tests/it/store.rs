@@ -13,6 +13,8 @@ use natter::{
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
+mod documents;
+
 use crate::support::{LONG, config, dedicated_mongod, eventually, mongodb_url, unique};
 
 /// A store in a database of its own, and that database.
@@ -44,7 +46,20 @@ impl Own {
     }
 
     async fn all(&self, room: &RoomId, span: &Span, end: End) -> Vec<Document> {
-        self.store.page(room, span, end, 1000).await.unwrap()
+        let (mut span, mut found) = (span.clone(), Vec::new());
+        loop {
+            let (page, all) = self.store.page(room, &span, end, 1000).await.unwrap();
+            let last = page.last().and_then(|last| last.folded.base.clone());
+            let last = last.map(|base| base.place);
+            match end {
+                End::Oldest => span.after = last.or(span.after),
+                End::Newest => span.before = last.or(span.before),
+            }
+            found.extend(page);
+            if all {
+                return found;
+            }
+        }
     }
 
     async fn found(&self, search: &Search) -> Vec<String> {
@@ -123,6 +138,22 @@ fn change(room: &RoomId, seq: u64, id: u64, change: Change) -> Entry {
     }
 }
 
+fn edit(body: impl Into<String>) -> Change {
+    Change::Edit {
+        body: body.into(),
+        mentions: None,
+    }
+}
+
+fn edit_mentioning(body: &str, random: &mut StdRng) -> Change {
+    let users = ["$lee", "ann", "a.b"].map(str::to_owned);
+    let users = users[..random.random_range(0..4)].to_vec();
+    Change::Edit {
+        body: body.to_owned(),
+        mentions: random.random_bool(0.5).then_some(users),
+    }
+}
+
 fn text(text: &str) -> String {
     serde_json::json!({ "text": text }).to_string()
 }
@@ -152,6 +183,9 @@ impl Model {
             if let (Some(base), Some(edit)) = (&mut folded.base, &folded.edit) {
                 base.said.body.clone_from(&edit.body);
             }
+            if let (Some(base), Some((_, users))) = (&mut folded.base, &folded.mentioned) {
+                base.said.mentions.clone_from(users);
+            }
             Document {
                 key: key.clone(),
                 room: room.clone(),
@@ -171,8 +205,10 @@ impl Model {
 }
 
 /// Texts that mean something to MongoDB, or to how it is spoken to.
-const NASTY: [&str; 12] = [
+const NASTY: [&str; 14] = [
     "kim",
+    "❤",
+    "❤\u{fe0f}",
     "$from",
     "$$REMOVE",
     "a.b",
@@ -197,7 +233,7 @@ fn random_entry(random: &mut StdRng, room: &RoomId, seq: u64) -> Entry {
     let key = format!("{room}/$kim/{number}");
     let change = match random.random_range(0..20) {
         0..=5 => None,
-        6..=9 => Some(Change::Edit(body.clone())),
+        6..=9 => Some(edit_mentioning(&body, random)),
         10 => Some(Change::Delete),
         11..=15 => Some(Change::React {
             key: pick(random),
@@ -306,7 +342,7 @@ async fn pages_from_both_ends_are_the_room_and_bodies_come_back_byte_for_byte() 
         .collect();
     // Tombstones are in pages, what is only spoken of is not.
     entries.push(change(&room, 41, 7, Change::Delete));
-    entries.push(change(&room, 42, 999, Change::Edit("7".to_owned())));
+    entries.push(change(&room, 42, 999, edit("7".to_owned())));
     own.write(&entries).await;
     let model = Model::of(&entries).page();
     assert_eq!(model.len(), 40);
@@ -315,7 +351,7 @@ async fn pages_from_both_ends_are_the_room_and_bodies_come_back_byte_for_byte() 
         for end in [End::Oldest, End::Newest] {
             let (mut span, mut read) = (Span::default(), Vec::new());
             loop {
-                let page = own.store.page(&room, &span, end, limit).await.unwrap();
+                let (page, _) = own.store.page(&room, &span, end, limit).await.unwrap();
                 let Some(last) = page.last() else { break };
                 match end {
                     End::Oldest => span.after = Some(place(last)),
@@ -335,7 +371,11 @@ async fn pages_from_both_ends_are_the_room_and_bodies_come_back_byte_for_byte() 
     };
     assert_eq!(own.all(&room, &span, End::Oldest).await, model[10..20]);
     assert_eq!(
-        own.store.page(&room, &span, End::Oldest, 0).await.unwrap(),
+        own.store
+            .page(&room, &span, End::Oldest, 0)
+            .await
+            .unwrap()
+            .0,
         []
     );
 }
@@ -588,7 +628,7 @@ async fn a_search_goes_on_where_it_stopped_and_finds_each_once() {
     // What a deletion or an edit took away is not found.
     own.write(&[
         change(&room, 1501, 1500, Change::Delete),
-        change(&room, 1502, 1497, Change::Edit(text("else"))),
+        change(&room, 1502, 1497, edit(text("else"))),
     ])
     .await;
     let search = Search {
@@ -742,16 +782,14 @@ async fn a_refused_document_does_not_keep_the_others_out() {
         own.database
             .run_command(doc! { "collMod": "messages", "validator": validator })
     };
-    forbid(doc! { "body": { "$ne": "\"poison\"" } })
-        .await
-        .unwrap();
+    forbid(doc! { "body": { "$ne": "poison" } }).await.unwrap();
     let entries = [
         message(&room, 1, "1"),
         message(&room, 2, "\"poison\""),
         message(&room, 3, "3"),
         // One bad change does not spoil its message, nor the other changes of it.
         message(&room, 4, "4"),
-        change(&room, 5, 4, Change::Edit("\"poison\"".to_owned())),
+        change(&room, 5, 4, edit("\"poison\"".to_owned())),
         change(
             &room,
             6,
@@ -765,7 +803,7 @@ async fn a_refused_document_does_not_keep_the_others_out() {
             what: What::Nothing("nothing"),
             ..message(&room, 7, "")
         },
-        change(&room, 8, 1, Change::Edit("\"poison\"".to_owned())),
+        change(&room, 8, 1, edit("\"poison\"".to_owned())),
     ];
     let refused = own.store.write(&entries).await.unwrap();
     let indexes: Vec<usize> = refused.iter().map(|refused| refused.index).collect();
@@ -792,7 +830,7 @@ async fn what_is_too_large_for_mongodb_is_refused_alone() {
         // More than one command can take.
         message(&room, 3, &large(9 << 20)),
         message(&room, 4, &large(9 << 20)),
-        change(&room, 5, 1, Change::Edit(large(17 << 20))),
+        change(&room, 5, 1, edit(large(17 << 20))),
         // Too large together.
         change(
             &room,
@@ -817,7 +855,7 @@ async fn a_redelivered_batch_changes_nothing() {
         .map(|seq| message(&room, seq, &text("hello")))
         .collect();
     for seq in 501..=600 {
-        entries.push(change(&room, seq, seq - 500, Change::Edit(text("bye"))));
+        entries.push(change(&room, seq, seq - 500, edit(text("bye"))));
     }
     own.write(&entries).await;
     let before = own.all(&room, &Span::default(), End::Oldest).await;
@@ -844,14 +882,14 @@ async fn preparing_is_repeatable_and_a_newer_schema_is_left_alone() {
     tokio::try_join!(own.store.prepare(), own.store.prepare()).unwrap();
     let meta = own.database.collection::<Fields>("meta");
     let schema = meta.find_one(doc! {}).await.unwrap().unwrap();
-    assert_eq!(schema, doc! { "_id": "schema", "version": 1_i64 });
-    meta.update_one(doc! {}, doc! { "$set": { "version": 2 } })
+    assert_eq!(schema, doc! { "_id": "schema", "version": 2_i64 });
+    meta.update_one(doc! {}, doc! { "$set": { "version": 3 } })
         .await
         .unwrap();
     let messages = own.database.collection::<Fields>("messages");
     messages.drop_index("terms").await.unwrap();
     let error = own.store.prepare().await.unwrap_err();
-    let newer = matches!(error, StoreError::Schema { found: 2, known: 1 });
+    let newer = matches!(error, StoreError::Schema { found: 3, known: 2 });
     assert!(newer, "{error}");
     let names = messages.list_index_names().await.unwrap();
     assert!(!names.contains(&"terms".to_owned()), "{names:?}");
@@ -882,7 +920,7 @@ async fn a_batch_that_mongodb_did_not_take_is_taken_when_it_is_back() {
     let entries = [
         message(&room, 1, "1"),
         message(&room, 2, "2"),
-        change(&room, 3, 1, Change::Edit("3".to_owned())),
+        change(&room, 3, 1, edit("3".to_owned())),
     ];
     let away = |error| matches!(error, StoreError::Unavailable(_));
     assert!(away(own.store.write(&entries).await.unwrap_err()));

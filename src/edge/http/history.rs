@@ -136,7 +136,7 @@ pub(super) struct MessageBody {
     /// By name: what workers found out.
     #[schema(value_type = Option<Object>, example = json!({"translation": {"en": "hello"}}))]
     annotations: Option<serde_json::Value>,
-    /// It was too large: annotations, and perhaps reactions, were left out.
+    /// It has more reactions or annotations than are kept or shown.
     truncated: Option<bool>,
 }
 

@@ -201,7 +201,10 @@ impl Publisher {
                 fields.target = Some(id);
                 let change = if roll < 68 {
                     fields.kind = Some("edit");
-                    Change::Edit(fields.body.get().to_owned())
+                    Change::Edit {
+                        body: fields.body.get().to_owned(),
+                        mentions: None,
+                    }
                 } else {
                     fields.kind = Some("delete");
                     fields.body = raw("null".to_owned());
