@@ -615,10 +615,14 @@ impl Store {
         if let Some(keys) = keys {
             filter.insert("_id", doc! { "$in": keys });
         }
+        // Names that nobody is left under go too: the user may have made them up.
         let remaining = |input: Fields| {
-            doc! { "$arrayToObject": { "$map": {
+            let of_others = doc! { "$map": {
                 "input": input, "as": "name",
                 "in": { "k": "$$name.k", "v": without(fields_of("$$name.v"), &reaction) },
+            } };
+            doc! { "$arrayToObject": { "$filter": {
+                "input": of_others, "as": "name", "cond": { "$ne": ["$$name.v", {}] },
             } } }
         };
         let annotations = without(fields_of("$annotations"), &annotation);
