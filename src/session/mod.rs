@@ -57,7 +57,7 @@ use crate::{
 use replies::Replies;
 
 /// How often a peer is pinged.
-pub(crate) const PING_EVERY: Duration = Duration::from_secs(25);
+const PING_EVERY: Duration = Duration::from_secs(25);
 
 /// A peer that gave no sign of life for this long is closed; with the grace of a close it is gone within 60 s.
 const DEAD_AFTER: Duration = Duration::from_secs(45);

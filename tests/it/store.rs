@@ -426,8 +426,8 @@ async fn searches_find_words_and_parts_of_what_has_no_spaces() {
         "녕안 안녕",
         "ㅋㅋㅠㅠ 네ㄳ",
         "ΚΑΛΗΜΕΡΑ مُحَمَّد шёлк",
-        "⭐ 중요 ⬆️",
-        "중요 & 급함",
+        "⭐ 급한 ⬆️",
+        "급한 & 바쁜",
     ];
     let entries: Vec<Entry> = (0..)
         .zip(texts)
@@ -475,10 +475,10 @@ async fn searches_find_words_and_parts_of_what_has_no_spaces() {
         ("محمد ШЕЛК", vec!["13"]),
         ("⭐", vec!["14"]),
         ("⬆", vec!["14"]),
-        ("⭐ 중요", vec!["14"]),
-        ("⏰ 중요", vec![]),
-        ("중요", vec!["15", "14"]),
-        ("중요 &", vec!["15"]),
+        ("⭐ 급한", vec!["14"]),
+        ("⏰ 급한", vec![]),
+        ("급한", vec!["15", "14"]),
+        ("급한 &", vec!["15"]),
     ] {
         let search = Search {
             rooms: RoomScope::one(room.clone()),
