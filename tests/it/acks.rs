@@ -70,7 +70,8 @@ async fn what_was_stored_is_acknowledged_whatever_can_not_be_read() {
         let of_room = Subjects::new(prefix).publish(&origin, part, &id, Class::Msg);
         let mut published = client.subscribe(subject).await.unwrap();
         let mut asked = client.subscribe(direct_get(&stream)).await.unwrap();
-        client.flush().await.unwrap();
+        // When it answers, the server has taken the subscriptions.
+        client.request("$JS.API.INFO", "".into()).await.unwrap();
         let seq = if is_new { newest + 10 } else { 1 };
         newest = newest.max(seq + 1);
         let answering = client.clone();
