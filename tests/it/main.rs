@@ -17,6 +17,7 @@ mod drain;
 mod erase;
 mod frames;
 mod history;
+mod hostile;
 mod lease;
 mod limits;
 mod line;
