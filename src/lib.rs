@@ -38,3 +38,8 @@ pub mod store;
 pub mod subject;
 pub mod telemetry;
 pub mod wire;
+
+#[cfg(test)]
+#[expect(unreachable_pub, reason = "the fuzzer's crate exports them")]
+#[path = "../tests/fuzz/src/checks.rs"]
+mod checks;

@@ -21,6 +21,4 @@ mod verifier;
 pub use claims::{BadClaim, Claims};
 pub use grant::{BadPattern, Grant, Right, Rights};
 pub use revoked::{Block, Revocation, Revocations, Whose};
-pub use verifier::{
-    AuthConfigError, AuthError, Identity, IssueError, MAX_TOKEN, MAX_USER, Verifier, issue,
-};
+pub use verifier::{AuthConfigError, AuthError, Identity, IssueError, MAX_TOKEN, Verifier, issue};

@@ -15,15 +15,15 @@ use super::{
 };
 use crate::{
     config,
-    model::{RoomId, RoomScope},
+    model::{MAX_USER, RoomId, RoomScope, json_flaw},
     telemetry::metrics::{Counter, TokenCheck, TokenFault, count},
 };
 
 /// Longest token, in bytes.
 pub const MAX_TOKEN: usize = 8 * 1024;
 
-/// Longest user (`sub`), in bytes.
-pub const MAX_USER: usize = 256;
+/// Arrays and objects within each other in `info`; others are shown it.
+const MAX_INFO_DEPTH: usize = 64;
 
 /// Verified tokens that are remembered.
 const CACHE: usize = 10_000;
@@ -116,6 +116,16 @@ impl Identity {
                 })?,
             ),
         };
+        let deep =
+            |info: &Box<RawValue>| json_flaw(info.get().as_bytes(), MAX_INFO_DEPTH).is_some();
+        if info.as_ref().is_some_and(deep) {
+            let rule = "must not be nested deeper than 64 levels";
+            return Err(BadClaim::Wrong {
+                claim: "info",
+                rule,
+            }
+            .into());
+        }
         Ok(Self {
             user: Arc::from(claims.sub.as_str()),
             exp: claims.exp,

@@ -10,7 +10,7 @@ mod dead;
 pub mod doctor;
 mod erase;
 mod kv;
-mod line;
+pub(crate) mod line;
 mod live;
 pub mod mirrors;
 pub mod provision;

@@ -88,7 +88,7 @@ pub enum PublishError {
     #[error("the stream refuses the message: {0}")]
     StreamFull(String),
     /// Larger than the stream or the server takes.
-    #[error("the message is larger than the stream takes: {0}")]
+    #[error("the message is larger than is taken: {0}")]
     TooLarge(String),
     /// It was erased, or what it is about.
     #[error("this message was erased, or what it is about; it is not stored again: drop it")]
@@ -249,7 +249,7 @@ impl Publisher {
         let fingerprint = Fingerprint::of(key.as_bytes());
         let headers = |headers: &mut HeaderWriter<'_>| {
             headers.add(header::MSG_ID, &key);
-            self.headers(outgoing, headers);
+            write_headers(outgoing, &self.edge, headers);
         };
         let body = publication.body.get().as_bytes();
         let (newest, asked) = (self.streams.newest(part), Instant::now());
@@ -323,7 +323,7 @@ impl Publisher {
     pub fn ephemeral(&self, outgoing: &Outgoing<'_>) -> Result<u64, PublishError> {
         let ts = unix_ms();
         let headers = |headers: &mut HeaderWriter<'_>| {
-            self.headers(outgoing, headers);
+            write_headers(outgoing, &self.edge, headers);
             headers.add(header::TS, itoa::Buffer::new().format(ts));
         };
         let publication = outgoing.publication;
@@ -374,44 +374,41 @@ impl Publisher {
         let subject = self.subjects.ephemeral(room);
         Ok(self.line.publish(&subject, headers, payload)?)
     }
+}
 
-    fn headers(&self, outgoing: &Outgoing<'_>, headers: &mut HeaderWriter<'_>) {
-        let Outgoing {
-            publication,
-            user,
-            id,
-            after,
-        } = outgoing;
-        headers
-            .add(header::FROM, &header_escape(user))
-            .add(header::ID, id)
-            .add(header::CLIENT, &self.edge);
-        if publication.kind != Kind::Message {
-            headers.add(header::KIND, publication.kind.as_str());
+/// Writes what a message has besides its body; `edge` publishes it.
+pub(super) fn write_headers(outgoing: &Outgoing<'_>, edge: &str, headers: &mut HeaderWriter<'_>) {
+    let Outgoing {
+        publication,
+        user,
+        id,
+        after,
+    } = outgoing;
+    headers
+        .add(header::FROM, &header_escape(user))
+        .add(header::ID, id)
+        .add(header::CLIENT, edge);
+    if publication.kind != Kind::Message {
+        headers.add(header::KIND, publication.kind.as_str());
+    }
+    if let Some((target, reference)) = &publication.target {
+        headers.add(header::TARGET, &header_escape(target));
+        // Who publishes has checked it: without the right it would not have come here.
+        if matches!(publication.kind, Kind::Edit | Kind::Delete) && !reference.is_by(user) {
+            headers.add(header::MODERATED, "1");
         }
-        if let Some((target, reference)) = &publication.target {
-            headers.add(header::TARGET, &header_escape(target));
-            // Who publishes has checked it: without the right it would not have come here.
-            if matches!(publication.kind, Kind::Edit | Kind::Delete) && !reference.is_by(user) {
-                headers.add(header::MODERATED, "1");
-            }
-        }
-        if let Some(reply_to) = &publication.reply_to {
-            headers.add(header::REPLY_TO, &header_escape(reply_to));
-        }
-        if let Some(after) = after {
-            headers.add(header::AFTER, &after.to_string());
-        }
-        // An edit takes mentions away with an empty list; in a message it says nothing.
-        let says = |users: &&Vec<String>| !users.is_empty() || publication.kind == Kind::Edit;
-        if let Some(users) = publication.mentions.as_ref().filter(says)
-            && let Ok(json) = serde_json::to_string(users)
-        {
-            headers.add(header::MENTIONS, &json);
-        }
-        if let Some(traceparent) = telemetry::current_traceparent() {
-            headers.add(header::TRACEPARENT, &traceparent);
-        }
+    }
+    if let Some(reply_to) = &publication.reply_to {
+        headers.add(header::REPLY_TO, &header_escape(reply_to));
+    }
+    if let Some(after) = after {
+        headers.add(header::AFTER, &after.to_string());
+    }
+    if let Some(mentions) = publication.mentions.json() {
+        headers.add(header::MENTIONS, mentions);
+    }
+    if let Some(traceparent) = telemetry::current_traceparent() {
+        headers.add(header::TRACEPARENT, &traceparent);
     }
 }
 

@@ -1,12 +1,22 @@
 //! A message of a room as it lies in a stream or comes live.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    fmt,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use async_nats::HeaderMap;
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, Visitor},
+};
 
 use crate::{
-    model::{Class, Cursor, Epoch, Fingerprint, Kind, MessageId, header_escape, header_unescape},
+    model::{
+        Class, Cursor, Epoch, Fingerprint, Kind, MAX_JSON_DEPTH, MessageId, header_escape,
+        header_unescape, json_flaw, without_mark,
+    },
     subject::header,
 };
 
@@ -43,7 +53,7 @@ pub struct Record {
     pub mentions: Option<String>,
     /// What its sender had seen of other origins.
     pub after: Option<Cursor>,
-    /// The body: valid JSON text.
+    /// The body: valid JSON text without [`crate::model::Flaw`]s.
     pub body: Bytes,
 }
 
@@ -210,8 +220,9 @@ impl Record {
     fn with(fields: &Fields<'_>, payload: Bytes, class: Class, ts: u64) -> Self {
         let unescaped = |text| header_unescape(text).into_owned();
         let valid_id = |id: &&str| MessageId::parse(id).is_ok();
-        let json_array =
-            |text: &&str| text.starts_with('[') && serde_json::from_str::<Vec<&str>>(text).is_ok();
+        let texts = |text: &&str| {
+            text.starts_with('[') && serde_json::from_str::<Vec<AnyText>>(text).is_ok()
+        };
         Self {
             seq: 0,
             previous: None,
@@ -228,7 +239,7 @@ impl Record {
             target: fields.target.map(unescaped),
             moderated: fields.moderated,
             reply_to: fields.reply_to.map(unescaped),
-            mentions: fields.mentions.filter(json_array).map(str::to_owned),
+            mentions: fields.mentions.filter(texts).map(str::to_owned),
             // What can't be read is waited for by nobody.
             after: fields.after.and_then(|text| text.parse().ok()),
             body: json_or_string(payload),
@@ -236,14 +247,39 @@ impl Record {
     }
 }
 
-/// The payload, if it is JSON; else the same as a JSON string, bytes that are not UTF-8 replaced.
+/// A JSON string, looked at and not kept.
+struct AnyText;
+
+impl<'de> Deserialize<'de> for AnyText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+        impl Visitor<'_> for Text {
+            type Value = AnyText;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_str<E>(self, _text: &str) -> Result<AnyText, E> {
+                Ok(AnyText)
+            }
+        }
+        deserializer.deserialize_str(Text)
+    }
+}
+
+/// The payload, if it is JSON that clients can read; else the same as a JSON string, bytes that are not UTF-8 replaced. In
+/// both cases without a byte order mark.
 ///
 /// The check costs less than a microsecond a message and is not repeated per receiver; without it one publish by hand could
 /// break the frames of a whole room.
-fn json_or_string(payload: Bytes) -> Bytes {
-    let is_json = serde_json::from_slice::<serde::de::IgnoredAny>(&payload).is_ok()
-        && std::str::from_utf8(&payload).is_ok();
-    if is_json {
+fn json_or_string(mut payload: Bytes) -> Bytes {
+    let marked = payload.len() - without_mark(&payload).len();
+    payload.advance(marked);
+    let is_json = |text| serde_json::from_str::<IgnoredAny>(text).is_ok();
+    if simdutf8::basic::from_utf8(&payload).is_ok_and(is_json)
+        && json_flaw(&payload, MAX_JSON_DEPTH).is_none()
+    {
         return payload;
     }
     let text = String::from_utf8_lossy(&payload);
@@ -278,6 +314,21 @@ mod tests {
             ("hi \"there\"", "\"hi \\\"there\\\"\""),
             ("", "\"\""),
             ("{\"a\":1}{", "\"{\\\"a\\\":1}{\""),
+            // A byte order mark is no part of what is said.
+            ("\u{feff}{\"a\": 1}", "{\"a\": 1}"),
+            ("\u{feff}hi", "\"hi\""),
+            ("\u{feff}", "\"\""),
+            ("\u{feff}\u{feff}1", "\"\u{feff}1\""),
+            (" [\"\u{feff}\"]\n", " [\"\u{feff}\"]\n"),
+            // What clients can't read comes as text.
+            (r#"["\ud83d"]"#, r#""[\"\\ud83d\"]""#),
+            (r#"{"\uDC00\ud83d":1}"#, r#""{\"\\uDC00\\ud83d\":1}""#),
+            (r#""\ud83d\udc4b""#, r#""\ud83d\udc4b""#),
+            // To the letter: numbers, repeated keys, NUL.
+            (
+                r#"{"a":1.0e3,"a":123456789012345678901234567890,"":"\u0000\/"}"#,
+                r#"{"a":1.0e3,"a":123456789012345678901234567890,"":"\u0000\/"}"#,
+            ),
         ] {
             let record = Record::stored(
                 pairs(&server_headers()),
@@ -303,6 +354,42 @@ mod tests {
             epoch(),
         );
         assert_eq!(record.unwrap().body, "\"\u{fffd}a\"");
+    }
+
+    #[test]
+    fn what_is_nested_too_deep_comes_as_text() {
+        for (open, close) in [("[", "]"), ("{\"a\":", "}"), ("[{\"a\":", "}]")] {
+            let levels = open.matches(['[', '{']).count();
+            let nested = |times| format!("{}1{}", open.repeat(times), close.repeat(times));
+            let shown = |body: String| json_or_string(Bytes::from(body));
+            let most = MAX_JSON_DEPTH / levels;
+            assert_eq!(shown(nested(most)), nested(most));
+            for times in [most + 1, 20_000] {
+                let text: String = serde_json::from_slice(&shown(nested(times))).unwrap();
+                assert_eq!(text, nested(times));
+            }
+        }
+    }
+
+    #[test]
+    fn mentions_by_hand_are_a_list_of_texts_or_nothing() {
+        for (text, taken) in [
+            (r#"["CORP\\kim","lee"]"#, true),
+            (r#"["\u0000\ud83d\udc4b","\n"]"#, true),
+            (r#"["\ud83d"]"#, false),
+            (r#"["a",1]"#, false),
+            (r#"[["a"]]"#, false),
+            (r#"{"a":"b"}"#, false),
+            (r#"["a"] x"#, false),
+            ("[]", true),
+            ("", false),
+        ] {
+            let mut headers = server_headers();
+            headers.insert(header::MENTIONS, text);
+            let record =
+                Record::stored(pairs(&headers), Bytes::from("1"), Class::Msg, epoch()).unwrap();
+            assert_eq!(record.mentions.as_deref(), taken.then_some(text));
+        }
     }
 
     #[test]

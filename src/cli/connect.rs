@@ -126,6 +126,11 @@ pub(super) fn print_line(line: &str) -> anyhow::Result<bool> {
     }
 }
 
+/// JSON text on one line. Ends of lines are white space between its parts: in a string they are escaped.
+pub(super) fn on_one_line(json: &str) -> String {
+    json.replace(['\r', '\n'], "")
+}
+
 /// Ends when nobody can read stdout any more, also while nothing is printed; never where stdout is no pipe.
 pub(super) async fn stdout_closed() {
     // Opened anew, since watching a file makes it non-blocking for everybody who shares it.

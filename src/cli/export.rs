@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{json, value::RawValue};
 use tokio::time::sleep;
 
-use super::connect::{Connect, print_line, room, run_tool, stdout_closed};
+use super::connect::{Connect, on_one_line, print_line, room, run_tool, stdout_closed};
 use crate::{
     auth::Right,
     client::{CallError, ConnectError, Connection, Target},
@@ -78,7 +78,7 @@ async fn print(mut pages: Pages, partial: &mut bool) -> anyhow::Result<()> {
         let page: Page<'_> = serde_json::from_str(&text).context("the edge's answer is no page")?;
         *partial |= page.partial;
         for message in page.messages {
-            if !print_line(message.get())? {
+            if !print_line(&on_one_line(message.get()))? {
                 // Nobody reads on, so nobody misses anything.
                 *partial = false;
                 return Ok(());

@@ -256,13 +256,23 @@ async fn dead(nats: &Nats, json: bool, body: bool) -> anyhow::Result<ExitCode> {
                 line.push('\t');
                 line.push_str(&said);
             }
-            line
+            one_line(&line)
         };
         if !print_line(&line)? {
             break;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What others wrote must neither make further lines nor drive the terminal.
+fn one_line(text: &str) -> String {
+    let shown = |c: char| match c {
+        '\t' => c,
+        c if c.is_control() => '\u{fffd}',
+        c => c,
+    };
+    text.chars().map(shown).collect()
 }
 
 /// A letter as `<room> <user>/<id>`.

@@ -12,7 +12,7 @@ use crate::{
     auth::Right,
     client::{Draft, Publisher},
     config::{Config, ConfigError},
-    model::{Kind, MessageId, Reference, RoomId},
+    model::{Kind, MessageId, Reference, RoomId, without_mark},
 };
 
 /// Lines read ahead of the edge's acknowledgements; then stdin is not read.
@@ -139,7 +139,7 @@ async fn publish(publisher: &Publisher, send: &Send, body: Value) -> anyhow::Res
 impl Send {
     fn body(&self, text: &str) -> anyhow::Result<Value> {
         if self.json_body {
-            serde_json::from_str(text).context("the body is not JSON")
+            serde_json::from_slice(without_mark(text.as_bytes())).context("the body is not JSON")
         } else {
             Ok(json!({"text": text}))
         }

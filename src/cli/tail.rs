@@ -4,7 +4,7 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::connect::{Connect, print_line, room, run_tool, stdout_closed};
+use super::connect::{Connect, on_one_line, print_line, room, run_tool, stdout_closed};
 use crate::{
     auth::Right,
     client::{Event, Frame, Room},
@@ -85,7 +85,7 @@ async fn follow(mut room: Room, id: &RoomId, json: bool) -> anyhow::Result<()> {
             }
             Event::Message(frame) => {
                 let line = if json {
-                    frame.text().to_owned()
+                    on_one_line(frame.text())
                 } else {
                     readable(&frame)
                 };
@@ -100,7 +100,7 @@ async fn follow(mut room: Room, id: &RoomId, json: bool) -> anyhow::Result<()> {
                 }
             }
             Event::Other(frame) if json => {
-                if !print_line(frame.text())? {
+                if !print_line(&on_one_line(frame.text()))? {
                     return Ok(());
                 }
             }
@@ -122,7 +122,7 @@ async fn follow(mut room: Room, id: &RoomId, json: bool) -> anyhow::Result<()> {
 fn readable(frame: &Frame) -> String {
     let message: Message = match frame.fields() {
         Ok(message) => message,
-        Err(_not_as_documented) => return frame.text().to_owned(),
+        Err(_not_as_documented) => return safe(&on_one_line(frame.text())),
     };
     let seconds = message.ts / 1000;
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
@@ -176,6 +176,15 @@ mod tests {
         assert_eq!(shown(other), r#"12:03:04 kim: {"a":[1,2]}"#);
         let edit = serde_json::json!({"op":"msg","id":"1","from":"kim","ts":ts,"kind":"edit","target":"kim/0","body":{"text":"x"}});
         assert_eq!(shown(edit), "12:03:04 kim [edit kim/0]: x");
+    }
+
+    #[test]
+    fn a_frame_of_another_kind_can_not_drive_the_terminal() {
+        let frame = "{\"op\":\"msg\",\n\"id\":\"\u{9b}2J\u{7f}\",\"from\":1}";
+        assert_eq!(
+            readable(&Frame::parse(frame).unwrap()),
+            "{\"op\":\"msg\",\"id\":\"\u{fffd}2J\u{fffd}\",\"from\":1}"
+        );
     }
 
     #[test]

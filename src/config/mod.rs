@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use value::Secret;
 
-use crate::model::{MAX_REGIONS, Region, is_token};
+use crate::model::{MAX_JSON_DEPTH, MAX_REGIONS, Region, is_token};
 
 /// The commented defaults, as shipped in `config/default.toml`.
 pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
@@ -207,6 +207,7 @@ pub struct Auth {
 #[serde(deny_unknown_fields)]
 pub struct Limits {
     pub body: ByteSize,
+    pub json_depth: usize,
     pub frame: ByteSize,
     pub outbox: ByteSize,
     #[serde(with = "humantime_serde")]
@@ -592,6 +593,13 @@ impl Config {
             );
         }
         let limits = &self.limits;
+        check(
+            (1..=MAX_JSON_DEPTH).contains(&limits.json_depth),
+            format!(
+                "limits.json_depth = {}: must be 1 to {MAX_JSON_DEPTH}, what is deeper can't be read by many clients",
+                limits.json_depth
+            ),
+        );
         check(
             (1..=MAX_UNREAD_ROOMS).contains(&limits.unread_rooms),
             format!(

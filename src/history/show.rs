@@ -1,12 +1,12 @@
 //! A message as clients are shown it.
 
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::{borrow::Cow, cmp::Reverse, collections::BTreeMap};
 
 use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::{
-    model::{Cursor, Fingerprint, RoomId},
+    model::{Cursor, Fingerprint, MAX_JSON_DEPTH, RoomId, json_flaw},
     store::{Base, Folded},
 };
 
@@ -32,7 +32,7 @@ struct Shown<'a> {
     ts: u64,
     cursor: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    body: Option<&'a RawValue>,
+    body: Option<Cow<'a, RawValue>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reply_to: Option<&'a str>,
     #[serde(skip_serializing_if = "<[String]>::is_empty")]
@@ -44,7 +44,7 @@ struct Shown<'a> {
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     reactions: BTreeMap<&'a str, Reaction<'a>>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    annotations: BTreeMap<&'a str, &'a RawValue>,
+    annotations: BTreeMap<&'a str, Cow<'a, RawValue>>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     truncated: bool,
 }
@@ -97,9 +97,14 @@ pub(super) fn message(
     Ok(json)
 }
 
-/// JSON text as it is; it was checked when it was taken in.
-fn raw(json: &str) -> &RawValue {
-    serde_json::from_str(json).unwrap_or(RawValue::NULL)
+/// JSON text as it is; it was checked when it was taken in. What an older version took in and clients can't read is given
+/// as a JSON string, as it is in the room.
+fn raw(json: &str) -> Cow<'_, RawValue> {
+    if json_flaw(json.as_bytes(), MAX_JSON_DEPTH).is_some() {
+        return serde_json::value::to_raw_value(json)
+            .map_or(Cow::Borrowed(RawValue::NULL), Cow::Owned);
+    }
+    serde_json::from_str(json).map_or(Cow::Borrowed(RawValue::NULL), Cow::Borrowed)
 }
 
 /// Reactions as they were written first, and whether there are more.
@@ -131,7 +136,7 @@ fn reactions(folded: &Folded) -> (BTreeMap<&str, Reaction<'_>>, bool) {
 }
 
 /// Annotations, of several with one name the last, and whether there are more.
-fn annotations(folded: &Folded) -> (BTreeMap<&str, &RawValue>, bool) {
+fn annotations(folded: &Folded) -> (BTreeMap<&str, Cow<'_, RawValue>>, bool) {
     let by_name = folded.annotations.by_name().into_iter();
     let last = by_name.filter_map(|(name, said)| {
         let last = said.into_iter().map(|(_, said)| said);
@@ -148,4 +153,28 @@ fn annotations(folded: &Folded) -> (BTreeMap<&str, &RawValue>, bool) {
     let shown: BTreeMap<_, _> = shown.map(|(json, name)| (name, raw(json))).collect();
     let more = shown.len() < all;
     (shown, more)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_older_version_stored_can_be_read() {
+        let deep = format!("{}1{}", "[".repeat(20_000), "]".repeat(20_000));
+        for (stored, as_text) in [
+            ("{ \"a\" : [1.0e3, \"\\ud83d\\udc4b\"] }", false),
+            (deep.as_str(), true),
+            (r#"{"text":"\ud83d"}"#, true),
+            (r#"{"\udc4b\ud83d":1}"#, true),
+        ] {
+            let shown = raw(stored);
+            if as_text {
+                assert_eq!(serde_json::from_str::<String>(shown.get()).unwrap(), stored);
+            } else {
+                assert_eq!(shown.get(), stored);
+            }
+        }
+        assert_eq!(raw("{").get(), "null");
+    }
 }

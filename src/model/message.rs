@@ -2,6 +2,12 @@
 
 use std::{borrow::Cow, fmt, fmt::Write as _, sync::Arc};
 
+/// Longest name of a user, in bytes: that of a token's `sub`.
+pub const MAX_USER: usize = 256;
+
+/// Longest message id, in bytes.
+pub const MAX_MESSAGE_ID: usize = 64;
+
 /// A message's id, chosen by its sender: `[A-Za-z0-9._~-]{1,64}`.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct MessageId(Arc<str>);
@@ -13,7 +19,7 @@ pub struct BadMessageId(pub String);
 
 /// A message as another message refers to it: `<user>/<id>`, or a bare `<id>` for one of the sender's own.
 ///
-/// A user may contain `/`, an id can't: the last `/` divides them.
+/// A user may contain `/`, an id can't: the last `/` divides them. A user has at most [`MAX_USER`] bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Reference {
     /// The author; `None` where the reference is bare.
@@ -60,7 +66,7 @@ impl MessageId {
     /// # Errors
     /// [`BadMessageId`] with the (shortened) text.
     pub fn parse(text: &str) -> Result<Self, BadMessageId> {
-        let valid = (1..=64).contains(&text.len())
+        let valid = (1..=MAX_MESSAGE_ID).contains(&text.len())
             && text
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || b"._~-".contains(&b));
@@ -92,7 +98,9 @@ impl Reference {
     pub fn parse(text: &str) -> Result<Self, BadReference> {
         let bad = |_: BadMessageId| BadReference(text.chars().take(80).collect());
         match text.rsplit_once('/') {
-            Some(("", _)) => Err(BadReference(text.chars().take(80).collect())),
+            Some((user, _)) if user.is_empty() || user.len() > MAX_USER => {
+                Err(BadReference(text.chars().take(80).collect()))
+            }
             Some((user, id)) => Ok(Self {
                 user: Some(user.to_owned()),
                 id: MessageId::parse(id).map_err(bad)?,
@@ -221,6 +229,7 @@ pub fn header_unescape(text: &str) -> Cow<'_, str> {
         let decoded = (byte == b'=')
             .then(|| bytes.get(i + 1..i + 3))
             .flatten()
+            .filter(|hex| hex.iter().all(u8::is_ascii_hexdigit))
             .and_then(|hex| std::str::from_utf8(hex).ok())
             .and_then(|hex| u8::from_str_radix(hex, 16).ok());
         if let Some(decoded) = decoded {
@@ -247,7 +256,17 @@ mod tests {
         let other = Reference::parse("a/b/01JA").unwrap();
         assert_eq!(other.user.as_deref(), Some("a/b"));
         assert!(other.is_by("a/b") && !other.is_by("a"));
-        for bad in ["", "/", "/x", "kim/", "kim/a b", "kim/안"] {
+        let longest = "u".repeat(MAX_USER);
+        assert!(Reference::parse(&format!("{longest}/1")).is_ok());
+        for bad in [
+            "",
+            "/",
+            "/x",
+            "kim/",
+            "kim/a b",
+            "kim/안",
+            &format!("{longest}u/1"),
+        ] {
             assert!(Reference::parse(bad).is_err(), "{bad:?} was accepted");
         }
     }

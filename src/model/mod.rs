@@ -5,6 +5,7 @@
 #![warn(missing_docs, clippy::indexing_slicing)]
 
 mod cursor;
+mod json;
 mod message;
 mod partition;
 mod place;
@@ -12,9 +13,10 @@ mod remark;
 mod room;
 
 pub use cursor::{BadCursor, Cursor, Epoch, Fingerprint, MAX_REGIONS, Position, Region};
+pub use json::{Flaw, MAX_JSON_DEPTH, json_flaw, without_mark};
 pub use message::{
-    BadMessageId, BadReference, Class, Kind, MessageId, Reference, header_escape, header_unescape,
-    key_escape,
+    BadMessageId, BadReference, Class, Kind, MAX_MESSAGE_ID, MAX_USER, MessageId, Reference,
+    header_escape, header_unescape, key_escape,
 };
 pub use partition::partition_of;
 pub use place::Place;

@@ -9,7 +9,9 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::ErrorCode;
-use crate::model::{self, BadRemark, Kind, MessageId, Reference, RoomId};
+use crate::model::{
+    self, BadRemark, Kind, MAX_MESSAGE_ID, MAX_USER, MessageId, Reference, RoomId, without_mark,
+};
 
 /// The WebSocket subprotocol.
 pub const SUBPROTOCOL: &str = "natter.v1";
@@ -17,8 +19,15 @@ pub const SUBPROTOCOL: &str = "natter.v1";
 /// Most users one message may mention.
 pub const MAX_MENTIONS: usize = 100;
 
-/// Longest name of a mentioned user, in bytes; the same as that of a token's `sub`.
-const MAX_USER: usize = 256;
+/// Longest reference, in bytes: a user, `/` and an id.
+const MAX_REFERENCE: usize = MAX_USER + 1 + MAX_MESSAGE_ID;
+
+/// Mentions as they stand in a header, a JSON array, in bytes. 100 users of 256 bytes fit, unless most of their characters have to
+/// be escaped. With it all headers of a message are well below the 64 KiB that a stream takes.
+const MAX_MENTIONS_JSON: usize = 32 * 1024;
+
+/// Characters of a parser's complaint that are told to the client: it may quote what was sent, of whatever length.
+const MAX_COMPLAINT: usize = 200;
 
 /// A command was refused: the code and a text for people, and the `rid` if it could be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -220,9 +229,13 @@ pub struct Publication {
     pub target: Option<(String, Reference)>,
     /// What it answers, as it was sent.
     pub reply_to: Option<String>,
-    /// Mentioned users; in an edit `None` leaves them as they are.
-    pub mentions: Option<Vec<String>>,
+    /// Mentioned users; an edit without any leaves them as they are.
+    pub mentions: Mentions,
 }
+
+/// The users that a message mentions, as they stand in its header: a JSON array.
+#[derive(Debug, Clone, Default)]
+pub struct Mentions(Option<Box<str>>);
 
 /// The fields of a `send` and of the body of an HTTP publish.
 #[derive(Deserialize, Default)]
@@ -275,11 +288,12 @@ struct Envelope {
 
 type Refused = (ErrorCode, String);
 
-/// Decodes one text message.
+/// Decodes one text message. A byte order mark before it is dropped.
 ///
 /// # Errors
 /// [`Refusal`] with `bad_json`, `bad_request`, `unknown_op`, `bad_room` or `bad_id`; it becomes an `error` reply.
 pub fn decode(text: &str) -> Result<Command, Refusal> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let fields: Fields<'_> = match serde_json::from_str(text) {
         Ok(fields) => fields,
         Err(error) => {
@@ -316,11 +330,12 @@ pub fn decode_publication(room: RoomId, json: &[u8]) -> Result<Publication, Refu
 }
 
 fn json_refusal(error: &serde_json::Error) -> Refused {
+    let message = error.to_string().chars().take(MAX_COMPLAINT).collect();
     match error.classify() {
-        serde_json::error::Category::Data => (ErrorCode::BadRequest, error.to_string()),
+        serde_json::error::Category::Data => (ErrorCode::BadRequest, message),
         serde_json::error::Category::Syntax
         | serde_json::error::Category::Eof
-        | serde_json::error::Category::Io => (ErrorCode::BadJson, error.to_string()),
+        | serde_json::error::Category::Io => (ErrorCode::BadJson, message),
     }
 }
 
@@ -419,7 +434,7 @@ fn decode_body<T>(
     json: &[u8],
     read: impl FnOnce(Fields<'_>) -> Result<T, Refused>,
 ) -> Result<T, Refusal> {
-    serde_json::from_slice::<Fields<'_>>(json)
+    serde_json::from_slice::<Fields<'_>>(without_mark(json))
         .map_err(|error| json_refusal(&error))
         .and_then(read)
         .map_err(|(code, message)| Refusal {
@@ -439,8 +454,10 @@ fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused>
                 bad("kind is not one of message, edit, delete, reaction, annotation".to_owned())
             })?,
     };
-    let reference =
-        |text: &str| Reference::parse(text).map_err(|error| (ErrorCode::BadId, error.to_string()));
+    let reference = |name: &str, text: &str| {
+        fits(name, text.len(), MAX_REFERENCE)?;
+        Reference::parse(text).map_err(|error| (ErrorCode::BadId, error.to_string()))
+    };
     let target = match (kind, fields.target) {
         (Kind::Message, None) => None,
         (Kind::Message, Some(_)) => {
@@ -455,13 +472,13 @@ fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused>
             )));
         }
         (_, Some(text)) => {
-            let parsed = reference(&text)?;
+            let parsed = reference("target", &text)?;
             Some((text.into_owned(), parsed))
         }
     };
     let reply_to = fields
         .reply_to
-        .map(|text| reference(&text).map(|_valid| text.into_owned()));
+        .map(|text| reference("reply_to", &text).map(|_valid| text.into_owned()));
     let body = match (kind, fields.body) {
         (_, Some(body)) => body.to_owned(),
         (Kind::Delete, None) => RawValue::NULL.to_owned(),
@@ -476,13 +493,7 @@ fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused>
     if let Err(BadRemark::TooLarge(message)) = remark {
         return Err((ErrorCode::TooLarge, message));
     }
-    let mentions = fields.mentions;
-    let mentioned = mentions.as_deref().unwrap_or_default();
-    if mentioned.len() > MAX_MENTIONS || mentioned.iter().any(|user| user.len() > MAX_USER) {
-        return Err(bad(format!(
-            "mentions: at most {MAX_MENTIONS} users of at most {MAX_USER} bytes"
-        )));
-    }
+    let mentions = Mentions::of(fields.mentions, kind)?;
     Ok(Publication {
         room,
         id: fields
@@ -496,6 +507,46 @@ fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused>
         reply_to: reply_to.transpose()?,
         mentions,
     })
+}
+
+/// Refuses what has more than so many bytes.
+fn fits(name: &str, bytes: usize, most: usize) -> Result<(), Refused> {
+    if bytes <= most {
+        return Ok(());
+    }
+    let text = format!("{name} has {bytes} bytes, the limit is {most}");
+    Err((ErrorCode::TooLarge, text))
+}
+
+impl Mentions {
+    /// The mentions of `users`, who may be named more than once. An edit takes mentions away with an empty list; in a message
+    /// it says nothing.
+    fn of(users: Option<Vec<String>>, kind: Kind) -> Result<Self, Refused> {
+        let says = |users: &Vec<String>| !users.is_empty() || kind == Kind::Edit;
+        let Some(users) = users.filter(says) else {
+            return Ok(Self::default());
+        };
+        if users.len() > MAX_MENTIONS {
+            let text = format!(
+                "mentions has {} users, the limit is {MAX_MENTIONS}",
+                users.len()
+            );
+            return Err((ErrorCode::TooLarge, text));
+        }
+        for user in &users {
+            fits("a user in mentions", user.len(), MAX_USER)?;
+        }
+        let json = serde_json::to_string(&users)
+            .map_err(|error| (ErrorCode::Internal, error.to_string()))?;
+        fits("mentions, as JSON,", json.len(), MAX_MENTIONS_JSON)?;
+        Ok(Self(Some(json.into())))
+    }
+
+    /// The users as a JSON array; `None` where nothing is said of them.
+    #[must_use]
+    pub fn json(&self) -> Option<&str> {
+        self.0.as_deref()
+    }
 }
 
 /// Appends frames' payloads. `out` receives JSON text; nothing else is in it.
@@ -603,6 +654,7 @@ pub fn write_error(out: &mut Vec<u8>, refusal: &Refusal) {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use serde_json::json;
 
     use super::*;
 
@@ -706,6 +758,122 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_long_is_named_with_the_limit() {
+        let long = "u".repeat(257);
+        let longest = format!("{}/{}", "u".repeat(256), "i".repeat(64));
+        for (fields, named) in [
+            (
+                json!({"reply_to": format!("{longest}i")}),
+                "reply_to has 322 bytes, the limit is 321",
+            ),
+            (
+                json!({"reply_to": format!("{}/1", "x".repeat(900_000))}),
+                "reply_to has 900002 bytes",
+            ),
+            (
+                json!({"kind": "edit", "target": format!("{longest}i")}),
+                "target has 322 bytes",
+            ),
+            (
+                json!({"kind": "delete", "target": "안".repeat(300_000)}),
+                "target has 900000 bytes",
+            ),
+            (
+                json!({"mentions": vec!["a"; 101]}),
+                "mentions has 101 users, the limit is 100",
+            ),
+            (
+                json!({"mentions": ["a", long]}),
+                "a user in mentions has 257 bytes, the limit is 256",
+            ),
+            (
+                json!({"mentions": vec!["\u{1}".repeat(120); 100]}),
+                "mentions, as JSON, has 72301 bytes, the limit is 32768",
+            ),
+            (
+                json!({"mentions": vec!["\\".repeat(256); 100]}),
+                "mentions, as JSON, has 51501 bytes",
+            ),
+        ] {
+            let mut fields = fields_with_body(fields);
+            let room = RoomId::parse("chat:x").unwrap();
+            let over_http = decode_publication(room, fields.to_string().as_bytes()).unwrap_err();
+            fields["op"] = json!("send");
+            let refusal = decode(&fields.to_string()).unwrap_err();
+            for refusal in [over_http, refusal] {
+                assert_eq!(refusal.code, ErrorCode::TooLarge, "{refusal:?}");
+                assert!(refusal.message.starts_with(named), "{refusal:?}");
+            }
+        }
+        let mentions = vec!["안".repeat(85); 100];
+        for fits in [
+            json!({"reply_to": longest, "mentions": mentions}),
+            json!({"kind": "edit", "target": longest, "mentions": vec!["\u{1f}".repeat(50); 100]}),
+        ] {
+            let mut fields = fields_with_body(fits);
+            fields["op"] = json!("send");
+            decode(&fields.to_string()).unwrap();
+        }
+    }
+
+    fn fields_with_body(mut fields: serde_json::Value) -> serde_json::Value {
+        for (key, value) in [
+            ("body", json!(1)),
+            ("rid", json!(1)),
+            ("room", json!("chat:x")),
+        ] {
+            fields[key] = value;
+        }
+        fields
+    }
+
+    /// What a client sent is not sent back to it at full length.
+    #[test]
+    fn complaints_are_short() {
+        let long = "x".repeat(500_000);
+        for text in [
+            json!({"op": "ping", "rid": long}),
+            json!({"op": long, "rid": 1}),
+            json!({"op": "join", "rid": 1, "room": long}),
+            json!({"op": "join", "rid": 1, "room": "chat:x", "presence": long}),
+            json!({"op": "send", "rid": 1, "room": "chat:x", "body": 1, "id": long}),
+            json!({"op": "send", "rid": 1, "room": "chat:x", "body": 1, "kind": long}),
+            json!({"op": "send", "rid": 1, "room": "chat:x", "body": 1, "reply_to": long}),
+            json!({"op": "unread", "rid": 1, "rooms": [long]}),
+            json!(long),
+        ] {
+            let refusal = decode(&text.to_string()).unwrap_err();
+            assert!(refusal.message.len() < 1000, "{}", refusal.message.len());
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_before_json_is_dropped() {
+        let send = "{\"op\":\"send\",\"rid\":1,\"room\":\"chat:x\",\"body\":\"\u{feff}\",\"cursor\":\"c\",\"rooms\":[\"chat:x\"]}";
+        let marked = format!("\u{feff}{send}");
+        let Op::Send(publication) = decode(&marked).unwrap().op else {
+            panic!("not a send")
+        };
+        assert_eq!(publication.body.get(), "\"\u{feff}\"");
+        let bytes = marked.as_bytes();
+        let room = RoomId::parse("chat:x").unwrap();
+        assert_eq!(
+            decode_publication(room, bytes).unwrap().body.get(),
+            "\"\u{feff}\""
+        );
+        assert_eq!(decode_read(bytes).unwrap(), "c");
+        assert_eq!(decode_unread(bytes).unwrap().len(), 1);
+        // One is a mark; what is elsewhere is not.
+        for text in [
+            format!("\u{feff}{marked}"),
+            format!(" {marked}"),
+            format!("{send}\u{feff}"),
+        ] {
+            assert_eq!(refusal(&text), (None, "bad_json"), "{text:?}");
+        }
+    }
+
+    #[test]
     fn null_is_a_body_and_nothing_is_not() {
         let null = r#"{"op":"send","rid":1,"room":"chat:x","body":null}"#;
         let Op::Send(publication) = decode(null).unwrap().op else {
@@ -725,7 +893,7 @@ mod tests {
         };
         assert_eq!(publication.body.get(), body);
         assert_eq!(publication.reply_to.as_deref(), Some("kim/1"));
-        assert_eq!(publication.mentions.unwrap(), ["a", "b"]);
+        assert_eq!(publication.mentions.json(), Some(r#"["a","b"]"#));
         let delete = r#"{"op":"send","rid":1,"room":"chat:x","kind":"delete","target":"1"}"#;
         let Op::Send(publication) = decode(delete).unwrap().op else {
             panic!("not a send")

@@ -11,9 +11,8 @@ use tokio::task::spawn_local;
 
 use super::{encode, fan_out::Member, hub::Hub, log::RoomLog, rooms::Rooms};
 use crate::{
-    auth::MAX_USER,
     bus::Record,
-    model::{Class, Cursor, Epoch, Region},
+    model::{Class, Cursor, Epoch, MAX_USER, Region},
     read_marker::Table,
     telemetry::metrics::{Counter, ReceiptFault, count},
 };

@@ -13,7 +13,7 @@ use crate::{
     auth::{AuthError, Identity, Right},
     bus::{Outgoing, PublishError},
     config::Config,
-    model::{Cursor, Kind, RoomId},
+    model::{Cursor, Kind, RoomId, json_flaw},
     protocol::{
         Close, ErrorCode,
         native::{Command, Op, Publication, Refusal, Wants, Writer, write_error},
@@ -70,6 +70,9 @@ pub(crate) fn check_publication(
             ErrorCode::TooLarge,
             format!("the body has {size} bytes, the limit is {limit}"),
         ));
+    }
+    if let Some(flaw) = json_flaw(body.get().as_bytes(), config.limits.json_depth) {
+        return Err((ErrorCode::BadRequest, format!("the body {flaw}")));
     }
     Ok(durable)
 }

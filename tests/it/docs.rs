@@ -8,9 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use natter::{
-    auth::{Claims, MAX_TOKEN, MAX_USER, Right},
+    auth::{Claims, MAX_TOKEN, Right},
     config::DEFAULT_TOML,
-    model::MAX_REGIONS,
+    model::{MAX_REGIONS, MAX_USER},
     protocol::{
         Close, ErrorCode,
         native::{HistoryOf, PageOf},

@@ -19,6 +19,7 @@ mod erase;
 mod frames;
 mod frozen;
 mod history;
+mod hostile;
 mod http;
 mod lease;
 mod limits;

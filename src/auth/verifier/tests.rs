@@ -272,6 +272,11 @@ fn every_refusal_is_named() {
             ),
         ),
         (
+            "info nested too deep",
+            signed(&with("info", nested(65))),
+            claim("info", "must not be nested deeper than 64 levels"),
+        ),
+        (
             "info not an object",
             signed(&with("info", json!("kim"))),
             claim("info", "must be an object"),
@@ -597,4 +602,16 @@ fn a_verifier_is_shared_by_threads_and_shows_no_secret() {
     let verifier = verifier(&HS256);
     shared(&verifier);
     assert!(!format!("{verifier:?}").contains(SECRET));
+}
+
+/// Objects within each other.
+fn nested(levels: usize) -> Value {
+    (0..levels).fold(json!(1), |inner, _| json!({ "a": inner }))
+}
+
+#[test]
+fn info_may_be_nested_so_deep() {
+    let mut claims = Claims::new("kim", 1);
+    claims.info = nested(64).as_object().cloned();
+    assert!(Identity::from_claims(&claims).is_ok());
 }

@@ -19,7 +19,9 @@
 
 mod dial;
 mod driver;
-mod protocol;
+pub(crate) mod protocol;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::VecDeque,
@@ -45,6 +47,10 @@ pub use protocol::{Arrival, HeaderWriter, Headers};
 
 /// Bytes left for the server above which nothing more is taken: it does not read.
 const MAX_OUT: usize = 16 << 20;
+
+/// Headers of one message, in bytes. A stream of nats-server stores at most 64 KiB; the server's own headers and those of a dead
+/// letter are added to a message's.
+const MAX_HEADERS: usize = 60 * 1024;
 
 /// The subscription for answers; [`Line::subscribe`] gives higher numbers.
 const ANSWERS: u64 = 1;
@@ -111,9 +117,13 @@ pub enum LineError {
     /// Nobody listens to the subject.
     #[error("nobody answers")]
     NoResponders,
-    /// The message is larger than the server takes.
-    #[error("a message of {size} bytes, and the server takes {most}")]
-    TooLarge { size: usize, most: usize },
+    /// The message is larger than the server takes, or its headers than a stream does.
+    #[error("{what} of {size} bytes, and the limit is {most}")]
+    TooLarge {
+        what: &'static str,
+        size: usize,
+        most: usize,
+    },
     /// The answer is an error.
     #[error("{0} {1}")]
     Status(u16, String),
@@ -337,9 +347,14 @@ impl State {
         let headers = Some(&*self.scratch)
             .filter(|block| block.len() > b"NATS/1.0\r\n\r\n".len())
             .unwrap_or_default();
-        let (size, most) = (headers.len() + payload.len(), self.max_payload);
-        if size > most {
-            return Err(LineError::TooLarge { size, most });
+        let all = headers.len() + payload.len();
+        for (what, size, most) in [
+            ("headers", headers.len(), MAX_HEADERS),
+            ("a message", all, self.max_payload),
+        ] {
+            if size > most {
+                return Err(LineError::TooLarge { what, size, most });
+            }
         }
         let reply = token.map(|token| (&*self.inbox, token));
         protocol::publish(&mut self.out, subject, reply, headers, payload);

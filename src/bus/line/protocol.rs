@@ -12,7 +12,7 @@ const MAX_MESSAGE: usize = 128 << 20;
 
 /// What a server says.
 #[derive(Debug)]
-pub(super) enum Op {
+pub(crate) enum Op {
     Info(Bytes),
     Message(Arrival),
     Ping,
@@ -23,7 +23,7 @@ pub(super) enum Op {
 
 /// The server does not speak the protocol.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum ProtocolError {
+pub(crate) enum ProtocolError {
     #[error("a line or message is too long")]
     TooLong,
     #[error("not an operation: {0:?}")]
@@ -113,7 +113,7 @@ impl<'a> Headers<'a> {
 }
 
 /// Takes the next operation off `buffer`; `None`: there is only a part of one.
-pub(super) fn next_op(buffer: &mut BytesMut) -> Result<Option<Op>, ProtocolError> {
+pub(crate) fn next_op(buffer: &mut BytesMut) -> Result<Option<Op>, ProtocolError> {
     let Some(end) = memchr::memchr(b'\n', buffer) else {
         return if buffer.len() > MAX_LINE {
             Err(ProtocolError::TooLong)

@@ -11,8 +11,9 @@ use utoipa::ToSchema;
 
 use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
 use crate::{
-    auth::{MAX_USER, Right},
+    auth::Right,
     history::{EraseRequest, EraseWhat},
+    model::MAX_USER,
     protocol::ErrorCode,
 };
 
