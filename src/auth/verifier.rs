@@ -116,9 +116,8 @@ impl Identity {
                 })?,
             ),
         };
-        let deep =
-            |info: &Box<RawValue>| json_flaw(info.get().as_bytes(), MAX_INFO_DEPTH).is_some();
-        if info.as_ref().is_some_and(deep) {
+        let deep = |info: &RawValue| json_flaw(info.get().as_bytes(), MAX_INFO_DEPTH).is_some();
+        if info.as_deref().is_some_and(deep) {
             let rule = "must not be nested deeper than 64 levels";
             return Err(BadClaim::Wrong {
                 claim: "info",

@@ -64,6 +64,10 @@ fn raise_file_limit() {
 /// runtime along.
 fn end_after(time: Duration) {
     let end = move || {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a thread of its own, which has nothing else to do"
+        )]
         thread::sleep(time);
         #[expect(clippy::exit, reason = "the last resort of a role")]
         process::exit(1);

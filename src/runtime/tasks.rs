@@ -273,10 +273,13 @@ mod tests {
         tokio::time::timeout(long, tasks.failed()).await.ok()
     }
 
+    /// What the tasks say, and what was started that makes them say it.
+    type Case<'a> = (&'a str, &'a dyn Fn(&Tasks));
+
     #[tokio::test(start_paused = true)]
     async fn a_task_that_is_missed_is_told_of() {
         let panicking = async || panic!("on purpose");
-        let cases: [(&str, &dyn Fn(&Tasks)); 5] = [
+        let cases: [Case<'_>; 5] = [
             ("the task \"x\" panicked", &|tasks| {
                 tasks.spawn("x", panicking());
             }),

@@ -303,7 +303,7 @@ async fn asks_and_does_not_read(outbox: u64, command: impl Fn(usize) -> Value) {
     drop(writing.await.unwrap());
     stop.send(true).unwrap();
     let most = most.await.unwrap();
-    println!("{most} bytes at most, outbox {outbox}");
+    eprintln!("{most} bytes at most, outbox {outbox}");
     assert!(most <= outbox + 2 * PAGE, "{most}");
 }
 
