@@ -53,6 +53,8 @@ impl Timing {
     /// When the connection is to be ended if nothing changes until then. `stopped`: when the process was told to end.
     pub(super) fn deadline(&self, limits: &Limits, stopped: Option<Instant>) -> Option<Instant> {
         let waits = match self.step {
+            // An answer that was handed over is still being taken: only that it stands still counts.
+            Step::Idle if self.stalled.is_some() => None,
             Step::Idle => Some((self.since, limits.keep_alive)),
             Step::Header => Some((self.since, limits.header)),
             // Its handler has deadlines of its own, also for the body.
@@ -90,7 +92,13 @@ impl<IO> Timed<IO> {
             Poll::Pending => {
                 timing.stalled.get_or_insert_with(Instant::now);
             }
-            Poll::Ready(_) => timing.stalled = None,
+            Poll::Ready(_) => {
+                timing.stalled = None;
+                // It is idle when the last of its answer is written, not when that was handed over.
+                if timing.step == Step::Idle {
+                    timing.since = Instant::now();
+                }
+            }
         }
         written
     }
