@@ -264,6 +264,11 @@ impl Publisher {
             assert!(acked.dup, "stored twice: {:?}", sent.fields);
             return;
         }
+        if acked.ts == 0 {
+            // It is stored, and its time could not be read in time: who wants to know asks again.
+            self.refused.push(sent);
+            return;
+        }
         let cursor: Cursor = acked.cursor.parse().unwrap();
         let position = cursor.positions()[0].clone();
         let Sent {
