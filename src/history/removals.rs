@@ -11,7 +11,7 @@ use super::Parts;
 use crate::{
     bus::{Candidate, EraseError, Eraser, Streams},
     model::{Place, partition_of},
-    runtime::Phase,
+    runtime::{Phase, unix_ms},
     store::{Removal, StoreError},
     telemetry::metrics::{Counter, count},
 };
@@ -74,6 +74,10 @@ async fn take_out(parts: &Parts, removal: &Removal) -> Result<bool, EraseError> 
         return Ok(place.origin == *own);
     }
     if let Some(first) = &removal.first {
+        if first.origin != place.origin && unix_ms().saturating_sub(place.ts) < window(parts) {
+            // Who has seen this one only may come back with a cursor that names it: rooms recognise the two within this time.
+            return Ok(false);
+        }
         match has_first(parts, removal, first).await? {
             Some(true) => {}
             // It is all that is left of the message.
@@ -87,6 +91,12 @@ async fn take_out(parts: &Parts, removal: &Removal) -> Result<bool, EraseError> 
         count(Counter::HistoryRemoved, 1);
     }
     Ok(true)
+}
+
+/// How long rooms look back for copies when they open, in ms.
+fn window(parts: &Parts) -> u64 {
+    let window = parts.config.streams.duplicate_window.as_millis();
+    u64::try_from(window).unwrap_or(u64::MAX)
 }
 
 /// Whether what a copy is one of is stored at `first`, or was, and was trimmed. Not where its stream lost its end or began anew:

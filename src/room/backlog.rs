@@ -324,13 +324,12 @@ impl Hub {
         let (after, fingerprint) = since;
         let limits = &rooms.config;
         let most_bytes = usize::try_from(limits.replay_max_bytes.as_u64()).unwrap_or(usize::MAX);
-        let mut share = rooms
-            .memory
-            .share(match extent {
-                Extent::Whole => most_bytes,
-                Extent::Part => PART_BYTES.min(most_bytes),
-            })
-            .await;
+        let mut share = match extent {
+            // Whoever wants it has waited for all tracks at once.
+            _ if self.sources.len() > 1 => rooms.memory.take(0),
+            Extent::Whole => rooms.memory.share(most_bytes).await,
+            Extent::Part => rooms.memory.share(PART_BYTES.min(most_bytes)).await,
+        };
         let epoch = self.log.borrow().epoch(track);
         let stream = &self.sources[track].stream;
         let filter = self.filter(rooms, track);

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::future::try_join_all;
 use tokio::{
     task::spawn_local,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::{
@@ -282,10 +282,7 @@ impl Rooms {
             }
             let wanted = (0..resumes.len()).map(|t| !is_elsewhere(t)).collect();
             match self.read_backlogs(&hub, &since, wanted).await {
-                Ok(backlogs) => {
-                    self.room_for_copies(&hub, &since, &backlogs).await;
-                    read = Some(backlogs);
-                }
+                Ok(backlogs) => read = Some(backlogs),
                 Err(Refusal::Reset(reason)) => return Ok((hub, Plan::Reset(reason))),
                 Err(Refusal::Failed(error)) => return Err(error),
             }
@@ -299,6 +296,15 @@ impl Rooms {
         since: &Since,
         wanted: Vec<bool>,
     ) -> Result<Vec<Option<Backlog>>, Refusal> {
+        // For all tracks at once: who waited for one while it holds another could wait for someone who does the same.
+        let most = usize::try_from(self.config.replay_max_bytes.as_u64()).unwrap_or(usize::MAX);
+        let _room = match hub.sources.len() {
+            1 => None,
+            _ => {
+                let tracks = wanted.iter().filter(|wanted| **wanted).count();
+                Some(self.memory.share(most.saturating_mul(tracks)).await)
+            }
+        };
         let tracks = wanted.into_iter().zip(&since.place).enumerate();
         let reads = tracks.map(|(track, (wanted, at))| async move {
             match wanted {
@@ -312,15 +318,6 @@ impl Rooms {
             return Err(Refusal::Reset(ResetReason::ReplayMax));
         }
         Ok(backlogs)
-    }
-
-    /// Waits until there is memory for the frames of a session that has cursors of its own.
-    async fn room_for_copies(&self, hub: &Hub, since: &Since, backlogs: &[Option<Backlog>]) {
-        if hub.log.borrow().tracks() > 1 || !since.elsewhere.is_empty() {
-            let missed = backlogs.iter().flatten().flat_map(Backlog::entries);
-            let bytes = missed.map(|missed| weight(&missed.frame)).sum();
-            self.memory.room_for(bytes, bytes).await;
-        }
     }
 
     /// Begins the membership: one step, without waiting.
@@ -535,7 +532,7 @@ impl Rooms {
                     }
                     Err(Refusal::Reset(_)) => return conn.close(Close::TooSlow),
                     Err(Refusal::Failed(_)) => {
-                        // NATS is away. Nothing comes live either.
+                        // NATS is away, and nothing comes live either; or others have had the memory all the time.
                         hub.pause().await;
                         Behind::new(&self.memory, Vec::new(), (since.clone(), since), index)
                     }
@@ -545,6 +542,7 @@ impl Rooms {
     }
 
     /// What came after `since`, for a member that is behind; only the beginning of it where one stream has all and memory is short.
+    /// As long as a join takes at most: whoever waits longer looks again whether the client is still there.
     async fn read_on(
         self: &Rc<Self>,
         hub: &Rc<Hub>,
@@ -558,14 +556,15 @@ impl Rooms {
                 .map(|(t, (seq, _))| *seq <= log.position(t))
                 .collect()
         };
-        match (in_parts, &wanted[..], &since.place[..]) {
-            (true, [true], [at]) => Ok(vec![Some(hub.backlog_part(self, 0, *at).await?)]),
-            _ => {
-                let backlogs = self.read_backlogs(hub, since, wanted).await?;
-                self.room_for_copies(hub, since, &backlogs).await;
-                Ok(backlogs)
+        let read = async {
+            match (in_parts, &wanted[..], &since.place[..]) {
+                (true, [true], [at]) => Ok(vec![Some(hub.backlog_part(self, 0, *at).await?)]),
+                _ => self.read_backlogs(hub, since, wanted.clone()).await,
             }
-        }
+        };
+        timeout(self.config.join_timeout, read)
+            .await
+            .unwrap_or(Err(Refusal::Failed(JoinError::Unavailable)))
     }
 }
 

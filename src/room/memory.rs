@@ -3,7 +3,7 @@
 //! A read of a stream waits for its share before it begins. What it finds is counted frame by frame, from then until the frame
 //! is freed: in the backlog, in what a session has yet to be given, in the queue of its connection. A frame that several
 //! sessions share is one, and counted once. What is made for one session (a copy with a cursor of its own) is counted as it
-//! is made, over the bound if need be: its join has waited for room first.
+//! is made, over the bound if need be. Whoever reads several streams waits for all of them at once, and holds nothing meanwhile.
 
 use std::{
     pin::pin,
@@ -75,8 +75,8 @@ impl Memory {
         })
     }
 
-    /// Waits until there is room for `bytes`, or nothing is taken but `own`, which is the asker's. Cancel-safe.
-    pub(super) async fn room_for(&self, bytes: usize, own: usize) {
+    /// Waits until there is room for `bytes`, or nothing is taken. Cancel-safe.
+    async fn room_for(&self, bytes: usize) {
         self.waiting.fetch_add(1, Relaxed);
         let _waiting = Waiting(self);
         let mut told = false;
@@ -86,7 +86,7 @@ impl Memory {
             let mut freed = pin!(self.freed.notified());
             freed.as_mut().enable();
             let used = self.used.load(Relaxed);
-            if used <= own || used.saturating_add(bytes) <= self.most {
+            if used == 0 || used.saturating_add(bytes) <= self.most {
                 return;
             }
             if !std::mem::replace(&mut told, true) {
@@ -98,7 +98,7 @@ impl Memory {
 
     /// Waits for a share. Cancel-safe.
     pub(super) async fn share(self: &Arc<Self>, bytes: usize) -> Share {
-        self.room_for(bytes, 0).await;
+        self.room_for(bytes).await;
         self.take(bytes)
     }
 

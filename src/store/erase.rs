@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! {_id, room? | user, scope, before: [<ms per partition>], by, at, state: "running" | "settling" | "done", due, holder, erased,
-//!  rooms: [], again?: {region, upto: {<partition>: <sequence>}}}
+//!  rooms: [], remembered?: true, again?: {region, upto: {<partition>: <sequence>}}}
 //! ```
 //! - `before`: what was said later than this stays, by the clock of the streams; one for each partition.
 //! - `due`: when another may take it over: the holder's lease while it is running, the time of the second look when settling.
@@ -120,6 +120,8 @@ pub struct Claimed {
     pub settling: bool,
     /// Only this is to be done.
     pub again: Option<Again>,
+    /// It is remembered already which messages it is about.
+    pub remembered: bool,
 }
 
 impl Erasure {
@@ -347,6 +349,7 @@ impl Store {
                     .get_str("state")
                     .is_ok_and(|state| state == "settling"),
                 again: fields.get_document("again").ok().and_then(Again::read),
+                remembered: fields.get_bool("remembered").unwrap_or_default(),
             })
         });
         claimed.transpose()
@@ -376,6 +379,17 @@ impl Store {
     ) -> Result<bool, StoreError> {
         self.change_erasure(id, Some(holder), vec![held(holder, lease)].into())
             .await
+    }
+
+    /// Notes that it is remembered which messages an erasure is about: a repeat need not do it again.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn note_remembered(&self, id: &str) -> Result<(), StoreError> {
+        let set = doc! { "$set": { "remembered": true } };
+        self.change_erasure(id, None, set.into())
+            .await
+            .map(|_held| ())
     }
 
     /// Notes rooms in which an erasure has to be announced.

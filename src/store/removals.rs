@@ -237,7 +237,8 @@ impl Store {
         let collection = self.confirmed(REMOVALS);
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let find = collection.find(doc! { "done": { "$ne": region.as_str() } });
-        let find = find.limit(limit);
+        // By place, so by time: what has to wait longest comes last.
+        let find = find.sort(doc! { "_id": 1 }).limit(limit);
         let found = async { find.await?.try_collect().await };
         let found: Vec<Fields> = within(self.read_timeout, found).await?;
         Ok(found.iter().filter_map(Removal::read).collect())

@@ -608,10 +608,10 @@ async fn nats_is_away() -> Seen {
     // Again a time of quiet: acknowledged at the first try.
     send_until_acked(&mut kim, "chat:a", "back").await;
 
-    // The connections come back one by one: the edge's own three, and the shard's for live messages and for replay.
+    // The connections come back one by one: the edge's own four, and the shard's for live messages and for replay.
     eventually("all connections are back", LONG, async || {
         match mesh.metric(0, "natter_nats_connected", "").await {
-            5 => Ok(()),
+            6 => Ok(()),
             other => Err(format!("{other} connections")),
         }
     })

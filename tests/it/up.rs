@@ -170,7 +170,7 @@ async fn it_runs_everything_and_leaves_nothing_when_it_is_told_to_stop() {
         eventually("the message is in MongoDB", LONG, async || {
             match messages.find_one(mongodb::bson::doc! {}).await.unwrap() {
                 Some(message) => {
-                    assert_eq!(message.get_str("body").unwrap(), "\"hi\"");
+                    assert_eq!(message.get_str("body").unwrap(), "hi");
                     Ok(())
                 }
                 None => Err("nothing".to_owned()),
