@@ -14,7 +14,7 @@
 //! - A *stub* is what is known of a message before the message is: it has `_id`, `room` and what was said about it, and no
 //!   `place`; so no page and no search finds it.
 //! - A *tombstone* is what is left of a deleted message: where it stood, who said it, what it answered, and `deleted`.
-//! - Reactions, users and names of annotations are names of fields here, see [`field_name`].
+//! - Reactions, users and names of annotations are names of fields here, see [`field_name`] and [`annotator`].
 //! - There may be more reactions and annotations than count: readers leave them out, and `slack`, about their bytes, says when
 //!   the document is to be written anew, see [`renew`](super::renew).
 //!
@@ -87,12 +87,14 @@ pub(super) fn new(key: &str, room: &RoomId, folded: &Folded) -> RawDocumentBuf {
         &mut document,
         cstr!("reactions"),
         folded.reactions.by_name(),
+        field_name,
         reaction,
     );
     append_slots(
         &mut document,
         cstr!("annotations"),
         folded.annotations.by_name(),
+        annotator,
         |_name, said| annotation(said),
     );
     if folded.truncated {
@@ -126,6 +128,7 @@ fn append_slots<T>(
     document: &mut RawDocumentBuf,
     field: &'static CStr,
     slots: std::collections::BTreeMap<&str, Vec<(&str, &T)>>,
+    user_field: fn(&str) -> Cow<'_, str>,
     one: impl Fn(&str, &T) -> RawDocumentBuf,
 ) {
     if slots.is_empty() {
@@ -135,9 +138,9 @@ fn append_slots<T>(
     for (name, users) in slots {
         let mut by_user = RawDocumentBuf::new();
         for (user, said) in users {
-            append(&mut by_user, user, one(name, said));
+            append(&mut by_user, user_field(user), one(name, said));
         }
-        append(&mut by_name, name, by_user);
+        append(&mut by_name, field_name(name), by_user);
     }
     document.append(field, by_name);
 }
@@ -157,10 +160,9 @@ pub(super) fn date(place: &Place) -> DateTime {
     DateTime::from_millis(number(place.ts))
 }
 
-fn append(document: &mut RawDocumentBuf, name: &str, value: RawDocumentBuf) {
-    let name = field_name(name).into_owned();
+fn append(document: &mut RawDocumentBuf, field: Cow<'_, str>, value: RawDocumentBuf) {
     document.append(
-        CString::try_from(name).expect("a field name has no NUL"),
+        CString::try_from(field.into_owned()).expect("a field name has no NUL"),
         value,
     );
 }
@@ -190,6 +192,16 @@ pub(super) fn field_name(text: &str) -> Cow<'_, str> {
         }
     }
     Cow::Owned(name)
+}
+
+/// The name of a user as that of a field in an annotation: one that version 1 has there itself is written otherwise.
+pub(super) fn annotator(user: &str) -> Cow<'_, str> {
+    match user {
+        "at" => Cow::Borrowed("=61t"),
+        "from" => Cow::Borrowed("=66rom"),
+        "json" => Cow::Borrowed("=6Ason"),
+        user => field_name(user),
+    }
 }
 
 fn field_text(name: &str) -> String {

@@ -32,7 +32,7 @@ use mongodb::{
 
 use super::{
     Document, Entry, MESSAGES, Store, StoreError, What,
-    document::{self, field_name, number},
+    document::{self, annotator, field_name, number},
     within,
 };
 use crate::model::{
@@ -597,10 +597,11 @@ impl Store {
             return Ok(());
         };
         let end = place_after(before);
-        let field = field_name(user).into_owned();
+        // In annotations a user may have another name, and before had the first one there too.
+        let fields = [field_name(user).into_owned(), annotator(user).into_owned()].to_vec();
         let fields_of = |path: &str| doc! { "$objectToArray": { "$ifNull": [path, {}] } };
         let reaction =
-            doc! { "$and": [ { "$eq": ["$$said.k", &field] }, { "$lt": ["$$said.v.at", &end] } ] };
+            doc! { "$and": [ { "$in": ["$$said.k", fields] }, { "$lt": ["$$said.v.at", &end] } ] };
         // That of version 1 has its user within.
         let annotation = doc! { "$and": [
             { "$eq": ["$$said.v.from", { "$literal": user }] }, { "$lt": ["$$said.v.at", &end] },

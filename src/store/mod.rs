@@ -361,7 +361,11 @@ impl Store {
         options.batch_size = Some(u32::try_from(query.limit).unwrap_or(u32::MAX));
         // For it no time is no limit either.
         options.max_time = Some(limit.max(Duration::from_millis(1)));
-        options.projection = query.only.map(|field| doc! { field: 1, "_id": 0 });
+        options.projection = query.only.map(|fields| {
+            let mut only = doc! { "_id": 0 };
+            only.extend(fields.iter().map(|field| ((*field).to_owned(), 1.into())));
+            only
+        });
         options.hint = query.index.map(|name| Hint::Name(name.to_owned()));
         let messages = self.database.collection::<RawDocumentBuf>(MESSAGES);
         let find = messages.find(query.filter).with_options(options);

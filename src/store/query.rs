@@ -15,8 +15,8 @@ pub(super) struct Query {
     pub(super) filter: Fields,
     pub(super) sort: Fields,
     pub(super) limit: usize,
-    /// The only field that is wanted.
-    pub(super) only: Option<&'static str>,
+    /// The only fields that are wanted.
+    pub(super) only: Option<&'static [&'static str]>,
     /// The index to take; `None`: MongoDB chooses.
     pub(super) index: Option<&'static str>,
 }
@@ -41,6 +41,14 @@ pub(super) fn keys(keys: &[String]) -> Query {
     }
 }
 
+/// The places of messages with these keys.
+pub(super) fn said(keys: &[String]) -> Query {
+    let mut query = self::keys(keys);
+    query.filter.insert("place", doc! { "$exists": true });
+    query.only = Some(&["_id", "place"]);
+    query
+}
+
 /// Documents in the order of their keys, after one.
 pub(super) fn after(key: &str, limit: usize) -> Query {
     Query {
@@ -63,7 +71,7 @@ pub(super) fn nearest(room: &RoomId, position: &Position, end: End) -> Query {
         filter: doc! { "room": room.as_str(), "origin": origin, "epoch": epoch, "seq": bound },
         sort: doc! { "seq": direction(end) },
         limit: 1,
-        only: Some("place"),
+        only: Some(&["place"]),
         index: None,
     }
 }

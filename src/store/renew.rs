@@ -140,16 +140,21 @@ impl Store {
         self.database.collection_with_options(META, options)
     }
 
-    /// Makes room in those of these documents that took in as much as they may.
+    /// Makes room in those of these documents that took in as much as they may. Those that can't be written anew stay full.
     pub(super) async fn make_room(&self, keys: &[String]) -> Result<(), StoreError> {
         let mut query = query::keys(keys);
-        query.filter.insert("slack", doc! { "$gte": MAX_SLACK });
+        query.filter = doc! { "$and": [query.filter, { "slack": { "$gte": MAX_SLACK } }] };
+        // In their order, so that each is looked at once, also one that stays as it is.
+        query.sort = doc! { "_id": 1 };
         loop {
             let (full, cut) = self.find(query.clone(), self.read_timeout).await?;
+            let last = full.last().map(|last| last.get_str("_id"));
+            let last = last.and_then(Result::ok).map(str::to_owned);
             self.renew(full).await?;
-            if !cut {
-                return Ok(());
-            }
+            match last {
+                Some(last) if cut => query.filter.insert("_id", doc! { "$gt": last }),
+                _ => return Ok(()),
+            };
         }
     }
 

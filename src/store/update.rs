@@ -9,7 +9,7 @@ use mongodb::bson::{Bson, Document as Fields, RawDocumentBuf, doc, raw::RawBson}
 
 use super::{
     Base, Folded,
-    document::{self, date, field_name, number},
+    document::{self, annotator, date, field_name, number},
     json::Stored,
     slots::{Annotation, Reaction},
     text::Text,
@@ -88,7 +88,7 @@ pub(super) fn statement(key: &str, room: &RoomId, folded: &Folded, bounded: bool
         added.push(reaction(&mut set, &path, name, said));
     }
     for (user, name, said) in folded.annotations.iter() {
-        let path = format!("annotations.{}.{}", field_name(name), field_name(user));
+        let path = format!("annotations.{}.{}", field_name(name), annotator(user));
         added.push(annotation(&mut set, &path, said));
     }
     if folded.truncated {

@@ -17,7 +17,8 @@ use mongodb::bson::{
 };
 
 use super::{
-    Entry, Folded, MESSAGES, RefusedEntry, Removal, Store, StoreError, What, document, update,
+    Entry, Folded, MESSAGES, RefusedEntry, Removal, Store, StoreError, What, document, query,
+    update,
 };
 use crate::model::{Place, RoomId};
 
@@ -29,6 +30,9 @@ const MAX_DOCUMENT: usize = (16 << 20) - (16 << 10);
 
 /// Documents or statements of one command, in bytes, unless a single one has more.
 const MAX_COMMAND: usize = 12 << 20;
+
+/// Places that are asked for at once: few enough for one answer.
+const PLACES: usize = 1000;
 
 /// How often updates that met with another worker's insert, or with a document without room, are repeated. The document is
 /// there after the first. In the last ones it takes more in than it should: it may be too large to be written anew.
@@ -217,9 +221,18 @@ impl Store {
         if keys.is_empty() {
             return Ok(Vec::new());
         }
-        let known = self.get(&keys).await?.into_iter();
-        let known = known.filter_map(|one| Some((one.key, one.folded.base?.place)));
-        let known: HashMap<String, Place> = known.collect();
+        let mut known: HashMap<String, Place> = HashMap::new();
+        for keys in keys.chunks(PLACES) {
+            let (found, _) = self.find(query::said(keys), self.read_timeout).await?;
+            for found in found {
+                let key = found.get_str("_id").unwrap_or_default();
+                match document::read_place(&found) {
+                    Ok(place) => drop(known.insert(key.to_owned(), place)),
+                    // Pages say so too; the rest of the batch is none the worse.
+                    Err(error) => tracing::warn!(key, %error, "nothing is known of a message"),
+                }
+            }
+        }
         let mut removals = Vec::new();
         for group in groups {
             let base = group.folded.base.as_ref().map(|base| base.place.clone());
