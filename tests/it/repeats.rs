@@ -281,10 +281,7 @@ async fn a_change_that_is_repeated_changes_nothing() {
 async fn what_is_said_in_two_regions_is_counted_once_in_both() {
     const SEOUL: &str = "seoul";
     const VIRGINIA: &str = "virginia";
-    let toml = format!(
-        "[nats]\npartitions = 1\n[mongodb]\nurl = \"{}\"\n",
-        mongodb_url()
-    );
+    let toml = format!("{FORGETFUL}[mongodb]\nurl = \"{}\"\n", mongodb_url());
     let mut regions = Regions::start_with(&[SEOUL, VIRGINIA], &toml, Duration::ZERO).await;
     for region in [SEOUL, VIRGINIA] {
         regions.mesh(region).add_edge().await;
