@@ -8,7 +8,7 @@
 //! - `place` orders a room. `edited`, `mentioned`, `deleted`, and every `at` and `first` of a reaction or annotation, are places
 //!   too: updates compare them as text. `at`, `edited_at` and `deleted_at` of the message are dates.
 //! - `body` is what the body's JSON means, that of the last edit where there was one: what an edit replaced is not kept.
-//!   `body_json` is the text, where `body` does not give it back to the letter, see [`json`](super::json). Annotations likewise.
+//!   `body_json` is the text, where `body` does not give it back to the letter, see [`json`]. Annotations likewise.
 //! - A reaction is named by its normal form; `first` and `key` say how it was written first, where that is not `at` or not
 //!   the normal form.
 //! - A *stub* is what is known of a message before the message is: it has `_id`, `room` and what was said about it, and no
