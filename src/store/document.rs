@@ -37,6 +37,9 @@ use super::{
 };
 use crate::model::{Place, RoomId, header_unescape, normal_reaction};
 
+/// An annotation with more bytes than that is not stored as both a value and a text.
+const MAX_ANNOTATION: usize = 9 << 10;
+
 /// The document that says what is known of a message.
 pub(super) fn new(key: &str, room: &RoomId, folded: &Folded) -> RawDocumentBuf {
     let mut document = RawDocumentBuf::new();
@@ -121,6 +124,13 @@ pub(super) fn annotation(said: &Annotation) -> RawDocumentBuf {
     let mut one = RawDocumentBuf::new();
     one.append(cstr!("at"), said.at.to_string());
     append_json(&mut one, cstr!("value"), cstr!("json"), &said.json);
+    if one.as_bytes().len() <= MAX_ANNOTATION || !matches!(one.get("json"), Ok(Some(_))) {
+        return one;
+    }
+    // The value and the text would be too much; the text says it all.
+    let mut one = RawDocumentBuf::new();
+    one.append(cstr!("at"), said.at.to_string());
+    one.append(cstr!("json"), said.json.as_str());
     one
 }
 

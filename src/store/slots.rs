@@ -4,8 +4,11 @@
 //! between. "Those that came first" can't be had: a name that was forgotten may turn out to have come first, and then its
 //! last word is gone. So the order is one that no entry can change, that of the texts themselves: of each user the first
 //! [`Slot::NAMES`] names, of the first [`Slot::USERS`] users. What is beyond that in a part of the entries is beyond it in all
-//! of them; so it may be forgotten at any time. All
-//! that is kept is less than MongoDB's 16 MiB, whatever it is. A user who says too much loses only what they said themselves.
+//! of them; so it may be forgotten at any time. A user who says too much loses only what they said themselves.
+//!
+//! A document in which there is more than counts is written anew. Where that can't be done, because it can't be read or is too
+//! large, it takes in no new names and users: then it does depend on the order what is kept, but the document does not grow to
+//! MongoDB's 16 MiB.
 
 use std::collections::BTreeMap;
 
@@ -120,6 +123,19 @@ impl<T> Slots<T> {
             by_name.entry(name).or_default().push((user, said));
         }
         by_name
+    }
+
+    /// Leaves only what `known` has too, whatever is said there. Whether that is less.
+    pub(super) fn retain_known(&mut self, known: &Self) -> bool {
+        let mut less = false;
+        self.0.retain(|user, names| {
+            let known = known.0.get(user);
+            let before = names.len();
+            names.retain(|name, _| known.is_some_and(|known| known.contains_key(name)));
+            less |= names.len() < before;
+            !names.is_empty()
+        });
+        less
     }
 
     pub(super) fn clear(&mut self) {

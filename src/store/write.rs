@@ -20,7 +20,10 @@ use super::{
     Entry, Folded, MESSAGES, RefusedEntry, Removal, Store, StoreError, What, document, query,
     update,
 };
-use crate::model::{Place, RoomId};
+use crate::{
+    model::{Place, RoomId},
+    telemetry::metrics::{Counter, count},
+};
 
 /// `DuplicateKey` of MongoDB: the document is there already.
 pub(super) const DUPLICATE_KEY: i32 = 11000;
@@ -35,9 +38,9 @@ const MAX_COMMAND: usize = 12 << 20;
 const PLACES: usize = 1000;
 
 /// How often updates that met with another worker's insert, or with a document without room, are repeated. The document is
-/// there after the first. In the last ones it takes more in than it should: it may be too large to be written anew.
-const UPSERTS: usize = 4;
-const BOUNDED: usize = 2;
+/// there after the first. In the last ones, what is new to a document that could not be written anew is left out.
+const UPSERTS: usize = 6;
+const FITTING: usize = 4;
 
 /// Codes of write errors that have to do with the server's state, and not with the document: they pass, or somebody repairs
 /// the server. All else that is said of one document means that it will never be taken.
@@ -184,10 +187,15 @@ impl Store {
             if updates.is_empty() {
                 return Ok(refused);
             }
+            if attempt == FITTING {
+                for group in &mut updates {
+                    self.leave_out(group).await?;
+                }
+            }
             let mut statements = Vec::with_capacity(updates.len());
             for group in updates.drain(..) {
                 let (key, room, folded) = (group.key, group.room, &group.folded);
-                let statement = update::statement(key, room, folded, attempt < BOUNDED);
+                let statement = update::statement(key, room, folded, attempt < FITTING);
                 match RawDocumentBuf::try_from(&statement) {
                     Ok(statement) => statements.push((group, statement)),
                     Err(error) => refused.push((group, error.to_string())),
@@ -211,6 +219,27 @@ impl Store {
         }
         let problem = "documents come and go while they are updated";
         Err(StoreError::Unavailable(problem.to_owned()))
+    }
+
+    /// Leaves out the reactions and annotations of a group that a full document does not have yet: all of them, if it can't be
+    /// read. What else the group says, and what users now say instead of what is there, is still written.
+    async fn leave_out(&self, group: &mut Group<'_>) -> Result<(), StoreError> {
+        let query = query::keys(&[group.key.to_owned()]);
+        let (found, _) = self.find(query, self.read_timeout).await?;
+        let Some(found) = found.first() else {
+            return Ok(());
+        };
+        let known = document::read(found)
+            .map_or_else(|_unreadable| Folded::default(), |known| known.folded);
+        let folded = &mut group.folded;
+        let mut less = folded.reactions.retain_known(&known.reactions);
+        less |= folded.annotations.retain_known(&known.annotations);
+        if less {
+            folded.truncated = true;
+            count(Counter::HistoryTruncated, 1);
+            tracing::warn!(key = group.key, "a full document takes no more in");
+        }
+        Ok(())
     }
 
     /// Which messages of `groups` were said before at another place, and the later places of these. Before the documents are
