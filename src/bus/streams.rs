@@ -520,8 +520,7 @@ pub async fn epoch_elsewhere(
     stream: &str,
     wait: Duration,
 ) -> Result<Epoch, StreamError> {
-    let subject = api::in_domain(region, &stream_info(stream));
-    let (state, _regions) = look(connection, subject, stream, wait).await?;
+    let state = look_elsewhere(connection, region, stream, wait).await?;
     Ok(state.epoch)
 }
 
@@ -535,9 +534,20 @@ pub async fn newest_elsewhere(
     stream: &str,
     wait: Duration,
 ) -> Result<u64, StreamError> {
+    let state = look_elsewhere(connection, region, stream, wait).await?;
+    Ok(state.last_seq)
+}
+
+/// How a stream stands in another region's domain.
+async fn look_elsewhere(
+    connection: &Connection,
+    region: &Region,
+    stream: &str,
+    wait: Duration,
+) -> Result<StreamState, StreamError> {
     let subject = api::in_domain(region, &stream_info(stream));
     let (state, _regions) = look(connection, subject, stream, wait).await?;
-    Ok(state.last_seq)
+    Ok(state)
 }
 
 /// The regions of the mesh, as the streams of `own` name them.

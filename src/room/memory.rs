@@ -75,8 +75,8 @@ impl Memory {
         })
     }
 
-    /// Waits until there is room for `bytes`, or nothing is taken. Cancel-safe.
-    async fn room_for(&self, bytes: usize) {
+    /// Waits for a share: until there is room for it, or nothing is taken. Cancel-safe.
+    pub(super) async fn share(self: &Arc<Self>, bytes: usize) -> Share {
         self.waiting.fetch_add(1, Relaxed);
         let _waiting = Waiting(self);
         let mut told = false;
@@ -87,19 +87,13 @@ impl Memory {
             freed.as_mut().enable();
             let used = self.used.load(Relaxed);
             if used == 0 || used.saturating_add(bytes) <= self.most {
-                return;
+                return self.take(bytes);
             }
             if !std::mem::replace(&mut told, true) {
                 self.asked.notify_waiters();
             }
             freed.await;
         }
-    }
-
-    /// Waits for a share. Cancel-safe.
-    pub(super) async fn share(self: &Arc<Self>, bytes: usize) -> Share {
-        self.room_for(bytes).await;
-        self.take(bytes)
     }
 
     /// A share at once, over the bound if need be.

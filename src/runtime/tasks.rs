@@ -120,13 +120,14 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let tasks = self.clone();
-        self.spawn_essential(name, async move {
-            tokio::select! {
-                () = task => {}
-                () = tasks.stopping() => {}
-            }
-        })
+        self.spawn_essential(name, self.clone().until_stopping(task))
+    }
+
+    async fn until_stopping(self, task: impl Future<Output = ()>) {
+        tokio::select! {
+            () = task => {}
+            () = self.stopping() => {}
+        }
     }
 
     fn start<F>(&self, entry: Entry, task: F) -> JoinHandle<F::Output>
@@ -155,13 +156,7 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let tasks = self.clone();
-        self.spawn(name, async move {
-            tokio::select! {
-                () = task => {}
-                () = tasks.stopping() => {}
-            }
-        })
+        self.spawn(name, self.clone().until_stopping(task))
     }
 
     /// Starts a task on the current `LocalSet`: a shard's.
