@@ -8,6 +8,7 @@
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
+//! codec                    how client protocols spell the words of `protocol`
 //! auth   bus   store   servers   client   wire   http1
 //! config   telemetry   runtime
 //! model   protocol   subject
@@ -22,6 +23,7 @@ pub mod auth;
 pub mod bus;
 pub mod cli;
 pub mod client;
+pub mod codec;
 pub mod config;
 pub mod edge;
 pub mod history;

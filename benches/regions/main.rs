@@ -8,6 +8,8 @@
 
 #![expect(
     clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
     clippy::print_stdout,
     clippy::print_stderr,
     clippy::unwrap_used,
@@ -16,11 +18,21 @@
 )]
 
 mod client;
+#[expect(
+    clippy::allow_attributes,
+    reason = "an expectation is not seen to be met in a trait's file"
+)]
+#[allow(dead_code, reason = "the benchmark that it comes from uses more")]
+#[path = "../load/dialect.rs"]
+mod dialect;
 #[expect(dead_code, reason = "the benchmark that it comes from uses more")]
 #[path = "../load/measure.rs"]
 mod measure;
 #[path = "../../tests/it/support/mod.rs"]
 mod support;
+#[expect(dead_code, reason = "the benchmark that it comes from uses more")]
+#[path = "../load/swarm.rs"]
+mod swarm;
 #[path = "../load/table.rs"]
 mod table;
 
@@ -31,6 +43,7 @@ use std::{
 
 use clap::Parser;
 use client::{Client, note, now_us, percentiles, until};
+use dialect::Natter;
 use measure::{Begin, Runs, Server, Tally};
 use natter::{
     bus::provision,
@@ -40,6 +53,7 @@ use natter::{
 };
 use serde_json::{Value, json};
 use support::{DedicatedNats, dedicated_nats, mesh::Mesh, regions::Regions, unique};
+use swarm::Swarm;
 use table::{Table, save};
 use tokio::time::sleep;
 
@@ -55,6 +69,9 @@ const MISSED: usize = 100_000;
 const MISSED_ROOMS: usize = 50;
 /// Who says it.
 const SPEAKERS: usize = 10;
+/// Sessions that come back at once, and messages that each has missed, half of them said in each region.
+const RETURNING: usize = 5000;
+const MISSED_BY_EACH: usize = 1000;
 
 /// Several regions, and what they cost.
 #[derive(Debug, Parser)]
@@ -75,7 +92,14 @@ struct Args {
     bench: bool,
 }
 
-const ALL: [&str; 5] = ["in-region", "cross-region", "heal", "catch-up", "alone"];
+const ALL: [&str; 6] = [
+    "in-region",
+    "cross-region",
+    "heal",
+    "catch-up",
+    "resume",
+    "alone",
+];
 
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
@@ -96,6 +120,7 @@ async fn main() -> ExitCode {
                 "cross-region" => cross_region(args.runs, seconds).await,
                 "heal" => heal(args.runs).await,
                 "catch-up" => catch_up(args.runs).await,
+                "resume" => tokio::task::block_in_place(|| resume(args.runs)),
                 _ => alone(args.runs, seconds).await,
             };
             let table = table.text();
@@ -281,6 +306,77 @@ async fn cross_region(runs: usize, time: Duration) -> (Table, u64) {
             "p99 less the delay",
         ],
         rows,
+    };
+    (table, wrong)
+}
+
+/// What an edge needs for many sessions that come back to it with cursors of two regions.
+fn resume(runs: usize) -> (Table, u64) {
+    let runtime = tokio::runtime::Handle::current();
+    let toml = format!(
+        "{TOML}\nnamespaces.log = {{ presence = \"off\", typing = false, history = false }}"
+    );
+    let (mut table, mut wrong) = (Runs::default(), 0);
+    for _ in 0..runs {
+        let start = Regions::start_with(&[HERE, THERE], &toml, Duration::ZERO);
+        let mut regions = runtime.block_on(start);
+        for region in [HERE, THERE] {
+            runtime.block_on(regions.mesh(region).add_edge());
+        }
+        let [here, there] = [HERE, THERE].map(|region| regions.at(region).edges[0].address);
+        let rooms = vec![format!("log:{}", unique("r"))];
+        let mut swarm = Swarm::new(Box::new(Natter), here, rooms);
+        swarm.keep_cursors = true;
+        let first = swarm.connect((0..RETURNING).map(|_| Some(0)));
+        let returning = first..first + RETURNING;
+        let here = [None, Some(0)];
+        let speaker = swarm.connect(here.into_iter());
+        swarm.go_to(there);
+        let other = swarm.connect(here.into_iter());
+        swarm.go_to(regions.at(HERE).edges[0].address);
+        // So that everybody has a cursor of both regions.
+        for speaker in [speaker, other] {
+            swarm.say(speaker, 0, Instant::now());
+            swarm.until("everybody has it", Swarm::is_settled);
+        }
+        swarm.cut(returning.clone());
+        for speaker in [speaker, other] {
+            for _ in 0..MISSED_BY_EACH / 2 {
+                swarm.say(speaker, 0, Instant::now());
+                swarm.turn(Duration::ZERO);
+            }
+            // Those of one region after those of the other: their numbers are one row.
+            swarm.until("it is said", Swarm::is_settled);
+        }
+        swarm.reset();
+        let servers = edges(regions.at(HERE), "edge");
+        let (before, _) = servers[0].memory();
+        let (begin, began) = (Begin::now(&servers), Instant::now());
+        swarm.back(returning);
+        swarm.until("everybody has everything", Swarm::is_settled);
+        let took = began.elapsed();
+        let cost = begin.end();
+        let (_, most) = servers[0].memory();
+        let tally = &swarm.tally;
+        wrong += tally.lost + tally.repeated;
+        wrong += ((RETURNING * MISSED_BY_EACH) as u64).abs_diff(tally.deliveries);
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        table.add(vec![
+            took.as_secs_f64(),
+            mib(before),
+            mib(most),
+            cost.cpu_of("edge") / tally.deliveries as f64,
+        ]);
+    }
+    let table = Table {
+        title: "5,000 sessions of one room come back to an edge, each with 1,000 missed messages of 256 bytes, half of them said in each of two regions",
+        columns: &[
+            "s until the last has everything",
+            "edge before, MiB",
+            "edge at most, MiB",
+            "edge, µs a delivery",
+        ],
+        rows: vec![table.columns()],
     };
     (table, wrong)
 }

@@ -6,7 +6,7 @@ use async_nats::{HeaderMap, Message, Request};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
 use serde::Deserialize;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::{
     BadRecord, Connection, ReadError, Reader, Record, StreamError, Streams,
@@ -22,6 +22,10 @@ use crate::{
 
 /// How long JetStream may take to purge: it looks at every block of the stream.
 const PURGE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Reads of a stream with several copies after which a message is believed not to be there, and the pause between them.
+const READS: u32 = 5;
+const BETWEEN_READS: Duration = Duration::from_millis(100);
 
 /// Messages removed at once.
 const DELETES_IN_FLIGHT: usize = 16;
@@ -219,7 +223,8 @@ impl Eraser {
         })
     }
 
-    /// The message at `seq` of the stream of `room`, if there is one.
+    /// The message at `seq` of the stream of `room`, if there is one. A copy of the stream that lags finds nothing: where there
+    /// are several copies, nothing is believed only after [`READS`] reads.
     ///
     /// # Errors
     /// [`EraseError`].
@@ -227,9 +232,17 @@ impl Eraser {
         let part = partition_of(room, self.streams.partitions());
         let stream = rooms_stream(self.streams.origin(), part);
         let request = serde_json::json!({ "seq": seq });
-        let (found, _) = self.reader.get(&stream, &request).await?;
-        let found = found.first().and_then(|message| self.candidate(message));
-        Ok(found.filter(|found| found.seq == seq))
+        let mut reads = 0;
+        loop {
+            let (found, _) = self.reader.get(&stream, &request).await?;
+            let found = found.first().and_then(|message| self.candidate(message));
+            let found = found.filter(|found| found.seq == seq);
+            reads += 1;
+            if found.is_some() || reads >= READS || !self.streams.known(part).replicated {
+                return Ok(found);
+            }
+            sleep(BETWEEN_READS).await;
+        }
     }
 
     /// Removes the message at `seq` of the stream of `room`, if that is the one that is meant; whether it was.

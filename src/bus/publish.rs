@@ -15,7 +15,7 @@ use super::{
 use crate::{
     config,
     model::{Cursor, Fingerprint, Kind, Position, RoomId, header_escape, partition_of},
-    protocol::{ErrorCode, native::Publication},
+    protocol::{ErrorCode, Publication, Refused},
     runtime::unix_ms,
     subject::{KIND_READ, KIND_TYPING, Subjects, header, rooms_stream},
     telemetry::{
@@ -122,6 +122,12 @@ impl PublishError {
             Self::Erased => ErrorCode::Erased,
             Self::Refused(_) => ErrorCode::Internal,
         }
+    }
+}
+
+impl From<PublishError> for Refused {
+    fn from(error: PublishError) -> Self {
+        Self::new(error.code(), error.to_string())
     }
 }
 

@@ -26,11 +26,12 @@ use super::{Shared, upgrade};
 use crate::{
     auth::Identity,
     bus::Outgoing,
+    codec::native,
     http1::LAST_STEP,
-    model::{Kind, RoomId},
-    protocol::{ErrorCode, native},
+    model::RoomId,
+    protocol::{ErrorCode, MessageBody, PresenceReply, PublishReply, Refused},
     runtime::{Pace, Phase, unix_s},
-    session::{check_publication, publish_refusal},
+    session::answers,
     subject,
     telemetry::{
         self,
@@ -53,7 +54,7 @@ const MAX_PACES: usize = 10_000;
         erase::room, erase::user, presence::presence, read::readers, read::read, read::unread,
         healthz, readyz, metrics, openapi,
     ),
-    components(schemas(PublishRequest, PublishReply, presence::PresenceReply, history::MessageBody, ErrorBody)),
+    components(schemas(PublishRequest, PublishReply, PresenceReply, MessageBody, ErrorBody)),
     modifiers(&BearerToken)
 )]
 struct ApiDoc;
@@ -173,15 +174,9 @@ impl HttpError {
     }
 }
 
-impl From<(ErrorCode, String)> for HttpError {
-    fn from((code, message): (ErrorCode, String)) -> Self {
+impl From<Refused> for HttpError {
+    fn from(Refused { code, message }: Refused) -> Self {
         Self::new(code, message)
-    }
-}
-
-impl From<native::Refusal> for HttpError {
-    fn from(refusal: native::Refusal) -> Self {
-        Self::new(refusal.code, refusal.message)
     }
 }
 
@@ -248,7 +243,7 @@ fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>, HttpError>
 #[derive(Debug, ToSchema)]
 #[expect(
     dead_code,
-    reason = "documents what `protocol::native::decode_publication` reads"
+    reason = "documents what `codec::native::decode_publication` reads"
 )]
 struct PublishRequest {
     /// `[A-Za-z0-9._~-]{1,64}`, chosen by the client; a repeat with the same id is stored once.
@@ -263,23 +258,6 @@ struct PublishRequest {
     reply_to: Option<String>,
     /// Mentioned users, at most 100.
     mentions: Option<Vec<String>>,
-}
-
-/// The answer to a publish.
-#[derive(Debug, Serialize, ToSchema)]
-struct PublishReply {
-    /// The room.
-    #[schema(value_type = String, example = "chat:lobby")]
-    room: RoomId,
-    /// The message's id.
-    id: String,
-    /// The room's cursor after the message; absent in ephemeral rooms.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cursor: Option<String>,
-    /// When it was stored (ephemeral: sent), in ms since 1970; 0: it is stored, and that can't be told.
-    ts: u64,
-    /// Whether it had been stored before.
-    dup: bool,
 }
 
 /// Publish a message to a room.
@@ -373,7 +351,7 @@ async fn publish_to(
     )
     .await?;
     let publication = native::decode_publication(room, &body)?;
-    let durable = check_publication(config, &identity, &publication)?;
+    let durable = answers::check_publication(config, &identity, &publication)?;
     let id = match &publication.id {
         Some(id) => id.to_string(),
         None => ulid::Ulid::new().to_string(),
@@ -384,38 +362,16 @@ async fn publish_to(
         user: &identity.user,
         id: &id,
     };
-    let failed = |error| HttpError::from(publish_refusal(&error));
-    let (cursor, ts, dup) = if durable {
-        let acked = ready
-            .publisher
-            .durable(&outgoing, |_seq| None)
-            .await
-            .map_err(failed)?;
-        if publication.kind == Kind::Message {
-            let room = &publication.room;
-            ready.markers.sent(room, &identity.user, &acked.cursor);
-        }
-        (Some(acked.cursor.to_string()), acked.ts, acked.duplicate)
-    } else {
-        (
-            None,
-            ready.publisher.ephemeral(&outgoing).map_err(failed)?,
-            false,
-        )
-    };
-    let kind = if durable {
+    let (publisher, markers) = (&ready.publisher, &ready.markers);
+    let published = answers::publish(publisher, markers, &outgoing, durable, |_seq| None);
+    let published = published.await.map_err(Refused::from)?;
+    let way = if durable {
         Published::HttpDurable
     } else {
         Published::HttpEphemeral
     };
-    count(Counter::MessagePublished(kind), 1);
-    Ok(Json(PublishReply {
-        room: publication.room,
-        id,
-        cursor,
-        ts,
-        dup,
-    }))
+    count(Counter::MessagePublished(way), 1);
+    Ok(Json(published))
 }
 
 /// Whether the process lives.

@@ -414,8 +414,8 @@ async fn run(
     );
     let rooms = Rc::clone(&shard.context.rooms);
     let pusher = part.keep_running("pushing presence", async move {
-        while let Some(Push { room, frames }) = pushes.recv().await {
-            rooms.push_presence(&room, &frames).await;
+        while let Some(Push { room, events }) = pushes.recv().await {
+            rooms.push_presence(&room, &events).await;
         }
     });
     if started.send(Ok((live.clone(), replay.clone()))).is_err() {

@@ -17,8 +17,9 @@ use super::{
 };
 use crate::{
     auth::{AuthError, Identity},
+    codec::Codec,
     http1,
-    protocol::{Close, ErrorCode, native::SUBPROTOCOL},
+    protocol::{Close, ErrorCode},
     runtime::unix_s,
     session::{Carried, UserSlot},
     telemetry::metrics::{self, Counter, count},
@@ -85,16 +86,18 @@ pub(super) async fn websocket(
             return HttpError::new(ErrorCode::BadRequest, error.to_string()).into_response();
         }
     };
-    if offered.protocol {
+    if let Some(codec) = offered.codec {
         response.headers_mut().insert(
             header::SEC_WEBSOCKET_PROTOCOL,
-            HeaderValue::from_static(SUBPROTOCOL),
+            HeaderValue::from_static(codec.subprotocol()),
         );
     }
+    // Who names no protocol speaks `natter.v1`.
+    let codec = offered.codec.unwrap_or_default();
     let shard = ready.shards.next();
     let user = user.flatten().map(|place| Box::new(place) as UserSlot);
     let address = address.map(|place| Box::new(place) as UserSlot);
-    let carried = Carried::new(&shared.config, identity, user, address);
+    let carried = Carried::new(&shared.config, codec, identity, user, address);
     tokio::spawn(async move {
         let upgraded = match upgraded.await {
             Ok(websocket) => websocket.into_inner().into_inner(),
@@ -137,7 +140,8 @@ enum Carrier {
 /// The subprotocols that a client offers.
 #[derive(Default)]
 struct Offered {
-    protocol: bool,
+    /// The first that is known.
+    codec: Option<Codec>,
     token: Option<String>,
 }
 
@@ -150,10 +154,10 @@ impl Offered {
             .filter_map(|list| list.to_str().ok())
             .flat_map(|l| l.split(','));
         for word in words.map(str::trim) {
-            if word == SUBPROTOCOL {
-                offered.protocol = true;
-            } else if let Some(token) = word.strip_prefix(BEARER) {
+            if let Some(token) = word.strip_prefix(BEARER) {
                 offered.token = Some(token.to_owned());
+            } else {
+                offered.codec = offered.codec.or_else(|| Codec::of(word));
             }
         }
         offered

@@ -11,16 +11,14 @@ use tokio::{
 
 use super::{
     erase::{ANSWER_WITHIN, EraseAnswer, EraseRequest},
-    question::{
-        PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest, encode, endpoint, refusal,
-    },
+    question::{PageAnswer, PageRequest, SearchAnswer, SearchRequest, encode, endpoint, refusal},
     read::Pages,
 };
 use crate::{
     bus::{AskError, Origins, Reader, Streams, ask},
     config::Config,
     model::{Class, Region, RoomId, partition_of},
-    protocol::ErrorCode,
+    protocol::{ErrorCode, Refused},
     subject::{Subjects, rooms_stream},
     telemetry::metrics::{Counter, Histogram, HistoryAnswer, count, record},
 };
@@ -71,17 +69,17 @@ impl Client {
         })
     }
 
-    async fn turn(&self) -> Result<SemaphorePermit<'_>, Refusal> {
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, Refused> {
         // Neither the service nor the streams could be asked, and every wait would run into its end.
         if !self.pages.connection().is_up() {
             let text = "NATS is not reachable".to_owned();
-            return Err((ErrorCode::Unavailable, text));
+            return Err(Refused::new(ErrorCode::Unavailable, text));
         }
         let turn = timeout(self.wait, self.turns.acquire()).await;
         // It is never closed.
         turn.ok().and_then(Result::ok).ok_or_else(|| {
             let text = "too many questions for history at once".to_owned();
-            (ErrorCode::Unavailable, text)
+            Refused::new(ErrorCode::Unavailable, text)
         })
     }
 
@@ -102,7 +100,7 @@ impl Client {
     ///
     /// # Errors
     /// `bad_id`, `bad_cursor`, `unavailable`.
-    pub async fn page(&self, request: &PageRequest) -> Result<PageAnswer, Refusal> {
+    pub async fn page(&self, request: &PageRequest) -> Result<PageAnswer, Refused> {
         let started = Instant::now();
         let (answer, source) = self.page_from(request).await;
         let source = if answer.is_ok() {
@@ -118,7 +116,7 @@ impl Client {
     async fn page_from(
         &self,
         request: &PageRequest,
-    ) -> (Result<PageAnswer, Refusal>, HistoryAnswer) {
+    ) -> (Result<PageAnswer, Refused>, HistoryAnswer) {
         let _turn = match self.turn().await {
             Ok(turn) => turn,
             Err(refusal) => return (Err(refusal), HistoryAnswer::Failed),
@@ -135,7 +133,9 @@ impl Client {
             },
             Err(AskError::Refused(error)) => match refusal(&error) {
                 // The question is at fault, so nobody can answer it.
-                Some(refusal @ (ErrorCode::BadId | ErrorCode::BadCursor, _)) => {
+                Some(refusal)
+                    if matches!(refusal.code, ErrorCode::BadId | ErrorCode::BadCursor) =>
+                {
                     return (Err(refusal), HistoryAnswer::Failed);
                 }
                 _ => error.message,
@@ -150,18 +150,18 @@ impl Client {
     ///
     /// # Errors
     /// `bad_cursor`, `unavailable`.
-    pub async fn search(&self, request: &SearchRequest) -> Result<SearchAnswer, Refusal> {
+    pub async fn search(&self, request: &SearchRequest) -> Result<SearchAnswer, Refused> {
         let started = Instant::now();
         let search = async {
             let _turn = self.turn().await?;
             let away = |_cause| {
                 let text = "the history service does not answer".to_owned();
-                (ErrorCode::Unavailable, text)
+                Refused::new(ErrorCode::Unavailable, text)
             };
             let asked = self.ask(endpoint::SEARCH, encode(request)?).await;
             let answer = asked.map_err(|error| match error {
                 AskError::Refused(error) => {
-                    refusal(&error).unwrap_or((ErrorCode::Unavailable, error.message))
+                    refusal(&error).unwrap_or(Refused::new(ErrorCode::Unavailable, error.message))
                 }
                 error => away(error.to_string()),
             })?;
@@ -181,9 +181,9 @@ impl Client {
     ///
     /// # Errors
     /// `unavailable`: nothing was erased, or it will be all the same. Asking again is harmless.
-    pub async fn erase(&self, request: &EraseRequest) -> Result<EraseAnswer, Refusal> {
+    pub async fn erase(&self, request: &EraseRequest) -> Result<EraseAnswer, Refused> {
         let _turn = self.turn().await?;
-        let away = |cause: String| (ErrorCode::Unavailable, cause);
+        let away = |cause: String| Refused::new(ErrorCode::Unavailable, cause);
         let subject = self.subjects.history(&self.region, endpoint::ERASE);
         let wait = self.wait + ANSWER_WITHIN;
         let asked = ask(self.pages.connection(), subject, encode(request)?, wait).await;

@@ -24,11 +24,11 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
-use super::{Parts, question::Refusal};
+use super::Parts;
 use crate::{
     bus::{Candidate, EraseError, Eraser, KvError, Leaving, Scan, Streams, Suspect},
     model::{Kind, Place, Region, RoomId, RoomScope, partition_of},
-    protocol::ErrorCode,
+    protocol::{ErrorCode, Refused},
     runtime::Phase,
     store::{Again, Claimed, Erased, Erasure, Removal, StoreError},
     telemetry::metrics::{Counter, count},
@@ -129,11 +129,11 @@ impl Erasing {
     /// # Errors
     /// `unavailable`: nothing was erased, or it is written down and will be carried out all the same; asking again is
     /// harmless.
-    pub(super) async fn ask(&self, request: EraseRequest) -> Result<EraseAnswer, Refusal> {
+    pub(super) async fn ask(&self, request: EraseRequest) -> Result<EraseAnswer, Refused> {
         let answer = self.begin(request).await;
         answer.map_err(|error| {
             tracing::warn!(%error, "an erasure could not be begun");
-            (ErrorCode::Unavailable, error.to_string())
+            Refused::new(ErrorCode::Unavailable, error.to_string())
         })
     }
 

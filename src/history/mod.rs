@@ -44,7 +44,7 @@ pub use client::{Client, Heads};
 pub use dead::{Retried, dead_letters, retry};
 pub use entry::{entry, key_of};
 pub use erase::{EraseAnswer, EraseRequest, EraseWhat};
-pub use question::{At, Lies, PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest};
+pub use question::{At, Lies, PageAnswer, PageRequest, SearchAnswer, SearchRequest};
 pub use read::Pages;
 pub use status::{InstanceStatus, PartStatus, Status, StatusError, instances, status};
 

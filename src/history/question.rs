@@ -8,11 +8,8 @@ use super::entry::key_of;
 use crate::{
     bus::ServiceError,
     model::{Cursor, Reference, RoomId, RoomScope},
-    protocol::{ErrorCode, native},
+    protocol::{Anchor, ErrorCode, HistoryOf, Refused},
 };
-
-/// Why there is no answer.
-pub type Refusal = (ErrorCode, String);
 
 /// Endpoints of the service.
 pub(super) mod endpoint {
@@ -112,14 +109,14 @@ impl PageRequest {
     ///
     /// # Errors
     /// `bad_id` or `bad_cursor` when the anchor is neither a cursor nor a reference.
-    pub fn new(room: RoomId, user: &str, page: native::HistoryOf) -> Result<Self, Refusal> {
+    pub fn new(room: RoomId, user: &str, page: HistoryOf) -> Result<Self, Refused> {
         let at = |text: &str| At::parse(&room, user, text);
         let lies = match page.anchor {
-            native::Anchor::Newest => Lies::Newest,
-            native::Anchor::After(text) if text.is_empty() => Lies::Oldest,
-            native::Anchor::Before(text) => Lies::Before(at(&text)?),
-            native::Anchor::After(text) => Lies::After(at(&text)?),
-            native::Anchor::Around(text) => Lies::Around(at(&text)?),
+            Anchor::Newest => Lies::Newest,
+            Anchor::After(text) if text.is_empty() => Lies::Oldest,
+            Anchor::Before(text) => Lies::Before(at(&text)?),
+            Anchor::After(text) => Lies::After(at(&text)?),
+            Anchor::Around(text) => Lies::Around(at(&text)?),
         };
         Ok(Self {
             room,
@@ -131,10 +128,11 @@ impl PageRequest {
 
 impl At {
     /// What `user` means by `text`: `<user>/<id>`, else a cursor, else the id of a message of their own.
-    fn parse(room: &RoomId, user: &str, text: &str) -> Result<Self, Refusal> {
+    fn parse(room: &RoomId, user: &str, text: &str) -> Result<Self, Refused> {
         let reference = Reference::parse(text);
         if text.contains('/') {
-            let reference = reference.map_err(|error| (ErrorCode::BadId, error.to_string()))?;
+            let reference =
+                reference.map_err(|error| Refused::new(ErrorCode::BadId, error.to_string()))?;
             return Ok(Self::Key(key_of(room, user, &reference)));
         }
         if text.parse::<Cursor>().is_ok() {
@@ -145,37 +143,38 @@ impl At {
             Err(_bad) => {
                 let shown: String = text.chars().take(80).collect();
                 let text = format!("{shown:?} is neither a cursor nor a message reference");
-                Err((ErrorCode::BadCursor, text))
+                Err(Refused::new(ErrorCode::BadCursor, text))
             }
         }
     }
 }
 
 /// A refusal as it goes over NATS.
-pub(super) fn refused((code, message): Refusal) -> ServiceError {
+pub(super) fn refused(refused: &Refused) -> ServiceError {
     ServiceError {
-        code: code.http_status(),
-        message: format!("{}: {message}", code.as_str()),
+        code: refused.code.http_status(),
+        message: refused.to_string(),
     }
 }
 
 /// The inverse of [`refused`]; `None`: not one of natter's own.
-pub(super) fn refusal(error: &ServiceError) -> Option<Refusal> {
+pub(super) fn refusal(error: &ServiceError) -> Option<Refused> {
     let (word, message) = error.message.split_once(": ")?;
     let code = ErrorCode::ALL.into_iter().find(|it| it.as_str() == word)?;
-    Some((code, message.to_owned()))
+    Some(Refused::new(code, message))
 }
 
 /// Reads a question.
-pub(super) fn decode<'a, T: Deserialize<'a>>(question: &'a [u8]) -> Result<T, Refusal> {
-    serde_json::from_slice(question).map_err(|error| (ErrorCode::BadRequest, error.to_string()))
+pub(super) fn decode<'a, T: Deserialize<'a>>(question: &'a [u8]) -> Result<T, Refused> {
+    serde_json::from_slice(question)
+        .map_err(|error| Refused::new(ErrorCode::BadRequest, error.to_string()))
 }
 
 /// Writes a question or an answer.
-pub(super) fn encode(value: &impl Serialize) -> Result<Bytes, Refusal> {
+pub(super) fn encode(value: &impl Serialize) -> Result<Bytes, Refused> {
     serde_json::to_vec(value)
         .map(Bytes::from)
-        .map_err(|error| (ErrorCode::Internal, error.to_string()))
+        .map_err(|error| Refused::new(ErrorCode::Internal, error.to_string()))
 }
 
 #[cfg(test)]
@@ -185,7 +184,8 @@ mod tests {
     #[test]
     fn anchors_are_references_cursors_or_own_ids() {
         let room = RoomId::parse("chat:x").unwrap();
-        let at = |text: &str| At::parse(&room, "kim", text).map_err(|(code, _)| code.as_str());
+        let at =
+            |text: &str| At::parse(&room, "kim", text).map_err(|refused| refused.code.as_str());
         let key = |key: &str| Ok(At::Key(key.to_owned()));
         assert_eq!(at("lee/1"), key("chat:x/lee/1"));
         assert_eq!(at("a/b/1"), key("chat:x/a/b/1"));
@@ -201,8 +201,8 @@ mod tests {
 
     #[test]
     fn refusals_come_back_as_they_were() {
-        let given = (ErrorCode::BadId, "there is: no message".to_owned());
-        assert_eq!(refusal(&refused(given.clone())), Some(given));
+        let given = Refused::new(ErrorCode::BadId, "there is: no message");
+        assert_eq!(refusal(&refused(&given)), Some(given));
         let foreign = ServiceError {
             code: 503,
             message: "this instance has too much to do".to_owned(),

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{
     merge::{Ask, Side, Tail, Told},
-    question::{At, Lies, PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest},
+    question::{At, Lies, PageAnswer, PageRequest, SearchAnswer, SearchRequest},
     show,
     tail::{Log, Part, RoomLog, Tails},
 };
@@ -16,7 +16,7 @@ use crate::{
     bus::{Connection, Origins, ReadError, Reader},
     config::Config,
     model::{Cursor, Place, Position, RoomId},
-    protocol::ErrorCode,
+    protocol::{ErrorCode, Refused},
     store::{Document, End, Folded, Search, Store, StoreError},
 };
 
@@ -55,7 +55,7 @@ struct Split {
 
 /// A page could not be made in this way.
 enum Failed {
-    Refused(Refusal),
+    Refused(Refused),
     /// MongoDB did not answer.
     Store(String),
     /// The stream did not.
@@ -85,7 +85,7 @@ impl Asked<'_> {
         async move {
             match answer.await {
                 Ok(Ok(answer)) => Ok(answer),
-                Ok(Err(StoreError::Query(error))) => Err(Failed::Refused((
+                Ok(Err(StoreError::Query(error))) => Err(Failed::Refused(Refused::new(
                     ErrorCode::BadRequest,
                     format!("q: {error}"),
                 ))),
@@ -152,22 +152,24 @@ impl Pages {
     ///
     /// # Errors
     /// `bad_id`: no such message. `bad_cursor`: a cursor of an unknown epoch. `unavailable`.
-    pub async fn page(&self, request: &PageRequest) -> Result<PageAnswer, Refusal> {
+    pub async fn page(&self, request: &PageRequest) -> Result<PageAnswer, Refused> {
         if let Some(asked) = self.store() {
             match self.of_both(request, asked).await {
                 Ok(answer) => return Ok(answer),
                 Err(Failed::Refused(refusal)) => return Err(refusal),
                 Err(Failed::Store(problem)) => self.note_failure(&problem),
                 Err(Failed::Stream(error)) => {
-                    return Err((ErrorCode::Unavailable, error.to_string()));
+                    return Err(Refused::new(ErrorCode::Unavailable, error.to_string()));
                 }
             }
         }
         match self.of_stream(request).await {
             Ok(answer) => Ok(answer),
             Err(Failed::Refused(refusal)) => Err(refusal),
-            Err(Failed::Store(problem)) => Err((ErrorCode::Unavailable, problem)),
-            Err(Failed::Stream(error)) => Err((ErrorCode::Unavailable, error.to_string())),
+            Err(Failed::Store(problem)) => Err(Refused::new(ErrorCode::Unavailable, problem)),
+            Err(Failed::Stream(error)) => {
+                Err(Refused::new(ErrorCode::Unavailable, error.to_string()))
+            }
         }
     }
 
@@ -238,7 +240,7 @@ impl Pages {
             ),
             At::Cursor(text) => {
                 let cursor: Cursor = text.parse().map_err(|error: crate::model::BadCursor| {
-                    Failed::Refused((ErrorCode::BadCursor, error.to_string()))
+                    Failed::Refused(Refused::new(ErrorCode::BadCursor, error.to_string()))
                 })?;
                 self.place_at(&cursor, &request.room, is_after, log, tail, asked)
                     .await?
@@ -283,10 +285,10 @@ impl Pages {
         let name = key.split_once('/').map_or(key, |(_room, name)| name);
         Err(if asked.is_some() {
             let text = format!("there is no message {name:?} in {room}");
-            Failed::Refused((ErrorCode::BadId, text))
+            Failed::Refused(Refused::new(ErrorCode::BadId, text))
         } else {
             let text = format!("the message {name:?} can't be looked for now");
-            Failed::Refused((ErrorCode::Unavailable, text))
+            Failed::Refused(Refused::new(ErrorCode::Unavailable, text))
         })
     }
 
@@ -320,10 +322,10 @@ impl Pages {
         found.ok_or_else(|| {
             Failed::Refused(if asked.is_some() {
                 let text = format!("the cursor {cursor} is of no log that {room} has or had");
-                (ErrorCode::BadCursor, text)
+                Refused::new(ErrorCode::BadCursor, text)
             } else {
                 let text = format!("where the cursor {cursor} stands can't be looked for now");
-                (ErrorCode::Unavailable, text)
+                Refused::new(ErrorCode::Unavailable, text)
             })
         })
     }
@@ -426,8 +428,9 @@ impl Pages {
             };
             let Some(folded) = next else { break };
             let Some(base) = &folded.base else { break };
-            let json = show::message(None, base, folded)
-                .map_err(|error| Failed::Refused((ErrorCode::Internal, error.to_string())))?;
+            let json = show::message(None, base, folded).map_err(|error| {
+                Failed::Refused(Refused::new(ErrorCode::Internal, error.to_string()))
+            })?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
                 break;
             }
@@ -463,8 +466,8 @@ impl Pages {
     /// # Errors
     /// `bad_cursor` for a `before` that is none of a search; `bad_request` for a text that can't be searched for;
     /// `unavailable`.
-    pub async fn search(&self, request: SearchRequest) -> Result<SearchAnswer, Refusal> {
-        let unavailable = |problem: String| (ErrorCode::Unavailable, problem);
+    pub async fn search(&self, request: SearchRequest) -> Result<SearchAnswer, Refused> {
+        let unavailable = |problem: String| Refused::new(ErrorCode::Unavailable, problem);
         let away = || unavailable("MongoDB does not answer".to_owned());
         let asked = self.store().ok_or_else(away)?;
         let before = request.before.map(|text| text.parse::<Place>());
@@ -474,9 +477,9 @@ impl Pages {
             from: request.from,
             mentions: request.mentions,
             reply_to: request.reply_to,
-            before: before
-                .transpose()
-                .map_err(|error| (ErrorCode::BadCursor, format!("before: {error} of a search")))?,
+            before: before.transpose().map_err(|error| {
+                Refused::new(ErrorCode::BadCursor, format!("before: {error} of a search"))
+            })?,
             limit: request.limit,
         };
         let found = asked.within(asked.store.search(&search)).await;
@@ -496,7 +499,7 @@ impl Pages {
         for Document { room, folded, .. } in &documents {
             let Some(base) = &folded.base else { continue };
             let json = show::message(Some(room), base, folded)
-                .map_err(|error| (ErrorCode::Internal, error.to_string()))?;
+                .map_err(|error| Refused::new(ErrorCode::Internal, error.to_string()))?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
                 next = last;
                 break;

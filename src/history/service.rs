@@ -11,11 +11,12 @@ use super::{
     Parts,
     erase::Erasing,
     figures::Figures,
-    question::{PageRequest, Refusal, decode, encode, endpoint, refused},
+    question::{PageRequest, decode, encode, endpoint, refused},
     read::Pages,
 };
 use crate::{
     bus::{Endpoint, ServeError, serve as serve_endpoints},
+    protocol::Refused,
     subject::{HISTORY_SERVICE, Subjects},
 };
 
@@ -45,7 +46,7 @@ impl Answered {
         })
     }
 
-    fn note<T>(&self, answer: Result<T, Refusal>, what: &AtomicU64) -> Result<T, Refusal> {
+    fn note<T>(&self, answer: Result<T, Refused>, what: &AtomicU64) -> Result<T, Refused> {
         let counter = if answer.is_ok() { what } else { &self.refused };
         counter.fetch_add(1, Ordering::Relaxed);
         answer
@@ -88,7 +89,7 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
                 };
                 answered
                     .note(answer.and_then(|answer| encode(&answer)), what)
-                    .map_err(refused)
+                    .map_err(|error| refused(&error))
             }
         })
     };
@@ -101,7 +102,7 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
                 let answer = async { encode(&pages.search(decode(&question)?).await?) };
                 answered
                     .note(answer.await, &answered.searches)
-                    .map_err(refused)
+                    .map_err(|error| refused(&error))
             }
         })
     };
@@ -114,7 +115,7 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
                 let answer = async { encode(&erasing.ask(decode(&question)?).await?) };
                 answered
                     .note(answer.await, &answered.erasures)
-                    .map_err(refused)
+                    .map_err(|error| refused(&error))
             }
         })
     };

@@ -46,7 +46,7 @@ use crate::{
     bus::{Bucket, Origins, Reader},
     config::{Config, PresencePolicy},
     model::{Region, RoomId},
-    protocol::native::PageOf,
+    protocol::{Event, PageOf},
     runtime::{Tasks, unix_ms},
     subject::bucket,
     telemetry::metrics::{Gauge, Held},
@@ -55,9 +55,6 @@ use local::Local;
 use roster::{Alive, Leases};
 pub use roster::{Page, Seen, Shown};
 use watch::{Due, LOCAL, Watched};
-
-/// The state of a user whose region is cut off, as clients are told.
-pub const UNREACHABLE: &str = "unreachable";
 
 /// Pushes that wait for a shard; rooms wait with theirs when it is full.
 const WAITING: usize = 1024;
@@ -74,13 +71,13 @@ const COME_BACK: Duration = Duration::from_millis(500);
 /// Rooms compared with what is stored at once.
 const COMPARED_AT_ONCE: usize = 8;
 
-/// Frames for the members of a room who want to know who is there.
+/// News for the members of a room who want to know who is there.
 #[derive(Debug)]
 pub struct Push {
     /// Which room.
     pub room: RoomId,
-    /// `presence` frames.
-    pub frames: Vec<Bytes>,
+    /// What has changed, in order.
+    pub events: Arc<[Event]>,
 }
 
 /// Who is where, of one edge; shared by its shards.

@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    Presence, Push, UNREACHABLE,
+    Presence, Push,
     announce::{self, Announcer},
     roster::{Alive, Change, Fact, Page, Roster, Seen, Shown},
 };
@@ -25,11 +25,10 @@ use crate::{
     bus::{Entry, KvError, LiveFeed, ReadError},
     config::PresencePolicy,
     model::{Region, RoomId},
-    protocol::native::Writer,
+    protocol::{Event, PresenceChange, PresenceState},
     runtime::unix_ms,
     subject,
     telemetry::metrics::{Counter, Gauge, Held, PresencePush, count},
-    wire::text_frame,
 };
 
 /// The lease of who is on this edge: always alive, and never written.
@@ -417,14 +416,15 @@ impl Watched {
         if pushes.is_empty() || shards.is_empty() {
             return;
         }
-        let frames: Vec<Bytes> = pushes.iter().map(|push| frame(&self.room, push)).collect();
+        let events = pushes.iter().map(|push| event(&self.room, push));
+        let events: Arc<[Event]> = events.collect();
         for shard in shards {
             presence
                 .push(
                     shard,
                     Push {
                         room: self.room.clone(),
-                        frames: frames.clone(),
+                        events: Arc::clone(&events),
                     },
                 )
                 .await;
@@ -452,40 +452,38 @@ async fn stored(
     }
 }
 
-/// `presence`, as it is pushed.
-fn frame(room: &RoomId, push: &announce::Push) -> Bytes {
-    let mut out = Vec::with_capacity(128);
-    let mut writer = Writer::new(&mut out, "presence");
-    writer.string("room", room.as_str());
-    match push {
+/// What is pushed, as clients are told it.
+fn event(room: &RoomId, push: &announce::Push) -> Event {
+    let change = match push {
         announce::Push::Count(users) => {
             count(Counter::PresencePushed(PresencePush::Count), 1);
-            writer.number("count", *users as u64);
+            PresenceChange::Count(*users)
         }
         announce::Push::User(change) => {
             count(Counter::PresencePushed(PresencePush::User), 1);
-            writer.string("user", &change.user);
-            match &change.shown {
+            let (state, info, at) = match &change.shown {
                 Some(Shown { seen, unreachable }) => {
                     let state = match (unreachable, change.was_shown) {
-                        (true, _) => UNREACHABLE,
-                        (false, true) => "reachable",
-                        (false, false) => "join",
+                        (true, _) => PresenceState::Unreachable,
+                        (false, true) => PresenceState::Reachable,
+                        (false, false) => PresenceState::Join,
                     };
-                    writer.string("state", state);
-                    if let Some(info) = &seen.info {
-                        writer.raw("info", info.get().as_bytes());
-                    }
-                    writer.number("at", seen.since);
+                    (state, seen.info.clone(), seen.since)
                 }
-                None => {
-                    writer.string("state", "leave").number("at", unix_ms());
-                }
+                None => (PresenceState::Leave, None, unix_ms()),
+            };
+            PresenceChange::User {
+                user: Arc::clone(&change.user),
+                state,
+                info,
+                at,
             }
         }
+    };
+    Event::Presence {
+        room: room.clone(),
+        change,
     }
-    writer.end();
-    text_frame(&out)
 }
 
 /// What of a page is shown under a policy.

@@ -43,6 +43,24 @@ pub enum ErrorCode {
     Internal,
 }
 
+/// A command or request was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}: {message}", code.as_str())]
+pub struct Refused {
+    /// Why.
+    pub code: ErrorCode,
+    /// What was wrong, for people.
+    pub message: String,
+}
+
+impl Refused {
+    /// A refusal.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self { code, message }
+    }
+}
+
 impl ErrorCode {
     /// Every code.
     pub const ALL: [Self; 19] = [

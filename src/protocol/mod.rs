@@ -1,10 +1,21 @@
-//! Client ↔ server frames, error codes, close reasons. No I/O and no framework.
+//! The core words of every client protocol: commands, replies, events, refusals, error and close codes.
 //!
-//! Each client protocol is a codec over the same session core; so far there is one, [`native`] (`natter.v1`).
+//! Plain data. How a protocol spells these words is the business of `codec`; the HTTP interface answers with the same
+//! [`Reply`] values, as JSON. No I/O, no frames and no request ids.
 
 #![warn(missing_docs, clippy::indexing_slicing)]
 
 mod codes;
-pub mod native;
+mod command;
+mod event;
+mod publication;
+mod reply;
 
-pub use codes::{Close, ErrorCode};
+pub use codes::{Close, ErrorCode, Refused};
+pub use command::{Anchor, Command, HistoryOf, PageOf, Wants};
+pub use event::{Event, MessagePush, PresenceChange, PresenceState};
+pub use publication::{Draft, MAX_MENTIONS, Mentions, Publication};
+pub use reply::{
+    HistoryReply, JoinReply, MessageBody, PresenceReply, PresentUser, PublishReply, ReadReply,
+    ReaderBody, ReadersReply, Reply, SearchReply, UnreadBody, UnreadReply,
+};

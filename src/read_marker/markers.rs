@@ -23,7 +23,7 @@ use crate::{
     bus::{Bucket, Entry, KvError, Origins, Publisher, ReadError, Reader, Streams},
     config::Config,
     model::{Class, Cursor, Epoch, Fingerprint, Position, Region, RoomId, partition_of},
-    protocol::{ErrorCode, native::PageOf},
+    protocol::{ErrorCode, PageOf, Refused},
     runtime::unix_ms,
     subject::{Subjects, bucket, marker_key, marker_keys, parse_marker_key, rooms_stream},
     telemetry::metrics::{Counter, count},
@@ -125,6 +125,12 @@ impl MarkerError {
             Self::BadCursor(_) => ErrorCode::BadCursor,
             Self::Refused(_) => ErrorCode::Internal,
         }
+    }
+}
+
+impl From<MarkerError> for Refused {
+    fn from(error: MarkerError) -> Self {
+        Self::new(error.code(), error.to_string())
     }
 }
 

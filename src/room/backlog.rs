@@ -5,23 +5,21 @@
 
 use std::{
     cell::{Cell, RefCell},
-    rc::Rc,
+    rc::{Rc, Weak},
 };
 
-use bytes::Bytes;
 use tokio::sync::oneshot;
 use tracing::Instrument as _;
 
 use super::{
-    encode,
     hub::Hub,
-    join::{JoinError, ResetReason},
-    references::reference,
+    joined::{JoinError, ResetReason},
+    message::Message,
     rooms::Rooms,
 };
 use crate::{
-    bus::{ReadError, Record, StreamError, StreamState},
-    model::{Cursor, Fingerprint},
+    bus::{ReadError, StreamError, StreamState},
+    model::Fingerprint,
     telemetry::metrics::{Counter, count},
 };
 
@@ -43,11 +41,11 @@ struct Waiter {
     answer: oneshot::Sender<Answer>,
 }
 
-type Answer = Result<Backlog, Refusal>;
+type Answer = Result<Backlog, NoBacklog>;
 
 /// Why there is no backlog.
 #[derive(Debug)]
-pub(super) enum Refusal {
+pub(super) enum NoBacklog {
     /// The session can't go on where it was.
     Reset(ResetReason),
     /// The stream could not be read.
@@ -68,15 +66,11 @@ enum BacklogError {
 /// The messages after a cursor, up to the end of the stream at the time of the read.
 #[derive(Debug)]
 pub(super) struct Backlog {
-    held: Rc<Held>,
-    skip: usize,
+    /// What was read, perhaps from an older cursor on.
+    pub(super) read: Rc<[Rc<Message>]>,
+    pub(super) skip: usize,
     /// Everything up to this place is in it.
     pub(super) upto: (u64, Fingerprint),
-}
-
-#[derive(Debug)]
-struct Held {
-    entries: Vec<Missed>,
 }
 
 /// Bytes of messages that are read of a backlog at a time.
@@ -91,24 +85,31 @@ enum Extent {
     Part,
 }
 
-/// One missed message.
-#[derive(Debug)]
-pub(super) struct Missed {
-    pub(super) seq: u64,
-    pub(super) fingerprint: Fingerprint,
-    /// Its time, ms since 1970.
-    pub(super) ts: u64,
-    /// The hash of its reference.
-    pub(super) reference: Option<u64>,
-    /// What its sender had seen of other origins.
-    pub(super) after: Option<Cursor>,
-    /// Its frame, counted against `rooms.replay_memory`; the cursor in it names this origin alone.
-    pub(super) frame: Bytes,
+impl Backlog {
+    pub(super) fn entries(&self) -> &[Rc<Message>] {
+        &self.read[self.skip..]
+    }
+
+    /// By what it is known again, without keeping it.
+    pub(super) fn part(&self) -> Part {
+        Part {
+            read: Rc::downgrade(&self.read),
+            skip: self.skip,
+        }
+    }
 }
 
-impl Backlog {
-    pub(super) fn entries(&self) -> &[Missed] {
-        &self.held.entries[self.skip..]
+/// Which part of which read a backlog is.
+#[derive(Debug)]
+pub(super) struct Part {
+    read: Weak<[Rc<Message>]>,
+    skip: usize,
+}
+
+impl PartialEq for Part {
+    fn eq(&self, other: &Self) -> bool {
+        // A handle keeps the address from being used for another read.
+        self.skip == other.skip && self.read.ptr_eq(&other.read)
     }
 }
 
@@ -135,7 +136,7 @@ impl Hub {
         }
         answered
             .await
-            .unwrap_or(Err(Refusal::Failed(JoinError::Unavailable)))
+            .unwrap_or(Err(NoBacklog::Failed(JoinError::Unavailable)))
     }
 
     /// The beginning of what came after `since`, for a session that is slow and has time: nothing is read that it can't take soon.
@@ -150,8 +151,8 @@ impl Hub {
             let is_last = tries >= BEHIND_READS || !self.is_replicated(track);
             let read = self.read_after(rooms, track, since, (Extent::Part, is_last));
             return match read.await {
-                Ok(Read::Found(held, upto)) => Ok(Backlog {
-                    held,
+                Ok(Read::Found(read, upto)) => Ok(Backlog {
+                    read,
                     skip: 0,
                     upto,
                 }),
@@ -160,11 +161,11 @@ impl Hub {
                     tries += 1;
                     continue;
                 }
-                Ok(Read::Reset(reason)) => Err(Refusal::Reset(reason)),
-                Ok(Read::TooFar { .. }) => Err(Refusal::Reset(ResetReason::ReplayMax)),
+                Ok(Read::Reset(reason)) => Err(NoBacklog::Reset(reason)),
+                Ok(Read::TooFar { .. }) => Err(NoBacklog::Reset(ResetReason::ReplayMax)),
                 Err(error) => {
                     tracing::debug!(error = %error, room.id = %self.room, "a backlog could not be read");
-                    Err(Refusal::Failed(JoinError::Unavailable))
+                    Err(NoBacklog::Failed(JoinError::Unavailable))
                 }
             };
         }
@@ -212,7 +213,7 @@ impl Hub {
                 for waiter in group.drain(..) {
                     let _gone = waiter
                         .answer
-                        .send(Err(Refusal::Failed(JoinError::Unavailable)));
+                        .send(Err(NoBacklog::Failed(JoinError::Unavailable)));
                 }
             }
             Ok(Read::Behind) => {
@@ -226,7 +227,7 @@ impl Hub {
             Ok(Read::Reset(reason)) => {
                 for waiter in group.drain(..same(group)) {
                     // A receiver that is gone gave up.
-                    let _gone = waiter.answer.send(Err(Refusal::Reset(reason)));
+                    let _gone = waiter.answer.send(Err(NoBacklog::Reset(reason)));
                 }
             }
             Ok(Read::TooFar { boundary }) => {
@@ -237,13 +238,13 @@ impl Hub {
                 for waiter in group.drain(..too_far) {
                     let _gone = waiter
                         .answer
-                        .send(Err(Refusal::Reset(ResetReason::ReplayMax)));
+                        .send(Err(NoBacklog::Reset(ResetReason::ReplayMax)));
                 }
             }
-            Ok(Read::Found(held, upto)) => {
+            Ok(Read::Found(read, upto)) => {
                 for waiter in std::mem::take(group) {
                     let ends = (oldest, waiter.since);
-                    match self.cut(rooms, track, &held, upto, ends).await {
+                    match self.cut(rooms, track, &read, upto, ends).await {
                         Some(answer) => drop(waiter.answer.send(answer)),
                         None => group.push(waiter),
                     }
@@ -258,15 +259,15 @@ impl Hub {
         &self,
         rooms: &Rooms,
         track: usize,
-        held: &Rc<Held>,
+        read: &Rc<[Rc<Message>]>,
         upto: (u64, Fingerprint),
         (oldest, since): ((u64, Fingerprint), (u64, Fingerprint)),
     ) -> Option<Answer> {
         let (seq, fingerprint) = since;
-        let skip = held.entries.partition_point(|missed| missed.seq <= seq);
+        let skip = read.partition_point(|message| message.seq <= seq);
         let backlog = || {
             Some(Ok(Backlog {
-                held: Rc::clone(held),
+                read: Rc::clone(read),
                 skip,
                 upto,
             }))
@@ -281,16 +282,16 @@ impl Hub {
         }
         let at = skip
             .checked_sub(1)
-            .map(|i| &held.entries[i])
+            .map(|i| &read[i])
             .filter(|m| m.seq == seq);
         match at {
-            Some(missed) if missed.fingerprint == fingerprint => backlog(),
-            Some(_) => Some(Err(Refusal::Reset(ResetReason::Epoch))),
+            Some(message) if message.fingerprint == fingerprint => backlog(),
+            Some(_) => Some(Err(NoBacklog::Reset(ResetReason::Epoch))),
             None => match self.stored_at(rooms, track, since).await {
                 Ok(At::Nothing) => backlog(),
                 Ok(At::Same) => None,
-                Ok(At::Other) => Some(Err(Refusal::Reset(ResetReason::Epoch))),
-                Err(_) => Some(Err(Refusal::Failed(JoinError::Unavailable))),
+                Ok(At::Other) => Some(Err(NoBacklog::Reset(ResetReason::Epoch))),
+                Err(_) => Some(Err(NoBacklog::Failed(JoinError::Unavailable))),
             },
         }
     }
@@ -333,25 +334,26 @@ impl Hub {
         let epoch = self.log.borrow().epoch(track);
         let stream = &self.sources[track].stream;
         let filter = self.filter(rooms, track);
-        let delivered = self.log.borrow().place()[track];
+        let delivered = self.log.borrow().positions()[track];
         let mut anchored = false;
-        let mut entries: Vec<Missed> = Vec::new();
+        let mut entries: Vec<Rc<Message>> = Vec::new();
         let mut bytes = 0;
         let mut is_whole = true;
         // From the cursor's own message on: if it is still there, nothing after it has been trimmed.
         let mut next = after.max(1);
         loop {
             let page = rooms.reader.page(stream, epoch, &filter, next).await?;
-            let mut records = page.records.as_slice();
+            let mut records = page.records;
+            let end = records.last().map(|record| record.seq);
             if next == after.max(1)
-                && let [first, rest @ ..] = records
+                && let Some(first) = records.first()
                 && first.seq == after
             {
                 if fingerprint != Fingerprint(0) && first.fingerprint != fingerprint {
                     return Ok(Read::Reset(ResetReason::Epoch));
                 }
                 anchored = true;
-                records = rest;
+                records.remove(0);
             }
             let total = entries.len() as u64 + records.len() as u64 + page.pending;
             if let Some(excess) = total
@@ -366,21 +368,20 @@ impl Hub {
             }
             for record in records {
                 bytes += record.body.len();
-                let mut missed = self.missed(track, record);
-                missed.frame = share.count(missed.frame);
-                entries.push(missed);
+                let message = self.log.borrow().stored(track, record);
+                entries.push(Rc::new(message.counted_in(&mut share)));
             }
             if bytes > most_bytes {
                 return Ok(Read::TooFar {
                     boundary: after + 1,
                 });
             }
-            match page.records.last() {
+            match end {
                 Some(_) if page.pending > 0 && extent == Extent::Part && !entries.is_empty() => {
                     is_whole = false;
                     break;
                 }
-                Some(last) if page.pending > 0 => next = last.seq + 1,
+                Some(last) if page.pending > 0 => next = last + 1,
                 _ => break,
             }
         }
@@ -396,8 +397,8 @@ impl Hub {
             }
             upto = delivered;
         }
-        // What of the share no frame has taken is given back.
-        Ok(Read::Found(Rc::new(Held { entries }), upto))
+        // What of the share no message has taken is given back.
+        Ok(Read::Found(entries.into(), upto))
     }
 
     /// After the read: whether anything between the cursor and what was read may have been trimmed, before or meanwhile.
@@ -440,22 +441,6 @@ impl Hub {
             None
         })
     }
-
-    fn missed(&self, track: usize, record: &Record) -> Missed {
-        let cursor = self
-            .log
-            .borrow()
-            .cursor_at(track, record.seq, record.fingerprint);
-        let frame = encode::message(&self.room, record, Some(&cursor));
-        Missed {
-            seq: record.seq,
-            fingerprint: record.fingerprint,
-            ts: record.ts,
-            reference: reference(record),
-            after: record.after.clone(),
-            frame,
-        }
-    }
 }
 
 /// What is stored at a cursor's place.
@@ -470,7 +455,7 @@ enum At {
 }
 
 enum Read {
-    Found(Rc<Held>, (u64, Fingerprint)),
+    Found(Rc<[Rc<Message>]>, (u64, Fingerprint)),
     Reset(ResetReason),
     /// The copy of the stream that answered seems to be behind the others.
     Behind,

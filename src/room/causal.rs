@@ -31,7 +31,7 @@ impl Hub {
             self.log.borrow_mut().hold(track, record, until);
             self.watch_held(rooms);
         } else {
-            self.deliver(track, &record, pass);
+            self.deliver(track, record, pass);
         }
         self.release(rooms, pass);
     }
@@ -49,7 +49,7 @@ impl Hub {
             let Some((track, record)) = next else {
                 break;
             };
-            self.deliver(track, &record, pass);
+            self.deliver(track, record, pass);
         }
     }
 

@@ -1,101 +1,68 @@
-//! Members, and how frames reach them.
+//! How messages and events reach the members of a room.
 
-use std::{
-    cell::{Cell, RefCell},
-    rc::Rc,
-    sync::Arc,
-};
+use std::rc::Rc;
 
 use bytes::Bytes;
 use tokio::task::yield_now;
 
-use super::{encode, hub::Hub, references::Spot, rooms::Rooms};
+use super::{
+    hub::Hub,
+    member::{Member, News, raise},
+    message::Message,
+    rooms::Rooms,
+};
 use crate::{
-    model::{Cursor, Position, RoomId},
-    protocol::{Close, native::Wants},
-    telemetry::metrics::{Counter, Gauge, Held, count},
-    wire::Conn,
+    codec::{Codec, PerCodec},
+    model::RoomId,
+    protocol::{Close, Event},
+    telemetry::metrics::{Counter, count},
 };
 
 /// Members written to before other tasks of the shard get a turn.
 pub(super) const MEMBERS_A_TURN: usize = 128;
 
-/// A session's membership in one room: where its frames go, and up to where it has got them.
-#[derive(Debug)]
-pub struct Member {
-    pub(super) session: u64,
-    user: Arc<str>,
-    pub(super) conn: Rc<Conn>,
-    pub(super) wants: Cell<Wants>,
-    /// Whether it is fed by the fan-out; otherwise it is catching up by a task of its own.
-    live: Cell<bool>,
-    /// Index in the log of the next frame it is to get.
-    pub(super) next: Cell<u64>,
-    pub(super) left: Cell<bool>,
-    /// What it has seen, in another region, of what this room has not delivered yet: it is withheld, and stands in the member's
-    /// cursors all the same.
-    ahead: RefCell<Vec<Position>>,
-    _active: Held,
+/// Messages to be fanned out, and the index of the first one in the log.
+#[derive(Default)]
+pub(super) struct Pass {
+    pub(super) first: u64,
+    pub(super) messages: Vec<Rc<Message>>,
+    frames: PerCodec<Vec<Bytes>>,
 }
 
-impl Member {
-    pub(super) fn new(
-        session: u64,
-        user: Arc<str>,
-        conn: Rc<Conn>,
-        wants: Wants,
-        next: u64,
-        live: bool,
-    ) -> Self {
-        Self {
-            session,
-            user,
-            conn,
-            wants: Cell::new(wants),
-            live: Cell::new(live),
-            next: Cell::new(next),
-            left: Cell::new(false),
-            ahead: RefCell::default(),
-            _active: Held::new(Gauge::MemberActive),
+impl Pass {
+    /// Adds a message, which has `index` in the log.
+    pub(super) fn push(&mut self, index: u64, message: Rc<Message>) {
+        debug_assert!(self.frames.made().next().is_none(), "nobody was served yet");
+        if self.messages.is_empty() {
+            self.first = index;
         }
+        self.messages.push(message);
     }
 
-    /// Whether it is no member any more: it left, or the room let it go.
-    #[must_use]
-    pub fn has_left(&self) -> bool {
-        self.left.get()
+    /// The frames that all receivers of a protocol share.
+    fn frames(&self, codec: Codec) -> &[Bytes] {
+        let encode = || self.messages.iter().map(|it| it.frame(codec)).collect();
+        self.frames.get(codec, encode)
     }
 
-    pub(super) fn go_live(&self, next: u64) {
-        self.next.set(next);
-        self.live.set(true);
-    }
-
-    pub(super) fn set_ahead(&self, ahead: Vec<Position>) {
-        *self.ahead.borrow_mut() = ahead;
-    }
-
-    /// `cursor`, and what the member has seen beyond it.
-    pub(super) fn raised(&self, cursor: Cursor) -> Cursor {
-        raise(cursor, &self.ahead.borrow())
-    }
-
-    /// The frames of a pass as they are for this member, when it is ahead of the room.
-    fn for_one_ahead(&self, hub: &Hub, pass: &Pass, skip: usize) -> Option<Vec<Bytes>> {
-        let mut ahead = self.ahead.borrow_mut();
+    /// The frames as they are for a member that is ahead of the room; `None`: it is not.
+    fn for_one_ahead(&self, hub: &Hub, member: &Member, skip: usize) -> Option<Vec<Bytes>> {
+        let mut ahead = member.ahead.borrow_mut();
         if ahead.is_empty() {
             return None;
         }
         let log = hub.log.borrow();
-        let withheld = |(track, seq): &Spot| {
+        let withheld = |message: &Message| {
             let mut ahead = ahead.iter();
-            ahead.any(|seen| log.track_of(&seen.origin) == Some(*track) && *seq <= seen.seq)
+            ahead.any(|seen| {
+                log.track_of(&seen.origin) == Some(message.track()) && message.seq <= seen.seq
+            })
         };
-        let frames = pass.frames.iter().zip(&pass.spots).skip(skip);
-        let frames = frames.filter(|(_, spot)| !withheld(spot));
-        let frames = frames.map(|(frame, _)| match encode::cursor_of(frame) {
-            Some(cursor) => encode::with_cursor(frame, &raise(cursor, &ahead)),
-            None => frame.clone(),
+        let messages = self.messages.iter().skip(skip);
+        let frames = messages.filter(|message| !withheld(message));
+        let frames = frames.map(|message| match message.cursor() {
+            Some(cursor) => message.frame_at(member.codec, &raise(cursor, &ahead)),
+            None => message.frame(member.codec),
         });
         let frames = frames.collect();
         ahead.retain(|seen| log.is_ahead(seen));
@@ -103,34 +70,11 @@ impl Member {
     }
 }
 
-/// Frames to be fanned out, and the index of the first one in the log.
-#[derive(Default)]
-pub(super) struct Pass {
-    pub(super) first: u64,
-    pub(super) frames: Vec<Bytes>,
-    /// Where each is stored; none in a room without a log.
-    pub(super) spots: Vec<Spot>,
-}
-
-/// `cursor` with those of `positions` that lie beyond it.
-pub(super) fn raise(cursor: Cursor, positions: &[Position]) -> Cursor {
-    if positions.is_empty() {
-        return cursor;
-    }
-    let here = cursor.positions().iter().map(|position| {
-        let further = positions.iter().find(|p| p.origin == position.origin);
-        let further = further.filter(|p| p.epoch == position.epoch && p.seq > position.seq);
-        further.unwrap_or(position)
-    });
-    // Of two of one origin the first counts.
-    Cursor::of(here.chain(positions).cloned().collect())
-}
-
 impl Rooms {
     /// Tells the members of a room that want to know who comes and goes.
-    pub async fn push_presence(&self, room: &RoomId, frames: &[Bytes]) {
+    pub async fn push_presence(&self, room: &RoomId, events: &[Event]) {
         if let Some(hub) = self.existing(room) {
-            hub.push_presence(frames).await;
+            hub.push_presence(events).await;
         }
     }
 }
@@ -138,7 +82,11 @@ impl Rooms {
 impl Hub {
     /// Tells all members but the user's own sessions.
     pub(super) fn push_typing(&self, user: &str) {
-        let frame = encode::typing(&self.room, user);
+        let event = Event::Typing {
+            room: self.room.clone(),
+            user: user.to_owned(),
+        };
+        let news = News::of(std::slice::from_ref(&event));
         let mut told = 0;
         for member in self
             .members
@@ -146,14 +94,15 @@ impl Hub {
             .values()
             .filter(|member| &*member.user != user)
         {
-            member.conn.send(std::slice::from_ref(&frame));
+            news.tell(member);
             told += 1;
         }
         count(Counter::TypingDelivered, told);
     }
 
     /// Tells the members that want to know who comes and goes.
-    async fn push_presence(&self, frames: &[Bytes]) {
+    async fn push_presence(&self, events: &[Event]) {
+        let news = News::of(events);
         // Whoever joins during a pause asks for the list themselves; whoever leaves is looked at again.
         let members: Vec<Rc<Member>> = {
             let members = self.members.borrow();
@@ -165,19 +114,19 @@ impl Hub {
         let mut told = 0;
         for group in members.chunks(MEMBERS_A_TURN) {
             for member in group.iter().filter(|member| !member.has_left()) {
-                member.conn.send(frames);
-                told += frames.len() as u64;
+                news.tell(member);
+                told += events.len() as u64;
             }
             yield_now().await;
         }
         count(Counter::PresenceDelivered, told);
     }
 
-    /// Gives the frames of a pass to every member that is live. Yields between groups of members; who joins meanwhile stands
+    /// Gives the messages of a pass to every member that is live. Yields between groups of members; who joins meanwhile stands
     /// behind the pass already, and who leaves makes the order of members change, so the pass looks again until it found
     /// nobody left to serve.
     pub(super) async fn fan_out(&self, pass: Pass) {
-        if pass.frames.is_empty() {
+        if pass.messages.is_empty() {
             return;
         }
         let mut delivered = 0;
@@ -197,20 +146,24 @@ impl Hub {
             }
         }
         count(Counter::MessageDelivered, delivered);
+        self.log.borrow_mut().recount(pass.messages.iter());
     }
 
     /// The same at once, for a room whose members are one group.
     pub(super) fn fan_out_now(&self, pass: &Pass) {
         debug_assert!(self.member_count() <= MEMBERS_A_TURN, "they are one group");
-        if !pass.frames.is_empty() {
+        if !pass.messages.is_empty() {
             count(Counter::MessageDelivered, self.serve(pass, 0));
+            self.log.borrow_mut().recount(pass.messages.iter());
         }
     }
 
-    /// Gives the frames of a pass to the members of one group, those from `at` on; how many deliveries that were.
+    /// Gives the messages of a pass to the members of one group, those from `at` on; how many deliveries that were.
     fn serve(&self, pass: &Pass, at: usize) -> u64 {
-        let Pass { first, frames, .. } = pass;
-        let target = first + frames.len() as u64;
+        let Pass {
+            first, messages, ..
+        } = pass;
+        let target = first + messages.len() as u64;
         let mut delivered = 0;
         let members = self.members.borrow();
         let end = members.len().min(at + MEMBERS_A_TURN);
@@ -221,16 +174,16 @@ impl Hub {
             let Some(skip) = member.next.get().checked_sub(*first) else {
                 // It missed a pass, which can't be. Its cursor makes it whole.
                 debug_assert!(false, "a live member stands before the pass");
-                member.conn.close(Close::Internal);
+                member.outlet.close(Close::Internal);
                 continue;
             };
-            let skip = usize::try_from(skip).unwrap_or(frames.len());
-            if let Some(its_own) = member.for_one_ahead(self, pass, skip) {
-                member.conn.send(&its_own);
+            let skip = usize::try_from(skip).unwrap_or(messages.len());
+            if let Some(its_own) = pass.for_one_ahead(self, member, skip) {
+                member.outlet.send(&its_own);
                 delivered += its_own.len() as u64;
             } else {
-                let rest = &frames[skip..];
-                member.conn.send(rest);
+                let rest = &pass.frames(member.codec)[skip..];
+                member.outlet.send(rest);
                 delivered += rest.len() as u64;
             }
             member.next.set(target);

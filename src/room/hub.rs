@@ -18,15 +18,17 @@ use tokio::{
 
 use super::{
     backlog::Backlogs,
-    encode,
-    fan_out::{MEMBERS_A_TURN, Member, Pass},
+    fan_out::{MEMBERS_A_TURN, Pass},
     log::{Admission, RoomLog, Start},
+    member::{Member, News},
+    merge::LastMissed,
     receipts::Receipts,
     rooms::Rooms,
 };
 use crate::{
     bus::{Arrival, ReadError, Record, Streams},
     model::{Cursor, Kind, RoomId, partition_of},
+    protocol::Event,
     runtime::unix_ms,
     subject::{FROM_NATTER, KIND_READ, KIND_TYPING, header},
     telemetry::metrics::{Counter, Dropped, GapCause, Suppressed, count},
@@ -75,6 +77,7 @@ pub struct Hub {
     /// Since when nobody is here.
     pub(super) empty_since: Cell<Option<Instant>>,
     pub(super) receipts: Receipts,
+    pub(super) last_missed: LastMissed,
     /// Whether a task waits for the end of the time of messages that wait.
     pub(super) holding: Cell<bool>,
     /// How many wait for what is delivered.
@@ -105,7 +108,7 @@ pub(super) enum Phase {
 /// What a hub has to do after it has looked at a batch.
 #[derive(Default)]
 struct Taken {
-    /// Frames for the members, and what is pushed behind them.
+    /// Messages for the members, and what is pushed behind them.
     pass: Pass,
     typing: Vec<String>,
     receipts: IndexMap<String, Cursor>,
@@ -136,7 +139,7 @@ impl Hub {
             durable,
             live_sid: durable.then(|| rooms.line.new_sid()),
             passing_sid: rooms.line.new_sid(),
-            log: RefCell::new(rooms.new_log(Vec::new())),
+            log: RefCell::new(rooms.new_log(&room, Vec::new())),
             members: RefCell::default(),
             membership: Cell::new(0),
             phase: Cell::new(Phase::Starting),
@@ -150,6 +153,7 @@ impl Hub {
             compared: Cell::new(false),
             empty_since: Cell::new(Some(Instant::now())),
             receipts: Receipts::new(rooms.read_push_max),
+            last_missed: LastMissed::default(),
             holding: Cell::new(false),
             awaiting: Cell::new(0),
             room,
@@ -251,10 +255,15 @@ impl Hub {
         rooms.forget(self);
         self.inbox.take();
         let members = std::mem::take(&mut *self.members.borrow_mut());
+        let kicked = code.map(|code| Event::Kicked {
+            room: self.room.clone(),
+            code,
+        });
+        let news = News::of(kicked.as_slice());
         for member in members.values() {
             member.left.set(true);
-            if let Some(code) = code {
-                member.conn.send(&[encode::kicked(&self.room, code)]);
+            if kicked.is_some() {
+                news.tell(member);
             }
         }
     }
@@ -345,7 +354,7 @@ impl Hub {
                                 empty_at: settled,
                             }
                         });
-                        *self.log.borrow_mut() = rooms.new_log(starts.collect());
+                        *self.log.borrow_mut() = rooms.new_log(&self.room, starts.collect());
                         self.remember_earlier(rooms).await?;
                     }
                     Err(error) if matches!(*error, ReadError::Closed) && !self.is_gone() => {
@@ -456,7 +465,7 @@ impl Hub {
         let mut taken = Taken::default();
         self.release(rooms, &mut taken.pass);
         let mut inbox = self.inbox.take();
-        while taken.pass.frames.len() < BATCH
+        while taken.pass.messages.len() < BATCH
             && taken.gap.is_none()
             && let Some(arrival) = inbox.pop_front()
         {
@@ -537,28 +546,22 @@ impl Hub {
         }
     }
 
-    /// Takes an admitted message into the log and its frame into the pass.
-    pub(super) fn deliver(&self, track: usize, record: &Record, ready: &mut Pass) {
+    /// Takes an admitted message into the log and into the pass.
+    pub(super) fn deliver(&self, track: usize, record: Record, ready: &mut Pass) {
         let mut log = self.log.borrow_mut();
-        if is_erasure(record) {
+        if is_erasure(&record) {
             // What it speaks of is not in the stream any more, and nobody shall get it from memory.
             log.forget();
         }
-        if log.is_early(track, record) {
+        if log.is_early(track, &record) {
             count(Counter::MessageCausalTimeout, 1);
             tracing::debug!(room.id = %self.room, seq = record.seq, "what a message answers has not come");
         }
         let first = log.head_index();
-        match log.advance(track, record) {
-            Some((cursor, reference)) => {
-                let frame = encode::message(&self.room, record, Some(&cursor));
-                if ready.frames.is_empty() {
-                    ready.first = first;
-                }
-                ready.frames.push(frame.clone());
-                ready.spots.push((track, record.seq));
-                log.push(track, record, reference, frame);
-                self.receipts.spoke(track, record, &log);
+        match log.advance(track, &record) {
+            Some(at) => {
+                self.receipts.spoke(track, &record, &log);
+                ready.push(first, log.push(at, record));
             }
             None => count(Counter::MessageSuppressed(Suppressed::Duplicate), 1),
         }
@@ -580,13 +583,9 @@ impl Hub {
         } else if kind == Some(KIND_READ) {
             self.take_receipt(rooms, &record.from, &arrival.payload(), &mut taken.receipts);
         } else {
-            let frame = encode::message(&self.room, &record, None);
             let mut log = self.log.borrow_mut();
-            if taken.pass.frames.is_empty() {
-                taken.pass.first = log.head_index();
-            }
-            taken.pass.frames.push(frame);
-            log.pass();
+            let index = log.head_index();
+            taken.pass.push(index, Rc::new(log.pass(record)));
         }
     }
 }

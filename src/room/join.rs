@@ -1,6 +1,6 @@
 //! Joining a room: finding out how a session can go on, beginning its membership, catching up.
 
-use std::{mem::size_of, rc::Rc, sync::Arc, time::Duration};
+use std::{rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::try_join_all;
@@ -10,100 +10,28 @@ use tokio::{
 };
 
 use super::{
-    backlog::{Backlog, Refusal},
-    encode,
-    fan_out::{Member, raise},
+    backlog::{Backlog, NoBacklog},
     hub::{Hub, Phase},
-    log::{Place, Resume, RoomLog, Since},
-    memory::{Memory, Share, weight},
-    merge::{Frames, is_complete, missed},
+    joined::{JoinError, Joined, ResetReason},
+    log::{Missed, Positions, Resume, RoomLog, Since, Step, Steps},
+    member::{Member, NewMember, raise},
+    memory::{Memory, weight},
+    merge::is_complete,
     references::reference_of,
     rooms::Rooms,
 };
 use crate::{
+    codec::Codec,
     model::{Class, Cursor, Fingerprint, RoomId},
-    protocol::{Close, native::Wants},
+    protocol::{Close, Wants},
     runtime::unix_ms,
     telemetry::metrics::{self, Counter, Histogram, Source, count},
-    wire::Conn,
+    wire::Outlet,
 };
 
-/// Backlog is handed to a connection in pieces of this size, or a quarter of the outbox where that is less: its bound is not
-/// reached by our own doing.
+/// Backlog is encoded and handed to a connection in pieces of about this size, or a quarter of the outbox where that is less:
+/// its bound is not reached by our own doing.
 const PIECE: usize = 64 * 1024;
-
-/// Who joins.
-#[derive(Debug)]
-pub struct NewMember {
-    /// The session's number on this edge.
-    pub session: u64,
-    /// Its user.
-    pub user: Arc<str>,
-    /// Its connection.
-    pub conn: Rc<Conn>,
-    /// What it is to be told besides messages.
-    pub wants: Wants,
-}
-
-/// What the reply to a join says.
-#[derive(Debug)]
-pub struct Joined {
-    /// Where the session stands before the backlog; `None` in an ephemeral room.
-    pub cursor: Option<Cursor>,
-    /// The room's newest place; `None` in an ephemeral room.
-    pub head: Option<Cursor>,
-    /// Messages that follow.
-    pub replay: u64,
-    /// Why the session can't go on where it was.
-    pub reset: Option<ResetReason>,
-}
-
-/// Why a session can't go on at its cursor and has to load history.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ResetReason {
-    /// Messages after the cursor are not in the stream any more.
-    Trimmed,
-    /// The cursor is of another incarnation of the stream.
-    Epoch,
-    /// The cursor is beyond the newest message.
-    Future,
-    /// More messages or bytes than are replayed.
-    ReplayMax,
-    /// The room keeps no log.
-    Ephemeral,
-}
-
-impl ResetReason {
-    /// The word on the wire.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Trimmed => "trimmed",
-            Self::Epoch => "epoch",
-            Self::Future => "future",
-            Self::ReplayMax => "replay_max",
-            Self::Ephemeral => "ephemeral",
-        }
-    }
-
-    fn result(self) -> metrics::Joined {
-        match self {
-            Self::Trimmed => metrics::Joined::ResetTrimmed,
-            Self::Epoch => metrics::Joined::ResetEpoch,
-            Self::Future => metrics::Joined::ResetFuture,
-            Self::ReplayMax => metrics::Joined::ResetReplayMax,
-            Self::Ephemeral => metrics::Joined::Ephemeral,
-        }
-    }
-}
-
-/// A room can't be joined now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum JoinError {
-    /// NATS does not answer.
-    #[error("the room's stream can't be read now")]
-    Unavailable,
-}
 
 /// A session's place in a room. Dropping it leaves the room.
 #[derive(Debug)]
@@ -203,7 +131,7 @@ impl Rooms {
         durable: bool,
         since: Option<Cursor>,
         who: NewMember,
-        reply: impl FnOnce(&Joined) -> Bytes,
+        reply: impl FnOnce(Joined) -> Bytes,
     ) -> Result<Membership, JoinError> {
         let started = Instant::now();
         let deadline = started + self.config.join_timeout;
@@ -243,7 +171,7 @@ impl Rooms {
             if !durable {
                 return Ok((hub, Plan::Reset(ResetReason::Ephemeral)));
             }
-            let place = hub.log.borrow().place_of(cursor);
+            let place = hub.log.borrow().since_of(cursor);
             let since = match place {
                 Ok(since) => since,
                 Err(track) => {
@@ -267,7 +195,7 @@ impl Rooms {
                 return Ok((hub, Plan::Backlog(cursor.clone(), since, backlogs)));
             }
             let resumes: Vec<Resume> = {
-                let tracks = since.place.iter().enumerate();
+                let tracks = since.positions.iter().enumerate();
                 tracks.map(|(t, at)| hub.resume(t, *at)).collect()
             };
             if resumes[0] == Resume::Ahead && !filled {
@@ -283,8 +211,8 @@ impl Rooms {
             let wanted = (0..resumes.len()).map(|t| !is_elsewhere(t)).collect();
             match self.read_backlogs(&hub, &since, wanted).await {
                 Ok(backlogs) => read = Some(backlogs),
-                Err(Refusal::Reset(reason)) => return Ok((hub, Plan::Reset(reason))),
-                Err(Refusal::Failed(error)) => return Err(error),
+                Err(NoBacklog::Reset(reason)) => return Ok((hub, Plan::Reset(reason))),
+                Err(NoBacklog::Failed(error)) => return Err(error),
             }
         }
     }
@@ -295,7 +223,7 @@ impl Rooms {
         hub: &Rc<Hub>,
         since: &Since,
         wanted: Vec<bool>,
-    ) -> Result<Vec<Option<Backlog>>, Refusal> {
+    ) -> Result<Vec<Option<Backlog>>, NoBacklog> {
         // For all tracks at once: who waited for one while it holds another could wait for someone who does the same.
         let most = usize::try_from(self.config.replay_max_bytes.as_u64()).unwrap_or(usize::MAX);
         let _room = match hub.sources.len() {
@@ -305,7 +233,7 @@ impl Rooms {
                 Some(self.memory.share(most.saturating_mul(tracks)).await)
             }
         };
-        let tracks = wanted.into_iter().zip(&since.place).enumerate();
+        let tracks = wanted.into_iter().zip(&since.positions).enumerate();
         let reads = tracks.map(|(track, (wanted, at))| async move {
             match wanted {
                 true => hub.backlog(self, track, *at).await.map(Some),
@@ -315,7 +243,7 @@ impl Rooms {
         let backlogs = try_join_all(reads).await?;
         let messages = backlogs.iter().flatten().map(|read| read.entries().len());
         if messages.sum::<usize>() as u64 > self.config.replay_max {
-            return Err(Refusal::Reset(ResetReason::ReplayMax));
+            return Err(NoBacklog::Reset(ResetReason::ReplayMax));
         }
         Ok(backlogs)
     }
@@ -326,19 +254,19 @@ impl Rooms {
         hub: Rc<Hub>,
         plan: Plan,
         who: NewMember,
-        reply: impl FnOnce(&Joined) -> Bytes,
+        reply: impl FnOnce(Joined) -> Bytes,
     ) -> Membership {
-        let conn = who.conn;
+        let outlet = who.outlet.clone();
         // What it has seen elsewhere may come here under another name: it is waited for, for a while.
         let lags = match &plan {
             Plan::Fresh | Plan::Reset(_) => false,
             Plan::Memory(_, since) | Plan::Backlog(_, since, _) => hub.log.borrow().lags(since),
         };
-        let (frames, joined, from, since, result) = {
+        let (missed, joined, from, since, result) = {
             let log = hub.log.borrow();
             let head = || hub.durable.then(|| log.cursor());
             let here = || Since {
-                place: log.place(),
+                positions: log.positions(),
                 elsewhere: Vec::new(),
             };
             let joined = |cursor: Option<Cursor>, reset| Joined {
@@ -348,84 +276,75 @@ impl Rooms {
                 reset,
             };
             // It stands where the room stands, or further, where it has seen more elsewhere.
-            let resumed = |cursor: Cursor, since: &Since, frames: &[Bytes]| {
+            let resumed = |cursor: Cursor, since: &Since, missed: &Missed| {
                 let ahead = log.ahead(since);
-                let place = since.place.iter().zip(log.place());
+                let place = since.positions.iter().zip(log.positions());
                 let place = place.map(|(was, now)| if was.0 > now.0 { *was } else { now });
                 let since = Since {
-                    place: place.collect(),
+                    positions: place.collect(),
                     elsewhere: since.elsewhere.clone(),
                 };
                 let joined = Joined {
                     cursor: Some(cursor),
                     head: head().map(|head| raise(head, &ahead)),
-                    replay: frames.len() as u64,
+                    replay: missed.len() as u64,
                     reset: None,
                 };
                 (joined, since)
             };
             match plan {
                 Plan::Memory(cursor, since) | Plan::Backlog(cursor, since, _) if lags => {
-                    let (joined, _) = resumed(cursor, &since, &[]);
+                    let missed = Missed::default();
+                    let (joined, _) = resumed(cursor, &since, &missed);
                     let from = since.clone();
-                    (Vec::new(), joined, from, since, metrics::Joined::Stream)
+                    (missed, joined, from, since, metrics::Joined::Stream)
                 }
                 Plan::Fresh => (
-                    Vec::new(),
+                    Missed::default(),
                     joined(head(), None),
                     here(),
                     here(),
                     metrics::Joined::Live,
                 ),
                 Plan::Reset(reason) => (
-                    Vec::new(),
+                    Missed::default(),
                     joined(head(), Some(reason)),
                     here(),
                     here(),
                     reason.result(),
                 ),
                 Plan::Memory(cursor, since) => {
-                    let frames = log.frames_after(&since, 0);
-                    count(Counter::MessageReplayed(Source::Ring), frames.len() as u64);
-                    let (joined, upto) = resumed(cursor, &since, &frames);
-                    (frames, joined, since, upto, metrics::Joined::Ring)
+                    let missed = log.after(&since, 0);
+                    count(Counter::MessageReplayed(Source::Ring), missed.len() as u64);
+                    let (joined, upto) = resumed(cursor, &since, &missed);
+                    (missed, joined, since, upto, metrics::Joined::Ring)
                 }
                 Plan::Backlog(cursor, since, backlogs) => {
-                    let Frames { frames, read } = missed(&log, &since, &backlogs, &self.memory);
-                    count(Counter::MessageReplayed(Source::Stream), read as u64);
-                    let (joined, upto) = resumed(cursor, &since, &frames);
-                    (frames, joined, since, upto, metrics::Joined::Stream)
+                    let missed = hub.last_missed.find(&log, &since, &backlogs);
+                    count(Counter::MessageReplayed(Source::Stream), missed.read as u64);
+                    let (joined, upto) = resumed(cursor, &since, &missed);
+                    (missed, joined, since, upto, metrics::Joined::Stream)
                 }
             }
         };
         count(Counter::JoinResult(result), 1);
-        conn.send(&[reply(&joined)]);
+        outlet.send(&[reply(joined)]);
         let head = hub.log.borrow().head_index();
-        let bytes: usize = frames.iter().map(Bytes::len).sum();
+        let (replay, bytes) = (missed.len() as u64, missed.frame_bytes());
         // A client that joins many rooms at once gets their backlogs one after the other, not all into its outbox.
-        let piece = piece_of(&conn);
-        let fits = !lags && bytes <= piece && (bytes == 0 || conn.queued_bytes() <= piece);
-        let member = Rc::new(Member::new(
-            who.session,
-            who.user,
-            Rc::clone(&conn),
-            who.wants,
-            head,
-            fits,
-        ));
+        let piece = piece_of(&outlet);
+        let fits = !lags && bytes <= piece && (bytes == 0 || outlet.queued_bytes() <= piece);
+        let member = Rc::new(Member::new(who, head, fits));
         member.set_ahead(hub.log.borrow().ahead(&since));
         hub.add(Rc::clone(&member));
         hub.follow_receipts(self);
+        let mut behind = Behind::new(&self.memory, missed, (from, since), head);
         if fits {
-            count(Counter::MessageDelivered, joined.replay);
-            conn.send(&frames);
+            count(Counter::MessageDelivered, replay);
+            outlet.send(&behind.piece(&hub, member.codec, usize::MAX));
         } else {
+            behind.steps.count_in(&self.memory);
             let (rooms, hub, member) = (Rc::clone(self), Rc::clone(&hub), Rc::clone(&member));
-            let frames = match result {
-                metrics::Joined::Ring => self.counted(frames),
-                _ => frames,
-            };
-            let mut behind = Behind::new(&self.memory, frames, (from, since), head);
             spawn_local(async move {
                 if lags {
                     let most = rooms.config.causal_wait;
@@ -440,33 +359,25 @@ impl Rooms {
         Membership { hub, member }
     }
 
-    /// Frames of the ring, for a session that may keep them for longer than the ring does.
-    fn counted(&self, frames: Vec<Bytes>) -> Vec<Bytes> {
-        let frames = frames.into_iter();
-        frames.map(|frame| self.memory.count(frame)).collect()
-    }
-
     /// Hands a large backlog over at the pace at which the client reads, then what has come to the room meanwhile (from
     /// memory, or from the streams where memory does not reach back), until there is nothing more: then the member is fed
     /// live. A client that falls further behind than `rooms.replay_max` is closed as too slow.
     ///
     /// What is read for a slow client is given up when others wait for the memory, and read again, in parts, from where it got to.
     async fn catch_up(self: &Rc<Self>, hub: &Rc<Hub>, member: &Rc<Member>, mut behind: Behind) {
-        let conn = &member.conn;
-        let piece = piece_of(conn);
-        let is_over = || member.has_left() || hub.is_gone() || conn.is_over();
+        let outlet = &member.outlet;
+        let piece = piece_of(outlet);
+        let is_over = || member.has_left() || hub.is_gone() || outlet.is_over();
         let mut in_parts = false;
         loop {
-            let mut given = 0;
             let mut given_up = false;
-            for part in pieces(&behind.frames, piece) {
-                // The last one is not worth another read.
-                let is_last = given + part.len() == behind.frames.len();
-                let bytes: usize = part.iter().map(weight).sum();
-                let below = piece.min((conn.outbox_bytes() / 2).saturating_sub(bytes));
+            while !behind.is_done() {
+                // Before it is encoded: what is written for this member alone is not kept for one that does not read. The last
+                // piece is not worth another read.
+                let is_last = behind.rest_bytes(piece) < piece;
                 given_up = tokio::select! {
                     biased;
-                    () = conn.drained(below) => false,
+                    () = outlet.drained(piece) => false,
                     () = self.memory.is_short(), if !is_last => true,
                 };
                 if is_over() {
@@ -475,52 +386,68 @@ impl Rooms {
                 if given_up {
                     break;
                 }
-                conn.send(part);
+                let part = behind.piece(hub, member.codec, piece);
+                let bytes: usize = part.iter().map(weight).sum();
+                let most = outlet.outbox_bytes() / 2;
+                if bytes + outlet.queued_bytes() > most {
+                    // One that is larger than a piece.
+                    outlet.drained(piece.min(most.saturating_sub(bytes))).await;
+                    if is_over() {
+                        return;
+                    }
+                }
+                outlet.send(&part);
                 count(Counter::MessageDelivered, part.len() as u64);
-                given += part.len();
             }
             let (since, index) = match given_up {
-                true => match behind.reached(&hub.log.borrow(), given) {
+                true => match behind.reached(&hub.log.borrow()) {
                     Some(since) => (since, 0),
-                    None => return conn.close(Close::TooSlow),
+                    None => return outlet.close(Close::TooSlow),
                 },
                 false => (behind.upto.clone(), behind.index),
             };
             in_parts |= given_up;
             drop(behind);
-            conn.drained(piece).await;
+            outlet.drained(piece).await;
             if is_over() {
                 return;
             }
             let from_memory = {
                 let log = hub.log.borrow();
-                let mut tracks = since.place.iter().enumerate();
+                let mut tracks = since.positions.iter().enumerate();
                 let reaches = tracks.all(|(track, (seq, _))| *seq >= log.floor(track));
-                reaches.then(|| log.frames_after(&since, index))
+                reaches.then(|| log.after(&since, index))
             };
             behind = match from_memory {
-                Some(frames) => {
-                    let log = hub.log.borrow();
-                    let mut upto = since.clone();
-                    reach(&mut upto, &log.place());
-                    if frames.iter().map(Bytes::len).sum::<usize>() <= piece {
+                Some(missed) => {
+                    let (upto, ahead, head) = {
+                        let log = hub.log.borrow();
+                        let mut upto = since.clone();
+                        reach(&mut upto, &log.positions());
+                        let ahead = log.ahead(&upto);
+                        (upto, ahead, log.head_index())
+                    };
+                    let is_little = missed.frame_bytes() <= piece;
+                    let mut behind = Behind::new(&self.memory, missed, (since, upto), head);
+                    if is_little {
+                        let frames = behind.piece(hub, member.codec, usize::MAX);
                         count(Counter::MessageDelivered, frames.len() as u64);
-                        conn.send(&frames);
-                        member.set_ahead(log.ahead(&upto));
-                        member.go_live(log.head_index());
+                        outlet.send(&frames);
+                        member.set_ahead(ahead);
+                        member.go_live(head);
                         return;
                     }
-                    let frames = self.counted(frames);
-                    Behind::new(&self.memory, frames, (since, upto), log.head_index())
+                    behind.steps.count_in(&self.memory);
+                    behind
                 }
                 None => match self.read_on(hub, &since, in_parts).await {
                     Ok(backlogs) => {
                         let log = hub.log.borrow();
-                        let found = missed(&log, &since, &backlogs, &self.memory);
-                        let mut reached = log.place();
+                        let found = hub.last_missed.find(&log, &since, &backlogs);
+                        let mut reached = log.positions();
                         if !is_complete(&log, &since, &backlogs) {
                             // The room has run on, or this is a part: what was read is all that is given now.
-                            let read = backlogs.iter().zip(&since.place);
+                            let read = backlogs.iter().zip(&since.positions);
                             for (at, (backlog, was)) in reached.iter_mut().zip(read) {
                                 let upto = backlog.as_ref().map_or(*was, |read| read.upto);
                                 *at = if upto.0 < at.0 { upto } else { *at };
@@ -528,13 +455,15 @@ impl Rooms {
                         }
                         let mut upto = since.clone();
                         reach(&mut upto, &reached);
-                        Behind::new(&self.memory, found.frames, (since, upto), 0)
+                        found.steps.count_in(&self.memory);
+                        Behind::new(&self.memory, found, (since, upto), 0)
                     }
-                    Err(Refusal::Reset(_)) => return conn.close(Close::TooSlow),
-                    Err(Refusal::Failed(_)) => {
+                    Err(NoBacklog::Reset(_)) => return outlet.close(Close::TooSlow),
+                    Err(NoBacklog::Failed(_)) => {
                         // NATS is away, and nothing comes live either; or others have had the memory all the time.
                         hub.pause().await;
-                        Behind::new(&self.memory, Vec::new(), (since.clone(), since), index)
+                        let nothing = Missed::default();
+                        Behind::new(&self.memory, nothing, (since.clone(), since), index)
                     }
                 },
             };
@@ -548,91 +477,126 @@ impl Rooms {
         hub: &Rc<Hub>,
         since: &Since,
         in_parts: bool,
-    ) -> Result<Vec<Option<Backlog>>, Refusal> {
+    ) -> Result<Vec<Option<Backlog>>, NoBacklog> {
         let wanted: Vec<bool> = {
             let log = hub.log.borrow();
-            let tracks = since.place.iter().enumerate();
+            let tracks = since.positions.iter().enumerate();
             tracks
                 .map(|(t, (seq, _))| *seq <= log.position(t))
                 .collect()
         };
         let read = async {
-            match (in_parts, &wanted[..], &since.place[..]) {
+            match (in_parts, &wanted[..], &since.positions[..]) {
                 (true, [true], [at]) => Ok(vec![Some(hub.backlog_part(self, 0, *at).await?)]),
                 _ => self.read_backlogs(hub, since, wanted.clone()).await,
             }
         };
         timeout(self.config.join_timeout, read)
             .await
-            .unwrap_or(Err(Refusal::Failed(JoinError::Unavailable)))
+            .unwrap_or(Err(NoBacklog::Failed(JoinError::Unavailable)))
     }
 }
 
 /// What a session has yet to be given.
 struct Behind {
-    frames: Vec<Bytes>,
-    /// Where it stands before and after them.
-    from: Since,
+    steps: Rc<Steps>,
+    /// The first of them that it has not been given.
+    next: usize,
+    /// Whether the frames that all share have its cursors.
+    shared: bool,
+    /// Where it stands; in each frame that is written for it alone.
+    at: Since,
+    /// Where it stands after all of them.
     upto: Since,
     /// Index in the log of what follows, where they reach to what is in memory.
     index: u64,
-    /// What the list takes, besides the frames.
-    _list: Share,
+    memory: Arc<Memory>,
 }
 
 impl Behind {
-    fn new(
-        memory: &Arc<Memory>,
-        frames: Vec<Bytes>,
-        (from, upto): (Since, Since),
-        index: u64,
-    ) -> Self {
+    fn new(memory: &Arc<Memory>, missed: Missed, (at, upto): (Since, Since), index: u64) -> Self {
+        let Missed { steps, shared, .. } = missed;
         Self {
-            _list: memory.take(frames.len() * size_of::<Bytes>()),
-            frames,
-            from,
+            memory: Arc::clone(memory),
+            steps,
+            next: 0,
+            shared,
+            at,
             upto,
             index,
         }
     }
 
-    /// Where the session stands that was given the first `given` frames: it is what their cursors say.
-    fn reached(&self, log: &RoomLog, given: usize) -> Option<Since> {
-        match self.frames[..given].last() {
-            Some(frame) => log.place_of(&encode::cursor_of(frame)?).ok(),
-            None => Some(self.from.clone()),
+    fn is_done(&self) -> bool {
+        self.next == self.steps.len()
+    }
+
+    /// About how many bytes the frames have that are yet to be given, as far as that is less than `most`.
+    fn rest_bytes(&self, most: usize) -> usize {
+        let mut bytes = 0;
+        for step in &self.steps[self.next..] {
+            bytes += step.message.frame_bytes();
+            if bytes >= most {
+                break;
+            }
+        }
+        bytes
+    }
+
+    /// The next frames, of `most` bytes together or a little more.
+    fn piece(&mut self, hub: &Hub, codec: Codec, most: usize) -> Vec<Bytes> {
+        let (mut frames, mut bytes) = (Vec::new(), 0);
+        let began = self.next;
+        {
+            let log = hub.log.borrow();
+            while bytes < most
+                && let Some(Step { message, is_shown }) = self.steps.get(self.next)
+            {
+                self.next += 1;
+                if !message.is_late() {
+                    self.at.positions[message.track()] = (message.seq, message.fingerprint);
+                }
+                if !is_shown {
+                    continue;
+                }
+                let frame = if self.shared {
+                    message.frame(codec)
+                } else {
+                    let cursor = log.cursor_of(&self.at.positions, &self.at.elsewhere);
+                    self.memory.count(message.frame_at(codec, &cursor))
+                };
+                bytes += frame.len();
+                frames.push(frame);
+            }
+        }
+        let given = self.steps[began..self.next].iter();
+        let mut log = hub.log.borrow_mut();
+        log.recount(given.map(|step| &step.message));
+        frames
+    }
+
+    /// Where the session stands with what it was given: it is what the cursors say.
+    fn reached(&self, log: &RoomLog) -> Option<Since> {
+        let mut given = self.steps[..self.next].iter().rev();
+        match given.find(|step| step.is_shown) {
+            Some(last) if self.shared => log.since_of(&last.message.cursor()?).ok(),
+            Some(_) | None => Some(self.at.clone()),
         }
     }
 }
 
 /// Bytes that are handed to a connection at a time.
-fn piece_of(conn: &Conn) -> usize {
-    PIECE.min(conn.outbox_bytes() / 4)
+fn piece_of(outlet: &Outlet) -> usize {
+    PIECE.min(outlet.outbox_bytes() / 4)
 }
 
 /// Moves a place on to another, where that is further.
-fn reach(since: &mut Since, place: &Place) {
-    for (at, reached) in since.place.iter_mut().zip(place) {
+fn reach(since: &mut Since, place: &Positions) {
+    for (at, reached) in since.positions.iter_mut().zip(place) {
         if reached.0 > at.0 {
             *at = *reached;
         }
     }
-}
-
-/// Cuts frames into pieces of at most `most` bytes; a frame that is larger is one of its own.
-fn pieces(frames: &[Bytes], most: usize) -> impl Iterator<Item = &[Bytes]> {
-    let mut rest = frames;
-    std::iter::from_fn(move || {
-        let mut bytes = 0;
-        let fit = rest.iter().take_while(|frame| {
-            bytes += frame.len();
-            bytes <= most
-        });
-        let cut = fit.count().max(1).min(rest.len());
-        let (piece, after) = rest.split_at(cut);
-        rest = after;
-        (!piece.is_empty()).then_some(piece)
-    })
 }
 
 /// How a session goes on.
@@ -645,27 +609,4 @@ enum Plan {
     Memory(Cursor, Since),
     /// With what was read from the streams, then from memory.
     Backlog(Cursor, Since, Vec<Option<Backlog>>),
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pieces_are_all_frames_in_order_and_no_larger_than_they_may_be() {
-        let frames: Vec<Bytes> = [10, 40, 50, 1, 200, 99, 1, 1, 100, 100, 7]
-            .into_iter()
-            .enumerate()
-            .map(|(number, bytes)| Bytes::from(vec![u8::try_from(number).unwrap(); bytes]))
-            .collect();
-        for most in [0, 1, 7, 50, 100, 1000] {
-            let parts: Vec<&[Bytes]> = pieces(&frames, most).collect();
-            assert_eq!(parts.concat(), frames, "{most}");
-            for part in parts {
-                let bytes: usize = part.iter().map(Bytes::len).sum();
-                assert!(bytes <= most || part.len() == 1, "{most}: {bytes}");
-            }
-        }
-        assert_eq!(pieces(&[], 100).count(), 0);
-    }
 }

@@ -1,20 +1,24 @@
 //! The state of a room's log on one shard, without I/O: what was delivered, what is missing, who can resume from memory.
 
 use std::{
+    cell::OnceCell,
     collections::{HashMap, VecDeque},
+    ops::{Deref, Range},
+    rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
-use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::{
-    encode,
+    memory::{Memory, Share},
+    message::{Message, Spotted, TrackId},
     references::{References, Spot, reference},
 };
 use crate::{
     bus::Record,
-    model::{Class, Cursor, Epoch, Fingerprint, Position, Region},
+    model::{Class, Cursor, Epoch, Fingerprint, Position, Region, RoomId},
 };
 
 /// For how many times `rooms.causal_wait` nothing is waited for because of a sender for whose message something was, in vain.
@@ -41,9 +45,12 @@ const MAX_IN_VAIN: usize = 1024;
 /// - A message is delivered after what its sender had seen of other tracks, unless that did not come in time.
 #[derive(Debug)]
 pub(super) struct RoomLog {
+    /// What messages that are not stored are of.
+    unlogged: Rc<TrackId>,
     /// The own origin's first; none in a room without a log.
     tracks: Vec<Track>,
-    entries: VecDeque<Entry>,
+    entries: VecDeque<Rc<Message>>,
+    /// What the entries take, with the frames that were made of them.
     bytes: usize,
     max_bytes: usize,
     /// Index of the first entry in memory.
@@ -55,7 +62,7 @@ pub(super) struct RoomLog {
 }
 
 /// A place in a room: sequence and fingerprint, a track each.
-pub(super) type Place = Vec<(u64, Fingerprint)>;
+pub(super) type Positions = Vec<(u64, Fingerprint)>;
 
 /// Where a track begins.
 #[derive(Debug)]
@@ -73,6 +80,7 @@ pub(super) struct Start {
 /// One origin's part of a room's log.
 #[derive(Debug)]
 struct Track {
+    id: Rc<TrackId>,
     origin: Region,
     epoch: Epoch,
     /// Last sequence per class.
@@ -87,27 +95,6 @@ struct Track {
     held: VecDeque<(Record, Instant)>,
     /// Up to here messages of other tracks have waited in vain, and until when that is reason not to wait again.
     given_up: Option<(u64, Instant)>,
-}
-
-/// One delivered message.
-#[derive(Debug, Clone)]
-pub(super) struct Entry {
-    /// Its track.
-    pub(super) track: usize,
-    /// Its sequence.
-    pub(super) seq: u64,
-    /// Its fingerprint.
-    pub(super) fingerprint: Fingerprint,
-    /// The track's position after it: its own sequence, or a higher one where it came late.
-    pub(super) position: u64,
-    /// Its time, ms since 1970.
-    pub(super) ts: u64,
-    /// The hash of its reference; `None` for what natter announces.
-    pub(super) reference: Option<u64>,
-    /// What its sender had seen of other origins.
-    pub(super) after: Option<Cursor>,
-    /// The complete frame for every receiver.
-    pub(super) frame: Bytes,
 }
 
 /// What is to be done with a message that came live.
@@ -137,18 +124,87 @@ pub(super) enum Resume {
 /// A cursor as a place in this log, and what this log does not know of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Since {
-    pub(super) place: Place,
+    pub(super) positions: Positions,
     /// Positions of origins that are not seen here (yet).
     pub(super) elsewhere: Vec<Position>,
+}
+
+/// What a session has missed, in order. Sessions that missed the same share the list.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Missed {
+    pub(super) steps: Rc<Steps>,
+    /// Whether the frames that all share have the cursors of this session.
+    pub(super) shared: bool,
+    /// How many of those that are shown were read from streams.
+    pub(super) read: usize,
+}
+
+/// Messages on the way of a session to where the room is.
+#[derive(Debug, Default)]
+pub(super) struct Steps {
+    list: Vec<Step>,
+    /// What it takes of `rooms.replay_memory`, once a session keeps it.
+    kept: OnceCell<Share>,
+}
+
+impl Steps {
+    pub(super) fn new(list: Vec<Step>) -> Self {
+        Self {
+            list,
+            kept: OnceCell::new(),
+        }
+    }
+
+    /// Counts it for as long as it is kept: the list, and messages that the ring may forget before they are given.
+    pub(super) fn count_in(&self, memory: &Arc<Memory>) {
+        let of_ring = self.list.iter().filter(|step| !step.message.is_counted());
+        let of_ring: usize = of_ring.map(|step| step.message.bytes()).sum();
+        let bytes = of_ring + size_of_val(&self.list[..]);
+        self.kept.get_or_init(|| memory.take(bytes));
+    }
+}
+
+impl Deref for Steps {
+    type Target = [Step];
+
+    fn deref(&self) -> &[Step] {
+        &self.list
+    }
+}
+
+/// One message on the way of a session to where the room is.
+#[derive(Debug)]
+pub(super) struct Step {
+    pub(super) message: Rc<Message>,
+    /// Otherwise the session has got another copy of it, and only passes it.
+    pub(super) is_shown: bool,
+}
+
+impl Missed {
+    /// How many messages are shown.
+    pub(super) fn len(&self) -> usize {
+        self.steps.iter().filter(|step| step.is_shown).count()
+    }
+
+    /// About how many bytes their frames have.
+    pub(super) fn frame_bytes(&self) -> usize {
+        let shown = self.steps.iter().filter(|step| step.is_shown);
+        shown.map(|step| step.message.frame_bytes()).sum()
+    }
 }
 
 impl RoomLog {
     /// A log that stands at the heads of its tracks.
     #[must_use]
-    pub(super) fn new(starts: Vec<Start>, max_bytes: usize) -> Self {
+    pub(super) fn new(room: &RoomId, starts: Vec<Start>, max_bytes: usize) -> Self {
+        let track = |start| Track::new(room.clone(), start);
         Self {
             references: [(); 2].map(|()| References::new(starts.len())),
-            tracks: starts.into_iter().map(Track::new).collect(),
+            unlogged: Rc::new(TrackId {
+                room: room.clone(),
+                origin: None,
+            }),
+            tracks: starts.into_iter().map(track).collect(),
             entries: VecDeque::new(),
             bytes: 0,
             max_bytes,
@@ -209,7 +265,7 @@ impl RoomLog {
 
     /// The cursor of a place, and of positions elsewhere.
     #[must_use]
-    pub(super) fn cursor_of(&self, place: &Place, elsewhere: &[Position]) -> Cursor {
+    pub(super) fn cursor_of(&self, place: &Positions, elsewhere: &[Position]) -> Cursor {
         let here = self.tracks.iter().zip(place);
         let here = here.map(|(track, (seq, fingerprint))| track.at(*seq, *fingerprint));
         Cursor::of(here.chain(elsewhere.iter().cloned()).collect())
@@ -231,7 +287,7 @@ impl RoomLog {
 
     /// The place up to which everything was delivered.
     #[must_use]
-    pub(super) fn place(&self) -> Place {
+    pub(super) fn positions(&self) -> Positions {
         let tracks = self.tracks.iter();
         tracks.map(|t| (t.position, t.fingerprint)).collect()
     }
@@ -240,17 +296,20 @@ impl RoomLog {
     ///
     /// # Errors
     /// The first track whose epoch is another: there the cursor means nothing.
-    pub(super) fn place_of(&self, cursor: &Cursor) -> Result<Since, usize> {
-        let mut place = vec![(0, Fingerprint::default()); self.tracks.len()];
+    pub(super) fn since_of(&self, cursor: &Cursor) -> Result<Since, usize> {
+        let mut positions = vec![(0, Fingerprint::default()); self.tracks.len()];
         let mut elsewhere = Vec::new();
         for position in cursor.positions() {
             match self.track_of(&position.origin) {
                 None => elsewhere.push(position.clone()),
                 Some(track) if self.tracks[track].epoch != position.epoch => return Err(track),
-                Some(track) => place[track] = (position.seq, position.fingerprint),
+                Some(track) => positions[track] = (position.seq, position.fingerprint),
             }
         }
-        Ok(Since { place, elsewhere })
+        Ok(Since {
+            positions,
+            elsewhere,
+        })
     }
 
     /// Those components of `since` that lie beyond this log.
@@ -268,7 +327,7 @@ impl RoomLog {
 
     /// The messages of `since` that its tracks have not got to.
     fn not_reached<'a>(&'a self, since: &'a Since) -> impl Iterator<Item = Position> + 'a {
-        let tracks = self.tracks.iter().zip(&since.place);
+        let tracks = self.tracks.iter().zip(&since.positions);
         let ahead = tracks.filter(|(track, (seq, _))| *seq > track.position);
         let ahead = ahead.map(|(track, (seq, fingerprint))| track.at(*seq, *fingerprint));
         ahead.filter(Position::names_message)
@@ -279,6 +338,12 @@ impl RoomLog {
     pub(super) fn is_ahead(&self, position: &Position) -> bool {
         self.track_of(&position.origin)
             .is_none_or(|track| position.seq > self.tracks[track].position)
+    }
+
+    /// The indices of what is in memory.
+    #[must_use]
+    pub(super) fn indices(&self) -> Range<u64> {
+        self.base..self.head_index()
     }
 
     /// The index that the next delivery will have.
@@ -463,14 +528,10 @@ impl RoomLog {
         Some((track, record))
     }
 
-    /// Takes note of an admitted message and returns the cursor of its frame and the hash of its reference, or `None` if its
-    /// reference was delivered before (the first one wins): then the position moves on and there is no frame.
+    /// Takes note of an admitted message and returns where it stands, or `None` if its reference was delivered before (the
+    /// first one wins): then the position moves on and nothing is shown.
     #[must_use]
-    pub(super) fn advance(
-        &mut self,
-        track: usize,
-        record: &Record,
-    ) -> Option<(Cursor, Option<u64>)> {
+    pub(super) fn advance(&mut self, track: usize, record: &Record) -> Option<Spotted> {
         let of = &mut self.tracks[track];
         let last = &mut of.last[index(record.class)];
         *last = record.seq.max(*last);
@@ -482,7 +543,11 @@ impl RoomLog {
         let reference = reference(record);
         let fresh =
             reference.is_none_or(|key| self.references[index(record.class)].note(key, spot));
-        fresh.then(|| (self.cursor(), reference))
+        fresh.then(|| Spotted {
+            track,
+            position: self.tracks[track].position,
+            reference,
+        })
     }
 
     /// Notes references of messages before the beginning of the log: they are not shown again when they come from another origin.
@@ -498,58 +563,72 @@ impl RoomLog {
 
     /// Whether who stands at `place` has got a message by another copy of it.
     #[must_use]
-    pub(super) fn has_twin(&self, place: &Place, reference: Option<u64>, at: Spot) -> bool {
+    pub(super) fn has_twin(&self, place: &Positions, reference: Option<u64>, at: Spot) -> bool {
         let seen = |spot: Spot| place.get(spot.0).is_some_and(|of| spot.1 <= of.0);
         let of = |references: &References, key| references.has_twin(key, at, seen);
         reference.is_some_and(|key| self.references.iter().any(|known| of(known, key)))
     }
 
-    /// Keeps the frame of the message that [`Self::advance`] has just taken note of, with what that said of its reference.
-    pub(super) fn push(
-        &mut self,
-        track: usize,
-        record: &Record,
-        reference: Option<u64>,
-        frame: Bytes,
-    ) {
-        self.bytes += frame.len();
-        self.entries.push_back(Entry {
+    /// A message of a track as it is kept for all who have not got it, read from the stream: its cursor names this origin alone.
+    pub(super) fn stored(&self, track: usize, record: Record) -> Message {
+        let at = Spotted {
             track,
-            seq: record.seq,
-            fingerprint: record.fingerprint,
-            position: self.tracks[track].position,
-            ts: record.ts,
-            reference,
-            after: record.after.clone(),
-            frame,
-        });
+            position: record.seq,
+            reference: reference(&record),
+        };
+        Message::new(&self.tracks[track].id, at, record, None)
+    }
+
+    /// Keeps the message that [`Self::advance`] has just taken note of.
+    pub(super) fn push(&mut self, at: Spotted, record: Record) -> Rc<Message> {
+        let is_alone = self.tracks.len() == 1 && at.position == record.seq;
+        let cursor = (!is_alone).then(|| self.cursor());
+        let message = Message::new(&self.tracks[at.track].id, at, record, cursor);
+        let message = Rc::new(message);
+        message.counted.set(Some(0));
+        self.entries.push_back(Rc::clone(&message));
+        message
+    }
+
+    /// Counts what messages have come to take since they were counted last, and forgets the oldest ones where that is too much.
+    pub(super) fn recount<'m>(&mut self, messages: impl Iterator<Item = &'m Rc<Message>>) {
+        for message in messages {
+            if let Some(before) = message.counted.get() {
+                let bytes = message.bytes();
+                message.counted.set(Some(bytes));
+                self.bytes = self.bytes + bytes - before;
+            }
+        }
         while self.bytes > self.max_bytes
             && let Some(oldest) = self.entries.pop_front()
         {
-            self.bytes -= oldest.frame.len();
+            self.bytes -= oldest.counted.take().unwrap_or_default();
             self.base += 1;
-            let track = &mut self.tracks[oldest.track];
-            if oldest.position > track.floor {
-                track.floor = oldest.position;
-                track.floor_fingerprint = if oldest.seq == oldest.position {
-                    oldest.fingerprint
-                } else {
+            let track = &mut self.tracks[oldest.track()];
+            if oldest.position() > track.floor {
+                track.floor = oldest.position();
+                track.floor_fingerprint = if oldest.is_late() {
                     Fingerprint(0)
+                } else {
+                    oldest.fingerprint
                 };
             }
         }
     }
 
-    /// Counts a message of a room without a log.
-    pub(super) fn pass(&mut self) {
+    /// A message of a room without a log, which is counted and not kept.
+    pub(super) fn pass(&mut self, record: Record) -> Message {
         self.base += 1;
+        Message::new(&self.unlogged, Spotted::default(), record, None)
     }
 
-    /// Forgets the frames of all that was delivered: who resumes from before here is sent to the stream. Positions, indices and
+    /// Forgets all that was delivered: who resumes from before here is sent to the stream. Positions, indices and
     /// what is verified stay.
     pub(super) fn forget(&mut self) {
         self.base = self.head_index();
-        self.entries.clear();
+        for entry in self.entries.drain(..) {
+            entry.counted.set(None);
+        }
         self.bytes = 0;
         for track in &mut self.tracks {
             track.floor = track.position;
@@ -575,7 +654,7 @@ impl RoomLog {
         } else {
             let entry = self.find(track, seq);
             // The place of a late entry is the one before it.
-            entry.filter(|e| e.position == seq).map(|e| e.fingerprint)
+            entry.filter(|e| e.position() == seq).map(|e| e.fingerprint)
         };
         let unchecked = fingerprint == Fingerprint(0);
         if unchecked || expected == Some(fingerprint) {
@@ -585,52 +664,45 @@ impl RoomLog {
         }
     }
 
-    /// The frames in memory of what lies after `since`: all there are, if `since` lies before no track's [`Self::floor`]. After them
-    /// a session stands at [`Self::place`], or further where `since` was. What has an index below `from` it has got.
+    /// What is in memory of what lies after `since`: all there is, if `since` lies before no track's [`Self::floor`]. After it
+    /// a session stands at [`Self::positions`], or further where `since` was. What has an index below `from` it has got.
     ///
     /// Late entries share the position of the one before them. Whether a cursor there includes them can't be told: they are sent
     /// again, since a repeat can be recognised by its id and a loss can't.
-    pub(super) fn frames_after(&self, since: &Since, from: u64) -> Vec<Bytes> {
-        let mut place = since.place.clone();
+    pub(super) fn after(&self, since: &Since, from: u64) -> Missed {
         // Where the hub stood before the entry that is looked at.
         let mut stood: Vec<u64> = self.tracks.iter().map(|track| track.floor).collect();
-        let mut picked = Vec::new();
+        let mut steps = Vec::new();
         let mut as_it_was = true;
         for (index, entry) in (self.base..).zip(&self.entries) {
-            let (at, _) = since.place[entry.track];
-            let is_late = entry.seq != entry.position;
-            let after = entry.position > at || (entry.position == at && is_late);
-            let spot = (entry.track, entry.seq);
-            if index >= from && after && !self.has_twin(&since.place, entry.reference, spot) {
-                if picked.is_empty() {
-                    let mut here = stood.iter().zip(&since.place);
+            let (at, _) = since.positions[entry.track()];
+            let after = entry.position() > at || (entry.position() == at && entry.is_late());
+            let is_new = || !self.has_twin(&since.positions, entry.reference(), entry.spot());
+            if index >= from && after && is_new() {
+                if steps.is_empty() {
+                    let mut here = stood.iter().zip(&since.positions);
                     as_it_was = here.all(|(a, (b, _))| a == b);
                 }
-                picked.push(entry);
-            } else if !picked.is_empty() {
+                steps.push(Step {
+                    message: Rc::clone(entry),
+                    is_shown: true,
+                });
+            } else if !steps.is_empty() {
                 as_it_was = false;
             }
-            stood[entry.track] = entry.position.max(stood[entry.track]);
+            stood[entry.track()] = entry.position().max(stood[entry.track()]);
         }
         // One track has one order. And who stands where the hub stood then has got the same since.
-        if since.elsewhere.is_empty() && (self.tracks.len() == 1 || as_it_was) {
-            return picked
-                .into_iter()
-                .map(|entry| entry.frame.clone())
-                .collect();
+        let shared = since.elsewhere.is_empty() && (self.tracks.len() == 1 || as_it_was);
+        Missed {
+            steps: Rc::new(Steps::new(steps)),
+            shared,
+            read: 0,
         }
-        let framed = picked.into_iter().map(|entry| {
-            if entry.seq == entry.position {
-                place[entry.track] = (entry.seq, entry.fingerprint);
-            }
-            let cursor = self.cursor_of(&place, &since.elsewhere);
-            encode::with_cursor(&entry.frame, &cursor)
-        });
-        framed.collect()
     }
 
     /// What is in memory, in the order of delivery.
-    pub(super) fn entries(&self) -> impl Iterator<Item = &Entry> {
+    pub(super) fn entries(&self) -> impl Iterator<Item = &Rc<Message>> {
         self.entries.iter()
     }
 
@@ -647,9 +719,9 @@ impl RoomLog {
             return None;
         }
         let mut newest_first = self.entries.iter().rev();
-        let entry = newest_first.find(|entry| entry.reference == Some(reference))?;
-        let cursor = self.cursor_at(entry.track, entry.seq, entry.fingerprint);
-        (entry.track > 0 || entry.ts < forgotten).then_some((cursor, entry.ts))
+        let entry = newest_first.find(|entry| entry.reference() == Some(reference))?;
+        let cursor = self.cursor_at(entry.track(), entry.seq, entry.fingerprint);
+        (entry.track() > 0 || entry.ts < forgotten).then_some((cursor, entry.ts))
     }
 
     /// The time of the message of the own origin at `seq`, if it is in memory.
@@ -665,15 +737,15 @@ impl RoomLog {
             .is_none_or(|entry| entry.fingerprint != fingerprint)
     }
 
-    fn find(&self, track: usize, seq: u64) -> Option<&Entry> {
+    fn find(&self, track: usize, seq: u64) -> Option<&Rc<Message>> {
         // Newest first: who asks has usually just published.
         let mut newest_first = self.entries.iter().rev();
-        newest_first.find(|entry| entry.seq == seq && entry.track == track)
+        newest_first.find(|entry| entry.seq == seq && entry.track() == track)
     }
 }
 
 impl Track {
-    fn new(start: Start) -> Self {
+    fn new(room: RoomId, start: Start) -> Self {
         let Start {
             origin,
             epoch,
@@ -690,7 +762,12 @@ impl Track {
                 .find(|r| r.class == class)
                 .map_or(position, |record| record.seq)
         });
+        let id = TrackId {
+            room,
+            origin: Some((origin.clone(), epoch)),
+        };
         Self {
+            id: Rc::new(id),
             origin,
             epoch,
             last,

@@ -1,9 +1,9 @@
 //! The memory of backlogs on one shard: `rooms.replay_memory`.
 //!
-//! A read of a stream waits for its share before it begins. What it finds is counted frame by frame, from then until the frame
-//! is freed: in the backlog, in what a session has yet to be given, in the queue of its connection. A frame that several
-//! sessions share is one, and counted once. What is made for one session (a copy with a cursor of its own) is counted as it
-//! is made, over the bound if need be. Whoever reads several streams waits for all of them at once, and holds nothing meanwhile.
+//! A read of a stream waits for its share before it begins. What it finds is counted message by message, from then until the
+//! message and its frames are freed: in the backlog, in what a session has yet to be given, in the queue of its connection. A
+//! frame that several sessions share is counted once. A frame that is made for one session (with a cursor of its own) is counted
+//! as it is made, over the bound if need be: sessions make them a piece at a time. Whoever reads several streams waits for all of them at once, and holds nothing meanwhile.
 
 use std::{
     pin::pin,
@@ -46,6 +46,8 @@ pub(super) struct Share {
 struct Counted {
     frame: Bytes,
     _share: Share,
+    /// That of the message whose fields it keeps, if it does.
+    _message: Option<Arc<Share>>,
 }
 
 impl AsRef<[u8]> for Counted {
@@ -108,7 +110,11 @@ impl Memory {
 
     /// The frame, counted until it is freed.
     pub(super) fn count(self: &Arc<Self>, frame: Bytes) -> Bytes {
-        self.take(weight(&frame)).of(frame)
+        Bytes::from_owner(Counted {
+            _share: self.take(weight(&frame)),
+            frame,
+            _message: None,
+        })
     }
 
     /// Resolves while somebody waits for a share that there is no room for. Cancel-safe.
@@ -125,20 +131,22 @@ impl Memory {
 }
 
 impl Share {
-    /// Gives the frame what it needs of this share, and more where that is not enough.
-    pub(super) fn count(&mut self, frame: Bytes) -> Bytes {
-        let weight = weight(&frame);
-        let given = weight.min(self.bytes);
+    /// A share of its own of `bytes`, taken of this one, and more where that is not enough.
+    pub(super) fn part(&mut self, bytes: usize) -> Self {
+        let given = bytes.min(self.bytes);
         self.bytes -= given;
-        let mut share = self.memory.take(weight - given);
-        share.bytes += given;
-        share.of(frame)
+        let mut part = self.memory.take(bytes - given);
+        part.bytes += given;
+        part
     }
 
-    fn of(self, frame: Bytes) -> Bytes {
+    /// A frame of the message whose share this is. `own` bytes of it are not counted with the message, whose share is kept as
+    /// long as the frame.
+    pub(super) fn frame_of(self: &Arc<Self>, own: usize, frame: Bytes) -> Bytes {
         Bytes::from_owner(Counted {
             frame,
-            _share: self,
+            _share: self.memory.take(own + FRAME_COST),
+            _message: Some(Arc::clone(self)),
         })
     }
 }
@@ -184,10 +192,12 @@ mod tests {
     async fn a_frame_is_counted_once_until_its_last_part_is_freed() {
         let memory = Memory::new(10_000);
         let mut share = memory.share(5000).await;
-        let one = share.count(frame(1000));
-        let other = share.count(frame(2000));
-        assert_eq!(used(&memory), 5000);
-        drop(share);
+        // Two messages; a frame of each, of which 100 bytes are not a part of the message.
+        let messages = [900, 1900].map(|bytes| Arc::new(share.part(bytes)));
+        let one = messages[0].frame_of(100, frame(1000));
+        let other = messages[1].frame_of(100, frame(2000));
+        assert_eq!(used(&memory), 5000 + 200 + 2 * FRAME_COST);
+        drop((messages, share));
         let both = 3000 + 2 * FRAME_COST;
         assert_eq!(used(&memory), both);
         // Other sessions' handles, and what is left of a frame that was written in part, are the same frame.
@@ -204,11 +214,11 @@ mod tests {
     async fn what_does_not_fit_a_share_is_counted_all_the_same() {
         let memory = Memory::new(1000);
         let mut share = memory.share(1000).await;
-        let frames: Vec<Bytes> = (0..3).map(|_| share.count(frame(600))).collect();
-        assert_eq!(used(&memory), 3 * (600 + FRAME_COST));
+        let parts: Vec<Share> = (0..3).map(|_| share.part(600)).collect();
+        assert_eq!(used(&memory), 3 * 600);
         let copy = memory.count(frame(100));
-        assert_eq!(used(&memory), 3 * (600 + FRAME_COST) + 100 + FRAME_COST);
-        drop((frames, copy, share));
+        assert_eq!(used(&memory), 3 * 600 + 100 + FRAME_COST);
+        drop((parts, copy, share));
         assert_eq!(used(&memory), 0);
     }
 

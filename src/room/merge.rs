@@ -1,114 +1,125 @@
 //! Backlogs of several origins in one order.
 
 use std::{
+    cell::RefCell,
     collections::{HashSet, VecDeque},
-    sync::Arc,
+    ops::Range,
+    rc::{Rc, Weak},
 };
-
-use bytes::Bytes;
 
 use super::{
-    backlog::Backlog,
-    encode,
-    log::{Place, RoomLog, Since},
-    memory::Memory,
-    references::Spot,
+    backlog::{Backlog, Part},
+    log::{Missed, Positions, RoomLog, Since, Step, Steps},
+    message::Message,
 };
-use crate::model::{Cursor, Fingerprint};
-
-/// What a session missed: frames in order, of which `read` came from streams.
-#[derive(Debug, Default)]
-pub(super) struct Frames {
-    pub(super) frames: Vec<Bytes>,
-    pub(super) read: usize,
-}
-
-/// One message on its way into the order.
-struct Item<'a> {
-    seq: u64,
-    /// The track's place after it; `None`: it came late, and the place stays.
-    place: Option<(u64, Fingerprint)>,
-    ts: u64,
-    reference: Option<u64>,
-    after: Option<&'a Cursor>,
-    frame: &'a Bytes,
-    read: bool,
-}
+use crate::model::Cursor;
 
 /// What a session that stands at `since` has missed of what the room has delivered: what was read of each track, and, where that
 /// reaches to what is in memory, what is there. `backlogs` has one a track; none where the session had seen more than the room when the
 /// others were read.
 ///
 /// The order is that of time, except that none comes before what its sender had seen.
-///
-/// Frames that are not those that were read are counted in `memory`.
-pub(super) fn missed(
-    log: &RoomLog,
-    since: &Since,
-    backlogs: &[Option<Backlog>],
-    memory: &Arc<Memory>,
-) -> Frames {
+fn missed(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>]) -> Missed {
     let in_memory = is_complete(log, since, backlogs);
-    let mut tracks: Vec<VecDeque<Item<'_>>> = Vec::with_capacity(backlogs.len());
+    let mut tracks: Vec<VecDeque<&Rc<Message>>> = Vec::with_capacity(backlogs.len());
     let mut references = HashSet::new();
     for (track, backlog) in backlogs.iter().enumerate() {
         let mut items = VecDeque::new();
         let delivered = log.position(track);
         if let Some(backlog) = backlog {
             // What the room has not delivered yet will come live.
-            let read = backlog.entries().iter().filter(|m| m.seq <= delivered);
-            items.extend(read.map(|missed| Item {
-                seq: missed.seq,
-                place: Some((missed.seq, missed.fingerprint)),
-                ts: missed.ts,
-                reference: missed.reference,
-                after: missed.after.as_ref(),
-                frame: &missed.frame,
-                read: true,
-            }));
+            items.extend(backlog.entries().iter().filter(|m| m.seq <= delivered));
         }
         let upto = upto(track, since, backlog.as_ref());
-        let entries = log.entries().filter(|entry| {
-            in_memory && entry.track == track && entry.position > upto && entry.seq > upto
-        });
-        items.extend(entries.map(|entry| Item {
-            seq: entry.seq,
-            place: (entry.seq == entry.position).then_some((entry.seq, entry.fingerprint)),
-            ts: entry.ts,
-            reference: entry.reference,
-            after: entry.after.as_ref(),
-            frame: &entry.frame,
-            read: false,
+        items.extend(log.entries().filter(|entry| {
+            let is_after = entry.position() > upto && entry.seq > upto;
+            in_memory && entry.track() == track && is_after
         }));
         tracks.push(items);
     }
-    let mut place = since.place.clone();
-    let mut missed = Frames::default();
+    let mut place = since.positions.clone();
+    let (mut steps, mut read) = (Vec::new(), 0);
     while let Some(track) = next(log, &tracks, &place) {
-        let Some(item) = tracks[track].pop_front() else {
+        let Some(message) = tracks[track].pop_front() else {
             break;
         };
-        if let Some(after) = item.place {
-            place[track] = after;
+        if !message.is_late() {
+            place[track] = (message.seq, message.fingerprint);
         }
-        let spot: Spot = (track, item.seq);
-        let is_new = item.reference.is_none_or(|key| references.insert(key));
-        if !is_new || log.has_twin(&since.place, item.reference, spot) {
-            continue;
-        }
-        missed.read += usize::from(item.read);
-        // One track has one order, and the cursor in the frame is the session's.
-        let as_it_is = log.tracks() == 1 && since.elsewhere.is_empty();
-        missed.frames.push(match (as_it_is, item.read) {
-            (true, true) => item.frame.clone(),
-            (true, false) => memory.count(item.frame.clone()),
-            (false, _) => {
-                let cursor = log.cursor_of(&place, &since.elsewhere);
-                memory.count(encode::with_cursor(item.frame, &cursor))
-            }
+        let reference = message.reference();
+        let is_new = reference.is_none_or(|key| references.insert(key));
+        let is_shown = is_new && !log.has_twin(&since.positions, reference, message.spot());
+        read += usize::from(is_shown && message.is_counted());
+        steps.push(Step {
+            message: Rc::clone(message),
+            is_shown,
         });
     }
-    missed
+    Missed {
+        steps: Rc::new(Steps::new(steps)),
+        // One track has one order, and the cursor in the frame is the session's.
+        shared: log.tracks() == 1 && since.elsewhere.is_empty(),
+        read,
+    }
+}
+
+/// What [`missed`] has found last, and of what: sessions that come back together have usually missed the same.
+#[derive(Debug, Default)]
+pub(super) struct LastMissed(RefCell<Option<Known>>);
+
+#[derive(Debug)]
+struct Known {
+    since: Since,
+    /// What the log had, and up to where it was delivered.
+    entries: Range<u64>,
+    delivered: Positions,
+    /// What was read of each track.
+    read: Vec<Option<Part>>,
+    steps: Weak<Steps>,
+    shared: bool,
+    read_shown: usize,
+}
+
+impl LastMissed {
+    /// As [`missed`], which is not done again where all is as it was the last time.
+    pub(super) fn find(
+        &self,
+        log: &RoomLog,
+        since: &Since,
+        backlogs: &[Option<Backlog>],
+    ) -> Missed {
+        let read = || backlogs.iter().map(|it| it.as_ref().map(Backlog::part));
+        let is_same = |known: &Known| {
+            known.entries == log.indices()
+                && known.delivered == log.positions()
+                && known.since == *since
+                && known
+                    .read
+                    .iter()
+                    .zip(read())
+                    .all(|(known, now)| *known == now)
+        };
+        if let Some(known) = self.0.borrow().as_ref().filter(|known| is_same(known))
+            && let Some(steps) = known.steps.upgrade()
+        {
+            return Missed {
+                steps,
+                shared: known.shared,
+                read: known.read_shown,
+            };
+        }
+        let found = missed(log, since, backlogs);
+        self.0.replace(Some(Known {
+            since: since.clone(),
+            entries: log.indices(),
+            delivered: log.positions(),
+            read: read().collect(),
+            steps: Rc::downgrade(&found.steps),
+            shared: found.shared,
+            read_shown: found.read,
+        }));
+        found
+    }
 }
 
 /// Whether what was read reaches to what is in memory, in all tracks.
@@ -119,17 +130,17 @@ pub(super) fn is_complete(log: &RoomLog, since: &Since, backlogs: &[Option<Backl
 
 /// Up to where a session has a track with what was read.
 fn upto(track: usize, since: &Since, backlog: Option<&Backlog>) -> u64 {
-    backlog.map_or(since.place[track].0, |backlog| backlog.upto.0)
+    backlog.map_or(since.positions[track].0, |backlog| backlog.upto.0)
 }
 
 /// The track whose next message comes next: the oldest of those whose sender had seen nothing that is still to come.
-fn next(log: &RoomLog, tracks: &[VecDeque<Item<'_>>], place: &Place) -> Option<usize> {
+fn next(log: &RoomLog, tracks: &[VecDeque<&Rc<Message>>], place: &Positions) -> Option<usize> {
     let fronts = || {
         let fronts = tracks.iter().enumerate();
         fronts.filter_map(|(track, items)| Some((track, items.front()?)))
     };
-    let waits = |track: usize, item: &Item<'_>| {
-        let seen = item.after.into_iter().flat_map(Cursor::positions);
+    let waits = |track: usize, item: &Message| {
+        let seen = item.after().into_iter().flat_map(Cursor::positions);
         seen.filter_map(|seen| Some((log.track_of(&seen.origin)?, seen.seq)))
             .any(|(other, seq)| {
                 let to_come = tracks[other].front().is_some_and(|front| front.seq <= seq);
@@ -141,4 +152,102 @@ fn next(log: &RoomLog, tracks: &[VecDeque<Item<'_>>], place: &Place) -> Option<u
     // Two that wait for each other are none of ours.
     let (track, _) = oldest.or_else(|| fronts().next())?;
     Some(track)
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{
+        bus::Record,
+        model::{Class, Epoch, Fingerprint, Region, RoomId},
+        room::log::Start,
+    };
+
+    fn record(seq: u64, ts: u64) -> Record {
+        Record {
+            seq,
+            previous: None,
+            class: Class::Msg,
+            ts,
+            fingerprint: Fingerprint(1),
+            id: format!("{ts}"),
+            from: "kim".to_owned(),
+            kind: None,
+            target: None,
+            moderated: false,
+            reply_to: None,
+            mentions: None,
+            after: None,
+            body: Bytes::from_static(b"1"),
+        }
+    }
+
+    fn read(log: &RoomLog, track: usize, records: &[(u64, u64)]) -> Backlog {
+        let stored = |(seq, ts): &(u64, u64)| Rc::new(log.stored(track, record(*seq, *ts)));
+        let upto = records.last().map_or(0, |(seq, _)| *seq);
+        Backlog {
+            read: records.iter().map(stored).collect(),
+            skip: 0,
+            upto: (upto, Fingerprint(1)),
+        }
+    }
+
+    #[test]
+    fn what_was_merged_is_found_again_only_where_all_is_as_it_was() {
+        let start = |origin| Start {
+            origin: Region::parse(origin).unwrap(),
+            epoch: Epoch::parse("k3").unwrap(),
+            heads: Vec::new(),
+            empty_at: 0,
+        };
+        let room = RoomId::parse("chat:a").unwrap();
+        // What it has in memory is nothing: all comes from the streams.
+        let mut log = RoomLog::new(&room, vec![start("a"), start("b")], 0);
+        let deliver = |log: &mut RoomLog, track, seq, ts| {
+            let at = log.advance(track, &record(seq, ts)).unwrap();
+            let message = log.push(at, record(seq, ts));
+            log.recount([message].iter());
+        };
+        for (track, seq, ts) in [(0, 1, 10), (1, 1, 20), (0, 2, 30)] {
+            deliver(&mut log, track, seq, ts);
+        }
+        let since = |a, b| Since {
+            positions: vec![(a, Fingerprint(0)), (b, Fingerprint(0))],
+            elsewhere: Vec::new(),
+        };
+        let backlogs = [
+            Some(read(&log, 0, &[(1, 10), (2, 30)])),
+            Some(read(&log, 1, &[(1, 20)])),
+        ];
+        let spots = |missed: &Missed| -> Vec<_> {
+            missed
+                .steps
+                .iter()
+                .map(|step| step.message.spot())
+                .collect()
+        };
+        let last = LastMissed::default();
+        let first = last.find(&log, &since(0, 0), &backlogs);
+        assert_eq!(spots(&first), [(0, 1), (1, 1), (0, 2)]);
+        let again = last.find(&log, &since(0, 0), &backlogs);
+        assert!(Rc::ptr_eq(&first.steps, &again.steps) && !again.shared);
+        // Another read of the same, another cursor, and a room that has gone on.
+        let other = [Some(read(&log, 0, &[(1, 10), (2, 30)])), None];
+        assert_eq!(
+            spots(&last.find(&log, &since(0, 1), &other)),
+            [(0, 1), (0, 2)]
+        );
+        let mut found = last.find(&log, &since(0, 0), &backlogs);
+        assert!(!Rc::ptr_eq(&first.steps, &found.steps));
+        deliver(&mut log, 1, 2, 40);
+        let newer = last.find(&log, &since(0, 0), &backlogs);
+        assert!(!Rc::ptr_eq(&newer.steps, &found.steps));
+        // Nobody keeps it: it is not kept for later either.
+        found = newer;
+        let weak = Rc::downgrade(&found.steps);
+        drop(found);
+        assert!(weak.upgrade().is_none());
+    }
 }

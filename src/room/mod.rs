@@ -6,19 +6,22 @@
 
 mod backlog;
 mod causal;
-mod encode;
 mod fan_out;
 mod gap;
 mod hub;
 mod join;
+mod joined;
 mod log;
+mod member;
 mod memory;
 mod merge;
+mod message;
 mod receipts;
 mod references;
 mod rooms;
 
-pub use fan_out::Member;
 pub use hub::Hub;
-pub use join::{JoinError, Joined, Membership, NewMember, ResetReason};
+pub use join::Membership;
+pub use joined::{JoinError, Joined, ResetReason};
+pub use member::{Member, NewMember};
 pub use rooms::Rooms;

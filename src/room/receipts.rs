@@ -5,14 +5,19 @@ use std::{
     rc::Rc,
 };
 
-use bytes::Bytes;
 use indexmap::IndexMap;
 use tokio::task::spawn_local;
 
-use super::{encode, fan_out::Member, hub::Hub, log::RoomLog, rooms::Rooms};
+use super::{
+    hub::Hub,
+    log::RoomLog,
+    member::{Member, News},
+    rooms::Rooms,
+};
 use crate::{
     bus::Record,
     model::{Class, Cursor, Epoch, MAX_USER, Region},
+    protocol::Event,
     read_marker::Table,
     telemetry::metrics::{Counter, ReceiptFault, count},
 };
@@ -189,13 +194,17 @@ impl Hub {
             news.into_iter().for_each(|(user, _)| table.miss(user));
             return;
         }
-        let mut frames: Vec<Bytes> = Vec::with_capacity(news.len());
-        for (user, cursor) in table.missed().into_iter().chain(news) {
-            frames.push(encode::read(&self.room, &user, &cursor));
-        }
-        if frames.is_empty() {
+        let read = table.missed().into_iter().chain(news);
+        let read = read.map(|(user, cursor)| Event::Read {
+            room: self.room.clone(),
+            user,
+            cursor,
+        });
+        let events: Vec<Event> = read.collect();
+        if events.is_empty() {
             return;
         }
+        let news = News::of(&events);
         let mut told = 0;
         for member in self
             .members
@@ -203,8 +212,8 @@ impl Hub {
             .values()
             .filter(|m| m.wants.get().read)
         {
-            member.conn.send(&frames);
-            told += frames.len() as u64;
+            news.tell(member);
+            told += events.len() as u64;
         }
         count(Counter::ReceiptDelivered, told);
     }

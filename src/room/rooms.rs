@@ -251,9 +251,9 @@ impl Rooms {
         }
     }
 
-    pub(super) fn new_log(&self, starts: Vec<Start>) -> RoomLog {
+    pub(super) fn new_log(&self, room: &RoomId, starts: Vec<Start>) -> RoomLog {
         let bytes = usize::try_from(self.config.ring.as_u64()).unwrap_or(usize::MAX);
-        RoomLog::new(starts, bytes)
+        RoomLog::new(room, starts, bytes)
     }
 
     /// Something does not fit what is known of a stream: look at it, once for all who ask meanwhile.

@@ -7,185 +7,129 @@ use tokio::task::spawn_local;
 use tracing::Instrument as _;
 
 use super::{
-    Context, MAX_RATE_STRIKES, MAX_UNDECODABLE, Seat, Session, frame, state::may_see_presence,
+    MAX_RATE_STRIKES, MAX_UNDECODABLE, Seat, Session,
+    answers::{self, cursor_of, granted, may_see_presence, namespace},
+    replies::MAX_WAITING_BYTES,
 };
 use crate::{
     auth::{AuthError, Identity, Right},
     bus::{Outgoing, PublishError},
-    config::Config,
-    model::{Cursor, Kind, RoomId, json_flaw},
+    codec::{Request, Tag},
+    history::PageRequest,
+    model::{Cursor, RoomId},
     protocol::{
-        Close, ErrorCode,
-        native::{Command, Op, Publication, Refusal, Wants, Writer, write_error},
+        Close, Command, ErrorCode, Event, HistoryOf, JoinReply, PageOf, Publication, PublishReply,
+        Refused, Reply, Wants,
     },
-    room::{Joined, NewMember},
+    room::{Joined, NewMember, ResetReason},
     runtime::unix_s,
     telemetry::metrics::{self, Counter, Label as _, Published, count},
+    wire::Outlet,
 };
 
-/// A refusal without its `rid`.
-pub(crate) type Refused = (ErrorCode, String);
+/// What a page of history weighs among what a session waits for: half of it, so that two are asked for at once at most.
+const PAGE_WEIGHT: usize = MAX_WAITING_BYTES / 2;
 
-/// The message's id, its cursor where it has one, its time, and whether it had been stored before.
-#[derive(Debug)]
-pub(crate) struct Accepted {
-    pub(crate) cursor: Option<Cursor>,
-    pub(crate) ts: u64,
-    pub(crate) duplicate: bool,
+/// When a command is answered.
+enum Answer {
+    Now(Reply),
+    /// It is answered already, or will be in its turn.
+    Apart,
 }
 
-/// Checks a publication against grants, namespace and limits.
-///
-/// # Errors
-/// The refusal.
-pub(crate) fn check_publication(
-    config: &Config,
-    identity: &Identity,
-    publication: &Publication,
-) -> Result<bool, Refused> {
-    let Publication {
-        room,
-        kind,
-        body,
-        target,
-        ..
-    } = publication;
-    let durable = namespace(config, room)?.durable;
-    if !identity.may(Right::Write, room) {
-        return Err(forbidden(Right::Write, room));
-    }
-    if let (Kind::Edit | Kind::Delete, Some((_, reference))) = (kind, target)
-        && !reference.is_by(&identity.user)
-        && !identity.may(Right::Moderate, room)
-    {
-        let text = format!(
-            "{} of another's message needs the right moderate",
-            kind.as_str()
-        );
-        return Err((ErrorCode::Forbidden, text));
-    }
-    let (size, limit) = (body.get().len() as u64, config.limits.body.as_u64());
-    if size > limit {
-        return Err((
-            ErrorCode::TooLarge,
-            format!("the body has {size} bytes, the limit is {limit}"),
-        ));
-    }
-    if let Some(flaw) = json_flaw(body.get().as_bytes(), config.limits.json_depth) {
-        return Err((ErrorCode::BadRequest, format!("the body {flaw}")));
-    }
-    Ok(durable)
-}
+type Answered = Result<Answer, Refused>;
 
-pub(crate) fn namespace<'c>(
-    config: &'c Config,
-    room: &RoomId,
-) -> Result<&'c crate::config::Namespace, Refused> {
-    config.namespaces.get(room.namespace()).ok_or_else(|| {
-        let text = format!("there is no namespace {:?}", room.namespace());
-        (ErrorCode::UnknownNamespace, text)
-    })
-}
-
-pub(super) fn forbidden(right: Right, room: &RoomId) -> Refused {
-    (
-        ErrorCode::Forbidden,
-        format!("the token does not grant {} on {room}", right.as_str()),
-    )
-}
-
-/// What a client is told of a publish that failed.
-pub(crate) fn publish_refusal(error: &PublishError) -> Refused {
-    (error.code(), error.to_string())
+fn now(reply: Reply) -> Answered {
+    Ok(Answer::Now(reply))
 }
 
 impl Session {
     /// Takes a command and sees to it that it is answered.
-    pub(super) async fn on_command(self: &Rc<Self>, command: Result<Command, Refusal>) {
-        let op = command
-            .as_ref()
-            .map_or(metrics::Op::Unknown, |command| label(&command.op));
+    pub(super) async fn on_request(self: &Rc<Self>, request: Request) {
+        let op = match &request.command {
+            Ok(command) => label(command),
+            Err(_) => metrics::Op::Unknown,
+        };
         count(Counter::CommandReceived(op), 1);
         let span = tracing::debug_span!("command", op = op.value());
-        self.obey(command).instrument(span).await;
+        self.obey(request).instrument(span).await;
     }
 
-    async fn obey(self: &Rc<Self>, command: Result<Command, Refusal>) {
+    async fn obey(self: &Rc<Self>, Request { tag, command }: Request) {
         self.replies.room_for_replies().await;
         if self.draining.get() {
             return;
         }
         let command = match command {
             Ok(command) => command,
-            Err(refusal) => return self.on_undecodable(&refusal),
+            Err(refused) => return self.on_undecodable(tag, &refused),
         };
         self.undecodable.set(0);
-        let Command { rid, op } = command;
         if !self.within_pace() {
             self.rate_strikes.set(self.rate_strikes.get() + 1);
             let limit = self.context.config.limits.commands_per_second;
-            self.refuse(
-                rid,
-                (
-                    ErrorCode::RateLimited,
-                    format!("more than {limit} commands per second"),
-                ),
-            );
+            let text = format!("more than {limit} commands per second");
+            self.refuse(tag, &Refused::new(ErrorCode::RateLimited, text));
             if self.rate_strikes.get() >= MAX_RATE_STRIKES {
                 self.conn.close(Close::TooMany);
             }
             return;
         }
         self.rate_strikes.set(0);
-        let identity = self.identity.borrow().clone();
-        let done = match (identity, op) {
-            (None, Op::Auth { token }) => self.auth(rid, &token),
-            (None, _) => Err((
-                ErrorCode::Unauthorized,
-                "the first command must be auth".to_owned(),
-            )),
-            (Some(_), Op::Auth { .. }) => {
-                let text = "auth is only for the first frame; refresh replaces a token".to_owned();
-                Err((ErrorCode::BadRequest, text))
-            }
-            (Some(_), Op::Ping) => {
-                self.replies
-                    .now(frame(|out| Writer::reply(out, "pong", rid).end()));
-                Ok(())
-            }
-            (Some(identity), Op::Refresh { token }) => self.refresh(rid, &identity, &token),
-            // The large ones apart, for the others to be small.
-            (Some(identity), Op::Join { room, since, wants }) => {
-                Box::pin(self.join(rid, &identity, room, since, wants)).await
-            }
-            (Some(_), Op::Leave { room }) => self.leave(rid, &room),
-            (Some(identity), Op::Send(publication)) => self.send(rid, identity, *publication).await,
-            (Some(identity), Op::Typing { room }) => self.typing(rid, &identity, &room),
-            (Some(identity), Op::Read { room, cursor }) => {
-                Box::pin(self.read(rid, &identity, &room, &cursor)).await
-            }
-            (Some(identity), Op::Presence { room, page }) => {
-                self.presence(rid, &identity, &room, &page).await
-            }
-            (Some(identity), Op::Readers { room, page }) => {
-                Box::pin(self.readers(rid, &identity, &room, &page)).await
-            }
-            (Some(identity), Op::Unread { rooms }) => {
-                Box::pin(self.unread(rid, &identity, &rooms)).await
-            }
-            (Some(identity), Op::History { room, page }) => {
-                self.history(rid, &identity, room, page).await
-            }
-        };
-        if let Err(refused) = done {
-            self.refuse(rid, refused);
+        match self.carry_out(tag, command).await {
+            Ok(Answer::Now(reply)) => self.replies.now(self.codec.reply(tag, &reply)),
+            Ok(Answer::Apart) => {}
+            Err(refused) => self.refuse(tag, &refused),
         }
     }
 
-    fn on_undecodable(&self, refusal: &Refusal) {
-        count(Counter::CommandRefused(refusal.code), 1);
-        self.replies.now(frame(|out| write_error(out, refusal)));
-        let strikes = if self.within_pace() && refusal.rid.is_some() {
+    async fn carry_out(self: &Rc<Self>, tag: Tag, command: Command) -> Answered {
+        let Some(identity) = self.identity.borrow().clone() else {
+            return match command {
+                Command::Auth { token } => self.auth(tag, &token),
+                _ => Err(Refused::new(
+                    ErrorCode::Unauthorized,
+                    "the first command must be auth",
+                )),
+            };
+        };
+        let (context, config) = (&*self.context, &*self.context.config);
+        // The large ones apart, for the others to be small.
+        match command {
+            Command::Auth { .. } => {
+                let text = "auth is only for the first frame; refresh replaces a token";
+                Err(Refused::new(ErrorCode::BadRequest, text))
+            }
+            Command::Ping => now(Reply::Pong),
+            Command::Refresh { token } => self.refresh(tag, &identity, &token),
+            Command::Join { room, since, wants } => {
+                Box::pin(self.join(tag, &identity, room, since, wants)).await
+            }
+            Command::Leave { room } => self.leave(room),
+            Command::Send(publication) => self.send(tag, identity, *publication).await,
+            Command::Typing { room } => self.typing(&identity, &room),
+            Command::Read { room, cursor } => {
+                let markers = &context.markers;
+                let head = self.head(&room);
+                let read = answers::read(config, markers, &identity, &room, &cursor, head);
+                now(Reply::Read(Box::pin(read).await?))
+            }
+            Command::Presence { room, page } => self.presence(&identity, room, &page).await,
+            Command::Readers { room, page } => {
+                let readers = answers::readers(config, &context.markers, &identity, room, &page);
+                now(Reply::Readers(Box::pin(readers).await?))
+            }
+            Command::Unread { rooms } => {
+                let unread = answers::unread(config, &context.markers, &identity, &rooms);
+                now(Reply::Unread(Box::pin(unread).await?))
+            }
+            Command::History { room, page } => self.history(tag, &identity, room, page).await,
+        }
+    }
+
+    fn on_undecodable(&self, tag: Tag, refused: &Refused) {
+        self.refuse(tag, refused);
+        let strikes = if self.within_pace() && tag != Tag::None {
             0
         } else {
             self.undecodable.get() + 1
@@ -196,55 +140,58 @@ impl Session {
         }
     }
 
-    fn refuse(&self, rid: u64, (code, message): Refused) {
-        self.replies.now(error_frame(rid, code, message));
+    fn refuse(&self, tag: Tag, refused: &Refused) {
+        self.replies.now(self.refusal(tag, refused));
     }
 
-    fn auth(self: &Rc<Self>, rid: u64, token: &str) -> Result<(), Refused> {
+    fn refusal(&self, tag: Tag, refused: &Refused) -> Bytes {
+        count(Counter::CommandRefused(refused.code), 1);
+        self.codec.refusal(tag, refused)
+    }
+
+    fn auth(self: &Rc<Self>, tag: Tag, token: &str) -> Answered {
+        let refuse = |code, text: String, close| {
+            self.refuse(tag, &Refused::new(code, text));
+            self.conn.close(close);
+            Ok(Answer::Apart)
+        };
         let identity = match self.context.verifier.verify(token, unix_s()) {
             Ok(identity) => identity,
             Err(error) => {
-                self.refuse(rid, (ErrorCode::Unauthorized, error.to_string()));
-                self.conn.close(match error {
+                let close = match error {
                     AuthError::Revoked => Close::Revoked,
                     _ => Close::BadToken,
-                });
-                return Ok(());
+                };
+                return refuse(ErrorCode::Unauthorized, error.to_string(), close);
             }
         };
         let Some(slot) = (self.context.admit_user)(&identity.user) else {
             let text = "this user has too many sessions on this edge".to_owned();
-            self.refuse(rid, (ErrorCode::Limit, text));
-            self.conn.close(Close::TooMany);
-            return Ok(());
+            return refuse(ErrorCode::Limit, text, Close::TooMany);
         };
         *self.user_slot.borrow_mut() = Some(slot);
-        self.replies.now(frame(|out| {
-            Writer::reply(out, "authed", rid)
-                .string("user", &identity.user)
-                .number("exp", identity.exp)
-                .end();
-        }));
+        let authed = Reply::Authed {
+            user: Arc::clone(&identity.user),
+            exp: identity.exp,
+        };
+        self.replies.now(self.codec.reply(tag, &authed));
         *self.identity.borrow_mut() = Some(identity);
         self.tell_expiry(unix_s());
-        Ok(())
+        Ok(Answer::Apart)
     }
 
-    fn refresh(&self, rid: u64, old: &Arc<Identity>, token: &str) -> Result<(), Refused> {
+    fn refresh(&self, tag: Tag, old: &Arc<Identity>, token: &str) -> Answered {
         let new = self
             .context
             .verifier
             .verify(token, unix_s())
-            .map_err(|error| (ErrorCode::Unauthorized, error.to_string()))?;
+            .map_err(|error| Refused::new(ErrorCode::Unauthorized, error.to_string()))?;
         if new.user != old.user {
-            let text = "the new token is of another user".to_owned();
-            return Err((ErrorCode::Forbidden, text));
+            let text = "the new token is of another user";
+            return Err(Refused::new(ErrorCode::Forbidden, text));
         }
-        self.replies.now(frame(|out| {
-            Writer::reply(out, "refreshed", rid)
-                .number("exp", new.exp)
-                .end()
-        }));
+        let refreshed = Reply::Refreshed { exp: new.exp };
+        self.replies.now(self.codec.reply(tag, &refreshed));
         // Rooms that the new token does not cover any more.
         let lost: Vec<RoomId> = {
             let rooms = self.rooms.borrow();
@@ -256,12 +203,8 @@ impl Session {
         };
         for room in lost {
             self.rooms.borrow_mut().remove(&room);
-            self.push(|out| {
-                Writer::new(out, "kicked")
-                    .string("room", room.as_str())
-                    .string("code", ErrorCode::Forbidden.as_str())
-                    .end();
-            });
+            let code = ErrorCode::Forbidden.as_str();
+            self.push(&Event::Kicked { room, code });
         }
         for (room, seat) in self.rooms.borrow_mut().iter_mut() {
             if seat.watch.is_some() && !new.may(Right::Presence, room) {
@@ -272,42 +215,36 @@ impl Session {
         *self.identity.borrow_mut() = Some(new);
         self.expiry_told.set(false);
         self.tell_expiry(unix_s());
-        Ok(())
+        Ok(Answer::Apart)
     }
 
+    /// The reply begins the membership: it is sent by the room, with what was missed behind it.
     async fn join(
         self: &Rc<Self>,
-        rid: u64,
+        tag: Tag,
         identity: &Identity,
         room: RoomId,
         since: Option<String>,
         wants: Wants,
-    ) -> Result<(), Refused> {
+    ) -> Answered {
         let config = &self.context.config;
         let durable = namespace(config, &room)?.durable;
-        if !identity.may(Right::Read, &room) {
-            return Err(forbidden(Right::Read, &room));
-        }
+        granted(identity, Right::Read, &room)?;
         if wants.presence {
             may_see_presence(config, identity, &room)?;
         }
-        let since: Option<Cursor> = since
-            .map(|text| text.parse())
-            .transpose()
-            .map_err(|error: crate::model::BadCursor| (ErrorCode::BadCursor, error.to_string()))?;
+        let since = since.as_deref().map(cursor_of).transpose()?;
         let limit = config.limits.rooms_per_session;
         {
             let mut rooms = self.rooms.borrow_mut();
             rooms.retain(|_, seat| !seat.membership.has_ended());
             if rooms.len() >= limit && !rooms.contains_key(&room) {
-                return Err((
-                    ErrorCode::Limit,
-                    format!("a session may be in {limit} rooms"),
-                ));
+                let text = format!("a session may be in {limit} rooms");
+                return Err(Refused::new(ErrorCode::Limit, text));
             }
         }
         self.context.rooms.open(&room, durable);
-        // The reply begins the membership, and replies go in order: the acks before it first. They move the marker too.
+        // Replies go in order: the acks before it first. They move the marker too.
         self.replies.idle().await;
         let marker = if durable {
             let markers = &self.context.markers;
@@ -318,10 +255,22 @@ impl Session {
         let who = NewMember {
             session: self.id,
             user: Arc::clone(&identity.user),
-            conn: Rc::clone(&self.conn),
+            outlet: Outlet::Socket(Rc::clone(&self.conn)),
+            codec: self.codec,
             wants,
         };
-        let reply = |joined: &Joined| joined_frame(rid, &room, joined, marker.as_ref());
+        let reply = |joined: Joined| {
+            let joined = JoinReply {
+                room: room.clone(),
+                cursor: joined.cursor,
+                head: joined.head,
+                replay: joined.replay,
+                reset: joined.reset.is_some(),
+                reason: joined.reset.map(ResetReason::as_str),
+                marker,
+            };
+            self.codec.reply(tag, &Reply::Joined(joined))
+        };
         let membership = self
             .context
             .rooms
@@ -329,7 +278,7 @@ impl Session {
             .await
             .map_err(|error| {
                 count(Counter::JoinResult(metrics::Joined::Unavailable), 1);
-                (ErrorCode::Unavailable, error.to_string())
+                Refused::new(ErrorCode::Unavailable, error.to_string())
             })?;
         // Before the seat that it replaces is given up: who joins again does not leave.
         let presence = &self.context.presence;
@@ -342,30 +291,23 @@ impl Session {
         };
         let replaced = self.rooms.borrow_mut().insert(room, seat);
         drop(replaced);
-        Ok(())
+        Ok(Answer::Apart)
     }
 
-    fn leave(&self, rid: u64, room: &RoomId) -> Result<(), Refused> {
-        let seat = self.rooms.borrow_mut().remove(room);
+    fn leave(&self, room: RoomId) -> Answered {
+        let seat = self.rooms.borrow_mut().remove(&room);
         if seat.is_none_or(|seat| seat.membership.has_ended()) {
-            return Err(not_joined(room));
+            return Err(not_joined(&room));
         }
-        self.replies.now(frame(|out| {
-            Writer::reply(out, "left", rid)
-                .string("room", room.as_str())
-                .end();
-        }));
-        Ok(())
+        now(Reply::Left { room })
     }
 
-    fn typing(&self, rid: u64, identity: &Identity, room: &RoomId) -> Result<(), Refused> {
+    fn typing(&self, identity: &Identity, room: &RoomId) -> Answered {
         if !namespace(&self.context.config, room)?.typing {
             let text = format!("typing is off in the namespace {:?}", room.namespace());
-            return Err((ErrorCode::BadRequest, text));
+            return Err(Refused::new(ErrorCode::BadRequest, text));
         }
-        if !identity.may(Right::Write, room) {
-            return Err(forbidden(Right::Write, room));
-        }
+        granted(identity, Right::Write, room)?;
         if self
             .rooms
             .borrow()
@@ -374,24 +316,62 @@ impl Session {
         {
             return Err(not_joined(room));
         }
-        self.context
-            .publisher
-            .typing(room, &identity.user)
-            .map_err(|error| publish_refusal(&error))?;
+        self.context.publisher.typing(room, &identity.user)?;
         count(Counter::TypingPublished, 1);
-        self.replies
-            .now(frame(|out| Writer::reply(out, "ok", rid).end()));
-        Ok(())
+        now(Reply::Done)
+    }
+
+    /// Where a room stands that the session is in, as far as it was told.
+    fn head(&self, room: &RoomId) -> Option<Cursor> {
+        let rooms = self.rooms.borrow();
+        let membership = &rooms.get(room)?.membership;
+        if membership.has_ended() {
+            return None;
+        }
+        membership.head()
+    }
+
+    async fn presence(&self, identity: &Identity, room: RoomId, page: &PageOf) -> Answered {
+        let (config, presence) = (&self.context.config, &self.context.presence);
+        let page = answers::presence(config, presence, identity, room, page).await?;
+        now(Reply::Presence(page))
+    }
+
+    /// Reads in the background: the session goes on with its next command. The reply comes in its turn, so what comes after
+    /// it waits for it; what is *done* does not.
+    async fn history(
+        self: &Rc<Self>,
+        tag: Tag,
+        identity: &Identity,
+        room: RoomId,
+        page: HistoryOf,
+    ) -> Answered {
+        answers::may_read_history(&self.context.config, identity, &room)?;
+        let request = PageRequest::new(room, &identity.user, page)?;
+        self.replies.room_for_one().await;
+        let ticket = self.replies.promise_in_order(PAGE_WEIGHT);
+        let session = Rc::clone(self);
+        let read = async move {
+            let history = Arc::clone(&session.context.history);
+            let reply = match answers::history(&history, &request).await {
+                Ok(page) => session.codec.reply(tag, &Reply::History(page)),
+                Err(refused) => session.refusal(tag, &refused),
+            };
+            session.replies.keep(ticket, reply);
+        };
+        spawn_local(read.in_current_span());
+        Ok(Answer::Apart)
     }
 
     /// Publishes in the background: the session goes on with its next command, and the ack comes in its turn.
     async fn send(
         self: &Rc<Self>,
-        rid: u64,
+        tag: Tag,
         identity: Arc<Identity>,
         publication: Publication,
-    ) -> Result<(), Refused> {
-        let durable = check_publication(&self.context.config, &identity, &publication)?;
+    ) -> Answered {
+        let config = &self.context.config;
+        let durable = answers::check_publication(config, &identity, &publication)?;
         self.replies.room_for_one().await;
         let room = publication.room.clone();
         let ticket = self.replies.promise(room, publication.body.get().len());
@@ -399,20 +379,22 @@ impl Session {
         // The shard runs its tasks in the order in which they were started: publishes of one session reach NATS in the order
         // in which they came.
         let publish = async move {
-            let reply = session.publish(rid, &identity, &publication, durable).await;
+            let reply = match session.publish(&identity, &publication, durable).await {
+                Ok(published) => session.codec.reply(tag, &Reply::Published(published)),
+                Err(error) => session.refusal(tag, &error.into()),
+            };
             session.replies.keep(ticket, reply);
         };
         spawn_local(publish.in_current_span());
-        Ok(())
+        Ok(Answer::Apart)
     }
 
     async fn publish(
         &self,
-        rid: u64,
         identity: &Identity,
         publication: &Publication,
         durable: bool,
-    ) -> Bytes {
+    ) -> Result<PublishReply, PublishError> {
         let made;
         let id = match &publication.id {
             Some(id) => id.as_str(),
@@ -432,23 +414,32 @@ impl Session {
             id,
             after,
         };
-        match self.accept(&outgoing, durable).await {
-            Ok(accepted) => {
-                count(
-                    Counter::MessagePublished(if durable {
-                        Published::Durable
-                    } else {
-                        Published::Ephemeral
-                    }),
-                    1,
-                );
-                ack_frame(rid, &publication.room, id, &accepted)
+        let before = durable.then(|| self.said_before(&outgoing)).flatten();
+        let published = match before {
+            Some((cursor, ts)) => PublishReply {
+                room: publication.room.clone(),
+                id: id.to_owned(),
+                cursor: Some(cursor),
+                ts,
+                dup: true,
+            },
+            None => {
+                // A sender is usually a member, and then its hub knows the time.
+                let known_time = |seq| {
+                    let rooms = self.rooms.borrow();
+                    rooms.get(&publication.room)?.membership.time_of(seq)
+                };
+                let (publisher, markers) = (&self.context.publisher, &self.context.markers);
+                answers::publish(publisher, markers, &outgoing, durable, known_time).await?
             }
-            Err(error) => {
-                let (code, message) = publish_refusal(&error);
-                error_frame(rid, code, message)
-            }
-        }
+        };
+        let way = if durable {
+            Published::Durable
+        } else {
+            Published::Ephemeral
+        };
+        count(Counter::MessagePublished(way), 1);
+        Ok(published)
     }
 
     /// A message that is repeated here, after it was stored in another region, or so long ago that the stream has forgotten it:
@@ -466,114 +457,26 @@ impl Session {
         count(Counter::PublishDuplicate, 1);
         Some(found)
     }
-
-    async fn accept(
-        &self,
-        outgoing: &Outgoing<'_>,
-        durable: bool,
-    ) -> Result<Accepted, PublishError> {
-        let Context { publisher, .. } = &*self.context;
-        if !durable {
-            let ts = publisher.ephemeral(outgoing)?;
-            return Ok(Accepted {
-                cursor: None,
-                ts,
-                duplicate: false,
-            });
-        }
-        let room = &outgoing.publication.room;
-        if let Some((cursor, ts)) = self.said_before(outgoing) {
-            return Ok(Accepted {
-                cursor: Some(cursor),
-                ts,
-                duplicate: true,
-            });
-        }
-        // A sender is usually a member, and then its hub knows the time.
-        let known_time = |seq| self.rooms.borrow().get(room)?.membership.time_of(seq);
-        let acked = publisher.durable(outgoing, known_time).await?;
-        if outgoing.publication.kind == Kind::Message {
-            let markers = &self.context.markers;
-            markers.sent(room, outgoing.user, &acked.cursor);
-        }
-        Ok(Accepted {
-            cursor: Some(acked.cursor),
-            ts: acked.ts,
-            duplicate: acked.duplicate,
-        })
-    }
 }
 
 fn not_joined(room: &RoomId) -> Refused {
-    (
-        ErrorCode::NotJoined,
-        format!("this session is not in {room}"),
-    )
+    let text = format!("this session is not in {room}");
+    Refused::new(ErrorCode::NotJoined, text)
 }
 
-pub(super) fn error_frame(rid: u64, code: ErrorCode, message: String) -> Bytes {
-    count(Counter::CommandRefused(code), 1);
-    frame(|out| {
-        write_error(
-            out,
-            &Refusal {
-                rid: Some(rid),
-                code,
-                message,
-            },
-        )
-    })
-}
-
-fn joined_frame(rid: u64, room: &RoomId, joined: &Joined, marker: Option<&Cursor>) -> Bytes {
-    frame(|out| {
-        let mut writer = Writer::reply(out, "joined", rid);
-        writer.string("room", room.as_str());
-        if let (Some(cursor), Some(head)) = (&joined.cursor, &joined.head) {
-            writer
-                .string("cursor", &cursor.to_string())
-                .string("head", &head.to_string());
-        }
-        writer.number("replay", joined.replay);
-        if let Some(reason) = joined.reset {
-            writer
-                .boolean("reset", true)
-                .string("reason", reason.as_str());
-        }
-        if let Some(marker) = marker {
-            writer.string("marker", &marker.to_string());
-        }
-        writer.end();
-    })
-}
-
-fn ack_frame(rid: u64, room: &RoomId, id: &str, accepted: &Accepted) -> Bytes {
-    frame(|out| {
-        let mut writer = Writer::reply(out, "ack", rid);
-        writer.string("room", room.as_str()).string("id", id);
-        if let Some(cursor) = &accepted.cursor {
-            writer.string("cursor", &cursor.to_string());
-        }
-        writer
-            .number("ts", accepted.ts)
-            .boolean("dup", accepted.duplicate)
-            .end();
-    })
-}
-
-fn label(op: &Op) -> metrics::Op {
-    match op {
-        Op::Auth { .. } => metrics::Op::Auth,
-        Op::Join { .. } => metrics::Op::Join,
-        Op::Leave { .. } => metrics::Op::Leave,
-        Op::Send(_) => metrics::Op::Send,
-        Op::Typing { .. } => metrics::Op::Typing,
-        Op::Read { .. } => metrics::Op::Read,
-        Op::Presence { .. } => metrics::Op::Presence,
-        Op::Readers { .. } => metrics::Op::Readers,
-        Op::Unread { .. } => metrics::Op::Unread,
-        Op::History { .. } => metrics::Op::History,
-        Op::Refresh { .. } => metrics::Op::Refresh,
-        Op::Ping => metrics::Op::Ping,
+fn label(command: &Command) -> metrics::Op {
+    match command {
+        Command::Auth { .. } => metrics::Op::Auth,
+        Command::Join { .. } => metrics::Op::Join,
+        Command::Leave { .. } => metrics::Op::Leave,
+        Command::Send(_) => metrics::Op::Send,
+        Command::Typing { .. } => metrics::Op::Typing,
+        Command::Read { .. } => metrics::Op::Read,
+        Command::Presence { .. } => metrics::Op::Presence,
+        Command::Readers { .. } => metrics::Op::Readers,
+        Command::Unread { .. } => metrics::Op::Unread,
+        Command::History { .. } => metrics::Op::History,
+        Command::Refresh { .. } => metrics::Op::Refresh,
+        Command::Ping => metrics::Op::Ping,
     }
 }

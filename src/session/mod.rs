@@ -8,7 +8,7 @@
 //!      └── first_frame_timeout ──────────────────────►
 //! ```
 //!
-//! The socket's bytes are `wire`'s business, the protocol's words are `protocol::native`'s; here is what they mean. A session
+//! The socket's bytes are `wire`'s business, how a client protocol spells its words is `codec`'s; here is what they mean. A session
 //! reads only while it has no command to work on: a client that sends faster than it is served is slowed down by TCP.
 //!
 //! # Invariants
@@ -17,11 +17,9 @@
 //! - What is queued for the client is counted, and bounded: no command is taken while its replies to earlier ones are not read.
 //! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
 
+pub(crate) mod answers;
 mod commands;
-mod history;
-mod read;
 mod replies;
-mod state;
 
 use std::{
     cell::{Cell, RefCell},
@@ -31,28 +29,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-
-pub(crate) use commands::{check_publication, publish_refusal};
-pub(crate) use history::check_history;
-pub(crate) use read::{check_read, check_readers, check_unread, marker_refusal};
-pub(crate) use state::{may_see_presence, presence_refusal};
-
 use crate::{
     auth::{Identity, Verifier},
     bus::Publisher,
+    codec::{Codec, Request},
     config::Config,
     model::RoomId,
     presence::{Presence, Present, Watch},
-    protocol::{
-        Close,
-        native::{self, Command, Refusal, Writer},
-    },
+    protocol::{Close, Command, Event},
     read_marker::Markers,
     room::{Membership, Rooms},
     runtime::{Pace, unix_s},
     telemetry::metrics::{self, Counter, Gauge, Held, count},
-    wire::{Conn, Decoder, Incoming, ping_frame, pong_frame, text_frame},
+    wire::{Conn, Decoder, Incoming, Outlet, pong_frame},
 };
 use replies::Replies;
 
@@ -118,6 +107,7 @@ pub type Departure = Box<dyn FnOnce(std::net::TcpStream, Carried)>;
 /// What a session has besides its socket, before it is in any room.
 #[derive(Debug)]
 pub struct Carried {
+    codec: Codec,
     identity: Option<Arc<Identity>>,
     user_slot: Option<UserSlot>,
     address_slot: Option<UserSlot>,
@@ -129,16 +119,18 @@ pub struct Carried {
 }
 
 impl Carried {
-    /// What a new connection has: perhaps the identity of a token that came with the handshake.
+    /// What a new connection has: its protocol, and perhaps the identity of a token that came with the handshake.
     #[must_use]
     pub fn new(
         config: &Config,
+        codec: Codec,
         identity: Option<Arc<Identity>>,
         user_slot: Option<UserSlot>,
         address_slot: Option<UserSlot>,
     ) -> Self {
         let limit = usize::try_from(config.limits.frame.as_u64()).unwrap_or(usize::MAX);
         Self {
+            codec,
             identity,
             user_slot,
             address_slot,
@@ -155,6 +147,7 @@ pub struct Session {
     id: u64,
     context: Rc<Context>,
     conn: Rc<Conn>,
+    codec: Codec,
     identity: RefCell<Option<Arc<Identity>>>,
     user_slot: RefCell<Option<UserSlot>>,
     address_slot: RefCell<Option<UserSlot>>,
@@ -201,7 +194,7 @@ pub struct Work {
 /// What was read and waits for its turn.
 #[derive(Debug)]
 enum Inbound {
-    Command(Result<Command, Refusal>),
+    Request(Request),
     Close,
 }
 
@@ -215,6 +208,7 @@ impl Session {
         carried: Carried,
     ) -> (Rc<Self>, Work) {
         let Carried {
+            codec,
             identity,
             user_slot,
             address_slot,
@@ -232,8 +226,9 @@ impl Session {
         let now = Instant::now();
         let session = Rc::new(Self {
             id,
-            replies: Replies::new(Rc::clone(&conn)),
+            replies: Replies::new(Outlet::Socket(Rc::clone(&conn))),
             conn,
+            codec,
             identity: RefCell::new(identity),
             user_slot: RefCell::new(user_slot),
             address_slot: RefCell::new(address_slot),
@@ -268,16 +263,16 @@ impl Session {
                 && let Some(inbound) = inbox.pop_front()
             {
                 match inbound {
-                    Inbound::Command(command) => {
+                    Inbound::Request(request) => {
                         if violation.is_none()
-                            && let Some(departure) = self.departure(&command).await
+                            && let Some(departure) = self.departure(&request).await
                             && let Some(stream) = self.conn.release()
                         {
-                            inbox.push_front(Inbound::Command(command));
+                            inbox.push_front(Inbound::Request(request));
                             return departure(stream, self.carried(Work { decoder, inbox }));
                         }
                         // Apart: an idle session has no use for the room that a command takes.
-                        Box::pin(self.on_command(command)).await;
+                        Box::pin(self.on_request(request)).await;
                     }
                     Inbound::Close => self.conn.close(Close::Normal),
                 }
@@ -316,12 +311,8 @@ impl Session {
 
     /// The way to the shard of its first room, before it is in any: members that are together are woken together, and their
     /// room needs one hub and one subscription. Only once, and only with nothing under way.
-    async fn departure(&self, command: &Result<Command, Refusal>) -> Option<Departure> {
-        let Ok(Command {
-            op: native::Op::Join { room, .. },
-            ..
-        }) = command
-        else {
+    async fn departure(&self, request: &Request) -> Option<Departure> {
+        let Ok(Command::Join { room, .. }) = &request.command else {
             return None;
         };
         let may_go = !self.settled.replace(true)
@@ -338,6 +329,7 @@ impl Session {
 
     fn carried(&self, Work { decoder, inbox }: Work) -> Carried {
         Carried {
+            codec: self.codec,
             identity: self.identity.take(),
             user_slot: self.user_slot.take(),
             address_slot: self.address_slot.take(),
@@ -356,7 +348,10 @@ impl Session {
         bytes: &mut [u8],
     ) -> Result<(), Close> {
         decoder.feed(bytes, |incoming| match incoming {
-            Incoming::Text(text) => inbox.push_back(Inbound::Command(native::decode(text))),
+            Incoming::Text(text) => {
+                let codec = self.codec;
+                codec.decode(text, |request| inbox.push_back(Inbound::Request(request)));
+            }
             Incoming::Ping(payload) => {
                 if self.within_pace() {
                     self.conn.send(&[pong_frame(payload)]);
@@ -397,7 +392,7 @@ impl Session {
         }
         if now >= self.next_ping.get() {
             self.next_ping.set(now + PING_EVERY);
-            self.conn.send(&[ping_frame()]);
+            self.conn.send(&[self.codec.ping()]);
         }
         self.tell_expiry(unix_s());
         // Who was let go by a room and has not come back is not there any more.
@@ -430,11 +425,7 @@ impl Session {
             self.conn.close(Close::BadToken);
         } else if !self.expiry_told.get() && now_s + EXPIRY_NOTICE_S >= identity.exp {
             self.expiry_told.set(true);
-            self.push(|out| {
-                Writer::new(out, "token_expiring")
-                    .number("exp", identity.exp)
-                    .end()
-            });
+            self.push(&Event::TokenExpiring { exp: identity.exp });
         }
     }
 
@@ -446,11 +437,7 @@ impl Session {
         self.replies.hurry();
         self.replies.idle().await;
         let after_ms = rand::random_range(0..500);
-        self.push(|out| {
-            Writer::new(out, "reconnect")
-                .number("after_ms", after_ms)
-                .end()
-        });
+        self.push(&Event::Reconnect { after_ms });
         self.conn.close(Close::Draining);
     }
 
@@ -460,14 +447,7 @@ impl Session {
         self.conn.queued_bytes() + self.replies.held_bytes()
     }
 
-    fn push(&self, write: impl FnOnce(&mut Vec<u8>)) {
-        self.conn.send(&[frame(write)]);
+    fn push(&self, event: &Event) {
+        self.conn.send(&[self.codec.event(event)]);
     }
-}
-
-/// A frame with the payload that `write` makes.
-fn frame(write: impl FnOnce(&mut Vec<u8>)) -> Bytes {
-    let mut out = Vec::with_capacity(128);
-    write(&mut out);
-    text_frame(&out)
 }

@@ -11,7 +11,7 @@ use tokio::{sync::Notify, task::spawn_local};
 
 use crate::{
     model::RoomId,
-    wire::{Conn, FRAME_COST},
+    wire::{FRAME_COST, Outlet},
 };
 
 /// Publishes and questions of one session that may wait for their answer, and bytes of theirs; then it is not read further.
@@ -28,7 +28,7 @@ pub(super) const MAX_WAITING_BYTES: usize = 1 << 20;
 /// alone, when everything before it was read.
 #[derive(Debug)]
 pub(super) struct Replies {
-    conn: Rc<Conn>,
+    outlet: Outlet,
     state: RefCell<State>,
     /// Bytes of commands that wait for their answer.
     promised: Cell<usize>,
@@ -101,10 +101,10 @@ fn weight(reply: &Bytes) -> usize {
 }
 
 impl Replies {
-    pub(super) fn new(conn: Rc<Conn>) -> Rc<Self> {
+    pub(super) fn new(outlet: Outlet) -> Rc<Self> {
         Rc::new(Self {
-            most: conn.outbox_bytes() / 2,
-            conn,
+            most: outlet.outbox_bytes() / 2,
+            outlet,
             state: RefCell::default(),
             promised: Cell::new(0),
             held: Cell::new(0),
@@ -177,7 +177,7 @@ impl Replies {
         let replies = Rc::clone(self);
         spawn_local(async move {
             loop {
-                replies.conn.drained(below).await;
+                replies.outlet.drained(below).await;
                 match replies.hand_over() {
                     Some(next) => below = next,
                     None => break,
@@ -190,9 +190,9 @@ impl Replies {
     /// Sends what may go and fits; how much may be queued for the next to fit.
     fn hand_over(&self) -> Option<usize> {
         loop {
-            let hurried = self.hurried.get() || self.conn.is_over();
+            let hurried = self.hurried.get() || self.outlet.is_over();
             let mut budget = Budget {
-                queued: self.conn.queued_bytes(),
+                queued: self.outlet.queued_bytes(),
                 most: if hurried { usize::MAX } else { self.most },
                 below: None,
             };
@@ -200,12 +200,12 @@ impl Replies {
             if !ready.is_empty() {
                 let bytes: usize = ready.iter().map(weight).sum();
                 self.held.set(self.held.get() - bytes);
-                self.conn.send(&ready);
+                self.outlet.send(&ready);
                 self.changed.notify_waiters();
             }
             // The socket may have taken all of it.
             let below = budget.below?;
-            if self.conn.queued_bytes() > below && !self.conn.is_over() {
+            if self.outlet.queued_bytes() > below && !self.outlet.is_over() {
                 return Some(below);
             }
         }
@@ -229,12 +229,12 @@ impl Replies {
     pub(super) async fn room_for_replies(&self) {
         loop {
             let changed = self.changed.notified();
-            if self.conn.is_over() {
+            if self.outlet.is_over() {
                 return;
             }
             match self.most.checked_sub(self.held.get()) {
-                Some(below) if self.conn.queued_bytes() <= below => return,
-                Some(below) => self.conn.drained(below).await,
+                Some(below) if self.outlet.queued_bytes() <= below => return,
+                Some(below) => self.outlet.drained(below).await,
                 None => changed.await,
             }
         }
@@ -324,7 +324,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::wire::ConnLimits;
+    use crate::wire::{Conn, ConnLimits};
 
     fn room(name: &str) -> RoomId {
         RoomId::parse(name).unwrap()
@@ -341,7 +341,10 @@ mod tests {
                     outbox_bytes: 1 << 20,
                     stall: Duration::from_secs(30),
                 };
-                let replies = Replies::new(Conn::new(accepted.unwrap().0, Rc::new(limits)));
+                let replies = Replies::new(Outlet::Socket(Conn::new(
+                    accepted.unwrap().0,
+                    Rc::new(limits),
+                )));
                 script(&replies);
                 let mut read = vec![0; count];
                 peer.unwrap().read_exact(&mut read).await.unwrap();
@@ -403,7 +406,7 @@ mod tests {
                     stall: Duration::from_secs(30),
                 };
                 let conn = Conn::new(accepted.unwrap().0, Rc::new(limits));
-                script(Replies::new(conn), peer.unwrap()).await;
+                script(Replies::new(Outlet::Socket(conn)), peer.unwrap()).await;
             })
             .await;
     }
@@ -418,7 +421,7 @@ mod tests {
         while replies.room_for_replies().now_or_never().is_some() {
             replies.now(reply(b'x', bytes));
             sent += bytes;
-            assert!(!replies.conn.is_over(), "the peer is gone");
+            assert!(!replies.outlet.is_over(), "the peer is gone");
             yield_now().await;
         }
         sent
@@ -429,15 +432,18 @@ mod tests {
         for bytes in [1, 50, 3000, OUTBOX / 2, OUTBOX, 3 * OUTBOX] {
             with_peer(|replies, mut peer| async move {
                 let sent = until_full(&replies, bytes).await;
-                let queued = replies.conn.queued_bytes() + replies.held_bytes();
+                let queued = replies.outlet.queued_bytes() + replies.held_bytes();
                 let most = OUTBOX / 2 + 2 * (bytes + FRAME_COST);
                 assert!(queued <= most, "{bytes}: {queued}");
-                assert_eq!(replies.conn.closing(), None, "{bytes}");
+                assert!(!replies.outlet.is_over(), "{bytes}");
                 let mut read = vec![0; sent];
                 peer.read_exact(&mut read).await.unwrap();
                 replies.room_for_replies().await;
                 replies.idle().await;
-                assert_eq!((replies.held_bytes(), replies.conn.queued_bytes()), (0, 0));
+                assert_eq!(
+                    (replies.held_bytes(), replies.outlet.queued_bytes()),
+                    (0, 0)
+                );
             })
             .await;
         }
@@ -454,7 +460,7 @@ mod tests {
                 replies.now(reply(number, 5000));
                 expected.extend(vec![number; 5000]);
             }
-            assert_eq!(replies.conn.queued_bytes(), 0);
+            assert_eq!(replies.outlet.queued_bytes(), 0);
             let held = replies.held_bytes();
             assert!(
                 (OUTBOX / 2..OUTBOX / 2 + 2 * 5064).contains(&held),
@@ -464,7 +470,7 @@ mod tests {
             assert!(replies.room_for_replies().now_or_never().is_none());
             let mut read = vec![0; expected.len()];
             peer.read_exact(&mut read).await.unwrap();
-            assert_eq!(replies.conn.closing(), None);
+            assert!(!replies.outlet.is_over());
             assert!(read == expected, "not in order");
             replies.room_for_replies().await;
         })
@@ -492,7 +498,7 @@ mod tests {
             let page = replies.promise_in_order(1);
             let sent = until_full(&replies, 3000).await;
             assert!(sent > 0);
-            replies.conn.close(crate::protocol::Close::TooSlow);
+            replies.outlet.close(crate::protocol::Close::TooSlow);
             // Nobody waits for ever, and what was promised meanwhile goes nowhere.
             replies.room_for_replies().await;
             replies.keep(page, reply(b'H', 10));

@@ -9,8 +9,10 @@
 mod conn;
 mod decode;
 mod encode;
+mod outlet;
 
 pub(crate) use conn::FRAME_COST;
 pub use conn::{Conn, ConnLimits};
 pub use decode::{Decoder, Incoming, MAX_FRAGMENTS};
 pub use encode::{FrameBuilder, close_frame, ping_frame, pong_frame, text_frame, text_of};
+pub use outlet::Outlet;

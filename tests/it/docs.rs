@@ -11,10 +11,7 @@ use natter::{
     auth::{Claims, MAX_TOKEN, Right},
     config::DEFAULT_TOML,
     model::{MAX_REGIONS, MAX_USER},
-    protocol::{
-        Close, ErrorCode,
-        native::{HistoryOf, PageOf},
-    },
+    protocol::{Close, ErrorCode, HistoryOf, PageOf},
     telemetry::metrics::{Counter, Gauge, Histogram, Label as _, Op},
 };
 

@@ -14,13 +14,14 @@ use std::{
 use bytes::Bytes;
 use natter::{
     bus::{Connection, Line, Origins, Publisher, Reader},
+    codec::Codec,
     config::Config,
     model::RoomId,
-    protocol::native::Wants,
+    protocol::Wants,
     read_marker::Markers,
     room::{JoinError, NewMember, Rooms},
     subject::Subjects,
-    wire::{Conn, ConnLimits},
+    wire::{Conn, ConnLimits, Outlet},
 };
 use serde_json::json;
 use tokio::{
@@ -169,7 +170,8 @@ async fn member() -> NewMember {
     NewMember {
         session: 1,
         user: "kim".into(),
-        conn: Conn::new(stream, Rc::new(limits)),
+        outlet: Outlet::Socket(Conn::new(stream, Rc::new(limits))),
+        codec: Codec::Native,
         wants: Wants::default(),
     }
 }

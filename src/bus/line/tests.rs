@@ -13,7 +13,7 @@ use crate::{
     bus::{Outgoing, Record, publish::write_headers, record::pairs},
     config::Config,
     model::{Class, Epoch, RoomId},
-    protocol::native::{Publication, decode_publication},
+    protocol::{Draft, Publication},
     subject::header,
 };
 
@@ -54,15 +54,16 @@ const HOSTILE: &[&str] = &[
 
 /// A publication of `user` that has `texts` in every field that takes any text.
 fn publication(user: &str, texts: &[&str]) -> Publication {
-    let fields = json!({
-        "body": texts,
-        "kind": "annotation",
-        "target": format!("{user}/m0"),
-        "reply_to": format!("{user}/m9"),
-        "mentions": texts,
-    });
-    let room = RoomId::parse("chat:a").unwrap();
-    decode_publication(room, fields.to_string().as_bytes()).unwrap()
+    let body = serde_json::value::to_raw_value(texts).unwrap();
+    let draft = Draft {
+        id: None,
+        kind: Some("annotation"),
+        body: Some(&body),
+        target: Some(&format!("{user}/m0")),
+        reply_to: Some(&format!("{user}/m9")),
+        mentions: Some(texts.iter().map(|&text| text.to_owned()).collect()),
+    };
+    Publication::new(RoomId::parse("chat:a").unwrap(), draft).unwrap()
 }
 
 /// The message that a server sends of what was published: as a line reads it, and as async-nats does.

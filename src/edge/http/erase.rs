@@ -15,6 +15,7 @@ use crate::{
     history::{EraseRequest, EraseWhat},
     model::MAX_USER,
     protocol::ErrorCode,
+    session::answers,
 };
 
 /// How far an erasure is.
@@ -62,11 +63,7 @@ pub(super) async fn room(
     let ask = async {
         let identity = authorize(&api, &headers)?;
         let room = room_of(room)?;
-        let namespace = api.shared.config.namespaces.get(room.namespace());
-        let namespace = namespace.ok_or_else(|| {
-            let text = format!("there is no namespace {:?}", room.namespace());
-            HttpError::new(ErrorCode::UnknownNamespace, text)
-        })?;
+        let namespace = answers::namespace(&api.shared.config, &room)?;
         if !identity.may(Right::Moderate, &room) {
             let text = format!("the token does not allow moderate in {room}");
             return Err(HttpError::new(ErrorCode::Forbidden, text));

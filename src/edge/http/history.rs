@@ -14,19 +14,18 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
 };
-use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
+use serde::Deserialize;
 use tracing::Instrument as _;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::IntoParams;
 
 use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
 use crate::{
     auth::{Identity, Right},
     config::Config,
     history::{self, Heads, PageRequest, SearchRequest, key_of},
-    model::{Reference, RoomId, RoomScope},
-    protocol::{ErrorCode, native::HistoryOf},
-    session::check_history,
+    model::{Reference, RoomScope},
+    protocol::{ErrorCode, HistoryOf, HistoryReply, SearchReply},
+    session::answers,
 };
 
 /// Longest `q`, in characters; and longest name of a user, in bytes.
@@ -85,61 +84,6 @@ pub(super) struct PageQuery {
     order: Option<String>,
 }
 
-/// A page of a room's history.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct PageReply {
-    /// The room.
-    #[schema(value_type = String, example = "chat:lobby")]
-    room: RoomId,
-    /// In the order that was asked for.
-    #[schema(value_type = Vec<MessageBody>)]
-    messages: Vec<Box<RawValue>>,
-    /// What to give as `before` for what was said before, if there is anything.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prev: Option<String>,
-    /// What to give as `after` for what was said after, if there is anything.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next: Option<String>,
-    /// MongoDB or the service that writes to it is away or behind: something may be missing or out of date.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    #[schema(required = false)]
-    partial: bool,
-}
-
-/// A message as it is now.
-#[derive(Debug, ToSchema)]
-#[expect(dead_code, reason = "documents what `history` writes")]
-pub(super) struct MessageBody {
-    /// Where it was said; only in what a search found.
-    room: Option<String>,
-    /// The sender's id.
-    id: String,
-    /// Who said it.
-    from: String,
-    /// When it was stored, in ms since 1970.
-    ts: u64,
-    /// Its place.
-    cursor: String,
-    /// Any JSON, as it was sent or last edited; absent if it was deleted.
-    body: Option<serde_json::Value>,
-    /// What it answers.
-    reply_to: Option<String>,
-    /// Mentioned users.
-    mentions: Option<Vec<String>>,
-    /// When it was last edited.
-    edited_at: Option<u64>,
-    /// When it was deleted.
-    deleted_at: Option<u64>,
-    /// By reaction: how many users have it, and the first 100 of them.
-    #[schema(value_type = Option<Object>, example = json!({"👍": {"count": 1, "users": ["kim"]}}))]
-    reactions: Option<serde_json::Value>,
-    /// By name: what workers found out.
-    #[schema(value_type = Option<Object>, example = json!({"translation": {"en": "hello"}}))]
-    annotations: Option<serde_json::Value>,
-    /// It has more reactions or annotations than are kept or shown.
-    truncated: Option<bool>,
-}
-
 /// Read a page of what was said in a room.
 #[utoipa::path(
     get,
@@ -150,7 +94,7 @@ pub(super) struct MessageBody {
         ("if-none-match" = Option<String>, Header, description = "The ETag of an earlier answer to the same question"),
     ),
     responses(
-        (status = 200, body = PageReply, description = "With an ETag, unless it is partial"),
+        (status = 200, body = HistoryReply, description = "With an ETag, unless it is partial"),
         (status = 304, description = "Nothing was said or changed in the room since then"),
         (status = 400, body = ErrorBody, description = "bad_room, bad_request (also: no history is kept there), bad_cursor, bad_id (also: there is no such message)"),
         (status = 401, body = ErrorBody, description = "unauthorized"),
@@ -182,7 +126,7 @@ async fn page(
         Some("desc") => true,
         Some(_) => return Err(bad("order must be asc or desc")),
     };
-    check_history(&asker.config, &asker.identity, &room)?;
+    answers::may_read_history(&asker.config, &asker.identity, &room)?;
     let page = HistoryOf::new(query.before, query.after, query.around, query.limit)?;
     let request = PageRequest::new(room, &asker.identity.user, page)?;
     // Before the page is read: what is said meanwhile makes another tag the next time.
@@ -193,18 +137,11 @@ async fn page(
     {
         return Ok((StatusCode::NOT_MODIFIED, caching(Some(tag))).into_response());
     }
-    let mut answer = asker.history.page(&request).await?;
+    let mut reply = answers::history(&asker.history, &request).await?;
     if newest_first {
-        answer.messages.reverse();
+        reply.messages.reverse();
     }
-    let tag = tag.filter(|_| !answer.partial);
-    let reply = PageReply {
-        room: request.room,
-        messages: answer.messages,
-        prev: answer.prev,
-        next: answer.next,
-        partial: answer.partial,
-    };
+    let tag = tag.filter(|_| !reply.partial);
     Ok((caching(tag.as_deref()), Json(reply)).into_response())
 }
 
@@ -263,17 +200,6 @@ pub(super) struct SearchQuery {
     limit: Option<u64>,
 }
 
-/// What was found, the newest first.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct SearchReply {
-    /// Each with its room.
-    #[schema(value_type = Vec<MessageBody>)]
-    messages: Vec<Box<RawValue>>,
-    /// What to give as `before` to go on, if there may be more.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next: Option<String>,
-}
-
 /// Search what was said in a room.
 #[utoipa::path(
     get,
@@ -302,10 +228,11 @@ pub(super) async fn search_room(
     let search = async {
         let room = room_of(room)?;
         let query = query_of(query)?;
-        check_history(&asker.config, &asker.identity, &room)?;
+        answers::may_read_history(&asker.config, &asker.identity, &room)?;
         let reply_to = query.reply_to.as_deref().map(|text| {
             let reference = Reference::parse(text);
-            let reference = reference.map_err(|error| (ErrorCode::BadId, error.to_string()))?;
+            let reference =
+                reference.map_err(|error| HttpError::new(ErrorCode::BadId, error.to_string()))?;
             Ok::<_, HttpError>(key_of(&room, &asker.identity.user, &reference))
         });
         let reply_to = reply_to.transpose()?;

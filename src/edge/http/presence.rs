@@ -8,18 +8,14 @@ use axum::{
     },
     http::HeaderMap,
 };
-use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
-use std::sync::Arc;
+use serde::Deserialize;
 use tracing::Instrument as _;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::IntoParams;
 
 use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
 use crate::{
-    model::RoomId,
-    presence::UNREACHABLE,
-    protocol::{ErrorCode, native::PageOf},
-    session::{may_see_presence, presence_refusal},
+    protocol::{ErrorCode, PageOf, PresenceReply},
+    session::answers,
 };
 
 /// Which part of a list of users is wanted.
@@ -39,39 +35,6 @@ impl ListQuery {
             query.map_err(|error| HttpError::new(ErrorCode::BadRequest, error.body_text()))?;
         Ok(PageOf::new(after, limit)?)
     }
-}
-
-/// Who is in a room.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct PresenceReply {
-    /// The room.
-    #[schema(value_type = String, example = "chat:lobby")]
-    room: RoomId,
-    /// How many users are there.
-    count: usize,
-    /// Some of them, ordered by name; none where the namespace tells only counts.
-    users: Vec<PresentUser>,
-    /// What to give as `after` for the next page, if there is one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
-    next: Option<Arc<str>>,
-}
-
-/// A user who is there.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct PresentUser {
-    /// Who.
-    #[schema(value_type = String)]
-    user: Arc<str>,
-    /// What the user's token says of them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
-    info: Option<Arc<RawValue>>,
-    /// Since when, in ms since 1970.
-    since: u64,
-    /// `unreachable`: their region is cut off, and they were there when it was last heard of.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    state: Option<&'static str>,
 }
 
 /// Who is in a room.
@@ -102,24 +65,9 @@ pub(super) async fn presence(
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let room = room_of(room)?;
         let page = ListQuery::page(query)?;
-        may_see_presence(&api.shared.config, &identity, &room)?;
-        let page = ready
-            .presence
-            .page(&room, &page)
-            .await
-            .map_err(presence_refusal)?;
-        let users = page.users.into_iter().map(|(user, shown)| PresentUser {
-            user,
-            info: shown.seen.info,
-            since: shown.seen.since,
-            state: shown.unreachable.then_some(UNREACHABLE),
-        });
-        Ok(Json(PresenceReply {
-            room,
-            count: page.count,
-            users: users.collect(),
-            next: page.next,
-        }))
+        let (config, presence) = (&api.shared.config, &ready.presence);
+        let page = answers::presence(config, presence, &identity, room, &page).await?;
+        Ok(Json(page))
     };
     ask.instrument(span).await
 }

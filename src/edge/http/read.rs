@@ -8,7 +8,6 @@ use axum::{
     },
     http::HeaderMap,
 };
-use serde::Serialize;
 use tracing::Instrument as _;
 use utoipa::ToSchema;
 
@@ -17,37 +16,13 @@ use super::{
     read_body, room_of,
 };
 use crate::{
-    model::RoomId,
-    protocol::native,
-    session::{check_read, check_readers, check_unread, marker_refusal},
+    codec::native,
+    protocol::{ReadReply, ReadersReply, UnreadReply},
+    session::answers,
 };
 
 /// Bytes that one room may take in the list of a request for unread counts.
 const ROOM_BYTES: u64 = 256;
-
-/// Who has read what.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct ReadersReply {
-    /// The room.
-    #[schema(value_type = String, example = "chat:lobby")]
-    room: RoomId,
-    /// Ordered by the bytes of the users' names.
-    readers: Vec<ReaderBody>,
-    /// The last user of this page, if there are more.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next: Option<String>,
-}
-
-/// A user's read marker.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct ReaderBody {
-    /// Who.
-    user: String,
-    /// Up to where.
-    cursor: String,
-    /// Since when, in ms since 1970.
-    at: u64,
-}
 
 /// Who has read up to where in a room.
 #[utoipa::path(
@@ -80,23 +55,9 @@ pub(super) async fn readers(
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let room = room_of(room)?;
         let page = ListQuery::page(query)?;
-        check_readers(&api.shared.config, &identity, &room)?;
-        let (readings, more) = ready
-            .markers
-            .readers(&room, &page)
-            .await
-            .map_err(|error| marker_refusal(&error))?;
-        let last = readings.last().map(|reading| reading.user.clone());
-        let readers = readings.into_iter().map(|reading| ReaderBody {
-            user: reading.user,
-            cursor: reading.cursor.to_string(),
-            at: reading.at,
-        });
-        Ok(Json(ReadersReply {
-            room,
-            readers: readers.collect(),
-            next: last.filter(|_| more),
-        }))
+        let (config, markers) = (&api.shared.config, &ready.markers);
+        let readers = answers::readers(config, markers, &identity, room, &page).await?;
+        Ok(Json(readers))
     };
     ask.instrument(span).await
 }
@@ -105,17 +66,10 @@ pub(super) async fn readers(
 #[derive(Debug, ToSchema)]
 #[expect(
     dead_code,
-    reason = "documents what `protocol::native::decode_read` reads"
+    reason = "documents what `codec::native::decode_read` reads"
 )]
 pub(super) struct ReadRequest {
     /// A cursor of the room; one beyond its newest message means that message.
-    cursor: String,
-}
-
-/// The user's marker now.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct ReadReply {
-    /// At least as far as was asked for: markers only grow.
     cursor: String,
 }
 
@@ -150,15 +104,9 @@ pub(super) async fn read(
         let room = room_of(room)?;
         let body = read_body(&api.shared, body, ENVELOPE_BYTES).await?;
         let cursor = native::decode_read(&body)?;
-        let cursor = check_read(&api.shared.config, &identity, &room, &cursor)?;
-        let marker = ready
-            .markers
-            .read(&room, &identity.user, &cursor, None)
-            .await
-            .map_err(|error| marker_refusal(&error))?;
-        Ok(Json(ReadReply {
-            cursor: marker.to_string(),
-        }))
+        let (config, markers) = (&api.shared.config, &ready.markers);
+        let read = answers::read(config, markers, &identity, &room, &cursor, None).await?;
+        Ok(Json(read))
     };
     ask.instrument(span).await
 }
@@ -167,33 +115,12 @@ pub(super) async fn read(
 #[derive(Debug, ToSchema)]
 #[expect(
     dead_code,
-    reason = "documents what `protocol::native::decode_unread` reads"
+    reason = "documents what `codec::native::decode_unread` reads"
 )]
 pub(super) struct UnreadRequest {
     /// At most `limits.unread_rooms`.
     #[schema(example = json!(["chat:lobby", "chat:help"]))]
     rooms: Vec<String>,
-}
-
-/// How much is new.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct UnreadReply {
-    /// In the order of the request.
-    rooms: Vec<UnreadBody>,
-}
-
-/// How much is new in a room.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct UnreadBody {
-    /// The room.
-    #[schema(value_type = String, example = "chat:lobby")]
-    room: RoomId,
-    /// Messages after the user's read marker, as far as the stream still holds them; at most `limits.unread_cap`.
-    count: u64,
-    /// There are more than `count`.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    #[schema(required = false)]
-    capped: bool,
 }
 
 /// Count what the user has not read in rooms.
@@ -226,23 +153,8 @@ pub(super) async fn unread(
         let rooms = u64::try_from(config.limits.unread_rooms).unwrap_or(u64::MAX);
         let most = rooms.saturating_mul(ROOM_BYTES) + ENVELOPE_BYTES;
         let rooms = native::decode_unread(&read_body(&api.shared, body, most).await?)?;
-        let durable = check_unread(config, &identity, &rooms)?;
-        let counts = ready
-            .markers
-            .unread(&identity.user, durable)
-            .await
-            .map_err(|error| marker_refusal(&error))?;
-        let rooms = rooms.iter().map(|room| {
-            let unread = counts.get(room).copied().unwrap_or_default();
-            UnreadBody {
-                room: room.clone(),
-                count: unread.count,
-                capped: unread.capped,
-            }
-        });
-        Ok(Json(UnreadReply {
-            rooms: rooms.collect(),
-        }))
+        let unread = answers::unread(config, &ready.markers, &identity, &rooms).await?;
+        Ok(Json(unread))
     };
     ask.instrument(span).await
 }

@@ -114,7 +114,8 @@ export class Natter extends EventTarget {
   /** Notices a connection on which nothing comes any more, though it was never closed. Costs nothing while frames come. */
   #watch() {
     clearTimeout(this.#quiet);
-    const wait = this.#heard + QUIET_MS - performance.now();
+    // Not at once where nothing has come for long: a socket that is closing answers no probe.
+    const wait = Math.max(1_000, this.#heard + QUIET_MS - performance.now());
     this.#quiet = setTimeout(() => {
       if (performance.now() - this.#heard < QUIET_MS) this.#watch();
       else this.#probe();

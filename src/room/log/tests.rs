@@ -1,6 +1,9 @@
 use proptest::prelude::*;
 
+use bytes::Bytes;
+
 use super::{super::references::reference_of, *};
+use crate::codec::Codec;
 
 fn record(seq: u64, class: Class, id: &str) -> Record {
     Record {
@@ -21,8 +24,19 @@ fn record(seq: u64, class: Class, id: &str) -> Record {
     }
 }
 
+fn room() -> RoomId {
+    RoomId::parse("chat:a").unwrap()
+}
+
 fn log(heads: &[Record], empty_at: u64, max_bytes: usize) -> RoomLog {
-    RoomLog::new(vec![start("seoul", heads, empty_at)], max_bytes)
+    RoomLog::new(&room(), vec![start("seoul", heads, empty_at)], max_bytes)
+}
+
+/// What the log counts for a message with an id of three bytes of which no frame was made.
+fn one() -> usize {
+    let mut log = log(&[], 0, 1 << 20);
+    assert!(deliver(&mut log, &record(1, Class::Msg, "m10")));
+    log.bytes
 }
 
 fn start(origin: &str, heads: &[Record], empty_at: u64) -> Start {
@@ -40,8 +54,9 @@ fn deliver(log: &mut RoomLog, record: &Record) -> bool {
 
 fn deliver_in(log: &mut RoomLog, track: usize, record: &Record) -> bool {
     let fresh = log.advance(track, record);
-    if let Some((_, reference)) = fresh {
-        log.push(track, record, reference, Bytes::from(vec![0; 10]));
+    if let Some(at) = fresh {
+        let message = log.push(at, record.clone());
+        log.recount([message].iter());
         return true;
     }
     false
@@ -49,14 +64,14 @@ fn deliver_in(log: &mut RoomLog, track: usize, record: &Record) -> bool {
 
 /// The sequences of what is in memory after a place.
 fn after(log: &RoomLog, place: (u64, Fingerprint)) -> Vec<u64> {
-    let frames = log.frames_after(&here(vec![place]), 0).len();
+    let frames = log.after(&here(vec![place]), 0).len();
     let mut newest: Vec<u64> = log.entries().map(|entry| entry.seq).collect();
     newest.split_off(newest.len() - frames)
 }
 
-fn here(place: Place) -> Since {
+fn here(place: Positions) -> Since {
     Since {
-        place,
+        positions: place,
         elsewhere: Vec::new(),
     }
 }
@@ -73,7 +88,7 @@ fn gaps_are_seen_per_class() {
     let mut log = log(
         &[record(5, Class::Msg, "a"), record(9, Class::Ev, "b")],
         20,
-        1000,
+        1 << 20,
     );
     assert_eq!(log.position(0), 9);
     assert_eq!(log.admit(0, Class::Msg, 5, Some(3)), Admission::Old);
@@ -91,7 +106,7 @@ fn gaps_are_seen_per_class() {
 
 #[test]
 fn a_reference_is_delivered_once() {
-    let mut log = log(&[], 0, 1000);
+    let mut log = log(&[], 0, 1 << 20);
     assert!(deliver(&mut log, &record(1, Class::Msg, "a")));
     assert!(!deliver(&mut log, &record(2, Class::Msg, "a")));
     assert_eq!(log.position(0), 2);
@@ -100,7 +115,7 @@ fn a_reference_is_delivered_once() {
 
 #[test]
 fn a_change_is_delivered_once_and_an_announcement_each_time() {
-    let mut log = log(&[], 0, 1000);
+    let mut log = log(&[], 0, 1 << 20);
     assert!(deliver(&mut log, &record(1, Class::Msg, "a")));
     // Its id is not one of a message.
     assert!(deliver(&mut log, &record(2, Class::Ev, "a")));
@@ -118,8 +133,9 @@ fn a_change_is_delivered_once_and_an_announcement_each_time() {
 #[test]
 fn what_the_own_stream_knows_itself_is_left_to_it() {
     let mut log = RoomLog::new(
+        &room(),
         vec![start("seoul", &[], 0), start("virginia", &[], 0)],
-        1000,
+        1 << 20,
     );
     // Their times are their sequences.
     for (track, seq, class, id) in [
@@ -144,7 +160,7 @@ fn what_the_own_stream_knows_itself_is_left_to_it() {
 
 #[test]
 fn resume_is_judged_by_place_and_fingerprint() {
-    let mut log = log(&[record(10, Class::Msg, "m10")], 0, 30);
+    let mut log = log(&[record(10, Class::Msg, "m10")], 0, 3 * one());
     for seq in [12, 14, 16, 18] {
         deliver(&mut log, &record(seq, Class::Msg, &format!("m{seq}")));
     }
@@ -164,7 +180,7 @@ fn resume_is_judged_by_place_and_fingerprint() {
 
 #[test]
 fn what_was_forgotten_is_resumed_from_the_stream() {
-    let mut log = log(&[], 0, 1000);
+    let mut log = log(&[], 0, 1 << 20);
     for seq in [2, 4, 6] {
         deliver(&mut log, &record(seq, Class::Msg, &format!("m{seq}")));
     }
@@ -199,12 +215,12 @@ proptest! {
         classes in prop::collection::vec(prop::bool::weighted(0.8), 1..60),
         drops in prop::collection::vec(prop::bool::weighted(0.3), 60),
         repeats in prop::collection::vec(prop::bool::weighted(0.3), 60),
-        max_bytes in 10_usize..400,
+        max_messages in 1_usize..40,
     ) {
         let stream: Vec<Record> = classes.iter().enumerate().map(|(i, msg)| {
             record(i as u64 * 3 + 3, if *msg { Class::Msg } else { Class::Ev }, &format!("m{i}"))
         }).collect();
-        let mut log = log(&[], 0, max_bytes);
+        let mut log = log(&[], 0, max_messages * one());
         let mut delivered = Vec::new();
         let mut previous = [0_u64; 2];
         for (i, live) in stream.iter().enumerate() {
@@ -262,6 +278,7 @@ proptest! {
 /// Two regions' logs of a room, as an edge of either has them.
 fn two_tracks(max_bytes: usize) -> RoomLog {
     RoomLog::new(
+        &room(),
         vec![start("seoul", &[], 0), start("virginia", &[], 0)],
         max_bytes,
     )
@@ -292,13 +309,31 @@ fn take(log: &mut RoomLog, track: usize, record: Record, now: Instant, until: In
 }
 
 fn show(log: &mut RoomLog, track: usize, record: &Record) {
-    if let Some((cursor, reference)) = log.advance(track, record) {
+    if let Some(at) = log.advance(track, record) {
         let mut record = record.clone();
         record.body = Bytes::from(format!("[{track},{}]", record.seq));
-        let room = crate::model::RoomId::parse("chat:a").unwrap();
-        let frame = encode::message(&room, &record, Some(&cursor));
-        log.push(track, &record, reference, frame);
+        let message = log.push(at, record);
+        log.recount([message].iter());
     }
+}
+
+/// The frames that a session at `since` gets.
+fn frames_after(log: &RoomLog, since: &Since) -> Vec<(usize, u64, Cursor)> {
+    let missed = log.after(since, 0);
+    let mut place = since.positions.clone();
+    let frames = missed.steps.iter().map(|Step { message, is_shown }| {
+        assert!(is_shown, "in memory nothing else is told");
+        if !message.is_late() {
+            place[message.track()] = (message.seq, message.fingerprint);
+        }
+        let own = log.cursor_of(&place, &since.elsewhere);
+        let frame = match missed.shared {
+            true => message.frame(Codec::Native),
+            false => message.frame_at(Codec::Native, &own),
+        };
+        shown(&frame)
+    });
+    frames.collect()
 }
 
 /// What a frame shows: track, sequence, cursor.
@@ -365,18 +400,19 @@ fn where_nothing_was_said_nobody_is_behind() {
     let opened = |empty_at| {
         let heads = std::slice::from_ref(&head);
         RoomLog::new(
+            &room(),
             vec![start("seoul", heads, 0), start("virginia", &[], empty_at)],
-            1000,
+            1 << 20,
         )
     };
     let (early, late) = (opened(3000), opened(5000));
     assert_eq!(late.seen_elsewhere(), Cursor::default());
-    let since = early.place_of(&late.cursor()).unwrap();
+    let since = early.since_of(&late.cursor()).unwrap();
     assert!(!early.lags(&since));
     assert_eq!(early.ahead(&since), []);
     // One who has seen a message there is ahead.
     let cursor = "seoul.k3.7.1_virginia.k3.5000.1".parse().unwrap();
-    let since = early.place_of(&cursor).unwrap();
+    let since = early.since_of(&cursor).unwrap();
     assert!(early.lags(&since));
     assert_eq!(early.ahead(&since).len(), 1);
 }
@@ -390,6 +426,7 @@ fn what_is_stored_while_a_room_is_opened_is_shown() {
     };
     let head = twin(0, 3, "head");
     let mut log = RoomLog::new(
+        &room(),
         vec![
             start("seoul", std::slice::from_ref(&head), 0),
             start("virginia", &[], 0),
@@ -418,12 +455,8 @@ fn a_message_that_was_stored_in_two_regions_is_shown_once() {
     take(&mut log, 1, said(1, 2, 0), now, now);
     let frames = |seoul, virginia| {
         let place = vec![(seoul, Fingerprint(0)), (virginia, Fingerprint(0))];
-        let frames = log.frames_after(&here(place), 0);
-        frames
-            .iter()
-            .map(shown)
-            .map(|(t, seq, _)| (t, seq))
-            .collect::<Vec<_>>()
+        let frames = frames_after(&log, &here(place)).into_iter();
+        frames.map(|(t, seq, _)| (t, seq)).collect::<Vec<_>>()
     };
     assert_eq!(frames(0, 0), [(0, 1), (1, 2)]);
     // Who has seen the other copy, in Virginia, is not shown this one.
@@ -470,14 +503,14 @@ proptest! {
             prop_assert_eq!(log.entries().count(), total);
             prop_assert_eq!(log.cursor().to_string(), ends.to_string());
         }
-        let first: Vec<_> = edges[0].entries().map(|entry| shown(&entry.frame)).collect();
+        let first: Vec<_> = edges[0].entries().map(|entry| shown(&entry.frame(Codec::Native))).collect();
         let stays = leaves.index(first.len());
         let mut seen: Vec<(usize, u64)> = first[..=stays].iter().map(|(t, s, _)| (*t, *s)).collect();
         let mut cursor = first[stays].2.clone();
         // To the second edge, away from it in the middle, and back to the first.
         for log in [&edges[1], &edges[0]] {
-            let since = log.place_of(&cursor).unwrap();
-            let rest: Vec<_> = log.frames_after(&since, 0).iter().map(shown).collect();
+            let since = log.since_of(&cursor).unwrap();
+            let rest = frames_after(log, &since);
             prop_assert_eq!(rest.len() + seen.len(), total);
             let stays = match rest.len() {
                 0 => 0,

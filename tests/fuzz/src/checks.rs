@@ -9,12 +9,16 @@ use crate::{
         Record,
         line::protocol::{Op, next_op},
     },
+    codec::{
+        Codec, Request,
+        native::{decode, decode_publication, decode_read, decode_unread},
+    },
     model::{
         Class, Cursor, Epoch, Flaw, MAX_JSON_DEPTH, Reference, RoomId, header_escape,
         header_unescape, json_flaw, key_escape,
     },
-    protocol::native::{self, decode, decode_publication, decode_read, decode_unread},
-    wire::{Decoder, Incoming},
+    protocol::{Command, MAX_MENTIONS, Publication, Refused},
+    wire::{Decoder, Incoming, text_of},
 };
 
 /// Longest input that is cut at every place: the work grows with its square.
@@ -97,10 +101,10 @@ pub fn line(data: &[u8]) {
 /// Any text is a command or refused with a short word; what is taken fits its bounds, and its body is the client's.
 pub fn native(data: &[u8]) {
     let room = || RoomId::from_parts("chat", "a").expect("a room");
-    let short = |refusal: native::Refusal| {
+    let short = |refusal: Refused| {
         assert!(refusal.message.len() < 1000, "{refusal:?}");
     };
-    let check = |publication: native::Publication| {
+    let check = |publication: Publication| {
         let body = publication.body.get();
         assert!(serde_json::from_str::<serde::de::IgnoredAny>(body).is_ok());
         let at = data
@@ -109,7 +113,7 @@ pub fn native(data: &[u8]) {
         assert!(at || body == "null", "not the client's: {body}");
         if let Some(mentions) = publication.mentions.json() {
             let users: Vec<String> = serde_json::from_str(mentions).expect("users");
-            assert!(users.len() <= native::MAX_MENTIONS && mentions.len() <= 32 * 1024);
+            assert!(users.len() <= MAX_MENTIONS && mentions.len() <= 32 * 1024);
         }
         for text in [
             publication.target.map(|(text, _)| text),
@@ -127,16 +131,13 @@ pub fn native(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
     };
-    match decode(text) {
-        Ok(native::Command {
-            op: native::Op::Send(publication),
-            ..
-        }) => check(*publication),
+    let Request { tag, command } = decode(text);
+    match command {
+        Ok(Command::Send(publication)) => check(*publication),
         Ok(_) => {}
         Err(refusal) => {
-            let mut out = Vec::new();
-            native::write_error(&mut out, &refusal);
-            assert!(serde_json::from_slice::<Value>(&out).is_ok());
+            let frame = Codec::Native.refusal(tag, &refusal);
+            assert!(serde_json::from_slice::<Value>(text_of(&frame)).is_ok());
             short(refusal);
         }
     }

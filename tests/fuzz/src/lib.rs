@@ -6,6 +6,8 @@
 pub mod model;
 #[path = "../../../src/protocol/mod.rs"]
 pub mod protocol;
+#[path = "../../../src/codec/mod.rs"]
+pub mod codec;
 #[path = "../../../src/subject.rs"]
 pub mod subject;
 pub mod bus;

@@ -1,0 +1,225 @@
+//! Reading commands.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Deserializer};
+use serde_json::value::RawValue;
+
+use crate::{
+    codec::{Request, Tag},
+    model::{RoomId, without_mark},
+    protocol::{Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, Wants},
+};
+
+/// Characters of a parser's complaint that are told to the client: it may quote what was sent, of whatever length.
+const MAX_COMPLAINT: usize = 200;
+
+/// The fields of a `send` and of the body of an HTTP publish.
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Fields<'a> {
+    #[serde(borrow)]
+    op: Option<Cow<'a, str>>,
+    rid: Option<u64>,
+    #[serde(borrow)]
+    room: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    since: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    token: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    id: Option<Cow<'a, str>>,
+    #[serde(borrow, deserialize_with = "present")]
+    body: Option<&'a RawValue>,
+    #[serde(borrow)]
+    kind: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    target: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    reply_to: Option<Cow<'a, str>>,
+    mentions: Option<Vec<String>>,
+    #[serde(borrow)]
+    cursor: Option<Cow<'a, str>>,
+    presence: Option<bool>,
+    read: Option<bool>,
+    #[serde(borrow)]
+    after: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    before: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    around: Option<Cow<'a, str>>,
+    limit: Option<u64>,
+    rooms: Option<Vec<String>>,
+}
+
+/// A field that is there is `Some`, also where it is `null`: any JSON is a body.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
+
+/// Only what names a command, for the reply to one whose other fields have the wrong type.
+#[derive(Deserialize)]
+struct Envelope {
+    rid: Option<serde_json::Value>,
+}
+
+/// Decodes one text message. A byte order mark before it is dropped.
+///
+/// The refusals are `bad_json`, `bad_request`, `unknown_op`, `bad_room`, `bad_id` and `too_large`.
+pub fn decode(text: &str) -> Request {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let fields: Fields<'_> = match serde_json::from_str(text) {
+        Ok(fields) => fields,
+        Err(error) => {
+            let rid = serde_json::from_str::<Envelope>(text)
+                .ok()
+                .and_then(|envelope| envelope.rid?.as_u64());
+            return Request {
+                tag: rid.map_or(Tag::None, Tag::Number),
+                command: Err(json_refusal(&error)),
+            };
+        }
+    };
+    let Some(rid) = fields.rid else {
+        let text = "rid is missing: a non-negative integer of the client's";
+        return Request {
+            tag: Tag::None,
+            command: Err(Refused::new(ErrorCode::BadRequest, text)),
+        };
+    };
+    Request {
+        tag: Tag::Number(rid),
+        command: command(fields),
+    }
+}
+
+/// Decodes the body of an HTTP publish to `room`: the fields of a `send` without `op`, `rid` and `room`.
+///
+/// # Errors
+/// The refusal.
+pub fn decode_publication(room: RoomId, json: &[u8]) -> Result<Publication, Refused> {
+    decode_body(json, |fields| publication(room, fields))
+}
+
+fn json_refusal(error: &serde_json::Error) -> Refused {
+    let message: String = error.to_string().chars().take(MAX_COMPLAINT).collect();
+    match error.classify() {
+        serde_json::error::Category::Data => Refused::new(ErrorCode::BadRequest, message),
+        serde_json::error::Category::Syntax
+        | serde_json::error::Category::Eof
+        | serde_json::error::Category::Io => Refused::new(ErrorCode::BadJson, message),
+    }
+}
+
+fn command(fields: Fields<'_>) -> Result<Command, Refused> {
+    let missing = |what: &str| Refused::new(ErrorCode::BadRequest, format!("{what} is missing"));
+    let room = || {
+        let room = fields.room.as_deref().ok_or_else(|| missing("room"))?;
+        RoomId::parse(room).map_err(|error| Refused::new(ErrorCode::BadRoom, error.to_string()))
+    };
+    let token = || {
+        fields
+            .token
+            .as_deref()
+            .map(str::to_owned)
+            .ok_or_else(|| missing("token"))
+    };
+    Ok(match fields.op.as_deref() {
+        None => return Err(missing("op")),
+        Some("ping") => Command::Ping,
+        Some("auth") => Command::Auth { token: token()? },
+        Some("refresh") => Command::Refresh { token: token()? },
+        Some("join") => Command::Join {
+            room: room()?,
+            since: fields.since.map(Cow::into_owned),
+            wants: Wants {
+                presence: fields.presence.unwrap_or_default(),
+                read: fields.read.unwrap_or_default(),
+            },
+        },
+        Some("leave") => Command::Leave { room: room()? },
+        Some("typing") => Command::Typing { room: room()? },
+        Some("read") => Command::Read {
+            room: room()?,
+            cursor: cursor(fields.cursor)?,
+        },
+        Some("presence") => Command::Presence {
+            room: room()?,
+            page: PageOf::new(fields.after.map(Cow::into_owned), fields.limit)?,
+        },
+        Some("readers") => Command::Readers {
+            room: room()?,
+            page: PageOf::new(fields.after.map(Cow::into_owned), fields.limit)?,
+        },
+        Some("unread") => Command::Unread {
+            rooms: rooms(fields.rooms)?,
+        },
+        Some("history") => Command::History {
+            room: room()?,
+            page: HistoryOf::new(
+                fields.before.map(Cow::into_owned),
+                fields.after.map(Cow::into_owned),
+                fields.around.map(Cow::into_owned),
+                fields.limit,
+            )?,
+        },
+        Some("send") => Command::Send(Box::new(publication(room()?, fields)?)),
+        Some(other) => {
+            let shown: String = other.chars().take(80).collect();
+            let text = format!("there is no op {shown:?}");
+            return Err(Refused::new(ErrorCode::UnknownOp, text));
+        }
+    })
+}
+
+fn cursor(cursor: Option<Cow<'_, str>>) -> Result<String, Refused> {
+    cursor
+        .map(Cow::into_owned)
+        .ok_or_else(|| Refused::new(ErrorCode::BadRequest, "cursor is missing"))
+}
+
+fn rooms(names: Option<Vec<String>>) -> Result<Vec<RoomId>, Refused> {
+    let names = names.ok_or_else(|| Refused::new(ErrorCode::BadRequest, "rooms is missing"))?;
+    names
+        .iter()
+        .map(|name| RoomId::parse(name))
+        .collect::<Result<_, _>>()
+        .map_err(|error| Refused::new(ErrorCode::BadRoom, error.to_string()))
+}
+
+/// Decodes the body of an HTTP request that moves a read marker: `{"cursor"}`; the cursor is not yet parsed.
+///
+/// # Errors
+/// The refusal.
+pub fn decode_read(json: &[u8]) -> Result<String, Refused> {
+    decode_body(json, |fields| cursor(fields.cursor))
+}
+
+/// Decodes the body of an HTTP request for unread counts: `{"rooms"}`.
+///
+/// # Errors
+/// The refusal.
+pub fn decode_unread(json: &[u8]) -> Result<Vec<RoomId>, Refused> {
+    decode_body(json, |fields| rooms(fields.rooms))
+}
+
+fn decode_body<T>(
+    json: &[u8],
+    read: impl FnOnce(Fields<'_>) -> Result<T, Refused>,
+) -> Result<T, Refused> {
+    serde_json::from_slice::<Fields<'_>>(without_mark(json))
+        .map_err(|error| json_refusal(&error))
+        .and_then(read)
+}
+
+fn publication(room: RoomId, fields: Fields<'_>) -> Result<Publication, Refused> {
+    let draft = Draft {
+        id: fields.id.as_deref(),
+        kind: fields.kind.as_deref(),
+        body: fields.body,
+        target: fields.target.as_deref(),
+        reply_to: fields.reply_to.as_deref(),
+        mentions: fields.mentions,
+    };
+    Publication::new(room, draft)
+}

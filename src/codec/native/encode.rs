@@ -1,0 +1,263 @@
+//! Writing replies, events and messages.
+
+use std::io;
+
+use bytes::Bytes;
+use serde::Serialize;
+
+use crate::{
+    codec::{Encoded, Tag},
+    model::Cursor,
+    protocol::{Event, MessagePush, PresenceChange, Refused, Reply},
+    wire::FrameBuilder,
+};
+
+/// Room for a small reply or event.
+const SMALL: usize = 128;
+
+/// Room for the fields of a message, besides its body.
+const ENVELOPE: usize = 256;
+
+/// Writes the payload of a frame: one JSON object.
+struct Writer {
+    out: FrameBuilder,
+}
+
+impl Writer {
+    /// Begins an object with `op`; `room_for` is how many bytes it may have without growing.
+    fn new(op: &str, room_for: usize) -> Self {
+        let mut out = FrameBuilder::with_capacity(room_for);
+        out.put(b"{\"op\":\"");
+        out.put(op.as_bytes());
+        out.put_u8(b'"');
+        Self { out }
+    }
+
+    /// Begins a reply.
+    fn reply(op: &str, tag: Tag) -> Self {
+        let mut writer = Self::new(op, SMALL);
+        match tag {
+            Tag::Number(rid) => writer.number("rid", rid),
+            Tag::None => writer.raw("rid", b"null"),
+        };
+        writer
+    }
+
+    fn key(&mut self, key: &str) {
+        self.out.put(b",\"");
+        self.out.put(key.as_bytes());
+        self.out.put(b"\":");
+    }
+
+    /// A number.
+    fn number(&mut self, key: &str, value: u64) -> &mut Self {
+        self.key(key);
+        self.out.put(itoa::Buffer::new().format(value).as_bytes());
+        self
+    }
+
+    /// Any text, escaped.
+    fn string(&mut self, key: &str, value: &str) -> &mut Self {
+        self.key(key);
+        if value.bytes().all(|b| b >= 0x20 && b != b'"' && b != b'\\') {
+            self.out.put_u8(b'"');
+            self.out.put(value.as_bytes());
+            self.out.put_u8(b'"');
+        } else {
+            serde_json::to_writer(&mut self.out, value).expect("writing a string to memory");
+        }
+        self
+    }
+
+    /// A cursor, which has no characters that are escaped.
+    fn cursor(&mut self, key: &str, cursor: &Cursor) -> &mut Self {
+        use io::Write as _;
+        self.key(key);
+        write!(self.out, "\"{cursor}\"").expect("writing to memory");
+        self
+    }
+
+    /// JSON text that is already valid.
+    fn raw(&mut self, key: &str, json: &[u8]) -> &mut Self {
+        self.key(key);
+        self.out.put(json);
+        self
+    }
+
+    /// `true` or `false`.
+    fn boolean(&mut self, key: &str, value: bool) -> &mut Self {
+        self.raw(key, if value { b"true" } else { b"false" })
+    }
+
+    /// Ends the object.
+    fn end(mut self) -> Bytes {
+        self.out.put_u8(b'}');
+        self.out.finish()
+    }
+
+    /// Ends the object with the fields of `fields`, which is a struct with one field at least that is always written.
+    fn end_with(mut self, fields: &impl Serialize) -> Bytes {
+        let spliced = Spliced {
+            out: &mut self.out,
+            opened: false,
+        };
+        serde_json::to_writer(spliced, fields).expect("writing plain data to memory");
+        self.out.finish()
+    }
+}
+
+/// Makes the fields of an object those of the one that was begun: a comma takes the place of its opening brace.
+struct Spliced<'a> {
+    out: &'a mut FrameBuilder,
+    opened: bool,
+}
+
+impl io::Write for Spliced<'_> {
+    fn write(&mut self, part: &[u8]) -> io::Result<usize> {
+        if !self.opened
+            && let Some(rest) = part.strip_prefix(b"{")
+        {
+            self.opened = true;
+            self.out.put_u8(b',');
+            self.out.put(rest);
+        } else {
+            self.out.put(part);
+        }
+        Ok(part.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The frame of a reply.
+pub(in crate::codec) fn reply(tag: Tag, reply: &Reply) -> Bytes {
+    let begin = |op| Writer::reply(op, tag);
+    match reply {
+        Reply::Pong => begin("pong").end(),
+        Reply::Done => begin("ok").end(),
+        Reply::Authed { user, exp } => {
+            let mut writer = begin("authed");
+            writer.string("user", user).number("exp", *exp);
+            writer.end()
+        }
+        Reply::Refreshed { exp } => {
+            let mut writer = begin("refreshed");
+            writer.number("exp", *exp);
+            writer.end()
+        }
+        Reply::Left { room } => {
+            let mut writer = begin("left");
+            writer.string("room", room.as_str());
+            writer.end()
+        }
+        Reply::Joined(joined) => begin("joined").end_with(joined),
+        Reply::Published(published) => begin("ack").end_with(published),
+        Reply::Read(read) => begin("ok").end_with(read),
+        Reply::Presence(presence) => begin("presence").end_with(presence),
+        Reply::Readers(readers) => begin("readers").end_with(readers),
+        Reply::Unread(unread) => begin("unread").end_with(unread),
+        Reply::History(page) => begin("history").end_with(page),
+    }
+}
+
+/// An `error` reply.
+pub(in crate::codec) fn refusal(tag: Tag, refused: &Refused) -> Bytes {
+    let mut writer = Writer::reply("error", tag);
+    writer
+        .string("code", refused.code.as_str())
+        .string("message", &refused.message)
+        .boolean("retry", refused.code.retry());
+    writer.end()
+}
+
+/// The frame of an event.
+pub(in crate::codec) fn event(event: &Event) -> Bytes {
+    let begin = |op| Writer::new(op, SMALL);
+    let writer = match event {
+        Event::Typing { room, user } => {
+            let mut writer = begin("typing");
+            writer.string("room", room.as_str()).string("user", user);
+            writer
+        }
+        Event::Read { room, user, cursor } => {
+            let mut writer = begin("read");
+            writer
+                .string("room", room.as_str())
+                .string("user", user)
+                .cursor("cursor", cursor);
+            writer
+        }
+        Event::Presence { room, change } => {
+            let mut writer = begin("presence");
+            writer.string("room", room.as_str());
+            match change {
+                PresenceChange::Count(users) => writer.number("count", *users as u64),
+                PresenceChange::User {
+                    user,
+                    state,
+                    info,
+                    at,
+                } => {
+                    writer.string("user", user).string("state", state.as_str());
+                    if let Some(info) = info {
+                        writer.raw("info", info.get().as_bytes());
+                    }
+                    writer.number("at", *at)
+                }
+            };
+            writer
+        }
+        Event::Kicked { room, code } => {
+            let mut writer = begin("kicked");
+            writer.string("room", room.as_str()).string("code", code);
+            writer
+        }
+        Event::TokenExpiring { exp } => {
+            let mut writer = begin("token_expiring");
+            writer.number("exp", *exp);
+            writer
+        }
+        Event::Reconnect { after_ms } => {
+            let mut writer = begin("reconnect");
+            writer.number("after_ms", *after_ms);
+            writer
+        }
+    };
+    writer.end()
+}
+
+/// `msg`; ephemeral messages have no cursor.
+pub(in crate::codec) fn message(message: &MessagePush<'_>) -> Encoded {
+    let mut writer = Writer::new("msg", message.body.len() + ENVELOPE);
+    writer
+        .string("room", message.room.as_str())
+        .string("id", message.id)
+        .string("from", message.from)
+        .number("ts", message.ts);
+    if let Some(cursor) = message.cursor {
+        writer.cursor("cursor", cursor);
+    }
+    writer.raw("body", message.body);
+    let body_end = writer.out.len();
+    if let Some(kind) = message.kind {
+        writer.string("kind", kind);
+    }
+    if let Some(target) = message.target {
+        writer.string("target", target);
+    }
+    if let Some(reply_to) = message.reply_to {
+        writer.string("reply_to", reply_to);
+    }
+    if let Some(mentions) = message.mentions {
+        writer.raw("mentions", mentions.as_bytes());
+    }
+    let payload = writer.out.len() + 1;
+    let frame = writer.end();
+    let end = frame.len() - payload + body_end;
+    Encoded {
+        frame,
+        body: Some(end - message.body.len()..end),
+    }
+}

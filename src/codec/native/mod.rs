@@ -1,0 +1,16 @@
+//! `natter.v1`: JSON text frames, and the JSON bodies of HTTP requests.
+//!
+//! Decoding reads one command from one text message without copying the body's text. The server writes JSON without
+//! needless white space, `op` first and `rid` next.
+
+mod decode;
+mod encode;
+
+pub use decode::{decode, decode_publication, decode_read, decode_unread};
+pub(super) use encode::{event, message, refusal, reply};
+
+/// The WebSocket subprotocol.
+pub const SUBPROTOCOL: &str = "natter.v1";
+
+#[cfg(test)]
+mod tests;

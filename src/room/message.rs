@@ -1,0 +1,245 @@
+//! A message of a room, as the log, backlogs and fan-out passes hold it: once, for all receivers.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    sync::Arc,
+};
+
+use bytes::Bytes;
+
+use super::{memory::Share, references::Spot};
+use crate::{
+    bus::Record,
+    codec::{Codec, Encoded, Frames},
+    model::{Cursor, Epoch, Fingerprint, Position, Region, RoomId},
+    protocol::MessagePush,
+};
+
+/// Bytes of a frame besides the texts of its message and its cursor, about.
+const FRAME_WORDS: usize = 96;
+
+/// Which log a message is of.
+#[derive(Debug)]
+pub(super) struct TrackId {
+    pub(super) room: RoomId,
+    /// Whose stream it is stored in, and that stream's epoch; none in a room without a log.
+    pub(super) origin: Option<(Region, Epoch)>,
+}
+
+/// Where a message stands in the room's log.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Spotted {
+    /// The number of its track.
+    pub(super) track: usize,
+    /// The track's position after it: its own sequence, or a higher one where it came late.
+    pub(super) position: u64,
+    /// The hash of its reference; `None` for what natter announces.
+    pub(super) reference: Option<u64>,
+}
+
+/// One message: its fields, and a frame for each protocol that has had a receiver.
+///
+/// Nothing looks into a frame to find out what is in it. A member that stands elsewhere than the room gets a frame with its own
+/// cursor ([`Message::frame_at`]), everyone else the one that all share ([`Message::frame`]).
+#[derive(Debug)]
+pub(super) struct Message {
+    of: Rc<TrackId>,
+    at: Spotted,
+    pub(super) seq: u64,
+    pub(super) fingerprint: Fingerprint,
+    pub(super) ts: u64,
+    id: Box<str>,
+    from: Box<str>,
+    kind: Option<&'static str>,
+    /// What few messages have.
+    more: Option<Box<More>>,
+    /// The cursor of the shared frame, where it is not the message's own position alone.
+    cursor: Option<Box<Cursor>>,
+    /// A part of the first frame that has it to the letter; before, a copy: the buffer that it was read in is larger.
+    body: RefCell<Bytes>,
+    /// Whether the body is a part of a frame.
+    in_frame: Cell<bool>,
+    frames: Frames,
+    /// What the log has counted for it; `None`: the log does not keep it.
+    pub(super) counted: Cell<Option<usize>>,
+    /// Its part of `rooms.replay_memory`, if it was read for a backlog.
+    share: Option<Arc<Share>>,
+}
+
+/// What few messages have.
+#[derive(Debug)]
+struct More {
+    target: Option<String>,
+    reply_to: Option<String>,
+    mentions: Option<String>,
+    after: Option<Cursor>,
+}
+
+impl Message {
+    /// The message of a record. `cursor` is where the room stands after it, if that is more than the message's own position.
+    pub(super) fn new(
+        of: &Rc<TrackId>,
+        at: Spotted,
+        record: Record,
+        cursor: Option<Cursor>,
+    ) -> Self {
+        let more = More {
+            target: record.target,
+            reply_to: record.reply_to,
+            mentions: record.mentions,
+            after: record.after,
+        };
+        let has_more = more.target.is_some()
+            || more.reply_to.is_some()
+            || more.mentions.is_some()
+            || more.after.is_some();
+        Self {
+            of: Rc::clone(of),
+            at,
+            seq: record.seq,
+            fingerprint: record.fingerprint,
+            ts: record.ts,
+            id: record.id.into_boxed_str(),
+            from: record.from.into_boxed_str(),
+            kind: record.kind,
+            more: has_more.then(|| Box::new(more)),
+            cursor: cursor.map(Box::new),
+            body: RefCell::new(Bytes::copy_from_slice(&record.body)),
+            in_frame: Cell::new(false),
+            frames: Frames::default(),
+            counted: Cell::new(None),
+            share: None,
+        }
+    }
+
+    /// The same, counted against a share of `rooms.replay_memory` for as long as it or a frame of it is kept.
+    pub(super) fn counted_in(mut self, share: &mut Share) -> Self {
+        self.share = Some(Arc::new(share.part(self.bytes())));
+        self
+    }
+
+    pub(super) fn track(&self) -> usize {
+        self.at.track
+    }
+
+    /// The track's position after it.
+    pub(super) fn position(&self) -> u64 {
+        self.at.position
+    }
+
+    /// Whether it was delivered after later ones of its track.
+    pub(super) fn is_late(&self) -> bool {
+        self.seq != self.at.position
+    }
+
+    /// The hash of its reference; `None` for what natter announces.
+    pub(super) fn reference(&self) -> Option<u64> {
+        self.at.reference
+    }
+
+    /// Where it is stored.
+    pub(super) fn spot(&self) -> Spot {
+        (self.at.track, self.seq)
+    }
+
+    /// What its sender had seen of other origins.
+    pub(super) fn after(&self) -> Option<&Cursor> {
+        self.more.as_ref()?.after.as_ref()
+    }
+
+    /// Whether its memory is counted against `rooms.replay_memory`.
+    pub(super) fn is_counted(&self) -> bool {
+        self.share.is_some()
+    }
+
+    /// The cursor of the frame that all share; `None` in a room without a log.
+    pub(super) fn cursor(&self) -> Option<Cursor> {
+        if let Some(cursor) = &self.cursor {
+            return Some((**cursor).clone());
+        }
+        let (origin, epoch) = self.of.origin.as_ref()?;
+        Some(Cursor::single(Position {
+            origin: origin.clone(),
+            epoch: *epoch,
+            seq: self.seq,
+            fingerprint: self.fingerprint,
+        }))
+    }
+
+    /// What it takes: its fields, and the frames that were made of it.
+    pub(super) fn bytes(&self) -> usize {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let positions = |cursor: &Cursor| size_of_val(cursor.positions());
+        let more = self.more.as_ref().map_or(0, |more| {
+            let texts = text(&more.target) + text(&more.reply_to) + text(&more.mentions);
+            size_of::<More>() + texts + more.after.as_ref().map_or(0, positions)
+        });
+        let cursor = self
+            .cursor
+            .as_ref()
+            .map_or(0, |cursor| size_of::<Cursor>() + positions(cursor));
+        let body = match self.in_frame.get() {
+            true => 0,
+            false => self.body.borrow().len(),
+        };
+        let frames: usize = self.frames.made().map(Bytes::len).sum();
+        size_of::<Self>() + self.id.len() + self.from.len() + more + cursor + body + frames
+    }
+
+    /// About how long its frame is.
+    pub(super) fn frame_bytes(&self) -> usize {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let more = self.more.as_ref().map_or(0, |more| {
+            text(&more.target) + text(&more.reply_to) + text(&more.mentions)
+        });
+        let names = self.of.room.as_str().len() + self.id.len() + self.from.len();
+        let cursor = self.cursor.as_ref().map_or(1, |it| it.positions().len()) * CURSOR_PART;
+        FRAME_WORDS + names + more + cursor + self.body.borrow().len()
+    }
+
+    /// The frame that all receivers of a protocol share.
+    pub(super) fn frame(&self, codec: Codec) -> Bytes {
+        let make = || {
+            let Encoded { frame, body } = self.encode(codec, self.cursor().as_ref());
+            let mut own = frame.len();
+            if let Some(body) = body
+                && !self.in_frame.replace(true)
+            {
+                own -= body.len();
+                self.body.replace(frame.slice(body));
+            }
+            match &self.share {
+                Some(share) => share.frame_of(own, frame),
+                None => frame,
+            }
+        };
+        self.frames.get(codec, make).clone()
+    }
+
+    /// A frame for one member that stands at a cursor of its own.
+    pub(super) fn frame_at(&self, codec: Codec, cursor: &Cursor) -> Bytes {
+        self.encode(codec, Some(cursor)).frame
+    }
+
+    fn encode(&self, codec: Codec, cursor: Option<&Cursor>) -> Encoded {
+        // A handle: the borrow ends before the body is replaced.
+        let body = self.body.borrow().clone();
+        let more = self.more.as_deref();
+        codec.message(&MessagePush {
+            room: &self.of.room,
+            id: &self.id,
+            from: &self.from,
+            ts: self.ts,
+            cursor,
+            body: &body,
+            kind: self.kind,
+            target: more.and_then(|more| more.target.as_deref()),
+            reply_to: more.and_then(|more| more.reply_to.as_deref()),
+            mentions: more.and_then(|more| more.mentions.as_deref()),
+        })
+    }
+}
+
+/// Bytes of one component of a cursor, about.
+const CURSOR_PART: usize = 32;

@@ -1,0 +1,271 @@
+//! What commands are answered with, however they came: over a connection, or as an HTTP request.
+//!
+//! Each function checks what the user may do, asks, and makes the reply. No connection and no order of replies here.
+
+use std::sync::Arc;
+
+use crate::{
+    auth::{Identity, Right},
+    bus::{Outgoing, PublishError, Publisher},
+    config::{Config, Namespace, PresencePolicy},
+    history::{self, PageRequest},
+    model::{BadCursor, Cursor, Kind, RoomId, json_flaw},
+    presence::Presence,
+    protocol::{
+        ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser, Publication,
+        PublishReply, ReadReply, ReaderBody, ReadersReply, Refused, UnreadBody, UnreadReply,
+    },
+    read_marker::Markers,
+};
+
+/// The namespace of a room.
+pub(crate) fn namespace<'c>(config: &'c Config, room: &RoomId) -> Result<&'c Namespace, Refused> {
+    config.namespaces.get(room.namespace()).ok_or_else(|| {
+        let text = format!("there is no namespace {:?}", room.namespace());
+        Refused::new(ErrorCode::UnknownNamespace, text)
+    })
+}
+
+/// Checks that a token grants a right on a room.
+pub(super) fn granted(identity: &Identity, right: Right, room: &RoomId) -> Result<(), Refused> {
+    if identity.may(right, room) {
+        return Ok(());
+    }
+    let text = format!("the token does not grant {} on {room}", right.as_str());
+    Err(Refused::new(ErrorCode::Forbidden, text))
+}
+
+fn bad(text: String) -> Refused {
+    Refused::new(ErrorCode::BadRequest, text)
+}
+
+/// Reads a cursor that a client gave.
+pub(super) fn cursor_of(text: &str) -> Result<Cursor, Refused> {
+    text.parse()
+        .map_err(|error: BadCursor| Refused::new(ErrorCode::BadCursor, error.to_string()))
+}
+
+/// Checks a publication against grants, namespace and limits; whether its room keeps a log.
+pub(crate) fn check_publication(
+    config: &Config,
+    identity: &Identity,
+    publication: &Publication,
+) -> Result<bool, Refused> {
+    let Publication {
+        room,
+        kind,
+        body,
+        target,
+        ..
+    } = publication;
+    let durable = namespace(config, room)?.durable;
+    granted(identity, Right::Write, room)?;
+    if let (Kind::Edit | Kind::Delete, Some((_, reference))) = (kind, target)
+        && !reference.is_by(&identity.user)
+        && !identity.may(Right::Moderate, room)
+    {
+        let text = format!(
+            "{} of another's message needs the right moderate",
+            kind.as_str()
+        );
+        return Err(Refused::new(ErrorCode::Forbidden, text));
+    }
+    let (size, limit) = (body.get().len() as u64, config.limits.body.as_u64());
+    if size > limit {
+        let text = format!("the body has {size} bytes, the limit is {limit}");
+        return Err(Refused::new(ErrorCode::TooLarge, text));
+    }
+    if let Some(flaw) = json_flaw(body.get().as_bytes(), config.limits.json_depth) {
+        return Err(bad(format!("the body {flaw}")));
+    }
+    Ok(durable)
+}
+
+/// Publishes what was checked. `known_time` tells the time of a message that is at hand.
+///
+/// # Errors
+/// [`PublishError`].
+pub(crate) async fn publish(
+    publisher: &Publisher,
+    markers: &Markers,
+    outgoing: &Outgoing<'_>,
+    durable: bool,
+    known_time: impl Fn(u64) -> Option<u64>,
+) -> Result<PublishReply, PublishError> {
+    let Publication { room, kind, .. } = outgoing.publication;
+    let (cursor, ts, dup) = if durable {
+        let acked = publisher.durable(outgoing, known_time).await?;
+        if *kind == Kind::Message {
+            markers.sent(room, outgoing.user, &acked.cursor);
+        }
+        (Some(acked.cursor), acked.ts, acked.duplicate)
+    } else {
+        (None, publisher.ephemeral(outgoing)?, false)
+    };
+    Ok(PublishReply {
+        room: room.clone(),
+        id: outgoing.id.to_owned(),
+        cursor,
+        ts,
+        dup,
+    })
+}
+
+/// Checks that a user may see who is in a room.
+pub(super) fn may_see_presence(
+    config: &Config,
+    identity: &Identity,
+    room: &RoomId,
+) -> Result<(), Refused> {
+    if namespace(config, room)?.presence == PresencePolicy::Off {
+        let text = format!("presence is off in the namespace {:?}", room.namespace());
+        return Err(bad(text));
+    }
+    granted(identity, Right::Presence, room)
+}
+
+/// Who is in a room.
+pub(crate) async fn presence(
+    config: &Config,
+    presence: &Arc<Presence>,
+    identity: &Identity,
+    room: RoomId,
+    page: &PageOf,
+) -> Result<PresenceReply, Refused> {
+    may_see_presence(config, identity, &room)?;
+    let page = presence
+        .page(&room, page)
+        .await
+        .map_err(|error| Refused::new(ErrorCode::Unavailable, error.to_string()))?;
+    let users = page.users.into_iter().map(|(user, shown)| PresentUser {
+        user,
+        info: shown.seen.info,
+        since: shown.seen.since,
+        state: shown
+            .unreachable
+            .then_some(PresenceState::Unreachable.as_str()),
+    });
+    Ok(PresenceReply {
+        room,
+        count: page.count,
+        users: users.collect(),
+        next: page.next,
+    })
+}
+
+/// Checks that a user may move and see the read markers of a room.
+fn may_see_markers(config: &Config, identity: &Identity, room: &RoomId) -> Result<(), Refused> {
+    let durable = namespace(config, room)?.durable;
+    granted(identity, Right::Read, room)?;
+    if !durable {
+        let text = format!("{room} keeps no log: it has no cursors and no read markers");
+        return Err(bad(text));
+    }
+    Ok(())
+}
+
+/// Moves the user's read marker. `head` is the room's newest place, if it is at hand.
+pub(crate) async fn read(
+    config: &Config,
+    markers: &Markers,
+    identity: &Identity,
+    room: &RoomId,
+    cursor: &str,
+    head: Option<Cursor>,
+) -> Result<ReadReply, Refused> {
+    may_see_markers(config, identity, room)?;
+    let cursor = cursor_of(cursor)?;
+    let marker = markers
+        .read(room, &identity.user, &cursor, head.as_ref())
+        .await?;
+    Ok(ReadReply { cursor: marker })
+}
+
+/// Who has read up to where in a room.
+pub(crate) async fn readers(
+    config: &Config,
+    markers: &Markers,
+    identity: &Identity,
+    room: RoomId,
+    page: &PageOf,
+) -> Result<ReadersReply, Refused> {
+    may_see_markers(config, identity, &room)?;
+    let (readings, more) = markers.readers(&room, page).await?;
+    let last = readings.last().map(|reading| reading.user.clone());
+    let readers = readings.into_iter().map(|reading| ReaderBody {
+        user: reading.user,
+        cursor: reading.cursor,
+        at: reading.at,
+    });
+    Ok(ReadersReply {
+        room,
+        readers: readers.collect(),
+        next: last.filter(|_| more),
+    })
+}
+
+/// How much is new in rooms. Those that keep no log have nothing new; the refusal names the room.
+pub(crate) async fn unread(
+    config: &Config,
+    markers: &Markers,
+    identity: &Identity,
+    rooms: &[RoomId],
+) -> Result<UnreadReply, Refused> {
+    let limit = config.limits.unread_rooms;
+    if rooms.len() > limit {
+        let text = format!("at most {limit} rooms at once");
+        return Err(Refused::new(ErrorCode::Limit, text));
+    }
+    let mut durable = Vec::with_capacity(rooms.len());
+    for room in rooms {
+        let namespace = namespace(config, room).map_err(|refused| {
+            Refused::new(refused.code, format!("{room}: {}", refused.message))
+        })?;
+        granted(identity, Right::Read, room)?;
+        if namespace.durable {
+            durable.push(room);
+        }
+    }
+    let counts = markers.unread(&identity.user, durable).await?;
+    let rooms = rooms.iter().map(|room| {
+        let unread = counts.get(room).copied().unwrap_or_default();
+        UnreadBody {
+            room: room.clone(),
+            count: unread.count,
+            capped: unread.capped,
+        }
+    });
+    Ok(UnreadReply {
+        rooms: rooms.collect(),
+    })
+}
+
+/// Checks that a user may read what was said in a room.
+pub(crate) fn may_read_history(
+    config: &Config,
+    identity: &Identity,
+    room: &RoomId,
+) -> Result<(), Refused> {
+    let namespace = namespace(config, room)?;
+    granted(identity, Right::History, room)?;
+    if !namespace.durable || !namespace.history {
+        let text = format!("no history is kept in the namespace {:?}", room.namespace());
+        return Err(bad(text));
+    }
+    Ok(())
+}
+
+/// A page of what was said in a room.
+pub(crate) async fn history(
+    history: &history::Client,
+    request: &PageRequest,
+) -> Result<HistoryReply, Refused> {
+    let answer = history.page(request).await?;
+    Ok(HistoryReply {
+        room: request.room.clone(),
+        messages: answer.messages,
+        prev: answer.prev,
+        next: answer.next,
+        partial: answer.partial,
+    })
+}
