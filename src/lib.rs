@@ -8,12 +8,13 @@
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
+//! mesh                     NATS for operators: streams, accounts, mirrors, what is wrong with a deployment
 //! auth   bus   store   servers   client   wire   http1
 //! config   telemetry   runtime
 //! model   protocol   subject
 //! ```
 //!
-//! - Only `bus` (and `servers`, to see whether a server it started is ready) imports async-nats.
+//! - Only `bus` and `mesh` (and `servers`, to see whether a server it started is ready) import async-nats.
 //! - Only `store` (and `servers`, likewise) imports mongodb.
 //! - Only `auth` imports jsonwebtoken.
 //! - Only `subject` spells a subject, stream or header name.
@@ -26,6 +27,7 @@ pub mod config;
 pub mod edge;
 pub mod history;
 pub mod http1;
+pub mod mesh;
 pub mod model;
 pub mod presence;
 pub mod protocol;

@@ -33,7 +33,7 @@ use clap::Parser;
 use client::{Client, note, now_us, percentiles, until};
 use measure::{Begin, Runs, Server, Tally};
 use natter::{
-    bus::provision,
+    mesh::provision,
     model::Region,
     servers::Process,
     subject::{api, rooms_stream},

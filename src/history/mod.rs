@@ -28,12 +28,10 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 
 use crate::{
-    bus::{
-        Bucket, ConnectError, Connection, Origins, Reader, Remembered, STREAMS_WATCH, Streams,
-        mirrors,
-    },
+    bus::{Bucket, ConnectError, Connection, Origins, Reader, Remembered, STREAMS_WATCH, Streams},
     config::Config,
     http1,
+    mesh::mirrors,
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Migrated, Store, StoreError},
     subject::bucket,

@@ -8,7 +8,6 @@
 //! - A handle that is dropped kills its process.
 //! - A restarted server keeps its port and its data.
 
-mod accounts;
 mod binaries;
 mod mongod;
 mod nats;
@@ -17,9 +16,8 @@ mod process;
 mod relay;
 mod spawner;
 mod spine;
-mod template;
+pub(crate) mod template;
 
-pub use accounts::accounts;
 pub use binaries::{Binaries, BinaryError, Program, Sources};
 pub use mongod::{Mongod, MongodOptions};
 pub use nats::{NatsOptions, NatsServer, SpineLink};

@@ -11,8 +11,8 @@ use std::{
 use async_nats::Client;
 use futures_util::StreamExt as _;
 use natter::{
+    mesh::accounts,
     model::{Class, Region, RoomId, partition_of},
-    servers::accounts,
     subject::{Subjects, api, rooms_stream},
 };
 use serde_json::{Value, json};

@@ -1,11 +1,11 @@
 //! `natter doctor`: it is silent where all is well, and says what is not.
 
 use natter::{
-    bus::{
+    config::{Config, Secret},
+    mesh::{
         doctor::{Check, Examination, Finding, Level, examine},
         provision::{Options, connect, provision_mesh},
     },
-    config::{Config, Secret},
     servers::free_port,
 };
 use serde_json::{Value, json};

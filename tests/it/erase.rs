@@ -6,9 +6,10 @@ use futures_util::TryStreamExt as _;
 use mongodb::bson::{Document as Fields, doc};
 use natter::{
     auth::{Grant, Right},
-    bus::{Connection, Reader, Stored, StreamState, Streams, provision::connect},
+    bus::{Connection, Reader, Stored, StreamState, Streams},
     client::{Connection as Client, Frame},
     history::{entry, status},
+    mesh::provision::connect,
     model::{RoomId, RoomScope},
     store::{Erased, Erasure, Store, What},
     subject::{REGIONS_METADATA, Subjects, rooms_stream},

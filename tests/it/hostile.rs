@@ -6,7 +6,7 @@ use std::{io::Read as _, process::Stdio};
 use async_nats::HeaderMap;
 use natter::{
     auth::{Claims, Grant, Right, issue},
-    bus::provision::connect,
+    mesh::provision::connect,
     model::{Class, RoomId, partition_of},
     runtime::unix_s,
     subject::{Subjects, header},

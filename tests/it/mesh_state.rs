@@ -7,8 +7,8 @@ use futures_util::StreamExt as _;
 use mongodb::bson::{DateTime, Document, doc};
 use natter::{
     auth::{Claims, Grant, Right, issue},
-    bus::provision::connect,
     client::{ConnectError, Connection},
+    mesh::provision::connect,
     model::{Cursor, Region},
     runtime::unix_s,
 };

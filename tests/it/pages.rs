@@ -13,8 +13,9 @@ use async_nats::{HeaderMap, jetstream};
 use futures_util::StreamExt as _;
 use natter::{
     auth::{Grant, Right},
-    bus::{Connection, Origins, Reader, Streams, consumer_state, provision::connect},
+    bus::{Connection, Origins, Reader, Streams, consumer_state},
     history::{At, Lies, PageRequest, Pages, entry},
+    mesh::provision::connect,
     model::{Class, Region, RoomId},
     store::{Entry, Store},
     subject::{HISTORY_CONSUMER, Subjects, header, rooms_stream},

@@ -564,7 +564,7 @@ async fn who_moves_on_when_an_edge_drains_was_never_gone() {
 #[tokio::test]
 async fn messages_go_on_without_the_buckets() {
     let mesh = Mesh::start(support::nats_url(), 2, "rooms.join_timeout = '1s'").await;
-    let client = natter::bus::provision::connect(&mesh.config.nats)
+    let client = natter::mesh::provision::connect(&mesh.config.nats)
         .await
         .unwrap();
     for name in [bucket::PRESENCE, bucket::LASTREAD, bucket::EDGES] {

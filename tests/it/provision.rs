@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use natter::{
-    bus::provision::{Action, Options, Outcome, Verdict, connect, provision},
     config::Config,
+    mesh::provision::{Action, Options, Outcome, Verdict, connect, provision},
     model::{RoomId, partition_of},
     subject,
 };

@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::StreamExt as _;
 use natter::{
-    bus::provision::{Action, Options, Provisioned, connect, provision_mesh, remove_region},
     config::Config,
+    mesh::provision::{Action, Options, Provisioned, connect, provision_mesh, remove_region},
     model::Region,
     subject::{EPOCH_METADATA, REGIONS_METADATA},
 };

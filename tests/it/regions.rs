@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use natter::{
-    bus::{
-        Connection,
+    bus::Connection,
+    mesh::{
         mirrors::{self, NudgeError},
         provision,
     },

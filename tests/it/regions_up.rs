@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use natter::{
-    bus::provision,
+    mesh::provision,
     model::{Region, RoomId, partition_of},
     subject::{api, rooms_stream},
 };

@@ -14,8 +14,8 @@ use std::{
 
 use futures_util::future::join_all;
 use natter::{
-    bus::provision::{connect, ping},
     client::{CallError, Connection},
+    mesh::provision::{connect, ping},
     servers::{Process, Spec, free_port},
 };
 use parking_lot::Mutex;

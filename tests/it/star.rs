@@ -3,8 +3,8 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use natter::{
-    bus::provision::{connect, ping},
     config::Config,
+    mesh::provision::{connect, ping},
     model::Region,
     servers::{Process, Spec, free_port},
 };

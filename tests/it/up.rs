@@ -6,7 +6,7 @@ use std::{
     process::{Child, ChildStdout, ExitStatus, Stdio},
 };
 
-use natter::bus::provision;
+use natter::mesh::provision;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;

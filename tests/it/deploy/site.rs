@@ -9,7 +9,10 @@ use std::{
 };
 
 use async_nats::{Client, ConnectOptions};
-use natter::servers::{Process, Spec, accounts, free_port, free_port_from};
+use natter::{
+    mesh::accounts,
+    servers::{Process, Spec, free_port, free_port_from},
+};
 use serde_json::json;
 use tempfile::TempDir;
 

@@ -4,9 +4,9 @@ use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use natter::{
     auth::{Claims, Grant, Right, issue},
-    bus::provision::{self, Options, connect, provision},
     client::{Connection, Endpoint},
     config::Config,
+    mesh::provision::{self, Options, connect, provision},
     runtime::unix_s,
     servers::{Check, Process, Spec, free_port},
 };

@@ -12,11 +12,9 @@ use tokio::time::timeout;
 
 use super::{Check, Finding, Level};
 use crate::{
-    bus::{
-        connection::new_inbox,
-        provision::{Denials, ProvisionError, connect_with_denials},
-    },
+    bus::new_inbox,
     config::{self, Config},
+    mesh::provision::{Denials, ProvisionError, connect_with_denials},
     model::{Class, Region, RoomId},
     subject::{self, Subjects, api, bucket},
 };
