@@ -9,7 +9,7 @@
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
 //! mesh                     NATS for operators: streams, accounts, mirrors, what is wrong with a deployment
-//! auth   bus   store   servers   client   wire   http1
+//! auth   bus   store   servers   client   wire   http1   web
 //! config   telemetry   runtime
 //! model   protocol   subject
 //! ```
@@ -39,6 +39,7 @@ pub mod session;
 pub mod store;
 pub mod subject;
 pub mod telemetry;
+pub mod web;
 pub mod wire;
 
 #[cfg(test)]

@@ -12,7 +12,6 @@
 mod admission;
 mod control;
 mod http;
-mod page;
 mod shard;
 mod upgrade;
 

@@ -18,7 +18,7 @@ const ONLY: &[(&str, &[&str])] = &[
     ("jsonwebtoken", &["auth"]),
     ("mongodb", &["servers", "store"]),
     ("fastwebsockets", &["wire", "edge", "client"]),
-    ("axum", &["edge", "history"]),
+    ("axum", &["edge", "history", "web"]),
     ("clap", &["cli"]),
     ("anyhow", &["cli"]),
 ];
