@@ -11,6 +11,7 @@
 mod binaries;
 mod mongod;
 mod nats;
+mod options;
 mod port;
 mod process;
 mod relay;
@@ -20,8 +21,9 @@ pub(crate) mod template;
 
 pub use binaries::{Binaries, BinaryError, Program, Sources};
 pub use mongod::{Mongod, MongodOptions};
-pub use nats::{NatsOptions, NatsServer, SpineLink};
+pub use nats::NatsServer;
+pub use options::{NatsOptions, SpineLink, SpineOptions};
 pub use port::{free_port, free_port_from};
 pub use process::{Check, CheckError, Launcher, Process, Spec, StartError};
 pub use relay::{Cut, Link, Relay};
-pub use spine::{Spine, SpineFiles, SpineOptions, Spines, joined};
+pub use spine::{Spine, SpineFiles, Spines, joined};
