@@ -207,17 +207,17 @@ impl DeadLetters {
         let number = text(header::SEQUENCE)
             .parse()
             .map_err(|_not_a_number: std::num::ParseIntError| BadRecord::Sequence)?;
-        let place = Place::parse(text(header::PLACE));
+        let stored_at = StoredAt::parse(text(header::PLACE));
         let subject = self
             .subjects
             .dead_stored(text(header::SUBJECT))
             .unwrap_or_default();
-        let Place {
+        let StoredAt {
             epoch,
             seq,
             ts,
             fingerprint,
-        } = place.ok_or(BadRecord::Time)?;
+        } = stored_at.ok_or(BadRecord::Time)?;
         let stored = self.subjects.parse_stored(&subject).map(|parsed| {
             let payload = message.payload.clone();
             let mut record = Record::at(Some(headers), payload, parsed.class, epoch, (seq, ts));
@@ -241,15 +241,15 @@ impl DeadLetters {
     }
 }
 
-/// The value of [`header::PLACE`].
-struct Place {
+/// The value of [`header::PLACE`]: where and when the message was stored by its own stream.
+struct StoredAt {
     epoch: Epoch,
     seq: u64,
     ts: u64,
     fingerprint: Fingerprint,
 }
 
-impl Place {
+impl StoredAt {
     fn parse(text: &str) -> Option<Self> {
         let mut words = text.split(' ');
         Some(Self {

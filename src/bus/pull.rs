@@ -67,7 +67,7 @@ pub struct Pull {
     /// The consumer's own count of what it gave out, as last seen.
     given: u64,
     /// The first message of a consumer that began anew.
-    held: Option<Delivery>,
+    set_aside: Option<Delivery>,
 }
 
 /// A message that a consumer gave out.
@@ -182,7 +182,7 @@ impl Pull {
             asked: 0,
             heard: Instant::now(),
             given: 0,
-            held: None,
+            set_aside: None,
         })
     }
 
@@ -235,8 +235,8 @@ impl Pull {
     /// the stream.
     pub async fn next(&mut self, taken: &mut Vec<Delivery>, most: usize) -> Result<(), PullError> {
         let begun = taken.len();
-        if let Some(held) = self.held.take() {
-            taken.push(held);
+        if let Some(delivery) = self.set_aside.take() {
+            taken.push(delivery);
         }
         while taken.len() < begun + most {
             if let Some(next) = self.incoming.next().now_or_never() {
@@ -282,7 +282,7 @@ impl Pull {
             // Its count only grows: less means that it is another one.
             if delivery.given < self.given {
                 self.given = 0;
-                self.held = Some(delivery);
+                self.set_aside = Some(delivery);
                 return Err(self.lost("it began anew"));
             }
             self.given = delivery.given;
@@ -359,7 +359,7 @@ impl Pull {
 
     /// Ends, and gives back what was not taken, so that another worker has it at once.
     pub async fn release(mut self) {
-        let mut left: Vec<Delivery> = self.held.take().into_iter().collect();
+        let mut left: Vec<Delivery> = self.set_aside.take().into_iter().collect();
         // Also what is on its way: the client goes on until the server has confirmed the end.
         let rest = async {
             let ended = self.incoming.drain().await.is_ok();
