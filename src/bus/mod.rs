@@ -8,13 +8,13 @@ mod ack;
 mod connection;
 mod count;
 mod dead;
+mod direct_get;
 mod erase;
 mod kv;
 pub(crate) mod line;
 mod live;
 mod publish;
 mod pull;
-mod read;
 mod record;
 mod remembered;
 mod service;
@@ -26,6 +26,7 @@ pub(crate) use connection::new_inbox;
 pub use connection::{ConnectError, Connection};
 pub use count::Newer;
 pub use dead::{DeadLetter, DeadLetters, LetterError};
+pub use direct_get::{MAX_HEADS, Page, ReadError, Reader, Stored};
 pub use erase::{Candidate, EraseError, Eraser, Scan};
 pub use kv::{Bucket, Entry, Heard, KvError, Put};
 pub use line::{Arrival, Driver, HeaderWriter, Headers, Line, LineError, Listener};
@@ -35,7 +36,6 @@ pub use pull::{
     Answer, ConsumerState, Delivery, Pull, PullError, answer, consumer_elsewhere, consumer_state,
     count_after, stored_after,
 };
-pub use read::{MAX_HEADS, Page, ReadError, Reader, Stored};
 pub use record::{BY_HAND, BadRecord, Record, message_key};
 pub use remembered::{Leaving, Remembered, Suspect};
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};

@@ -11,10 +11,10 @@ use tokio::{
 
 use super::{
     erase::{ANSWER_WITHIN, EraseAnswer, EraseRequest},
+    pages::Pages,
     question::{
         PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest, encode, endpoint, refusal,
     },
-    read::Pages,
 };
 use crate::{
     bus::{AskError, Origins, Reader, Streams, ask},

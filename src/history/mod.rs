@@ -14,8 +14,8 @@ mod erase;
 mod figures;
 mod http;
 mod merge;
+mod pages;
 mod question;
-mod read;
 mod removals;
 mod service;
 mod show;
@@ -42,8 +42,8 @@ pub use client::{Client, Heads};
 pub use dead::{Retried, dead_letters, retry};
 pub use entry::{entry, key_of};
 pub use erase::{EraseAnswer, EraseRequest, EraseWhat};
+pub use pages::Pages;
 pub use question::{At, Lies, PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest};
-pub use read::Pages;
 pub use status::{InstanceStatus, PartStatus, Status, StatusError, instances, status};
 
 /// How long what is in hand may take to be written when the process is told to end.
