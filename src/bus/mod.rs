@@ -4,12 +4,12 @@
 //! No consumer and no watcher is created here: live messages come from the streams' RePublish, replay from batched direct
 //! gets. Only the history service has consumers, one a stream ([`Pull`]). Every request has a deadline of ours, since async-nats waits for ever while it is disconnected.
 
-mod ack;
 mod connection;
 mod count;
 mod dead;
 mod direct_get;
 mod erase;
+mod jetstream;
 mod kv;
 pub(crate) mod line;
 mod live;

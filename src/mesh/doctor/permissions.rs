@@ -160,7 +160,7 @@ impl Needs {
             let buckets = WRITTEN.into_iter().chain([bucket::CONTROL]);
             let buckets = buckets.map(|bucket| subject::bucket_stream(bucket, origin));
             for stream in rooms {
-                needs.asked.push((subject::stream_info(&stream), json!({})));
+                needs.asked.push((api::stream_info(&stream), json!({})));
                 needs.reads(&stream);
             }
             for stream in buckets {
