@@ -21,14 +21,13 @@ use self::site::{
     Mesh, Natter, PARTITIONS, Ports, REGIONS, Server, Setting, client, deploy, example, password,
     start, violations,
 };
-use crate::{
-    regions::Overheard,
-    resume::reply,
-    support::{
-        LONG, eventually,
-        mesh::{http, token},
-        unique,
-    },
+use crate::support::{
+    LONG,
+    calls::reply,
+    eventually,
+    mesh::{http, token},
+    overheard::Overheard,
+    unique,
 };
 
 const ROOM: &str = "chat:lobby";

@@ -10,9 +10,10 @@ use natter::{
 };
 use serde_json::{Value, json};
 
-use crate::{
+use crate::support::{
+    LONG, eventually,
+    regions::Regions,
     star::{SYNC_ALWAYS, Star, api, stream},
-    support::{LONG, eventually, regions::Regions},
 };
 
 const ONE_PARTITION: &str = "[nats]\npartitions = 1";

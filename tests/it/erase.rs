@@ -1,6 +1,6 @@
 //! What is erased is gone: from MongoDB, from the streams, from the edges' memory; also where somebody had it in hand.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
 use mongodb::bson::{Document as Fields, doc};
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     LONG, eventually,
-    mesh::{Mesh, http, token, token_with},
+    mesh::{Mesh, ask, http, token, token_with},
     mongodb_url, nats_url, signal,
 };
 
@@ -28,28 +28,11 @@ const ONE_PARTITION: &str = "[nats]\npartitions = 1\n";
 /// Longest silence in which a frame is still expected.
 const SILENCE: Duration = Duration::from_secs(20);
 
-async fn ask(
-    address: SocketAddr,
-    method: &str,
-    path: &str,
-    token: &str,
-    body: &Value,
-) -> (u16, Value) {
-    let headers = format!("Authorization: Bearer {token}\r\n");
-    let body = if body.is_null() {
-        String::new()
-    } else {
-        body.to_string()
-    };
-    let (status, answer) = http(address, method, path, &headers, &body).await.unwrap();
-    (status, serde_json::from_str(&answer).unwrap_or_default())
-}
-
 /// Says something over HTTP.
 async fn say(mesh: &Mesh, room: &str, user: &str, fields: Value) {
     let path = format!("/v1/rooms/{room}/messages");
     let address = mesh.edges[0].address;
-    let (status, answer) = ask(address, "POST", &path, &token(user), &fields).await;
+    let (status, answer) = ask(address, ("POST", &path), &token(user), &fields).await;
     assert_eq!(status, 200, "{answer}");
 }
 
@@ -57,7 +40,7 @@ async fn say(mesh: &Mesh, room: &str, user: &str, fields: Value) {
 async fn erase(mesh: &Mesh, path: &str, token: &str) -> Value {
     let address = mesh.edges[0].address;
     eventually("it is erased", LONG, async || {
-        let (status, answer) = ask(address, "DELETE", path, token, &Value::Null).await;
+        let (status, answer) = ask(address, ("DELETE", path), token, &Value::Null).await;
         if status == 200 {
             Ok(answer)
         } else {
@@ -413,7 +396,7 @@ async fn a_region_that_is_only_named_has_to_erase_too() {
 
     let address = mesh.edges[0].address;
     let path = format!("/v1/rooms/{room}");
-    let (status, answer) = ask(address, "DELETE", &path, &token("mod"), &Value::Null).await;
+    let (status, answer) = ask(address, ("DELETE", &path), &token("mod"), &Value::Null).await;
     assert_eq!(
         (status, &answer["waiting"]),
         (202, &json!(["mars"])),
@@ -431,7 +414,7 @@ async fn only_moderators_erase() {
     let plain = token_with("kim", LONG, vec![Grant::new("*:*", &rights)]);
     let address = mesh.edges[0].address;
     let status = async |path: &str, token: &str| {
-        let (status, answer) = ask(address, "DELETE", path, token, &Value::Null).await;
+        let (status, answer) = ask(address, ("DELETE", path), token, &Value::Null).await;
         (
             status,
             answer["code"].as_str().unwrap_or_default().to_owned(),

@@ -11,9 +11,9 @@ use natter::{
 };
 use serde_json::{Value, json};
 
-use crate::{
+use crate::support::{
+    LONG, eventually,
     star::{SYNC_ALWAYS, Star, api, stream},
-    support::{LONG, eventually},
 };
 
 const ONE_PARTITION: &str = "[nats]\npartitions = 1";

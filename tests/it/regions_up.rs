@@ -10,8 +10,8 @@ use natter::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::{
-    support::{self, LONG, eventually, is_running, mesh},
+use crate::support::{
+    self, LONG, eventually, is_running, mesh,
     up::{Up, publish},
 };
 

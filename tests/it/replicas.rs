@@ -26,14 +26,13 @@ use tokio::{
     time::{interval, sleep},
 };
 
-use crate::{
-    resume::reply,
-    storm::{
-        Seed, caught_up, keep, seed,
-        sessions::{Session, Shared, Stage, logs},
-        told,
-    },
-    support::{self, LONG, checker, eventually, mesh::Mesh},
+use crate::support::{
+    self, LONG,
+    calls::reply,
+    checker, eventually,
+    mesh::Mesh,
+    sessions::{Session, Shared, Stage, logs},
+    storm::{Seed, caught_up, keep, seed, told},
 };
 
 const REGION: &str = "trio";

@@ -3,9 +3,11 @@
 use natter::client::Connection;
 use serde_json::{Value, json};
 
-use crate::{
-    resume::{next, reply},
-    support::{self, LONG, eventually, mesh::Mesh},
+use crate::support::{
+    self, LONG,
+    calls::{next, reply},
+    eventually,
+    mesh::Mesh,
 };
 
 /// A JetStream API request.

@@ -3,9 +3,9 @@
 use natter::client::Connection;
 use serde_json::{Value, json};
 
-use crate::{
-    resume::{next, reply},
-    support::regions::Regions,
+use crate::support::{
+    calls::{next, reply},
+    regions::Regions,
 };
 
 const SEOUL: &str = "seoul";

@@ -12,13 +12,12 @@ use natter::{
 };
 use serde_json::{Value, json};
 
-use crate::{
-    resume::{command, next, reply},
-    support::{
-        self, eventually,
-        mesh::{Mesh, SECRET, token, token_with},
-        raw::{Dial, Raw, bearer, request},
-    },
+use crate::support::{
+    self,
+    calls::{command, next, reply},
+    eventually,
+    mesh::{Mesh, SECRET, token, token_with},
+    raw::{Dial, Raw, bearer, request},
 };
 
 /// Keys of these tests only.

@@ -251,6 +251,22 @@ pub(crate) fn token_with(user: &str, ttl: Duration, grants: Vec<Grant>) -> Strin
     issue(&claims, SECRET).unwrap()
 }
 
+/// One HTTP request with a token: status, and the JSON of the answer (`null` where it is none).
+pub(crate) async fn ask(
+    address: SocketAddr,
+    (method, path): (&str, &str),
+    token: &str,
+    body: &Value,
+) -> (u16, Value) {
+    let headers = format!("Authorization: Bearer {token}\r\n");
+    let body = match body {
+        Value::Null => String::new(),
+        body => body.to_string(),
+    };
+    let (status, answer) = http(address, method, path, &headers, &body).await.unwrap();
+    (status, serde_json::from_str(&answer).unwrap_or_default())
+}
+
 /// One HTTP request on a connection of its own: status and body.
 pub(crate) async fn http(
     address: SocketAddr,

@@ -8,11 +8,18 @@
     reason = "shared by test modules that come and go; not each uses everything"
 )]
 
+pub(crate) mod calls;
 pub(crate) mod checker;
 pub(crate) mod mesh;
+pub(crate) mod overheard;
+pub(crate) mod presence;
 pub(crate) mod raw;
 pub(crate) mod regions;
 pub(crate) mod relay;
+pub(crate) mod sessions;
+pub(crate) mod star;
+pub(crate) mod storm;
+pub(crate) mod up;
 pub(crate) mod vectors;
 
 use std::{

@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant as TokioInstant, sleep, sleep_until},
 };
 
-use crate::support::{
+use super::{
     checker::{self, Ack, Event, Log, Sent},
     mesh::token,
 };
