@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use natter::{
+use natter::testing::{
     client::Commands,
     servers::{Process, Spec, free_port},
 };

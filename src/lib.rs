@@ -18,31 +18,36 @@
 //! - Only `store` (and `servers`, likewise) imports mongodb.
 //! - Only `auth` imports jsonwebtoken.
 //! - Only `subject` spells a subject, stream or header name.
+//!
+//! All of it is private but the entry of the program, and [`testing`] for the tests and benchmarks: so the compiler sees what
+//! nobody uses. `pub` inside a module says that another module uses it.
 
-pub mod auth;
-pub mod bus;
-pub mod cli;
-pub mod client;
-pub mod config;
-pub mod edge;
-pub mod history;
-pub mod http1;
-pub mod mesh;
-pub mod model;
-pub mod presence;
-pub mod protocol;
-pub mod read_marker;
-pub mod room;
-pub mod runtime;
-pub mod servers;
-pub mod session;
-pub mod store;
-pub mod subject;
-pub mod telemetry;
-pub mod web;
-pub mod wire;
+mod auth;
+mod bus;
+mod cli;
+mod client;
+mod config;
+mod edge;
+mod history;
+mod http1;
+mod mesh;
+mod model;
+mod presence;
+mod protocol;
+mod read_marker;
+mod room;
+mod runtime;
+mod servers;
+mod session;
+mod store;
+mod subject;
+mod telemetry;
+pub mod testing;
+mod web;
+mod wire;
+
+pub use cli::main;
 
 #[cfg(test)]
-#[expect(unreachable_pub, reason = "the fuzzer's crate exports them")]
 #[path = "../tests/fuzz/src/checks.rs"]
 mod checks;

@@ -8,7 +8,7 @@ use std::{
 
 use async_nats::{HeaderMap, jetstream};
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use natter::{
+use natter::testing::{
     model::{Class, RoomId, partition_of},
     servers::{Process, Spec, free_port},
     subject::{Subjects, header},

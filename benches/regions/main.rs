@@ -32,7 +32,7 @@ use std::{
 use clap::Parser;
 use client::{Client, note, now_us, percentiles, until};
 use measure::{Begin, Runs, Server, Tally};
-use natter::{
+use natter::testing::{
     mesh::provision,
     model::Region,
     servers::Process,

@@ -1,7 +1,7 @@
 //! A region that is cut off goes on with all that it does for its users, whatever is killed and started again in it meanwhile; when
 //! the cut is over, everybody on both sides has what they missed, each region's messages in order and once.
 
-use natter::{client::Connection, model::Cursor};
+use natter::testing::{client::Connection, model::Cursor};
 use serde_json::{Value, json};
 
 use crate::support::{

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
-use natter::{
+use natter::testing::{
     auth::{Grant, Right},
     client::{CallError, Connection},
     protocol::ErrorCode,

@@ -1,6 +1,6 @@
 //! `natter doctor`: it is silent where all is well, and says what is not.
 
-use natter::{
+use natter::testing::{
     config::{Config, Secret},
     mesh::{
         doctor::{Check, Examination, Finding, Level, examine},

@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use natter::{
+use natter::testing::{
     client::{CallError, Commands, Connection},
     protocol::Close,
 };

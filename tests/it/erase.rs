@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
 use mongodb::bson::{Document as Fields, doc};
-use natter::{
+use natter::testing::{
     auth::{Grant, Right},
     bus::{Connection, Reader, Stored, StreamState, Streams},
     client::{Connection as Client, Frame},
@@ -71,7 +71,7 @@ async fn stored(mesh: &Mesh) -> Vec<Stored> {
     let mut all = Vec::new();
     for part in 0..nats.partitions {
         let filter = Subjects::new(&nats.prefix).stored_any(&origin, part);
-        let epoch = natter::model::Epoch::parse("test").unwrap();
+        let epoch = natter::testing::model::Epoch::parse("test").unwrap();
         let (found, pending) = reader
             .log(&rooms_stream(&origin, part), epoch, &filter, 1)
             .await
@@ -649,7 +649,7 @@ async fn what_is_written_is_held_against_the_erasures() {
         .await;
     }
     let region = mesh.config.region();
-    let epoch = natter::model::Epoch::parse("k3").unwrap();
+    let epoch = natter::testing::model::Epoch::parse("k3").unwrap();
     let entries = stored(&mesh).await.into_iter();
     let entries: Vec<_> = entries
         .map(|stored| entry(stored, &region, epoch))

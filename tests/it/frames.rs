@@ -1,6 +1,6 @@
 //! What a client can do wrong with WebSocket frames, and what it may do though few do.
 
-use natter::{protocol::Close, wire::MAX_FRAGMENTS};
+use natter::testing::{protocol::Close, wire::MAX_FRAGMENTS};
 use serde_json::{Value, json};
 
 use crate::support::{

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use natter::client::{Backoff, Draft, Event, Room, Silence, Target, Token};
+use natter::testing::client::{Backoff, Draft, Event, Room, Silence, Target, Token};
 use serde_json::json;
 
 use crate::support::{

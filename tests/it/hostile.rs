@@ -4,7 +4,7 @@
 use std::{io::Read as _, process::Stdio};
 
 use async_nats::HeaderMap;
-use natter::{
+use natter::testing::{
     auth::{Claims, Grant, Right, issue},
     mesh::provision::connect,
     model::{Class, RoomId, partition_of},

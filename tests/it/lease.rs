@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
-use natter::{
+use natter::testing::{
     client::Connection,
     servers::free_port,
     subject::{bucket, presence_keys_of},

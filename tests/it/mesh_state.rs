@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use futures_util::StreamExt as _;
 use mongodb::bson::{DateTime, Document, doc};
-use natter::{
+use natter::testing::{
     auth::{Claims, Grant, Right, issue},
     client::{ConnectError, Connection},
     mesh::provision::connect,

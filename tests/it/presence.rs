@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use natter::{
+use natter::testing::{
     auth::{Claims, Grant, Right, issue},
     client::Connection,
     model::RoomId,
@@ -451,11 +451,11 @@ async fn who_moves_on_when_an_edge_drains_was_never_gone() {
 #[tokio::test]
 async fn messages_go_on_without_the_buckets() {
     let mesh = Mesh::start(support::nats_url(), 2, "rooms.join_timeout = '1s'").await;
-    let client = natter::mesh::provision::connect(&mesh.config.nats)
+    let client = natter::testing::mesh::provision::connect(&mesh.config.nats)
         .await
         .unwrap();
     for name in [bucket::PRESENCE, bucket::LASTREAD, bucket::EDGES] {
-        let stream = natter::subject::bucket_stream(name, &mesh.config.region());
+        let stream = natter::testing::subject::bucket_stream(name, &mesh.config.region());
         let subject = format!("$JS.API.STREAM.DELETE.{stream}");
         let answer = client.request(subject, "".into()).await.unwrap();
         let answer: Value = serde_json::from_slice(&answer.payload).unwrap();

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::StreamExt as _;
-use natter::{
+use natter::testing::{
     config::Config,
     mesh::provision::{Action, Options, Provisioned, connect, provision_mesh, remove_region},
     model::Region,

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use natter::{
+use natter::testing::{
     auth::{Grant, Right},
     client::{CallError, Connection, Endpoint},
     model::{Cursor, RoomId},

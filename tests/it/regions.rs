@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use natter::{
+use natter::testing::{
     bus::Connection,
     mesh::{
         mirrors::{self, NudgeError},
@@ -118,7 +118,7 @@ async fn what_a_mirror_asked_during_a_cut_is_asked_again() {
         .await
         .unwrap();
     let keep = mirrors::keep(connection.clone(), &config);
-    let tasks = natter::runtime::Tasks::default();
+    let tasks = natter::testing::runtime::Tasks::default();
     tasks.spawn_until_stopping("keep", keep);
     let frankfurt = client(&regions.url("frankfurt")).await;
     // What mirrors ask when they are made is not what this is about.

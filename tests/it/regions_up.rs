@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use natter::{
+use natter::testing::{
     mesh::provision,
     model::{Region, RoomId, partition_of},
     subject::{api, rooms_stream},

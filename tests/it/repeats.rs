@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use natter::{
+use natter::testing::{
     bus::{Connection, Reader, Stored, message_key},
     client::{CallError, Connection as Client},
     model::{Class, Epoch, RoomId, partition_of},
@@ -59,7 +59,7 @@ async fn stored_of(mesh: &Mesh, origin: &str, room: &str) -> Vec<Stored> {
     let nats = &mesh.config.nats;
     let connection = Connection::open(nats, "test").await.unwrap();
     let reader = Reader::new(connection, nats);
-    let origin = natter::model::Region::parse(origin).unwrap();
+    let origin = natter::testing::model::Region::parse(origin).unwrap();
     let id = RoomId::parse(room).unwrap();
     let part = partition_of(&id, nats.partitions);
     let filter = Subjects::new(&nats.prefix).stored_all(&origin, part, &id);

@@ -13,7 +13,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use natter::{
+use natter::testing::{
     client::{CallError, Connection},
     mesh::provision::{connect, ping},
     servers::{Process, Spec, free_port},

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use natter::client::Connection;
+use natter::testing::client::Connection;
 use serde_json::{Value, json};
 
 use crate::support::{

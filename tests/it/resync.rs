@@ -1,6 +1,6 @@
 //! What a server loses on the live path is found by comparing rooms with their streams, and storms cost little.
 
-use natter::client::Connection;
+use natter::testing::client::Connection;
 use serde_json::{Value, json};
 
 use crate::support::{

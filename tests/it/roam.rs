@@ -1,6 +1,6 @@
 //! Rooms over several regions: what is said in one is seen in all, a member goes from one to another, and a cut is survived.
 
-use natter::client::Connection;
+use natter::testing::client::Connection;
 use serde_json::{Value, json};
 
 use crate::support::{

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, os::fd::AsFd as _};
 
-use natter::{
+use natter::testing::{
     auth::{Claims, Grant, Right, issue},
     client::Connection,
     runtime::unix_s,

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
-use natter::{
+use natter::testing::{
     auth::{Block, Claims, Grant, Revocation, Right},
     bus::{self, Bucket, Put, Reader},
     client::{ConnectError, Connection},

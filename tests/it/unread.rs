@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use natter::{
+use natter::testing::{
     model::{Class, RoomId, partition_of},
     subject::Subjects,
 };

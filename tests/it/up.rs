@@ -5,7 +5,7 @@ use std::{
     process::Stdio,
 };
 
-use natter::mesh::provision;
+use natter::testing::mesh::provision;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;

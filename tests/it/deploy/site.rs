@@ -9,7 +9,7 @@ use std::{
 };
 
 use async_nats::{Client, ConnectOptions};
-use natter::{
+use natter::testing::{
     mesh::accounts,
     servers::{Process, Spec, free_port, free_port_from},
 };
@@ -41,7 +41,7 @@ pub(super) fn deploy() -> PathBuf {
 }
 
 /// What `natter.toml` of a region in deploy/ says about its accounts.
-pub(super) fn example(region: &str, partitions: u16) -> natter::config::Config {
+pub(super) fn example(region: &str, partitions: u16) -> natter::testing::config::Config {
     config(&format!(
         "region = '{region}'\nregions = {REGIONS:?}\n[nats]\npartitions = {partitions}"
     ))

@@ -1,6 +1,6 @@
 //! Commands over a connection, and what comes of them.
 
-use natter::{
+use natter::testing::{
     client::{Connection, Frame},
     model::{Cursor, Region},
 };

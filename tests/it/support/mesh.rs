@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use natter::{
+use natter::testing::{
     auth::{Claims, Grant, Right, issue},
     client::{Connection, Endpoint},
     config::Config,

@@ -34,7 +34,7 @@ use std::{
 };
 
 use figment::providers::{Format, Toml};
-use natter::{
+use natter::testing::{
     config::Config,
     servers::{
         Binaries, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Sources, StartError,

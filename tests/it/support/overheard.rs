@@ -1,7 +1,7 @@
 //! What mirrors say to their origins, as a client in between hears it.
 
 use futures_util::StreamExt as _;
-use natter::subject::api;
+use natter::testing::subject::api;
 use serde_json::Value;
 
 use super::LONG;

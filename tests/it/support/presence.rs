@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use natter::{
+use natter::testing::{
     bus::{Bucket, Connection as Nats, Entry, Reader},
     client::Connection,
 };

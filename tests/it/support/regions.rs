@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use natter::{
+use natter::testing::{
     mesh::provision::{self, provision_mesh},
     model::Region,
     servers::{

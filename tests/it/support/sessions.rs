@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use natter::{
+use natter::testing::{
     client::{Connection, Endpoint, Frame},
     model::Cursor,
 };

@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use natter::{
+use natter::testing::{
     config::Config,
     mesh::provision::{connect, ping},
     model::Region,

@@ -6,7 +6,7 @@ use std::{
     process::{Child, ChildStdout, ExitStatus, Stdio},
 };
 
-use natter::mesh::provision;
+use natter::testing::mesh::provision;
 use rustix::process::Signal;
 use serde_json::Value;
 
