@@ -17,9 +17,9 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::support::{
-    self, LONG, binaries, config, launcher,
+    self, LONG, config, launcher,
     mesh::{SECRET, answers},
-    mongodb_url, natter_command,
+    mongodb_url, nats_with, natter_command,
 };
 
 /// The regions of the examples.
@@ -162,16 +162,11 @@ pub(super) async fn start(setting: Setting<'_>) -> Server {
         .env
         .into_iter()
         .map(|(key, value)| (key.to_owned(), value));
+    let conf = home.join(setting.file);
     let spec = Spec {
-        name: setting.name.to_owned(),
-        program: binaries().await.nats_server.clone(),
-        args: vec!["-c".into(), home.join(setting.file).into()],
         env: passwords.chain(env).collect(),
         log: log.clone(),
-        ready: answers(monitor, "/healthz"),
-        alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
-        ready_within: LONG,
-        stop_within: LONG,
+        ..nats_with(setting.name, &conf, answers(monitor, "/healthz")).await
     };
     let mut process = Process::new(launcher(), spec);
     process.start().await.unwrap();

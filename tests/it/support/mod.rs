@@ -26,7 +26,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::{
-        OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicU32, Ordering},
     },
     thread,
@@ -37,7 +37,8 @@ use figment::providers::{Format, Toml};
 use natter::testing::{
     config::Config,
     servers::{
-        Binaries, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Sources, StartError,
+        Binaries, Check, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Sources, Spec,
+        StartError,
     },
 };
 use tempfile::TempDir;
@@ -196,6 +197,21 @@ pub(crate) async fn dedicated_mongod() -> DedicatedMongod {
         .map_err(|error| error_chain(&error))
         .unwrap();
     DedicatedMongod { server, _dir: dir }
+}
+
+/// A nats-server with the configuration file `conf`, to be started; its log stands beside that.
+pub(crate) async fn nats_with(name: &str, conf: &Path, ready: Check) -> Spec {
+    Spec {
+        name: name.to_owned(),
+        program: binaries().await.nats_server.clone(),
+        args: vec!["--config".into(), conf.into()],
+        env: Vec::new(),
+        log: conf.with_extension("log"),
+        ready,
+        alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
+        ready_within: LONG,
+        stop_within: LONG,
+    }
 }
 
 fn error_chain(error: &StartError) -> String {

@@ -1,12 +1,12 @@
 //! Several regions on this machine, joined as leaf nodes of one hub without JetStream: enough for what goes over the API.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc};
 
 use natter::testing::{
     config::Config,
     mesh::provision::{connect, ping},
     model::Region,
-    servers::{Process, Spec, free_port},
+    servers::{Check, Process, free_port},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -150,26 +150,17 @@ async fn start(dir: &Path, name: &str, conf: &str, port: u16, jetstream: Option<
     let path = dir.join(format!("{name}.conf"));
     std::fs::write(&path, conf).unwrap();
     let with_jetstream = jetstream.is_some();
-    let spec = Spec {
-        name: name.to_owned(),
-        program: super::binaries().await.nats_server.clone(),
-        args: vec!["--config".into(), path.into()],
-        env: Vec::new(),
-        log: dir.join(format!("{name}.log")),
-        ready: Arc::new(move |_pid| {
-            Box::pin(async move {
-                let config = super::config(&format!("nats.url = 'nats://127.0.0.1:{port}'"));
-                let client = connect(&config.nats).await?;
-                if with_jetstream {
-                    ping(&client).await?;
-                }
-                Ok(())
-            })
-        }),
-        alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
-        ready_within: LONG,
-        stop_within: Duration::from_secs(10),
-    };
+    let ready: Check = Arc::new(move |_pid| {
+        Box::pin(async move {
+            let config = super::config(&format!("nats.url = 'nats://127.0.0.1:{port}'"));
+            let client = connect(&config.nats).await?;
+            if with_jetstream {
+                ping(&client).await?;
+            }
+            Ok(())
+        })
+    });
+    let spec = super::nats_with(name, &path, ready).await;
     let mut process = Process::new(super::launcher(), spec);
     process.start().await.unwrap();
     process
