@@ -21,7 +21,7 @@ use std::{
 use async_nats::{HeaderMap, jetstream};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use mongodb::bson::{RawDocumentBuf, doc};
-use natter::{
+use natter::testing::{
     client::Commands,
     config::Config,
     model::{Class, RoomId, partition_of},

@@ -15,18 +15,18 @@ mod support;
 use std::{
     net::SocketAddr,
     path::Path,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use natter::{
+use natter::testing::{
     client::Commands,
-    servers::{Process, Spec, free_port},
+    servers::{Process, free_port},
 };
 use serde_json::{Value, json};
 use support::{
-    LONG, binaries, cpu_time, launcher,
+    cpu_time, launcher,
     mesh::{Mesh, answers, http},
+    nats_with,
 };
 use tokio::task::JoinHandle;
 
@@ -56,17 +56,7 @@ impl Nats {
         let file = dir.join("nats.conf");
         std::fs::write(&file, config).unwrap();
         let monitor = SocketAddr::from(([127, 0, 0, 1], monitor));
-        let spec = Spec {
-            name: "nats-server".to_owned(),
-            program: binaries().await.nats_server.clone(),
-            args: vec!["-c".into(), file.into()],
-            env: Vec::new(),
-            log: dir.join("nats.log"),
-            ready: answers(monitor, "/healthz"),
-            alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
-            ready_within: LONG,
-            stop_within: LONG,
-        };
+        let spec = nats_with("nats-server", &file, answers(monitor, "/healthz")).await;
         let mut process = Process::new(launcher(), spec);
         process.start().await.unwrap();
         Self {

@@ -9,39 +9,47 @@
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
 //! codec                    how client protocols spell the words of `protocol`
-//! auth   bus   store   servers   client   wire   http1
+//! mesh                     NATS for operators: streams, accounts, mirrors, what is wrong with a deployment
+//! auth   bus   store   servers   client   wire   http1   web
 //! config   telemetry   runtime
 //! model   protocol   subject
 //! ```
 //!
-//! - Only `bus` (and `servers`, to see whether a server it started is ready) imports async-nats.
+//! - Only `bus` and `mesh` (and `servers`, to see whether a server it started is ready) import async-nats.
 //! - Only `store` (and `servers`, likewise) imports mongodb.
 //! - Only `auth` imports jsonwebtoken.
 //! - Only `subject` spells a subject, stream or header name.
+//!
+//! All of it is private but the entry of the program, and [`testing`] for the tests and benchmarks: so the compiler sees what
+//! nobody uses. `pub` inside a module says that another module uses it.
 
-pub mod auth;
-pub mod bus;
-pub mod cli;
-pub mod client;
-pub mod codec;
-pub mod config;
-pub mod edge;
-pub mod history;
-pub mod http1;
-pub mod model;
-pub mod presence;
-pub mod protocol;
-pub mod read_marker;
-pub mod room;
-pub mod runtime;
-pub mod servers;
-pub mod session;
-pub mod store;
-pub mod subject;
-pub mod telemetry;
-pub mod wire;
+mod auth;
+mod bus;
+mod cli;
+mod client;
+mod codec;
+mod config;
+mod edge;
+mod history;
+mod http1;
+mod mesh;
+mod model;
+mod presence;
+mod protocol;
+mod read_marker;
+mod room;
+mod runtime;
+mod servers;
+mod session;
+mod store;
+mod subject;
+mod telemetry;
+pub mod testing;
+mod web;
+mod wire;
+
+pub use cli::main;
 
 #[cfg(test)]
-#[expect(unreachable_pub, reason = "the fuzzer's crate exports them")]
 #[path = "../tests/fuzz/src/checks.rs"]
 mod checks;

@@ -320,12 +320,6 @@ pub fn direct_get(stream: &str) -> String {
     format!("$JS.API.DIRECT.GET.{stream}")
 }
 
-/// Where a stream tells its configuration and state.
-#[must_use]
-pub fn stream_info(stream: &str) -> String {
-    format!("$JS.API.STREAM.INFO.{stream}")
-}
-
 /// Name of the stream that holds partition `part` of `origin`.
 #[must_use]
 pub fn rooms_stream(origin: &Region, part: u16) -> String {

@@ -2,15 +2,14 @@
 
 use std::{
     net::SocketAddr,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use async_nats::{HeaderMap, jetstream};
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use natter::{
+use natter::testing::{
     model::{Class, RoomId, partition_of},
-    servers::{Process, Spec, free_port},
+    servers::{Process, free_port},
     subject::{Subjects, header},
 };
 use rand::{SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
@@ -21,8 +20,9 @@ use super::{
     Table, dialect,
     measure::{Begin, Cost, MemoryGroup, NOISE, Runs, Server, latency, print},
     support::{
-        DedicatedNats, LONG, binaries, dedicated_nats, launcher,
+        DedicatedNats, LONG, dedicated_nats, launcher,
         mesh::{Mesh, answers},
+        nats_with,
     },
     swarm::Swarm,
 };
@@ -250,17 +250,7 @@ async fn nats_websocket() -> Target {
     let file = dir.path().join("nats.conf");
     std::fs::write(&file, config).unwrap();
     let monitor = SocketAddr::from(([127, 0, 0, 1], monitor));
-    let spec = Spec {
-        name: "nats-server".to_owned(),
-        program: binaries().await.nats_server.clone(),
-        args: vec!["-c".into(), file.into()],
-        env: Vec::new(),
-        log: dir.path().join("nats.log"),
-        ready: answers(monitor, "/healthz"),
-        alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
-        ready_within: LONG,
-        stop_within: LONG,
-    };
+    let spec = nats_with("nats-server", &file, answers(monitor, "/healthz")).await;
     let mut process = Process::new(launcher(), spec);
     process.start().await.unwrap();
     Target {

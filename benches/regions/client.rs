@@ -7,7 +7,7 @@ use std::{
 };
 
 use hdrhistogram::Histogram;
-use natter::client::{Commands, Connection, Frame};
+use natter::testing::client::{Commands, Connection, Frame};
 use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};

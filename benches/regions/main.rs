@@ -45,8 +45,8 @@ use clap::Parser;
 use client::{Client, note, now_us, percentiles, until};
 use dialect::Natter;
 use measure::{Begin, Runs, Server, Tally};
-use natter::{
-    bus::provision,
+use natter::testing::{
+    mesh::provision,
     model::Region,
     servers::Process,
     subject::{api, rooms_stream},

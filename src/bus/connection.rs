@@ -37,7 +37,7 @@ pub(super) fn reconnect_delay(attempts: usize) -> Duration {
 
 /// Where the answers to one connection go; two regions must never share one. Below `_INBOX.<user>`, so that a user's
 /// permissions can be limited to its own answers (wildcards of subjects are whole tokens).
-pub(super) fn new_inbox(config: &config::Nats) -> String {
+pub(crate) fn new_inbox(config: &config::Nats) -> String {
     let unique = ulid::Ulid::new().to_string().to_lowercase();
     if is_token(&config.user) {
         format!("_INBOX.{}.{unique}", config.user)
@@ -163,7 +163,7 @@ impl Connection {
     }
 
     /// The client.
-    pub(super) fn client(&self) -> &Client {
+    pub(crate) fn client(&self) -> &Client {
         &self.client
     }
 

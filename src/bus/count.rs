@@ -4,7 +4,7 @@ use async_nats::{Message, StatusCode};
 use futures_util::StreamExt;
 use tokio::time::timeout;
 
-use super::{ReadError, Reader, read::pending_of};
+use super::{ReadError, Reader, direct_get::pending_of};
 use crate::subject::direct_get;
 
 /// Counts in flight at once. The server works on a connection's direct gets one after the other: more would only wait there.

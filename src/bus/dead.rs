@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use async_nats::{HeaderMap, Message, Request};
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::json;
 use tokio::time::timeout;
 
 use super::{
     Connection, Delivery, ReadError, Reader, Record, Stored,
-    ack::PubAck,
+    jetstream::{self, Problem, PubAck},
     pull::count_after,
     record::{BadRecord, last, stored_time},
 };
@@ -65,16 +65,6 @@ pub enum LetterError {
     Refused { stream: String, problem: String },
 }
 
-#[derive(Deserialize)]
-struct DeleteAnswer {
-    error: Option<DeleteError>,
-}
-
-#[derive(Deserialize)]
-struct DeleteError {
-    description: String,
-}
-
 impl DeadLetters {
     /// The dead letters of the configured region.
     #[must_use]
@@ -127,14 +117,11 @@ impl DeadLetters {
         let request = Request::new()
             .payload(message.payload.clone())
             .headers(headers);
-        let answer = self.connection.client().send_request(subject, request);
-        let answer = self.answer(answer).await?;
-        let ack: PubAck = serde_json::from_slice(&answer.payload)
-            .map_err(|error| self.refused(error.to_string()))?;
-        match ack.error {
-            None => Ok(()),
-            Some(error) => Err(self.refused(error.description)),
-        }
+        let kept = async {
+            let answer = self.connection.client().send_request(subject, request);
+            PubAck::read(&answer.await?.payload)
+        };
+        self.in_time(kept).await.map(|_ack| ())
     }
 
     /// Some dead letters from a number on, the oldest first, and how many are after them.
@@ -171,26 +158,21 @@ impl DeadLetters {
     pub async fn remove(&self, number: u64) -> Result<(), LetterError> {
         let request = Bytes::from(json!({ "seq": number }).to_string());
         let subject = api::message_delete(&self.stream);
-        let answer = self.connection.client().request(subject, request);
-        let answer = self.answer(answer).await?;
-        let answer: DeleteAnswer = serde_json::from_slice(&answer.payload)
-            .map_err(|error| self.refused(error.to_string()))?;
-        match answer.error {
-            None => Ok(()),
-            Some(error) => Err(self.refused(error.description)),
-        }
+        let removed = jetstream::ask(&self.connection, subject, request);
+        let IgnoredAny = self.in_time(removed).await?;
+        Ok(())
     }
 
-    async fn answer(
+    async fn in_time<T>(
         &self,
-        answer: impl Future<Output = Result<Message, async_nats::RequestError>>,
-    ) -> Result<Message, LetterError> {
-        match timeout(self.timeout, answer).await {
+        asked: impl Future<Output = Result<T, Problem>>,
+    ) -> Result<T, LetterError> {
+        match timeout(self.timeout, asked).await {
             Err(_elapsed) => Err(LetterError::Timeout {
                 stream: self.stream.clone(),
                 waited: self.timeout,
             }),
-            Ok(answer) => answer.map_err(|error| self.refused(error.to_string())),
+            Ok(answer) => answer.map_err(|problem| self.refused(problem.into())),
         }
     }
 
@@ -207,17 +189,17 @@ impl DeadLetters {
         let number = text(header::SEQUENCE)
             .parse()
             .map_err(|_not_a_number: std::num::ParseIntError| BadRecord::Sequence)?;
-        let place = Place::parse(text(header::PLACE));
+        let stored_at = StoredAt::parse(text(header::PLACE));
         let subject = self
             .subjects
             .dead_stored(text(header::SUBJECT))
             .unwrap_or_default();
-        let Place {
+        let StoredAt {
             epoch,
             seq,
             ts,
             fingerprint,
-        } = place.ok_or(BadRecord::Time)?;
+        } = stored_at.ok_or(BadRecord::Time)?;
         let stored = self.subjects.parse_stored(&subject).map(|parsed| {
             let payload = message.payload.clone();
             let mut record = Record::at(Some(headers), payload, parsed.class, epoch, (seq, ts));
@@ -241,15 +223,15 @@ impl DeadLetters {
     }
 }
 
-/// The value of [`header::PLACE`].
-struct Place {
+/// The value of [`header::PLACE`]: where and when the message was stored by its own stream.
+struct StoredAt {
     epoch: Epoch,
     seq: u64,
     ts: u64,
     fingerprint: Fingerprint,
 }
 
-impl Place {
+impl StoredAt {
     fn parse(text: &str) -> Option<Self> {
         let mut words = text.split(' ');
         Some(Self {

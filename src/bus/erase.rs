@@ -5,13 +5,13 @@ use std::{sync::Arc, time::Duration};
 use async_nats::{HeaderMap, Message, Request};
 use bytes::Bytes;
 use futures_util::future::try_join_all;
-use serde::Deserialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use tokio::time::{sleep, timeout};
 
 use super::{
     BadRecord, Connection, ReadError, Reader, Record, StreamError, Streams,
-    ack::{AckError, PubAck},
-    record::{last, message_key, pairs},
+    jetstream::{self, Problem, PubAck, Purged, StreamInfo},
+    record::{last, message_key, pairs, rfc3339_ms},
 };
 use crate::{
     config,
@@ -103,14 +103,6 @@ pub enum EraseError {
     Stream(#[from] StreamError),
 }
 
-#[derive(Deserialize)]
-struct Answer {
-    error: Option<AckError>,
-    ts: Option<String>,
-    #[serde(default)]
-    purged: u64,
-}
-
 impl Eraser {
     /// For the streams of `streams`; asks over `connection`, reads over the reader's own.
     #[must_use]
@@ -151,20 +143,11 @@ impl Eraser {
     /// [`EraseError`].
     pub async fn clock(&self, part: u16) -> Result<u64, EraseError> {
         let stream = rooms_stream(self.streams.origin(), part);
-        let answer = self
-            .ask(
-                &stream,
-                api::stream_info(&stream),
-                Bytes::new(),
-                self.timeout,
-            )
+        let subject = api::stream_info(&stream);
+        let info: StreamInfo = self
+            .ask(&stream, subject, Bytes::new(), self.timeout)
             .await?;
-        // Servers before 2.10 don't say it.
-        let ts = answer.ts.and_then(|text| {
-            let time = humantime::parse_rfc3339_weak(&text).ok()?;
-            let since = time.duration_since(std::time::UNIX_EPOCH).ok()?;
-            u64::try_from(since.as_millis()).ok()
-        });
+        let ts = info.ts.and_then(|text| rfc3339_ms(&text).ok());
         Ok(ts.unwrap_or_else(unix_ms))
     }
 
@@ -185,15 +168,11 @@ impl Eraser {
             .await?;
         let upto = stays.unwrap_or(end + 1).min(end + 1);
         let request = serde_json::json!({ "filter": filter, "seq": upto });
-        let answer = self
-            .ask(
-                &stream,
-                api::stream_purge(&stream),
-                request.to_string().into(),
-                PURGE_DEADLINE,
-            )
+        let subject = api::stream_purge(&stream);
+        let Purged { purged } = self
+            .ask(&stream, subject, request.to_string().into(), PURGE_DEADLINE)
             .await?;
-        Ok(answer.purged)
+        Ok(purged)
     }
 
     /// Begins to read what the stream of `part` holds now.
@@ -358,7 +337,7 @@ impl Eraser {
                 }
                 Ok(())
             }
-            asked => asked.map(|_answer| ()),
+            asked => asked.map(|IgnoredAny| ()),
         }
     }
 
@@ -380,47 +359,40 @@ impl Eraser {
         headers.insert(header::ID, id);
         headers.insert(header::KIND, Kind::Erase.as_str());
         let request = Request::new().payload(body.into()).headers(headers);
-        let answer: PubAck = self
-            .exchange(&stream, subject, request, self.timeout)
-            .await?;
-        match (answer.error, answer.seq) {
-            (Some(error), _) => Err(refused(&stream, error.description)),
-            (None, Some(seq)) => Ok(seq),
-            (None, None) => Err(refused(&stream, "an empty answer".to_owned())),
-        }
+        let said = async {
+            let answer = self.connection.client().send_request(subject, request);
+            PubAck::read(&answer.await?.payload)
+        };
+        let PubAck { seq, .. } = in_time(&stream, self.timeout, said).await?;
+        Ok(seq)
     }
 
-    async fn ask(
+    async fn ask<T: DeserializeOwned>(
         &self,
         stream: &str,
         subject: String,
         body: Bytes,
         within: Duration,
-    ) -> Result<Answer, EraseError> {
-        let request = Request::new().payload(body);
-        let answer: Answer = self.exchange(stream, subject, request, within).await?;
-        match answer.error {
-            Some(error) => Err(refused(stream, error.description)),
-            None => Ok(answer),
-        }
-    }
-
-    async fn exchange<T: serde::de::DeserializeOwned>(
-        &self,
-        stream: &str,
-        subject: String,
-        request: Request,
-        within: Duration,
     ) -> Result<T, EraseError> {
-        let asked = self.connection.client().send_request(subject, request);
-        let answer = timeout(within, asked)
-            .await
-            .map_err(|_elapsed| EraseError::Timeout {
-                stream: stream.to_owned(),
-                waited: within,
-            })?
-            .map_err(|error| refused(stream, error.to_string()))?;
-        serde_json::from_slice(&answer.payload).map_err(|error| refused(stream, error.to_string()))
+        let asked = jetstream::ask(&self.connection, subject, body);
+        in_time(stream, within, asked).await
+    }
+}
+
+async fn in_time<T>(
+    stream: &str,
+    within: Duration,
+    asked: impl Future<Output = Result<T, Problem>>,
+) -> Result<T, EraseError> {
+    match timeout(within, asked).await {
+        Err(_elapsed) => Err(EraseError::Timeout {
+            stream: stream.to_owned(),
+            waited: within,
+        }),
+        Ok(answer) => answer.map_err(|problem| EraseError::Refused {
+            stream: stream.to_owned(),
+            problem: problem.into(),
+        }),
     }
 }
 
@@ -461,11 +433,4 @@ fn seq_of(message: &Message) -> Option<u64> {
     last(message.headers.as_ref()?, header::SEQUENCE)?
         .parse()
         .ok()
-}
-
-fn refused(stream: &str, problem: String) -> EraseError {
-    EraseError::Refused {
-        stream: stream.to_owned(),
-        problem,
-    }
 }

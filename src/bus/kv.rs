@@ -7,18 +7,17 @@ use std::time::Duration;
 
 use async_nats::{HeaderMap, Message, Request, RequestErrorKind};
 use bytes::Bytes;
-use serde::{Deserialize, de::DeserializeOwned};
 use tokio::time::timeout;
 
 use super::{
     Connection, LiveFeed, MAX_HEADS, ReadError, Reader,
-    ack::PubAck,
+    jetstream::{self, Problem, PubAck, Purged, StreamInfo},
     record::{BadRecord, last, rfc3339_ms, stored_time},
 };
 use crate::{
     config::Config,
     model::Region,
-    subject::{Subjects, api, bucket_key, bucket_stream, header, stream_info},
+    subject::{Subjects, api, bucket_key, bucket_stream, header},
 };
 
 /// JetStream's error code for an expected last sequence that is not the last one.
@@ -85,6 +84,12 @@ pub struct Heard {
     pub ago: Duration,
     /// Whether there was more to come then.
     pub behind: bool,
+}
+
+impl From<Problem> for KvError {
+    fn from(problem: Problem) -> Self {
+        Self::Refused(problem.into())
+    }
 }
 
 /// How a key is written.
@@ -201,15 +206,16 @@ impl Bucket {
         let request = Request::new().payload(value).headers(headers);
         let subject = bucket_key(self.bucket, &self.origin, key);
         let answer = self.request(subject, request).await?;
-        let ack: PubAck =
-            serde_json::from_slice(&answer).map_err(|error| KvError::Refused(error.to_string()))?;
-        match (ack.error, ack.seq) {
-            (Some(error), _) if error.err_code == WRONG_LAST_SEQUENCE => Err(KvError::Conflict),
+        match PubAck::read(&answer) {
+            Ok(PubAck { seq, .. }) => Ok(seq),
+            Err(Problem::Refused(error)) if error.err_code == WRONG_LAST_SEQUENCE => {
+                Err(KvError::Conflict)
+            }
             // The stream's queue is full for now, or it has no leader for now.
-            (Some(error), _) if error.code == 429 || error.code == 503 => Err(KvError::Unavailable),
-            (Some(error), _) => Err(KvError::Refused(error.description)),
-            (None, Some(revision)) => Ok(revision),
-            (None, None) => Err(KvError::Refused("an empty answer".to_owned())),
+            Err(Problem::Refused(error)) if error.code == 429 || error.code == 503 => {
+                Err(KvError::Unavailable)
+            }
+            Err(problem) => Err(problem.into()),
         }
     }
 
@@ -218,24 +224,14 @@ impl Bucket {
     /// # Errors
     /// [`KvError`].
     pub async fn purge(&self, keys: &str) -> Result<u64, KvError> {
-        #[derive(Deserialize)]
-        struct Answer {
-            #[serde(default)]
-            purged: u64,
-            error: Option<super::ack::AckError>,
-        }
         let filter = bucket_key(self.bucket, &self.origin, keys);
         let body = serde_json::json!({ "filter": filter }).to_string();
         let request = Request::new().payload(body.into());
         let answer = self
             .request(api::stream_purge(&self.stream), request)
             .await?;
-        let answer: Answer =
-            serde_json::from_slice(&answer).map_err(|error| KvError::Refused(error.to_string()))?;
-        match answer.error {
-            Some(error) => Err(KvError::Refused(error.description)),
-            None => Ok(answer.purged),
-        }
+        let Purged { purged } = jetstream::read(&answer)?;
+        Ok(purged)
     }
 
     /// When a mirror last heard from its origin; `None`: it has not heard from it yet.
@@ -243,36 +239,14 @@ impl Bucket {
     /// # Errors
     /// [`KvError`]; also where it is no mirror.
     pub async fn heard(&self) -> Result<Option<Heard>, KvError> {
-        #[derive(Deserialize)]
-        struct Answer {
-            mirror: Option<Mirror>,
-            error: Option<super::ack::AckError>,
-        }
-        #[derive(Deserialize)]
-        struct Mirror {
-            #[serde(default)]
-            lag: u64,
-            /// In nanoseconds; -1 where it never was.
-            active: i64,
-        }
-        match self.info().await? {
-            Answer {
-                error: Some(error), ..
-            } => Err(KvError::Refused(error.description)),
-            Answer {
-                mirror: Some(mirror),
-                ..
-            } => {
-                let active = u64::try_from(mirror.active).ok();
-                Ok(active.map(|nanos| Heard {
-                    ago: Duration::from_nanos(nanos),
-                    behind: mirror.lag > 0,
-                }))
-            }
-            Answer { mirror: None, .. } => {
-                Err(KvError::Refused(format!("{} is no mirror", self.stream)))
-            }
-        }
+        let Some(mirror) = self.info().await?.mirror else {
+            return Err(KvError::Refused(format!("{} is no mirror", self.stream)));
+        };
+        let active = u64::try_from(mirror.active).ok();
+        Ok(active.map(|nanos| Heard {
+            ago: Duration::from_nanos(nanos),
+            behind: mirror.lag > 0,
+        }))
     }
 
     /// What the clock of the server says that leads the bucket, in ms since 1970.
@@ -280,19 +254,17 @@ impl Bucket {
     /// # Errors
     /// [`KvError`].
     pub async fn server_time(&self) -> Result<u64, KvError> {
-        #[derive(Deserialize)]
-        struct Answer {
-            ts: String,
-        }
-        let Answer { ts } = self.info().await?;
+        let ts = self.info().await?.ts.unwrap_or_default();
         rfc3339_ms(&ts).map_err(|error| KvError::Refused(error.to_string()))
     }
 
     /// What the bucket's stream is, and how it stands.
-    async fn info<T: DeserializeOwned>(&self) -> Result<T, KvError> {
+    async fn info(&self) -> Result<StreamInfo, KvError> {
         let request = Request::new().payload(Bytes::new());
-        let answer = self.request(stream_info(&self.stream), request).await?;
-        serde_json::from_slice(&answer).map_err(|error| KvError::Refused(error.to_string()))
+        let answer = self
+            .request(api::stream_info(&self.stream), request)
+            .await?;
+        Ok(jetstream::read(&answer)?)
     }
 
     async fn request(&self, subject: String, request: Request) -> Result<Bytes, KvError> {

@@ -1,33 +1,32 @@
-//! Everything that talks to NATS: connections, publishing, live subscriptions, direct reads of streams.
+//! NATS on the path of a message: connections, publishing, live subscriptions, direct reads of streams. What operators'
+//! tools need of it is in [`mesh`](crate::mesh).
 //!
 //! No consumer and no watcher is created here: live messages come from the streams' RePublish, replay from batched direct
 //! gets. Only the history service has consumers, one a stream ([`Pull`]). Every request has a deadline of ours, since async-nats waits for ever while it is disconnected.
 
-mod ack;
 mod connection;
 mod count;
 mod dead;
-pub mod doctor;
+mod direct_get;
 mod erase;
+mod jetstream;
 mod kv;
 pub(crate) mod line;
 mod live;
-pub mod mirrors;
-pub mod provision;
 mod publish;
 mod pull;
-mod read;
 mod record;
 mod remembered;
 mod service;
-mod stats;
 mod streams;
 
 /// A message as it comes from NATS: subject, headers, payload.
 pub use async_nats::Message;
+pub(crate) use connection::new_inbox;
 pub use connection::{ConnectError, Connection};
 pub use count::Newer;
 pub use dead::{DeadLetter, DeadLetters, LetterError};
+pub use direct_get::{MAX_HEADS, Page, ReadError, Reader, Stored};
 pub use erase::{Candidate, EraseError, Eraser, Scan};
 pub use kv::{Bucket, Entry, Heard, KvError, Put};
 pub use line::{Arrival, Driver, HeaderWriter, Headers, Line, LineError, Listener};
@@ -37,11 +36,9 @@ pub use pull::{
     Answer, ConsumerState, Delivery, Pull, PullError, answer, consumer_elsewhere, consumer_state,
     count_after, stored_after,
 };
-pub use read::{MAX_HEADS, Page, ReadError, Reader, Stored};
 pub use record::{BY_HAND, BadRecord, Record, message_key};
 pub use remembered::{Leaving, Remembered, Suspect};
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};
-pub use stats::{Instance, instances};
 pub use streams::{
     Origins, STREAMS_WATCH, StreamError, StreamState, Streams, epoch_elsewhere, mesh_regions,
     newest_elsewhere,

@@ -9,7 +9,7 @@ use tokio::{
 
 use super::{
     HeaderWriter, KvError, Line, LineError, Reader, Remembered, Streams, Suspect,
-    ack::{AckError, PubAck},
+    jetstream::{ApiError, Problem, PubAck},
     record::message_key,
 };
 use crate::{
@@ -263,19 +263,11 @@ impl Publisher {
             .line
             .request(&subject, headers, body, deadline - Instant::now())
             .await?;
-        let ack: PubAck = serde_json::from_slice(&answer.payload())
-            .map_err(|error| PublishError::Refused(error.to_string()))?;
-        let seq = match ack {
-            PubAck {
-                error: Some(error), ..
-            } => return Err(refusal(error)),
-            PubAck { seq: Some(seq), .. } => seq,
-            PubAck { .. } => return Err(PublishError::Refused("an empty answer".to_owned())),
-        };
+        let PubAck { seq, duplicate } = PubAck::read(&answer.payload()).map_err(refusal)?;
         record(Histogram::PublishDuration, asked.elapsed());
         self.streams.note(part, seq);
         // Not what is the newest by now: the message itself has usually come live before its acknowledgement.
-        if !ack.duplicate && seq <= newest {
+        if !duplicate && seq <= newest {
             // Rare, and large.
             let verify = Box::pin(self.streams.verify(part, Instant::now()));
             if !matches!(timeout_at(deadline, verify).await, Ok(Ok(_))) {
@@ -295,7 +287,7 @@ impl Publisher {
             cursor: Cursor::single(position),
             seq,
             ts: 0,
-            duplicate: ack.duplicate,
+            duplicate,
         })
     }
 
@@ -430,7 +422,11 @@ impl From<LineError> for PublishError {
     }
 }
 
-fn refusal(error: AckError) -> PublishError {
+fn refusal(problem: Problem) -> PublishError {
+    let error: ApiError = match problem {
+        Problem::Refused(error) => error,
+        Problem::Failed(problem) => return PublishError::Refused(problem),
+    };
     match error.err_code {
         err_code::MESSAGE_TOO_LARGE => PublishError::TooLarge(error.description),
         err_code::INSUFFICIENT_RESOURCES

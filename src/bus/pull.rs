@@ -9,15 +9,15 @@
 
 use std::time::Duration;
 
-use async_nats::{Client, Message, StatusCode, Subject, Subscriber};
+use async_nats::{Message, StatusCode, Subject, Subscriber};
 use bytes::Bytes;
 use futures_util::{FutureExt as _, StreamExt as _};
-use serde::Deserialize;
 use serde_json::json;
 use tokio::time::{Instant, timeout};
 
 use super::{
     Connection, ReadError, Reader, Record, Stored,
+    jetstream::{self, ApiError, ConsumerInfo, Problem},
     record::{last, stored_time},
 };
 use crate::{
@@ -67,7 +67,7 @@ pub struct Pull {
     /// The consumer's own count of what it gave out, as last seen.
     given: u64,
     /// The first message of a consumer that began anew.
-    held: Option<Delivery>,
+    set_aside: Option<Delivery>,
 }
 
 /// A message that a consumer gave out.
@@ -129,26 +129,6 @@ pub enum PullError {
     Closed,
 }
 
-#[derive(Deserialize)]
-struct ConsumerAnswer {
-    error: Option<ApiError>,
-    num_pending: Option<u64>,
-    #[serde(default)]
-    num_ack_pending: u64,
-    ack_floor: Option<Floor>,
-}
-
-#[derive(Deserialize)]
-struct ApiError {
-    code: u16,
-    description: String,
-}
-
-#[derive(Deserialize)]
-struct Floor {
-    stream_seq: u64,
-}
-
 impl Pull {
     /// A consumer of `stream`, which is created by [`Self::open`].
     ///
@@ -182,7 +162,7 @@ impl Pull {
             asked: 0,
             heard: Instant::now(),
             given: 0,
-            held: None,
+            set_aside: None,
         })
     }
 
@@ -209,23 +189,20 @@ impl Pull {
             },
         });
         let subject = api::consumer_create(&self.stream, HISTORY_CONSUMER);
-        let answer = ask(
+        let created = ask(
             &self.connection,
             &self.stream,
             self.timeout,
             subject,
             &request,
-        )
-        .await?;
-        match answer.error {
-            Some(error) => Err(self.refused(error.description)),
-            None => {
-                self.asked = 0;
-                self.given = 0;
-                self.generation = generation;
-                Ok(())
-            }
-        }
+        );
+        created
+            .await?
+            .map_err(|problem| self.refused(problem.into()))?;
+        self.asked = 0;
+        self.given = 0;
+        self.generation = generation;
+        Ok(())
     }
 
     /// Waits for messages and puts at most `most` into `taken`. Cancel-safe.
@@ -235,8 +212,8 @@ impl Pull {
     /// the stream.
     pub async fn next(&mut self, taken: &mut Vec<Delivery>, most: usize) -> Result<(), PullError> {
         let begun = taken.len();
-        if let Some(held) = self.held.take() {
-            taken.push(held);
+        if let Some(delivery) = self.set_aside.take() {
+            taken.push(delivery);
         }
         while taken.len() < begun + most {
             if let Some(next) = self.incoming.next().now_or_never() {
@@ -282,7 +259,7 @@ impl Pull {
             // Its count only grows: less means that it is another one.
             if delivery.given < self.given {
                 self.given = 0;
-                self.held = Some(delivery);
+                self.set_aside = Some(delivery);
                 return Err(self.lost("it began anew"));
             }
             self.given = delivery.given;
@@ -359,7 +336,7 @@ impl Pull {
 
     /// Ends, and gives back what was not taken, so that another worker has it at once.
     pub async fn release(mut self) {
-        let mut left: Vec<Delivery> = self.held.take().into_iter().collect();
+        let mut left: Vec<Delivery> = self.set_aside.take().into_iter().collect();
         // Also what is on its way: the client goes on until the server has confirmed the end.
         let rest = async {
             let ended = self.incoming.drain().await.is_ok();
@@ -530,28 +507,21 @@ async fn state_of(
     wait: Duration,
     subject: String,
 ) -> Result<Option<ConsumerState>, PullError> {
-    let answer = ask(connection, stream, wait, subject, &json!({})).await?;
-    let problem = match answer {
-        ConsumerAnswer {
-            error: Some(ApiError { code: 404, .. }),
-            ..
-        } => return Ok(None),
-        ConsumerAnswer {
-            error: Some(error), ..
-        } => error.description,
-        ConsumerAnswer {
+    let problem = match ask(connection, stream, wait, subject, &json!({})).await? {
+        Err(Problem::Refused(ApiError { code: 404, .. })) => return Ok(None),
+        Err(problem) => problem.into(),
+        Ok(ConsumerInfo {
             num_pending: Some(pending),
             num_ack_pending: ack_pending,
             ack_floor: Some(floor),
-            ..
-        } => {
+        }) => {
             return Ok(Some(ConsumerState {
                 pending,
                 ack_pending,
                 floor: floor.stream_seq,
             }));
         }
-        ConsumerAnswer { .. } => "the answer has neither state nor error".to_owned(),
+        Ok(_) => "the answer has neither state nor error".to_owned(),
     };
     Err(PullError::Refused {
         stream: stream.to_owned(),
@@ -600,22 +570,14 @@ async fn ask(
     wait: Duration,
     subject: String,
     request: &serde_json::Value,
-) -> Result<ConsumerAnswer, PullError> {
-    let refused = |problem: String| PullError::Refused {
-        stream: stream.to_owned(),
-        problem,
-    };
-    let client: &Client = connection.client();
-    let request = client.request(subject, Bytes::from(request.to_string()));
-    match timeout(wait, request).await {
-        Err(_elapsed) => Err(PullError::Timeout {
+) -> Result<Result<ConsumerInfo, Problem>, PullError> {
+    let asked = jetstream::ask(connection, subject, Bytes::from(request.to_string()));
+    timeout(wait, asked)
+        .await
+        .map_err(|_elapsed| PullError::Timeout {
             stream: stream.to_owned(),
             waited: wait,
-        }),
-        Ok(Err(error)) => Err(refused(error.to_string())),
-        Ok(Ok(answer)) => serde_json::from_slice(&answer.payload)
-            .map_err(|error| refused(format!("an answer that can't be read: {error}"))),
-    }
+        })
 }
 
 fn nanos(duration: Duration) -> u64 {

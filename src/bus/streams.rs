@@ -13,14 +13,16 @@ use std::{
 
 use futures_util::StreamExt as _;
 use parking_lot::RwLock;
-use serde::Deserialize;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::Connection;
+use super::{
+    Connection,
+    jetstream::{self, ApiError, Problem, StreamInfo},
+};
 use crate::{
     config,
     model::{Epoch, Region},
-    subject::{EPOCH_METADATA, REGIONS_METADATA, api, rooms_stream, stream_info},
+    subject::{EPOCH_METADATA, REGIONS_METADATA, api, rooms_stream},
 };
 
 /// How often the streams are looked for while they are not there.
@@ -117,33 +119,6 @@ struct Known {
     earlier: u64,
 }
 
-#[derive(Deserialize)]
-struct InfoAnswer {
-    error: Option<ApiError>,
-    config: Option<InfoConfig>,
-    state: Option<InfoState>,
-}
-
-#[derive(Deserialize)]
-struct ApiError {
-    code: u16,
-    description: String,
-}
-
-#[derive(Deserialize)]
-struct InfoConfig {
-    #[serde(default)]
-    num_replicas: u8,
-    #[serde(default)]
-    metadata: std::collections::HashMap<String, String>,
-}
-
-#[derive(Deserialize)]
-struct InfoState {
-    first_seq: u64,
-    last_seq: u64,
-}
-
 impl Streams {
     /// Looks at every stream of the region.
     ///
@@ -160,7 +135,7 @@ impl Streams {
             let stream = rooms_stream(&origin, part);
             let (state, named) = look(
                 &connection,
-                stream_info(&stream),
+                api::stream_info(&stream),
                 &stream,
                 config.read_timeout,
             )
@@ -292,7 +267,7 @@ impl Streams {
             let seen = Instant::now();
             let (state, regions) = look(
                 &self.connection,
-                stream_info(&slot.stream),
+                api::stream_info(&slot.stream),
                 &slot.stream,
                 self.timeout,
             )
@@ -545,7 +520,7 @@ async fn look_elsewhere(
     stream: &str,
     wait: Duration,
 ) -> Result<StreamState, StreamError> {
-    let subject = api::in_domain(region, &stream_info(stream));
+    let subject = api::in_domain(region, &api::stream_info(stream));
     let (state, _regions) = look(connection, subject, stream, wait).await?;
     Ok(state)
 }
@@ -560,7 +535,7 @@ pub async fn mesh_regions(
     wait: Duration,
 ) -> Result<Vec<Region>, StreamError> {
     let stream = rooms_stream(own, 0);
-    let (_state, regions) = look(connection, stream_info(&stream), &stream, wait).await?;
+    let (_state, regions) = look(connection, api::stream_info(&stream), &stream, wait).await?;
     Ok(regions)
 }
 
@@ -574,34 +549,21 @@ async fn look(
         stream: stream.to_owned(),
         problem,
     };
-    let request = connection.client().request(subject, bytes::Bytes::new());
-    let answer = match timeout(wait, request).await {
-        Err(_elapsed) => {
-            return Err(StreamError::Timeout {
-                stream: stream.to_owned(),
-                waited: wait,
-            });
-        }
-        Ok(Err(error)) => return Err(refused(error.to_string())),
-        Ok(Ok(answer)) => answer,
-    };
-    let info: InfoAnswer =
-        serde_json::from_slice(&answer.payload).map_err(|error| refused(error.to_string()))?;
-    match info {
-        InfoAnswer {
-            error: Some(ApiError { code: 404, .. }),
-            ..
-        } => Err(StreamError::Missing {
+    let asked = jetstream::ask(connection, subject, bytes::Bytes::new());
+    match timeout(wait, asked).await {
+        Err(_elapsed) => Err(StreamError::Timeout {
+            stream: stream.to_owned(),
+            waited: wait,
+        }),
+        Ok(Err(Problem::Refused(ApiError { code: 404, .. }))) => Err(StreamError::Missing {
             stream: stream.to_owned(),
         }),
-        InfoAnswer {
-            error: Some(error), ..
-        } => Err(refused(error.description)),
-        InfoAnswer {
+        Ok(Err(problem)) => Err(refused(problem.into())),
+        Ok(Ok(StreamInfo {
             config: Some(config),
             state: Some(state),
             ..
-        } => {
+        })) => {
             let epoch = config
                 .metadata
                 .get(EPOCH_METADATA)
@@ -620,6 +582,6 @@ async fn look(
             };
             Ok((state, regions.filter_map(Region::parse).collect()))
         }
-        InfoAnswer { .. } => Err(refused("the answer has neither state nor error".to_owned())),
+        Ok(Ok(_)) => Err(refused("the answer has neither state nor error".to_owned())),
     }
 }

@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use super::connect::print_line;
 use crate::{
-    bus::doctor::{Examination, Level, examine},
     config::{Config, Secret},
+    mesh::doctor::{Examination, Level, examine},
 };
 
 /// Flags of `natter doctor`.

@@ -30,7 +30,7 @@ use figment::providers::{Format, Toml};
 use crate::{
     auth::{AuthConfigError, Verifier},
     config::{Config, ConfigError},
-    servers,
+    mesh,
     telemetry::InitError,
 };
 
@@ -123,7 +123,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::History(history) => return history.run(cli.config.as_deref()),
-        Command::NatsAccounts => print!("{}", servers::accounts(&load()?)),
+        Command::NatsAccounts => print!("{}", mesh::accounts(&load()?)),
         Command::Token(token) => println!("{}", token.make(cli.config.as_deref())?),
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),
         Command::Revoke(args) => return revoke::run(args, &load()?),

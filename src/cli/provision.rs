@@ -6,8 +6,10 @@ use anyhow::ensure;
 
 use super::connect::print_line;
 use crate::{
-    bus::provision::{Options, Provisioned, connect, known_regions, provision_mesh, remove_region},
     config::Config,
+    mesh::provision::{
+        Options, Provisioned, connect, known_regions, provision_mesh, remove_region,
+    },
     model::Region,
 };
 

@@ -75,11 +75,11 @@ impl Room {
     pub fn follow(target: Target, room: &str, since: Option<String>) -> Self {
         let (sender, events) = mpsc::channel(EVENT_QUEUE);
         let backoff = target.backoff;
-        let place = Place {
+        let followed = Followed {
             room: room.to_owned(),
             cursor: since,
         };
-        let (task, state) = spawn(target, Some(place), Some(sender));
+        let (task, state) = spawn(target, Some(followed), Some(sender));
         Self {
             events,
             state,
@@ -103,7 +103,7 @@ impl Room {
 /// Starts the task that keeps a session: in a room, or in none where it is only published.
 pub(super) fn spawn(
     target: Target,
-    place: Option<Place>,
+    followed: Option<Followed>,
     events: Option<mpsc::Sender<Event>>,
 ) -> (AbortOnDropHandle<()>, watch::Receiver<State>) {
     let (state, watched) = watch::channel(State::Down { why: None });
@@ -111,7 +111,7 @@ pub(super) fn spawn(
     let session = Session {
         link: Link::new(target),
         backoff,
-        place,
+        followed,
         state,
         events,
         was_connected: false,
@@ -119,9 +119,9 @@ pub(super) fn spawn(
     (AbortOnDropHandle::new(tokio::spawn(session.run())), watched)
 }
 
-/// Where to join.
+/// The room that is joined, and the cursor to join it at.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Followed {
     room: String,
     cursor: Option<String>,
 }
@@ -160,7 +160,7 @@ enum Standing {
 struct Session {
     link: Link,
     backoff: Backoff,
-    place: Option<Place>,
+    followed: Option<Followed>,
     state: watch::Sender<State>,
     events: Option<mpsc::Sender<Event>>,
     was_connected: bool,
@@ -329,13 +329,13 @@ impl Session {
 
     /// Sends the join, where there is a room to join.
     async fn join(&mut self, commands: &Commands) -> Result<Standing, Over> {
-        let Some(place) = &self.place else {
+        let Some(followed) = &self.followed else {
             self.link.on_welcome();
             self.state.send_replace(State::Up(commands.clone()));
             return Ok(Standing::In);
         };
-        let mut fields = json!({"room": place.room});
-        if let Some(cursor) = &place.cursor {
+        let mut fields = json!({"room": followed.room});
+        if let Some(cursor) = &followed.cursor {
             fields["since"] = json!(cursor);
         }
         match commands.send("join", fields).await {
@@ -370,10 +370,10 @@ impl Session {
                 return Err(Over::Stop(Stop::Unusable(fault)));
             }
         };
-        if let Some(place) = &mut self.place
+        if let Some(followed) = &mut self.followed
             && joined.cursor.is_some()
         {
-            place.cursor.clone_from(&joined.cursor);
+            followed.cursor.clone_from(&joined.cursor);
         }
         self.state.send_replace(State::Up(commands.clone()));
         let reset = joined
@@ -397,16 +397,16 @@ impl Session {
             }
         };
         let ours = self
-            .place
+            .followed
             .as_ref()
-            .is_some_and(|place| push.room.as_deref() == Some(&place.room));
+            .is_some_and(|followed| push.room.as_deref() == Some(&followed.room));
         match frame.op() {
             "msg" if ours => {
                 self.emit(Event::Message(frame)).await?;
-                if let Some(place) = &mut self.place
+                if let Some(followed) = &mut self.followed
                     && push.cursor.is_some()
                 {
-                    place.cursor = push.cursor;
+                    followed.cursor = push.cursor;
                 }
             }
             "typing" if ours => {

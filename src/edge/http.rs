@@ -37,6 +37,7 @@ use crate::{
         self,
         metrics::{Counter, Published, count},
     },
+    web,
 };
 
 /// What a publish over HTTP may have besides its body: ids, mentions.
@@ -116,11 +117,7 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/rooms/{room}/readers", get(read::readers))
         .route("/v1/rooms/{room}/read", put(read::read))
         .route("/v1/unread", post(read::unread));
-    let router = if page {
-        super::page::routes(router)
-    } else {
-        router
-    };
+    let router = if page { web::routes(router) } else { router };
     router
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)

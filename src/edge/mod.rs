@@ -12,7 +12,6 @@
 mod admission;
 mod control;
 mod http;
-mod page;
 mod shard;
 mod upgrade;
 
@@ -30,10 +29,11 @@ use crate::{
     auth::{AuthConfigError, Verifier},
     bus::{
         Bucket, ConnectError, Connection, Line, Origins, Publisher, Reader, Remembered,
-        STREAMS_WATCH, mirrors,
+        STREAMS_WATCH,
     },
     config::Config,
     history, http1,
+    mesh::mirrors,
     presence::Presence,
     read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},

@@ -11,8 +11,8 @@ use tokio::{
 
 use super::{
     erase::{ANSWER_WITHIN, EraseAnswer, EraseRequest},
+    pages::Pages,
     question::{PageAnswer, PageRequest, SearchAnswer, SearchRequest, encode, endpoint, refusal},
-    read::Pages,
 };
 use crate::{
     bus::{AskError, Origins, Reader, Streams, ask},

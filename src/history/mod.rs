@@ -14,8 +14,8 @@ mod erase;
 mod figures;
 mod http;
 mod merge;
+mod pages;
 mod question;
-mod read;
 mod removals;
 mod service;
 mod show;
@@ -28,12 +28,10 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 
 use crate::{
-    bus::{
-        Bucket, ConnectError, Connection, Origins, Reader, Remembered, STREAMS_WATCH, Streams,
-        mirrors,
-    },
+    bus::{Bucket, ConnectError, Connection, Origins, Reader, Remembered, STREAMS_WATCH, Streams},
     config::Config,
     http1,
+    mesh::mirrors,
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Migrated, Store, StoreError},
     subject::bucket,
@@ -44,8 +42,8 @@ pub use client::{Client, Heads};
 pub use dead::{Retried, dead_letters, retry};
 pub use entry::{entry, key_of};
 pub use erase::{EraseAnswer, EraseRequest, EraseWhat};
+pub use pages::Pages;
 pub use question::{At, Lies, PageAnswer, PageRequest, SearchAnswer, SearchRequest};
-pub use read::Pages;
 pub use status::{InstanceStatus, PartStatus, Status, StatusError, instances, status};
 
 /// How long what is in hand may take to be written when the process is told to end.

@@ -11,8 +11,8 @@ use super::{
     Parts,
     erase::Erasing,
     figures::Figures,
+    pages::Pages,
     question::{PageRequest, decode, encode, endpoint, refused},
-    read::Pages,
 };
 use crate::{
     bus::{Endpoint, ServeError, serve as serve_endpoints},

@@ -7,10 +7,11 @@ use serde::Serialize;
 use super::Parts;
 use crate::{
     bus::{
-        self, Connection, ConsumerState, DeadLetters, Instance, PullError, ReadError, Reader,
-        StreamError, consumer_state, count_after, stored_after,
+        Connection, ConsumerState, DeadLetters, PullError, ReadError, Reader, StreamError,
+        consumer_state, count_after, stored_after,
     },
     config::Config,
+    mesh::{self, Instance},
     runtime::unix_ms,
     subject::{HISTORY_SERVICE, Subjects, rooms_stream},
     telemetry::metrics::{Gauge, gauge, gauge_add},
@@ -131,7 +132,7 @@ pub async fn status(
 
 /// Asks the running instances; those that don't answer soon are not among them.
 pub async fn instances(connection: &Connection) -> Vec<InstanceStatus> {
-    let found = bus::instances(connection, HISTORY_SERVICE, INSTANCES_WITHIN).await;
+    let found = mesh::instances(connection, HISTORY_SERVICE, INSTANCES_WITHIN).await;
     let of = |instance: Instance| InstanceStatus {
         figures: instance.figures().cloned().unwrap_or_default(),
         id: instance.id,

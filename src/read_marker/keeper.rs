@@ -65,7 +65,7 @@ pub(super) struct Queues {
     /// Who waits for the write of a key.
     waiting: HashMap<Key, oneshot::Sender<()>>,
     /// Nothing is written before this.
-    held: Option<Instant>,
+    not_before: Option<Instant>,
     /// The edge stops: no pauses.
     flushing: bool,
     writing: usize,
@@ -82,7 +82,7 @@ impl Default for Queues {
             // Another time on each edge: the first to look repairs, the others see that it is done.
             check_after: CHECK_AFTER.mul_f64(rand::random_range(1.0..2.0)),
             waiting: HashMap::new(),
-            held: None,
+            not_before: None,
             flushing: false,
             writing: 0,
         }
@@ -189,10 +189,10 @@ impl State {
 
     /// The next key to be written.
     fn next(&mut self, now: Instant) -> Option<Key> {
-        if self.queues.held.is_some_and(|until| now < until) {
+        if self.queues.not_before.is_some_and(|until| now < until) {
             return None;
         }
-        self.queues.held = None;
+        self.queues.not_before = None;
         let key = self.queues.now.pop_front()?;
         self.marker(&key).set_phase(Phase::Writing);
         self.queues.writing += 1;
@@ -202,11 +202,14 @@ impl State {
     /// When there is something to do again; `None`: when somebody says so.
     fn due(&self) -> Option<Instant> {
         let queues = &self.queues;
-        let held = queues.held.filter(|_| !queues.now.is_empty());
+        let not_before = queues.not_before.filter(|_| !queues.now.is_empty());
         let first = |queue: &VecDeque<(Instant, Key)>| queue.front().map(|(due, _)| *due);
         let (gathering, later) = (first(&queues.gathering), first(&queues.later));
         let check = first(&queues.checks);
-        [held, gathering, later, check].into_iter().flatten().min()
+        [not_before, gathering, later, check]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn done(&mut self, key: Key, written: bool, now: Instant) {
@@ -222,7 +225,7 @@ impl State {
         } else {
             self.marker(&key).set_phase(Phase::Queued);
             self.queues.now.push_back(key);
-            self.queues.held = Some(now + RETRY);
+            self.queues.not_before = Some(now + RETRY);
         }
     }
 

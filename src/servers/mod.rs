@@ -8,22 +8,22 @@
 //! - A handle that is dropped kills its process.
 //! - A restarted server keeps its port and its data.
 
-mod accounts;
 mod binaries;
 mod mongod;
 mod nats;
+mod options;
 mod port;
 mod process;
 mod relay;
 mod spawner;
 mod spine;
-mod template;
+pub(crate) mod template;
 
-pub use accounts::accounts;
 pub use binaries::{Binaries, BinaryError, Program, Sources};
 pub use mongod::{Mongod, MongodOptions};
-pub use nats::{NatsOptions, NatsServer, SpineLink};
+pub use nats::NatsServer;
+pub use options::{NatsOptions, SpineLink, SpineOptions};
 pub use port::{free_port, free_port_from};
 pub use process::{Check, CheckError, Launcher, Process, Spec, StartError};
 pub use relay::{Cut, Link, Relay};
-pub use spine::{Spine, SpineFiles, SpineOptions, Spines, joined};
+pub use spine::{Spine, SpineFiles, Spines, joined};

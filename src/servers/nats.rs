@@ -2,7 +2,6 @@
 
 use std::{
     fs, io,
-    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Duration,
@@ -12,58 +11,14 @@ use async_nats::subject::ToSubject;
 use serde_json::{Value, json};
 
 use super::{
+    options::{NatsOptions, SpineOptions},
     process::{Check, CheckError, Launcher, Process, Spec, StartError},
-    spine::SpineOptions,
-    template::{Part, quoted, render},
 };
-use crate::{config::Config, model::Region, subject::Subjects, subject::api};
-
-/// The configuration of a laptop's server; lines marked `# @name` are replaced.
-const TEMPLATE: &str = include_str!("../../nats/server.conf");
-
-/// Smallest `max_payload` we set: the server's own default.
-const MIN_MAX_PAYLOAD: u64 = 1024 * 1024;
-
-/// What headers may need on top of the largest body.
-const HEADER_ROOM: u64 = 64 * 1024;
+use crate::subject::api;
 
 /// Recovering a store of some gigabytes takes seconds.
 const READY_WITHIN: Duration = Duration::from_secs(30);
 const STOP_WITHIN: Duration = Duration::from_secs(10);
-
-/// What a region's server on this machine is told.
-#[derive(Debug, Clone)]
-pub struct NatsOptions {
-    /// The program.
-    pub binary: PathBuf,
-    /// Its folder: configuration, JetStream's store, log.
-    pub dir: PathBuf,
-    /// Where its output goes; `None`: `nats-server.log` in `dir`.
-    pub log: Option<PathBuf>,
-    /// Port on loopback; 0: any that is free.
-    pub port: u16,
-    /// Names the server and its JetStream domain.
-    pub region: Region,
-    /// `None`: the region is alone.
-    pub spine: Option<SpineLink>,
-    /// First token of the subjects.
-    pub prefix: String,
-    /// For the mapping of `<prefix>.pub.<namespace>.<room>`.
-    pub partitions: u16,
-    /// Namespaces, and whether they are durable.
-    pub namespaces: Vec<(String, bool)>,
-    /// Largest message with its headers, in bytes.
-    pub max_payload: u64,
-}
-
-/// What joins a region's server to others.
-#[derive(Debug, Clone)]
-pub struct SpineLink {
-    /// Where the region's spine listens for leaf nodes.
-    pub spine: SocketAddr,
-    /// Where the server itself does: `mirrors.leafnodes` of its region.
-    pub leafnodes: SocketAddr,
-}
 
 /// A running nats-server: a region's, with JetStream, or a spine.
 #[derive(Debug)]
@@ -134,76 +89,6 @@ impl Options {
             Self::Region(options) => options.render(port),
             Self::Spine(options) => options.render(port),
         }
-    }
-}
-
-impl NatsOptions {
-    /// What `config` says about a region's server.
-    #[must_use]
-    pub fn new(config: &Config, binary: PathBuf, dir: PathBuf, port: u16) -> Self {
-        Self {
-            binary,
-            dir,
-            log: None,
-            port,
-            region: config.region(),
-            spine: None,
-            prefix: config.nats.prefix.clone(),
-            partitions: config.nats.partitions,
-            namespaces: config
-                .namespaces
-                .iter()
-                .map(|(name, namespace)| (name.clone(), namespace.durable))
-                .collect(),
-            max_payload: (config.limits.body.as_u64() + HEADER_ROOM).max(MIN_MAX_PAYLOAD),
-        }
-    }
-
-    /// The text of the server's configuration.
-    fn render(&self, port: Option<u16>) -> String {
-        let subjects = Subjects::new(&self.prefix);
-        let region = &self.region;
-        let by_hand = subjects.by_hand_durable(region);
-        // -1 lets the server choose; it tells in the ports file.
-        let port = port.map_or_else(|| "-1".to_owned(), |port| port.to_string());
-        let mappings = || {
-            let namespaces = self.namespaces.iter().map(|(n, durable)| (&**n, *durable));
-            subjects
-                .mappings(region, self.partitions, namespaces)
-                .into_iter()
-                .map(|(from, to)| format!("{}: {}", quoted(&from), quoted(&to)))
-        };
-        let spine = || match &self.spine {
-            None => vec!["remotes: [ ]".to_owned()],
-            Some(SpineLink { spine, leafnodes }) => {
-                let listen = quoted(&leafnodes.to_string());
-                let url = quoted(&format!("nats-leaf://natter:natter@{spine}"));
-                vec![
-                    format!("listen: {listen}"),
-                    format!("remotes: [ {{ url: {url}, account: natter }} ]"),
-                ]
-            }
-        };
-        render(TEMPLATE, |name| {
-            Some(Part::Line(match name {
-                "server_name" => format!("server_name: {}", quoted(&format!("natter-{region}"))),
-                "listen" => format!("listen: {}", quoted(&format!("127.0.0.1:{port}"))),
-                "store_dir" => format!("store_dir: {}", quoted(&self.dir.to_string_lossy())),
-                "domain" => format!("domain: {}", quoted(region.as_str())),
-                "spine" => return Some(Part::Block(spine())),
-                "max_payload" => format!("max_payload: {}", self.max_payload),
-                "exports" => format!(
-                    "exports: [ {{ service: {}, accounts: [ natter ] }} ]",
-                    quoted(&by_hand)
-                ),
-                "imports" => format!(
-                    "imports: [ {{ service: {{ account: natter, subject: {} }} }} ]",
-                    quoted(&by_hand)
-                ),
-                "mappings" => return Some(Part::Block(mappings().collect())),
-                _ => return None,
-            }))
-        })
     }
 }
 
@@ -404,52 +289,5 @@ pub(super) async fn asks(url: &str, subject: impl ToSubject) -> Result<(), Check
     match answer.get("error") {
         None => Ok(()),
         Some(error) => Err(json!({ "JetStream": error }).to_string().into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use figment::providers::{Format, Toml};
-
-    use super::*;
-
-    fn options(toml: &str) -> NatsOptions {
-        let config = Config::with_defaults(Toml::string(toml)).unwrap();
-        NatsOptions::new(
-            &config,
-            PathBuf::from("nats-server"),
-            PathBuf::from(".natter/nats"),
-            4222,
-        )
-    }
-
-    #[test]
-    fn the_file_is_what_the_defaults_render_to() {
-        assert_eq!(options("").render(Some(4222)), TEMPLATE);
-    }
-
-    #[test]
-    fn the_configuration_follows_region_prefix_and_namespaces() {
-        let text = options(
-            "region = 'seoul'\n[nats]\nprefix = 'm2'\npartitions = 2\n[namespaces.games]\ndurable = true\ntyping = false",
-        )
-        .render(None);
-        for part in [
-            "listen: \"127.0.0.1:-1\"",
-            "domain: \"seoul\"",
-            "\"m2.put.seoul.*.*\": \"m2.in.seoul.{{partition(2,1,2)}}.{{wildcard(1)}}.{{wildcard(2)}}.msg\"",
-            "\"m2.pub.games.*\": \"m2.put.seoul.games.{{wildcard(1)}}\"",
-            "\"m2.pub.live.*\": \"m2.eph.live.{{wildcard(1)}}\"",
-            "service: \"m2.put.seoul.*.*\"",
-        ] {
-            assert!(text.contains(part), "{part} is missing in:\n{text}");
-        }
-        let rules = text
-            .lines()
-            .filter(|line| !line.trim_start().starts_with('#'));
-        assert!(
-            rules.clone().all(|line| !line.contains("natter.")),
-            "{text}"
-        );
     }
 }

@@ -5,7 +5,7 @@
 //! port for each pair would not stay with its pair: which spine has called is read from its greeting (`CONNECT`, which a
 //! gateway sends first, and which names it).
 //!
-//! It knows nothing else of what it carries, and holds at most [`HELD`] chunks of a connection and direction: who sends
+//! It knows nothing else of what it carries, and holds at most [`MAX_CHUNKS`] chunks of a connection and direction: who sends
 //! faster than the other side reads has to wait, as on any connection.
 
 use std::{
@@ -31,7 +31,7 @@ const CHUNK: usize = 64 * 1024;
 
 /// Chunks of one direction of a connection on their way. With a delay, at most this times [`CHUNK`] a delay get through:
 /// 50 MB/s at 80 ms.
-const HELD: usize = 64;
+const MAX_CHUNKS: usize = 64;
 
 /// Longest greeting that is read.
 const GREETING: usize = 16 * 1024;
@@ -80,7 +80,7 @@ type Cuts = Arc<BTreeMap<Region, Cut>>;
 
 /// What one connection is subject to.
 #[derive(Debug, Clone)]
-struct Line {
+struct Passage {
     /// The regions at its ends, as far as they are known.
     ends: BTreeSet<Region>,
     cuts: watch::Receiver<Cuts>,
@@ -100,7 +100,7 @@ impl Relay {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
             let address = listener.local_addr()?;
             let (target, targets) = watch::channel(None);
-            let line = Line {
+            let passage = Passage {
                 ends: BTreeSet::from([region.clone()]),
                 cuts: cuts.subscribe(),
                 delay,
@@ -108,7 +108,7 @@ impl Relay {
             let known: BTreeSet<Region> = regions.iter().cloned().collect();
             tasks.spawn_until_stopping(
                 "gate",
-                accept(listener, targets, line, known, tasks.clone()),
+                accept(listener, targets, passage, known, tasks.clone()),
             );
             gates.insert(region.clone(), Gate { address, target });
         }
@@ -184,7 +184,7 @@ fn cut_of<'a>(
     found.first().copied()
 }
 
-impl Line {
+impl Passage {
     /// Returns when nothing is in the way of what has come at `since`, and its delay is over. `None`: the connection is to
     /// be closed. Cancel-safe.
     async fn pass(&mut self, since: Instant) -> Option<()> {
@@ -217,23 +217,24 @@ impl Line {
 async fn accept(
     listener: TcpListener,
     targets: watch::Receiver<Option<SocketAddr>>,
-    line: Line,
+    passage: Passage,
     known: BTreeSet<Region>,
     tasks: Tasks,
 ) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let (mut targets, line, known) = (targets.clone(), line.clone(), known.clone());
+                let (mut targets, passage, known) =
+                    (targets.clone(), passage.clone(), known.clone());
                 tasks.spawn_until_stopping("link", async move {
                     let Ok(target) = targets.wait_for(Option::is_some).await.map(|t| *t) else {
                         return;
                     };
                     let Some(target) = target else { return };
-                    let mut watched = line.clone();
+                    let mut watched = passage.clone();
                     // Both branches are cancel-safe enough: whichever ends first ends the connection.
                     let ended = tokio::select! {
-                        ended = connect(stream, target, line, &known) => ended,
+                        ended = connect(stream, target, passage, &known) => ended,
                         () = watched.closed() => return,
                     };
                     if let Err(error) = ended {
@@ -253,7 +254,7 @@ async fn accept(
 async fn connect(
     caller: TcpStream,
     target: SocketAddr,
-    mut line: Line,
+    mut passage: Passage,
     known: &BTreeSet<Region>,
 ) -> io::Result<()> {
     let mut caller = caller;
@@ -262,25 +263,25 @@ async fn connect(
     // branches are cancel-safe.
     let mut early = [0];
     tokio::select! {
-        passed = line.pass(Instant::now()) => if passed.is_none() { return Ok(()) },
+        passed = passage.pass(Instant::now()) => if passed.is_none() { return Ok(()) },
         _gone = caller.peek(&mut early) => return Ok(()),
     }
     let mut called = TcpStream::connect(target).await?;
     called.set_nodelay(true)?;
-    let (from, greeting) = greet(&mut caller, &mut called, &mut line).await?;
+    let (from, greeting) = greet(&mut caller, &mut called, &mut passage).await?;
     let Some(from) = from.filter(|from| known.contains(from)) else {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "a caller that is no spine of this machine",
         ));
     };
-    line.ends.insert(from);
+    passage.ends.insert(from);
     let (caller_reads, caller_writes) = caller.into_split();
     let (called_reads, called_writes) = called.into_split();
-    let mut watched = line.clone();
+    let mut watched = passage.clone();
     tokio::select! {
-        ended = carry(caller_reads, called_writes, greeting, line.clone()) => ended,
-        ended = carry(called_reads, caller_writes, Vec::new(), line) => ended,
+        ended = carry(caller_reads, called_writes, greeting, passage.clone()) => ended,
+        ended = carry(called_reads, caller_writes, Vec::new(), passage) => ended,
         () = watched.closed() => Ok(()),
     }
 }
@@ -290,7 +291,7 @@ async fn connect(
 async fn greet(
     caller: &mut TcpStream,
     called: &mut TcpStream,
-    line: &mut Line,
+    passage: &mut Passage,
 ) -> io::Result<(Option<Region>, Vec<u8>)> {
     let mut sent = Vec::new();
     let (mut from_caller, mut from_called) = (vec![0; GREETING], vec![0; CHUNK]);
@@ -304,7 +305,7 @@ async fn greet(
             read = called.read(&mut from_called) => match read? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 length => {
-                    if line.pass(Instant::now()).await.is_none() {
+                    if passage.pass(Instant::now()).await.is_none() {
                         return Err(io::ErrorKind::ConnectionReset.into());
                     }
                     caller.write_all(from_called.get(..length).unwrap_or_default()).await?;
@@ -332,9 +333,9 @@ async fn carry(
     mut source: impl AsyncRead + Unpin,
     mut sink: impl AsyncWrite + Unpin,
     first: Vec<u8>,
-    mut line: Line,
+    mut passage: Passage,
 ) -> io::Result<()> {
-    let (queue, mut queued) = mpsc::channel::<(Instant, Vec<u8>)>(HELD);
+    let (queue, mut queued) = mpsc::channel::<(Instant, Vec<u8>)>(MAX_CHUNKS);
     let read = async move {
         let mut buffer = vec![0; CHUNK];
         let mut chunk = first;
@@ -351,7 +352,7 @@ async fn carry(
     };
     let write = async {
         while let Some((since, chunk)) = queued.recv().await {
-            if line.pass(since).await.is_none() {
+            if passage.pass(since).await.is_none() {
                 return Ok(());
             }
             sink.write_all(&chunk).await?;

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 /// What takes the place of what the file says.
-pub(super) enum Part {
+pub(crate) enum Part {
     /// Of the line marked with `# @name`.
     Line(String),
     /// Of the lines between one that is nothing but `# @name` and the next `# @end`.
@@ -11,7 +11,7 @@ pub(super) enum Part {
 }
 
 /// Replaces what `part` knows the name of; all else stays as it is.
-pub(super) fn render(template: &str, part: impl Fn(&str) -> Option<Part>) -> String {
+pub(crate) fn render(template: &str, part: impl Fn(&str) -> Option<Part>) -> String {
     let mut text = String::with_capacity(template.len());
     let mut replaced = false;
     for line in template.lines() {
@@ -44,6 +44,6 @@ pub(super) fn render(template: &str, part: impl Fn(&str) -> Option<Part>) -> Str
 }
 
 /// A string of a NATS configuration: double quotes, with the escapes of JSON.
-pub(super) fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }

@@ -338,7 +338,7 @@ impl Store {
         };
         let erasures = self.erasures();
         let claim = erasures
-            .find_one_and_update(due, vec![held(holder, lease)])
+            .find_one_and_update(due, vec![leased(holder, lease)])
             .sort(doc! { "due": 1 })
             .return_document(ReturnDocument::After);
         let found = within(self.write_timeout, claim.into_future()).await?;
@@ -377,7 +377,7 @@ impl Store {
         holder: &str,
         lease: Duration,
     ) -> Result<bool, StoreError> {
-        self.change_erasure(id, Some(holder), vec![held(holder, lease)].into())
+        self.change_erasure(id, Some(holder), vec![leased(holder, lease)].into())
             .await
     }
 
@@ -772,7 +772,7 @@ impl<'a> Written<'a> {
 }
 
 /// Who holds an erasure now, and until when, as a stage of an update.
-fn held(holder: &str, lease: Duration) -> Fields {
+fn leased(holder: &str, lease: Duration) -> Fields {
     doc! { "$set": {
         "holder": { "$literal": holder },
         "due": { "$add": ["$$NOW", millis(lease)] },

@@ -35,7 +35,7 @@ const STEP: usize = 500;
 const ATTEMPTS: u32 = 5;
 
 /// For how long who takes a step keeps others away.
-const HELD: Duration = Duration::from_secs(30);
+const LEASE: Duration = Duration::from_secs(30);
 
 /// Bytes of one command. A document is in it twice; one that alone is too large for that stays as it is.
 const MAX_COMMAND: usize = 15 << 20;
@@ -107,9 +107,9 @@ impl Store {
             "_id": "migration", "to": VERSION, "done": false,
             "$or": [{ "holder": holder }, { "$expr": { "$lte": ["$due", "$$NOW"] } }],
         };
-        let held = i64::try_from(HELD.as_millis()).unwrap_or(i64::MAX);
+        let lease = i64::try_from(LEASE.as_millis()).unwrap_or(i64::MAX);
         let hold = vec![doc! { "$set": {
-            "holder": { "$literal": holder }, "due": { "$add": ["$$NOW", held] },
+            "holder": { "$literal": holder }, "due": { "$add": ["$$NOW", lease] },
         } }];
         let meta = self.meta();
         let claim = meta

@@ -13,10 +13,10 @@ use tokio::{
 use super::SUBPROTOCOL;
 use crate::{
     auth::{Claims, Grant, Right, issue},
-    bus::provision::{Options, connect, provision},
     codec::native,
     config::Config,
     edge::Edge,
+    mesh::provision::{Options, connect, provision},
     runtime::{Phase, unix_s},
     servers::{Binaries, Launcher, NatsOptions, NatsServer, Sources, free_port},
 };

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use natter::{
+use natter::testing::{
     model::{Class, RoomId, partition_of},
     subject::{Subjects, direct_get, rooms_stream},
 };

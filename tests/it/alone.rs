@@ -1,15 +1,16 @@
 //! A region that is cut off goes on with all that it does for its users, whatever is killed and started again in it meanwhile; when
 //! the cut is over, everybody on both sides has what they missed, each region's messages in order and once.
 
-use natter::{
-    client::Connection,
-    model::{Cursor, Region},
-};
+use natter::testing::{client::Connection, model::Cursor};
 use serde_json::{Value, json};
 
-use crate::{
-    resume::command,
-    support::{LONG, eventually, mesh::Mesh, mongodb_url, regions::Regions},
+use crate::support::{
+    LONG,
+    calls::{command, seq},
+    eventually,
+    mesh::Mesh,
+    mongodb_url,
+    regions::Regions,
 };
 
 const ROOM: &str = "chat:a";
@@ -256,11 +257,6 @@ async fn say(from: &mut Member, region: &str, number: usize) -> String {
 
 fn parsed(cursor: &Value) -> Cursor {
     cursor.as_str().unwrap().parse().unwrap()
-}
-
-fn seq(cursor: &Cursor, region: &str) -> u64 {
-    let position = cursor.get(&Region::parse(region).unwrap());
-    position.map_or(0, |position| position.seq)
 }
 
 /// Waits until both edges have the reader's marker where `marker` is in the log of `region`.

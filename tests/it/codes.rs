@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
-use natter::{
+use natter::testing::{
     auth::{Grant, Right},
     client::{CallError, Connection},
     protocol::ErrorCode,
@@ -10,14 +10,13 @@ use natter::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::{
-    resume::{next, reply},
-    support::{
-        self, LONG, eventually,
-        mesh::{Mesh, token, token_with},
-        raw::{Answer, Raw, bearer, exchange, request},
-        signal, unique,
-    },
+use crate::support::{
+    self, LONG,
+    calls::{next, reply},
+    eventually,
+    mesh::{Mesh, token, token_with},
+    raw::{Answer, Raw, bearer, exchange, request},
+    signal, unique,
 };
 
 /// Codes that have no HTTP request: it has no `op`, and no room to be in.

@@ -10,9 +10,9 @@ use std::{
 
 use async_nats::Client;
 use futures_util::StreamExt as _;
-use natter::{
+use natter::testing::{
+    mesh::accounts,
     model::{Class, Region, RoomId, partition_of},
-    servers::accounts,
     subject::{Subjects, api, rooms_stream},
 };
 use serde_json::{Value, json};
@@ -21,14 +21,13 @@ use self::site::{
     Mesh, Natter, PARTITIONS, Ports, REGIONS, Server, Setting, client, deploy, example, password,
     start, violations,
 };
-use crate::{
-    regions::Overheard,
-    resume::reply,
-    support::{
-        LONG, eventually,
-        mesh::{http, token},
-        unique,
-    },
+use crate::support::{
+    LONG,
+    calls::reply,
+    eventually,
+    mesh::{http, token},
+    overheard::Overheard,
+    unique,
 };
 
 const ROOM: &str = "chat:lobby";
@@ -70,7 +69,7 @@ async fn call(
 async fn use_it(first: SocketAddr, second: SocketAddr) {
     let endpoint = |address: SocketAddr| format!("ws://{address}/ws").parse().unwrap();
     let connect = async |address, user| {
-        natter::client::Connection::open(&endpoint(address), Some(&token(user)))
+        natter::testing::client::Connection::open(&endpoint(address), Some(&token(user)))
             .await
             .unwrap()
     };
@@ -319,7 +318,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
 
     // The keys of an edge that died are purged by another one: the only purge an edge may do.
     let endpoint = format!("ws://{first_address}/ws").parse().unwrap();
-    let mut last = natter::client::Connection::open(&endpoint, Some(&token("choi")))
+    let mut last = natter::testing::client::Connection::open(&endpoint, Some(&token("choi")))
         .await
         .unwrap();
     let joined = reply(&mut last, "join", json!({"room": ROOM, "presence": true})).await;
@@ -533,7 +532,7 @@ async fn regions_of_three_servers_with_tls_are_a_mesh() {
     // A member there sees what is said here, and is seen here: edges and users of both regions.
     let (mut there_edge, third) = away.start("edge", "edge-3").await;
     let endpoint = format!("ws://{third}/ws").parse().unwrap();
-    let mut han = natter::client::Connection::open(&endpoint, Some(&token("han")))
+    let mut han = natter::testing::client::Connection::open(&endpoint, Some(&token("han")))
         .await
         .unwrap();
     let joined = reply(&mut han, "join", json!({"room": ROOM, "presence": true})).await;

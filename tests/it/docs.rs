@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use natter::{
+use natter::testing::{
     auth::{Claims, MAX_TOKEN, Right},
     config::DEFAULT_TOML,
     model::{MAX_REGIONS, MAX_USER},
@@ -182,7 +182,8 @@ fn every_command_of_a_client_is_in_the_table() {
 
 #[test]
 fn every_route_is_in_the_table() {
-    let api: serde_json::Value = serde_json::from_str(&natter::edge::openapi_json()).unwrap();
+    let api: serde_json::Value =
+        serde_json::from_str(&natter::testing::edge::openapi_json()).unwrap();
     let mut routes: BTreeSet<String> = BTreeSet::new();
     for (path, methods) in api["paths"].as_object().unwrap() {
         for method in methods.as_object().unwrap().keys() {

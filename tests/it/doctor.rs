@@ -1,18 +1,19 @@
 //! `natter doctor`: it is silent where all is well, and says what is not.
 
-use natter::{
-    bus::{
+use natter::testing::{
+    config::{Config, Secret},
+    mesh::{
         doctor::{Check, Examination, Finding, Level, examine},
         provision::{Options, connect, provision_mesh},
     },
-    config::{Config, Secret},
     servers::free_port,
 };
 use serde_json::{Value, json};
 
-use crate::{
+use crate::support::{
+    LONG, eventually,
+    regions::Regions,
     star::{SYNC_ALWAYS, Star, api, stream},
-    support::{LONG, eventually, regions::Regions},
 };
 
 const ONE_PARTITION: &str = "[nats]\npartitions = 1";

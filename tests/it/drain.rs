@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use natter::{
+use natter::testing::{
     client::{CallError, Commands, Connection},
     protocol::Close,
 };
@@ -14,9 +14,12 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::{net::TcpStream, sync::Notify, task::JoinSet};
 
-use crate::{
-    resume::{next, reply},
-    support::{self, LONG, eventually, mesh::Mesh, signal},
+use crate::support::{
+    self, LONG,
+    calls::{next, reply},
+    eventually,
+    mesh::Mesh,
+    signal,
 };
 
 const SESSIONS: usize = 500;

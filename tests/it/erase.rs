@@ -1,14 +1,15 @@
 //! What is erased is gone: from MongoDB, from the streams, from the edges' memory; also where somebody had it in hand.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
 use mongodb::bson::{Document as Fields, doc};
-use natter::{
+use natter::testing::{
     auth::{Grant, Right},
-    bus::{Connection, Reader, Stored, StreamState, Streams, provision::connect},
+    bus::{Connection, Reader, Stored, StreamState, Streams},
     client::{Connection as Client, Frame},
     history::{entry, status},
+    mesh::provision::connect,
     model::{RoomId, RoomScope},
     store::{Erased, Erasure, Store, What},
     subject::{REGIONS_METADATA, Subjects, rooms_stream},
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     LONG, eventually,
-    mesh::{Mesh, http, token, token_with},
+    mesh::{Mesh, ask, http, token, token_with},
     mongodb_url, nats_url, signal,
 };
 
@@ -27,28 +28,11 @@ const ONE_PARTITION: &str = "[nats]\npartitions = 1\n";
 /// Longest silence in which a frame is still expected.
 const SILENCE: Duration = Duration::from_secs(20);
 
-async fn ask(
-    address: SocketAddr,
-    method: &str,
-    path: &str,
-    token: &str,
-    body: &Value,
-) -> (u16, Value) {
-    let headers = format!("Authorization: Bearer {token}\r\n");
-    let body = if body.is_null() {
-        String::new()
-    } else {
-        body.to_string()
-    };
-    let (status, answer) = http(address, method, path, &headers, &body).await.unwrap();
-    (status, serde_json::from_str(&answer).unwrap_or_default())
-}
-
 /// Says something over HTTP.
 async fn say(mesh: &Mesh, room: &str, user: &str, fields: Value) {
     let path = format!("/v1/rooms/{room}/messages");
     let address = mesh.edges[0].address;
-    let (status, answer) = ask(address, "POST", &path, &token(user), &fields).await;
+    let (status, answer) = ask(address, ("POST", &path), &token(user), &fields).await;
     assert_eq!(status, 200, "{answer}");
 }
 
@@ -56,7 +40,7 @@ async fn say(mesh: &Mesh, room: &str, user: &str, fields: Value) {
 async fn erase(mesh: &Mesh, path: &str, token: &str) -> Value {
     let address = mesh.edges[0].address;
     eventually("it is erased", LONG, async || {
-        let (status, answer) = ask(address, "DELETE", path, token, &Value::Null).await;
+        let (status, answer) = ask(address, ("DELETE", path), token, &Value::Null).await;
         if status == 200 {
             Ok(answer)
         } else {
@@ -87,7 +71,7 @@ async fn stored(mesh: &Mesh) -> Vec<Stored> {
     let mut all = Vec::new();
     for part in 0..nats.partitions {
         let filter = Subjects::new(&nats.prefix).stored_any(&origin, part);
-        let epoch = natter::model::Epoch::parse("test").unwrap();
+        let epoch = natter::testing::model::Epoch::parse("test").unwrap();
         let (found, pending) = reader
             .log(&rooms_stream(&origin, part), epoch, &filter, 1)
             .await
@@ -412,7 +396,7 @@ async fn a_region_that_is_only_named_has_to_erase_too() {
 
     let address = mesh.edges[0].address;
     let path = format!("/v1/rooms/{room}");
-    let (status, answer) = ask(address, "DELETE", &path, &token("mod"), &Value::Null).await;
+    let (status, answer) = ask(address, ("DELETE", &path), &token("mod"), &Value::Null).await;
     assert_eq!(
         (status, &answer["waiting"]),
         (202, &json!(["mars"])),
@@ -430,7 +414,7 @@ async fn only_moderators_erase() {
     let plain = token_with("kim", LONG, vec![Grant::new("*:*", &rights)]);
     let address = mesh.edges[0].address;
     let status = async |path: &str, token: &str| {
-        let (status, answer) = ask(address, "DELETE", path, token, &Value::Null).await;
+        let (status, answer) = ask(address, ("DELETE", path), token, &Value::Null).await;
         (
             status,
             answer["code"].as_str().unwrap_or_default().to_owned(),
@@ -665,7 +649,7 @@ async fn what_is_written_is_held_against_the_erasures() {
         .await;
     }
     let region = mesh.config.region();
-    let epoch = natter::model::Epoch::parse("k3").unwrap();
+    let epoch = natter::testing::model::Epoch::parse("k3").unwrap();
     let entries = stored(&mesh).await.into_iter();
     let entries: Vec<_> = entries
         .map(|stored| entry(stored, &region, epoch))

@@ -1,15 +1,13 @@
 //! What a client can do wrong with WebSocket frames, and what it may do though few do.
 
-use natter::{protocol::Close, wire::MAX_FRAGMENTS};
+use natter::testing::{protocol::Close, wire::MAX_FRAGMENTS};
 use serde_json::{Value, json};
 
-use crate::{
-    resume::reply,
-    support::{
-        self,
-        mesh::{Mesh, token},
-        raw::{BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, Raw, TEXT, frame, head},
-    },
+use crate::support::{
+    self,
+    calls::reply,
+    mesh::{Mesh, token},
+    raw::{BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, Raw, TEXT, frame, head},
 };
 
 /// Payload that makes a message of `limits.frame` too large.

@@ -2,16 +2,14 @@
 
 use std::time::Duration;
 
-use natter::client::{Backoff, Draft, Event, Room, Silence, Target, Token};
+use natter::testing::client::{Backoff, Draft, Event, Room, Silence, Target, Token};
 use serde_json::json;
 
-use crate::{
-    resume::reply,
-    support::{
-        self, LONG,
-        mesh::{Mesh, token},
-        relay::Relay,
-    },
+use crate::support::{
+    self, LONG,
+    calls::reply,
+    mesh::{Mesh, token},
+    relay::Relay,
 };
 
 async fn next(room: &mut Room) -> Event {

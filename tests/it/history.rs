@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, process::Output, time::Duration};
 
 use futures_util::TryStreamExt as _;
 use mongodb::bson::{Document as Fields, doc};
-use natter::{
+use natter::testing::{
     bus::{Connection, Reader},
     history::{Status, status},
     servers::{Mongod, MongodOptions, free_port},
@@ -111,7 +111,7 @@ async fn a_poison_message_becomes_a_dead_letter_and_stops_nobody() {
 
     say(&mesh, room, "bad-1", json!({"text": "안녕"})).await;
     // Straight into the stream, under a subject that is no room's.
-    let nats = natter::bus::provision::connect(&mesh.config.nats)
+    let nats = natter::testing::mesh::provision::connect(&mesh.config.nats)
         .await
         .unwrap();
     let region = &mesh.config.region;
@@ -350,7 +350,7 @@ async fn the_consumer_goes_on_after_all_that_may_happen_to_its_stream() {
     caught_up(&mesh, LONG).await;
     assert_eq!(keys(&mesh).await.len(), 31);
 
-    let client = natter::bus::provision::connect(&mesh.config.nats)
+    let client = natter::testing::mesh::provision::connect(&mesh.config.nats)
         .await
         .unwrap();
     let delete = format!("$JS.API.STREAM.DELETE.ROOMS_{}_0", mesh.config.region);

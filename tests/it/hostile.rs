@@ -4,9 +4,9 @@
 use std::{io::Read as _, process::Stdio};
 
 use async_nats::HeaderMap;
-use natter::{
+use natter::testing::{
     auth::{Claims, Grant, Right, issue},
-    bus::provision::connect,
+    mesh::provision::connect,
     model::{Class, RoomId, partition_of},
     runtime::unix_s,
     subject::{Subjects, header},

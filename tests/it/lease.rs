@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
-use natter::{
+use natter::testing::{
     client::Connection,
     servers::free_port,
     subject::{bucket, presence_keys_of},
@@ -17,10 +17,13 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::{
+use crate::support::{
+    self, LONG,
+    calls::reply,
+    dedicated_nats, eventually,
+    mesh::Mesh,
     presence::{Follower, bucket_of, living},
-    resume::reply,
-    support::{self, LONG, dedicated_nats, eventually, mesh::Mesh, signal},
+    signal,
 };
 
 const ROOM: &str = "chat:all";

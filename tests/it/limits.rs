@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use natter::telemetry::metrics::{Counter, Gauge};
+use natter::testing::telemetry::metrics::{Counter, Gauge};
 use serde_json::{Value, json};
 
 use crate::support::{

@@ -4,7 +4,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use natter::{
+use natter::testing::{
     bus::{Line, LineError},
     servers::{Process, Spec, free_port},
 };
@@ -120,7 +120,7 @@ async fn an_edge_serves_over_tls_with_credentials() {
     );
     edge.start().await.unwrap();
     let endpoint = format!("ws://{address}/ws").parse().unwrap();
-    let mut kim = natter::client::Connection::open(&endpoint, Some(&token("kim")))
+    let mut kim = natter::testing::client::Connection::open(&endpoint, Some(&token("kim")))
         .await
         .unwrap();
     kim.commands()

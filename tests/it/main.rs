@@ -43,7 +43,6 @@ mod roaming;
 mod servers;
 mod shards;
 mod slow;
-mod star;
 mod store;
 mod storm;
 mod support;

@@ -5,23 +5,22 @@ use std::{collections::BTreeMap, time::Duration};
 
 use futures_util::StreamExt as _;
 use mongodb::bson::{DateTime, Document, doc};
-use natter::{
+use natter::testing::{
     auth::{Claims, Grant, Right, issue},
-    bus::provision::connect,
     client::{ConnectError, Connection},
+    mesh::provision::connect,
     model::{Cursor, Region},
     runtime::unix_s,
 };
 use serde_json::{Value, json};
 
-use crate::{
-    resume::{next, reply},
-    support::{
-        LONG, eventually,
-        mesh::{Mesh, SECRET, http, token},
-        mongodb_url,
-        regions::Regions,
-    },
+use crate::support::{
+    LONG,
+    calls::{next, reply, seq},
+    eventually,
+    mesh::{Mesh, SECRET, http, token},
+    mongodb_url,
+    regions::Regions,
 };
 
 const ROOM: &str = "chat:a";
@@ -44,12 +43,6 @@ async fn say(connection: &mut Connection, id: &str) -> Cursor {
     let ack = reply(connection, "send", fields).await;
     assert_eq!(ack["op"], "ack", "{ack}");
     ack["cursor"].as_str().unwrap().parse().unwrap()
-}
-
-/// The sequence of a region in a cursor, 0 without.
-fn seq(cursor: &Cursor, region: &str) -> u64 {
-    let position = cursor.get(&Region::parse(region).unwrap());
-    position.map_or(0, |position| position.seq)
 }
 
 /// What a cursor says of one region alone.
@@ -88,29 +81,24 @@ async fn unread(connection: &mut Connection) -> u64 {
 }
 
 async fn until_unread(connection: &mut Connection, count: u64) {
-    for _ in 0..600 {
-        if unread(connection).await == count {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    panic!("{} are unread, not {count}", unread(connection).await);
+    eventually(&format!("{count} are unread"), LONG, async || {
+        let now = unread(connection).await;
+        (now == count).then_some(()).ok_or(now.to_string())
+    })
+    .await;
 }
 
 /// Waits until the marker of `user` is this one in both regions.
 async fn until_marked(connections: [&mut Connection; 2], user: &str, at: [u64; 2]) {
     for connection in connections {
-        let mut seen = None;
-        for _ in 0..600 {
-            seen = marker(connection, user).await;
-            let now = seen.as_ref();
-            if now.map(|now| [seq(now, SEOUL), seq(now, VIRGINIA)]) == Some(at) {
-                seen = None;
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        assert_eq!(seen, None, "not {at:?}");
+        eventually(&format!("{user} has read {at:?}"), LONG, async || {
+            let now = marker(connection, user).await;
+            let seqs = now
+                .as_ref()
+                .map(|now| [seq(now, SEOUL), seq(now, VIRGINIA)]);
+            (seqs == Some(at)).then_some(()).ok_or(format!("{now:?}"))
+        })
+        .await;
     }
 }
 
@@ -189,13 +177,14 @@ async fn receipts_are_told_in_all_regions() {
     }
     let mut here = regions.mesh(SEOUL).connect(0, "lee").await;
     // The key comes through the mirror.
-    for _ in 0..600 {
+    eventually("the marker is here", LONG, async || {
         let marked = marker(&mut here, "lee").await;
-        if marked.is_some_and(|marked| seq(&marked, VIRGINIA) == seq(&said, VIRGINIA)) {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+        let at = marked.as_ref().map(|marked| seq(marked, VIRGINIA));
+        (at == Some(seq(&said, VIRGINIA)))
+            .then_some(())
+            .ok_or(format!("{marked:?}"))
+    })
+    .await;
     let joined = reply(&mut here, "join", join).await;
     let joined_at: Cursor = joined["marker"].as_str().unwrap().parse().unwrap();
     assert_eq!(seq(&joined_at, VIRGINIA), seq(&said, VIRGINIA), "{joined}");
@@ -228,6 +217,19 @@ async fn present(connection: &mut Connection) -> Vec<(String, bool)> {
     users.iter().map(user).collect()
 }
 
+/// Waits until these users are there, each shown as unreachable or not.
+async fn until_present(asks: &mut Connection, users: &[(&str, bool)]) {
+    eventually(&format!("{users:?} are there"), LONG, async || {
+        let seen = present(asks).await;
+        let same = seen.iter().map(|(user, state)| (&**user, *state));
+        match same.eq(users.iter().copied()) {
+            true => Ok(()),
+            false => Err(format!("{seen:?}")),
+        }
+    })
+    .await;
+}
+
 /// The next push of presence about somebody: who, and what.
 async fn told(connection: &mut Connection) -> (String, String) {
     loop {
@@ -249,19 +251,7 @@ async fn who_is_behind_a_cut_is_unreachable_and_not_gone() {
     let mut lee = regions.mesh(VIRGINIA).connect(0, "lee").await;
     reply(&mut lee, "join", join.clone()).await;
     let mut asks = regions.mesh(SEOUL).connect(0, "asks").await;
-    let until = async |asks: &mut Connection, expected: &[(&str, bool)]| {
-        let mut seen = Vec::new();
-        for _ in 0..600 {
-            seen = present(asks).await;
-            let same = seen.iter().map(|(user, state)| (&**user, *state));
-            if same.eq(expected.iter().copied()) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        panic!("{seen:?} are there, not {expected:?}");
-    };
-    until(&mut asks, &[("kim", false), ("lee", false)]).await;
+    until_present(&mut asks, &[("kim", false), ("lee", false)]).await;
     let pair = |user: &str, state: &str| (user.to_owned(), state.to_owned());
     // A user's own coming is told where the room was looked at before.
     let mut first = told(&mut kim).await;
@@ -271,7 +261,7 @@ async fn who_is_behind_a_cut_is_unreachable_and_not_gone() {
     assert_eq!(first, pair("lee", "join"));
 
     regions.cut(VIRGINIA);
-    until(&mut asks, &[("kim", false), ("lee", true)]).await;
+    until_present(&mut asks, &[("kim", false), ("lee", true)]).await;
     assert_eq!(told(&mut kim).await, pair("lee", "unreachable"));
     // One who comes meanwhile, and an edge that has known nobody before.
     let mut park = regions.mesh(SEOUL).connect(0, "park").await;
@@ -280,7 +270,7 @@ async fn who_is_behind_a_cut_is_unreachable_and_not_gone() {
     let second = regions.mesh(SEOUL).add_edge().await;
     let mut new = regions.mesh(SEOUL).connect(second, "asks").await;
     let all = [("kim", false), ("lee", true), ("park", false)];
-    until(&mut new, &all).await;
+    until_present(&mut new, &all).await;
     let answer = {
         let address = regions.mesh(SEOUL).edges[0].address;
         let bearer = format!("Authorization: Bearer {}\r\n", token("asks"));
@@ -297,13 +287,13 @@ async fn who_is_behind_a_cut_is_unreachable_and_not_gone() {
 
     regions.heal(VIRGINIA);
     let all = all.map(|(user, _)| (user, false));
-    until(&mut asks, &all).await;
-    until(&mut new, &all).await;
+    until_present(&mut asks, &all).await;
+    until_present(&mut new, &all).await;
     assert_eq!(told(&mut kim).await, pair("lee", "reachable"));
     // Now their end is told.
     lee.close().await;
     assert_eq!(told(&mut kim).await, pair("lee", "leave"));
-    until(&mut asks, &[("kim", false), ("park", false)]).await;
+    until_present(&mut asks, &[("kim", false), ("park", false)]).await;
 }
 
 /// An edge that dies behind a cut: when that is over, its end is known.
@@ -313,23 +303,12 @@ async fn an_edge_that_died_behind_a_cut_is_gone_when_that_is_over() {
     let mut lee = regions.mesh(VIRGINIA).connect(0, "lee").await;
     reply(&mut lee, "join", json!({"room": ROOM})).await;
     let mut asks = regions.mesh(SEOUL).connect(0, "asks").await;
-    let until = async |asks: &mut Connection, expected: &[(String, bool)]| {
-        let mut seen = Vec::new();
-        for _ in 0..600 {
-            seen = present(asks).await;
-            if seen == expected {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        panic!("{seen:?} are there, not {expected:?}");
-    };
-    until(&mut asks, &[("lee".to_owned(), false)]).await;
+    until_present(&mut asks, &[("lee", false)]).await;
     regions.cut(VIRGINIA);
-    until(&mut asks, &[("lee".to_owned(), true)]).await;
+    until_present(&mut asks, &[("lee", true)]).await;
     regions.mesh(VIRGINIA).edges[0].process.kill().await;
     regions.heal(VIRGINIA);
-    until(&mut asks, &[]).await;
+    until_present(&mut asks, &[]).await;
 }
 
 #[tokio::test]
@@ -367,17 +346,15 @@ async fn a_page_of_history_has_the_messages_of_all_regions_in_their_order() {
         messages.iter().map(id).collect()
     };
     for (connection, region) in [(&mut here, SEOUL), (&mut there, VIRGINIA)] {
-        let mut page = Value::Null;
-        for _ in 0..600 {
+        eventually(&format!("all are a page in {region}"), LONG, async || {
             let fields = json!({"room": ROOM, "limit": 50});
-            page = reply(connection, "history", fields).await;
-            if ids(&page) == expected && page.get("partial").is_none() {
-                break;
+            let page = reply(connection, "history", fields).await;
+            match ids(&page) == expected && page.get("partial").is_none() {
+                true => Ok(()),
+                false => Err(format!("not {expected:?}: {page}")),
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        assert_eq!(ids(&page), expected, "{region}");
-        assert_eq!(page.get("partial"), None, "{region}");
+        })
+        .await;
         // Page by page, in both directions, over the places of both regions.
         let (mut back, mut before) = (Vec::new(), Value::Null);
         loop {
@@ -409,15 +386,14 @@ async fn a_page_of_history_has_the_messages_of_all_regions_in_their_order() {
     let page = reply(&mut here, "history", fields).await;
     assert_eq!(ids(&page), ["cut-s"]);
     regions.heal(VIRGINIA);
-    let mut page = Value::Null;
-    for _ in 0..600 {
-        page = reply(&mut there, "history", json!({"room": ROOM, "limit": 1})).await;
-        if ids(&page) == ["cut-s"] {
-            break;
+    eventually("what was said in the cut is there", LONG, async || {
+        let page = reply(&mut there, "history", json!({"room": ROOM, "limit": 1})).await;
+        match ids(&page) == ["cut-s"] {
+            true => Ok(()),
+            false => Err(page.to_string()),
         }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    assert_eq!(ids(&page), ["cut-s"]);
+    })
+    .await;
 }
 
 /// Runs a command of `natter` while the relay between the regions, which is part of this process, goes on.

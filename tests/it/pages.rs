@@ -11,10 +11,11 @@ use std::{
 
 use async_nats::{HeaderMap, jetstream};
 use futures_util::StreamExt as _;
-use natter::{
+use natter::testing::{
     auth::{Grant, Right},
-    bus::{Connection, Origins, Reader, Streams, consumer_state, provision::connect},
+    bus::{Connection, Origins, Reader, Streams, consumer_state},
     history::{At, Lies, PageRequest, Pages, entry},
+    mesh::provision::connect,
     model::{Class, Region, RoomId},
     store::{Entry, Store},
     subject::{HISTORY_CONSUMER, Subjects, header, rooms_stream},
@@ -505,10 +506,10 @@ async fn far_behind_pages_are_partial_and_have_no_seam() {
 }
 
 fn cursor_of(entries: &[Entry], key: &str) -> At {
-    let has = |entry: &&Entry| matches!(&entry.what, natter::store::What::Message { key: own, .. } if own == key);
+    let has = |entry: &&Entry| matches!(&entry.what, natter::testing::store::What::Message { key: own, .. } if own == key);
     let entry = entries.iter().find(has).unwrap();
-    let position = entry.place.position(natter::model::Fingerprint(1));
-    At::Cursor(natter::model::Cursor::single(position).to_string())
+    let position = entry.place.position(natter::testing::model::Fingerprint(1));
+    At::Cursor(natter::testing::model::Cursor::single(position).to_string())
 }
 
 /// No worker, no service: what was acknowledged is in the newest page all the same.

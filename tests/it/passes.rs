@@ -7,16 +7,14 @@ use std::sync::{
 };
 
 use futures_util::future::join_all;
-use natter::client::{Connection, Endpoint};
+use natter::testing::client::{Connection, Endpoint};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use serde_json::{Value, json};
 
-use crate::{
-    resume::{next, reply},
-    support::{
-        self,
-        mesh::{Mesh, token},
-    },
+use crate::support::{
+    self,
+    calls::{next, reply},
+    mesh::{Mesh, token},
 };
 
 /// More than are served in one turn.

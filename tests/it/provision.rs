@@ -2,9 +2,9 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use natter::{
-    bus::provision::{Action, Options, Outcome, Verdict, connect, provision},
+use natter::testing::{
     config::Config,
+    mesh::provision::{Action, Options, Outcome, Verdict, connect, provision},
     model::{RoomId, partition_of},
     subject,
 };
@@ -362,7 +362,7 @@ async fn the_command_reports_and_exits_by_what_it_did() {
 
 #[tokio::test]
 async fn nobody_there_is_an_error_and_not_a_wait() {
-    let port = natter::servers::free_port().unwrap();
+    let port = natter::testing::servers::free_port().unwrap();
     let config = support::config(&format!("nats.url = 'nats://127.0.0.1:{port}'"));
     let error = tokio::time::timeout(support::LONG, connect(&config.nats))
         .await

@@ -3,17 +3,17 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::StreamExt as _;
-use natter::{
-    bus::provision::{Action, Options, Provisioned, connect, provision_mesh, remove_region},
+use natter::testing::{
     config::Config,
+    mesh::provision::{Action, Options, Provisioned, connect, provision_mesh, remove_region},
     model::Region,
     subject::{EPOCH_METADATA, REGIONS_METADATA},
 };
 use serde_json::{Value, json};
 
-use crate::{
+use crate::support::{
+    LONG, eventually,
     star::{SYNC_ALWAYS, Star, api, stream},
-    support::{LONG, eventually},
 };
 
 const ONE_PARTITION: &str = "[nats]\npartitions = 1";

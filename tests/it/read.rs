@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use natter::{
+use natter::testing::{
     auth::{Grant, Right},
     client::{CallError, Connection, Endpoint},
     model::{Cursor, RoomId},
@@ -13,14 +13,13 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use crate::{
-    resume::{command, next, reply},
-    support::{
-        self, LONG, eventually,
-        mesh::{Mesh, token, token_with},
-        raw::{self, bearer},
-        signal,
-    },
+use crate::support::{
+    self, LONG,
+    calls::{command, next, reply},
+    eventually,
+    mesh::{Mesh, token, token_with},
+    raw::{self, bearer},
+    signal,
 };
 
 const ROOM: &str = "chat:a";

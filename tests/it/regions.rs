@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use natter::{
-    bus::{
-        Connection,
+use natter::testing::{
+    bus::Connection,
+    mesh::{
         mirrors::{self, NudgeError},
         provision,
     },
@@ -18,7 +18,7 @@ use natter::{
 };
 use serde_json::Value;
 
-use crate::support::{self, LONG, eventually, regions::Regions};
+use crate::support::{self, LONG, eventually, overheard::Overheard, regions::Regions};
 
 /// How long a look at a region that can't be reached waits.
 const LOOK: Duration = Duration::from_secs(1);
@@ -109,49 +109,6 @@ async fn nothing_passes_a_cut_and_both_sides_go_on() {
     }
 }
 
-/// What the mirrors of a region ask their origins, and what is answered.
-pub(crate) struct Overheard {
-    requests: async_nats::Subscriber,
-    answers: async_nats::Subscriber,
-}
-
-impl Overheard {
-    /// Over a connection that may listen to it.
-    pub(crate) async fn listen(client: &async_nats::Client) -> Self {
-        let requests = client.subscribe(api::CONSUMER_REQUESTS).await.unwrap();
-        let answers = client.subscribe(api::CONSUMER_ANSWERS).await.unwrap();
-        Self { requests, answers }
-    }
-
-    /// Waits until a mirror of rooms asks for a consumer; where the answer is to go.
-    pub(crate) async fn asked(&mut self) -> async_nats::Subject {
-        let of_rooms = async {
-            loop {
-                let request = self.requests.next().await.unwrap();
-                if request.subject.contains("ROOMS_") {
-                    return request.reply.unwrap();
-                }
-            }
-        };
-        tokio::time::timeout(LONG, of_rooms).await.unwrap()
-    }
-
-    /// Waits until that is answered, without an error.
-    pub(crate) async fn answered(&mut self, reply: &async_nats::Subject) {
-        let its_own = async {
-            loop {
-                let answer = self.answers.next().await.unwrap();
-                if answer.subject == *reply {
-                    return answer;
-                }
-            }
-        };
-        let answer = tokio::time::timeout(LONG, its_own).await.unwrap();
-        let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
-        assert!(answer["error"].is_null(), "{answer}");
-    }
-}
-
 /// A request of a mirror that was lost in a cut is answered after it: only because it was repeated.
 #[tokio::test]
 async fn what_a_mirror_asked_during_a_cut_is_asked_again() {
@@ -161,7 +118,7 @@ async fn what_a_mirror_asked_during_a_cut_is_asked_again() {
         .await
         .unwrap();
     let keep = mirrors::keep(connection.clone(), &config);
-    let tasks = natter::runtime::Tasks::default();
+    let tasks = natter::testing::runtime::Tasks::default();
     tasks.spawn_until_stopping("keep", keep);
     let frankfurt = client(&regions.url("frankfurt")).await;
     // What mirrors ask when they are made is not what this is about.

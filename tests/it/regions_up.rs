@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
-use natter::{
-    bus::provision,
+use natter::testing::{
+    mesh::provision,
     model::{Region, RoomId, partition_of},
     subject::{api, rooms_stream},
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::{
-    support::{self, LONG, eventually, is_running, mesh},
+use crate::support::{
+    self, LONG, eventually, is_running, mesh,
     up::{Up, publish},
 };
 

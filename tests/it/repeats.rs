@@ -1,8 +1,8 @@
 //! What is said again: once the stream has forgotten it, in another region, or after it was erased.
 
-use std::{collections::HashSet, net::SocketAddr, time::Duration};
+use std::{collections::HashSet, time::Duration};
 
-use natter::{
+use natter::testing::{
     bus::{Connection, Reader, Stored, message_key},
     client::{CallError, Connection as Client},
     model::{Class, Epoch, RoomId, partition_of},
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     LONG, dedicated_nats, eventually,
-    mesh::{Mesh, SECRET, http, token},
+    mesh::{Mesh, SECRET, ask, token},
     mongodb_url, nats_url, natter,
     regions::Regions,
     unique,
@@ -21,24 +21,15 @@ use crate::support::{
 /// The stream forgets soon what it had.
 const FORGETFUL: &str = "[nats]\npartitions = 1\n[streams]\nduplicate_window = \"1s\"\n";
 
-async fn ask(
-    address: SocketAddr,
-    (method, path): (&str, &str),
-    user: &str,
-    body: &Value,
-) -> (u16, Value) {
-    let headers = format!("Authorization: Bearer {}\r\n", token(user));
-    let body = match body {
-        Value::Null => String::new(),
-        body => body.to_string(),
-    };
-    let (status, answer) = http(address, method, path, &headers, &body).await.unwrap();
-    (status, serde_json::from_str(&answer).unwrap_or_default())
-}
-
 async fn post(mesh: &Mesh, edge: usize, room: &str, user: &str, fields: &Value) -> (u16, Value) {
     let path = format!("/v1/rooms/{room}/messages");
-    ask(mesh.edges[edge].address, ("POST", &path), user, fields).await
+    ask(
+        mesh.edges[edge].address,
+        ("POST", &path),
+        &token(user),
+        fields,
+    )
+    .await
 }
 
 /// Says something over HTTP, which is taken.
@@ -68,7 +59,7 @@ async fn stored_of(mesh: &Mesh, origin: &str, room: &str) -> Vec<Stored> {
     let nats = &mesh.config.nats;
     let connection = Connection::open(nats, "test").await.unwrap();
     let reader = Reader::new(connection, nats);
-    let origin = natter::model::Region::parse(origin).unwrap();
+    let origin = natter::testing::model::Region::parse(origin).unwrap();
     let id = RoomId::parse(room).unwrap();
     let part = partition_of(&id, nats.partitions);
     let filter = Subjects::new(&nats.prefix).stored_all(&origin, part, &id);
@@ -91,7 +82,7 @@ async fn page(mesh: &Mesh, room: &str) -> Vec<Value> {
 async fn unread(mesh: &Mesh, room: &str, user: &str) -> u64 {
     let body = json!({ "rooms": [room] });
     let address = mesh.edges[0].address;
-    let (status, answer) = ask(address, ("POST", "/v1/unread"), user, &body).await;
+    let (status, answer) = ask(address, ("POST", "/v1/unread"), &token(user), &body).await;
     assert_eq!(status, 200, "{answer}");
     answer["rooms"][0]["count"].as_u64().unwrap()
 }
@@ -327,7 +318,7 @@ async fn assert_erased(mesh: &Mesh, edge: usize, room: &str, user: &str, fields:
 async fn erase(mesh: &Mesh, path: &str) {
     let address = mesh.edges[0].address;
     eventually("it is erased", LONG, async || {
-        match ask(address, ("DELETE", path), "mod", &Value::Null).await {
+        match ask(address, ("DELETE", path), &token("mod"), &Value::Null).await {
             (200, _) => Ok(()),
             other => Err(format!("{other:?}")),
         }
@@ -510,7 +501,7 @@ async fn what_comes_back_behind_a_cut_is_gone_after_it() {
     let address = regions.at(SEOUL).edges[0].address;
     let path = format!("/v1/rooms/{room}");
     eventually("seoul has erased it", LONG, async || {
-        let (status, answer) = ask(address, ("DELETE", &path), "mod", &Value::Null).await;
+        let (status, answer) = ask(address, ("DELETE", &path), &token("mod"), &Value::Null).await;
         match (status, page(regions.at(SEOUL), room).await.len()) {
             (200 | 202, 0) => Ok(()),
             _ => Err(format!("{status} {answer}")),

@@ -13,10 +13,10 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use natter::{
-    bus::provision::{connect, ping},
+use natter::testing::{
     client::{CallError, Connection},
-    servers::{Process, Spec, free_port},
+    mesh::provision::{connect, ping},
+    servers::{Check, Process, free_port},
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -26,14 +26,13 @@ use tokio::{
     time::{interval, sleep},
 };
 
-use crate::{
-    resume::reply,
-    storm::{
-        Seed, caught_up, keep, seed,
-        sessions::{Session, Shared, Stage, logs},
-        told,
-    },
-    support::{self, LONG, checker, eventually, mesh::Mesh},
+use crate::support::{
+    self, LONG,
+    calls::reply,
+    checker, eventually,
+    mesh::Mesh,
+    sessions::{Session, Shared, Stage, logs},
+    storm::{Seed, caught_up, keep, seed, told},
 };
 
 const REGION: &str = "trio";
@@ -64,30 +63,19 @@ impl Cluster {
         let dir = tempfile::tempdir().unwrap();
         let ports = std::array::from_fn::<u16, SERVERS, _>(|_| free_port().unwrap());
         let routes = std::array::from_fn::<u16, SERVERS, _>(|_| free_port().unwrap());
-        let binary = support::binaries().await.nats_server.clone();
         let mut servers = Vec::new();
         for (number, port) in ports.into_iter().enumerate() {
             let conf = conf(dir.path(), number, port, &routes);
             let path = dir.path().join(format!("n{number}.conf"));
             std::fs::write(&path, conf).unwrap();
-            let spec = Spec {
-                name: format!("n{number}"),
-                program: binary.clone(),
-                args: vec!["--config".into(), path.into()],
-                env: Vec::new(),
-                log: dir.path().join(format!("n{number}.log")),
-                // Answered only where the cluster has a leader.
-                ready: Arc::new(move |_pid| {
-                    Box::pin(async move {
-                        let config =
-                            support::config(&format!("nats.url = 'nats://127.0.0.1:{port}'"));
-                        Ok(ping(&connect(&config.nats).await?).await?)
-                    })
-                }),
-                alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
-                ready_within: LONG,
-                stop_within: Duration::from_secs(10),
-            };
+            // Answered only where the cluster has a leader.
+            let ready: Check = Arc::new(move |_pid| {
+                Box::pin(async move {
+                    let config = support::config(&format!("nats.url = 'nats://127.0.0.1:{port}'"));
+                    Ok(ping(&connect(&config.nats).await?).await?)
+                })
+            });
+            let spec = support::nats_with(&format!("n{number}"), &path, ready).await;
             servers.push(Process::new(support::launcher(), spec));
         }
         // One alone is never ready.

@@ -2,36 +2,14 @@
 
 use std::time::Duration;
 
-use natter::client::{Connection, Frame};
+use natter::testing::client::Connection;
 use serde_json::{Value, json};
 
-use crate::support::{self, LONG, mesh::Mesh};
-
-/// The next frame, within a generous time.
-pub(crate) async fn next(connection: &mut Connection) -> Frame {
-    tokio::time::timeout(LONG, connection.next())
-        .await
-        .expect("no frame came")
-        .unwrap_or_else(|| panic!("closed: {:?}", connection.end()))
-}
-
-/// Sends a command and returns the frames up to its reply, which is the last of them.
-pub(crate) async fn command(connection: &mut Connection, op: &str, fields: Value) -> Vec<Value> {
-    let rid = connection.commands().send(op, fields).await.unwrap();
-    let mut frames = Vec::new();
-    loop {
-        let frame = next(connection).await.json();
-        let done = frame["rid"] == json!(rid);
-        frames.push(frame);
-        if done {
-            return frames;
-        }
-    }
-}
-
-pub(crate) async fn reply(connection: &mut Connection, op: &str, fields: Value) -> Value {
-    command(connection, op, fields).await.pop().unwrap()
-}
+use crate::support::{
+    self, LONG,
+    calls::{command, next, reply},
+    mesh::Mesh,
+};
 
 /// `n` pushes of messages: their bodies.
 async fn bodies(connection: &mut Connection, n: usize) -> Vec<Value> {

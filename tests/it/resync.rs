@@ -1,11 +1,13 @@
 //! What a server loses on the live path is found by comparing rooms with their streams, and storms cost little.
 
-use natter::client::Connection;
+use natter::testing::client::Connection;
 use serde_json::{Value, json};
 
-use crate::{
-    resume::{next, reply},
-    support::{self, LONG, eventually, mesh::Mesh},
+use crate::support::{
+    self, LONG,
+    calls::{next, reply},
+    eventually,
+    mesh::Mesh,
 };
 
 /// A JetStream API request.

@@ -1,11 +1,11 @@
 //! Rooms over several regions: what is said in one is seen in all, a member goes from one to another, and a cut is survived.
 
-use natter::client::Connection;
+use natter::testing::client::Connection;
 use serde_json::{Value, json};
 
-use crate::{
-    resume::{next, reply},
-    support::regions::Regions,
+use crate::support::{
+    calls::{next, reply},
+    regions::Regions,
 };
 
 const SEOUL: &str = "seoul";

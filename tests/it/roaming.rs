@@ -20,20 +20,16 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use serde_json::Value;
 use tokio::{task::JoinSet, time::sleep};
 
-use crate::{
-    storm::{
-        Seed, caught_up, seed,
-        sessions::{Session, Shared, Stage, logs, room_name},
-    },
-    support::{
-        LONG,
-        checker::{self, Log},
-        eventually,
-        mesh::Mesh,
-        mongodb_url,
-        regions::Regions,
-        vectors::{self, Verdict},
-    },
+use crate::support::{
+    LONG,
+    checker::{self, Log},
+    eventually,
+    mesh::Mesh,
+    mongodb_url,
+    regions::Regions,
+    sessions::{Session, Shared, Stage, logs, room_name},
+    storm::{Seed, caught_up, seed},
+    vectors::{self, Verdict},
 };
 
 const REGIONS: [&str; 3] = ["seoul", "frankfurt", "virginia"];

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use natter::servers::{Check, Process, Spec, StartError};
+use natter::testing::servers::{Check, Process, Spec, StartError};
 
 use crate::support::{self, LONG, eventually, is_running};
 

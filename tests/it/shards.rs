@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use natter::{
+use natter::testing::{
     bus::{Connection, Line, Origins, Publisher, Reader},
     codec::Codec,
     config::Config,

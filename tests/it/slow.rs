@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, os::fd::AsFd as _};
 
-use natter::{
+use natter::testing::{
     auth::{Claims, Grant, Right, issue},
     client::Connection,
     runtime::unix_s,
@@ -11,14 +11,13 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt as _, sync::watch, task::JoinHandle};
 
-use crate::{
-    resume::{next, reply},
-    support::{
-        self, LONG, eventually,
-        mesh::{Mesh, SECRET, http, token},
-        raw::{Dial, FIN, Raw, TEXT, bearer, frame},
-        signal,
-    },
+use crate::support::{
+    self, LONG,
+    calls::{next, reply},
+    eventually,
+    mesh::{Mesh, SECRET, http, token},
+    raw::{Dial, FIN, Raw, TEXT, bearer, frame},
+    signal,
 };
 
 /// Reads `n` messages whose bodies begin with their number, from `first` on.

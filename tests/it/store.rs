@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::TryStreamExt;
 use mongodb::bson::{Bson, Document as Fields, doc};
-use natter::{
+use natter::testing::{
     model::{Epoch, Fingerprint, Place, Position, Region, RoomId, RoomScope},
     store::{
         Change, Document, End, Entry, Folded, MAX_QUERY, RefusedEntry, Said, Search, Span, Store,
@@ -1019,9 +1019,9 @@ async fn a_change_is_said_again_only_from_another_place() {
     let room = room("chat:again");
     let at = |seq: u64, key: &str| {
         let place = message(&room, seq, "1").place;
-        natter::store::Removal::new(place, room.clone(), key)
+        natter::testing::store::Removal::new(place, room.clone(), key)
     };
-    let again = async |changes: &[natter::store::Removal]| {
+    let again = async |changes: &[natter::testing::store::Removal]| {
         let again = own.store.said_again(changes).await.unwrap();
         let mut again: Vec<(usize, u64)> =
             again.into_iter().map(|(n, first)| (n, first.seq)).collect();

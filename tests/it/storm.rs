@@ -5,27 +5,18 @@
 //! Two runs with one seed make the same decisions, not the same schedule: a seed narrows a failure down, it need not repeat
 //! it. What a failed run leaves for analysis is in the folder that its panic names.
 
-use std::{
-    fmt::Write as _,
-    fs,
-    path::{Path, PathBuf},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use serde_json::json;
 use tokio::{task::JoinSet, time::sleep};
 
-pub(crate) mod sessions;
-
-use sessions::{Joined, Reached, Session, Shared, Stage, logs, raise};
-
 use crate::support::{
-    DedicatedNats,
-    checker::{self, Log, Violation},
-    dedicated_nats, eventually,
+    DedicatedNats, checker, dedicated_nats, eventually,
     mesh::Mesh,
     nats_url,
+    sessions::{Joined, Reached, Session, Shared, Stage, logs, raise},
+    storm::{PATIENCE, Seed, caught_up, keep, seed, told},
 };
 
 const EDGES: usize = 2;
@@ -35,9 +26,6 @@ const SESSIONS: usize = 200;
 const MESSAGES: usize = 4200;
 const EDGE_KILLS: usize = 3;
 const NATS_KILLS: usize = 1;
-
-/// For the whole storm, and for everybody to have caught up after it.
-const PATIENCE: Duration = Duration::from_secs(240);
 
 /// What is killed, in which order; each waits for its share of the messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,28 +83,6 @@ async fn blows(rng: &mut StdRng, shared: &Shared, mesh: &mut Mesh, nats: &mut De
 async fn outage(rng: &mut StdRng) {
     let pause = if rng.random_bool(0.3) { 5500 } else { 800 };
     sleep(Duration::from_millis(rng.random_range(0..pause))).await;
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the seed of a test is no configuration"
-)]
-pub(crate) fn seed() -> u64 {
-    std::env::var("NATTER_TEST_SEED").map_or_else(
-        |_absent| rand::random(),
-        |text| text.parse().expect("NATTER_TEST_SEED is a number"),
-    )
-}
-
-/// Says the seed when the test fails, wherever that is.
-pub(crate) struct Seed(pub(crate) u64);
-
-impl Drop for Seed {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("storm: failed with NATTER_TEST_SEED={}", self.0);
-        }
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -182,53 +148,6 @@ async fn every_session_sees_every_message_once_in_order_through_kills_of_edges_a
         panic!("seed {}: {}", seed.0, told(&violations, &kept));
     }
     assert!(summary.acked >= MESSAGES, "seed {}: {summary:?}", seed.0);
-}
-
-/// Waits until all have everything; does not panic, so that the checker can say what is missing.
-pub(crate) async fn caught_up(shared: &Shared) -> Result<(), String> {
-    let started = Instant::now();
-    loop {
-        let behind = shared.board.lock().behind();
-        if behind.is_ok() || started.elapsed() > PATIENCE {
-            return behind;
-        }
-        // The pause of a poll.
-        sleep(Duration::from_millis(50)).await;
-    }
-}
-
-pub(crate) fn told(violations: &[Violation], kept: &Path) -> String {
-    let mut text = format!(
-        "{} violations (all of it is in {}):",
-        violations.len(),
-        kept.display()
-    );
-    for violation in violations.iter().take(20) {
-        write!(text, "\n  {violation}").unwrap();
-    }
-    text
-}
-
-/// Writes down what is needed to find out what happened.
-pub(crate) fn keep(seed: u64, mesh: &Mesh, log: &Log, violations: &[Violation]) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("storm-{seed}"));
-    fs::create_dir_all(&folder).unwrap();
-    for edge in 0..mesh.edges.len() {
-        fs::copy(mesh.log(edge), folder.join(format!("edge-{edge}.log"))).unwrap();
-    }
-    let lines: String = violations.iter().map(|v| format!("{v}\n")).collect();
-    fs::write(folder.join("violations.txt"), lines).unwrap();
-    let mut text = String::new();
-    for ack in &log.acks {
-        writeln!(text, "{ack:?}").unwrap();
-    }
-    for session in &log.sessions {
-        for event in &session.events {
-            writeln!(text, "{:?} {event:?}", session.name).unwrap();
-        }
-    }
-    fs::write(folder.join("operations.txt"), text).unwrap();
-    folder
 }
 
 /// Found by a storm: a session that joined before the stream's first message, and came back when the room's memory did not

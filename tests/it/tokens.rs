@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
-use natter::{
+use natter::testing::{
     auth::{Block, Claims, Grant, Revocation, Right},
     bus::{self, Bucket, Put, Reader},
     client::{ConnectError, Connection},
@@ -12,13 +12,12 @@ use natter::{
 };
 use serde_json::{Value, json};
 
-use crate::{
-    resume::{command, next, reply},
-    support::{
-        self, eventually,
-        mesh::{Mesh, SECRET, token, token_with},
-        raw::{Dial, Raw, bearer, request},
-    },
+use crate::support::{
+    self,
+    calls::{command, next, reply},
+    eventually,
+    mesh::{Mesh, SECRET, token, token_with},
+    raw::{Dial, Raw, bearer, request},
 };
 
 /// Keys of these tests only.

@@ -5,7 +5,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use natter::auth::{Grant, Right};
+use natter::testing::auth::{Grant, Right};
 use serde_json::{Value, json};
 
 use crate::support::{

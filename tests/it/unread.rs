@@ -2,19 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use natter::{
+use natter::testing::{
     model::{Class, RoomId, partition_of},
     subject::Subjects,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 
-use crate::{
-    resume::reply,
-    support::{
-        self,
-        mesh::{Mesh, http, token},
-    },
+use crate::support::{
+    self,
+    calls::reply,
+    mesh::{Mesh, http, token},
 };
 
 const ROOMS: usize = 500;
@@ -181,7 +179,7 @@ async fn unread_counts_equal_what_counting_by_hand_finds() {
         waiting += 1;
     }
     for _ in 0..waiting {
-        let ok = crate::resume::next(&mut kim).await.json();
+        let ok = next(&mut kim).await.json();
         assert_eq!(ok["op"], "ok", "{ok}");
     }
 
@@ -350,7 +348,7 @@ async fn joins_are_served_while_many_ask_what_is_new() {
         let joined = reply(&mut lee, "join", join).await;
         assert_eq!(joined["replay"], json!(MISSED), "{joined}");
         for n in 0..MISSED {
-            let message = crate::resume::next(&mut lee).await.json();
+            let message = next(&mut lee).await.json();
             let body = message["body"].as_str().unwrap();
             assert!(body.starts_with(&format!("{n} ")), "{message}");
         }

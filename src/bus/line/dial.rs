@@ -42,7 +42,7 @@ enum Auth {
 
 /// A server could not be reached, or does not want us.
 #[derive(Debug, thiserror::Error)]
-pub(in crate::bus) enum DialError {
+pub(crate) enum DialError {
     #[error(transparent)]
     Io(#[from] io::Error),
     #[error("the server did not answer within {CONNECT_WITHIN:?}")]
@@ -56,15 +56,15 @@ pub(in crate::bus) enum DialError {
 }
 
 /// A connection's bytes.
-pub(in crate::bus) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(crate) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
 /// A server that we have told who we are.
-pub(in crate::bus) struct Dialed {
-    pub(in crate::bus) transport: Box<dyn Transport>,
+pub(crate) struct Dialed {
+    pub(crate) transport: Box<dyn Transport>,
     pub(super) info: Info,
     /// What it said already.
-    pub(in crate::bus) buffer: BytesMut,
+    pub(crate) buffer: BytesMut,
 }
 
 /// What a client says of itself.
@@ -238,7 +238,7 @@ impl Dialer {
 
 /// Connects to a server's port for leaf nodes, as a leaf node that is called `name`. Whether it is taken, the server has yet
 /// to say, between its interest, which [`next_op`] does not know.
-pub(in crate::bus) async fn introduce_leaf_node(
+pub(crate) async fn introduce_leaf_node(
     config: &config::Nats,
     address: &str,
     name: &str,

@@ -41,7 +41,7 @@ use tokio::{
 
 use super::connection::{CLOSE_WITHIN, ConnectError, new_inbox};
 use crate::config;
-pub(super) use dial::{DialError, Dialed, introduce_leaf_node};
+pub(crate) use dial::{DialError, Dialed, introduce_leaf_node};
 pub use driver::{Driver, Listener};
 pub use protocol::{Arrival, HeaderWriter, Headers};
 

@@ -22,8 +22,8 @@ use super::{
     token,
 };
 use crate::{
-    bus::provision::{self, provision_mesh},
     config::Config,
+    mesh::provision::{self, provision_mesh},
     servers::{
         Binaries, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Process, Sources,
         SpineFiles, SpineLink, Spines, free_port, free_port_from, joined,

@@ -9,14 +9,17 @@ use std::{
 };
 
 use async_nats::{Client, ConnectOptions};
-use natter::servers::{Process, Spec, accounts, free_port, free_port_from};
+use natter::testing::{
+    mesh::accounts,
+    servers::{Process, Spec, free_port, free_port_from},
+};
 use serde_json::json;
 use tempfile::TempDir;
 
 use crate::support::{
-    self, LONG, binaries, config, launcher,
+    self, LONG, config, launcher,
     mesh::{SECRET, answers},
-    mongodb_url, natter_command,
+    mongodb_url, nats_with, natter_command,
 };
 
 /// The regions of the examples.
@@ -38,7 +41,7 @@ pub(super) fn deploy() -> PathBuf {
 }
 
 /// What `natter.toml` of a region in deploy/ says about its accounts.
-pub(super) fn example(region: &str, partitions: u16) -> natter::config::Config {
+pub(super) fn example(region: &str, partitions: u16) -> natter::testing::config::Config {
     config(&format!(
         "region = '{region}'\nregions = {REGIONS:?}\n[nats]\npartitions = {partitions}"
     ))
@@ -159,16 +162,11 @@ pub(super) async fn start(setting: Setting<'_>) -> Server {
         .env
         .into_iter()
         .map(|(key, value)| (key.to_owned(), value));
+    let conf = home.join(setting.file);
     let spec = Spec {
-        name: setting.name.to_owned(),
-        program: binaries().await.nats_server.clone(),
-        args: vec!["-c".into(), home.join(setting.file).into()],
         env: passwords.chain(env).collect(),
         log: log.clone(),
-        ready: answers(monitor, "/healthz"),
-        alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
-        ready_within: LONG,
-        stop_within: LONG,
+        ..nats_with(setting.name, &conf, answers(monitor, "/healthz")).await
     };
     let mut process = Process::new(launcher(), spec);
     process.start().await.unwrap();

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use natter::{
+use natter::testing::{
     bus::message_key,
     client::{Connection, Frame},
     model::{Cursor, Place, RoomId},

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use mongodb::bson::DateTime;
-use natter::store::{Migrated, Slot};
+use natter::testing::store::{Migrated, Slot};
 
 use super::*;
 
@@ -749,7 +749,7 @@ async fn several_migrate_while_others_write_and_nothing_is_lost() {
 
 #[test]
 fn bounds_are_those_that_are_documented() {
-    use natter::store::{Annotation, Reaction};
+    use natter::testing::store::{Annotation, Reaction};
     assert_eq!((Reaction::NAMES, Reaction::USERS), (10, 1000));
     assert_eq!((Annotation::NAMES, Annotation::USERS), (32, 8));
 }

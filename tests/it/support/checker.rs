@@ -18,7 +18,7 @@ use std::{
     fmt,
 };
 
-use natter::model::Cursor;
+use natter::testing::model::Cursor;
 
 /// What all clients did and saw.
 #[derive(Debug, Default)]

@@ -2,11 +2,11 @@
 
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use natter::{
+use natter::testing::{
     auth::{Claims, Grant, Right, issue},
-    bus::provision::{self, Options, connect, provision},
     client::{Connection, Endpoint},
     config::Config,
+    mesh::provision::{self, Options, connect, provision},
     runtime::unix_s,
     servers::{Check, Process, Spec, free_port},
 };
@@ -249,6 +249,22 @@ pub(crate) fn token_with(user: &str, ttl: Duration, grants: Vec<Grant>) -> Strin
     let mut claims = Claims::new(user, unix_s() + ttl.as_secs());
     claims.grants = grants;
     issue(&claims, SECRET).unwrap()
+}
+
+/// One HTTP request with a token: status, and the JSON of the answer (`null` where it is none).
+pub(crate) async fn ask(
+    address: SocketAddr,
+    (method, path): (&str, &str),
+    token: &str,
+    body: &Value,
+) -> (u16, Value) {
+    let headers = format!("Authorization: Bearer {token}\r\n");
+    let body = match body {
+        Value::Null => String::new(),
+        body => body.to_string(),
+    };
+    let (status, answer) = http(address, method, path, &headers, &body).await.unwrap();
+    (status, serde_json::from_str(&answer).unwrap_or_default())
 }
 
 /// One HTTP request on a connection of its own: status and body.

@@ -8,18 +8,25 @@
     reason = "shared by test modules that come and go; not each uses everything"
 )]
 
+pub(crate) mod calls;
 pub(crate) mod checker;
 pub(crate) mod mesh;
+pub(crate) mod overheard;
+pub(crate) mod presence;
 pub(crate) mod raw;
 pub(crate) mod regions;
 pub(crate) mod relay;
+pub(crate) mod sessions;
+pub(crate) mod star;
+pub(crate) mod storm;
+pub(crate) mod up;
 pub(crate) mod vectors;
 
 use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::{
-        OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicU32, Ordering},
     },
     thread,
@@ -27,10 +34,11 @@ use std::{
 };
 
 use figment::providers::{Format, Toml};
-use natter::{
+use natter::testing::{
     config::Config,
     servers::{
-        Binaries, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Sources, StartError,
+        Binaries, Check, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Sources, Spec,
+        StartError,
     },
 };
 use tempfile::TempDir;
@@ -189,6 +197,21 @@ pub(crate) async fn dedicated_mongod() -> DedicatedMongod {
         .map_err(|error| error_chain(&error))
         .unwrap();
     DedicatedMongod { server, _dir: dir }
+}
+
+/// A nats-server with the configuration file `conf`, to be started; its log stands beside that.
+pub(crate) async fn nats_with(name: &str, conf: &Path, ready: Check) -> Spec {
+    Spec {
+        name: name.to_owned(),
+        program: binaries().await.nats_server.clone(),
+        args: vec!["--config".into(), conf.into()],
+        env: Vec::new(),
+        log: conf.with_extension("log"),
+        ready,
+        alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
+        ready_within: LONG,
+        stop_within: LONG,
+    }
 }
 
 fn error_chain(error: &StartError) -> String {

@@ -2,8 +2,8 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use natter::{
-    bus::provision::{self, provision_mesh},
+use natter::testing::{
+    mesh::provision::{self, provision_mesh},
     model::Region,
     servers::{
         Cut, NatsOptions, NatsServer, Relay, Spine, SpineFiles, SpineLink, Spines, free_port,

@@ -14,7 +14,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use natter::{
+use natter::testing::{
     bus::message_key,
     model::{Cursor, Fingerprint},
 };

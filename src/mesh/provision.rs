@@ -12,8 +12,8 @@
 
 mod definition;
 mod jetstream;
-mod mesh;
 mod plan;
+mod regions;
 
 use std::{collections::BTreeSet, fmt, io, time::Duration};
 
@@ -23,13 +23,13 @@ use tokio::sync::watch;
 
 pub use definition::{Definition, definitions};
 pub(super) use jetstream::JetStream;
-pub use mesh::{Provisioned, known_regions, provision_mesh, remove_region};
-pub(super) use mesh::{is_mirror, metadata, regions_of};
 pub(super) use plan::plan as plan_stream;
 pub use plan::{Action, FieldChange, Outcome, Verdict};
+pub use regions::{Provisioned, known_regions, provision_mesh, remove_region};
+pub(super) use regions::{is_mirror, metadata, regions_of};
 
-use super::{STREAMS_WATCH, connection::new_inbox};
 use crate::{
+    bus::{STREAMS_WATCH, new_inbox},
     config::{self, Config},
     model::{MAX_REGIONS, Region},
     subject::{self, PARTITIONS_METADATA, Subjects},

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{Check, Finding, Level};
 use crate::{
-    bus::provision::{Definition, Verdict, is_mirror, metadata, plan_stream, regions_of},
+    mesh::provision::{Definition, Verdict, is_mirror, metadata, plan_stream, regions_of},
     model::Region,
     subject::{EPOCH_METADATA, PARTITIONS_METADATA},
 };
@@ -381,7 +381,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{bus::provision::definitions, config::Config, subject::Subjects};
+    use crate::{config::Config, mesh::provision::definitions, subject::Subjects};
 
     fn rooms(replicas: u64) -> Definition {
         let toml = format!("region = 'seoul'\n[streams]\nreplicas = {replicas}");

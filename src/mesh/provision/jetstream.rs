@@ -11,7 +11,7 @@ const STREAM_NOT_FOUND: u64 = 10059;
 
 /// JetStream of one domain. Every request ends within [`REQUEST_DEADLINE`].
 #[derive(Debug, Clone)]
-pub(in crate::bus) struct JetStream<'a> {
+pub(in crate::mesh) struct JetStream<'a> {
     client: &'a Client,
     /// `None`: the domain of the server at the other end of the connection.
     domain: Option<Region>,
@@ -21,7 +21,7 @@ pub(in crate::bus) struct JetStream<'a> {
 
 impl<'a> JetStream<'a> {
     /// That of the server one is connected to.
-    pub(in crate::bus) fn here(client: &'a Client) -> Self {
+    pub(in crate::mesh) fn here(client: &'a Client) -> Self {
         Self {
             client,
             domain: None,
@@ -30,7 +30,7 @@ impl<'a> JetStream<'a> {
     }
 
     /// That of a region of the mesh.
-    pub(in crate::bus) fn of(client: &'a Client, region: &Region) -> Self {
+    pub(in crate::mesh) fn of(client: &'a Client, region: &Region) -> Self {
         Self {
             client,
             domain: Some(region.clone()),
@@ -39,18 +39,18 @@ impl<'a> JetStream<'a> {
     }
 
     /// The same, with what the server refuses on the connection.
-    pub(in crate::bus) fn with_denials(mut self, denials: &Denials) -> Self {
+    pub(in crate::mesh) fn with_denials(mut self, denials: &Denials) -> Self {
         self.denials = Some(denials.clone());
         self
     }
 
     /// Whether it answers.
-    pub(in crate::bus) async fn ping(&self) -> Result<(), ProvisionError> {
+    pub(in crate::mesh) async fn ping(&self) -> Result<(), ProvisionError> {
         self.account().await.map(drop)
     }
 
     /// What the account has, may have, and in which domain.
-    pub(in crate::bus) async fn account(&self) -> Result<Value, ProvisionError> {
+    pub(in crate::mesh) async fn account(&self) -> Result<Value, ProvisionError> {
         self.request(api::INFO, &json!({})).await
     }
 
@@ -75,7 +75,7 @@ impl<'a> JetStream<'a> {
     }
 
     /// All that a stream tells of itself, or `None` where there is none of this name.
-    pub(in crate::bus) async fn stream_info(
+    pub(in crate::mesh) async fn stream_info(
         &self,
         name: &str,
     ) -> Result<Option<Value>, ProvisionError> {

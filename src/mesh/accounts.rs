@@ -2,8 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use super::template::{Part, quoted, render};
-use crate::{config::Config, model::Region, subject::Subjects};
+use crate::{
+    config::Config,
+    model::Region,
+    servers::template::{Part, quoted, render},
+    subject::Subjects,
+};
 
 /// The accounts of region `local` with the default configuration.
 const TEMPLATE: &str = include_str!("../../nats/accounts.conf");

@@ -28,11 +28,11 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
 
-use super::{
-    Connection,
-    line::{DialError, Dialed, introduce_leaf_node},
-};
 use crate::{
+    bus::{
+        Connection,
+        line::{DialError, Dialed, introduce_leaf_node},
+    },
     config::{self, Config},
     model::Region,
     subject::api::{self, in_domain},

@@ -11,7 +11,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use super::{Check, Finding, Level, ahead, clock};
-use crate::{bus::provision::connect, config::Config, model::Region, subject::api};
+use crate::{config::Config, mesh::provision::connect, model::Region, subject::api};
 
 /// How long the first server may take to answer, over gateways too.
 const FIRST: Duration = Duration::from_secs(3);

@@ -1,17 +1,17 @@
 //! Several regions on this machine, joined as leaf nodes of one hub without JetStream: enough for what goes over the API.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc};
 
-use natter::{
-    bus::provision::{connect, ping},
+use natter::testing::{
     config::Config,
+    mesh::provision::{connect, ping},
     model::Region,
-    servers::{Process, Spec, free_port},
+    servers::{Check, Process, free_port},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::{self, LONG, eventually};
+use super::{LONG, eventually};
 
 pub(crate) struct Star {
     dir: TempDir,
@@ -111,7 +111,7 @@ impl Star {
             .iter()
             .find(|s| s.region.as_str() == region)
             .expect("it was started");
-        let mut config = support::config(&self.toml);
+        let mut config = super::config(&self.toml);
         region.clone_into(&mut config.region);
         config.nats.url = format!("nats://127.0.0.1:{}", server.port);
         config
@@ -133,7 +133,7 @@ impl Star {
     /// A command of `natter` as somebody at `region` would give it.
     pub(crate) async fn command(&self, region: &str, args: &[&str]) -> std::process::Command {
         let config = self.config(region);
-        let mut command = support::natter_command(self.dir()).await;
+        let mut command = super::natter_command(self.dir()).await;
         command
             .args(args)
             .env("NATTER__REGION", region)
@@ -150,27 +150,18 @@ async fn start(dir: &Path, name: &str, conf: &str, port: u16, jetstream: Option<
     let path = dir.join(format!("{name}.conf"));
     std::fs::write(&path, conf).unwrap();
     let with_jetstream = jetstream.is_some();
-    let spec = Spec {
-        name: name.to_owned(),
-        program: support::binaries().await.nats_server.clone(),
-        args: vec!["--config".into(), path.into()],
-        env: Vec::new(),
-        log: dir.join(format!("{name}.log")),
-        ready: Arc::new(move |_pid| {
-            Box::pin(async move {
-                let config = support::config(&format!("nats.url = 'nats://127.0.0.1:{port}'"));
-                let client = connect(&config.nats).await?;
-                if with_jetstream {
-                    ping(&client).await?;
-                }
-                Ok(())
-            })
-        }),
-        alive: Arc::new(|_pid| Box::pin(async { Ok(()) })),
-        ready_within: LONG,
-        stop_within: Duration::from_secs(10),
-    };
-    let mut process = Process::new(support::launcher(), spec);
+    let ready: Check = Arc::new(move |_pid| {
+        Box::pin(async move {
+            let config = super::config(&format!("nats.url = 'nats://127.0.0.1:{port}'"));
+            let client = connect(&config.nats).await?;
+            if with_jetstream {
+                ping(&client).await?;
+            }
+            Ok(())
+        })
+    });
+    let spec = super::nats_with(name, &path, ready).await;
+    let mut process = Process::new(super::launcher(), spec);
     process.start().await.unwrap();
     process
 }

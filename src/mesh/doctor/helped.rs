@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, error::Error};
 use futures_util::future::join_all;
 
 use super::{Check, Finding, Level, permissions};
-use crate::{bus::mirrors::nudge, config::Config, model::Region};
+use crate::{config::Config, mesh::mirrors::nudge, model::Region};
 
 /// Tries it at each server of `mirrors.leafnodes`, which makes them look at their mirrors and changes nothing else. Where
 /// there are none it is not meant to be done from here.

@@ -85,7 +85,7 @@ impl Outcome {
 }
 
 /// Compares a stream with its definition. With the outcome comes the configuration to send, if anything is to be sent.
-pub(in crate::bus) fn plan(
+pub(in crate::mesh) fn plan(
     definition: &Definition,
     existing: &Map<String, Value>,
     allow_destructive: bool,
@@ -262,7 +262,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{bus::provision::definitions, config::Config, subject::EPOCH_METADATA};
+    use crate::{config::Config, mesh::provision::definitions, subject::EPOCH_METADATA};
 
     fn rooms(toml: &str) -> Definition {
         let config = Config::with_defaults(Toml::string(toml)).unwrap();

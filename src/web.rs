@@ -1,4 +1,4 @@
-//! The small chat page, embedded.
+//! The small chat page of `web/`, embedded.
 
 use axum::{
     Router,
@@ -7,18 +7,18 @@ use axum::{
     routing::get,
 };
 
-const HTML: &str = include_str!("page/index.html");
-const PAGE: &str = include_str!("page/page.js");
-const CLIENT: &str = include_str!("page/natter.js");
-const LOG: &str = include_str!("page/log.js");
-const PAST: &str = include_str!("page/past.js");
+const HTML: &str = include_str!("../web/index.html");
+const PAGE: &str = include_str!("../web/page.js");
+const CLIENT: &str = include_str!("../web/natter.js");
+const LOG: &str = include_str!("../web/log.js");
+const PAST: &str = include_str!("../web/past.js");
 
 /// Only what the page itself brings, and its own server's WebSocket.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; \
                       img-src data:; base-uri 'none'; form-action 'none'";
 
 /// Adds `/`, and the scripts beside it.
-pub(super) fn routes<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
+pub(crate) fn routes<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
     router
         .route("/", get(html))
         .route("/page.js", get(|| async { script(PAGE) }))

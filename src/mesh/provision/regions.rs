@@ -128,7 +128,7 @@ pub async fn known_regions(
 }
 
 /// The regions that a stream's metadata names.
-pub(in crate::bus) fn regions_of(stream: &Map<String, Value>) -> BTreeSet<Region> {
+pub(in crate::mesh) fn regions_of(stream: &Map<String, Value>) -> BTreeSet<Region> {
     metadata(stream, REGIONS_METADATA)
         .unwrap_or_default()
         .split(',')
@@ -137,7 +137,7 @@ pub(in crate::bus) fn regions_of(stream: &Map<String, Value>) -> BTreeSet<Region
 }
 
 /// A value of a stream's metadata.
-pub(in crate::bus) fn metadata<'a>(stream: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
+pub(in crate::mesh) fn metadata<'a>(stream: &'a Map<String, Value>, key: &str) -> Option<&'a str> {
     stream.get("metadata")?.get(key)?.as_str()
 }
 
@@ -497,6 +497,6 @@ impl<'a> Run<'a> {
     }
 }
 
-pub(in crate::bus) fn is_mirror(stream: &Map<String, Value>) -> bool {
+pub(in crate::mesh) fn is_mirror(stream: &Map<String, Value>) -> bool {
     stream.get("mirror").is_some_and(Value::is_object)
 }

@@ -194,7 +194,7 @@ struct Run<'a> {
 }
 
 /// A region, and what its own streams told.
-struct Place<'a> {
+struct Site<'a> {
     region: Region,
     jetstream: JetStream<'a>,
     own: BTreeMap<String, Value>,
@@ -213,12 +213,12 @@ impl<'a> Run<'a> {
     async fn mesh(&mut self) -> BTreeSet<Region> {
         let own = self.config.region();
         let mut regions = self.config.regions();
-        let mut places = Vec::new();
-        let (place, findings) = self.place(&own).await;
+        let mut sites = Vec::new();
+        let (site, findings) = self.site(&own).await;
         self.findings.extend(findings);
-        if let Some(mut place) = place {
-            self.own_streams(&mut place).await;
-            for (_, info) in place.rooms() {
+        if let Some(mut site) = site {
+            self.own_streams(&mut site).await;
+            for (_, info) in site.rooms() {
                 regions.extend(
                     info.get("config")
                         .and_then(Value::as_object)
@@ -226,7 +226,7 @@ impl<'a> Run<'a> {
                         .unwrap_or_default(),
                 );
             }
-            places.push(place);
+            sites.push(site);
         }
         let others: Vec<&Region> = regions.iter().filter(|region| **region != own).collect();
         if !self.config.regions.is_empty() {
@@ -241,22 +241,22 @@ impl<'a> Run<'a> {
             }
         }
         // All at the same time: one that does not answer takes until the deadline.
-        let asked = join_all(others.into_iter().map(|region| self.place(region))).await;
-        for (place, findings) in asked {
+        let asked = join_all(others.into_iter().map(|region| self.site(region))).await;
+        for (site, findings) in asked {
             self.findings.extend(findings);
-            if let Some(mut place) = place {
-                self.own_streams(&mut place).await;
-                places.push(place);
+            if let Some(mut site) = site {
+                self.own_streams(&mut site).await;
+                sites.push(site);
             }
         }
-        for place in &places {
-            self.mirrors(place, &places, &regions).await;
+        for site in &sites {
+            self.mirrors(site, &sites, &regions).await;
         }
         regions
     }
 
     /// A region, if it answers.
-    async fn place(&self, region: &Region) -> (Option<Place<'a>>, Vec<Finding>) {
+    async fn site(&self, region: &Region) -> (Option<Site<'a>>, Vec<Finding>) {
         let mut findings = Vec::new();
         let here = *region == self.config.region();
         let jetstream = if here {
@@ -313,28 +313,28 @@ impl<'a> Run<'a> {
                 return (None, findings);
             }
         }
-        let place = Place {
+        let site = Site {
             region: region.clone(),
             jetstream,
             own: BTreeMap::new(),
         };
-        (Some(place), findings)
+        (Some(site), findings)
     }
 
     /// Asks these streams, some at a time. What can't be asked becomes a finding; what is not there has no answer.
     async fn look(
         &mut self,
-        place: &Place<'a>,
+        site: &Site<'a>,
         wanted: Vec<Definition>,
     ) -> Vec<(Definition, Option<Value>)> {
-        let looks = stream::iter(wanted).map(|definition| look(&place.jetstream, definition));
+        let looks = stream::iter(wanted).map(|definition| look(&site.jetstream, definition));
         let looks: Vec<Look> = looks.buffered(AT_ONCE).collect().await;
         self.asked += looks.len();
         // The quickest answer says most about the clock.
         let clocks = looks.iter().filter_map(|look| look.clock);
         if let Some((ahead, about)) = clocks.min_by(|a, b| a.1.total_cmp(&b.1)) {
             self.findings
-                .extend(clock(ahead, about).map(|f| f.at(&place.region)));
+                .extend(clock(ahead, about).map(|f| f.at(&site.region)));
         }
         let mut answered = Vec::new();
         for Look {
@@ -360,15 +360,15 @@ impl<'a> Run<'a> {
                 ),
             };
             self.findings
-                .push(finding.at(&place.region).of(&definition.stream));
+                .push(finding.at(&site.region).of(&definition.stream));
         }
         answered
     }
 
-    async fn own_streams(&mut self, place: &mut Place<'a>) {
-        let region = place.region.clone();
+    async fn own_streams(&mut self, site: &mut Site<'a>) {
+        let region = site.region.clone();
         let wanted = definitions(self.config, &region);
-        for (definition, info) in self.look(place, wanted).await {
+        for (definition, info) in self.look(site, wanted).await {
             let name = definition.stream.clone();
             let Some(info) = info else {
                 self.findings.push(
@@ -386,25 +386,20 @@ impl<'a> Run<'a> {
             let found = streams::own(&definition, &info);
             self.findings
                 .extend(found.into_iter().map(|f| f.at(&region).of(&name)));
-            place.own.insert(name, info);
+            site.own.insert(name, info);
         }
     }
 
-    async fn mirrors(
-        &mut self,
-        place: &Place<'a>,
-        places: &[Place<'a>],
-        regions: &BTreeSet<Region>,
-    ) {
-        let mut complete = BTreeSet::from([place.region.clone()]);
-        for origin in regions.iter().filter(|origin| **origin != place.region) {
-            let there = places.iter().find(|other| other.region == *origin);
+    async fn mirrors(&mut self, site: &Site<'a>, sites: &[Site<'a>], regions: &BTreeSet<Region>) {
+        let mut complete = BTreeSet::from([site.region.clone()]);
+        for origin in regions.iter().filter(|origin| **origin != site.region) {
+            let there = sites.iter().find(|other| other.region == *origin);
             let wanted: Vec<Definition> = definitions(self.config, origin)
                 .iter()
-                .filter_map(|definition| definition.mirror_in(&place.region, &self.subjects))
+                .filter_map(|definition| definition.mirror_in(&site.region, &self.subjects))
                 .collect();
             let count = wanted.len();
-            let looked = self.look(place, wanted).await;
+            let looked = self.look(site, wanted).await;
             let mut present = 0;
             for (definition, info) in looked {
                 let name = &definition.stream;
@@ -428,21 +423,21 @@ impl<'a> Run<'a> {
                     ));
                 }
                 self.findings
-                    .extend(found.into_iter().map(|f| f.at(&place.region).of(name)));
+                    .extend(found.into_iter().map(|f| f.at(&site.region).of(name)));
             }
             if present == count {
                 complete.insert(origin.clone());
             }
         }
-        for (name, info) in place.rooms() {
+        for (name, info) in site.rooms() {
             let found = streams::regions(info, &complete, regions);
             self.findings
-                .extend(found.into_iter().map(|f| f.at(&place.region).of(name)));
+                .extend(found.into_iter().map(|f| f.at(&site.region).of(name)));
         }
     }
 }
 
-impl Place<'_> {
+impl Site<'_> {
     fn rooms(&self) -> impl Iterator<Item = (&str, &Value)> {
         let all = self.own.iter().map(|(name, info)| (name.as_str(), info));
         all.filter(|(name, _)| parse_rooms_stream(name).is_some())

@@ -8,8 +8,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::time::{Instant, timeout_at};
 
-use super::Connection;
-use crate::subject::api;
+use crate::{bus::Connection, subject::api};
 
 /// One instance of a micro service.
 #[derive(Debug, Clone, Deserialize)]

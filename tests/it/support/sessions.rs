@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use natter::{
+use natter::testing::{
     client::{Connection, Endpoint, Frame},
     model::Cursor,
 };
@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant as TokioInstant, sleep, sleep_until},
 };
 
-use crate::support::{
+use super::{
     checker::{self, Ack, Event, Log, Sent},
     mesh::token,
 };

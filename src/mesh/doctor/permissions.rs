@@ -12,11 +12,9 @@ use tokio::time::timeout;
 
 use super::{Check, Finding, Level};
 use crate::{
-    bus::{
-        connection::new_inbox,
-        provision::{Denials, ProvisionError, connect_with_denials},
-    },
+    bus::new_inbox,
     config::{self, Config},
+    mesh::provision::{Denials, ProvisionError, connect_with_denials},
     model::{Class, Region, RoomId},
     subject::{self, Subjects, api, bucket},
 };
@@ -162,7 +160,7 @@ impl Needs {
             let buckets = WRITTEN.into_iter().chain([bucket::CONTROL]);
             let buckets = buckets.map(|bucket| subject::bucket_stream(bucket, origin));
             for stream in rooms {
-                needs.asked.push((subject::stream_info(&stream), json!({})));
+                needs.asked.push((api::stream_info(&stream), json!({})));
                 needs.reads(&stream);
             }
             for stream in buckets {

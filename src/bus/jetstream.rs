@@ -1,0 +1,218 @@
+//! JetStream's API as far as it is needed here: one request, and what is used of the answers.
+//!
+//! An answer is an object with what was asked for, or with the key `error`. Deadlines are the callers'.
+
+use std::collections::HashMap;
+
+use async_nats::{Request, RequestError};
+use bytes::Bytes;
+use serde::{Deserialize, de::DeserializeOwned};
+
+use super::Connection;
+
+/// Why JetStream refuses.
+#[derive(Debug, Deserialize)]
+pub(super) struct ApiError {
+    /// As of HTTP.
+    pub(super) code: u16,
+    /// nats-server's own (`errors.json`).
+    #[serde(default)]
+    pub(super) err_code: u32,
+    #[serde(default)]
+    pub(super) description: String,
+}
+
+/// A request without an answer of use.
+#[derive(Debug)]
+pub(super) enum Problem {
+    /// JetStream says no.
+    Refused(ApiError),
+    /// The request could not be sent, nobody answers it, or the answer can't be read.
+    Failed(String),
+}
+
+impl From<Problem> for String {
+    fn from(problem: Problem) -> Self {
+        match problem {
+            Problem::Refused(error) => error.description,
+            Problem::Failed(problem) => problem,
+        }
+    }
+}
+
+impl From<RequestError> for Problem {
+    fn from(error: RequestError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+impl From<serde_json::Error> for Problem {
+    fn from(error: serde_json::Error) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+/// Where a message was stored.
+#[derive(Debug)]
+pub(super) struct PubAck {
+    pub(super) seq: u64,
+    /// It was stored before.
+    pub(super) duplicate: bool,
+}
+
+impl PubAck {
+    /// What a stream answers to a publish. Read once: it is on the path of a message.
+    pub(super) fn read(answer: &[u8]) -> Result<Self, Problem> {
+        #[derive(Deserialize)]
+        struct Answer {
+            seq: Option<u64>,
+            #[serde(default)]
+            duplicate: bool,
+            error: Option<ApiError>,
+        }
+        let Answer {
+            seq,
+            duplicate,
+            error,
+        } = serde_json::from_slice(answer)?;
+        match (error, seq) {
+            (Some(error), _) => Err(Problem::Refused(error)),
+            (None, Some(seq)) => Ok(Self { seq, duplicate }),
+            (None, None) => Err(Problem::Failed("an empty answer".to_owned())),
+        }
+    }
+}
+
+/// How many messages a purge has removed.
+#[derive(Debug, Deserialize)]
+pub(super) struct Purged {
+    #[serde(default)]
+    pub(super) purged: u64,
+}
+
+/// What a stream tells of itself.
+#[derive(Debug, Deserialize)]
+pub(super) struct StreamInfo {
+    pub(super) config: Option<StreamConfig>,
+    pub(super) state: Option<StreamEnds>,
+    /// Only of a mirror.
+    pub(super) mirror: Option<MirrorInfo>,
+    /// What the clock of its leader says, as RFC 3339. Servers before 2.10 don't say it.
+    pub(super) ts: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct StreamConfig {
+    #[serde(default)]
+    pub(super) num_replicas: u8,
+    #[serde(default)]
+    pub(super) metadata: HashMap<String, String>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct StreamEnds {
+    pub(super) first_seq: u64,
+    pub(super) last_seq: u64,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct MirrorInfo {
+    /// Messages that it has still to get.
+    #[serde(default)]
+    pub(super) lag: u64,
+    /// How long ago it heard from its origin, in nanoseconds; -1 where it never did.
+    pub(super) active: i64,
+}
+
+/// What a consumer tells of itself.
+#[derive(Debug, Deserialize)]
+pub(super) struct ConsumerInfo {
+    pub(super) num_pending: Option<u64>,
+    #[serde(default)]
+    pub(super) num_ack_pending: u64,
+    pub(super) ack_floor: Option<Floor>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Floor {
+    pub(super) stream_seq: u64,
+}
+
+/// What was asked for, unless the answer says that it was refused.
+pub(super) fn read<T: DeserializeOwned>(answer: &[u8]) -> Result<T, Problem> {
+    #[derive(Deserialize)]
+    struct Outcome {
+        error: Option<ApiError>,
+    }
+    let Outcome { error } = serde_json::from_slice(answer)?;
+    match error {
+        Some(error) => Err(Problem::Refused(error)),
+        None => Ok(serde_json::from_slice(answer)?),
+    }
+}
+
+/// Asks, and waits for the answer.
+pub(super) async fn ask<T: DeserializeOwned>(
+    connection: &Connection,
+    subject: String,
+    body: Bytes,
+) -> Result<T, Problem> {
+    let request = Request::new().payload(body);
+    let answer = connection.client().send_request(subject, request).await?;
+    read(&answer.payload)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_what_was_asked_for_or_why_it_is_refused() {
+        let refused = br#"{"type":"x","error":{"code":404,"err_code":10059,"description":"stream not found"}}"#;
+        for problem in [
+            read::<StreamInfo>(refused).unwrap_err(),
+            read::<Purged>(refused).unwrap_err(),
+            PubAck::read(refused).unwrap_err(),
+        ] {
+            assert!(
+                matches!(
+                    &problem,
+                    Problem::Refused(ApiError {
+                        code: 404,
+                        err_code: 10059,
+                        ..
+                    })
+                ),
+                "{problem:?}"
+            );
+            assert_eq!(String::from(problem), "stream not found");
+        }
+        let bare = br#"{"error":{"code":503}}"#;
+        assert_eq!(String::from(read::<Purged>(bare).unwrap_err()), "");
+        let info: StreamInfo =
+            read(br#"{"config":{"name":"A"},"state":{"first_seq":3,"last_seq":7},"ts":"t"}"#)
+                .unwrap();
+        assert!(matches!(
+            info.state,
+            Some(StreamEnds {
+                first_seq: 3,
+                last_seq: 7
+            })
+        ));
+        assert_eq!(
+            read::<Purged>(br#"{"success":true,"purged":4}"#)
+                .unwrap()
+                .purged,
+            4
+        );
+        assert!(
+            PubAck::read(br#"{"stream":"A","seq":9,"duplicate":true}"#)
+                .unwrap()
+                .duplicate
+        );
+        for unreadable in [&b""[..], b"{", b"[]", b"{}"] {
+            let problem = PubAck::read(unreadable).unwrap_err();
+            assert!(matches!(&problem, Problem::Failed(_)), "{problem:?}");
+        }
+    }
+}
