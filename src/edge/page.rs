@@ -1,4 +1,4 @@
-//! The small chat page, embedded.
+//! The small chat page, embedded in the binary.
 
 use axum::{
     Router,
@@ -13,11 +13,11 @@ const CLIENT: &str = include_str!("page/natter.js");
 const LOG: &str = include_str!("page/log.js");
 const PAST: &str = include_str!("page/past.js");
 
-/// Only what the page itself brings, and its own server's WebSocket.
+/// The page may load only its own files, and connect only to its own server.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; \
                       img-src data:; base-uri 'none'; form-action 'none'";
 
-/// Adds `/`, and the scripts beside it.
+/// Adds `/` and the scripts of the page.
 pub(super) fn routes<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
     router
         .route("/", get(html))
