@@ -1,4 +1,4 @@
-//! The small chat page of `web/`, embedded.
+//! The small chat page of `web/`, embedded in the binary.
 
 use axum::{
     Router,
@@ -13,7 +13,7 @@ const CLIENT: &str = include_str!("../web/natter.js");
 const LOG: &str = include_str!("../web/log.js");
 const PAST: &str = include_str!("../web/past.js");
 
-/// Only what the page itself brings, and its own server's WebSocket.
+/// The page may load only its own files, and connect only to its own server.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; \
                       img-src data:; base-uri 'none'; form-action 'none'";
 

@@ -1,10 +1,11 @@
-//! Client protocols: how each spells the words of `protocol`.
+//! Client protocols: how each encodes the terms of `protocol`.
 //!
-//! A codec turns what a client sends into [`Request`]s, and replies, events and messages into frames that are ready for the
-//! connection. It knows nothing of sessions and rooms. A protocol is one module here and one member of [`Codec`]; the edge selects
-//! it by the WebSocket subprotocol. Dispatch is a `match`: no trait object on the path of a message.
+//! A codec decodes what a client sends into [`Request`]s, and encodes replies, events and messages into frames that are
+//! ready for the connection. It knows nothing of sessions and rooms. A protocol is one module here and one variant of
+//! [`Codec`]. The edge selects it by the WebSocket subprotocol. Dispatch is a `match`: there is no trait object on the
+//! path of a message.
 //!
-//! What all receivers of a protocol get alike is encoded once: see [`Frames`].
+//! What is the same for all receivers of a protocol is encoded once: see [`Frames`].
 
 #![warn(missing_docs, clippy::indexing_slicing)]
 
@@ -28,26 +29,26 @@ pub enum Codec {
     /// `natter.v1`: JSON objects in WebSocket text frames.
     #[default]
     Native,
-    /// One that shows that there can be others.
+    /// A second protocol for tests.
     #[cfg(test)]
     Lines,
 }
 
-/// What a protocol needs to answer a command.
+/// What a protocol needs to know of a command to answer it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tag {
-    /// The command could not be read so far that its number is known.
+    /// The number of the command could not be read.
     None,
     /// The client's number of the command.
     Number(u64),
 }
 
-/// A command as it was read, or why it could not be read.
+/// A command that was read, or the reason why it could not be read.
 #[derive(Debug)]
 pub struct Request {
-    /// For the answer.
+    /// Identifies the command in its reply.
     pub tag: Tag,
-    /// What is wanted.
+    /// The command.
     pub command: Result<Command, Refused>,
 }
 
@@ -56,7 +57,7 @@ pub struct Request {
 pub struct Encoded {
     /// The frame.
     pub frame: Bytes,
-    /// Where the body stands in it to the letter, if it does.
+    /// Where the frame contains the body unchanged, if it does.
     pub body: Option<Range<usize>>,
 }
 
@@ -85,7 +86,7 @@ impl Codec {
         }
     }
 
-    /// Reads the commands in one text message; `each` gets one [`Request`] a command, in order.
+    /// Decodes the commands in one text message. Calls `each` once for each command, in order.
     pub fn decode(self, text: &str, mut each: impl FnMut(Request)) {
         match self {
             Self::Native => each(native::decode(text)),
@@ -134,7 +135,7 @@ impl Codec {
         }
     }
 
-    /// The frame that asks an idle client for a sign of life.
+    /// The frame that pings an idle client.
     #[must_use]
     pub fn ping(self) -> Bytes {
         match self {
@@ -145,11 +146,11 @@ impl Codec {
     }
 }
 
-/// The frames of one thing that is told to several, one a codec, each made when the first receiver needs it.
+/// One thing encoded for several receivers: one value for each codec, made when the first receiver needs it.
 #[derive(Debug)]
 pub struct PerCodec<T>([OnceCell<T>; Codec::ALL.len()]);
 
-/// Frames of one thing.
+/// The frames of one thing.
 pub type Frames = PerCodec<Bytes>;
 
 impl<T> Default for PerCodec<T> {
@@ -159,13 +160,13 @@ impl<T> Default for PerCodec<T> {
 }
 
 impl<T> PerCodec<T> {
-    /// What `codec` has, made by `encode` at the first call.
+    /// The value for `codec`. The first call makes it with `encode`.
     #[expect(clippy::indexing_slicing, reason = "a slot for each codec")]
     pub fn get(&self, codec: Codec, encode: impl FnOnce() -> T) -> &T {
         self.0[codec as usize].get_or_init(encode)
     }
 
-    /// What there is so far.
+    /// The values that were made so far.
     pub fn made(&self) -> impl Iterator<Item = &T> {
         self.0.iter().filter_map(OnceCell::get)
     }

@@ -1,4 +1,4 @@
-//! How many sessions a user and an address have on this edge.
+//! Limits the sessions of a user and of an address on this edge.
 
 use std::{collections::HashMap, hash::Hash, net::IpAddr, sync::Arc};
 
@@ -18,12 +18,12 @@ pub(super) struct Admission {
 
 #[derive(Debug)]
 struct Places<K> {
-    /// 0: without limit, and nothing is counted.
+    /// 0 means no limit; then nothing is counted.
     limit: usize,
     taken: Mutex<HashMap<K, usize>>,
 }
 
-/// One of the places; given back when dropped.
+/// One counted session; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Place<K: Eq + Hash>(Option<(Arc<Places<K>>, K)>);
 

@@ -1,4 +1,4 @@
-//! What every edge must obey: follows the control buckets of all regions.
+//! The rules that every edge must obey: follows the control buckets of all regions.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -15,13 +15,13 @@ use crate::{
     subject::{CONTROL_RULES, ControlKey, parse_control_key},
 };
 
-/// Pause before a read that failed, of one bucket or all, is repeated, and how often is looked whether one is due.
+/// Pause before a failed read of a bucket is retried, and how often it is checked whether a read is due.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often the buckets are read although nothing is amiss: a republish can be lost.
+/// How often the buckets are read without any cause: a republished change can be lost.
 const RESYNC: Duration = Duration::from_secs(30);
 
-/// The control buckets, followed.
+/// Follows the control buckets.
 #[derive(Debug)]
 pub(super) struct Control {
     rules: Rules,
@@ -30,7 +30,7 @@ pub(super) struct Control {
     due: Instant,
 }
 
-/// What is learned, and where it stands.
+/// The buckets with the rules, and what was learned from them.
 #[derive(Debug)]
 struct Rules {
     bucket: Bucket,
@@ -38,25 +38,26 @@ struct Rules {
     revocations: Arc<Revocations>,
 }
 
-/// What a read of the buckets has come to.
+/// The outcome of a read of the buckets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reading {
-    /// All of them were read.
+    /// All buckets were read.
     All,
-    /// The own one was, and a mirror could not be.
+    /// The own bucket was read, but at least one mirror could not be.
     Own,
-    /// The own one could not be.
+    /// The own bucket could not be read.
     Failed,
 }
 
 impl Control {
-    /// Learns what stands in the buckets: nobody is let in before the own one was read. `None`: NATS was closed.
+    /// Reads the buckets. Returns when the own one was read, so that no client is let in before. `None` if NATS was
+    /// closed.
     pub(super) async fn open(
         bucket: Bucket,
         origins: Arc<Origins>,
         revocations: Arc<Revocations>,
     ) -> Option<Self> {
-        // Subscribed first, read then: what changes in between is seen.
+        // Subscribe first and then read, so that no change in between is missed.
         let feed = bucket.changes(CONTROL_RULES).await.ok()?;
         let rules = Rules {
             bucket,
@@ -78,7 +79,7 @@ impl Control {
         Some(Self { rules, feed, due })
     }
 
-    /// Learns what is said from now on, for ever; also while the buckets are read, which may take its time.
+    /// Applies changes, forever; also while the buckets are read, which may take long.
     pub(super) async fn follow(self) {
         let Self {
             rules,
@@ -107,7 +108,7 @@ impl Control {
             }
             let now = rules.seen();
             let wanted = feed.is_suspect() || seen != now || due <= Instant::now();
-            // What raises a suspicion during a read leads to another one.
+            // A suspicion that arises during a read leads to another read.
             if wanted && reading.is_terminated() {
                 feed.settle();
                 seen = now;
@@ -118,7 +119,7 @@ impl Control {
 }
 
 impl Reading {
-    /// After which the buckets are read again. Where one could not be, something may be amiss.
+    /// How long after a read the buckets are read again. Soon, if one of them could not be read.
     fn pause(self) -> Duration {
         match self {
             Self::All => RESYNC,
@@ -128,13 +129,13 @@ impl Reading {
 }
 
 impl Rules {
-    /// What makes a read necessary when it changes.
+    /// A change of this value requires a read.
     fn seen(&self) -> (u64, u64) {
         let connection = self.bucket.connection();
         (connection.generation(), self.origins.members_version())
     }
 
-    /// Reads all buckets, and learns of each as soon as it is read.
+    /// Reads all buckets, and applies each as soon as it is read.
     async fn read(&self) -> Reading {
         let all = self.origins.all();
         let reads = all.iter().map(async |streams| {
@@ -150,7 +151,7 @@ impl Rules {
             }
         });
         match &join_all(reads).await[..] {
-            // The own one is the first.
+            // The own bucket is the first.
             [false, ..] => Reading::Failed,
             read if read.contains(&false) => Reading::Own,
             _ => Reading::All,
@@ -158,7 +159,7 @@ impl Rules {
     }
 
     fn learn(&self, entry: &Entry) {
-        // A rule that was removed by hand holds until it ends: other regions may not hear of the removal.
+        // A rule that was removed by hand stays in force until it expires: other regions may not get the removal.
         let Some(value) = &entry.value else { return };
         let whose = match parse_control_key(&entry.key) {
             Some(ControlKey::RevokedUser(user)) => Whose::User(user),

@@ -1,4 +1,4 @@
-//! Plain HTTP: publishing, who is there, health, metrics, the OpenAPI document, the page.
+//! Plain HTTP: publishing, history, presence, read markers, erasing, health, metrics, the OpenAPI document, the page.
 
 mod erase;
 mod history;
@@ -40,10 +40,10 @@ use crate::{
     web,
 };
 
-/// What a publish over HTTP may have besides its body: ids, mentions.
+/// Maximum size of an HTTP publish besides its body, for ids and mentions; also of other small request bodies.
 const ENVELOPE_BYTES: u64 = 64 * 1024;
 
-/// Users whose pace is remembered before those at rest are forgotten.
+/// Number of users with a remembered request rate, at which the idle ones are forgotten.
 const MAX_PACES: usize = 10_000;
 
 /// The HTTP interface of an edge.
@@ -191,7 +191,7 @@ impl IntoResponse for HttpError {
             headers.insert(header::RETRY_AFTER, header::HeaderValue::from(1));
         }
         if self.code == ErrorCode::Timeout {
-            // What is left of the request may still come, or not.
+            // The rest of the request may still arrive, so the connection can't be used again.
             headers.insert(
                 header::CONNECTION,
                 header::HeaderValue::from_static("close"),
@@ -201,7 +201,7 @@ impl IntoResponse for HttpError {
     }
 }
 
-/// The token of an `Authorization: Bearer` header; an empty one, which is refused later, where it names none.
+/// The token of an `Authorization: Bearer` header. Empty if the header contains no token; this is refused later.
 pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, token) = value.split_once(' ').unwrap_or((value, ""));
@@ -236,24 +236,25 @@ fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>, HttpError>
     Ok(identity)
 }
 
-/// What a publish sends: the fields of a `send`.
+/// The content of a publish: the fields of a `send`.
 #[derive(Debug, ToSchema)]
 #[expect(
     dead_code,
     reason = "documents what `codec::native::decode_publication` reads"
 )]
 struct PublishRequest {
-    /// `[A-Za-z0-9._~-]{1,64}`, chosen by the client; a repeat with the same id is stored once.
+    /// `[A-Za-z0-9._~-]{1,64}`, chosen by the client. A retry with the same id is stored only once.
     id: Option<String>,
     /// Any JSON.
     body: serde_json::Value,
     /// `message` (default), `edit`, `delete`, `reaction` or `annotation`.
     kind: Option<String>,
-    /// What an edit, delete, reaction or annotation is about: `<user>/<id>`, or `<id>` for an own message.
+    /// The message to which an edit, delete, reaction or annotation refers: `<user>/<id>`, or `<id>` for an own
+    /// message.
     target: Option<String>,
-    /// What the message answers.
+    /// The message that this one answers.
     reply_to: Option<String>,
-    /// Mentioned users, at most 100.
+    /// The users that the message mentions, at most 100.
     mentions: Option<Vec<String>>,
 }
 
@@ -286,7 +287,7 @@ async fn publish(
     publish_to(api, room, request).instrument(span).await
 }
 
-/// The span of one request, which goes on with the client's trace.
+/// The span of one request. It continues the client's trace.
 fn command_span(op: &'static str, headers: &HeaderMap) -> tracing::Span {
     let span = tracing::debug_span!("command", op);
     let parent = headers.get(subject::header::TRACEPARENT);
@@ -299,12 +300,13 @@ fn command_span(op: &'static str, headers: &HeaderMap) -> tracing::Span {
 /// The room that a path names.
 fn room_of(path: Result<Path<String>, PathRejection>) -> Result<RoomId, HttpError> {
     let bad = |text: String| HttpError::new(ErrorCode::BadRoom, text);
-    // The only way to fail: what stands there is not UTF-8 once it is decoded.
+    // This fails only if the decoded path is not UTF-8.
     let Path(room) = path.map_err(|error| bad(error.body_text()))?;
     RoomId::parse(&room).map_err(|error| bad(error.to_string()))
 }
 
-/// Reads the body of a request: of `most` bytes, within `http.body_timeout`, and not much longer than the edge serves.
+/// Reads the body of a request: at most `most` bytes, within `http.body_timeout`, and at most [`LAST_STEP`] after the
+/// edge began to drain.
 async fn read_body(shared: &Shared, body: Body, most: u64) -> Result<Bytes, HttpError> {
     let within = shared.config.http.body_timeout;
     let drained = async {
@@ -371,13 +373,13 @@ async fn publish_to(
     Ok(Json(published))
 }
 
-/// Whether the process lives.
+/// Whether the process is alive.
 #[utoipa::path(get, path = "/healthz", responses((status = 200, body = String)))]
 async fn healthz() -> &'static str {
     "ok\n"
 }
 
-/// Whether the edge takes connections and publishes: streams found, NATS up, all shards at work, not draining.
+/// Whether the edge accepts connections and publishes: streams found, NATS up, all shards running, not draining.
 #[utoipa::path(get, path = "/readyz", responses((status = 200, body = String), (status = 503, body = String)))]
 async fn readyz(State(shared): State<Arc<Shared>>) -> (StatusCode, String) {
     let phase = shared.lifecycle.phase();

@@ -6,8 +6,8 @@
 //!                          └─ /v1/…, /metrics, /healthz, /readyz, /
 //! ```
 //!
-//! Each shard has its own NATS connections, rooms and sessions. What shards share (tokens, what is revoked, presence, read
-//! markers, counters) no live message needs but the counters.
+//! Each shard has its own NATS connections, rooms and sessions. Shards share tokens, revocations, presence, read
+//! markers and counters. Of these, the path of a live message uses only the counters.
 
 mod admission;
 mod control;
@@ -50,9 +50,9 @@ const CLOSE_WITHIN: Duration = Duration::from_millis(1500);
 #[derive(Debug)]
 pub struct Edge {
     shared: Arc<Shared>,
-    /// Background tasks, which end with the process.
+    /// Background tasks. They end with the process.
     tasks: Tasks,
-    /// Accepting, and requests under way.
+    /// The accept loop and the HTTP requests in progress.
     http: Tasks,
 }
 
@@ -62,11 +62,11 @@ struct Shared {
     config: Arc<Config>,
     id: Arc<str>,
     verifier: Arc<Verifier>,
-    /// Which messages were erased: none of them is stored again.
+    /// The messages that were erased: none of them is stored again.
     remembered: Arc<Remembered>,
     lifecycle: Lifecycle,
     admission: Arc<Admission>,
-    /// What needs NATS; there from when the edge is ready.
+    /// The parts that need NATS. Set when the edge becomes ready.
     ready: tokio::sync::OnceCell<Ready>,
 }
 
@@ -75,11 +75,11 @@ struct Shared {
 struct Ready {
     connection: Connection,
     line: Line,
-    /// For presence and read markers: what they wait for holds up no message.
+    /// For presence and read markers, so that no message waits behind them.
     state: Connection,
-    /// For unread counts and history, which take long: presence and markers don't wait for them.
+    /// For unread counts and history, which take long, so that presence and markers don't wait for them.
     questions: Connection,
-    /// For the mirrors of the region, where they are helped on.
+    /// For the mirrors of the region, if this edge has to help them.
     mirrors: Option<Connection>,
     publisher: Publisher,
     presence: Arc<Presence>,
@@ -91,7 +91,7 @@ struct Ready {
 /// The edge can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum EdgeError {
-    /// The address is taken or not ours.
+    /// The address is in use or not available on this machine.
     #[error("edge.listen = {address}: can't listen there")]
     Listen {
         address: SocketAddr,
@@ -100,7 +100,7 @@ pub enum EdgeError {
     /// The keys for tokens can't be used.
     #[error("the edge can't check tokens")]
     Auth(#[from] AuthConfigError),
-    /// NATS can't be used with what the configuration says.
+    /// NATS can't be used with this configuration.
     #[error(transparent)]
     Nats(#[from] ConnectError),
     /// A thread could not be started.
@@ -123,7 +123,7 @@ pub enum DrainError {
 }
 
 impl Edge {
-    /// Binds the address and begins to serve. Until the streams are there the edge answers, but is not ready.
+    /// Binds the address and begins to serve. Until the streams are available, the edge answers but is not ready.
     ///
     /// # Errors
     /// [`EdgeError`].
@@ -187,14 +187,14 @@ impl Edge {
         Ok(edge)
     }
 
-    /// How far it is in its life.
+    /// The lifecycle of the edge.
     #[must_use]
     pub fn lifecycle(&self) -> &Lifecycle {
         &self.shared.lifecycle
     }
 
-    /// Waits until a part of it is gone without which it can't go on, and says which: it is to be drained then, as far as that
-    /// is still possible, and the process to end with an error. Cancel-safe.
+    /// Waits until an essential part of the edge has failed, and returns which one. The caller should then drain the
+    /// edge, as far as that is still possible, and end the process with an error. Cancel-safe.
     pub async fn failed(&self) -> String {
         tokio::select! {
             why = self.tasks.failed() => why,
@@ -202,10 +202,11 @@ impl Edge {
         }
     }
 
-    /// Ends in order: not ready, no new connections, sessions told to come back elsewhere, what is queued written.
+    /// Ends in order: is no longer ready, accepts no new connections, tells sessions to reconnect elsewhere, and writes
+    /// what is queued.
     ///
     /// # Errors
-    /// [`DrainError`] when `edge.drain_timeout` was over before that; what is left is cut, and nothing is waited for any longer.
+    /// [`DrainError`] if `edge.drain_timeout` was over before that. What is left is cut off and no longer waited for.
     pub async fn drain(self) -> Result<(), DrainError> {
         let deadline = tokio::time::Instant::now() + self.shared.config.edge.drain_timeout;
         self.shared.lifecycle.advance(Phase::Draining);
@@ -222,7 +223,7 @@ impl Edge {
         let rest = deadline.saturating_duration_since(tokio::time::Instant::now());
         let http = self.http.drain(rest).await;
         if let Some(ready) = ready {
-            // Nobody moves a marker any more. Without NATS there is nowhere to write it to.
+            // No marker moves any more. Without NATS, markers can't be written.
             if ready.state.is_up() && !ready.markers.flush(deadline).await {
                 tracing::warn!("read markers could not be written before the end of the drain");
             }
@@ -234,7 +235,7 @@ impl Edge {
             };
             let (line, connection) = (&ready.line, &ready.connection);
             let (state, questions) = (&ready.state, &ready.questions);
-            // All at once: what hangs is waited for once.
+            // In parallel, so that hanging connections are waited for only once.
             let (_late, ..) = tokio::join!(
                 shards,
                 mirrors,
@@ -284,7 +285,7 @@ async fn make_ready(
     let state = Connection::open(&config.nats, &name).await?;
     keep_connected(&state, tasks);
     let state_reader = Reader::new(state.clone(), &config.nats);
-    // Its turns are its own: what is revoked does not wait behind rosters.
+    // A reader of its own, so that reads of revocations don't wait behind those of presence.
     let control_reader = Reader::new(state.clone(), &config.nats);
     let control = Bucket::new(state.clone(), control_reader, config, bucket::CONTROL);
     let remembered = Arc::clone(&shared.remembered);
@@ -302,10 +303,10 @@ async fn make_ready(
         }
         None => tasks.fail("what is revoked can't be followed"),
     }
-    // For what is published over HTTP, and for receipts.
+    // For messages that are published over HTTP, and for receipts.
     let (line, driver) = Line::new(&config.nats, &format!("natter edge {} publish", shared.id))?;
     tasks.keep_running("publish over HTTP", driver.run(()));
-    // Whoever finds the edge ready can publish.
+    // When the edge is ready, it must be able to publish.
     line.ready().await;
     let reader = Reader::new(connection.clone(), &config.nats);
     let publisher = Publisher::new(
@@ -316,7 +317,8 @@ async fn make_ready(
         &config.nats,
         &shared.id,
     );
-    // One of these is up to hundreds of reads, or megabytes: presence, markers and joins don't wait behind them.
+    // One of these requests can need hundreds of reads, or megabytes. Presence, markers and joins must not wait behind
+    // them.
     let name = format!("natter edge {} questions", shared.id);
     let questions = Connection::open(&config.nats, &name).await?;
     keep_connected(&questions, tasks);
@@ -329,7 +331,7 @@ async fn make_ready(
     let history = history::Client::new(&ask(), &origins, config);
     let presences = (&presence, pushes);
     let shards = Shards::start(tasks, shared, &origins, presences, &markers, &history).await?;
-    // Set once, here.
+    // Nothing else sets this.
     let set = shared.ready.set(Ready {
         connection,
         line,
@@ -348,7 +350,7 @@ async fn make_ready(
     Ok(())
 }
 
-/// Sees to it that a NATS connection which has ended for good is missed.
+/// Makes the edge fail when a NATS connection has ended for good.
 fn keep_connected(connection: &Connection, tasks: &Tasks) {
     let connection = connection.clone();
     tasks.keep_running("NATS connection", async move { connection.ended().await });

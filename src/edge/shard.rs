@@ -1,8 +1,9 @@
 //! A shard: one thread with its own NATS connections, rooms and sessions.
 //!
-//! A shard that has lost a part of itself (a task panicked, a NATS connection ended for good) or stands still ends the process:
-//! what it holds is shared by its tasks, so nobody could say what of it is still right, and its clients resume elsewhere by
-//! cursor. Until then its sessions are told to, as far as it still can.
+//! A shard ends the process if a part of it has failed (a task panicked, a NATS connection ended for good) or if it
+//! hangs. Its tasks share their state, so after a failure nobody can know which part of the state is still valid.
+//! Clients resume on another edge with their cursors. Before the end, sessions are told to reconnect, as far as the
+//! shard is still able to.
 
 use std::{
     cell::{Cell, RefCell},
@@ -45,37 +46,38 @@ use crate::{
     wire::{Conn, ConnLimits},
 };
 
-/// New connections that wait for a shard; the acceptor waits when it is full.
+/// Capacity of a shard's queue of new connections. If it is full, a handover waits for up to [`TAKE_WITHIN`].
 const WAITING: usize = 1024;
 
-/// How often a shard looks after its sessions, and somebody after the shards.
+/// How often a shard checks its sessions, and how often the shards are checked.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Looks without a sign of life after which a shard gets no more connections, and the edge is not ready.
+/// Checks in a row without a tick of a shard, after which it gets no more connections and the edge is not ready.
 const SILENT: u32 = 5;
 
-/// Looks without a sign of life after which the edge ends. Counted and not timed: this process may have stood still itself.
+/// Checks in a row without a tick of a shard, after which the edge ends. Checks are counted instead of measuring time,
+/// since the whole process may have been stopped.
 const HUNG: u32 = 30;
 
-/// How long after the deadline of a drain a shard may take to say how many sessions are left.
+/// How long after the deadline of a drain a shard may take to report how many sessions are left.
 const ANSWER_WITHIN: Duration = Duration::from_millis(200);
 
-/// How long a shard may take to take a connection.
+/// How long a shard may take to accept a connection. After that the connection is dropped.
 const TAKE_WITHIN: Duration = Duration::from_secs(5);
 
 /// A connection on its way to a shard.
 #[derive(Debug)]
 pub(super) struct NewSession {
     pub(super) stream: TcpStream,
-    /// What the client sent right behind its handshake.
+    /// What the client sent right after its handshake.
     pub(super) first: Bytes,
-    /// Set for a connection that is accepted only to be told why it is not wanted.
+    /// Set for a connection that is accepted only to be closed with this reason.
     pub(super) close: Option<Close>,
-    /// What it has besides.
+    /// The state of its session.
     pub(super) carried: Carried,
 }
 
-/// The way to a shard.
+/// The queue of a shard's new connections.
 pub(super) type ToShard = mpsc::Sender<NewSession>;
 
 /// All shards of an edge.
@@ -98,20 +100,20 @@ struct Handle {
 struct Drain {
     spread: Duration,
     deadline: tokio::time::Instant,
-    /// How many sessions were left in the end.
+    /// Receives the number of sessions that were left.
     done: oneshot::Sender<usize>,
-    /// Dropped when its connections are closed.
+    /// Dropped when the shard's NATS connections are closed.
     _ended: oneshot::Sender<()>,
 }
 
-/// What became of a drain.
+/// The outcome of a drain.
 #[derive(Debug, Default)]
 pub(super) struct Drained {
     /// Sessions that were left at the deadline.
     pub(super) left: usize,
     /// Shards that had not answered by then.
     pub(super) stuck: Vec<usize>,
-    /// Tells when each of the others has closed its connections.
+    /// For each of the other shards, resolves when its NATS connections are closed.
     pub(super) ends: Vec<oneshot::Receiver<()>>,
 }
 
@@ -119,11 +121,11 @@ pub(super) struct Drained {
 #[derive(Debug)]
 struct Neighbour {
     sessions: ToShard,
-    /// How many sessions it has.
+    /// The number of its sessions.
     load: AtomicUsize,
-    /// Its ticks.
+    /// The number of its ticks.
     beats: AtomicU64,
-    /// Looks in a row that found no new one.
+    /// Checks in a row without a new tick.
     silent: AtomicU32,
 }
 
@@ -144,7 +146,7 @@ impl Neighbour {
     }
 }
 
-/// Looks after all shards, for ever: who gives no sign of life is not well, and in the end makes the edge fail.
+/// Checks all shards, forever. A shard without ticks is first reported as silent, and later makes the edge fail.
 async fn watch(neighbours: Arc<[Neighbour]>, tasks: Tasks) {
     let mut seen = vec![0; neighbours.len()];
     let mut tick = interval(TICK);
@@ -166,8 +168,8 @@ async fn watch(neighbours: Arc<[Neighbour]>, tasks: Tasks) {
     }
 }
 
-/// Where a session belongs whose first room is `room`, as seen from the shard `here`: its room's shard, unless that has much
-/// more to do than the others.
+/// Reserves a place for a session on the shard of its first room. `None` if the session is there already (`here`), or
+/// if that shard is silent, full, or has many more sessions than the others.
 fn home(
     neighbours: &[Neighbour],
     here: usize,
@@ -184,7 +186,7 @@ fn home(
     neighbour.sessions.clone().try_reserve_owned().ok()
 }
 
-/// The way of sessions from the shard `here` to where their rooms are.
+/// Moves sessions from the shard `here` to the shards of their rooms.
 fn way_home(neighbours: Arc<[Neighbour]>, here: usize) -> Home {
     Box::new(move |room| {
         let place = home(&neighbours, here, room)?;
@@ -200,7 +202,8 @@ fn way_home(neighbours: Arc<[Neighbour]>, here: usize) -> Home {
     })
 }
 
-/// Sessions that a shard may have and still be given those of its rooms: a room that is larger than that is spread.
+/// Number of sessions up to which a shard takes in the sessions of its rooms. So a very large room is spread over
+/// shards.
 fn fair_share(total: usize, shards: usize) -> usize {
     let mean = total / shards.max(1);
     mean + mean / 8 + 16
@@ -217,7 +220,7 @@ struct Common {
     part: Part,
 }
 
-/// A shard's own name, and whom it tells when it can't go on.
+/// The number of a shard, and where it reports that it can't go on.
 #[derive(Debug, Clone)]
 struct Part {
     number: usize,
@@ -243,7 +246,8 @@ impl Part {
     }
 }
 
-/// Starts the thread of a shard, which does what `run` makes. The thread ends with that; nobody waits for it.
+/// Starts the thread of a shard, which runs the future that `run` makes. The thread ends with the future and is not
+/// joined.
 fn start_thread<F: Future<Output = ()>>(
     part: Part,
     run: impl FnOnce() -> F + Send + 'static,
@@ -261,7 +265,7 @@ fn start_thread<F: Future<Output = ()>>(
 }
 
 impl Shards {
-    /// How many there are.
+    /// The number of shards.
     pub(super) fn count(config: &Config) -> usize {
         match config.edge.shards {
             0 => thread::available_parallelism().map_or(1, usize::from),
@@ -269,7 +273,8 @@ impl Shards {
         }
     }
 
-    /// Starts the threads, one for each of `pushes`, and waits until each has its connections. `tasks` fail when a shard can't go on.
+    /// Starts the threads, one for each of `pushes`, and waits until each has its connections. `tasks` fail if a shard
+    /// can't go on later.
     pub(super) async fn start(
         tasks: &Tasks,
         shared: &Arc<Shared>,
@@ -319,7 +324,7 @@ impl Shards {
         })
     }
 
-    /// The shard for the next connection: in turn, of those that give signs of life.
+    /// The shard for the next connection: in turn, without the silent ones.
     pub(super) fn next(&self) -> ToShard {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.neighbours.len();
         let mut from_here = self.neighbours.iter().cycle().skip(turn);
@@ -331,7 +336,7 @@ impl Shards {
         chosen.sessions.clone()
     }
 
-    /// Why clients can't be served now, if a shard can't serve them.
+    /// The reason why clients can't be served now, if a shard can't serve them.
     pub(super) fn trouble(&self) -> Option<String> {
         let silent = self.neighbours.iter().position(Neighbour::is_silent);
         if let Some(number) = silent {
@@ -341,7 +346,7 @@ impl Shards {
         (!self.shards.iter().all(up)).then(|| "NATS is away".to_owned())
     }
 
-    /// Drains all shards. A shard that has not answered by the deadline is left alone.
+    /// Drains all shards. Does not wait for a shard that has not answered [`ANSWER_WITHIN`] after the deadline.
     pub(super) async fn drain(&self, spread: Duration, deadline: tokio::time::Instant) -> Drained {
         let mut drained = Drained::default();
         let mut waits = Vec::new();
@@ -354,7 +359,8 @@ impl Shards {
                 done,
                 _ended,
             };
-            // There is room for the one order that it ever gets. A shard that has ended has no sessions.
+            // The channel has capacity for the only order that a shard gets. If sending fails, the shard has ended and
+            // has no sessions.
             if shard.drain.try_send(drain).is_ok() {
                 waits.push((number, wait, end));
             }
@@ -372,8 +378,8 @@ impl Shards {
     }
 }
 
-/// Hands a connection over to a shard. A shard that is gone is draining, and one that does not take it stands still: the
-/// connection is closed by being dropped, as for any client that comes late.
+/// Hands a connection over to a shard. Returns whether the shard has accepted it. If not, the shard is draining or
+/// hangs. The connection is then dropped, which closes it.
 pub(super) async fn hand_over(shard: ToShard, session: NewSession) -> bool {
     shard.send_timeout(session, TAKE_WITHIN).await.is_ok()
 }
@@ -386,7 +392,7 @@ struct Shard {
     number: u64,
     made: Cell<u64>,
     neighbours: Arc<[Neighbour]>,
-    /// What all outboxes held at the last tick.
+    /// Bytes in all outboxes at the last tick.
     queued: Cell<i64>,
 }
 
@@ -426,10 +432,10 @@ async fn run(
     let mut revoked = shard.context.verifier.revocations().changes();
     let drain = loop {
         tokio::select! {
-            // All four are cancel-safe.
+            // All branches are cancel-safe.
             Some(new) = new_sessions.recv() => shard.open_session(new),
             _ = tick.tick() => shard.tick(),
-            // Who is not let in any more does not wait for the tick. The sender lives as long as the verifier.
+            // Revoked sessions are closed without waiting for the tick. The sender lives as long as the verifier.
             Ok(()) = revoked.changed() => shard.close_revoked(),
             drain = drains.recv() => break drain,
         }
@@ -446,7 +452,7 @@ async fn run(
             shard.open_session(late);
         }
         let left = shard.drain(spread, deadline).await;
-        // The edge may have given up waiting.
+        // The edge may have stopped waiting.
         let _gave_up = done.send(left);
         shard.context.rooms.end();
         tokio::join!(live.close(), replay.close());
@@ -551,7 +557,7 @@ impl Shard {
         self.sessions.borrow_mut().insert(id, Rc::clone(&session));
         self.load().fetch_add(1, Ordering::Relaxed);
         let shard = Rc::clone(self);
-        // A copy, of nothing as a rule: `first` is the end of the buffer of the whole handshake, which is to go.
+        // A copy, usually of nothing: `first` is a slice of the buffer of the whole handshake, which should be freed.
         let first = new.first.to_vec();
         spawn_local(async move {
             let span = tracing::debug_span!("session", session.id = id);
@@ -590,7 +596,8 @@ impl Shard {
         }
     }
 
-    /// Tells the sessions to come back elsewhere, spread over time, and waits until they are gone. How many are left.
+    /// Tells the sessions to reconnect elsewhere, spread over time, and waits until they are gone. Returns how many are
+    /// left at the deadline.
     async fn drain(self: &Rc<Self>, spread: Duration, deadline: tokio::time::Instant) -> usize {
         let sessions: Vec<Rc<Session>> = self.sessions.borrow().values().cloned().collect();
         for session in sessions {
@@ -624,7 +631,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// Why the tasks fail when a shard does this.
+    /// The reason with which the tasks fail if a shard does this.
     async fn why<F: Future<Output = ()>>(run: impl FnOnce(Part) -> F + Send + 'static) -> String {
         let tasks = Tasks::default();
         let part = Part {
@@ -651,7 +658,7 @@ mod tests {
         let later = why(|_| async {
             spawn_local(async {
                 let inner = spawn_local(async { panic!("on purpose") });
-                // Who looks at the end of a task can't hide it.
+                // Code that handles the end of a task can't hide a panic.
                 assert!(inner.await.is_err());
                 pending::<()>().await;
             });
@@ -668,7 +675,7 @@ mod tests {
     }
 
     fn config() -> Config {
-        // Nobody listens there.
+        // Nothing listens at this address.
         Config::with_defaults(Toml::string("nats.url = 'nats://127.0.0.1:1'")).unwrap()
     }
 
@@ -703,7 +710,7 @@ mod tests {
         sleep(TICK * (SILENT + 2)).await;
         assert_eq!([chosen(), chosen(), chosen()], [0, 2, 2]);
         assert_eq!(shards.trouble().unwrap(), "shard 1 gives no sign of life");
-        // It comes back.
+        // The shard ticks again.
         neighbours[1].beats.fetch_add(1, Ordering::Relaxed);
         sleep(TICK * 2).await;
         assert_eq!(shards.trouble(), None);
@@ -734,7 +741,7 @@ mod tests {
             neighbours: Arc::new([]),
             turn: AtomicUsize::new(0),
         };
-        // The first has ended, the second dies of its order, the third answers, and the fourth stands still.
+        // The first has ended, the second dies when it gets its order, the third answers, and the fourth hangs.
         let _fourth = orders.pop();
         let mut third = orders.pop().unwrap();
         let mut second = orders.pop().unwrap();

@@ -1,4 +1,4 @@
-//! From an HTTP request to a socket in the hands of a shard.
+//! From an HTTP request to a socket that a shard owns.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -25,10 +25,10 @@ use crate::{
     telemetry::metrics::{self, Counter, count},
 };
 
-/// What the subprotocol list may carry besides the protocol's name.
+/// Prefix of a token in the subprotocol list.
 const BEARER: &str = "bearer.";
 
-/// The WebSocket: rooms by the protocol `natter.v1`.
+/// Connect a WebSocket, with the protocol `natter.v1`.
 #[utoipa::path(
     get,
     path = "/ws",
@@ -66,7 +66,7 @@ pub(super) async fn websocket(
             return HttpError::new(ErrorCode::Unauthorized, error.to_string()).into_response();
         }
         Err((Carrier::Subprotocol, error)) => {
-            // A browser's script can't see the status of a handshake, but it can see a close code.
+            // A script in a browser can't see the status of a handshake, but it can see a close code.
             refused(metrics::Admission::BadToken);
             close = Some(refusal(&error));
             None
@@ -92,7 +92,7 @@ pub(super) async fn websocket(
             HeaderValue::from_static(codec.subprotocol()),
         );
     }
-    // Who names no protocol speaks `natter.v1`.
+    // A client that offers no known protocol is taken to speak `natter.v1`.
     let codec = offered.codec.unwrap_or_default();
     let shard = ready.shards.next();
     let user = user.flatten().map(|place| Box::new(place) as UserSlot);
@@ -123,7 +123,7 @@ pub(super) async fn websocket(
     response
 }
 
-/// How a connection is closed whose token is refused.
+/// The close reason for a connection whose token is refused.
 fn refusal(error: &AuthError) -> Close {
     match error {
         AuthError::Revoked => Close::Revoked,
@@ -131,7 +131,7 @@ fn refusal(error: &AuthError) -> Close {
     }
 }
 
-/// How a token came.
+/// How the token was sent.
 enum Carrier {
     Header,
     Subprotocol,
@@ -140,7 +140,7 @@ enum Carrier {
 /// The subprotocols that a client offers.
 #[derive(Default)]
 struct Offered {
-    /// The first that is known.
+    /// The first known protocol.
     codec: Option<Codec>,
     token: Option<String>,
 }
@@ -164,7 +164,7 @@ impl Offered {
     }
 }
 
-/// The identity of the token that came with the handshake, if one came.
+/// The identity of the token that came with the handshake, if there was one.
 fn token(
     shared: &Shared,
     headers: &HeaderMap,

@@ -5,45 +5,45 @@
 pub enum ErrorCode {
     /// The frame or body is not JSON.
     BadJson,
-    /// JSON, but not a command: a field is missing or has the wrong type or value.
+    /// Valid JSON, but not a command: a field is missing or has the wrong type or value.
     BadRequest,
-    /// No such `op`.
+    /// There is no such `op`.
     UnknownOp,
-    /// Not a room name.
+    /// This is not a room name.
     BadRoom,
     /// The room's namespace is not configured.
     UnknownNamespace,
-    /// Not a message id or message reference.
+    /// This is not a message id or message reference.
     BadId,
-    /// A cursor that can't be parsed.
+    /// The cursor can't be parsed.
     BadCursor,
     /// The body is larger than `limits.body`.
     TooLarge,
-    /// The message was erased, or what it is about: it is not stored again, under this id.
+    /// The message, or the message that it refers to, was erased. It is not stored again under this id.
     Erased,
-    /// No token, or one that is not valid.
+    /// There is no token, or it is not valid.
     Unauthorized,
-    /// The token's grants do not cover it.
+    /// The token's grants do not cover the command.
     Forbidden,
-    /// The command needs a join before.
+    /// The command needs a join first.
     NotJoined,
-    /// Over HTTP: the body of the request did not arrive in time. Nothing was done.
+    /// Only over HTTP: the body of the request did not arrive in time. Nothing was done.
     Timeout,
-    /// More commands than `limits.commands_per_second`.
+    /// More commands than `limits.commands_per_second` allows.
     RateLimited,
-    /// Another limit, named in the message.
+    /// Another limit was reached, which the message names.
     Limit,
-    /// NATS can't be reached or does not answer; nothing was stored.
+    /// NATS can't be reached or does not answer. Nothing was stored.
     Unavailable,
-    /// The stream did not acknowledge in time: the message may be stored or not. Repeat with the same id.
+    /// The stream did not acknowledge in time: the message may be stored or not. Retry with the same id.
     UnknownOutcome,
     /// The stream refuses to store more.
     StreamFull,
-    /// A fault of natter's own.
+    /// An internal fault of natter.
     Internal,
 }
 
-/// A command or request was refused.
+/// The refusal of a command or request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}: {message}", code.as_str())]
 pub struct Refused {
@@ -54,7 +54,7 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// A refusal.
+    /// Makes a refusal.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let message = message.into();
         Self { code, message }
@@ -85,7 +85,7 @@ impl ErrorCode {
         Self::Internal,
     ];
 
-    /// The word on the wire, also the metric label.
+    /// The code on the wire, also used as the metric label.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -111,7 +111,7 @@ impl ErrorCode {
         }
     }
 
-    /// Whether the same command may succeed when it is repeated later.
+    /// Whether the same command may succeed if it is retried later.
     #[must_use]
     pub fn retry(self) -> bool {
         match self {
@@ -158,36 +158,36 @@ impl ErrorCode {
     }
 }
 
-/// Why the server closed a session: the WebSocket close code and reason. The code tells a client whether to come back.
+/// Why the server closed a session: the WebSocket close code and reason. The code tells a client whether to reconnect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Close {
-    /// Answer to the client's own close.
+    /// The answer to the client's own close.
     Normal,
     /// The edge stops at once.
     GoingAway,
-    /// A frame breaks RFC 6455.
+    /// A frame violates RFC 6455.
     Protocol,
-    /// A binary message on a text protocol.
+    /// A binary message in a text protocol.
     Unsupported,
-    /// Text that is not UTF-8.
+    /// A text message that is not UTF-8.
     InvalidUtf8,
     /// A message larger than `limits.frame`.
     TooBig,
-    /// A fault of natter's own.
+    /// An internal fault of natter.
     Internal,
-    /// Bad or expired token: come back with a new one.
+    /// Bad or expired token: reconnect with a new one.
     BadToken,
-    /// Token revoked: do not come back.
+    /// Token revoked: do not reconnect.
     Revoked,
-    /// Read too slowly: come back with the cursor.
+    /// The client reads too slowly: reconnect with the cursor.
     TooSlow,
-    /// A frame that no client of the protocol sends: do not come back.
+    /// The client does not speak the protocol: do not reconnect.
     ClientProtocol,
-    /// Too many sessions or commands: come back later.
+    /// Too many sessions or commands: reconnect later.
     TooMany,
-    /// The edge drains: come back now, elsewhere.
+    /// The edge drains: reconnect now, elsewhere.
     Draining,
-    /// The peer did not answer pings; the close frame is a courtesy.
+    /// The peer was silent despite pings. It may not get the close frame.
     PingTimeout,
 }
 
@@ -230,7 +230,7 @@ impl Close {
         }
     }
 
-    /// The reason on the wire, also the metric label; at most 123 bytes.
+    /// The reason on the wire, also used as the metric label; at most 123 bytes.
     #[must_use]
     pub fn reason(self) -> &'static str {
         match self {

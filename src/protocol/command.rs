@@ -1,68 +1,68 @@
-//! What clients ask for.
+//! The commands of clients.
 
 use super::{ErrorCode, Publication, Refused};
 use crate::model::RoomId;
 
-/// What a command wants.
+/// A command.
 #[derive(Debug)]
 pub enum Command {
-    /// Hand over a token, as the first command.
+    /// Present a token, as the first command.
     Auth {
         /// The JWT.
         token: String,
     },
     /// Become a member of a room.
     Join {
-        /// Which.
+        /// The room.
         room: RoomId,
         /// The client's last cursor, not yet parsed.
         since: Option<String>,
-        /// What else than messages is to be pushed.
+        /// What the member wants to be told besides messages.
         wants: Wants,
     },
     /// Stop being a member.
     Leave {
-        /// Of which room.
+        /// The room.
         room: RoomId,
     },
     /// Publish a message.
     Send(Box<Publication>),
     /// Show that the user is typing.
     Typing {
-        /// Where.
+        /// The room.
         room: RoomId,
     },
     /// Move the user's read marker.
     Read {
-        /// Where.
+        /// The room.
         room: RoomId,
-        /// Up to what, not yet parsed.
+        /// The cursor up to which the user has read, not yet parsed.
         cursor: String,
     },
-    /// Ask who is in a room.
+    /// Request the users who are in a room.
     Presence {
-        /// Which.
+        /// The room.
         room: RoomId,
-        /// Which part of the list.
+        /// The part of the list.
         page: PageOf,
     },
-    /// Ask who has read up to where.
+    /// Request the read markers of a room.
     Readers {
-        /// In which room.
+        /// The room.
         room: RoomId,
-        /// Which part of the list.
+        /// The part of the list.
         page: PageOf,
     },
-    /// Ask how much is new.
+    /// Request the numbers of unread messages.
     Unread {
-        /// In which rooms, in the order of the answer.
+        /// The rooms, in the order of the answer.
         rooms: Vec<RoomId>,
     },
-    /// Ask for a page of what was said.
+    /// Request a page of a room's history.
     History {
-        /// In which room.
+        /// The room.
         room: RoomId,
-        /// Which part of it.
+        /// The part of the history.
         page: HistoryOf,
     },
     /// Replace the session's token.
@@ -70,14 +70,14 @@ pub enum Command {
         /// The new JWT.
         token: String,
     },
-    /// Ask for a sign of life.
+    /// Check that the server is there.
     Ping,
 }
 
 /// What a member wants to be told besides messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wants {
-    /// Who comes and goes.
+    /// Who joins and leaves.
     pub presence: bool,
     /// Who has read up to where.
     pub read: bool,
@@ -86,29 +86,29 @@ pub struct Wants {
 /// A part of a list of users, which is ordered by the bytes of their names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageOf {
-    /// The user before the first one wanted.
+    /// The list continues after this user.
     pub after: Option<String>,
-    /// At most this many.
+    /// At most this many users.
     pub limit: usize,
 }
 
 impl PageOf {
-    /// Users on a page where the client does not say how many.
+    /// Users on a page if the client gives no limit.
     pub const DEFAULT: usize = 100;
     /// Most users on one page.
     pub const MAX: usize = 1000;
 
-    /// A page after `after` of `limit` users.
+    /// A page of `limit` users after `after`.
     ///
     /// # Errors
-    /// `bad_request` when `limit` is not 1 to [`Self::MAX`].
+    /// `bad_request` if `limit` is not 1 to [`Self::MAX`].
     pub fn new(after: Option<String>, limit: Option<u64>) -> Result<Self, Refused> {
         let limit = limit_of(limit, Self::DEFAULT, Self::MAX)?;
         Ok(Self { after, limit })
     }
 }
 
-/// A part of a room's history. What anchors it is a cursor or a message reference, not yet parsed.
+/// A part of a room's history. Its anchor is a cursor or a message reference, not yet parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HistoryOf {
     /// Which part.
@@ -117,29 +117,29 @@ pub struct HistoryOf {
     pub limit: usize,
 }
 
-/// Which part of a room's history a page has.
+/// Which part of a room's history a page contains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Anchor {
     /// The end.
     Newest,
-    /// What is before a message, without it.
+    /// The messages before this one, without it.
     Before(String),
-    /// What is after a message, without it; empty: from the first message on.
+    /// The messages after this one, without it. If empty, from the first message on.
     After(String),
-    /// What is around a message, with it.
+    /// The messages around this one, with it.
     Around(String),
 }
 
 impl HistoryOf {
-    /// Messages on a page where the client does not say how many.
+    /// Messages on a page if the client gives no limit.
     pub const DEFAULT: usize = 50;
     /// Most messages on one page.
     pub const MAX: usize = 200;
 
-    /// The page that is named by at most one of `before`, `after` and `around`.
+    /// The page that is given by at most one of `before`, `after` and `around`.
     ///
     /// # Errors
-    /// `bad_request` when more than one is given, or `limit` is not 1 to [`Self::MAX`].
+    /// `bad_request` if more than one is given, or `limit` is not 1 to [`Self::MAX`].
     pub fn new(
         before: Option<String>,
         after: Option<String>,
@@ -161,7 +161,7 @@ impl HistoryOf {
     }
 }
 
-/// How many are wanted, 1 to `max`.
+/// Checks a limit: 1 to `max`.
 fn limit_of(wanted: Option<u64>, default: usize, max: usize) -> Result<usize, Refused> {
     match wanted.map_or(Some(default), |limit| usize::try_from(limit).ok()) {
         Some(limit) if (1..=max).contains(&limit) => Ok(limit),

@@ -1,4 +1,4 @@
-//! What clients are told unasked.
+//! What clients are told without a request.
 
 use std::sync::Arc;
 
@@ -11,32 +11,32 @@ use crate::model::{Cursor, RoomId};
 pub enum Event {
     /// A user is typing.
     Typing {
-        /// Where.
+        /// The room.
         room: RoomId,
-        /// Who.
+        /// The user.
         user: String,
     },
     /// A user has read further.
     Read {
-        /// Where.
+        /// The room.
         room: RoomId,
-        /// Who.
+        /// The user.
         user: String,
-        /// Up to what.
+        /// The new read marker.
         cursor: Cursor,
     },
-    /// Who is in a room has changed.
+    /// The users of a room have changed.
     Presence {
-        /// In which room.
+        /// The room.
         room: RoomId,
-        /// How.
+        /// The change.
         change: PresenceChange,
     },
-    /// The session is no member any more.
+    /// The session is not a member of the room any more.
     Kicked {
-        /// Of which room.
+        /// The room.
         room: RoomId,
-        /// Why.
+        /// The reason.
         code: &'static str,
     },
     /// The session's token is about to expire.
@@ -44,9 +44,9 @@ pub enum Event {
         /// When, in seconds since 1970.
         exp: u64,
     },
-    /// The client is to connect again, to whatever edge answers.
+    /// The client should reconnect, to any edge.
     Reconnect {
-        /// After how many ms.
+        /// After this time, in ms.
         after_ms: u64,
     },
 }
@@ -54,36 +54,36 @@ pub enum Event {
 /// How the users of a room have changed.
 #[derive(Debug, Clone)]
 pub enum PresenceChange {
-    /// There are this many now. The list that the client has is out of date.
+    /// The number of users now. The list that the client has is out of date.
     Count(usize),
-    /// One of them.
+    /// A change of one user.
     User {
-        /// Who.
+        /// The user.
         user: Arc<str>,
-        /// What became of them.
+        /// What has changed.
         state: PresenceState,
-        /// What the user's token says of them.
+        /// The `info` claim of the user's token.
         info: Option<Arc<RawValue>>,
-        /// Since when, in ms since 1970.
+        /// When, in ms since 1970.
         at: u64,
     },
 }
 
-/// What became of a user in a room.
+/// The change of a user in a room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PresenceState {
-    /// They came.
+    /// The user joined.
     Join,
-    /// They left.
+    /// The user left.
     Leave,
-    /// They were there when their region was last heard of, and it is cut off.
+    /// The user's region is cut off. The user was present when the region was last heard of.
     Unreachable,
-    /// Their region can be reached again, and they are still there.
+    /// The user's region is reachable again, and the user is still present.
     Reachable,
 }
 
 impl PresenceState {
-    /// The word that clients know.
+    /// The state as it is sent to clients.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -95,27 +95,27 @@ impl PresenceState {
     }
 }
 
-/// A message as clients get it.
+/// A message as it is sent to clients.
 #[derive(Debug, Clone, Copy)]
 pub struct MessagePush<'a> {
-    /// Where it was said.
+    /// The room.
     pub room: &'a RoomId,
-    /// The sender's id.
+    /// The id that the sender gave it.
     pub id: &'a str,
-    /// Who said it.
+    /// The sender.
     pub from: &'a str,
     /// When it was stored (ephemeral: sent), in ms since 1970.
     pub ts: u64,
-    /// Where the receiver stands after it; `None` in ephemeral rooms.
+    /// The receiver's cursor after it; `None` in ephemeral rooms.
     pub cursor: Option<&'a Cursor>,
     /// The body: valid JSON text.
     pub body: &'a [u8],
-    /// The word of its kind; `None` for a plain message.
+    /// Its kind; `None` for a plain message.
     pub kind: Option<&'static str>,
-    /// What it is about.
+    /// The message that it refers to.
     pub target: Option<&'a str>,
-    /// What it answers.
+    /// The message that it answers.
     pub reply_to: Option<&'a str>,
-    /// Whom it mentions: a JSON array.
+    /// The users that it mentions: a JSON array.
     pub mentions: Option<&'a str>,
 }

@@ -1,7 +1,7 @@
-//! The core words of every client protocol: commands, replies, events, refusals, error and close codes.
+//! The terms that all client protocols share: commands, replies, events, refusals, error and close codes.
 //!
-//! Plain data. How a protocol spells these words is the business of `codec`; the HTTP interface answers with the same
-//! [`Reply`] values, as JSON. No I/O, no frames and no request ids.
+//! Plain data: no I/O, no frames, no request ids. How a protocol encodes it is up to `codec`. The HTTP interface
+//! answers with the same [`Reply`] values, as JSON.
 
 #![warn(missing_docs, clippy::indexing_slicing)]
 

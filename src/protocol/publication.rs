@@ -1,4 +1,4 @@
-//! What a publish carries, and what of it is refused in any protocol.
+//! The content of a publish, and the checks that are the same in every protocol.
 
 use serde_json::value::RawValue;
 
@@ -11,55 +11,56 @@ pub const MAX_MENTIONS: usize = 100;
 /// Longest reference, in bytes: a user, `/` and an id.
 const MAX_REFERENCE: usize = MAX_USER + 1 + MAX_MESSAGE_ID;
 
-/// Mentions as they stand in a header, a JSON array, in bytes. 100 users of 256 bytes fit, unless most of their characters have to
-/// be escaped. With it all headers of a message are well below the 64 KiB that a stream takes.
+/// Longest JSON array of mentions in a header, in bytes. 100 users of 256 bytes fit, unless most of their characters
+/// have to be escaped. With this bound, all headers of a message together stay well below the 64 KiB that a stream
+/// accepts.
 const MAX_MENTIONS_JSON: usize = 32 * 1024;
 
-/// The fields of a publish as a client gave them.
+/// The fields of a publish as the client gave them.
 #[derive(Debug, Default)]
 pub struct Draft<'a> {
-    /// The sender's id.
+    /// The id that the sender gave it.
     pub id: Option<&'a str>,
-    /// The word of the kind; none: a message.
+    /// Its kind; `None` means a message.
     pub kind: Option<&'a str>,
     /// The body's JSON text.
     pub body: Option<&'a RawValue>,
-    /// What it is about.
+    /// The message that it refers to.
     pub target: Option<&'a str>,
-    /// What it answers.
+    /// The message that it answers.
     pub reply_to: Option<&'a str>,
-    /// Whom it mentions.
+    /// The users that it mentions.
     pub mentions: Option<Vec<String>>,
 }
 
-/// What a publish carries.
+/// A publish that was checked.
 #[derive(Debug, Clone)]
 pub struct Publication {
-    /// Where to.
+    /// The room.
     pub room: RoomId,
-    /// The sender's id; the edge makes one where it is absent.
+    /// The id that the sender gave it. If `None`, the edge makes one.
     pub id: Option<MessageId>,
-    /// What it is.
+    /// The kind.
     pub kind: Kind,
     /// The body's JSON text as the client sent it.
     pub body: Box<RawValue>,
-    /// What an edit, delete, reaction or annotation is about, as it was sent and as it was read.
+    /// The message to which an edit, delete, reaction or annotation refers: as it was sent, and parsed.
     pub target: Option<(String, Reference)>,
-    /// What it answers, as it was sent.
+    /// The message that it answers, as it was sent.
     pub reply_to: Option<String>,
-    /// Mentioned users; an edit without any leaves them as they are.
+    /// The users that it mentions. An edit without this field leaves the mentions unchanged.
     pub mentions: Mentions,
 }
 
-/// The users that a message mentions, as they stand in its header: a JSON array.
+/// The users that a message mentions, as a JSON array for its header.
 #[derive(Debug, Clone, Default)]
 pub struct Mentions(Option<Box<str>>);
 
 impl Publication {
-    /// Checks a publish to `room`: everything that does not depend on who sends it.
+    /// Checks a publish to `room`: everything that does not depend on the sender.
     ///
     /// # Errors
-    /// `bad_request`, `bad_id` or `too_large`, which name the field.
+    /// `bad_request`, `bad_id` or `too_large`. The text names the field.
     pub fn new(room: RoomId, draft: Draft<'_>) -> Result<Self, Refused> {
         let bad = |message: String| Refused::new(ErrorCode::BadRequest, message);
         let kind = match draft.kind {
@@ -103,7 +104,7 @@ impl Publication {
             Kind::Annotation => model::annotations(body.get()).map(|_annotations| ()),
             Kind::Message | Kind::Edit | Kind::Delete | Kind::Erase => Ok(()),
         };
-        // What has another form is carried all the same.
+        // A reaction or annotation of another form is accepted as it is.
         if let Err(BadRemark::TooLarge(message)) = remark {
             return Err(Refused::new(ErrorCode::TooLarge, message));
         }
@@ -124,7 +125,7 @@ impl Publication {
     }
 }
 
-/// Refuses what has more than so many bytes.
+/// Refuses a value of more than `most` bytes.
 fn fits(name: &str, bytes: usize, most: usize) -> Result<(), Refused> {
     if bytes <= most {
         return Ok(());
@@ -134,8 +135,8 @@ fn fits(name: &str, bytes: usize, most: usize) -> Result<(), Refused> {
 }
 
 impl Mentions {
-    /// The mentions of `users`, who may be named more than once. An edit takes mentions away with an empty list; in a message
-    /// it says nothing.
+    /// The mentions of `users`, who may be named more than once. In an edit, an empty list removes all mentions; in
+    /// other kinds it has no effect.
     fn of(users: Option<Vec<String>>, kind: Kind) -> Result<Self, Refused> {
         let says = |users: &Vec<String>| !users.is_empty() || kind == Kind::Edit;
         let Some(users) = users.filter(says) else {
@@ -157,7 +158,7 @@ impl Mentions {
         Ok(Self(Some(json.into())))
     }
 
-    /// The users as a JSON array; `None` where nothing is said of them.
+    /// The users as a JSON array; `None` if the publish does not contain mentions.
     #[must_use]
     pub fn json(&self) -> Option<&str> {
         self.0.as_deref()

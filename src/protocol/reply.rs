@@ -1,4 +1,4 @@
-//! What commands are answered with. The fields that a reply has over HTTP and in `natter.v1` are those of these types.
+//! The replies to commands. The fields of these types are the fields of a reply over HTTP and in `natter.v1`.
 
 use std::sync::Arc;
 
@@ -11,40 +11,40 @@ use crate::model::{Cursor, RoomId};
 /// The reply to a command that was carried out.
 #[derive(Debug)]
 pub enum Reply {
-    /// A sign of life.
+    /// The server is there.
     Pong,
-    /// It is done, and there is nothing to say about it.
+    /// The command was carried out, and there is nothing else to say.
     Done,
-    /// The session has a user.
+    /// The session is authenticated.
     Authed {
-        /// Who.
+        /// The user.
         user: Arc<str>,
         /// When the token expires, in seconds since 1970.
         exp: u64,
     },
-    /// The session has a new token.
+    /// The token of the session was replaced.
     Refreshed {
         /// When the token expires, in seconds since 1970.
         exp: u64,
     },
-    /// The session is a member. What it missed follows.
+    /// The session is a member of the room. The backlog follows.
     Joined(JoinReply),
-    /// The session is no member any more.
+    /// The session is not a member of the room any more.
     Left {
-        /// Of which room.
+        /// The room.
         room: RoomId,
     },
     /// A message was accepted.
     Published(PublishReply),
     /// A read marker was moved.
     Read(ReadReply),
-    /// Who is in a room.
+    /// The users who are in a room.
     Presence(PresenceReply),
-    /// Who has read up to where.
+    /// The read markers of a room.
     Readers(ReadersReply),
-    /// How much is new.
+    /// The numbers of unread messages.
     Unread(UnreadReply),
-    /// What was said.
+    /// A page of a room's history.
     History(HistoryReply),
 }
 
@@ -56,15 +56,15 @@ pub struct JoinReply {
     /// Where the session stands before the messages that follow; absent in ephemeral rooms.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub cursor: Option<Cursor>,
-    /// The room's newest place; absent in ephemeral rooms.
+    /// The room's head; absent in ephemeral rooms.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub head: Option<Cursor>,
-    /// How many messages follow that the session missed.
+    /// The number of missed messages that follow.
     pub replay: u64,
-    /// The session can't go on where it was.
+    /// Whether the session can't resume at its cursor.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub reset: bool,
-    /// Why not.
+    /// Why it can't.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<&'static str>,
     /// The user's read marker.
@@ -84,55 +84,56 @@ pub struct PublishReply {
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     #[schema(value_type = Option<String>)]
     pub cursor: Option<Cursor>,
-    /// When it was stored (ephemeral: sent), in ms since 1970; 0: it is stored, and that can't be told.
+    /// When it was stored (in an ephemeral room: sent), in ms since 1970. 0 if it is stored, but the time is unknown.
     pub ts: u64,
-    /// Whether it had been stored before.
+    /// Whether it was already stored before.
     pub dup: bool,
 }
 
-/// The user's marker now.
+/// The user's read marker after the request.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ReadReply {
-    /// At least as far as was asked for: markers only grow.
+    /// The marker. It may be further than requested, since markers only grow. A cursor beyond the newest message of
+    /// this region counts only up to that message.
     #[serde(serialize_with = "one_text")]
     #[schema(value_type = String)]
     pub cursor: Cursor,
 }
 
-/// Who is in a room.
+/// The users who are in a room.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PresenceReply {
     /// The room.
     #[schema(value_type = String, example = "chat:lobby")]
     pub room: RoomId,
-    /// How many users are there.
+    /// The number of users in the room.
     pub count: usize,
-    /// Some of them, ordered by name; none where the namespace tells only counts.
+    /// A part of these users, ordered by name. Empty if the namespace shows only counts.
     pub users: Vec<PresentUser>,
-    /// What to give as `after` for the next page, if there is one.
+    /// The value of `after` for the next page, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub next: Option<Arc<str>>,
 }
 
-/// A user who is there.
+/// A user who is in the room.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PresentUser {
-    /// Who.
+    /// The user.
     #[schema(value_type = String)]
     pub user: Arc<str>,
-    /// What the user's token says of them.
+    /// The `info` claim of the user's token.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub info: Option<Arc<RawValue>>,
     /// Since when, in ms since 1970.
     pub since: u64,
-    /// `unreachable`: their region is cut off, and they were there when it was last heard of.
+    /// `unreachable` if the user's region is cut off. The user was present when the region was last heard of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state: Option<&'static str>,
 }
 
-/// Who has read what.
+/// The read markers of a room.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ReadersReply {
     /// The room.
@@ -140,7 +141,7 @@ pub struct ReadersReply {
     pub room: RoomId,
     /// Ordered by the bytes of the users' names.
     pub readers: Vec<ReaderBody>,
-    /// The last user of this page, if there are more.
+    /// The last user of this page, if there are more. Use it as `after` for the next page.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -148,32 +149,32 @@ pub struct ReadersReply {
 /// A user's read marker.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ReaderBody {
-    /// Who.
+    /// The user.
     pub user: String,
-    /// Up to where.
+    /// The cursor up to which the user has read.
     #[serde(serialize_with = "one_text")]
     #[schema(value_type = String)]
     pub cursor: Cursor,
-    /// Since when, in ms since 1970.
+    /// When the marker reached this cursor, in ms since 1970.
     pub at: u64,
 }
 
-/// How much is new.
+/// The numbers of unread messages.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UnreadReply {
     /// In the order of the request.
     pub rooms: Vec<UnreadBody>,
 }
 
-/// How much is new in a room.
+/// The number of unread messages in a room.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UnreadBody {
     /// The room.
     #[schema(value_type = String, example = "chat:lobby")]
     pub room: RoomId,
-    /// Messages after the user's read marker, as far as the stream still holds them; at most `limits.unread_cap`.
+    /// Messages after the user's read marker that the stream still holds; at most `limits.unread_cap`.
     pub count: u64,
-    /// There are more than `count`.
+    /// Whether there are more than `count`.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     #[schema(required = false)]
     pub capped: bool,
@@ -185,62 +186,62 @@ pub struct HistoryReply {
     /// The room.
     #[schema(value_type = String, example = "chat:lobby")]
     pub room: RoomId,
-    /// The oldest first, unless another order was asked for over HTTP.
+    /// The oldest first, unless another order was requested over HTTP.
     #[schema(value_type = Vec<MessageBody>)]
     pub messages: Vec<Box<RawValue>>,
-    /// What to give as `before` for what was said before, if there is anything.
+    /// The value of `before` to get the messages before this page, if there are any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prev: Option<String>,
-    /// What to give as `after` for what was said after, if there is anything.
+    /// The value of `after` to get the messages after this page, if there are any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
-    /// MongoDB or the service that writes to it is away or behind: something may be missing or out of date.
+    /// MongoDB, or the service that writes to it, is unavailable or behind: messages may be missing or out of date.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     #[schema(required = false)]
     pub partial: bool,
 }
 
-/// A message as it is now.
+/// A message in its current state.
 #[derive(Debug, ToSchema)]
 #[expect(dead_code, reason = "documents what `history` writes")]
 pub struct MessageBody {
-    /// Where it was said; only in what a search found.
+    /// The room; only in search results.
     room: Option<String>,
-    /// The sender's id.
+    /// The id that the sender gave it.
     id: String,
-    /// Who said it.
+    /// The sender.
     from: String,
     /// When it was stored, in ms since 1970.
     ts: u64,
-    /// Its place.
+    /// The message's cursor.
     cursor: String,
-    /// Any JSON, as it was sent or last edited; absent if it was deleted.
+    /// Any JSON, as it was sent or last edited; absent if the message was deleted.
     body: Option<serde_json::Value>,
-    /// What it answers.
+    /// The message that it answers.
     reply_to: Option<String>,
-    /// Mentioned users.
+    /// The users that it mentions.
     mentions: Option<Vec<String>>,
-    /// When it was last edited.
+    /// When it was last edited, in ms since 1970.
     edited_at: Option<u64>,
-    /// When it was deleted.
+    /// When it was deleted, in ms since 1970.
     deleted_at: Option<u64>,
-    /// By reaction: how many users have it, and the first 100 of them.
+    /// For each reaction: how many users have it, and the first 100 of them.
     #[schema(value_type = Option<Object>, example = json!({"👍": {"count": 1, "users": ["kim"]}}))]
     reactions: Option<serde_json::Value>,
-    /// By name: what workers found out.
+    /// The results of workers, by name.
     #[schema(value_type = Option<Object>, example = json!({"translation": {"en": "hello"}}))]
     annotations: Option<serde_json::Value>,
-    /// It has more reactions or annotations than are kept or shown.
+    /// Whether it has more reactions or annotations than are kept or shown.
     truncated: Option<bool>,
 }
 
-/// What was found, the newest first.
+/// The messages that were found, newest first.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct SearchReply {
-    /// Each with its room.
+    /// The messages, each with its room.
     #[schema(value_type = Vec<MessageBody>)]
     pub messages: Vec<Box<RawValue>>,
-    /// What to give as `before` to go on, if there may be more.
+    /// The value of `before` to continue, if there may be more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }

@@ -1,7 +1,8 @@
-//! The markers that an edge has in memory, by their keys and in the order of these: pure state.
+//! The markers that an edge has in memory, by key and in the order of the keys: pure state.
 //!
-//! All of it is behind one lock, which each durable send takes. So nothing walks it as a whole: the markers of a room lie side
-//! by side and are looked at a part at a time, and so is everything when what is idle is forgotten.
+//! All of them are behind one lock, which each durable send takes. So no operation visits all of them while holding it.
+//! The markers of a room are adjacent and are visited one part at a time; so are all markers when idle ones are
+//! removed.
 
 use std::{
     collections::{BTreeSet, HashMap, hash_map::Entry},
@@ -13,16 +14,17 @@ use tokio::time::Instant;
 
 use super::{marker::Marker, markers::Key};
 
-/// Markers that are looked at while the lock is held once.
+/// Number of markers that are visited each time the lock is held.
 pub(super) const STEP: usize = 512;
 
-/// Markers by key. The order is apart: a send finds its marker without it, and has it changed only by a new one.
+/// Markers by key. The order is kept separately: a send finds its marker without it, and changes it only when the
+/// marker is new.
 #[derive(Debug, Default)]
 pub(super) struct Index {
     markers: HashMap<Key, Marker>,
-    /// The same keys.
+    /// The keys of `markers`, ordered.
     order: BTreeSet<Key>,
-    /// Where the next step of the sweep begins: after this key.
+    /// The next step of the sweep begins after this key.
     swept: Option<Key>,
 }
 
@@ -43,7 +45,7 @@ impl Index {
         self.markers.get_mut(key)
     }
 
-    /// The marker of `key`; a new one, of which nothing is known, where there is none.
+    /// The marker of `key`. If there is none, inserts a new one of which nothing is known.
     pub(super) fn marker(&mut self, key: &Key) -> &mut Marker {
         match self.markers.entry(Arc::clone(key)) {
             Entry::Occupied(known) => known.into_mut(),
@@ -54,8 +56,8 @@ impl Index {
         }
     }
 
-    /// The markers whose keys begin with `prefix`, after the key `after`. Who takes no more than [`STEP`] of them goes on after
-    /// the last one.
+    /// The markers whose keys begin with `prefix`, after the key `after`. A caller that takes at most [`STEP`] of them
+    /// continues after the last one.
     pub(super) fn after<'i>(
         &'i self,
         prefix: &'i str,
@@ -68,7 +70,7 @@ impl Index {
             .filter_map(|key| Some((key, self.markers.get(key)?)))
     }
 
-    /// Forgets what is idle among the next [`STEP`] markers, round and round.
+    /// Removes idle markers among the next [`STEP`] ones. Starts over after the last marker.
     pub(super) fn sweep(&mut self, now: Instant) {
         let from = self.swept.as_deref().map_or(Unbounded, Excluded);
         let mut idle = Vec::new();
@@ -85,7 +87,7 @@ impl Index {
                 idle.push(Arc::clone(key));
             }
         }
-        // At the end it begins anew.
+        // After the last marker, start over.
         self.swept = last.filter(|_| looked_at == STEP).map(Arc::clone);
         for key in idle {
             self.markers.remove(&key);
@@ -107,20 +109,20 @@ mod tests {
         subject::{marker_key, parse_marker_key},
     };
 
-    /// Rooms and users whose keys begin with each other's.
+    /// Rooms and users whose keys are prefixes of each other.
     const ROOMS: [&str; 5] = ["chat:a", "chat:a-", "chat:ab", "chat:A", "cha:t"];
     const USERS: [&str; 6] = ["", "k", "ki", "k.i", "kim", "안녕"];
 
     /// What is done to the markers.
     #[derive(Debug, Clone)]
     enum Step {
-        /// One is asked for, and has something to do or not.
+        /// A marker is touched; the flag says whether it has something to do.
         Touch(usize, usize, bool),
-        /// What is idle is forgotten, all of it.
+        /// All idle markers are removed.
         Sweep,
-        /// A part of that.
+        /// One step of a sweep.
         SweepSome,
-        /// So much time goes by.
+        /// Some seconds pass.
         Wait(u64),
     }
 
@@ -137,7 +139,7 @@ mod tests {
         marker_key(&RoomId::parse(room).unwrap(), user).into()
     }
 
-    /// All of a room, a few at a time.
+    /// All markers of a room, read a few at a time.
     fn of_room(index: &Index, room: &str, most: usize) -> Vec<String> {
         let prefix = marker_key(&RoomId::parse(room).unwrap(), "");
         let mut found: Vec<Key> = Vec::new();
@@ -156,8 +158,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is done: each room has exactly the markers that a plain map of all has, in their order, however few are
-        /// taken at once; and a sweep forgets what is idle and nothing else.
+        /// Whatever is done: each room has exactly the markers that a plain map has, in their order, however few are
+        /// read at once. A sweep removes the idle markers and no others.
         #[test]
         fn it_is_a_map_of_all_markers(steps in prop::collection::vec(step(), 1..60), most in 1..4_usize) {
             let mut index = Index::default();
@@ -175,14 +177,14 @@ mod tests {
                         model.insert((room, user), (busy, Some(now)));
                     }
                     Step::Sweep => {
-                        // Wherever the last one stopped: one step to the end, one from the beginning.
+                        // Wherever the last sweep stopped: one step to the end, one from the beginning.
                         index.sweep(now);
                         index.sweep(now);
                         model.retain(|_, marker| !idle(marker, now));
                     }
                     Step::SweepSome => {
                         index.sweep(now);
-                        // All of them fit into one step.
+                        // All markers fit in one step.
                         model.retain(|_, marker| !idle(marker, now));
                     }
                     Step::Wait(seconds) => now += Duration::from_secs(seconds),
@@ -211,7 +213,7 @@ mod tests {
             marker.read(None, 0, 0, now, |_, _| true);
         }
         let later = now + Duration::from_secs(31);
-        // These are busy: neither forgotten nor in the way of others.
+        // These are busy: they are not removed, and don't keep others from being removed.
         for n in (0..3 * STEP + 7).step_by(2) {
             let marker = index.marker(&key("chat:a", &format!("u{n}")));
             marker.set_phase(Phase::Writing);
@@ -226,7 +228,7 @@ mod tests {
             assert!(steps <= 4, "{} are left", index.len());
         }
         assert_eq!(index.len(), busy);
-        // And again from the beginning.
+        // Once more from the beginning.
         for n in (0..3 * STEP + 7).step_by(2) {
             let marker = index.marker(&key("chat:a", &format!("u{n}")));
             marker.set_phase(Phase::Resting);

@@ -1,4 +1,5 @@
-//! Loading and writing: what waits is taken together, and what grows again while it is written is written once more.
+//! Loading and writing markers: requests that wait are handled together, and a marker that grows while it is written is
+//! written once more.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -25,48 +26,49 @@ use crate::{
     telemetry::metrics::{Counter, MarkerWrite, count},
 };
 
-/// Length of a round. A key is written at most once in a round, besides the first time; what need not be written at once waits
-/// for its end, so that many writes wake this process and the server once.
+/// Length of a round. After the first time, a key is written at most once in a round. Writes that are not urgent wait
+/// for the end of the round, so that many writes wake this process and the server only once.
 pub const WRITE_PAUSE: Duration = Duration::from_millis(250);
 
-/// Writes in flight at once; more wait, and what grows meanwhile is written once.
+/// Maximum number of writes in flight. More have to wait; a marker that grows while it waits is written once.
 const WRITES: usize = 64;
 
-/// Pause of all writes after one that failed.
+/// Pause of all writes after a failed one.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// How long another edge has to write what it told, before this one looks whether it has.
+/// How long this edge waits before it checks whether another edge has written what it announced.
 const CHECK_AFTER: Duration = Duration::from_secs(1);
 
-/// Conflicts in a row after which a key has to wait like others.
+/// Conflicts in a row after which the write of a key counts as failed and is queued again.
 const ATTEMPTS: usize = 5;
 
-/// How long the last writes of an edge may take: a bucket that does not answer must not cut the rest of a drain.
+/// Timeout of the last writes of an edge, so that a bucket that does not answer does not use up the time for the rest
+/// of a drain.
 const FLUSH_WITHIN: Duration = Duration::from_secs(5);
 
-/// How often markers that rest are forgotten, and in how many of these times all are looked at.
+/// How often idle markers are removed, and the number of these intervals after which all markers were visited.
 const SWEEP: Duration = Duration::from_secs(1);
 const SWEEPS: usize = 10;
 
-/// Keys on their way to the bucket, each in the queue of its [`Phase`].
+/// Keys that are to be written or checked, each in the queue of its [`Phase`].
 #[derive(Debug)]
 pub(super) struct Queues {
     /// When the first round began.
     began: Instant,
     /// To be written at once.
     now: VecDeque<Key>,
-    /// To be written at the end of a round, the first first.
+    /// To be written at the end of a round, ordered by that time.
     gathering: VecDeque<(Instant, Key)>,
-    /// Written a moment ago: at the end of which round they may be written again, the first first.
+    /// Just written. Each may be written again at the end of a round; ordered by that time.
     later: VecDeque<(Instant, Key)>,
-    /// Told by other edges: when to look whether they were written. All wait equally long.
+    /// Announced by other edges: when to check whether they were written. Ordered, since the delay is the same for all.
     checks: VecDeque<(Instant, Key)>,
     check_after: Duration,
     /// Who waits for the write of a key.
     waiting: HashMap<Key, oneshot::Sender<()>>,
-    /// Nothing is written before this.
+    /// Nothing is written before this time.
     not_before: Option<Instant>,
-    /// The edge stops: no pauses.
+    /// Whether the edge stops: no pauses.
     flushing: bool,
     writing: usize,
 }
@@ -79,7 +81,7 @@ impl Default for Queues {
             gathering: VecDeque::new(),
             later: VecDeque::new(),
             checks: VecDeque::new(),
-            // Another time on each edge: the first to look repairs, the others see that it is done.
+            // Different on each edge: the first one to check repairs, and the others find it done.
             check_after: CHECK_AFTER.mul_f64(rand::random_range(1.0..2.0)),
             waiting: HashMap::new(),
             not_before: None,
@@ -94,7 +96,7 @@ impl Queues {
         self.checks.push_back((now + self.check_after, key));
     }
 
-    /// When the round ends in which `at` lies.
+    /// The end of the round that contains `at`.
     fn end_of_round(&self, at: Instant) -> Instant {
         let pause = WRITE_PAUSE.as_nanos();
         let rounds = at.duration_since(self.began).as_nanos().div_ceil(pause);
@@ -103,8 +105,9 @@ impl Queues {
 }
 
 impl State {
-    /// Sees to it that a marker is written, if this edge has to. Who gets a receiver is told when it was; who comes while it
-    /// is written or right after that gets none: it has its turn later.
+    /// Queues a marker to be written now, if this edge has to write it. Returns a receiver that resolves after the
+    /// write. Returns `None` if the marker is already queued, is being written, or was just written: then it is written
+    /// later.
     pub(super) fn queue(&mut self, key: &Key) -> Option<oneshot::Receiver<()>> {
         let marker = self.marker(key);
         if !marker.is_owed() {
@@ -122,7 +125,8 @@ impl State {
         }
     }
 
-    /// Sees to it that a marker is written at the end of this round, if this edge has to. Whether it is the first one.
+    /// Queues a marker to be written at the end of this round, if this edge has to write it. Returns whether it is the
+    /// first one of the queue.
     pub(super) fn gather(&mut self, key: &Key, now: Instant) -> bool {
         let marker = self.marker(key);
         let rests = matches!(marker.phase(), Phase::Resting | Phase::Checking);
@@ -135,7 +139,7 @@ impl State {
         self.queues.gathering.len() == 1
     }
 
-    /// Moves keys whose pause is over to where they belong now, some of them: what is left is still due.
+    /// Moves keys whose time has come to their next queue, at most [`STEP`] of each queue. The rest stays due.
     fn wake(&mut self, now: Instant) {
         let flushing = self.queues.flushing;
         let (mut gathered, mut paused, mut checked) = (0..STEP, 0..STEP, 0..STEP);
@@ -144,7 +148,7 @@ impl State {
             && gathered.next().is_some()
             && let Some((_, key)) = self.queues.gathering.pop_front()
         {
-            // Others have been queued by a command meanwhile.
+            // The others have been queued by a command meanwhile.
             if let Some(marker) = self.markers.get_mut(&key)
                 && marker.phase() == Phase::Gathering
             {
@@ -175,11 +179,11 @@ impl State {
             && checked.next().is_some()
             && let Some((_, key)) = self.queues.checks.pop_front()
         {
-            // Others have been queued by a command meanwhile.
+            // The others have been queued by a command meanwhile.
             if let Some(marker) = self.markers.get_mut(&key)
                 && marker.phase() == Phase::Checking
             {
-                // What is known of the key may be older than what was heard.
+                // What is known of the key may be older than the receipt.
                 marker.doubt();
                 marker.set_phase(Phase::Queued);
                 self.queues.now.push_back(key);
@@ -199,7 +203,7 @@ impl State {
         Some(key)
     }
 
-    /// When there is something to do again; `None`: when somebody says so.
+    /// When there is something to do next; `None` if only on a notification.
     fn due(&self) -> Option<Instant> {
         let queues = &self.queues;
         let not_before = queues.not_before.filter(|_| !queues.now.is_empty());
@@ -215,7 +219,7 @@ impl State {
     fn done(&mut self, key: Key, written: bool, now: Instant) {
         self.queues.writing -= 1;
         if let Some(waits) = self.queues.waiting.remove(&key) {
-            // It may have given up.
+            // The receiver may have given up.
             let _gave_up = waits.send(());
         }
         if written {
@@ -229,7 +233,7 @@ impl State {
         }
     }
 
-    /// Whether something of this edge's own is not in the bucket.
+    /// Whether this edge still has to write a marker.
     fn owes(&self) -> bool {
         let queues = &self.queues;
         queues.writing > 0
@@ -243,12 +247,12 @@ impl State {
 }
 
 impl Markers {
-    /// Loads and writes, for ever.
+    /// Loads and writes, forever.
     pub async fn keep(self: Arc<Self>) {
         tokio::join!(self.keep_loading(), self.keep_writing());
     }
 
-    /// What waits while a read is under way is read together by the next one.
+    /// Requests that arrive during a read are read together by the next one.
     async fn keep_loading(&self) {
         loop {
             self.load.notified().await;
@@ -260,7 +264,7 @@ impl Markers {
             }
             let loaded = self.fetch(&keys).await;
             for load in loads {
-                // Whoever asked may be gone.
+                // The requester may have given up.
                 let _gone = load.done.send(loaded.clone());
             }
         }
@@ -288,7 +292,7 @@ impl Markers {
                 }
                 state.due().map_or(sweep, |due| due.min(sweep))
             };
-            // All branches are cancel-safe: a write that is not done stays in `writes`.
+            // All branches are cancel-safe: an unfinished write stays in `writes`.
             tokio::select! {
                 Some((key, written)) = writes.next() => {
                     self.state.lock().done(key, written, Instant::now());
@@ -299,7 +303,7 @@ impl Markers {
         }
     }
 
-    /// Forgets markers that rest. The lock is held for a step at a time: each durable send takes it.
+    /// Removes idle markers. The lock is held for one step at a time, since each durable send takes it.
     async fn sweep(&self, now: Instant) {
         let steps = self.state.lock().markers.len() / (STEP * SWEEPS) + 1;
         for _ in 0..steps {
@@ -308,7 +312,7 @@ impl Markers {
         }
     }
 
-    /// Writes a key unless the bucket has it; whether that is settled.
+    /// Writes a key unless the bucket already has the value. Returns whether this succeeded.
     async fn write_key(&self, key: Key) -> (Key, bool) {
         for _ in 0..ATTEMPTS {
             let known = self.state.lock().marker(&key).is_ahead().is_some();
@@ -354,7 +358,8 @@ impl Markers {
         (key, false)
     }
 
-    /// Writes at once what has not been written, at most until `deadline` and not for ever; whether nothing is left.
+    /// Writes everything that is not written yet, without pauses, until `deadline` and at most for `FLUSH_WITHIN`.
+    /// Returns whether nothing is left.
     pub async fn flush(&self, deadline: Instant) -> bool {
         let deadline = deadline.min(Instant::now() + FLUSH_WITHIN);
         self.state.lock().queues.flushing = true;

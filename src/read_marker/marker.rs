@@ -6,24 +6,24 @@ use tokio::time::Instant;
 
 use crate::model::{Cursor, Epoch, Region};
 
-/// How long a marker is remembered that is in its key: longer than anything takes that has just read it. It is read again
-/// whenever somebody asks, since other edges write too.
+/// How long a marker is kept in memory after its key was read or written: longer than any operation that has just read
+/// it. The key is read again on each request, since other edges write too.
 const REMEMBERED: Duration = Duration::from_secs(30);
 
-/// A marker, what its key holds, and where it is on its way there.
+/// A marker, what is known of its key in the bucket, and its way there.
 ///
 /// # Invariants
 /// - The cursor only grows.
-/// - What is known of the key is never replaced by what it held before.
-/// - A marker that is further than its key is not forgotten.
+/// - What is known of the key is never replaced by an older value of the key.
+/// - A marker that this edge has to write is not removed before it is written.
 #[derive(Debug)]
 pub(super) struct Marker {
     cursor: Option<Cursor>,
-    /// When it came to be there, in ms since 1970.
+    /// When the cursor was reached, in ms since 1970.
     at: u64,
     key: Option<Key>,
     phase: Phase,
-    /// Whether it grew by a command to this edge, and not by what another edge told.
+    /// Whether it grew by a command to this edge, and not by a receipt of another edge.
     own: bool,
 }
 
@@ -31,30 +31,30 @@ pub(super) struct Marker {
 #[derive(Debug)]
 struct Key {
     cursor: Option<Cursor>,
-    /// 0: there was no key.
+    /// 0 if there was no key.
     revision: u64,
     known: Instant,
 }
 
-/// Where a marker is on its way to its key.
+/// How far the write of a marker has got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Nothing is to be done.
+    /// There is nothing to do.
     Resting,
-    /// Heard from another edge, which writes it; later this edge looks whether it has.
+    /// Announced by another edge, which writes it. This edge checks later whether it did.
     Checking,
-    /// To be written with others, at the next round.
+    /// To be written with others, at the end of the round.
     Gathering,
-    /// To be written as soon as there is a place for it.
+    /// To be written as soon as there is capacity.
     Queued,
     /// Being written.
     Writing,
-    /// Written a moment ago.
+    /// Just written.
     Pausing,
 }
 
 impl Marker {
-    /// Nothing is known yet.
+    /// A marker of which nothing is known.
     pub(super) fn new() -> Self {
         Self {
             cursor: None,
@@ -70,7 +70,7 @@ impl Marker {
         self.cursor.as_ref()
     }
 
-    /// When it came to be there, in ms since 1970.
+    /// When the cursor was reached, in ms since 1970.
     pub(super) fn at(&self) -> u64 {
         self.at
     }
@@ -83,7 +83,7 @@ impl Marker {
         self.phase = phase;
     }
 
-    /// Whether `cursor` would move it.
+    /// Whether `cursor` would move the marker.
     pub(super) fn would_grow(
         &self,
         cursor: &Cursor,
@@ -95,7 +95,8 @@ impl Marker {
         }
     }
 
-    /// Moves it, because the user said so to this edge (`own`) or another edge told.
+    /// Raises the marker, because of a command to this edge (`own`) or a receipt of another edge. Returns whether it
+    /// grew.
     pub(super) fn raise(
         &mut self,
         cursor: &Cursor,
@@ -112,12 +113,13 @@ impl Marker {
             self.cursor = Some(merged);
             self.at = at;
         }
-        // Also where another edge (or our own receipt, which comes back to us) was faster: what we promised, we write.
+        // Also if another edge, or this edge's own receipt that comes back, was faster: this edge writes what it has
+        // promised.
         self.own |= own && self.is_ahead() != Some(false);
         grew
     }
 
-    /// Takes note of what the key holds.
+    /// Notes what the key holds.
     pub(super) fn read(
         &mut self,
         cursor: Option<Cursor>,
@@ -126,7 +128,7 @@ impl Marker {
         now: Instant,
         is_current: impl Fn(&Region, &Epoch) -> bool,
     ) {
-        // A read that began before our last write, or was answered by a replica that is behind.
+        // This read began before the last write, or was answered by a replica that is behind.
         if self.key.as_ref().is_some_and(|key| key.revision > revision) {
             return;
         }
@@ -141,30 +143,30 @@ impl Marker {
         self.own &= self.is_ahead() != Some(false);
     }
 
-    /// Whether the key is to be written; `None`: it must be read first.
+    /// Whether the key has to be written; `None` if it must be read first.
     pub(super) fn is_ahead(&self) -> Option<bool> {
         let key = self.key.as_ref()?;
         Some(self.cursor.is_some() && self.cursor != key.cursor)
     }
 
-    /// Whether this edge has to write it without being asked again.
+    /// Whether this edge has to write the marker.
     pub(super) fn is_owed(&self) -> bool {
         self.own && self.is_ahead() != Some(false)
     }
 
-    /// What to write, and over which revision.
+    /// What to write, and the revision that is expected.
     pub(super) fn to_write(&self) -> Option<(Cursor, u64)> {
         let key = self.key.as_ref()?;
         let cursor = self.cursor.clone()?;
         (key.cursor.as_ref() != Some(&cursor)).then_some((cursor, key.revision))
     }
 
-    /// Whether what is about to be written is what another edge should have written.
+    /// Whether the write does what another edge should have done.
     pub(super) fn is_repair(&self) -> bool {
         !self.own
     }
 
-    /// The key holds `cursor` under `revision`.
+    /// Notes that the key holds `cursor` under `revision`.
     pub(super) fn written(&mut self, cursor: Cursor, revision: u64, now: Instant) {
         if self.cursor.as_ref() == Some(&cursor) {
             self.own = false;
@@ -176,12 +178,13 @@ impl Marker {
         });
     }
 
-    /// What is known of the key may be wrong: somebody else wrote it, or nobody knows whether a write went through.
+    /// Forgets what is known of the key. It may be wrong: another edge wrote the key, or the outcome of a write is
+    /// unknown.
     pub(super) fn doubt(&mut self) {
         self.key = None;
     }
 
-    /// Whether it can be forgotten.
+    /// Whether the marker can be removed from memory.
     pub(super) fn is_idle(&self, now: Instant) -> bool {
         let key = self.key.as_ref();
         let recent = key.is_some_and(|key| now.duration_since(key.known) < REMEMBERED);
@@ -217,17 +220,17 @@ mod tests {
     /// What happens to the marker of one user in one room.
     #[derive(Debug, Clone)]
     enum Event {
-        /// A device tells an edge that it has read this; the other edge hears of it, or has not yet.
+        /// A device tells an edge that it has read this. The other edge gets a receipt, now or later.
         Read { edge: usize, seqs: [Option<u64>; 2] },
         /// The oldest (or newest) receipt on its way to an edge arrives.
         Hear { edge: usize, newest: bool },
-        /// An edge asks for the key, and gets the answer later.
+        /// An edge reads the key, and gets the answer later.
         Ask { edge: usize },
         /// The answer to a read arrives, however late.
         Answer { edge: usize, newest: bool },
-        /// An edge writes the key; `known`: it learns what became of it.
+        /// An edge writes the key; `known` says whether it learns the outcome.
         Write { edge: usize, known: bool },
-        /// The edge dies and comes back knowing nothing.
+        /// The edge dies and restarts without any state.
         Die { edge: usize },
     }
 
@@ -277,7 +280,8 @@ mod tests {
                 .read(cursor, 1, revision, Instant::now(), |_, _| true);
         }
 
-        /// Writes the key as the keeper does: over what it knows of it, and if that was wrong it reads before the next time.
+        /// Writes the key as the keeper does: with the revision that it knows. If that was wrong, it reads before the
+        /// next write.
         fn write(&mut self, key: &mut Stored, known: bool) {
             let Some((cursor, revision)) = self.marker.to_write() else {
                 return;
@@ -309,14 +313,15 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// Reads of several devices through two edges, in two regions' sequences, with everything late, out of order, and
-        /// edges that die: in the end the key holds the maximum of what reached a living edge, and neither an edge nor the
-        /// key has ever gone back.
+        /// Several devices read through two edges, in the sequences of two regions. Everything may be late or out of
+        /// order, and edges may die. In the end the key holds the maximum of what has reached a living edge, and
+        /// neither an edge nor the key has ever gone back.
         #[test]
         fn the_key_ends_at_the_maximum_and_nothing_goes_back(events in events()) {
             let mut key = Stored::default();
             let mut edges: Vec<Edge> = (0..EDGES).map(|_| Edge::new()).collect();
-            // The model: per edge the maximum of what it was told since it lives, and of all that was ever in the key.
+            // The model: for each edge, the maximum of what it was told since its start; and the maximum that was ever
+            // in the key.
             let mut told: Vec<Option<Cursor>> = vec![None; EDGES];
             let max = |a: &mut Option<Cursor>, b: &Cursor| {
                 *a = Some(a.as_ref().map_or(b.clone(), |a| a.merge(b, |_, _| true)));
@@ -375,7 +380,7 @@ mod tests {
             for receipt in edges.iter().flat_map(|edge| &edge.receipts) {
                 max(&mut expected, receipt);
             }
-            // What is on its way arrives, then every edge reads and writes until there is nothing left to write.
+            // Everything in flight arrives. Then every edge reads and writes until there is nothing left to write.
             for _ in 0..2 {
                 for edge in &mut edges {
                     for receipt in std::mem::take(&mut edge.receipts) {

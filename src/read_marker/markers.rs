@@ -1,4 +1,4 @@
-//! The markers an edge works with: loading, moving, asking.
+//! The markers an edge works with: loading, moving and reading them.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -29,19 +29,21 @@ use crate::{
     telemetry::metrics::{Counter, count},
 };
 
-/// How long the reply to a `read` waits for the write it caused; the write goes on without it.
+/// How long the reply to a `read` waits for the write that it caused. The write goes on after that.
 const WAIT_FOR_WRITE: Duration = Duration::from_secs(1);
 
-/// How long a join waits for its user's marker; then it goes on without.
+/// How long a join waits for its user's marker. After that it goes on without the marker.
 const WAIT_FOR_JOIN: Duration = Duration::from_secs(1);
 
-/// How long joins don't wait at all after the bucket failed to answer: a client with many rooms joins them one by one.
+/// How long joins don't wait at all after the bucket has failed to answer: a client with many rooms joins them one by
+/// one.
 const DISTRUST: Duration = Duration::from_secs(10);
 
-/// Markers in memory above which what other edges tell is not remembered, and so not repaired if they die.
+/// Number of markers in memory above which markers announced by other edges are not remembered, and so not repaired if
+/// those edges die.
 const MAX_HEARD: usize = 65_536;
 
-/// The read markers of an edge; its shards and HTTP share them.
+/// The read markers of an edge, shared by its shards and by HTTP.
 #[derive(Debug)]
 pub struct Markers {
     pub(super) bucket: Bucket,
@@ -51,18 +53,18 @@ pub struct Markers {
     pub(super) subjects: Subjects,
     pub(super) unread_cap: u64,
     pub(super) counting: Counting,
-    /// How long a `read`, or the keys it needs, may take.
+    /// Timeout of a `read`, and of loading keys.
     timeout: Duration,
     pub(super) state: Mutex<State>,
-    /// There is something to load.
+    /// Notified when there is something to load.
     pub(super) load: Notify,
-    /// There is something to write.
+    /// Notified when there is something to write.
     pub(super) write: Notify,
-    /// Nothing is left to write.
+    /// Notified when nothing is left to write.
     pub(super) written: Notify,
 }
 
-/// A marker's key in the bucket: it names room and user.
+/// A marker's key in the bucket. It names room and user.
 pub(super) type Key = Arc<str>;
 
 #[derive(Debug, Default)]
@@ -74,14 +76,14 @@ pub(super) struct State {
     failed: Option<Instant>,
 }
 
-/// Somebody who waits for keys to be read.
+/// A request for keys to be read.
 #[derive(Debug)]
 pub(super) struct Load {
     pub(super) keys: Vec<Key>,
     pub(super) done: oneshot::Sender<Result<(), MarkerError>>,
 }
 
-/// What is asked of each region's bucket.
+/// What is read from each region's bucket.
 #[derive(Debug, Clone, Copy)]
 enum Wanted<'k> {
     Keys(&'k [String]),
@@ -91,11 +93,11 @@ enum Wanted<'k> {
 /// A user's marker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reading {
-    /// Who.
+    /// The user.
     pub user: String,
-    /// Up to where.
+    /// The cursor up to which the user has read.
     pub cursor: Cursor,
-    /// When they came to be there, in ms since 1970.
+    /// When the marker reached it, in ms since 1970.
     pub at: u64,
 }
 
@@ -105,19 +107,19 @@ pub enum MarkerError {
     /// NATS can't be reached, or does not answer.
     #[error("read markers are not reachable now")]
     Unavailable,
-    /// Too many ask for unread counts at once.
+    /// There are too many requests for unread counts at once.
     #[error("too many unread counts are asked for at once")]
     Busy,
-    /// The cursor is not one of the room.
+    /// The cursor is not one of this room's log.
     #[error("the cursor {0} is not of this room's log")]
     BadCursor(Cursor),
-    /// The bucket answers with an error.
+    /// The bucket answered with an error.
     #[error("read markers can't be read: {0}")]
     Refused(String),
 }
 
 impl MarkerError {
-    /// What the client is told.
+    /// The error code for the client.
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
@@ -160,9 +162,9 @@ impl From<KvError> for MarkerError {
 }
 
 impl Markers {
-    /// The markers of an edge, which are read by `reader` and written over its connection, never the ones of messages; `publisher` tells of them.
-    /// Unread messages are counted by `counts`, over a connection on which nobody waits for anything else.
-    /// Nothing is read or written before [`Self::keep`] runs.
+    /// The markers of an edge. They are read by `reader` and written over its connection, which is never the one of
+    /// messages. Receipts are published by `publisher`. Unread messages are counted by `counts`, over a connection that
+    /// nothing else waits for. Nothing is read or written before [`Self::keep`] runs.
     #[must_use]
     pub fn new(
         reader: &Reader,
@@ -188,11 +190,12 @@ impl Markers {
         })
     }
 
-    /// Moves a user's marker to `cursor`, at most to the room's newest message, and tells the room if it moved. The marker
-    /// after it. `head`: where the caller knows the room to stand.
+    /// Moves a user's marker to `cursor`, at most to the room's head, and tells the room if the marker has moved.
+    /// Returns the marker after that. `head` is the room's head as the caller knows it.
     ///
     /// # Errors
-    /// [`MarkerError`]; nothing has moved then, or (if it could not be told) the same again tells it.
+    /// [`MarkerError`]. The marker has not moved, unless the timeout ended the wait for its write. A retry is safe in
+    /// any case.
     pub async fn read(
         &self,
         room: &RoomId,
@@ -200,7 +203,7 @@ impl Markers {
         cursor: &Cursor,
         head: Option<&Cursor>,
     ) -> Result<Cursor, MarkerError> {
-        // Clients are promised an answer within some seconds, whichever part of it takes long.
+        // Clients are promised an answer within some seconds, whichever step is slow.
         timeout(self.timeout, self.move_to(room, user, cursor, head))
             .await
             .unwrap_or(Err(MarkerError::Unavailable))
@@ -226,7 +229,7 @@ impl Markers {
             marker.would_grow(&cursor, self.is_current(part))
         };
         if grows {
-            // Told before it is noted: if it can't be told, the same command tells it again.
+            // Tell the room before the marker is raised: if that fails, a retry of the command tells it.
             self.publisher
                 .receipt(room, user, &cursor)
                 .await
@@ -239,21 +242,22 @@ impl Markers {
                 let marker = state.marker(&key);
                 marker.raise(&cursor, unix_ms(), true, self.is_current(part));
             }
-            // Where nothing was written a moment ago, the answer waits for the write: then it knows what other edges wrote.
+            // If the marker was not just written, the answer waits for the write, and so includes what other edges have
+            // written.
             state.queue(&key)
         };
         if let Some(first) = first {
             self.write.notify_one();
-            // Late or failed, the write goes on or is repeated.
+            // On a timeout or failure, the write goes on or is retried.
             let _in_time = timeout(WAIT_FOR_WRITE, first).await;
         }
         let mut state = self.state.lock();
         Ok(state.marker(&key).cursor().cloned().unwrap_or(cursor))
     }
 
-    /// A user has sent the message at `cursor`: that is as far as they have read. Nobody is told, the message tells it, and
-    /// nobody waits: it is written with those of others within [`WRITE_PAUSE`](super::WRITE_PAUSE), or a write for each would
-    /// cost more than the message.
+    /// A user has sent the message at `cursor`, so the user has read up to it. No receipt is published: the message
+    /// itself tells the members. Nothing waits for the write, which is done together with others within
+    /// [`WRITE_PAUSE`](super::WRITE_PAUSE). A separate write for each message would cost more than the message.
     pub fn sent(&self, room: &RoomId, user: &str, cursor: &Cursor) {
         let part = self.part(room);
         let key: Key = marker_key(room, user).into();
@@ -265,8 +269,8 @@ impl Markers {
         }
     }
 
-    /// An edge has told the room that a user has read up to `cursor`. It writes that; if it dies before it could, we do.
-    /// What is heard while too many markers are in memory is not remembered.
+    /// Another edge has told the room that a user has read up to `cursor`. That edge writes the marker; if it dies
+    /// before, this edge does. Not remembered if there are too many markers in memory.
     pub fn heard(&self, room: &RoomId, user: &str, cursor: &Cursor) {
         let part = self.part(room);
         let key: Key = marker_key(room, user).into();
@@ -283,8 +287,8 @@ impl Markers {
         }
     }
 
-    /// A user's marker, if it has one of this incarnation of the room. For a join: it waits a moment and no longer, and not
-    /// at all while the bucket is known not to answer.
+    /// A user's marker, for a join, if it has a position in the current epoch of a stream. Waits at most
+    /// `WAIT_FOR_JOIN`, and not at all while the bucket is known not to answer.
     pub async fn for_join(&self, room: &RoomId, user: &str) -> Option<Cursor> {
         let failed = self.state.lock().failed;
         if failed.is_some_and(|at| at.elapsed() < DISTRUST) || !self.bucket.connection().is_up() {
@@ -308,7 +312,7 @@ impl Markers {
         }
     }
 
-    /// The users that have read something of the room, in the order of the bytes of their names, and whether more follow.
+    /// The users with a marker in the room, in the order of the bytes of their names, and whether more follow.
     ///
     /// # Errors
     /// [`MarkerError`].
@@ -324,7 +328,7 @@ impl Markers {
         Ok((readers, later.next().is_some()))
     }
 
-    /// All markers of a room, ordered by user: what the bucket holds and what is on its way there.
+    /// All markers of a room, ordered by user: the ones in the bucket, and the ones that are not written yet.
     ///
     /// # Errors
     /// [`MarkerError`].
@@ -337,7 +341,7 @@ impl Markers {
         let keys = marker_keys(room);
         for entries in self.of_all_buckets(Wanted::Matching(&keys)).await? {
             let mut in_bucket = BTreeMap::new();
-            // A key that changes meanwhile is there twice, the newer one later.
+            // A key that changes during the scan occurs twice, the newer value last.
             for entry in entries {
                 let Some((_, user)) = parse_marker_key(&entry.key) else {
                     continue;
@@ -380,8 +384,8 @@ impl Markers {
             .collect())
     }
 
-    /// The markers of a room that are in memory. The lock is held for a part of them at a time; none is forgotten in between that
-    /// the bucket did not hold for a while.
+    /// The markers of a room that are in memory. The lock is held for one part of them at a time. A marker that is
+    /// removed in between is safe: the bucket has held it for some time.
     fn in_memory(&self, room: &RoomId) -> Vec<(Key, Cursor, u64)> {
         let prefix = marker_key(room, "");
         let mut found = Vec::new();
@@ -405,7 +409,7 @@ impl Markers {
         }
     }
 
-    /// What is known of a marker after it was loaded, if it means anything.
+    /// A marker as far as it is known after it was loaded, if it has a position in the current epoch of a stream.
     pub(super) fn known(&self, room: &RoomId, key: &str) -> Option<Cursor> {
         let part = self.part(room);
         let state = self.state.lock();
@@ -413,7 +417,8 @@ impl Markers {
         self.means_something(part, cursor).then(|| cursor.clone())
     }
 
-    /// A marker of an epoch that is over says nothing about the messages there are now.
+    /// Whether a cursor has a position in a current epoch. A marker of older epochs says nothing about the current
+    /// messages.
     fn means_something(&self, part: u16, cursor: &Cursor) -> bool {
         let is_current = self.is_current(part);
         let mut positions = cursor.positions().iter();
@@ -430,7 +435,7 @@ impl Markers {
         partition_of(room, self.origins.own().partitions())
     }
 
-    /// What every region's bucket tells, the own one's first.
+    /// Reads from every region's bucket, the own one's first.
     async fn of_all_buckets(&self, wanted: Wanted<'_>) -> Result<Vec<Vec<Entry>>, KvError> {
         let origins = self.origins.all();
         let buckets = origins
@@ -456,7 +461,7 @@ impl Markers {
         }
     }
 
-    /// Reads keys, together with those that others wait for.
+    /// Reads keys, together with those of other requests.
     ///
     /// # Errors
     /// [`MarkerError`].
@@ -464,14 +469,14 @@ impl Markers {
         let (done, loaded) = oneshot::channel();
         self.state.lock().loads.push(Load { keys, done });
         self.load.notify_one();
-        // Without an answer the edge is stopping, or the read before ours does not end.
+        // No answer: the edge is stopping, or the read before this one does not end.
         match timeout(self.timeout, loaded).await {
             Ok(Ok(loaded)) => loaded,
             Ok(Err(_)) | Err(_) => Err(MarkerError::Unavailable),
         }
     }
 
-    /// Takes in what a read of `keys` found.
+    /// Reads `keys` and merges the values into the markers.
     pub(super) async fn fetch(&self, keys: &[String]) -> Result<(), MarkerError> {
         count(Counter::MarkerLoads, 1);
         let found = match self.of_all_buckets(Wanted::Keys(keys)).await {
@@ -494,14 +499,14 @@ impl Markers {
                     continue;
                 };
                 let is_current = self.is_current(self.part(&room));
-                // What was put there by hand and is no cursor is overwritten.
+                // A value that was written by hand and is not a cursor is overwritten.
                 let mut held: Option<Cursor> = None;
                 let (mut at, mut revision) = (0, 0);
                 for (number, bucket) in buckets.iter_mut().enumerate() {
                     let Some(entry) = bucket.remove(key.as_str()) else {
                         continue;
                     };
-                    // Written over is only the own one's; what another region's holds need not be written here as well.
+                    // Only the own bucket is written. What another region's bucket holds need not be written here too.
                     if number == 0 {
                         revision = entry.revision;
                     }
@@ -520,9 +525,9 @@ impl Markers {
         Ok(())
     }
 
-    /// What a cursor says of the room's log as it is now: the own origin's component at most at the head; those of other
-    /// origins as they are, since the user may have seen there what is not here yet; and nothing of origins or epochs that
-    /// nobody knows here.
+    /// Reduces a cursor to what it says about the current log of the room. The own origin's component is limited to the
+    /// head. Those of other origins are kept as they are, since the user may have seen messages there that have not
+    /// arrived here. Components of unknown origins or epochs are dropped.
     async fn within_the_log(
         &self,
         room: &RoomId,
@@ -535,7 +540,7 @@ impl Markers {
         let mut kept: Option<Cursor> = None;
         for position in cursor.positions() {
             let Some(streams) = self.origins.get(&position.origin) else {
-                // A region alone has not lost sight of anybody: the cursor is of another mesh.
+                // A single region has no other regions to lose sight of: the cursor is of another mesh.
                 if is_mesh {
                     continue;
                 }
@@ -557,7 +562,7 @@ impl Markers {
         kept.ok_or_else(bad)
     }
 
-    /// Whether a position is of the stream as it is now.
+    /// Whether a position is of the stream's current epoch.
     async fn is_of(
         &self,
         streams: &Streams,
@@ -567,13 +572,13 @@ impl Markers {
         if position.epoch == streams.known(part).epoch {
             return Ok(true);
         }
-        // Is it we who have not noticed that the stream began anew?
+        // The stream may have a new incarnation that this edge has not noticed yet.
         let now = streams.verify(part, Instant::now()).await;
         let now = now.map_err(|_any| MarkerError::Unavailable)?;
         Ok(position.epoch == now.epoch)
     }
 
-    /// The position, or the room's head where that lies before it.
+    /// The position, or the room's head if the position lies beyond it.
     async fn clamp(
         &self,
         room: &RoomId,
@@ -605,7 +610,7 @@ impl Markers {
         let head = known
             .map(|head| (head.seq, head.fingerprint))
             .max(read)
-            // A room of which the stream has nothing stands where the stream was last seen.
+            // If the stream has no message of the room, use the end of the stream as it was last seen.
             .unwrap_or_else(|| {
                 (
                     self.origins.own().known(part).last_seq,

@@ -1,4 +1,4 @@
-//! Up to where a room's members were told that others have read: pure state.
+//! Up to where the members of a room were told that others have read: pure state.
 
 use std::collections::HashMap;
 
@@ -6,30 +6,30 @@ use indexmap::IndexMap;
 
 use crate::model::{Cursor, Epoch, Region};
 
-/// The marker of each user that members were told, or could have asked for.
+/// The marker of each user that members were told, or could have read.
 ///
-/// It begins with what the bucket holds ([`Self::seed`]); what is heard before that waits. Receipts come out of order and
-/// from several edges: only what lies further is told.
+/// It starts with what the bucket holds ([`Self::seed`]). Receipts before that wait. Receipts arrive out of order and
+/// from several edges: only markers that have grown are told.
 #[derive(Debug, Default)]
 pub struct Table {
     users: HashMap<String, Shown>,
-    /// Whether the bucket was read, and what was heard before that.
+    /// Whether the bucket was read, and the receipts before that.
     seeded: bool,
     waiting: IndexMap<String, Cursor>,
-    /// Users whose markers grew while nobody was told.
+    /// Users whose markers have grown while no member was told.
     missed: IndexMap<String, ()>,
 }
 
 #[derive(Debug)]
 struct Shown {
     cursor: Cursor,
-    /// Whether members were told. A member that asked before may know less than what the bucket held later: then the next
-    /// receipt tells it, even if it is no further.
+    /// Whether members were told. If not, a member may have read an older value from the bucket than this one. Then the
+    /// next receipt tells it, even if the marker has not grown.
     told: bool,
 }
 
 impl Table {
-    /// A receipt: what is to be told of the user, if anything.
+    /// Takes a receipt. Returns the marker to be told, if any.
     pub fn hear(
         &mut self,
         user: &str,
@@ -60,7 +60,7 @@ impl Table {
         news.then(|| shown.cursor.clone())
     }
 
-    /// A message of the user: its receivers know that its sender has read up to it, so nothing needs to be told.
+    /// Takes a message of the user. Its receivers know that its sender has read up to it, so nothing needs to be told.
     pub fn spoke(
         &mut self,
         user: &str,
@@ -70,7 +70,7 @@ impl Table {
         match self.users.get_mut(user) {
             Some(shown) => {
                 let merged = shown.cursor.merge(cursor, is_current);
-                // A marker that lies further than the message, and that nobody was told, stays to be told.
+                // If the marker is beyond the message and was not told yet, it must still be told.
                 shown.told |= merged == *cursor;
                 shown.cursor = merged;
             }
@@ -84,8 +84,8 @@ impl Table {
         }
     }
 
-    /// What the bucket holds. The first time only what was heard meanwhile is to be told; later, what has grown: it was
-    /// missed.
+    /// Takes what the bucket holds, and returns the markers to be told. The first time these are only the ones from
+    /// receipts that waited. Later they are the ones that have grown, whose receipts were missed.
     pub fn seed(
         &mut self,
         stored: impl IntoIterator<Item = (String, Cursor)>,
@@ -119,12 +119,12 @@ impl Table {
         news
     }
 
-    /// What was to be told of `user` was not: it is, by [`Self::missed`].
+    /// Notes that the marker of `user` was not told. [`Self::missed`] returns it later.
     pub fn miss(&mut self, user: String) {
         self.missed.insert(user, ());
     }
 
-    /// What has been missed, once.
+    /// Returns the markers that were not told, each once.
     pub fn missed(&mut self) -> Vec<(String, Cursor)> {
         std::mem::take(&mut self.missed)
             .into_keys()
@@ -171,7 +171,7 @@ mod tests {
         let told = table.seed(stored, current);
         let expected = [("kim", 5), ("lee", 4)].map(|(user, seq)| (user.to_owned(), cursor(seq)));
         assert_eq!(told, expected);
-        // In the bucket, but a member that asked before it was written does not know it.
+        // It is in the bucket, but a member that read the bucket before does not know it.
         assert_eq!(table.hear("park", &cursor(8), current), Some(cursor(9)));
         assert_eq!(table.hear("park", &cursor(9), current), None);
     }
@@ -187,8 +187,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes in whatever order: no user's marker is told twice or goes back, and after the bucket was read
-        /// everybody knows the maximum of what was heard.
+        /// Whatever arrives in whatever order: no marker is told twice or goes back, and after the bucket was read,
+        /// everyone knows the maximum of what was heard.
         #[test]
         fn nobody_is_told_of_a_marker_that_goes_back(
             events in prop::collection::vec((0..3_usize, 0..4_u8, 0..20_u64), 0..80)

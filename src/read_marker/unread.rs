@@ -1,4 +1,4 @@
-//! How much is new: counted by the stream, after the reader's marker.
+//! Unread messages: counted by the stream, from the reader's marker on.
 
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
@@ -22,7 +22,7 @@ use crate::{
     telemetry::metrics::{Counter, count},
 };
 
-/// How many messages of a room are new to a user.
+/// The number of a user's unread messages in a room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Unread {
     /// At most `limits.unread_cap`.
@@ -31,28 +31,30 @@ pub struct Unread {
     pub capped: bool,
 }
 
-/// Questions of one user that wait or are worked on; more are refused, or one user's would be all that is worked on.
+/// Maximum number of requests of one user that wait or are being answered. More are refused, so that one user can't
+/// occupy all turns.
 const OF_ONE_USER: usize = 4;
 
-/// Whose turn it is to have rooms counted. One question can be hundreds of reads: so they have a connection of their own, and
-/// few are worked on at once, in the order in which they came. Nothing else waits for them.
+/// Limits how many requests for unread counts are answered at once. One request can need hundreds of reads. So these
+/// reads have their own connection, which nothing else waits for, and only a few requests are answered at once, in the
+/// order of their arrival.
 #[derive(Debug)]
 pub(super) struct Counting {
     reader: Reader,
     turns: Semaphore,
     wait: Duration,
-    /// How many questions each user has here.
+    /// The number of requests of each user.
     users: Mutex<HashMap<Box<str>, usize>>,
 }
 
-/// A user's place among those who ask; given back when dropped.
+/// One request of a user; given back when dropped.
 struct Asking<'c> {
     counting: &'c Counting,
     user: &'c str,
 }
 
 impl Counting {
-    /// Counts over `reader`, which nobody else has.
+    /// Counts over `reader`, which is used for nothing else.
     pub(super) fn new(reader: Reader, config: &config::Nats) -> Self {
         Self {
             reader,
@@ -62,7 +64,7 @@ impl Counting {
         }
     }
 
-    /// Waits for a turn, no longer than a read may take.
+    /// Waits for a turn, at most for the timeout of a read.
     async fn turn<'c>(
         &'c self,
         user: &'c str,
@@ -96,10 +98,11 @@ impl Drop for Asking<'_> {
 }
 
 impl Markers {
-    /// How many messages of each durable room are new to `user`: those after their marker that the stream still holds.
+    /// The numbers of `user`'s unread messages in durable rooms: those after the marker that the stream still holds.
     ///
-    /// Of each origin: the markers are read in one request, the heads in one a partition; only rooms whose head lies after
-    /// the marker are counted, in a request each.
+    /// First the markers are read, with one request for each origin; then the heads, with one for each origin and
+    /// partition. More than `MAX_HEADS` rooms need several. Only rooms whose head lies after the marker are counted,
+    /// with one request for each room and origin.
     ///
     /// # Errors
     /// [`MarkerError`].
@@ -123,7 +126,7 @@ impl Markers {
         }
         let _turn = self.counting.turn(user).await?;
         let requests = keys.len().div_ceil(MAX_HEADS);
-        // What another edge wrote a moment ago counts too.
+        // Includes what another edge has just written.
         self.load(keys.values().map(Arc::clone).collect()).await?;
         let markers: HashMap<&RoomId, Cursor> = keys
             .iter()
@@ -166,8 +169,8 @@ impl Markers {
         Ok(unread)
     }
 
-    /// Which of `rooms`, all of one partition, have messages of one origin after the marker, and from where on they are to
-    /// be counted.
+    /// Which of `rooms`, all of one partition, have messages of one origin after the marker, and from which position
+    /// they are to be counted.
     async fn behind<'r>(
         &self,
         streams: &Streams,
@@ -189,7 +192,8 @@ impl Markers {
             .map(|head| (&head.room, head.record.seq))
             .collect();
         let rooms = rooms.iter().zip(subjects).filter_map(|(room, subject)| {
-            // A marker of another epoch, or without this origin, is as good as none: everything that is there is new.
+            // A marker of another epoch, or without this origin, counts as no marker: everything in the stream is
+            // unread.
             let position = markers.get(*room).and_then(|marker| marker.get(origin));
             let after = position
                 .filter(|position| position.epoch == epoch)

@@ -1,7 +1,8 @@
-//! What a session missed of one origin, read from the stream: once for all who miss about the same.
+//! Reads what a session has missed of one origin from the stream: once for all sessions that have missed about the
+//! same.
 //!
-//! Requests that arrive while a read is in flight are answered together by the next one, which begins at the oldest of their
-//! cursors. So a reconnect storm costs NATS some reads a room, however many clients come back.
+//! Requests that arrive during a read are answered together by the next read, which begins at the oldest of their
+//! cursors. So a reconnect storm costs NATS a few reads for each room, however many clients come back.
 
 use std::{
     cell::{Cell, RefCell},
@@ -23,10 +24,11 @@ use crate::{
     telemetry::metrics::{Counter, count},
 };
 
-/// Reads that are repeated because the copy of the stream that answered seems to be behind; then it is believed. Some two seconds.
+/// How often a read is repeated because the copy of the stream that answered seems to be behind. After that its answer
+/// is believed. This takes about two seconds.
 const BEHIND_READS: u32 = 10;
 
-/// Requests of one hub for what lies in one stream.
+/// Requests of one hub for backlogs from one stream.
 #[derive(Debug, Default)]
 pub(super) struct Backlogs {
     waiting: RefCell<Vec<Waiter>>,
@@ -36,7 +38,7 @@ pub(super) struct Backlogs {
 #[derive(Debug)]
 struct Waiter {
     since: (u64, Fingerprint),
-    /// Reads that were answered by a copy of the stream that may have been behind.
+    /// How many reads were answered by a copy of the stream that may have been behind.
     tries: u32,
     answer: oneshot::Sender<Answer>,
 }
@@ -46,19 +48,19 @@ type Answer = Result<Backlog, NoBacklog>;
 /// Why there is no backlog.
 #[derive(Debug)]
 pub(super) enum NoBacklog {
-    /// The session can't go on where it was.
+    /// The session can't resume at its cursor.
     Reset(ResetReason),
     /// The stream could not be read.
     Failed(JoinError),
 }
 
-/// What was missed can't be read now.
+/// The backlog can't be read now.
 #[derive(Debug, thiserror::Error)]
 enum BacklogError {
     /// The messages can't be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// Where the stream begins can't be read.
+    /// The state of the stream can't be read.
     #[error(transparent)]
     Stream(#[from] StreamError),
 }
@@ -66,14 +68,14 @@ enum BacklogError {
 /// The messages after a cursor, up to the end of the stream at the time of the read.
 #[derive(Debug)]
 pub(super) struct Backlog {
-    /// What was read, perhaps from an older cursor on.
+    /// What was read. If the read began at an older cursor, the first `skip` messages are not part of this backlog.
     pub(super) read: Rc<[Rc<Message>]>,
     pub(super) skip: usize,
-    /// Everything up to this place is in it.
+    /// Everything up to this position is included.
     pub(super) upto: (u64, Fingerprint),
 }
 
-/// Bytes of messages that are read of a backlog at a time.
+/// Bytes of memory that are reserved to read a part of a backlog.
 const PART_BYTES: usize = 1 << 20;
 
 /// How much of a backlog is read.
@@ -81,7 +83,7 @@ const PART_BYTES: usize = 1 << 20;
 enum Extent {
     /// All of it.
     Whole,
-    /// Its beginning: what one request brings.
+    /// Its beginning: what one request returns.
     Part,
 }
 
@@ -90,7 +92,7 @@ impl Backlog {
         &self.read[self.skip..]
     }
 
-    /// By what it is known again, without keeping it.
+    /// Identifies this backlog without keeping it in memory.
     pub(super) fn part(&self) -> Part {
         Part {
             read: Rc::downgrade(&self.read),
@@ -108,13 +110,13 @@ pub(super) struct Part {
 
 impl PartialEq for Part {
     fn eq(&self, other: &Self) -> bool {
-        // A handle keeps the address from being used for another read.
+        // The weak handle keeps the allocation, so no other read can have its address.
         self.skip == other.skip && self.read.ptr_eq(&other.read)
     }
 }
 
 impl Hub {
-    /// What came after `since`, a position in a track of this hub's log.
+    /// The messages after `since`, a position in a track of this hub's log.
     pub(super) async fn backlog(
         self: &Rc<Self>,
         rooms: &Rc<Rooms>,
@@ -139,7 +141,7 @@ impl Hub {
             .unwrap_or(Err(NoBacklog::Failed(JoinError::Unavailable)))
     }
 
-    /// The beginning of what came after `since`, for a session that is slow and has time: nothing is read that it can't take soon.
+    /// The beginning of what came after `since`, for a slow session: reads no more than the session can be sent soon.
     pub(super) async fn backlog_part(
         &self,
         rooms: &Rc<Rooms>,
@@ -171,7 +173,7 @@ impl Hub {
         }
     }
 
-    /// A stream of one copy has no other that could tell more.
+    /// Whether the stream has several copies. If it has only one, no other copy can have more.
     fn is_replicated(&self, track: usize) -> bool {
         self.sources[track].streams.known(self.part).replicated
     }
@@ -180,13 +182,13 @@ impl Hub {
         let backlogs = &self.sources[track].backlogs;
         loop {
             let mut group = std::mem::take(&mut *backlogs.waiting.borrow_mut());
-            // Whoever gave up needs no answer.
+            // A waiter whose join has timed out is gone.
             group.retain(|waiter| !waiter.answer.is_closed());
             if group.is_empty() {
                 break;
             }
             if group.iter().all(|waiter| waiter.tries > 0) {
-                // Whoever comes during the pause is served together with them.
+                // Requests that arrive during the pause are served together with these.
                 self.pause().await;
                 group.append(&mut backlogs.waiting.borrow_mut());
             }
@@ -198,8 +200,8 @@ impl Hub {
         backlogs.reading.set(false);
     }
 
-    /// Reads from the oldest cursor of the group and answers as many as that can answer, at least that one, or lets it wait for
-    /// another read.
+    /// Reads from the oldest cursor of the group and answers every waiter that this read can answer, at least the
+    /// oldest. Or returns the oldest to the queue if the read has to be repeated.
     async fn serve_group(&self, rooms: &Rc<Rooms>, track: usize, group: &mut Vec<Waiter>) {
         let (oldest, tries) = (group[0].since, group[0].tries);
         let same = |group: &[Waiter]| group.partition_point(|waiter| waiter.since.0 <= oldest.0);
@@ -226,12 +228,12 @@ impl Hub {
             }
             Ok(Read::Reset(reason)) => {
                 for waiter in group.drain(..same(group)) {
-                    // A receiver that is gone gave up.
+                    // A send fails if the receiver has given up.
                     let _gone = waiter.answer.send(Err(NoBacklog::Reset(reason)));
                 }
             }
             Ok(Read::TooFar { boundary }) => {
-                // Everybody before the boundary is too far behind as well.
+                // Every cursor before the boundary is too far behind as well.
                 let too_far = group
                     .partition_point(|waiter| waiter.since.0 < boundary)
                     .max(same(group));
@@ -253,8 +255,8 @@ impl Hub {
         }
     }
 
-    /// The part of what was read after `oldest` that comes after `since`, if `since` is a place of this log. `None`: what was read does
-    /// not tell, and a read of its own does.
+    /// The part of what was read after `oldest` that comes after `since`, if `since` is a position of this log. `None`
+    /// if this read can't tell: then `since` needs a read of its own.
     async fn cut(
         &self,
         rooms: &Rooms,
@@ -277,7 +279,7 @@ impl Hub {
             return backlog();
         }
         if seq > upto.0 {
-            // In the future, or the copy that was read is behind.
+            // The cursor is in the future, or the copy that was read is behind.
             return None;
         }
         let at = skip
@@ -296,7 +298,7 @@ impl Hub {
         }
     }
 
-    /// What is stored where a cursor says that it was made.
+    /// What is stored at the position of a cursor.
     async fn stored_at(
         &self,
         rooms: &Rooms,
@@ -313,8 +315,8 @@ impl Hub {
         })
     }
 
-    /// Reads what came after `since`, and makes sure that nothing of it is missing. `is_last`: what a copy does not have now is
-    /// believed not to be there.
+    /// Reads what came after `since` and checks that nothing of it is missing. With `is_last`, what the copy does not
+    /// have is taken as not stored.
     async fn read_after(
         &self,
         rooms: &Rooms,
@@ -326,7 +328,7 @@ impl Hub {
         let limits = &rooms.config;
         let most_bytes = usize::try_from(limits.replay_max_bytes.as_u64()).unwrap_or(usize::MAX);
         let mut share = match extent {
-            // Whoever wants it has waited for all tracks at once.
+            // The caller already holds a share for all tracks.
             _ if self.sources.len() > 1 => rooms.memory.take(0),
             Extent::Whole => rooms.memory.share(most_bytes).await,
             Extent::Part => rooms.memory.share(PART_BYTES.min(most_bytes)).await,
@@ -339,7 +341,7 @@ impl Hub {
         let mut entries: Vec<Rc<Message>> = Vec::new();
         let mut bytes = 0;
         let mut is_whole = true;
-        // From the cursor's own message on: if it is still there, nothing after it has been trimmed.
+        // Starts at the cursor's own message: if it is still stored, nothing after it has been trimmed.
         let mut next = after.max(1);
         loop {
             let page = rooms.reader.page(stream, epoch, &filter, next).await?;
@@ -360,7 +362,8 @@ impl Hub {
                 .checked_sub(limits.replay_max)
                 .filter(|excess| *excess > 0)
             {
-                // The first `excess` of them would have to be left out: whoever is before the last of those is too far.
+                // The first `excess` messages would have to be left out. Every cursor before the last of them is too
+                // far behind.
                 let at = usize::try_from(excess)
                     .map_or(records.len(), |excess| excess.min(records.len()));
                 let boundary = at.checked_sub(1).map_or(after + 1, |i| records[i].seq);
@@ -390,21 +393,22 @@ impl Hub {
         }
         let mut upto = entries.last().map_or(since, |m| (m.seq, m.fingerprint));
         if is_whole && upto.0 < delivered.0 {
-            // The room has delivered more: the copy that was read is behind, or it was erased. Where nothing was delivered the
-            // room is known to be empty up to there.
+            // The room has delivered more. Either the copy that was read is behind, or the messages were erased. If the
+            // room has delivered nothing, it is known to be empty up to `delivered`.
             if delivered.1 != Fingerprint(0) && !is_last {
                 return Ok(Read::Behind);
             }
             upto = delivered;
         }
-        // What of the share no message has taken is given back.
+        // The unused rest of the share is released here.
         Ok(Read::Found(entries.into(), upto))
     }
 
-    /// After the read: whether anything between the cursor and what was read may have been trimmed, before or meanwhile.
+    /// Whether anything between the cursor and what was read may have been trimmed, before or during the read. Called
+    /// after the read.
     ///
-    /// Streams and subjects are trimmed from their beginning. So while the cursor's own message is there, everything after it
-    /// is. Where it is not, or the cursor names none, the stream's first sequence tells.
+    /// Streams and subjects are trimmed from the beginning. So while the cursor's own message is stored, everything
+    /// after it is too. If it is not stored, or the cursor names no message, the first sequence of the stream decides.
     async fn broken(
         &self,
         rooms: &Rooms,
@@ -420,9 +424,9 @@ impl Hub {
         match at {
             At::Nothing => {}
             _ if anchored => return Ok(None),
-            // Another copy has it than the one that was read.
+            // Another copy has the message, but not the one that was read.
             At::Same if names_message && !is_last => return Ok(Some(Read::Behind)),
-            // There is a message, but the room's log does not have it: a store that was rolled back and written anew.
+            // There is a message, but the room's log does not contain it: the store was rolled back and written again.
             At::Same | At::Other if names_message => {
                 return Ok(Some(Read::Reset(ResetReason::Epoch)));
             }
@@ -443,14 +447,14 @@ impl Hub {
     }
 }
 
-/// What is stored at a cursor's place.
+/// What is stored at the position of a cursor.
 #[derive(Clone, Copy)]
 enum At {
-    /// The message that the cursor was made of.
+    /// The message that the cursor names.
     Same,
-    /// Another one.
+    /// Another message.
     Other,
-    /// None: it was erased, or trimmed.
+    /// Nothing: it was erased or trimmed.
     Nothing,
 }
 

@@ -1,8 +1,10 @@
-//! Causal order over origins: a message is not shown before what its sender had seen.
+//! Causal order across origins: a message is not delivered before the messages that its sender had seen.
 //!
-//! Within an origin the stream's order sees to it. A message of another origin may be on its way still, by another mirror: then
-//! the one that knows of it waits, and with it those behind it in its own stream, for at most `rooms.causal_wait`. What does not
-//! come in that time (a region was cut off from us and not from the sender) is waited for no longer, and counted.
+//! Within one origin the order of the stream ensures this. But a message of another origin, which comes through another
+//! mirror, may still be on its way. Then the message that depends on it waits, together with the ones behind it in its
+//! own stream, for at most `rooms.causal_wait`. If the missing message does not come in that time (for example because
+//! its region is cut off from this one but not from the sender's), the waiting one is delivered without it, and
+//! counted.
 
 use std::rc::Rc;
 
@@ -16,7 +18,7 @@ use super::{fan_out::Pass, hub::Hub, references::MAX_REFERENCES, rooms::Rooms};
 use crate::bus::{ReadError, Record};
 
 impl Hub {
-    /// Takes an admitted message in: delivers it and whatever waited for it, or lets it wait.
+    /// Takes an admitted message. Either delivers it, and then the messages that waited for it, or holds it.
     pub(super) fn take(
         self: &Rc<Self>,
         rooms: &Rc<Rooms>,
@@ -36,7 +38,7 @@ impl Hub {
         self.release(rooms, pass);
     }
 
-    /// Delivers what need not wait any longer.
+    /// Delivers the held messages that need not wait any longer.
     pub(super) fn release(&self, rooms: &Rooms, pass: &mut Pass) {
         if self.log.borrow().held() == 0 {
             return;
@@ -53,13 +55,13 @@ impl Hub {
         }
     }
 
-    /// Whether a message has waited long enough.
+    /// Whether a held message has waited long enough.
     pub(super) fn has_waited(&self) -> bool {
         let until = self.log.borrow().held_until();
         until.is_some_and(|until| until <= Instant::now())
     }
 
-    /// Sees to it that messages wait no longer than they should.
+    /// Makes sure that held messages are released when their wait is over.
     fn watch_held(self: &Rc<Self>, rooms: &Rc<Rooms>) {
         if self.holding.replace(true) {
             return;
@@ -74,15 +76,15 @@ impl Hub {
                     () = hub.gone() => break,
                 }
                 hub.work(&rooms);
-                // A task that is at work does it, and begins anew with what it then holds.
+                // If a task is at work, it releases them. Then start over with the messages that are held after that.
                 hub.when(|| !hub.is_busy() || hub.is_gone()).await;
             }
             hub.holding.set(false);
         });
     }
 
-    /// At the opening of a room with several origins: notes what was said in it lately, so that a message that is stored a second
-    /// time in another region is known again.
+    /// Called when a room with several origins is opened: notes the references of its recent messages, so that a
+    /// message that is stored again in another region is recognised.
     pub(super) async fn remember_earlier(&self, rooms: &Rooms) -> Result<(), Rc<ReadError>> {
         if self.sources.len() < 2 {
             return Ok(());
@@ -100,7 +102,7 @@ impl Hub {
                     .recent(&source.stream, epoch, &filter, within, MAX_REFERENCES)
                     .await
             });
-        // At once: whoever joins first waits for all of them.
+        // In parallel: the first member to join waits for all of them.
         let earlier = try_join_all(reads).await?;
         for (track, records) in earlier.iter().enumerate() {
             self.log.borrow_mut().remember(track, records);

@@ -18,7 +18,7 @@ use crate::{
     telemetry::metrics::{Counter, count},
 };
 
-/// Members written to before other tasks of the shard get a turn.
+/// Number of members that are written to before other tasks of the shard get a turn.
 pub(super) const MEMBERS_A_TURN: usize = 128;
 
 /// Messages to be fanned out, and the index of the first one in the log.
@@ -45,7 +45,8 @@ impl Pass {
         self.frames.get(codec, encode)
     }
 
-    /// The frames as they are for a member that is ahead of the room; `None`: it is not.
+    /// The frames for a member that is ahead of the room: with its own cursors, and without the messages that it has
+    /// already seen. `None` if the member is not ahead.
     fn for_one_ahead(&self, hub: &Hub, member: &Member, skip: usize) -> Option<Vec<Bytes>> {
         let mut ahead = member.ahead.borrow_mut();
         if ahead.is_empty() {
@@ -71,7 +72,7 @@ impl Pass {
 }
 
 impl Rooms {
-    /// Tells the members of a room that want to know who comes and goes.
+    /// Sends events to the members of a room that want presence.
     pub async fn push_presence(&self, room: &RoomId, events: &[Event]) {
         if let Some(hub) = self.existing(room) {
             hub.push_presence(events).await;
@@ -80,7 +81,7 @@ impl Rooms {
 }
 
 impl Hub {
-    /// Tells all members but the user's own sessions.
+    /// Sends a typing event to all members except the user's own sessions.
     pub(super) fn push_typing(&self, user: &str) {
         let event = Event::Typing {
             room: self.room.clone(),
@@ -100,10 +101,11 @@ impl Hub {
         count(Counter::TypingDelivered, told);
     }
 
-    /// Tells the members that want to know who comes and goes.
+    /// Sends events to the members that want presence.
     async fn push_presence(&self, events: &[Event]) {
         let news = News::of(events);
-        // Whoever joins during a pause asks for the list themselves; whoever leaves is looked at again.
+        // A session that joins during a yield requests the presence list itself. A member that leaves is checked for
+        // below.
         let members: Vec<Rc<Member>> = {
             let members = self.members.borrow();
             let want = members
@@ -122,9 +124,9 @@ impl Hub {
         count(Counter::PresenceDelivered, told);
     }
 
-    /// Gives the messages of a pass to every member that is live. Yields between groups of members; who joins meanwhile stands
-    /// behind the pass already, and who leaves makes the order of members change, so the pass looks again until it found
-    /// nobody left to serve.
+    /// Sends the messages of a pass to every live member. Yields between groups of members. A member that joins
+    /// meanwhile starts after the pass. A member that leaves changes the order of members, so the pass starts over
+    /// until the membership has not changed. Members that were already served are skipped.
     pub(super) async fn fan_out(&self, pass: Pass) {
         if pass.messages.is_empty() {
             return;
@@ -149,7 +151,7 @@ impl Hub {
         self.log.borrow_mut().recount(pass.messages.iter());
     }
 
-    /// The same at once, for a room whose members are one group.
+    /// The same without yielding, for a room whose members fit in one group.
     pub(super) fn fan_out_now(&self, pass: &Pass) {
         debug_assert!(self.member_count() <= MEMBERS_A_TURN, "they are one group");
         if !pass.messages.is_empty() {
@@ -158,7 +160,8 @@ impl Hub {
         }
     }
 
-    /// Gives the messages of a pass to the members of one group, those from `at` on; how many deliveries that were.
+    /// Sends the messages of a pass to the members of one group, which begins at index `at`. Returns the number of
+    /// deliveries.
     fn serve(&self, pass: &Pass, at: usize) -> u64 {
         let Pass {
             first, messages, ..
@@ -172,7 +175,7 @@ impl Hub {
                 continue;
             }
             let Some(skip) = member.next.get().checked_sub(*first) else {
-                // It missed a pass, which can't be. Its cursor makes it whole.
+                // The member missed a pass, which is a bug. It can resume with its cursor.
                 debug_assert!(false, "a live member stands before the pass");
                 member.outlet.close(Close::Internal);
                 continue;

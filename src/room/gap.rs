@@ -1,4 +1,4 @@
-//! Filling gaps: reading from the stream what did not come live.
+//! Filling gaps: reading from the stream what did not arrive live.
 
 use std::{ops::Range, rc::Rc, time::Duration};
 
@@ -11,32 +11,32 @@ use crate::{
     telemetry::metrics::{Counter, Dropped, GapCause, count},
 };
 
-/// Reads for a gap after which what is missing is taken for erased.
+/// How often a gap is read. What is still missing after that is assumed to be erased.
 const GAP_READS: usize = 20;
 
-/// Reads of a mirror after which it is given up, until rooms are compared again.
+/// Failed reads in a row after which a mirror is given up until the next comparison.
 const MIRROR_READS: u32 = 10;
 
-/// Pause before a read that failed is repeated.
+/// Base of the pause before a read is retried, see [`Hub::pause`].
 const RETRY: Duration = Duration::from_millis(100);
 
-/// One stream on the way to its end.
+/// Progress of reading one stream up to its end.
 struct Reading {
     track: usize,
     from: u64,
     next: u64,
-    /// Reads in a row that failed.
+    /// Failed reads in a row.
     failures: u32,
     is_over: bool,
 }
 
-/// What was read of several streams in the order of time, each stream in its own order.
+/// Merges what was read from several streams by time. The order within each stream is kept.
 fn by_time(pages: Vec<(usize, Vec<Record>)>) -> Vec<(usize, Record)> {
     let mut timed: Vec<(u64, usize, Record)> = Vec::new();
     for (track, records) in pages {
         let mut now = 0;
         for record in records {
-            // Also where the server's clock was set back.
+            // Keeps the order even if the server's clock was set back.
             now = record.ts.max(now);
             timed.push((now, track, record));
         }
@@ -49,8 +49,8 @@ fn by_time(pages: Vec<(usize, Vec<Record>)>) -> Vec<(usize, Record)> {
 }
 
 impl Hub {
-    /// Fills the gap before `record`. A replica that is behind does not have what is missing yet: then it is read again. What
-    /// stays missing was erased.
+    /// Fills the gap before `record`. A replica that is behind may not have the missing messages yet, so the read is
+    /// repeated. What is missing after [`GAP_READS`] reads was erased.
     pub(super) async fn fill_before(
         self: &Rc<Self>,
         rooms: &Rc<Rooms>,
@@ -70,16 +70,16 @@ impl Hub {
         count(Counter::MessageDropped(Dropped::Erased), 1);
     }
 
-    /// Reads the streams of all origins from where the log was last known to be complete to their ends and delivers what was not
-    /// delivered.
+    /// Reads the streams of all origins, from where the log was last known to be complete to their ends, and delivers
+    /// what was not delivered before.
     pub(super) async fn fill_in(self: &Rc<Self>, rooms: &Rc<Rooms>, cause: GapCause) {
         self.fill_tracks(rooms, 0..self.sources.len(), cause).await;
     }
 
-    /// The same for some origins, a page of each at a time, so that what answers and what is answered come together. Repeats until
-    /// it succeeds: live messages wait in the inbox, and what that drops is read here later. Only the mirror of another region is
-    /// given up, when it does not answer: the own one must not stand still for it. Its log is not complete then, and the next
-    /// comparison finds that.
+    /// The same for some of the origins. Reads one page of each at a time, so that a message and the answers to it are
+    /// read together. Retries until it succeeds. Live messages wait in the inbox meanwhile; the ones that the inbox
+    /// drops are read here later. Only the mirror of another region is given up if it does not answer, since the own
+    /// origin must not wait for it. The log is then incomplete, and the next comparison detects that.
     async fn fill_tracks(
         self: &Rc<Self>,
         rooms: &Rc<Rooms>,
@@ -130,7 +130,7 @@ impl Hub {
         }
         for reading in readings {
             if reading.failures < MIRROR_READS {
-                // Not the position: the replica that answered may not have got that far.
+                // Not up to the log's position: the replica that answered may not have got that far.
                 self.log
                     .borrow_mut()
                     .verify(reading.track, reading.next - 1);
@@ -142,7 +142,7 @@ impl Hub {
         }
     }
 
-    /// The next page of one stream; `None`: it could not be read.
+    /// Reads the next page of one stream; `None` if that failed.
     async fn read_on(&self, rooms: &Rooms, reading: &mut Reading) -> Option<(usize, Vec<Record>)> {
         let track = reading.track;
         let filter = self.filter(rooms, track);
@@ -164,15 +164,15 @@ impl Hub {
             Err(error) => {
                 tracing::debug!(error = %error, room.id = %self.room, "a read is repeated");
                 reading.failures += 1;
-                // The own origin's comes first.
+                // Only mirrors are given up, never the own stream.
                 reading.is_over = track > 0 && reading.failures >= MIRROR_READS;
                 None
             }
         }
     }
 
-    /// If the stream was trimmed beyond the place from which a gap was read, messages may be lost to the members here. They
-    /// are told to join again: their cursors tell them what became of it.
+    /// If the stream was trimmed beyond the position from which a gap was read, the members here may have lost
+    /// messages. They are told to join again; the replies then say whether their cursors are still valid.
     async fn check_beginning(&self, rooms: &Rooms, track: usize, from: u64) {
         let source = &self.sources[track];
         while !self.is_gone() {
@@ -195,7 +195,7 @@ impl Hub {
         }
     }
 
-    /// Waits a little before a read is repeated; ends at once when the hub does.
+    /// Waits a little before a read is retried. Returns at once when the hub ends.
     pub(super) async fn pause(&self) {
         tokio::select! {
             () = sleep(RETRY.mul_f64(rand::random_range(1.0..3.0))) => {}

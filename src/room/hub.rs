@@ -34,53 +34,57 @@ use crate::{
     telemetry::metrics::{Counter, Dropped, GapCause, Suppressed, count},
 };
 
-/// Messages fanned out in one go. What arrives meanwhile forms the next batch: batching that adapts to load.
+/// Maximum number of messages fanned out at once. Messages that arrive meanwhile form the next batch, so batches grow
+/// with the load.
 const BATCH: usize = 64;
 
-/// Pause before a room is opened again because its connection broke meanwhile.
+/// Pause before a room is opened again after its connection broke while it was opened.
 const OPEN_AGAIN: Duration = Duration::from_millis(20);
 
-/// A room's hub. It has a task only while it is opened, and while it does something that waits.
+/// A room's hub. It has a task only while it opens, and while it does something that has to wait.
 #[derive(Debug)]
 pub struct Hub {
     pub(super) room: RoomId,
     pub(super) part: u16,
-    /// Where its log is stored, a stream an origin, the own one first: the tracks of the log. None: it has no log.
+    /// Where its log is stored: one stream for each origin, the own origin's first. The indices are the tracks of the
+    /// log. Empty if the room has no log.
     pub(super) sources: Box<[Source]>,
-    /// Which origins these are.
+    /// Version of the set of origins that `sources` was made from.
     origins_version: u64,
-    /// Whether the room has a log; else messages only pass through.
+    /// Whether the room has a log. If not, messages only pass through.
     pub(super) durable: bool,
-    /// Its subscriptions: to what the stream republishes (where there is one), and to what only passes.
+    /// Its subscriptions: to the subject that the stream republishes to (only in a durable room), and to the ephemeral
+    /// subject.
     pub(super) live_sid: Option<u64>,
     pub(super) passing_sid: u64,
     pub(super) log: RefCell<RoomLog>,
     pub(super) members: RefCell<IndexMap<u64, Rc<Member>>>,
-    /// Changes when a member joins or leaves, so that a fan-out pass that yielded looks again.
+    /// Changes when a member joins or leaves. A fan-out pass that has yielded then starts over.
     pub(super) membership: Cell<u64>,
     phase: Cell<Phase>,
-    /// `phase` or `filled` has changed.
+    /// Notified when `phase`, `busy` or `filled` changes, and on deliveries that somebody waits for.
     changed: Notify,
-    /// What came and was not looked at.
+    /// Arrivals that are not processed yet.
     inbox: RefCell<VecDeque<Arrival>>,
-    /// A task is at work and will look at everything that comes until it ends.
+    /// Whether a task is running that processes everything that arrives until it ends.
     busy: Cell<bool>,
-    /// Why messages may be missing before those in the inbox.
+    /// Why messages may be missing before the ones in the inbox, if any may be.
     missed: Cell<Option<GapCause>>,
-    /// Number of the read that somebody wants; the log is compared with the stream until `filled` has reached it.
+    /// Number of the last comparison with the stream that was requested. It is done when `filled` has reached it.
     wanted: Cell<u64>,
     filled: Cell<u64>,
     /// When the log was last compared with the stream.
     pub(super) checked: Cell<Instant>,
-    /// Whether that was done since it was opened.
+    /// Whether that comparison counts. It does not right after the opening, or if a mirror did not answer, or if the
+    /// copy that answered may have been behind. Then the log is compared again soon.
     pub(super) compared: Cell<bool>,
-    /// Since when nobody is here.
+    /// Since when the room has no members.
     pub(super) empty_since: Cell<Option<Instant>>,
     pub(super) receipts: Receipts,
     pub(super) last_missed: LastMissed,
-    /// Whether a task waits for the end of the time of messages that wait.
+    /// Whether a task is running that releases held messages when their wait is over.
     pub(super) holding: Cell<bool>,
-    /// How many wait for what is delivered.
+    /// Number of tasks that wait for a delivery.
     awaiting: Cell<usize>,
 }
 
@@ -89,35 +93,35 @@ pub struct Hub {
 pub(super) struct Source {
     pub(super) streams: Arc<Streams>,
     pub(super) stream: Arc<str>,
-    /// The stream's incarnation that the log belongs to.
+    /// The incarnation of the stream that the log belongs to.
     pub(super) incarnation: Cell<u32>,
     pub(super) backlogs: Backlogs,
 }
 
-/// A hub's life.
+/// The state of a hub.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Subscribing and reading the heads.
     Starting,
     /// Members can join.
     Ready,
-    /// Over: it could not start, nobody was there for a while, or its stream began anew.
+    /// Ended. For example it could not start, it had no members for a while, or its stream has a new incarnation.
     Gone,
 }
 
-/// What a hub has to do after it has looked at a batch.
+/// The result of processing a batch of arrivals.
 #[derive(Default)]
 struct Taken {
-    /// Messages for the members, and what is pushed behind them.
+    /// Messages for the members.
     pass: Pass,
     typing: Vec<String>,
     receipts: IndexMap<String, Cursor>,
-    /// A message before which others of its track are missing.
+    /// A message with a gap before it in its track.
     gap: Option<(usize, Record)>,
 }
 
 impl Hub {
-    /// A hub that is subscribed, and has yet to be started.
+    /// A hub that has subscribed but is not started yet.
     pub(super) fn new(rooms: &Rooms, room: RoomId, durable: bool) -> Rc<Self> {
         let part = partition_of(&room, rooms.streams.partitions());
         let origins_version = rooms.origins.members_version();
@@ -162,7 +166,7 @@ impl Hub {
         hub
     }
 
-    /// Subscribes, on the connection that the line has now.
+    /// Subscribes on the line's current connection.
     pub(super) fn subscribe(&self, rooms: &Rooms) {
         let Rooms { line, subjects, .. } = rooms;
         if let Some(sid) = self.live_sid {
@@ -190,7 +194,7 @@ impl Hub {
         }
     }
 
-    /// Waits until what was delivered makes `is_so`, or the hub is gone, for at most `most`.
+    /// Waits until a delivery makes `is_so` true or the hub is gone, for at most `most`.
     pub(super) async fn when_delivered(&self, most: Duration, is_so: impl Fn(&RoomLog) -> bool) {
         self.awaiting.set(self.awaiting.get() + 1);
         let reached = self.when(|| self.is_gone() || is_so(&self.log.borrow()));
@@ -246,7 +250,7 @@ impl Hub {
         }
     }
 
-    /// Ends the hub; members are told that they must join again.
+    /// Ends the hub. With a `code`, members are told (`kicked`) that they must join again.
     pub(super) fn end(&self, rooms: &Rooms, code: Option<&'static str>) {
         if self.phase.replace(Phase::Gone) == Phase::Gone {
             return;
@@ -268,7 +272,7 @@ impl Hub {
         }
     }
 
-    /// Whether a stream has begun anew since the log was made, or an origin has come or gone.
+    /// Whether a stream has a new incarnation since the log was made, or an origin was added or removed.
     pub(super) fn is_outdated(&self, rooms: &Rooms) -> bool {
         let anew = |source: &Source| {
             source.streams.known(self.part).incarnation != source.incarnation.get()
@@ -278,7 +282,7 @@ impl Hub {
                 || self.sources.iter().any(anew))
     }
 
-    /// What the room's log of one origin is called in its stream: the filter of a read.
+    /// The subjects of this room in the stream of one origin, as the filter of a read.
     pub(super) fn filter(&self, rooms: &Rooms, track: usize) -> String {
         let origin = self.sources[track].streams.origin();
         rooms.subjects.stored_all(origin, self.part, &self.room)
@@ -288,27 +292,29 @@ impl Hub {
         self.busy.get()
     }
 
-    /// Sees to it that the log is compared with its stream; not for ephemeral rooms, which have none.
+    /// Requests a comparison of the log with its streams and returns its number. Only for durable rooms: an ephemeral
+    /// one has no stream.
     pub(super) fn request_fill(self: &Rc<Self>, rooms: &Rc<Rooms>) -> u64 {
         self.wanted.set(self.wanted.get() + 1);
         self.work(rooms);
         self.wanted.get()
     }
 
-    /// Compares the log with the stream and waits until everything that the stream had when this was called is delivered.
+    /// Compares the log with its streams. Returns when everything that the streams had at the call is delivered, or the
+    /// hub is gone.
     pub(super) async fn fill(self: &Rc<Self>, rooms: &Rc<Rooms>) {
         let wanted = self.request_fill(rooms);
         self.when(|| self.filled.get() >= wanted || self.is_gone())
             .await;
     }
 
-    /// Reads the heads over the connection that was subscribed on, after that: the server has processed the subscription when it
-    /// answers, so whatever is stored after the heads comes live. Then members can join.
+    /// Reads the heads over the connection that carries the subscriptions. When the server answers, it has processed
+    /// the subscriptions before, so every message stored after the heads arrives live. Then members can join.
     pub(super) async fn start(self: Rc<Self>, rooms: Rc<Rooms>) {
         let deadline = Instant::now() + rooms.config.join_timeout;
         match timeout_at(deadline, self.open(&rooms)).await {
             Ok(Ok(())) if self.is_outdated(&rooms) => {
-                // An origin has come meanwhile, or a stream has begun anew: the next one knows of it.
+                // An origin was added meanwhile, or a stream has a new incarnation. The next hub takes it into account.
                 self.end(&rooms, None);
             }
             Ok(Ok(())) => {
@@ -332,11 +338,11 @@ impl Hub {
     async fn open(self: &Rc<Self>, rooms: &Rc<Rooms>) -> Result<(), Rc<ReadError>> {
         let mut again = false;
         loop {
-            // A line that takes nothing although it is up must not be asked without end.
+            // A line that is up but fails every request must not be retried in a busy loop.
             if std::mem::replace(&mut again, true) {
                 sleep(OPEN_AGAIN).await;
             }
-            // On a new connection it is subscribed anew before anything else is sent.
+            // On a new connection the line subscribes again before it sends anything else.
             if !rooms.line.ready().await {
                 return Err(Rc::new(ReadError::Closed));
             }
@@ -365,33 +371,33 @@ impl Hub {
             } else if rooms.line.round_trip().await.is_err() && !self.is_gone() {
                 continue;
             }
-            // What was missed was missed before.
+            // Whatever was missed so far lies before the heads that were just read.
             self.missed.set(None);
             self.checked.set(Instant::now());
             return Ok(());
         }
     }
 
-    /// Takes a message that came.
+    /// Queues an arrival.
     pub(super) fn arrived(&self, rooms: &Rooms, arrival: Arrival) {
         let mut inbox = self.inbox.borrow_mut();
         if inbox.len() < rooms.inbox_capacity {
             inbox.push_back(arrival);
         } else if self.missed.replace(Some(GapCause::Overflow)).is_none() {
-            // What is missing is read from the stream when it is this room's turn.
+            // In a durable room, the dropped messages are read from the stream before the next ones are processed.
             count(Counter::NatsSlowConsumer, 1);
             tracing::warn!(room.id = %self.room, "a room dropped messages that came faster than it sends them");
         }
     }
 
-    /// A new connection: something may have been missed.
+    /// Called on a new connection. Messages may have been missed.
     pub(super) fn reconnected(self: &Rc<Self>, rooms: &Rc<Rooms>) {
         self.subscribe(rooms);
         self.missed.set(Some(GapCause::Reconnect));
         self.receipts_missed(rooms);
     }
 
-    /// Does what there is to do: at once where nothing of it waits, which is the rule, else in a task.
+    /// Processes what is pending: right away if nothing has to wait, which is the usual case, otherwise in a task.
     pub(super) fn work(self: &Rc<Self>, rooms: &Rc<Rooms>) {
         if self.busy.get() || !self.is_ready() {
             return;
@@ -412,7 +418,7 @@ impl Hub {
         spawn_local(Rc::clone(self).at_work(Rc::clone(rooms), taken));
     }
 
-    /// Whether the stream is to be read before anything else.
+    /// Whether the stream must be read before anything else is done.
     fn must_read(&self) -> bool {
         self.missed.get().is_some() || self.filled.get() < self.wanted.get()
     }
@@ -422,10 +428,11 @@ impl Hub {
             self.fan_out(std::mem::take(&mut taken.pass)).await;
             self.push_signals(&mut taken);
             if let Some((track, record)) = taken.gap.take() {
-                // What happens seldom is apart, here and below: a large room has a task for each batch.
+                // Rare futures are boxed, here and below, to keep this one small: a large room spawns it for each
+                // batch.
                 Box::pin(self.fill_before(&rooms, track, &record)).await;
                 let mut late = Pass::default();
-                // The read usually brought it too.
+                // The read has usually delivered this message too.
                 let admission = self
                     .log
                     .borrow()
@@ -435,7 +442,7 @@ impl Hub {
                 }
                 self.fan_out(late).await;
             }
-            // Both are noted before the read: what comes to be suspect after it must be read again.
+            // Both are read before the stream is: a cause that is noted during the read requires another read.
             if let Some(cause) = self.missed.take() {
                 if self.durable {
                     Box::pin(self.fill_in(&rooms, cause)).await;
@@ -460,7 +467,7 @@ impl Hub {
         self.changed.notify_waiters();
     }
 
-    /// Looks at what came, up to a batch, or up to what has to wait.
+    /// Processes arrivals: at most a batch, and only up to a message with a gap before it.
     fn take_in(self: &Rc<Self>, rooms: &Rc<Rooms>) -> Taken {
         let mut taken = Taken::default();
         self.release(rooms, &mut taken.pass);
@@ -476,7 +483,8 @@ impl Hub {
             }
         }
         if !inbox.is_empty() && !self.is_gone() {
-            // Nothing came meanwhile. An idle room keeps no memory for what came.
+            // Nothing was added to the inbox meanwhile. An empty one is not put back: an idle room keeps no memory for
+            // it.
             self.inbox.replace(inbox);
         }
         taken
@@ -533,8 +541,8 @@ impl Hub {
         }
     }
 
-    /// A message that lies before our position: republished again, or live twin of one that was read from the stream. Or the
-    /// stream began anew, and nothing will fit until that is noticed.
+    /// Handles a message that lies before the log's position. Either it was republished again, or it was already read
+    /// from the stream. Or the stream has a new incarnation, and no message will be admitted until that is noticed.
     fn on_old(&self, rooms: &Rc<Rooms>, track: usize, record: &Record) {
         count(Counter::MessageSuppressed(Suppressed::Old), 1);
         if self
@@ -546,11 +554,11 @@ impl Hub {
         }
     }
 
-    /// Takes an admitted message into the log and into the pass.
+    /// Adds an admitted message to the log and to the pass, unless it is a duplicate.
     pub(super) fn deliver(&self, track: usize, record: Record, ready: &mut Pass) {
         let mut log = self.log.borrow_mut();
         if is_erasure(&record) {
-            // What it speaks of is not in the stream any more, and nobody shall get it from memory.
+            // The erased messages are not in the stream any more, and must not be served from memory either.
             log.forget();
         }
         if log.is_early(track, &record) {
@@ -590,7 +598,7 @@ impl Hub {
     }
 }
 
-/// Whether natter itself says that messages of the room were erased.
+/// Whether this is natter's own announcement that messages of the room were erased.
 fn is_erasure(record: &Record) -> bool {
     record.kind == Some(Kind::Erase.as_str()) && record.from == FROM_NATTER
 }

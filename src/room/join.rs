@@ -1,4 +1,4 @@
-//! Joining a room: finding out how a session can go on, beginning its membership, catching up.
+//! Joining a room: finding out how a session can resume, starting its membership, catching up.
 
 use std::{rc::Rc, sync::Arc, time::Duration};
 
@@ -29,11 +29,11 @@ use crate::{
     wire::Outlet,
 };
 
-/// Backlog is encoded and handed to a connection in pieces of about this size, or a quarter of the outbox where that is less:
-/// its bound is not reached by our own doing.
+/// About how large the pieces are in which a backlog is encoded and queued on a connection; at most a quarter of the
+/// outbox. So a backlog never overflows the outbox by itself.
 const PIECE: usize = 64 * 1024;
 
-/// A session's place in a room. Dropping it leaves the room.
+/// A session's membership in a room. Dropping it leaves the room.
 #[derive(Debug)]
 pub struct Membership {
     hub: Rc<Hub>,
@@ -41,13 +41,13 @@ pub struct Membership {
 }
 
 impl Membership {
-    /// Whether the room has let the session go (it was told so by `kicked`).
+    /// Whether the room has ended this membership. The client was told so by `kicked`.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         self.member.has_left()
     }
 
-    /// Tells the member no more who comes and goes.
+    /// Stops telling the member who joins and leaves.
     pub fn ignore_presence(&self) {
         let wants = Wants {
             presence: false,
@@ -56,14 +56,15 @@ impl Membership {
         self.member.wants.set(wants);
     }
 
-    /// The time of a message that the room holds in memory, in ms since 1970.
+    /// The time, in ms since 1970, of the own origin's message at `seq`, if the room has it in memory.
     #[must_use]
     pub fn time_of(&self, seq: u64) -> Option<u64> {
         self.hub.log.borrow().time_of(seq)
     }
 
-    /// The message that `user` has published under `id` in another region, or longer ago than the own one's stream knows
-    /// (`window`), if the room has it in memory: its cursor and its time, in ms since 1970.
+    /// The message that `user` has already published under `id`, if the room has it in memory and the own stream would
+    /// not detect the duplicate: the message is of another region, or older than the duplicate window `window`. Returns
+    /// its cursor, and its time in ms since 1970.
     #[must_use]
     pub fn said_before(
         &self,
@@ -77,14 +78,15 @@ impl Membership {
         log.said_before(class, reference_of(class, user, id), forgotten)
     }
 
-    /// Where the room stands, as far as its members were told; `None`: it keeps no log.
+    /// The cursor of the room's head, raised to what the member has seen in other regions; `None` in a room without a
+    /// log.
     #[must_use]
     pub fn head(&self) -> Option<Cursor> {
         let head = || self.hub.log.borrow().cursor();
         self.hub.durable.then(|| self.member.raised(head()))
     }
 
-    /// What the member has seen of other origins than the own; `None`: nothing.
+    /// What the member has seen of origins other than the own; `None` if nothing.
     #[must_use]
     pub fn seen_elsewhere(&self) -> Option<Cursor> {
         let seen = self.hub.log.borrow().seen_elsewhere();
@@ -100,12 +102,13 @@ impl Drop for Membership {
 }
 
 impl Hub {
-    /// Where a session that stands at `since` of a track can go on.
+    /// How a session that stands at `since` in a track can resume.
     fn resume(&self, track: usize, since: (u64, Fingerprint)) -> Resume {
         let (seq, fingerprint) = since;
         let of = &self.sources[track].streams;
         match self.log.borrow().resume(track, since) {
-            // It was told by another edge up to where the room is empty, which did not have to be the same.
+            // The cursor names no message. Another edge has found the room empty up to a later sequence than this one
+            // has.
             Resume::Ahead if fingerprint == Fingerprint(0) && seq <= of.newest(self.part) => {
                 Resume::Memory
             }
@@ -115,16 +118,17 @@ impl Hub {
 }
 
 impl Rooms {
-    /// Begins to open a room that is about to be joined.
+    /// Starts to open a room that is about to be joined.
     pub fn open(self: &Rc<Self>, room: &RoomId, durable: bool) {
         self.hub(room, durable);
     }
 
-    /// Joins a room. `reply` makes the frame of the reply; it is sent, followed by the backlog, in the same step in which the
-    /// membership begins: between backlog and live there is neither a gap nor a repeat.
+    /// Joins a room. `reply` makes the frame of the reply. The reply is sent, followed by the backlog, in the same
+    /// synchronous step that starts the membership, so there is neither a gap nor a repeat between backlog and live
+    /// messages. A large backlog is sent by a task, and the member goes live after it.
     ///
     /// # Errors
-    /// [`JoinError`] when the stream could not be read within `rooms.join_timeout`; then nothing was sent.
+    /// [`JoinError`] if the stream could not be read within `rooms.join_timeout`. Then nothing was sent.
     pub async fn join(
         self: &Rc<Self>,
         room: &RoomId,
@@ -142,7 +146,7 @@ impl Rooms {
         Ok(membership)
     }
 
-    /// Finds out how the session can go on. What it returns is true as long as nothing else runs on the shard.
+    /// Finds out how the session can resume. The plan is valid only until something else runs on the shard.
     async fn prepare(
         self: &Rc<Self>,
         room: &RoomId,
@@ -158,7 +162,7 @@ impl Rooms {
                 return Err(JoinError::Unavailable);
             }
             if hub.started().await == Phase::Gone {
-                // It could not start, and said so in the log; or it has just ended, and the next one does better.
+                // The hub could not start, and has logged why. Or it has just ended, and a new one may succeed.
                 attempts += 1;
                 if attempts > 1 || !self.line.is_up() {
                     return Err(JoinError::Unavailable);
@@ -175,7 +179,8 @@ impl Rooms {
             let since = match place {
                 Ok(since) => since,
                 Err(track) => {
-                    // Before the client is sent to history: is it we who have not noticed that the stream began anew?
+                    // Before the client is sent to history: has the stream a new incarnation that this edge has not
+                    // noticed yet?
                     let streams = &hub.sources[track].streams;
                     Box::pin(self.verify(streams, hub.part)).await;
                     if hub.is_gone() {
@@ -185,10 +190,11 @@ impl Rooms {
                 }
             };
             if since.elsewhere.len() == cursor.positions().len() {
-                // It says nothing of any origin that is seen here.
+                // The cursor names no origin that this region sees.
                 return Ok((hub, Plan::Reset(ResetReason::Epoch)));
             }
-            // If the room ran on further than memory reaches while we read, read again, until the join's time is up.
+            // If the room has advanced beyond what memory still holds during the read, read again, until the join times
+            // out.
             if let Some(backlogs) = read.take()
                 && is_complete(&hub.log.borrow(), &since, &backlogs)
             {
@@ -203,7 +209,8 @@ impl Rooms {
                 hub.fill(self).await;
                 continue;
             }
-            // Beyond what this region has of another is not beyond what there is.
+            // A position of another region that is beyond this region's mirror is not in the future: the mirror may be
+            // behind.
             let is_elsewhere = |track: usize| track > 0 && resumes[track] == Resume::Ahead;
             if (0..resumes.len()).all(|t| resumes[t] == Resume::Memory || is_elsewhere(t)) {
                 return Ok((hub, Plan::Memory(cursor.clone(), since)));
@@ -217,14 +224,15 @@ impl Rooms {
         }
     }
 
-    /// Reads what came after `since` of the tracks that are wanted.
+    /// Reads the messages after `since` in the tracks that are wanted.
     async fn read_backlogs(
         self: &Rc<Self>,
         hub: &Rc<Hub>,
         since: &Since,
         wanted: Vec<bool>,
     ) -> Result<Vec<Option<Backlog>>, NoBacklog> {
-        // For all tracks at once: who waited for one while it holds another could wait for someone who does the same.
+        // Memory for all tracks is taken at once: two tasks that each hold one share and wait for the next could block
+        // each other.
         let most = usize::try_from(self.config.replay_max_bytes.as_u64()).unwrap_or(usize::MAX);
         let _room = match hub.sources.len() {
             1 => None,
@@ -248,7 +256,7 @@ impl Rooms {
         Ok(backlogs)
     }
 
-    /// Begins the membership: one step, without waiting.
+    /// Starts the membership, in one step without `.await`.
     fn begin(
         self: &Rc<Self>,
         hub: Rc<Hub>,
@@ -257,7 +265,8 @@ impl Rooms {
         reply: impl FnOnce(Joined) -> Bytes,
     ) -> Membership {
         let outlet = who.outlet.clone();
-        // What it has seen elsewhere may come here under another name: it is waited for, for a while.
+        // A message that the session has seen elsewhere may be a copy of one that is delivered here. So the mirrors are
+        // given some time to reach the session's cursor.
         let lags = match &plan {
             Plan::Fresh | Plan::Reset(_) => false,
             Plan::Memory(_, since) | Plan::Backlog(_, since, _) => hub.log.borrow().lags(since),
@@ -275,7 +284,8 @@ impl Rooms {
                 replay: 0,
                 reset,
             };
-            // It stands where the room stands, or further, where it has seen more elsewhere.
+            // After the backlog the session stands where the room stands, or further in the tracks where it has seen
+            // more elsewhere.
             let resumed = |cursor: Cursor, since: &Since, missed: &Missed| {
                 let ahead = log.ahead(since);
                 let place = since.positions.iter().zip(log.positions());
@@ -331,7 +341,8 @@ impl Rooms {
         outlet.send(&[reply(joined)]);
         let head = hub.log.borrow().head_index();
         let (replay, bytes) = (missed.len() as u64, missed.frame_bytes());
-        // A client that joins many rooms at once gets their backlogs one after the other, not all into its outbox.
+        // A client that joins many rooms at once gets their backlogs one after the other, not all at once into its
+        // outbox.
         let piece = piece_of(&outlet);
         let fits = !lags && bytes <= piece && (bytes == 0 || outlet.queued_bytes() <= piece);
         let member = Rc::new(Member::new(who, head, fits));
@@ -350,7 +361,7 @@ impl Rooms {
                     let most = rooms.config.causal_wait;
                     hub.when_delivered(most, |log| !log.lags(&behind.upto))
                         .await;
-                    // Nothing that the room has in memory was given to it.
+                    // The session was not given anything that the room has in memory.
                     behind.index = 0;
                 }
                 rooms.catch_up(&hub, &member, behind).await;
@@ -359,11 +370,12 @@ impl Rooms {
         Membership { hub, member }
     }
 
-    /// Hands a large backlog over at the pace at which the client reads, then what has come to the room meanwhile (from
-    /// memory, or from the streams where memory does not reach back), until there is nothing more: then the member is fed
-    /// live. A client that falls further behind than `rooms.replay_max` is closed as too slow.
+    /// Sends a large backlog at the pace at which the client reads. Then sends what has come to the room meanwhile,
+    /// from memory, or from the streams if memory does not reach back far enough. Repeats this until nothing is left,
+    /// and then the member goes live. A client that falls further behind than `rooms.replay_max` is closed as too slow.
     ///
-    /// What is read for a slow client is given up when others wait for the memory, and read again, in parts, from where it got to.
+    /// If others wait for memory, a backlog that was read for a slow client is dropped. The rest is read again later,
+    /// in parts, from where the client has got to.
     async fn catch_up(self: &Rc<Self>, hub: &Rc<Hub>, member: &Rc<Member>, mut behind: Behind) {
         let outlet = &member.outlet;
         let piece = piece_of(outlet);
@@ -372,8 +384,8 @@ impl Rooms {
         loop {
             let mut given_up = false;
             while !behind.is_done() {
-                // Before it is encoded: what is written for this member alone is not kept for one that does not read. The last
-                // piece is not worth another read.
+                // Wait before encoding: frames for this member alone are not kept for a client that does not read. The
+                // last piece is not worth another read.
                 let is_last = behind.rest_bytes(piece) < piece;
                 given_up = tokio::select! {
                     biased;
@@ -390,7 +402,7 @@ impl Rooms {
                 let bytes: usize = part.iter().map(weight).sum();
                 let most = outlet.outbox_bytes() / 2;
                 if bytes + outlet.queued_bytes() > most {
-                    // One that is larger than a piece.
+                    // The piece is larger than planned: it contains a large message.
                     outlet.drained(piece.min(most.saturating_sub(bytes))).await;
                     if is_over() {
                         return;
@@ -446,7 +458,8 @@ impl Rooms {
                         let found = hub.last_missed.find(&log, &since, &backlogs);
                         let mut reached = log.positions();
                         if !is_complete(&log, &since, &backlogs) {
-                            // The room has run on, or this is a part: what was read is all that is given now.
+                            // The room has advanced, or this was a partial read. For now the session gets only what was
+                            // read.
                             let read = backlogs.iter().zip(&since.positions);
                             for (at, (backlog, was)) in reached.iter_mut().zip(read) {
                                 let upto = backlog.as_ref().map_or(*was, |read| read.upto);
@@ -460,7 +473,8 @@ impl Rooms {
                     }
                     Err(NoBacklog::Reset(_)) => return outlet.close(Close::TooSlow),
                     Err(NoBacklog::Failed(_)) => {
-                        // NATS is away, and nothing comes live either; or others have had the memory all the time.
+                        // NATS is unreachable, so nothing comes live either. Or others have used all the memory the
+                        // whole time.
                         hub.pause().await;
                         let nothing = Missed::default();
                         Behind::new(&self.memory, nothing, (since.clone(), since), index)
@@ -470,8 +484,9 @@ impl Rooms {
         }
     }
 
-    /// What came after `since`, for a member that is behind; only the beginning of it where one stream has all and memory is short.
-    /// As long as a join takes at most: whoever waits longer looks again whether the client is still there.
+    /// Reads what came after `since`, for a member that is behind. Reads only the beginning of it if `in_parts` is set
+    /// and there is only one stream. Waits at most `rooms.join_timeout`; after that the caller checks whether the
+    /// client is still connected.
     async fn read_on(
         self: &Rc<Self>,
         hub: &Rc<Hub>,
@@ -497,18 +512,19 @@ impl Rooms {
     }
 }
 
-/// What a session has yet to be given.
+/// What a session is still to be sent.
 struct Behind {
     steps: Rc<Steps>,
-    /// The first of them that it has not been given.
+    /// Index in `steps` of the first one that was not sent.
     next: usize,
-    /// Whether the frames that all share have its cursors.
+    /// Whether the session gets the shared frames: their cursors are right for it.
     shared: bool,
-    /// Where it stands; in each frame that is written for it alone.
+    /// Where the session stands after the last step that it was sent. Written into each frame that is made for this
+    /// session alone.
     at: Since,
-    /// Where it stands after all of them.
+    /// Where the session stands after all steps.
     upto: Since,
-    /// Index in the log of what follows, where they reach to what is in memory.
+    /// Index in the log of the message that follows the steps, if the steps reach up to what is in memory.
     index: u64,
     memory: Arc<Memory>,
 }
@@ -531,7 +547,7 @@ impl Behind {
         self.next == self.steps.len()
     }
 
-    /// About how many bytes the frames have that are yet to be given, as far as that is less than `most`.
+    /// About how many bytes the frames have that are still to be sent. Stops counting at `most`.
     fn rest_bytes(&self, most: usize) -> usize {
         let mut bytes = 0;
         for step in &self.steps[self.next..] {
@@ -543,7 +559,7 @@ impl Behind {
         bytes
     }
 
-    /// The next frames, of `most` bytes together or a little more.
+    /// The next frames: about `most` bytes, exceeded by at most one frame.
     fn piece(&mut self, hub: &Hub, codec: Codec, most: usize) -> Vec<Bytes> {
         let (mut frames, mut bytes) = (Vec::new(), 0);
         let began = self.next;
@@ -575,7 +591,7 @@ impl Behind {
         frames
     }
 
-    /// Where the session stands with what it was given: it is what the cursors say.
+    /// Where the session stands after what it was sent, as the cursors in its frames say.
     fn reached(&self, log: &RoomLog) -> Option<Since> {
         let mut given = self.steps[..self.next].iter().rev();
         match given.find(|step| step.is_shown) {
@@ -585,12 +601,12 @@ impl Behind {
     }
 }
 
-/// Bytes that are handed to a connection at a time.
+/// Size of the pieces for a connection.
 fn piece_of(outlet: &Outlet) -> usize {
     PIECE.min(outlet.outbox_bytes() / 4)
 }
 
-/// Moves a place on to another, where that is further.
+/// Advances each position of `since` to that of `place`, if that is further.
 fn reach(since: &mut Since, place: &Positions) {
     for (at, reached) in since.positions.iter_mut().zip(place) {
         if reached.0 > at.0 {
@@ -599,14 +615,14 @@ fn reach(since: &mut Since, place: &Positions) {
     }
 }
 
-/// How a session goes on.
+/// How a session resumes.
 enum Plan {
-    /// From now on.
+    /// With live messages.
     Fresh,
-    /// From now on, though it wanted more.
+    /// With live messages, although the session asked to resume.
     Reset(ResetReason),
-    /// With what is in memory.
+    /// With the messages in memory.
     Memory(Cursor, Since),
-    /// With what was read from the streams, then from memory.
+    /// With the messages that were read from the streams, then the ones in memory.
     Backlog(Cursor, Since, Vec<Option<Backlog>>),
 }

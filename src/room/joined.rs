@@ -1,30 +1,30 @@
-//! What a join is answered with.
+//! The result of a join.
 
 use crate::{model::Cursor, telemetry::metrics};
 
-/// What the reply to a join says.
+/// Content of the reply to a join.
 #[derive(Debug)]
 pub struct Joined {
     /// Where the session stands before the backlog; `None` in an ephemeral room.
     pub cursor: Option<Cursor>,
-    /// The room's newest place; `None` in an ephemeral room.
+    /// The room's head, raised to what the session has seen in other regions; `None` in an ephemeral room.
     pub head: Option<Cursor>,
-    /// Messages that follow.
+    /// Number of messages that follow as the backlog.
     pub replay: u64,
-    /// Why the session can't go on where it was.
+    /// Why the session can't resume at its cursor.
     pub reset: Option<ResetReason>,
 }
 
-/// Why a session can't go on at its cursor and has to load history.
+/// Why a session can't resume at its cursor and has to load history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ResetReason {
     /// Messages after the cursor are not in the stream any more.
     Trimmed,
-    /// The cursor is of another incarnation of the stream.
+    /// The cursor belongs to another incarnation of the stream.
     Epoch,
     /// The cursor is beyond the newest message.
     Future,
-    /// More messages or bytes than are replayed.
+    /// There are more messages or bytes after the cursor than are replayed.
     ReplayMax,
     /// The room keeps no log.
     Ephemeral,
@@ -43,7 +43,7 @@ impl ResetReason {
         }
     }
 
-    /// As it is counted.
+    /// The label under which the result is counted.
     pub(super) fn result(self) -> metrics::Joined {
         match self {
             Self::Trimmed => metrics::Joined::ResetTrimmed,
@@ -58,7 +58,7 @@ impl ResetReason {
 /// A room can't be joined now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum JoinError {
-    /// NATS does not answer.
+    /// NATS did not answer in time.
     #[error("the room's stream can't be read now")]
     Unavailable,
 }

@@ -1,4 +1,5 @@
-//! The state of a room's log on one shard, without I/O: what was delivered, what is missing, who can resume from memory.
+//! The state of a room's log on one shard, without I/O: what was delivered, what is missing, who can resume from
+//! memory.
 
 use std::{
     cell::OnceCell,
@@ -21,59 +22,62 @@ use crate::{
     model::{Class, Cursor, Epoch, Fingerprint, Position, Region, RoomId},
 };
 
-/// For how many times `rooms.causal_wait` nothing is waited for because of a sender for whose message something was, in vain.
+/// For this many times `rooms.causal_wait` after a message has waited in vain, other messages of its sender don't wait.
 const PATIENCE: u32 = 5;
 
-/// Senders of whom that is known; of others, something is waited for again.
+/// How many such senders are remembered.
 const MAX_IN_VAIN: usize = 1024;
 
-/// Delivered messages of a room and the place they lead to.
+/// Delivered messages of a room, and the position to which they lead.
 ///
-/// A room's log is the union of one log an origin, its *tracks*. Entries are in the order in which they were delivered here, which
-/// keeps that of each track; another edge may have another order of the tracks among each other. So a place in the room is a
-/// position a track, and what comes after it are the entries that lie after their track's.
+/// A room's log is the union of one log for each origin, its *tracks*. Entries are in the order in which they were
+/// delivered here. Within a track this is the order of the stream; across tracks it may differ from edge to edge. So a
+/// place in the room is one position for each track. The entries after a place are those that lie after the position of
+/// their own track.
 ///
-/// Entries have an index that counts deliveries since the log was made; a member that has got everything before index `n` is
-/// given what comes from `n` on. Entries at the front are forgotten when their bytes exceed the bound, but positions and
-/// the index go on.
+/// Entries have an index that counts deliveries since the log was made. A member that has got everything before index
+/// `n` gets the entries from `n` on. When the entries exceed their bound in bytes, the oldest are dropped; positions
+/// and indices go on.
 ///
 /// # Invariants
-/// - A message is delivered once: only if its sequence is above the last one of its class and track, and its reference is new.
-/// - A position never goes back. All messages up to it have been delivered, except where a message of the *other* class
-///   was lost in silence before (see [`RoomLog::admit`]).
+/// - A message is delivered once: only if its sequence is above the last one of its class and track, and its reference
+///   is new.
+/// - A position never goes back. All messages up to it have been delivered, except that an earlier message of the
+///   *other* class may have been lost unnoticed (see [`RoomLog::admit`]).
 /// - Every message after a track's `floor` is in memory.
 /// - A message is delivered after what its sender had seen of other tracks, unless that did not come in time.
 #[derive(Debug)]
 pub(super) struct RoomLog {
-    /// What messages that are not stored are of.
+    /// The track of messages that are not stored.
     unlogged: Rc<TrackId>,
-    /// The own origin's first; none in a room without a log.
+    /// The own origin's first; empty in a room without a log.
     tracks: Vec<Track>,
     entries: VecDeque<Rc<Message>>,
-    /// What the entries take, with the frames that were made of them.
+    /// Bytes of the entries, with the frames that were made of them.
     bytes: usize,
     max_bytes: usize,
     /// Index of the first entry in memory.
     base: u64,
-    /// Of each class for itself: reactions don't push messages out.
+    /// One for each class, so that many reactions don't displace messages.
     references: [References; 2],
-    /// Whose messages have waited in vain: for what, and until when no other of theirs waits unless that has come.
+    /// Senders with a message that waited in vain: the cursor that it waited for, and until when other messages of the
+    /// sender don't wait, unless that cursor is reached.
     in_vain: HashMap<String, (Cursor, Instant)>,
 }
 
-/// A place in a room: sequence and fingerprint, a track each.
+/// A place in a room: sequence and fingerprint of each track.
 pub(super) type Positions = Vec<(u64, Fingerprint)>;
 
 /// Where a track begins.
 #[derive(Debug)]
 pub(super) struct Start {
-    /// Whose stream it is.
+    /// The origin of the stream.
     pub(super) origin: Region,
     /// The stream's epoch.
     pub(super) epoch: Epoch,
     /// The newest message of each class that has one.
     pub(super) heads: Vec<Record>,
-    /// Where there are none: a sequence of the stream up to which the room is known to be empty.
+    /// If there are none: a sequence of the stream up to which the room is known to be empty.
     pub(super) empty_at: u64,
 }
 
@@ -83,21 +87,22 @@ struct Track {
     id: Rc<TrackId>,
     origin: Region,
     epoch: Epoch,
-    /// Last sequence per class.
+    /// Last sequence of each class.
     last: [u64; 2],
     position: u64,
     fingerprint: Fingerprint,
-    /// Everything up to here is known to be complete, and the index that the next delivery had then.
+    /// The sequence up to which the track is known to be complete, and the index of the next delivery at that time.
     verified: (u64, u64),
     floor: u64,
     floor_fingerprint: Fingerprint,
-    /// Admitted messages that wait for other tracks, and until when.
+    /// Admitted messages that wait for other tracks, each with the end of its wait.
     held: VecDeque<(Record, Instant)>,
-    /// Up to here messages of other tracks have waited in vain, and until when that is reason not to wait again.
+    /// A sequence of this track for which a message of another track has waited in vain, and until when no message
+    /// waits for positions up to it.
     given_up: Option<(u64, Instant)>,
 }
 
-/// What is to be done with a message that came live.
+/// What is to be done with a message that arrived live.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Admission {
     /// Deliver it.
@@ -108,7 +113,7 @@ pub(super) enum Admission {
     Gap,
 }
 
-/// Where a session with a cursor can go on, as far as one track is concerned.
+/// How a session can resume at a position in one track.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Resume {
     /// Everything after the position is in memory.
@@ -117,15 +122,16 @@ pub(super) enum Resume {
     Stream,
     /// The position lies beyond what this log has seen.
     Ahead,
-    /// The position lies within what is in memory, but not on a message with its fingerprint: the stream has to tell.
+    /// The position lies within what is in memory, but there is no message with its fingerprint there: the stream has
+    /// to be read.
     Doubtful,
 }
 
-/// A cursor as a place in this log, and what this log does not know of.
+/// A cursor as a place in this log, and the components that this log does not know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Since {
     pub(super) positions: Positions,
-    /// Positions of origins that are not seen here (yet).
+    /// Positions of origins that this region does not see (yet).
     pub(super) elsewhere: Vec<Position>,
 }
 
@@ -133,17 +139,17 @@ pub(super) struct Since {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Missed {
     pub(super) steps: Rc<Steps>,
-    /// Whether the frames that all share have the cursors of this session.
+    /// Whether the shared frames have the right cursors for this session.
     pub(super) shared: bool,
-    /// How many of those that are shown were read from streams.
+    /// How many of the shown messages were read from streams.
     pub(super) read: usize,
 }
 
-/// Messages on the way of a session to where the room is.
+/// The messages that lead from a session's place to the room's.
 #[derive(Debug, Default)]
 pub(super) struct Steps {
     list: Vec<Step>,
-    /// What it takes of `rooms.replay_memory`, once a session keeps it.
+    /// Its part of `rooms.replay_memory`, once a session keeps the list.
     kept: OnceCell<Share>,
 }
 
@@ -155,7 +161,8 @@ impl Steps {
         }
     }
 
-    /// Counts it for as long as it is kept: the list, and messages that the ring may forget before they are given.
+    /// Counts the list against the memory as long as it is kept. The messages that are only in the ring are included,
+    /// since the ring may drop them before the session has got them.
     pub(super) fn count_in(&self, memory: &Arc<Memory>) {
         let of_ring = self.list.iter().filter(|step| !step.message.is_counted());
         let of_ring: usize = of_ring.map(|step| step.message.bytes()).sum();
@@ -172,11 +179,11 @@ impl Deref for Steps {
     }
 }
 
-/// One message on the way of a session to where the room is.
+/// One message between a session's place and the room's.
 #[derive(Debug)]
 pub(super) struct Step {
     pub(super) message: Rc<Message>,
-    /// Otherwise the session has got another copy of it, and only passes it.
+    /// Whether the session gets the message. If not, it has already got another copy, and only its position advances.
     pub(super) is_shown: bool,
 }
 
@@ -213,7 +220,7 @@ impl RoomLog {
         }
     }
 
-    /// How many origins there are.
+    /// The number of origins.
     #[must_use]
     pub(super) fn tracks(&self) -> usize {
         self.tracks.len()
@@ -238,7 +245,7 @@ impl RoomLog {
             .is_some_and(|track| self.epoch(track) == epoch)
     }
 
-    /// The sequence up to which everything of a track was delivered.
+    /// The sequence up to which a track was delivered.
     #[must_use]
     pub(super) fn position(&self, track: usize) -> u64 {
         self.tracks[track].position
@@ -250,7 +257,7 @@ impl RoomLog {
         self.tracks[track].floor
     }
 
-    /// The last sequence of a class that was taken in.
+    /// The last sequence of a class that was taken in: delivered or held.
     #[must_use]
     pub(super) fn last(&self, track: usize, class: Class) -> u64 {
         self.tracks[track].last[index(class)]
@@ -263,7 +270,7 @@ impl RoomLog {
         Cursor::of(positions.collect())
     }
 
-    /// The cursor of a place, and of positions elsewhere.
+    /// The cursor of a place, with additional positions of other origins.
     #[must_use]
     pub(super) fn cursor_of(&self, place: &Positions, elsewhere: &[Position]) -> Cursor {
         let here = self.tracks.iter().zip(place);
@@ -271,31 +278,31 @@ impl RoomLog {
         Cursor::of(here.chain(elsewhere.iter().cloned()).collect())
     }
 
-    /// The cursor of one track's component alone: up to there its sender has read.
+    /// A cursor with the component of one track only.
     #[must_use]
     pub(super) fn cursor_at(&self, track: usize, seq: u64, fingerprint: Fingerprint) -> Cursor {
         Cursor::single(self.tracks[track].at(seq, fingerprint))
     }
 
-    /// What a member that is up to date has seen of other origins than its own. Where nothing was said there is nothing to be
-    /// waited for.
+    /// What a member that is up to date has seen of origins other than the own. Tracks without any message are left
+    /// out: there is nothing to wait for.
     #[must_use]
     pub(super) fn seen_elsewhere(&self) -> Cursor {
         let others = self.tracks.iter().skip(1).map(Track::position_now);
         Cursor::of(others.filter(Position::names_message).collect())
     }
 
-    /// The place up to which everything was delivered.
+    /// The place up to which messages were delivered.
     #[must_use]
     pub(super) fn positions(&self) -> Positions {
         let tracks = self.tracks.iter();
         tracks.map(|t| (t.position, t.fingerprint)).collect()
     }
 
-    /// A cursor as a place in this log. An origin that it does not name: nothing seen of that yet.
+    /// A cursor as a place in this log. For an origin that the cursor does not name, nothing was seen.
     ///
     /// # Errors
-    /// The first track whose epoch is another: there the cursor means nothing.
+    /// The first track whose epoch differs: the cursor has no meaning there.
     pub(super) fn since_of(&self, cursor: &Cursor) -> Result<Since, usize> {
         let mut positions = vec![(0, Fingerprint::default()); self.tracks.len()];
         let mut elsewhere = Vec::new();
@@ -312,20 +319,21 @@ impl RoomLog {
         })
     }
 
-    /// Those components of `since` that lie beyond this log.
+    /// The components of `since` that lie beyond this log.
     #[must_use]
     pub(super) fn ahead(&self, since: &Since) -> Vec<Position> {
         let ahead = self.not_reached(since);
         ahead.chain(since.elsewhere.iter().cloned()).collect()
     }
 
-    /// Whether a track has not got as far as `since`: some of what it lacks may be a copy of what it has.
+    /// Whether a track has not reached its position in `since`. Messages that it lacks may be copies of messages that
+    /// are here.
     #[must_use]
     pub(super) fn lags(&self, since: &Since) -> bool {
         self.not_reached(since).next().is_some()
     }
 
-    /// The messages of `since` that its tracks have not got to.
+    /// The positions of `since` that name a message and that their tracks have not reached.
     fn not_reached<'a>(&'a self, since: &'a Since) -> impl Iterator<Item = Position> + 'a {
         let tracks = self.tracks.iter().zip(&since.positions);
         let ahead = tracks.filter(|(track, (seq, _))| *seq > track.position);
@@ -340,7 +348,7 @@ impl RoomLog {
             .is_none_or(|track| position.seq > self.tracks[track].position)
     }
 
-    /// The indices of what is in memory.
+    /// The indices of the entries in memory.
     #[must_use]
     pub(super) fn indices(&self) -> Range<u64> {
         self.base..self.head_index()
@@ -352,24 +360,24 @@ impl RoomLog {
         self.base + self.entries.len() as u64
     }
 
-    /// First sequence of a track that may be missing: where every reading of the stream begins that is to make the log complete.
+    /// First sequence of a track that may be missing. Every read of the stream that is to complete the log begins here.
     ///
-    /// Not the place after the last delivery: a message of the other class may be missing before that without anybody
-    /// having noticed, and once a later one of its class is delivered it would be taken for old.
+    /// It does not begin after the last delivery: an earlier message of the other class may be missing unnoticed. Once
+    /// a later one of its class is delivered, it would be rejected as old.
     #[must_use]
     pub(super) fn unverified(&self, track: usize) -> u64 {
         self.tracks[track].verified.0 + 1
     }
 
-    /// Deliveries since all tracks were last known to be complete.
+    /// Number of deliveries since all tracks were last known to be complete.
     #[must_use]
     pub(super) fn deliveries_unverified(&self) -> u64 {
         let verified = self.tracks.iter().map(|track| track.verified.1).min();
         verified.map_or(0, |index| self.head_index() - index)
     }
 
-    /// Notes that everything of a track up to `seq` has been taken in: the stream was read up to there, or its heads there are
-    /// those that were taken in last.
+    /// Notes that everything of a track up to `seq` has been taken in: either the stream was read up to there, or its
+    /// heads are the messages that were taken in last.
     pub(super) fn verify(&mut self, track: usize, seq: u64) {
         let head = self.head_index();
         let track = &mut self.tracks[track];
@@ -378,12 +386,12 @@ impl RoomLog {
         }
     }
 
-    /// Judges a message by its sequence and its predecessor on the same subject (`None` where it was read from the stream,
-    /// in order, and so can't have a gap before it).
+    /// Judges a message by its sequence and by its predecessor on the same subject. `previous` is `None` if the message
+    /// was read from the stream, in order, and so can't have a gap before it.
     ///
-    /// The predecessor is that of the message's own class: if a message of one class is lost in silence and one of the other
-    /// class comes, nothing shows. The hub therefore notes all causes of loss on the way from the server, and the periodic
-    /// comparison with the stream finds what a server lost; such a message is delivered late.
+    /// The predecessor is of the message's own class. If a message of the other class was lost unnoticed, this check
+    /// does not detect it. Therefore the hub notes every possible cause of loss between the server and itself, and the
+    /// periodic comparison with the stream finds what a server lost. Such a message is delivered late.
     #[must_use]
     pub(super) fn admit(
         &self,
@@ -402,13 +410,14 @@ impl RoomLog {
         }
     }
 
-    /// Whether an admitted message has to wait: for one before it in its track, or for what its sender had seen of others.
+    /// Whether an admitted message has to wait: for held messages before it in its track, or for what its sender had
+    /// seen of other tracks.
     #[must_use]
     pub(super) fn must_wait(&self, track: usize, record: &Record, now: Instant) -> bool {
         !self.tracks[track].held.is_empty() || self.misses(track, record, now)
     }
 
-    /// Whether something that the sender had seen is not delivered, and is worth waiting for.
+    /// Whether something that the sender had seen is not delivered yet, and is worth waiting for.
     fn misses(&self, track: usize, record: &Record, now: Instant) -> bool {
         let mut not_seen = self.not_seen(track, record).peekable();
         if not_seen.peek().is_none() {
@@ -426,13 +435,13 @@ impl RoomLog {
         })
     }
 
-    /// Whether something that the sender had seen is not delivered.
+    /// Whether something that the sender had seen is not delivered yet.
     #[must_use]
     pub(super) fn is_early(&self, track: usize, record: &Record) -> bool {
         self.not_seen(track, record).next().is_some()
     }
 
-    /// What the sender of a message had seen and is not delivered.
+    /// The positions that the sender of a message had seen and that are not delivered yet.
     fn not_seen<'a>(
         &'a self,
         track: usize,
@@ -442,7 +451,8 @@ impl RoomLog {
         after.flat_map(move |after| self.lacks(track, after))
     }
 
-    /// What of `seen` is not delivered, but for `track` itself. What is of an origin that is not seen here can't be waited for.
+    /// The positions of `seen` that are not delivered yet, except that of `track` itself. An origin that this region
+    /// does not see can't be waited for.
     fn lacks<'a>(
         &'a self,
         track: usize,
@@ -459,32 +469,32 @@ impl RoomLog {
         })
     }
 
-    /// Keeps an admitted message until what its sender had seen is delivered, or until `until`.
+    /// Holds an admitted message until what its sender had seen is delivered, or until `until`.
     pub(super) fn hold(&mut self, track: usize, record: Record, until: Instant) {
         let track = &mut self.tracks[track];
         track.last[index(record.class)] = record.seq;
         track.held.push_back((record, until));
     }
 
-    /// How many messages wait.
+    /// The number of held messages.
     #[must_use]
     pub(super) fn held(&self) -> usize {
         self.tracks.iter().map(|track| track.held.len()).sum()
     }
 
-    /// When the first of those that wait has waited long enough.
+    /// When the first wait of a held message ends.
     #[must_use]
     pub(super) fn held_until(&self) -> Option<Instant> {
         let fronts = self.tracks.iter().filter_map(|track| track.held.front());
         fronts.map(|(_, until)| *until).min()
     }
 
-    /// The next message that need not wait any longer: what its sender had seen has come; or its time, `wait`, is up, or more than
-    /// `most` wait.
+    /// The next held message that need not wait any longer: because what its sender had seen has come, or its wait is
+    /// over, or more than `most` messages are held. In the last case the one whose wait ends first is released.
     ///
-    /// What was waited for in vain is not waited for again in as long a time, and neither is anything for the sake of the same
-    /// sender in [`PATIENCE`] times as long, or until it has come: whoever claims to have seen what does not exist delays a room
-    /// seldom.
+    /// After a message has waited in vain, no message waits for the same positions during another `wait`. During
+    /// [`PATIENCE`] times `wait`, other messages of the same sender don't wait at all, unless what was missing has
+    /// come. So a client that claims to have seen what does not exist can delay a room only rarely.
     pub(super) fn release(
         &mut self,
         now: Instant,
@@ -528,8 +538,8 @@ impl RoomLog {
         Some((track, record))
     }
 
-    /// Takes note of an admitted message and returns where it stands, or `None` if its reference was delivered before (the
-    /// first one wins): then the position moves on and nothing is shown.
+    /// Notes an admitted message and returns where it is in the log. Returns `None` if its reference was delivered
+    /// before (the first one wins): then the position advances and nothing is shown.
     #[must_use]
     pub(super) fn advance(&mut self, track: usize, record: &Record) -> Option<Spotted> {
         let of = &mut self.tracks[track];
@@ -550,10 +560,11 @@ impl RoomLog {
         })
     }
 
-    /// Notes references of messages before the beginning of the log: they are not shown again when they come from another origin.
+    /// Notes the references of messages before the beginning of the log, so that copies from another origin are not
+    /// shown.
     pub(super) fn remember(&mut self, track: usize, records: &[Record]) {
         let beginning = self.tracks[track].position;
-        // What was stored since the heads were read will be delivered.
+        // Messages that were stored after the heads were read will be delivered.
         for record in records.iter().filter(|record| record.seq <= beginning) {
             if let Some(key) = reference(record) {
                 self.references[index(record.class)].note(key, (track, record.seq));
@@ -561,7 +572,7 @@ impl RoomLog {
         }
     }
 
-    /// Whether who stands at `place` has got a message by another copy of it.
+    /// Whether a session that stands at `place` has already got another copy of a message.
     #[must_use]
     pub(super) fn has_twin(&self, place: &Positions, reference: Option<u64>, at: Spot) -> bool {
         let seen = |spot: Spot| place.get(spot.0).is_some_and(|of| spot.1 <= of.0);
@@ -569,7 +580,7 @@ impl RoomLog {
         reference.is_some_and(|key| self.references.iter().any(|known| of(known, key)))
     }
 
-    /// A message of a track as it is kept for all who have not got it, read from the stream: its cursor names this origin alone.
+    /// Makes a message that was read from the stream. Its cursor names only this origin.
     pub(super) fn stored(&self, track: usize, record: Record) -> Message {
         let at = Spotted {
             track,
@@ -579,7 +590,7 @@ impl RoomLog {
         Message::new(&self.tracks[track].id, at, record, None)
     }
 
-    /// Keeps the message that [`Self::advance`] has just taken note of.
+    /// Keeps the message that [`Self::advance`] has just noted.
     pub(super) fn push(&mut self, at: Spotted, record: Record) -> Rc<Message> {
         let is_alone = self.tracks.len() == 1 && at.position == record.seq;
         let cursor = (!is_alone).then(|| self.cursor());
@@ -590,7 +601,8 @@ impl RoomLog {
         message
     }
 
-    /// Counts what messages have come to take since they were counted last, and forgets the oldest ones where that is too much.
+    /// Updates the bytes of messages whose frames may have been made meanwhile, and drops the oldest entries if the
+    /// bound is exceeded.
     pub(super) fn recount<'m>(&mut self, messages: impl Iterator<Item = &'m Rc<Message>>) {
         for message in messages {
             if let Some(before) = message.counted.get() {
@@ -616,14 +628,14 @@ impl RoomLog {
         }
     }
 
-    /// A message of a room without a log, which is counted and not kept.
+    /// Makes a message of a room without a log. It takes up an index, but is not kept.
     pub(super) fn pass(&mut self, record: Record) -> Message {
         self.base += 1;
         Message::new(&self.unlogged, Spotted::default(), record, None)
     }
 
-    /// Forgets all that was delivered: who resumes from before here is sent to the stream. Positions, indices and
-    /// what is verified stay.
+    /// Drops all entries: sessions that resume from before here have to read the stream. Positions, indices and what is
+    /// verified stay.
     pub(super) fn forget(&mut self) {
         self.base = self.head_index();
         for entry in self.entries.drain(..) {
@@ -636,7 +648,7 @@ impl RoomLog {
         }
     }
 
-    /// Where a session that stands at `since` of a track can go on.
+    /// How a session that stands at `since` in a track can resume.
     #[must_use]
     pub(super) fn resume(&self, track: usize, since: (u64, Fingerprint)) -> Resume {
         let of = &self.tracks[track];
@@ -653,7 +665,7 @@ impl RoomLog {
             Some(of.floor_fingerprint)
         } else {
             let entry = self.find(track, seq);
-            // The place of a late entry is the one before it.
+            // A late entry has the position of the one before it.
             entry.filter(|e| e.position() == seq).map(|e| e.fingerprint)
         };
         let unchecked = fingerprint == Fingerprint(0);
@@ -664,13 +676,14 @@ impl RoomLog {
         }
     }
 
-    /// What is in memory of what lies after `since`: all there is, if `since` lies before no track's [`Self::floor`]. After it
-    /// a session stands at [`Self::positions`], or further where `since` was. What has an index below `from` it has got.
+    /// The entries in memory after `since`. That is everything, if `since` lies before no track's [`Self::floor`].
+    /// After them the session stands at [`Self::positions`], or further where `since` was further. Entries with an
+    /// index below `from` are left out: the session has got them.
     ///
-    /// Late entries share the position of the one before them. Whether a cursor there includes them can't be told: they are sent
-    /// again, since a repeat can be recognised by its id and a loss can't.
+    /// Late entries have the position of the one before them. A cursor at that position does not tell whether it
+    /// includes them. They are sent again: a client can detect a repeat by its id, but it can't detect a loss.
     pub(super) fn after(&self, since: &Since, from: u64) -> Missed {
-        // Where the hub stood before the entry that is looked at.
+        // Where the log stood before the current entry.
         let mut stood: Vec<u64> = self.tracks.iter().map(|track| track.floor).collect();
         let mut steps = Vec::new();
         let mut as_it_was = true;
@@ -692,7 +705,8 @@ impl RoomLog {
             }
             stood[entry.track()] = entry.position().max(stood[entry.track()]);
         }
-        // One track has one order. And who stands where the hub stood then has got the same since.
+        // One track has one order. With several, a session that stood where the log stood before the first step has got
+        // the same messages since, so the shared cursors are right for it.
         let shared = since.elsewhere.is_empty() && (self.tracks.len() == 1 || as_it_was);
         Missed {
             steps: Rc::new(Steps::new(steps)),
@@ -701,13 +715,14 @@ impl RoomLog {
         }
     }
 
-    /// What is in memory, in the order of delivery.
+    /// The entries in memory, in the order of delivery.
     pub(super) fn entries(&self) -> impl Iterator<Item = &Rc<Message>> {
         self.entries.iter()
     }
 
-    /// The message of this reference, if it is in memory and the own stream would not know it: it is of another origin, or the
-    /// stream has forgotten all that it stored before the time `forgotten`. Its cursor and its time.
+    /// The cursor and the time of the message with this reference, if it is in memory and the own stream would not
+    /// detect the duplicate: it is of another origin, or older than `forgotten`, before which the stream remembers no
+    /// ids.
     #[must_use]
     pub(super) fn said_before(
         &self,
@@ -724,13 +739,14 @@ impl RoomLog {
         (entry.track() > 0 || entry.ts < forgotten).then_some((cursor, entry.ts))
     }
 
-    /// The time of the message of the own origin at `seq`, if it is in memory.
+    /// The time of the own origin's message at `seq`, if it is in memory.
     #[must_use]
     pub(super) fn time_of(&self, seq: u64) -> Option<u64> {
         self.find(0, seq).map(|entry| entry.ts)
     }
 
-    /// Whether the message at `seq` is in memory with another fingerprint than `fingerprint`.
+    /// Whether memory does not confirm that the message at `seq` has this fingerprint: it is not in memory, or its
+    /// fingerprint differs.
     #[must_use]
     pub(super) fn contradicts(&self, track: usize, seq: u64, fingerprint: Fingerprint) -> bool {
         self.find(track, seq)
@@ -738,7 +754,7 @@ impl RoomLog {
     }
 
     fn find(&self, track: usize, seq: u64) -> Option<&Rc<Message>> {
-        // Newest first: who asks has usually just published.
+        // Newest first: the caller has usually just published the message.
         let mut newest_first = self.entries.iter().rev();
         newest_first.find(|entry| entry.seq == seq && entry.track() == track)
     }

@@ -1,4 +1,4 @@
-//! A session's membership in one room: where its frames go, and up to where it has got them.
+//! A session's membership in one room: where its frames are sent, and how far it has got.
 
 use std::{
     cell::{Cell, RefCell},
@@ -15,18 +15,18 @@ use crate::{
     wire::Outlet,
 };
 
-/// Who joins.
+/// A session that is about to join.
 #[derive(Debug)]
 pub struct NewMember {
-    /// The session's number on this edge.
+    /// The number of the session on this edge.
     pub session: u64,
-    /// Its user.
+    /// The session's user.
     pub user: Arc<str>,
-    /// Where its frames go.
+    /// Where its frames are sent.
     pub outlet: Outlet,
-    /// How they are written.
+    /// The protocol in which its frames are encoded.
     pub codec: Codec,
-    /// What it is to be told besides messages.
+    /// What it wants to be told besides messages.
     pub wants: Wants,
 }
 
@@ -38,13 +38,13 @@ pub struct Member {
     pub(super) outlet: Outlet,
     pub(super) codec: Codec,
     pub(super) wants: Cell<Wants>,
-    /// Whether it is fed by the fan-out; otherwise it is catching up by a task of its own.
+    /// Whether it gets messages from the fan-out. If not, a task of its own is catching it up.
     pub(super) live: Cell<bool>,
     /// Index in the log of the next message it is to get.
     pub(super) next: Cell<u64>,
     pub(super) left: Cell<bool>,
-    /// What it has seen, in another region, of what this room has not delivered yet: it is withheld, and stands in the member's
-    /// cursors all the same.
+    /// Positions that the member has seen in another region and this room has not delivered yet. Messages up to them
+    /// are withheld from this member, and its cursors contain them already.
     pub(super) ahead: RefCell<Vec<Position>>,
     _active: Held,
 }
@@ -65,7 +65,7 @@ impl Member {
         }
     }
 
-    /// Whether it is no member any more: it left, or the room let it go.
+    /// Whether the membership is over: the session left, or the room ended it.
     #[must_use]
     pub fn has_left(&self) -> bool {
         self.left.get()
@@ -80,7 +80,7 @@ impl Member {
         *self.ahead.borrow_mut() = ahead;
     }
 
-    /// `cursor`, and what the member has seen beyond it.
+    /// `cursor`, raised to what the member has seen beyond it.
     pub(super) fn raised(&self, cursor: Cursor) -> Cursor {
         raise(cursor, &self.ahead.borrow())
     }
@@ -101,7 +101,7 @@ impl<'a> News<'a> {
         }
     }
 
-    /// Tells a member.
+    /// Sends the events to a member.
     pub(super) fn tell(&self, member: &Member) {
         let codec = member.codec;
         let encode = || self.events.iter().map(|event| codec.event(event)).collect();
@@ -109,7 +109,7 @@ impl<'a> News<'a> {
     }
 }
 
-/// `cursor` with those of `positions` that lie beyond it.
+/// `cursor`, raised to those of `positions` that lie beyond it.
 pub(super) fn raise(cursor: Cursor, positions: &[Position]) -> Cursor {
     if positions.is_empty() {
         return cursor;
@@ -119,6 +119,6 @@ pub(super) fn raise(cursor: Cursor, positions: &[Position]) -> Cursor {
         let further = further.filter(|p| p.epoch == position.epoch && p.seq > position.seq);
         further.unwrap_or(position)
     });
-    // Of two of one origin the first counts.
+    // If an origin occurs twice, the first position is kept.
     Cursor::of(here.chain(positions).cloned().collect())
 }

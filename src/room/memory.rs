@@ -1,9 +1,10 @@
-//! The memory of backlogs on one shard: `rooms.replay_memory`.
+//! The memory for backlogs on one shard, bounded by `rooms.replay_memory`.
 //!
-//! A read of a stream waits for its share before it begins. What it finds is counted message by message, from then until the
-//! message and its frames are freed: in the backlog, in what a session has yet to be given, in the queue of its connection. A
-//! frame that several sessions share is counted once. A frame that is made for one session (with a cursor of its own) is counted
-//! as it is made, over the bound if need be: sessions make them a piece at a time. Whoever reads several streams waits for all of them at once, and holds nothing meanwhile.
+//! A read of a stream waits for its share before it begins. What it finds is counted message by message, until the
+//! message and its frames are freed: in the backlog, in the steps of a session, in the queue of a connection. A frame
+//! that several sessions share is counted once. A frame that is made for one session (with its own cursor) is counted
+//! when it is made, even above the bound: sessions make such frames one piece at a time. A task that reads several
+//! streams waits for the memory of all of them at once, and holds none meanwhile.
 
 use std::{
     pin::pin,
@@ -21,32 +22,33 @@ use crate::{
     wire::FRAME_COST,
 };
 
-/// How much of the memory is taken. Frames are freed where they are, so the counts are atomic; all of it is of one shard.
+/// Accounts for the memory in use. All of it belongs to one shard, but frames may be freed on other threads, so the
+/// counters are atomic.
 #[derive(Debug)]
 pub(super) struct Memory {
     most: usize,
     used: AtomicUsize,
-    /// How many wait for a share.
+    /// Number of tasks that wait for a share.
     waiting: AtomicUsize,
-    /// Held by the one who is next: shares are given in the order in which they were asked for.
+    /// Held by the task that is next: shares are given in the order of the requests.
     next: Semaphore,
     freed: Notify,
-    /// Somebody has begun to wait.
+    /// Notified when a task begins to wait.
     asked: Notify,
 }
 
-/// Memory that is taken until this is dropped.
+/// Memory that is in use until this is dropped.
 #[derive(Debug)]
 pub(super) struct Share {
     memory: Arc<Memory>,
     bytes: usize,
 }
 
-/// A frame, and its part of the memory.
+/// A frame and its share of the memory.
 struct Counted {
     frame: Bytes,
     _share: Share,
-    /// That of the message whose fields it keeps, if it does.
+    /// The share of the message whose fields the frame keeps in memory, if it does.
     _message: Option<Arc<Share>>,
 }
 
@@ -56,7 +58,7 @@ impl AsRef<[u8]> for Counted {
     }
 }
 
-/// One who waits.
+/// Counts a waiting task until dropped.
 struct Waiting<'m>(&'m Memory);
 
 impl Drop for Waiting<'_> {
@@ -77,12 +79,12 @@ impl Memory {
         })
     }
 
-    /// Waits for a share: until there is room for it, or nothing is taken. Cancel-safe.
+    /// Waits for a share: until there is enough memory for it, or none is in use. Cancel-safe.
     pub(super) async fn share(self: &Arc<Self>, bytes: usize) -> Share {
         self.waiting.fetch_add(1, Relaxed);
         let _waiting = Waiting(self);
         let mut told = false;
-        // It is never closed.
+        // The semaphore is never closed.
         let _next = self.next.acquire().await;
         loop {
             let mut freed = pin!(self.freed.notified());
@@ -98,7 +100,7 @@ impl Memory {
         }
     }
 
-    /// A share at once, over the bound if need be.
+    /// Takes a share at once, even above the bound.
     pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Share {
         self.used.fetch_add(bytes, Relaxed);
         tell(bytes, 1);
@@ -108,7 +110,7 @@ impl Memory {
         }
     }
 
-    /// The frame, counted until it is freed.
+    /// A frame that is counted until it is freed.
     pub(super) fn count(self: &Arc<Self>, frame: Bytes) -> Bytes {
         Bytes::from_owner(Counted {
             _share: self.take(weight(&frame)),
@@ -117,7 +119,7 @@ impl Memory {
         })
     }
 
-    /// Resolves while somebody waits for a share that there is no room for. Cancel-safe.
+    /// Resolves when a task waits for a share that there is not enough memory for. Cancel-safe.
     pub(super) async fn is_short(&self) {
         loop {
             let mut asked = pin!(self.asked.notified());
@@ -131,7 +133,7 @@ impl Memory {
 }
 
 impl Share {
-    /// A share of its own of `bytes`, taken of this one, and more where that is not enough.
+    /// Splits off a share of `bytes`. If this one is too small, the rest is taken in addition.
     pub(super) fn part(&mut self, bytes: usize) -> Self {
         let given = bytes.min(self.bytes);
         self.bytes -= given;
@@ -140,8 +142,8 @@ impl Share {
         part
     }
 
-    /// A frame of the message whose share this is. `own` bytes of it are not counted with the message, whose share is kept as
-    /// long as the frame.
+    /// A frame of the message that has this share. `own` bytes of the frame are not counted with the message. The
+    /// message's share is kept as long as the frame.
     pub(super) fn frame_of(self: &Arc<Self>, own: usize, frame: Bytes) -> Bytes {
         Bytes::from_owner(Counted {
             frame,
@@ -159,7 +161,7 @@ impl Drop for Share {
     }
 }
 
-/// What a frame takes.
+/// The bytes that a frame is counted with.
 pub(super) fn weight(frame: &Bytes) -> usize {
     frame.len() + FRAME_COST
 }
@@ -192,7 +194,7 @@ mod tests {
     async fn a_frame_is_counted_once_until_its_last_part_is_freed() {
         let memory = Memory::new(10_000);
         let mut share = memory.share(5000).await;
-        // Two messages; a frame of each, of which 100 bytes are not a part of the message.
+        // Two messages, and a frame of each. 100 bytes of each frame are not part of the message.
         let messages = [900, 1900].map(|bytes| Arc::new(share.part(bytes)));
         let one = messages[0].frame_of(100, frame(1000));
         let other = messages[1].frame_of(100, frame(2000));
@@ -200,7 +202,7 @@ mod tests {
         drop((messages, share));
         let both = 3000 + 2 * FRAME_COST;
         assert_eq!(used(&memory), both);
-        // Other sessions' handles, and what is left of a frame that was written in part, are the same frame.
+        // A clone of a frame, and the rest of a partially written one, are the same frame.
         let (again, rest) = (one.clone(), one.slice(990..));
         drop((one, again));
         assert_eq!((used(&memory), &rest[..]), (both, &[7; 10][..]));
@@ -231,9 +233,9 @@ mod tests {
             let memory = Arc::clone(&memory);
             async move { memory.share(800).await }
         });
-        // It resolves when the one above waits.
+        // Resolves when the task above waits.
         memory.is_short().await;
-        // There would be room for this one, but it is not next; and who gives up is in nobody's way.
+        // There is enough memory for this one, but it is not next. A request that is cancelled blocks nobody.
         assert!(memory.share(50).now_or_never().is_none());
         drop(first);
         let large = large.await.unwrap();

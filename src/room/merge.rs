@@ -1,4 +1,4 @@
-//! Backlogs of several origins in one order.
+//! Merges the backlogs of several origins into one order.
 
 use std::{
     cell::RefCell,
@@ -14,11 +14,11 @@ use super::{
 };
 use crate::model::Cursor;
 
-/// What a session that stands at `since` has missed of what the room has delivered: what was read of each track, and, where that
-/// reaches to what is in memory, what is there. `backlogs` has one a track; none where the session had seen more than the room when the
-/// others were read.
+/// What a session at `since` has missed of what the room has delivered. These are the messages that were read from each
+/// track's stream, followed by the ones in memory if the reads reach up to them on all tracks. `backlogs` has one entry
+/// for each track; it is `None` if the session had seen more of that track than the room when the others were read.
 ///
-/// The order is that of time, except that none comes before what its sender had seen.
+/// Messages are ordered by time, except that none comes before what its sender had seen.
 fn missed(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>]) -> Missed {
     let in_memory = is_complete(log, since, backlogs);
     let mut tracks: Vec<VecDeque<&Rc<Message>>> = Vec::with_capacity(backlogs.len());
@@ -57,23 +57,23 @@ fn missed(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>]) -> Missed 
     }
     Missed {
         steps: Rc::new(Steps::new(steps)),
-        // One track has one order, and the cursor in the frame is the session's.
+        // With one track there is only one order, so the cursors of the shared frames are right for the session.
         shared: log.tracks() == 1 && since.elsewhere.is_empty(),
         read,
     }
 }
 
-/// What [`missed`] has found last, and of what: sessions that come back together have usually missed the same.
+/// The last result of [`missed`], and its inputs. Sessions that reconnect together have usually missed the same.
 #[derive(Debug, Default)]
 pub(super) struct LastMissed(RefCell<Option<Known>>);
 
 #[derive(Debug)]
 struct Known {
     since: Since,
-    /// What the log had, and up to where it was delivered.
+    /// The indices in the log's memory, and the place up to which it was delivered.
     entries: Range<u64>,
     delivered: Positions,
-    /// What was read of each track.
+    /// The part that was read of each track.
     read: Vec<Option<Part>>,
     steps: Weak<Steps>,
     shared: bool,
@@ -81,7 +81,7 @@ struct Known {
 }
 
 impl LastMissed {
-    /// As [`missed`], which is not done again where all is as it was the last time.
+    /// Same as [`missed`], but reuses the last result if the inputs are the same and a session still keeps it.
     pub(super) fn find(
         &self,
         log: &RoomLog,
@@ -122,18 +122,19 @@ impl LastMissed {
     }
 }
 
-/// Whether what was read reaches to what is in memory, in all tracks.
+/// Whether the reads reach up to what is in memory on all tracks.
 pub(super) fn is_complete(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>]) -> bool {
     let mut tracks = backlogs.iter().enumerate();
     tracks.all(|(track, backlog)| upto(track, since, backlog.as_ref()) >= log.floor(track))
 }
 
-/// Up to where a session has a track with what was read.
+/// The position up to which a session has a track, including what was read.
 fn upto(track: usize, since: &Since, backlog: Option<&Backlog>) -> u64 {
     backlog.map_or(since.positions[track].0, |backlog| backlog.upto.0)
 }
 
-/// The track whose next message comes next: the oldest of those whose sender had seen nothing that is still to come.
+/// The track that gives the next message: the one with the oldest first message, among those whose sender had seen
+/// nothing that is still to come.
 fn next(log: &RoomLog, tracks: &[VecDeque<&Rc<Message>>], place: &Positions) -> Option<usize> {
     let fronts = || {
         let fronts = tracks.iter().enumerate();
@@ -149,7 +150,7 @@ fn next(log: &RoomLog, tracks: &[VecDeque<&Rc<Message>>], place: &Positions) -> 
     };
     let ready = fronts().filter(|(track, item)| !waits(*track, item));
     let oldest = ready.min_by_key(|(track, item)| (item.ts, *track));
-    // Two that wait for each other are none of ours.
+    // Messages that wait for each other were not made by natter. Take any.
     let (track, _) = oldest.or_else(|| fronts().next())?;
     Some(track)
 }
@@ -203,7 +204,7 @@ mod tests {
             empty_at: 0,
         };
         let room = RoomId::parse("chat:a").unwrap();
-        // What it has in memory is nothing: all comes from the streams.
+        // The log keeps nothing in memory, so everything comes from the streams.
         let mut log = RoomLog::new(&room, vec![start("a"), start("b")], 0);
         let deliver = |log: &mut RoomLog, track, seq, ts| {
             let at = log.advance(track, &record(seq, ts)).unwrap();
@@ -233,7 +234,7 @@ mod tests {
         assert_eq!(spots(&first), [(0, 1), (1, 1), (0, 2)]);
         let again = last.find(&log, &since(0, 0), &backlogs);
         assert!(Rc::ptr_eq(&first.steps, &again.steps) && !again.shared);
-        // Another read of the same, another cursor, and a room that has gone on.
+        // Another read of the same, another cursor, and a room that has advanced.
         let other = [Some(read(&log, 0, &[(1, 10), (2, 30)])), None];
         assert_eq!(
             spots(&last.find(&log, &since(0, 1), &other)),
@@ -244,7 +245,7 @@ mod tests {
         deliver(&mut log, 1, 2, 40);
         let newer = last.find(&log, &since(0, 0), &backlogs);
         assert!(!Rc::ptr_eq(&newer.steps, &found.steps));
-        // Nobody keeps it: it is not kept for later either.
+        // When no session keeps a result, it is not kept here either.
         found = newer;
         let weak = Rc::downgrade(&found.steps);
         drop(found);

@@ -1,4 +1,4 @@
-//! A message of a room, as the log, backlogs and fan-out passes hold it: once, for all receivers.
+//! A message of a room, as the log, backlogs and fan-out passes share it: one object for all receivers.
 
 use std::{
     cell::{Cell, RefCell},
@@ -16,32 +16,32 @@ use crate::{
     protocol::MessagePush,
 };
 
-/// Bytes of a frame besides the texts of its message and its cursor, about.
+/// About how many bytes a frame has besides the texts of its message and its cursor.
 const FRAME_WORDS: usize = 96;
 
-/// Which log a message is of.
+/// The log that a message belongs to.
 #[derive(Debug)]
 pub(super) struct TrackId {
     pub(super) room: RoomId,
-    /// Whose stream it is stored in, and that stream's epoch; none in a room without a log.
+    /// The origin in whose stream the message is stored, and the epoch of that stream; `None` in a room without a log.
     pub(super) origin: Option<(Region, Epoch)>,
 }
 
-/// Where a message stands in the room's log.
+/// Where a message is in the room's log.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Spotted {
     /// The number of its track.
     pub(super) track: usize,
-    /// The track's position after it: its own sequence, or a higher one where it came late.
+    /// The track's position after this message: its own sequence, or a higher one if it is late.
     pub(super) position: u64,
-    /// The hash of its reference; `None` for what natter announces.
+    /// The hash of its reference; `None` for natter's own announcements.
     pub(super) reference: Option<u64>,
 }
 
-/// One message: its fields, and a frame for each protocol that has had a receiver.
+/// One message: its fields, and one frame for each protocol that has had a receiver.
 ///
-/// Nothing looks into a frame to find out what is in it. A member that stands elsewhere than the room gets a frame with its own
-/// cursor ([`Message::frame_at`]), everyone else the one that all share ([`Message::frame`]).
+/// Frames are never parsed to find out what they contain. A member whose cursor differs from the room's gets a frame
+/// with its own cursor ([`Message::frame_at`]); all others share one frame ([`Message::frame`]).
 #[derive(Debug)]
 pub(super) struct Message {
     of: Rc<TrackId>,
@@ -52,22 +52,23 @@ pub(super) struct Message {
     id: Box<str>,
     from: Box<str>,
     kind: Option<&'static str>,
-    /// What few messages have.
+    /// Rare fields.
     more: Option<Box<More>>,
-    /// The cursor of the shared frame, where it is not the message's own position alone.
+    /// The cursor of the shared frame, if it is not just the message's own position.
     cursor: Option<Box<Cursor>>,
-    /// A part of the first frame that has it to the letter; before, a copy: the buffer that it was read in is larger.
+    /// At first a copy, because the buffer that the message was read into is larger. Then a slice of the first frame
+    /// that contains the body unchanged.
     body: RefCell<Bytes>,
-    /// Whether the body is a part of a frame.
+    /// Whether the body is a slice of a frame.
     in_frame: Cell<bool>,
     frames: Frames,
-    /// What the log has counted for it; `None`: the log does not keep it.
+    /// The bytes that the log has counted for it; `None` if the log does not keep it.
     pub(super) counted: Cell<Option<usize>>,
     /// Its part of `rooms.replay_memory`, if it was read for a backlog.
     share: Option<Arc<Share>>,
 }
 
-/// What few messages have.
+/// Fields that few messages have.
 #[derive(Debug)]
 struct More {
     target: Option<String>,
@@ -77,7 +78,8 @@ struct More {
 }
 
 impl Message {
-    /// The message of a record. `cursor` is where the room stands after it, if that is more than the message's own position.
+    /// Makes a message from a record. `cursor` is the room's cursor after the message, if that is more than the
+    /// message's own position.
     pub(super) fn new(
         of: &Rc<TrackId>,
         at: Spotted,
@@ -113,7 +115,8 @@ impl Message {
         }
     }
 
-    /// The same, counted against a share of `rooms.replay_memory` for as long as it or a frame of it is kept.
+    /// The same message, counted against a share of `rooms.replay_memory` as long as the message or one of its frames
+    /// is kept.
     pub(super) fn counted_in(mut self, share: &mut Share) -> Self {
         self.share = Some(Arc::new(share.part(self.bytes())));
         self
@@ -128,12 +131,12 @@ impl Message {
         self.at.position
     }
 
-    /// Whether it was delivered after later ones of its track.
+    /// Whether it was delivered after later messages of its track.
     pub(super) fn is_late(&self) -> bool {
         self.seq != self.at.position
     }
 
-    /// The hash of its reference; `None` for what natter announces.
+    /// The hash of its reference; `None` for natter's own announcements.
     pub(super) fn reference(&self) -> Option<u64> {
         self.at.reference
     }
@@ -143,7 +146,7 @@ impl Message {
         (self.at.track, self.seq)
     }
 
-    /// What its sender had seen of other origins.
+    /// The cursor that its sender had seen of other origins.
     pub(super) fn after(&self) -> Option<&Cursor> {
         self.more.as_ref()?.after.as_ref()
     }
@@ -153,7 +156,7 @@ impl Message {
         self.share.is_some()
     }
 
-    /// The cursor of the frame that all share; `None` in a room without a log.
+    /// The cursor of the shared frame; `None` in a room without a log.
     pub(super) fn cursor(&self) -> Option<Cursor> {
         if let Some(cursor) = &self.cursor {
             return Some((**cursor).clone());
@@ -167,7 +170,7 @@ impl Message {
         }))
     }
 
-    /// What it takes: its fields, and the frames that were made of it.
+    /// The memory it takes: its fields, and the frames that were made of it.
     pub(super) fn bytes(&self) -> usize {
         let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
         let positions = |cursor: &Cursor| size_of_val(cursor.positions());
@@ -217,13 +220,13 @@ impl Message {
         self.frames.get(codec, make).clone()
     }
 
-    /// A frame for one member that stands at a cursor of its own.
+    /// A frame with another cursor, for one member.
     pub(super) fn frame_at(&self, codec: Codec, cursor: &Cursor) -> Bytes {
         self.encode(codec, Some(cursor)).frame
     }
 
     fn encode(&self, codec: Codec, cursor: Option<&Cursor>) -> Encoded {
-        // A handle: the borrow ends before the body is replaced.
+        // A cheap clone: the borrow must end before the body is replaced.
         let body = self.body.borrow().clone();
         let more = self.more.as_deref();
         codec.message(&MessagePush {
@@ -241,5 +244,5 @@ impl Message {
     }
 }
 
-/// Bytes of one component of a cursor, about.
+/// About how many bytes one component of a cursor takes.
 const CURSOR_PART: usize = 32;

@@ -1,8 +1,8 @@
-//! Rooms of one shard: a hub a room, with its subscription, its log in memory and its members.
+//! Rooms of one shard. Each room has a hub: its subscriptions, its log in memory and its members.
 //!
-//! Everything here runs on the shard's thread: no locks, no `Send`. A hub has a task only while it opens, reads its stream, or
-//! is at work on a large room; else what the line brings and who joins or leaves touches its state directly. A hub does not
-//! know sessions: a member is a connection's outbox and a place in the log.
+//! Everything here runs on the shard's thread: no locks, no `Send`. A hub has a task only while it opens, reads its
+//! stream, or works on a large room. Otherwise arriving messages, joins and leaves change its state directly. A hub
+//! does not know sessions: a member is a connection's outbox and a place in the log.
 
 mod backlog;
 mod causal;

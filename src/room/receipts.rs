@@ -1,4 +1,4 @@
-//! Read receipts: telling the members that want it who has read up to where.
+//! Read receipts: telling the members that want them who has read up to where.
 
 use std::{
     cell::{Cell, RefCell},
@@ -22,25 +22,25 @@ use crate::{
     telemetry::metrics::{Counter, ReceiptFault, count},
 };
 
-/// Who of a room was told what; there is a table as long as a member wants receipts.
+/// What the members of a room were told about read markers. The table exists as long as a member wants receipts.
 #[derive(Debug)]
 pub(super) struct Receipts {
-    /// Members that want receipts, and how many of these are too many to be told.
+    /// Number of members that want receipts. If it is above `most`, none of them gets any.
     wanted: Cell<usize>,
     most: usize,
     table: RefCell<Option<Box<Table>>>,
-    /// Whether the bucket is to be read (again), and whether a task is at it.
+    /// Whether the bucket must be read (again), and whether a task is reading it.
     stale: Cell<bool>,
     reading: Cell<bool>,
 }
 
-/// Which positions count: those of the log that the room has now.
+/// Tells which positions are valid: those of the room's current log.
 fn is_current(log: &RoomLog) -> impl Fn(&Region, &Epoch) -> bool {
     |origin, epoch| log.is_current(origin, *epoch)
 }
 
 impl Receipts {
-    /// For a room of which at most `most` members are told.
+    /// Receipts of a room in which at most `most` members get them.
     pub(super) fn new(most: usize) -> Self {
         Self {
             wanted: Cell::new(0),
@@ -51,14 +51,14 @@ impl Receipts {
         }
     }
 
-    /// A member has joined.
+    /// Counts a member that has joined.
     pub(super) fn joined(&self, member: &Member) {
         if member.wants.get().read {
             self.wanted.set(self.wanted.get() + 1);
         }
     }
 
-    /// A member has left.
+    /// Uncounts a member that has left. When no member wants receipts any more, the table is dropped.
     pub(super) fn left(&self, member: &Member) {
         if member.wants.get().read {
             self.wanted.set(self.wanted.get() - 1);
@@ -68,7 +68,7 @@ impl Receipts {
         }
     }
 
-    /// A message is delivered: whoever gets it knows that its sender has read up to it.
+    /// Notes a delivered message. Every member that gets it knows that its sender has read up to it.
     pub(super) fn spoke(&self, track: usize, record: &Record, log: &RoomLog) {
         if let (Some(table), Class::Msg) = (&mut *self.table.borrow_mut(), record.class) {
             let cursor = log.cursor_at(track, record.seq, record.fingerprint);
@@ -78,7 +78,7 @@ impl Receipts {
 }
 
 impl Hub {
-    /// After a member has joined: begins to follow who reads what, if a member wants it.
+    /// Called after a member has joined: starts to follow read markers, if a member wants receipts.
     pub(super) fn follow_receipts(self: &Rc<Self>, rooms: &Rc<Rooms>) {
         let receipts = &self.receipts;
         if self.durable && receipts.wanted.get() > 0 && receipts.table.borrow().is_none() {
@@ -87,14 +87,15 @@ impl Hub {
         }
     }
 
-    /// After a member has left: if those that want receipts were too many and are not any more, they are told what they missed.
+    /// Called after a member has left. If there were too many members for receipts and now there are not, they get the
+    /// receipts they missed.
     pub(super) fn tell_missed(&self) {
         if let Some(table) = &mut *self.receipts.table.borrow_mut() {
             self.tell(table, Vec::new());
         }
     }
 
-    /// Receipts may be missing: reads the markers from the bucket, and again until that succeeds.
+    /// Called when receipts may be missing: reads the markers from the bucket, and retries until that succeeds.
     pub(super) fn receipts_missed(self: &Rc<Self>, rooms: &Rc<Rooms>) {
         let receipts = &self.receipts;
         if receipts.table.borrow().is_none() {
@@ -132,7 +133,7 @@ impl Hub {
         });
     }
 
-    /// Reads a receipt and merges it into those of its batch.
+    /// Parses a receipt and merges it into those of its batch.
     pub(super) fn take_receipt(
         &self,
         rooms: &Rooms,
@@ -152,7 +153,7 @@ impl Hub {
         };
         let log = self.log.borrow();
         let is_current = is_current(&log);
-        // An origin that is not seen here has no log to compare with.
+        // An origin that this region does not see has no log to compare with.
         let stale = cursor.positions().iter().any(|position| {
             log.track_of(&position.origin).is_some()
                 && !is_current(&position.origin, &position.epoch)
@@ -169,7 +170,7 @@ impl Hub {
         }
     }
 
-    /// Tells the members that want it what is news of a batch of receipts.
+    /// Sends what is new in a batch of receipts to the members that want them.
     pub(super) fn push_receipts(&self, receipts: IndexMap<String, Cursor>) {
         let mut table = self.receipts.table.borrow_mut();
         let Some(table) = &mut *table else { return };
@@ -184,7 +185,8 @@ impl Hub {
         self.tell(table, news);
     }
 
-    /// Hands receipts to every member that wants them, unless these are too many: then it is kept for when they are fewer.
+    /// Sends receipts to every member that wants them. If there are too many of these members, the receipts are kept
+    /// until there are fewer.
     fn tell(&self, table: &mut Table, news: Vec<(String, Cursor)>) {
         if self.receipts.wanted.get() > self.receipts.most {
             count(
@@ -219,7 +221,7 @@ impl Hub {
     }
 }
 
-/// Whether it can be the user of a token.
+/// Whether `user` can be the subject of a token.
 fn names_a_user(user: &str) -> bool {
     (1..=MAX_USER).contains(&user.len()) && !user.starts_with('$')
 }

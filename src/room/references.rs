@@ -1,4 +1,4 @@
-//! What messages of a room are known by, and where each was stored: so that none is shown twice.
+//! References of a room's messages and where each was stored, so that no message is shown twice.
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::RandomState},
@@ -11,27 +11,28 @@ use crate::{
     model::{Class, Kind},
 };
 
-/// Messages, and as many changes, of each origin that are remembered.
+/// How many messages are remembered for each origin, and as many events.
 pub(super) const MAX_REFERENCES: usize = 1024;
 
 /// A track and a sequence.
 pub(super) type Spot = (usize, u64);
 
-/// The references of a room's last messages. A publish that is repeated after its stream's duplicate window, or in another region, is
-/// stored again: a copy that is not shown, but that a member may have seen elsewhere in place of the first.
+/// The references of a room's latest messages. If a publish is retried after the duplicate window of its stream, or in
+/// another region, the message is stored a second time. Such a copy is not shown. But on another edge a member may have
+/// seen the copy instead of the first, so the places of copies are remembered too.
 #[derive(Debug)]
 pub(super) struct References {
     most: usize,
-    /// Where each was found first.
+    /// Where each reference was found first.
     first: HashMap<u64, Spot>,
-    /// Oldest first.
+    /// The keys of `first`, oldest first.
     order: VecDeque<u64>,
-    /// Where some were found again.
+    /// Where copies were found.
     twins: VecDeque<(u64, Spot)>,
 }
 
 impl References {
-    /// None yet, of so many origins.
+    /// No references yet, with room for this number of origins.
     pub(super) fn new(origins: usize) -> Self {
         Self {
             most: MAX_REFERENCES * origins.max(1),
@@ -41,7 +42,7 @@ impl References {
         }
     }
 
-    /// Notes where a reference is stored; whether it is new.
+    /// Notes where a reference is stored. Returns whether the reference is new.
     pub(super) fn note(&mut self, key: u64, at: Spot) -> bool {
         if let Some(first) = self.first.get(&key) {
             if *first != at {
@@ -62,12 +63,12 @@ impl References {
         true
     }
 
-    /// Whether it is one of the last.
+    /// Whether the reference is one of the latest.
     pub(super) fn contains(&self, key: u64) -> bool {
         self.first.contains_key(&key)
     }
 
-    /// Whether the message at `at` is stored at another place too, of which `seen` is true.
+    /// Whether a copy of the message at `at` is stored at another place for which `seen` is true.
     pub(super) fn has_twin(&self, key: u64, at: Spot, seen: impl Fn(Spot) -> bool) -> bool {
         let other = |spot: &Spot| *spot != at && seen(*spot);
         self.first.get(&key).is_some_and(other)
@@ -78,14 +79,15 @@ impl References {
     }
 }
 
-/// The hash of what a message is known by in its room; `None` for what natter itself announces, which is heeded each time.
+/// The hash of the reference of a message or event in its room; `None` for natter's own announcements, each of which
+/// takes effect.
 pub(super) fn reference(record: &Record) -> Option<u64> {
     let announced = record.kind == Some(Kind::Erase.as_str());
     (!announced).then(|| reference_of(record.class, &record.from, &record.id))
 }
 
-/// The same of a message, or of what refers to one, by its sender and id. The hash has a key of this process: who chooses ids can't choose two that collide,
-/// and so make another's message look like a copy.
+/// The hash of a reference, from class, sender and id. Its key is random for each process. So a client can't choose ids
+/// that collide, which would make another user's message look like a copy.
 pub(super) fn reference_of(class: Class, from: &str, id: &str) -> u64 {
     static KEY: LazyLock<RandomState> = LazyLock::new(RandomState::new);
     KEY.hash_one((class == Class::Msg, from, id))

@@ -1,4 +1,4 @@
-//! All rooms of one shard: opening, comparing with the streams, forgetting.
+//! All rooms of one shard: opening them, comparing them with the streams, removing idle ones.
 
 use std::{
     cell::{Cell, RefCell},
@@ -31,17 +31,17 @@ use crate::{
     telemetry::metrics::{Gauge, gauge_add},
 };
 
-/// How often the shard looks which rooms are due to be compared or forgotten.
+/// How often the shard checks which rooms are due to be compared or removed.
 const TICK: Duration = Duration::from_millis(500);
 
-/// Age at which a fresh hub is compared for the first time: in a cluster the news of a subscription takes a moment to reach
-/// the server that republishes.
+/// Age at which a new hub is compared for the first time. In a cluster it takes a moment until the server that
+/// republishes knows of a new subscription.
 const FIRST_CHECK: Duration = Duration::from_secs(2);
 
-/// Deliveries after which a busy room is compared early: what may have to be read again after a loss stays small.
+/// Number of deliveries after which a busy room is compared early, so that little has to be read again after a loss.
 const BUSY: u64 = 1000;
 
-/// Rooms compared in one request.
+/// Number of rooms that are compared in one request.
 const ROOMS_A_READ: usize = MAX_HEADS / 2;
 
 /// The rooms of one shard.
@@ -50,34 +50,34 @@ pub struct Rooms {
     pub(super) line: Line,
     pub(super) reader: Reader,
     pub(super) origins: Arc<Origins>,
-    /// The own origin's.
+    /// The streams of the own origin.
     pub(super) streams: Arc<Streams>,
     pub(super) subjects: Subjects,
     pub(super) config: config::Rooms,
     pub(super) markers: Arc<Markers>,
-    /// Members of one room above which none of them is told who has read what.
+    /// Number of members that want receipts in a room, above which none of them gets any.
     pub(super) read_push_max: usize,
-    /// Messages that one room may have waiting.
+    /// Capacity of the inbox of each room, in messages.
     pub(super) inbox_capacity: usize,
-    /// How long a publish may be repeated and still be known.
+    /// How long after a publish a retry is still detected as a duplicate.
     pub(super) retried_within: Duration,
     hubs: RefCell<HashMap<RoomId, Rc<Hub>>>,
-    /// The hubs by their subscriptions, and those to which something came.
+    /// The hubs by their subscriptions.
     by_sid: RefCell<HashMap<u64, Rc<Hub>>>,
     touched: RefCell<Vec<Rc<Hub>>>,
-    /// By stream: rooms that want to know where they stand.
+    /// For each stream: the rooms that wait for their heads.
     openings: RefCell<HashMap<Arc<str>, Rc<Opening>>>,
     pub(super) memory: Arc<Memory>,
     suspecting: Cell<bool>,
     generation: Cell<u64>,
     version: Cell<u64>,
-    /// A partition each: the elections after which its rooms were compared.
+    /// For each partition: the number of leader elections at the last comparison.
     elections: RefCell<Vec<u64>>,
 }
 
 impl Rooms {
-    /// The rooms of a shard that has `line` for live messages and `reader` for reading streams. [`Self::listener`] is to be told
-    /// what comes over the line.
+    /// The rooms of a shard that uses `line` for live messages and `reader` to read streams. [`Self::listener`] must be
+    /// registered for what arrives over the line.
     #[must_use]
     pub fn new(
         line: Line,
@@ -136,14 +136,15 @@ impl Rooms {
         hub
     }
 
-    /// Who is to be told what comes over the line.
+    /// The listener for what arrives over the line.
     #[must_use]
     pub fn listener(self: &Rc<Self>) -> impl Listener + use<> {
         Ear(Rc::clone(self))
     }
 
-    /// Where one stream and the room of `hub` stand in it, read over the line: after the server has processed what was subscribed
-    /// before. Rooms of one stream that ask while a read is in flight are answered together by the next one.
+    /// Reads the state of one stream and the heads of `hub`'s room in it. The request goes over the line, so the server
+    /// has processed the earlier subscriptions when it answers. Rooms of one stream that request this during a read are
+    /// answered together by the next one.
     pub(super) async fn heads(
         self: &Rc<Self>,
         hub: &Hub,
@@ -186,8 +187,8 @@ impl Rooms {
                 .heads_over(&self.line, streams.stream(part), before.epoch, &subjects)
                 .await;
             match read {
-                // A head that nobody has seen yet is the usual case; one that contradicts what is known would be read under
-                // the wrong epoch.
+                // The streams were found to have a new incarnation during the read. These heads would get the wrong
+                // epoch: read them again.
                 Ok(_) if streams.known(part).incarnation != before.incarnation => {
                     opening.waiting.borrow_mut().extend(group);
                 }
@@ -199,7 +200,7 @@ impl Rooms {
                     }
                     for (room, answer) in group {
                         let records = by_room.remove(&room).unwrap_or_default();
-                        // Whoever gave up needs no answer.
+                        // A send fails if the receiver has given up.
                         let _gone = answer.send(Ok((before, settled, records)));
                     }
                 }
@@ -214,7 +215,7 @@ impl Rooms {
         opening.reading.set(false);
     }
 
-    /// The subjects of both classes of some rooms of a partition in the streams of one origin.
+    /// The subjects of both classes of some rooms of a partition, in the stream of one origin.
     fn log_subjects<'a>(
         &self,
         streams: &Streams,
@@ -235,7 +236,7 @@ impl Rooms {
         self.hubs.borrow().get(room).cloned()
     }
 
-    /// A hub has ended.
+    /// Removes a hub that has ended.
     pub(super) fn forget(&self, hub: &Hub) {
         gauge_add(Gauge::RoomActive, -1);
         for sid in hub.live_sid.into_iter().chain([hub.passing_sid]) {
@@ -256,7 +257,8 @@ impl Rooms {
         RoomLog::new(room, starts, bytes)
     }
 
-    /// Something does not fit what is known of a stream: look at it, once for all who ask meanwhile.
+    /// Called when something contradicts what is known of a stream. Starts a check of the stream, unless one is
+    /// running.
     pub(super) fn suspect(self: &Rc<Self>, streams: &Arc<Streams>, part: u16) {
         if !self.suspecting.replace(true) {
             let (rooms, streams) = (Rc::clone(self), Arc::clone(streams));
@@ -274,7 +276,8 @@ impl Rooms {
         self.end_outdated();
     }
 
-    /// Ends the hubs whose stream began anew; their members join again and learn from the reply what became of their cursor.
+    /// Ends the hubs that are outdated. Their members join again and learn from the reply whether their cursors are
+    /// still valid.
     fn end_outdated(&self) {
         let version = self.origins.version();
         if self.version.replace(version) == version {
@@ -288,11 +291,12 @@ impl Rooms {
         }
     }
 
-    /// Compares rooms with their streams and forgets empty ones, for ever. Every room is compared at least every
-    /// `rooms.resync`, all of them at once after a reconnect, and those of a partition when one of its streams has a new leader.
+    /// Runs forever: compares durable rooms with their streams and ends idle rooms. Every durable room is compared at
+    /// least every `rooms.resync`, all of them at once after a reconnect, and those of a partition when one of its
+    /// streams has a new leader.
     pub async fn keep(self: Rc<Self>) {
         let mut tick = interval(TICK);
-        // A look that took long is not made up for by several at once.
+        // A slow pass must not be followed by several at once.
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
@@ -353,7 +357,7 @@ impl Rooms {
         if hub.log.borrow().deliveries_unverified() >= BUSY {
             return true;
         }
-        // Spread over the last third of the interval.
+        // Spread out, so that not all rooms are due at once.
         let wait = if !hub.compared.get() {
             FIRST_CHECK
         } else {
@@ -362,7 +366,7 @@ impl Rooms {
         age >= wait.min(self.config.resync.mul_f64(0.95))
     }
 
-    /// Compares the logs of `hubs` with the heads in one of their streams; whether that succeeded.
+    /// Compares the logs of `hubs` with the heads in one of their streams. Returns whether the heads could be read.
     async fn compare(self: &Rc<Self>, streams: &Arc<Streams>, part: u16, hubs: &[Rc<Hub>]) -> bool {
         let subjects = self.log_subjects(streams, part, hubs.iter().map(|hub| &hub.room));
         let epoch = streams.known(part).epoch;
@@ -375,7 +379,7 @@ impl Rooms {
             }
         };
         let now = Instant::now();
-        // A hub that is older than the origin is ended soon.
+        // A hub that is older than the origin does not have it, and will be ended soon.
         let track = |hub: &Rc<Hub>| {
             let mut sources = hub.sources.iter();
             sources.position(|source| Arc::ptr_eq(&source.streams, streams))
@@ -401,7 +405,8 @@ impl Rooms {
             let newest = newest.entry(&head.room).or_default();
             *newest = head.record.seq.max(*newest);
         }
-        // Each class is complete up to its last message, so a room that has both heads has everything before them.
+        // Each class is complete up to its last message. So a room whose heads have both been taken in is complete up
+        // to the newer one.
         for (room, seq) in newest
             .into_iter()
             .filter(|(room, _)| !behind.contains(room))
@@ -422,20 +427,21 @@ impl Rooms {
     }
 }
 
-/// What a stream said of one room: its own state, up to where it says all there is, and the room's last message of each class.
+/// The answer of a stream for one room: the stream's state, a sequence up to which the answer is complete, and the
+/// room's last message of each class.
 type Heads = (StreamState, u64, Vec<Record>);
 
-/// Who asked for it.
+/// The caller that waits for the heads.
 type Asking = oneshot::Sender<Result<Heads, Rc<ReadError>>>;
 
-/// Rooms of one stream that are being opened.
+/// The rooms that wait for their heads in one stream.
 #[derive(Debug, Default)]
 struct Opening {
     waiting: RefCell<VecDeque<(RoomId, Asking)>>,
     reading: Cell<bool>,
 }
 
-/// What comes over the line goes to the hubs.
+/// Passes what arrives over the line to the hubs.
 struct Ear(Rc<Rooms>);
 
 impl Listener for Ear {
@@ -448,10 +454,11 @@ impl Listener for Ear {
 
     fn arrived(&mut self, arrival: Arrival) {
         let by_sid = self.0.by_sid.borrow();
-        // A room that was given up a moment ago is not there any more.
+        // The room may have just ended.
         if let Some(hub) = by_sid.get(&arrival.sid()) {
             let mut touched = self.0.touched.borrow_mut();
-            // In a row they are mostly of one room; the others are found done.
+            // Consecutive messages are mostly of the same room. If a hub is listed twice, it has nothing to do the
+            // second time.
             if touched.last().is_none_or(|last| !Rc::ptr_eq(last, hub)) {
                 touched.push(Rc::clone(hub));
             }
@@ -464,7 +471,7 @@ impl Listener for Ear {
         for hub in touched.drain(..) {
             hub.work(&self.0);
         }
-        // The room for them is kept.
+        // Keeps the allocation.
         self.0.touched.replace(touched);
     }
 }

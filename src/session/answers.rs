@@ -1,6 +1,7 @@
-//! What commands are answered with, however they came: over a connection, or as an HTTP request.
+//! The answers to commands, whether they arrive over a connection or as an HTTP request.
 //!
-//! Each function checks what the user may do, asks, and makes the reply. No connection and no order of replies here.
+//! Each function checks what the user may do, carries out the command, and makes the reply. Connections and the order
+//! of replies are handled elsewhere.
 
 use std::sync::Arc;
 
@@ -39,13 +40,13 @@ fn bad(text: String) -> Refused {
     Refused::new(ErrorCode::BadRequest, text)
 }
 
-/// Reads a cursor that a client gave.
+/// Parses a cursor from a client.
 pub(super) fn cursor_of(text: &str) -> Result<Cursor, Refused> {
     text.parse()
         .map_err(|error: BadCursor| Refused::new(ErrorCode::BadCursor, error.to_string()))
 }
 
-/// Checks a publication against grants, namespace and limits; whether its room keeps a log.
+/// Checks a publication against grants, namespace and limits. Returns whether its room keeps a log.
 pub(crate) fn check_publication(
     config: &Config,
     identity: &Identity,
@@ -81,7 +82,8 @@ pub(crate) fn check_publication(
     Ok(durable)
 }
 
-/// Publishes what was checked. `known_time` tells the time of a message that is at hand.
+/// Publishes a publication that was checked. `known_time` returns the time of a stored message by its sequence, if it
+/// is in memory.
 ///
 /// # Errors
 /// [`PublishError`].
@@ -164,7 +166,7 @@ fn may_see_markers(config: &Config, identity: &Identity, room: &RoomId) -> Resul
     Ok(())
 }
 
-/// Moves the user's read marker. `head` is the room's newest place, if it is at hand.
+/// Moves the user's read marker. `head` is the room's head, if the caller knows it.
 pub(crate) async fn read(
     config: &Config,
     markers: &Markers,
@@ -204,7 +206,7 @@ pub(crate) async fn readers(
     })
 }
 
-/// How much is new in rooms. Those that keep no log have nothing new; the refusal names the room.
+/// Counts the unread messages of rooms. A room without a log has none. A refusal names the room.
 pub(crate) async fn unread(
     config: &Config,
     markers: &Markers,
@@ -240,7 +242,7 @@ pub(crate) async fn unread(
     })
 }
 
-/// Checks that a user may read what was said in a room.
+/// Checks that a user may read a room's history.
 pub(crate) fn may_read_history(
     config: &Config,
     identity: &Identity,
@@ -255,7 +257,7 @@ pub(crate) fn may_read_history(
     Ok(())
 }
 
-/// A page of what was said in a room.
+/// Reads a page of a room's history.
 pub(crate) async fn history(
     history: &history::Client,
     request: &PageRequest,

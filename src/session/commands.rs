@@ -27,13 +27,13 @@ use crate::{
     wire::Outlet,
 };
 
-/// What a page of history weighs among what a session waits for: half of it, so that two are asked for at once at most.
+/// What a page of history counts against [`MAX_WAITING_BYTES`]: half of it, so that at most two pages are read at once.
 const PAGE_WEIGHT: usize = MAX_WAITING_BYTES / 2;
 
 /// When a command is answered.
 enum Answer {
     Now(Reply),
-    /// It is answered already, or will be in its turn.
+    /// The reply was sent already, or will be sent when its turn comes.
     Apart,
 }
 
@@ -44,7 +44,7 @@ fn now(reply: Reply) -> Answered {
 }
 
 impl Session {
-    /// Takes a command and sees to it that it is answered.
+    /// Carries out a command and makes sure that it is answered.
     pub(super) async fn on_request(self: &Rc<Self>, request: Request) {
         let op = match &request.command {
             Ok(command) => label(command),
@@ -94,7 +94,7 @@ impl Session {
             };
         };
         let (context, config) = (&*self.context, &*self.context.config);
-        // The large ones apart, for the others to be small.
+        // Large futures are boxed, so that the others stay small.
         match command {
             Command::Auth { .. } => {
                 let text = "auth is only for the first frame; refresh replaces a token";
@@ -192,7 +192,7 @@ impl Session {
         }
         let refreshed = Reply::Refreshed { exp: new.exp };
         self.replies.now(self.codec.reply(tag, &refreshed));
-        // Rooms that the new token does not cover any more.
+        // Leave the rooms that the new token does not cover.
         let lost: Vec<RoomId> = {
             let rooms = self.rooms.borrow();
             rooms
@@ -218,7 +218,7 @@ impl Session {
         Ok(Answer::Apart)
     }
 
-    /// The reply begins the membership: it is sent by the room, with what was missed behind it.
+    /// Joins a room. The room sends the reply, followed by the backlog, in the same step that starts the membership.
     async fn join(
         self: &Rc<Self>,
         tag: Tag,
@@ -244,7 +244,7 @@ impl Session {
             }
         }
         self.context.rooms.open(&room, durable);
-        // Replies go in order: the acks before it first. They move the marker too.
+        // Replies are sent in order, so the acks of earlier publishes come first. Those publishes also move the marker.
         self.replies.idle().await;
         let marker = if durable {
             let markers = &self.context.markers;
@@ -280,7 +280,7 @@ impl Session {
                 count(Counter::JoinResult(metrics::Joined::Unavailable), 1);
                 Refused::new(ErrorCode::Unavailable, error.to_string())
             })?;
-        // Before the seat that it replaces is given up: who joins again does not leave.
+        // Enter before the replaced seat is dropped: a user who joins again must not be shown as having left.
         let presence = &self.context.presence;
         let seat = Seat {
             membership,
@@ -321,7 +321,7 @@ impl Session {
         now(Reply::Done)
     }
 
-    /// Where a room stands that the session is in, as far as it was told.
+    /// The head of a room that the session is in, as far as the session was told.
     fn head(&self, room: &RoomId) -> Option<Cursor> {
         let rooms = self.rooms.borrow();
         let membership = &rooms.get(room)?.membership;
@@ -337,8 +337,8 @@ impl Session {
         now(Reply::Presence(page))
     }
 
-    /// Reads in the background: the session goes on with its next command. The reply comes in its turn, so what comes after
-    /// it waits for it; what is *done* does not.
+    /// Reads history in the background, so that the session can process its next commands. Their replies wait for this
+    /// one, but their effects don't.
     async fn history(
         self: &Rc<Self>,
         tag: Tag,
@@ -363,7 +363,8 @@ impl Session {
         Ok(Answer::Apart)
     }
 
-    /// Publishes in the background: the session goes on with its next command, and the ack comes in its turn.
+    /// Publishes in the background, so that the session can process its next commands. The ack is sent when its turn
+    /// comes.
     async fn send(
         self: &Rc<Self>,
         tag: Tag,
@@ -376,8 +377,8 @@ impl Session {
         let room = publication.room.clone();
         let ticket = self.replies.promise(room, publication.body.get().len());
         let session = Rc::clone(self);
-        // The shard runs its tasks in the order in which they were started: publishes of one session reach NATS in the order
-        // in which they came.
+        // The shard runs its tasks in the order in which they were started, so the publishes of one session reach NATS
+        // in the order in which they were received.
         let publish = async move {
             let reply = match session.publish(&identity, &publication, durable).await {
                 Ok(published) => session.codec.reply(tag, &Reply::Published(published)),
@@ -424,7 +425,7 @@ impl Session {
                 dup: true,
             },
             None => {
-                // A sender is usually a member, and then its hub knows the time.
+                // The sender is usually a member of the room, and then the room's hub knows the time.
                 let known_time = |seq| {
                     let rooms = self.rooms.borrow();
                     rooms.get(&publication.room)?.membership.time_of(seq)
@@ -442,10 +443,10 @@ impl Session {
         Ok(published)
     }
 
-    /// A message that is repeated here, after it was stored in another region, or so long ago that the stream has forgotten it:
-    /// it need not be stored again.
+    /// The cursor and time of a message that is retried here, after it was stored in another region, or after the
+    /// duplicate window of the stream. It must not be stored again.
     fn said_before(&self, outgoing: &Outgoing<'_>) -> Option<(Cursor, u64)> {
-        // What the edge has made an id for is new.
+        // An id that the edge makes is new.
         outgoing.publication.id.as_ref()?;
         let rooms = self.rooms.borrow();
         let joined = rooms.get(&outgoing.publication.room)?;

@@ -8,13 +8,15 @@
 //!      └── first_frame_timeout ──────────────────────►
 //! ```
 //!
-//! The socket's bytes are `wire`'s business, how a client protocol spells its words is `codec`'s; here is what they mean. A session
-//! reads only while it has no command to work on: a client that sends faster than it is served is slowed down by TCP.
+//! `wire` handles the bytes of the socket, and `codec` the encoding of a client protocol. This module gives commands
+//! their meaning. A session reads only while it has no command to process, so TCP slows down a client that sends faster
+//! than it is served.
 //!
 //! # Invariants
 //! - Every command gets exactly one reply, in order, except that acks of different rooms may overtake each other
 //!   (`Replies`).
-//! - What is queued for the client is counted, and bounded: no command is taken while its replies to earlier ones are not read.
+//! - What is queued for the client is counted and bounded: no command is taken while the client has not read the
+//!   replies to earlier ones.
 //! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
 
 pub(crate) mod answers;
@@ -48,16 +50,16 @@ use replies::Replies;
 /// How often a peer is pinged.
 const PING_EVERY: Duration = Duration::from_secs(25);
 
-/// A peer that gave no sign of life for this long is closed; with the grace of a close it is gone within 60 s.
+/// A peer that was silent for this long is closed. With the grace time of a close, it is gone within 60 s.
 const DEAD_AFTER: Duration = Duration::from_secs(45);
 
-/// How long before its end a client is told that its token runs out, in seconds.
+/// How long before its end the expiry of a token is announced to the client, in seconds.
 const EXPIRY_NOTICE_S: u64 = 60;
 
-/// Undecodable frames in a row after which the peer is taken for something that does not speak the protocol.
+/// Undecodable frames in a row after which the peer is assumed not to speak the protocol.
 const MAX_UNDECODABLE: u32 = 32;
 
-/// Refusals for rate in a row after which a session is closed.
+/// Commands in a row refused for their rate, after which a session is closed.
 const MAX_RATE_STRIKES: u32 = 1000;
 
 /// What all sessions of a shard share.
@@ -68,9 +70,9 @@ pub struct Context {
     pub publisher: Publisher,
     /// The edge's read markers.
     pub markers: Arc<Markers>,
-    /// Who is where, on all shards.
+    /// Presence, shared by all shards.
     pub presence: Arc<Presence>,
-    /// What was said before.
+    /// The client of the history service.
     pub history: Arc<crate::history::Client>,
     /// The shard's number.
     pub shard: usize,
@@ -78,11 +80,11 @@ pub struct Context {
     pub verifier: Arc<Verifier>,
     /// The process' configuration.
     pub config: Arc<Config>,
-    /// Bytes just read; nobody keeps any between two reads.
+    /// Buffer for bytes just read. No session keeps anything in it between two reads.
     pub buffer: RefCell<Vec<u8>>,
-    /// Counts a user's sessions; `None` means that there are too many.
+    /// Takes one of a user's places; `None` if the user has too many sessions.
     pub admit_user: AdmitUser,
-    /// Where a session with this first room belongs, if that is not here.
+    /// Returns the shard to which a session with this first room should move, if it is another one.
     pub home: Home,
 }
 
@@ -92,19 +94,20 @@ impl std::fmt::Debug for Context {
     }
 }
 
-/// Gives a user a place, if there is one.
+/// Gives a user a place, if one is left.
 pub type AdmitUser = Box<dyn Fn(&str) -> Option<UserSlot>>;
 
-/// A user's place among `limits.sessions_per_user`, or an address' among `limits.sessions_per_ip`; given back when dropped.
+/// One of the places of a user (`limits.sessions_per_user`) or of an address (`limits.sessions_per_ip`). Given back
+/// when dropped.
 pub type UserSlot = Box<dyn std::any::Any + Send>;
 
-/// Says to which other shard a session goes whose first room this is.
+/// Returns a place on another shard, if a session whose first room this is should move there.
 pub type Home = Box<dyn Fn(&RoomId) -> Option<Departure>>;
 
-/// A place on another shard that waits for a session: takes its socket and what it has.
+/// A reserved place on another shard. It takes the session's socket and its state.
 pub type Departure = Box<dyn FnOnce(std::net::TcpStream, Carried)>;
 
-/// What a session has besides its socket, before it is in any room.
+/// The state of a session that is in no room yet, besides its socket.
 #[derive(Debug)]
 pub struct Carried {
     codec: Codec,
@@ -114,12 +117,12 @@ pub struct Carried {
     decoder: Decoder,
     inbox: VecDeque<Inbound>,
     expiry_told: bool,
-    /// It has been on another shard, and stays here.
+    /// Whether it has moved from another shard. Then it stays.
     moved: bool,
 }
 
 impl Carried {
-    /// What a new connection has: its protocol, and perhaps the identity of a token that came with the handshake.
+    /// The state of a new connection: its protocol, and the identity if a token came with the handshake.
     #[must_use]
     pub fn new(
         config: &Config,
@@ -151,12 +154,13 @@ pub struct Session {
     identity: RefCell<Option<Arc<Identity>>>,
     user_slot: RefCell<Option<UserSlot>>,
     address_slot: RefCell<Option<UserSlot>>,
-    /// It stays on this shard: it has come here for a room, or was in one.
+    /// Whether the session stays on this shard: it has moved here for a room, or has tried to join one.
     settled: Cell<bool>,
     rooms: RefCell<HashMap<RoomId, Seat>>,
     replies: Rc<Replies>,
     opened: Instant,
-    /// The last sign of life, while it is listened to. What waits for a client to read is the business of the outbox' stall.
+    /// When the session began to wait for input; `None` while it does not. Whether the client reads is checked by the
+    /// outbox ([`Conn::check_stall`]).
     last_seen: Cell<Option<Instant>>,
     next_ping: Cell<Instant>,
     expiry_told: Cell<bool>,
@@ -179,19 +183,19 @@ impl std::fmt::Debug for Session {
 #[derive(Debug)]
 struct Seat {
     membership: Membership,
-    /// Shown to others for as long as it is held.
+    /// The user is shown as present as long as this is held.
     _present: Option<Present>,
     watch: Option<Watch>,
 }
 
-/// What a session has read and not worked on.
+/// What a session has read and not processed yet.
 #[derive(Debug)]
 pub struct Work {
     decoder: Decoder,
     inbox: VecDeque<Inbound>,
 }
 
-/// What was read and waits for its turn.
+/// Something that was read and waits to be processed.
 #[derive(Debug)]
 enum Inbound {
     Request(Request),
@@ -199,7 +203,7 @@ enum Inbound {
 }
 
 impl Session {
-    /// A session on `conn`, and the work that it has to begin with.
+    /// Makes a session on `conn`. Also returns the work to begin with.
     #[must_use]
     pub fn new(
         id: u64,
@@ -236,7 +240,7 @@ impl Session {
             rooms: RefCell::default(),
             opened: now,
             last_seen: Cell::new(None),
-            // Spread over the interval: sessions that came back together are not pinged together.
+            // Spread over the interval, so that sessions that reconnected together are not pinged together.
             next_ping: Cell::new(now + PING_EVERY.mul_f64(rand::random_range(0.5..1.0))),
             expiry_told: Cell::new(expiry_told),
             pace: Cell::new(Pace::new(now)),
@@ -249,7 +253,8 @@ impl Session {
         (session, Work { decoder, inbox })
     }
 
-    /// Serves the connection until it is gone, or goes on on another shard. `first`: bytes that came with the handshake.
+    /// Serves the connection until it is gone, or moves to another shard. `first` are bytes that came with the
+    /// handshake.
     pub async fn run(self: Rc<Self>, work: Work, mut first: Vec<u8>) {
         let Work {
             mut decoder,
@@ -271,7 +276,7 @@ impl Session {
                             inbox.push_front(Inbound::Request(request));
                             return departure(stream, self.carried(Work { decoder, inbox }));
                         }
-                        // Apart: an idle session has no use for the room that a command takes.
+                        // Boxed, so that an idle session does not take up the memory of a command.
                         Box::pin(self.on_request(request)).await;
                     }
                     Inbound::Close => self.conn.close(Close::Normal),
@@ -298,7 +303,7 @@ impl Session {
                 }
             };
         }
-        // Out of the rooms at once, whatever the end of the connection takes.
+        // Leave the rooms at once, however long the connection takes to end.
         self.rooms.borrow_mut().clear();
         self.user_slot.borrow_mut().take();
         self.conn.close(Close::Normal);
@@ -309,8 +314,9 @@ impl Session {
         self.conn.closed().await;
     }
 
-    /// The way to the shard of its first room, before it is in any: members that are together are woken together, and their
-    /// room needs one hub and one subscription. Only once, and only with nothing under way.
+    /// The place on the home shard of the first room that the session joins, if the session can move there. Members on
+    /// one shard are woken together, and their room needs only one hub and one subscription. A session moves at most
+    /// once, and only while it has no reply pending.
     async fn departure(&self, request: &Request) -> Option<Departure> {
         let Ok(Command::Join { room, .. }) = &request.command else {
             return None;
@@ -322,7 +328,7 @@ impl Session {
         if !may_go {
             return None;
         }
-        // First: a place that is held for a peer that does not read would be one that others wait for.
+        // Before a place is taken: otherwise a peer that does not read would hold a place that others wait for.
         self.conn.drained(0).await;
         (self.context.home)(room)
     }
@@ -340,7 +346,7 @@ impl Session {
         }
     }
 
-    /// Decodes what was read. Pings are answered at once: they need no turn.
+    /// Decodes what was read. Pings are answered right away; they need not wait for commands.
     fn take_in(
         &self,
         decoder: &mut Decoder,
@@ -362,7 +368,7 @@ impl Session {
         })
     }
 
-    /// Whether one more command keeps within `limits.commands_per_second`.
+    /// Whether one more command is within `limits.commands_per_second`. Counts it.
     fn within_pace(&self) -> bool {
         let limits = &self.context.config.limits;
         let mut pace = self.pace.get();
@@ -375,7 +381,7 @@ impl Session {
         within
     }
 
-    /// The shard's tick, about once a second.
+    /// Called by the shard about once a second.
     pub fn tick(self: &Rc<Self>, now: Instant) {
         if self.conn.closing().is_some() {
             return;
@@ -395,7 +401,8 @@ impl Session {
             self.conn.send(&[self.codec.ping()]);
         }
         self.tell_expiry(unix_s());
-        // Who was let go by a room and has not come back is not there any more.
+        // Give up the places in rooms that have ended the membership: a client that has not joined again is not present
+        // there.
         self.rooms
             .borrow_mut()
             .retain(|_, seat| !seat.membership.has_ended());
@@ -413,13 +420,14 @@ impl Session {
         }
     }
 
-    /// Tells the client that its token runs out, and closes when it has or is revoked.
+    /// Tells the client when its token is about to expire. Closes the connection when the token has expired or is
+    /// revoked.
     fn tell_expiry(&self, now_s: u64) {
         let Some(identity) = self.identity.borrow().clone() else {
             return;
         };
         if self.context.verifier.is_revoked(&identity, now_s) {
-            // It may have come to this shard after that was told.
+            // The session may have moved to this shard after the revocation was announced.
             self.conn.close(Close::Revoked);
         } else if now_s >= self.context.verifier.deadline(&identity) {
             self.conn.close(Close::BadToken);
@@ -429,11 +437,11 @@ impl Session {
         }
     }
 
-    /// Tells the client to come back elsewhere, and closes once every command taken so far is answered.
+    /// Tells the client to reconnect elsewhere, and closes the connection after every command taken so far is answered.
     pub async fn drain(self: Rc<Self>) {
-        // What is read from here on is not taken: without a reply the client repeats it elsewhere.
+        // Commands that arrive from now on are not taken. They get no reply, so the client retries them elsewhere.
         self.draining.set(true);
-        // Nor does it wait for a client that does not read: its queue takes what it can.
+        // Replies don't wait for a client that does not read either. They are queued as far as the outbox allows.
         self.replies.hurry();
         self.replies.idle().await;
         let after_ms = rand::random_range(0..500);
@@ -441,7 +449,7 @@ impl Session {
         self.conn.close(Close::Draining);
     }
 
-    /// Bytes that wait for the client to read: in its connection's queue, and replies that are to go there.
+    /// Bytes that wait for the client to read: the queue of its connection, and the replies that wait here.
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
         self.conn.queued_bytes() + self.replies.held_bytes()

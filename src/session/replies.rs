@@ -1,4 +1,4 @@
-//! The order of replies, and the pace at which they are handed over.
+//! The order of replies, and the pace at which they are sent.
 
 use std::{
     cell::{Cell, RefCell},
@@ -14,31 +14,32 @@ use crate::{
     wire::{FRAME_COST, Outlet},
 };
 
-/// Publishes and questions of one session that may wait for their answer, and bytes of theirs; then it is not read further.
+/// Bounds of a session's queue of replies: its entries, and the bytes promised for replies that are awaited. At a
+/// bound, the session takes no further publish or read of history, and so reads no further commands.
 const MAX_WAITING: usize = 256;
 pub(super) const MAX_WAITING_BYTES: usize = 1 << 20;
 
 /// Replies that wait for earlier ones, or for the client to read.
 ///
-/// Commands are answered in order; only the acks of publishes to different rooms may overtake each other, so that one stream
-/// without a leader does not hold up the others.
+/// Commands are answered in order, with one exception: the acks of publishes to different rooms may overtake each
+/// other, so that a stream without a leader does not hold up the others.
 ///
-/// Replies take half of `limits.outbox` at most, so that no client is too slow for what it asked for itself: what does not fit
-/// waits here, and while it does no further command is taken ([`Self::room_for_replies`]). One that is larger than that goes
-/// alone, when everything before it was read.
+/// Replies use at most half of `limits.outbox`, so that a client is never closed as too slow because of its own
+/// requests. Replies that don't fit wait here, and meanwhile no further command is taken ([`Self::room_for_replies`]).
+/// A reply that is larger than that is sent alone, after the client has read everything before it.
 #[derive(Debug)]
 pub(super) struct Replies {
     outlet: Outlet,
     state: RefCell<State>,
-    /// Bytes of commands that wait for their answer.
+    /// Bytes promised for commands that wait for their reply.
     promised: Cell<usize>,
-    /// What the replies take that are here and not handed over.
+    /// Bytes of the replies that are here and not sent yet.
     held: Cell<usize>,
-    /// What may be queued for replies to be handed over.
+    /// Bytes that may be queued on the connection when a reply is sent.
     most: usize,
-    /// A task hands over what is here when the client has read.
+    /// Whether a task is running that sends replies as the client reads.
     pacing: Cell<bool>,
-    /// The session ends: whatever may go goes at once.
+    /// Whether the session ends: replies no longer wait for the client to read.
     hurried: Cell<bool>,
     changed: Notify,
 }
@@ -48,7 +49,7 @@ struct State {
     slots: VecDeque<Slot>,
     /// Number of the first slot.
     base: u64,
-    /// Slots that have a reply and may not send it yet.
+    /// Number of slots with a reply that is not sent yet.
     held: usize,
 }
 
@@ -74,11 +75,11 @@ pub(super) struct Ticket {
     bytes: usize,
 }
 
-/// How much may still be handed over.
+/// How much may still be sent.
 struct Budget {
     queued: usize,
     most: usize,
-    /// How much may be queued for the first that did not fit.
+    /// For the first reply that did not fit: the number of queued bytes at which it fits.
     below: Option<usize>,
 }
 
@@ -95,7 +96,7 @@ impl Budget {
     }
 }
 
-/// What a reply takes while it waits.
+/// The bytes that a reply is counted with while it waits.
 fn weight(reply: &Bytes) -> usize {
     reply.len() + FRAME_COST
 }
@@ -114,12 +115,12 @@ impl Replies {
         })
     }
 
-    /// Takes the next place for the ack of a publish of `bytes` to `room`.
+    /// Takes the next place in the order for the ack of a publish of `bytes` to `room`.
     pub(super) fn promise(&self, room: RoomId, bytes: usize) -> Ticket {
         self.place(Some(room), bytes)
     }
 
-    /// Takes the next place for a reply that nothing overtakes; it may have `bytes`.
+    /// Takes the next place in the order for a reply of up to `bytes` that no later reply may overtake.
     pub(super) fn promise_in_order(&self, bytes: usize) -> Ticket {
         self.place(None, bytes)
     }
@@ -135,7 +136,7 @@ impl Replies {
         Ticket { number, bytes }
     }
 
-    /// Sends the reply that was promised as soon as its turn has come.
+    /// Sends the promised reply as soon as it is its turn.
     pub(super) fn keep(self: &Rc<Self>, ticket: Ticket, reply: Bytes) {
         self.promised.set(self.promised.get() - ticket.bytes);
         {
@@ -165,7 +166,7 @@ impl Replies {
         self.release();
     }
 
-    /// Sends whatever may go now; the rest goes as the client reads.
+    /// Sends the replies whose turn it is and that fit; the rest is sent as the client reads.
     fn release(self: &Rc<Self>) {
         if self.pacing.get() && !self.hurried.get() {
             return;
@@ -187,7 +188,8 @@ impl Replies {
         });
     }
 
-    /// Sends what may go and fits; how much may be queued for the next to fit.
+    /// Sends the replies whose turn it is and that fit. If one does not fit, returns the number of queued bytes at
+    /// which it does.
     fn hand_over(&self) -> Option<usize> {
         loop {
             let hurried = self.hurried.get() || self.outlet.is_over();
@@ -203,7 +205,7 @@ impl Replies {
                 self.outlet.send(&ready);
                 self.changed.notify_waiters();
             }
-            // The socket may have taken all of it.
+            // The socket may have taken everything.
             let below = budget.below?;
             if self.outlet.queued_bytes() > below && !self.outlet.is_over() {
                 return Some(below);
@@ -211,13 +213,13 @@ impl Replies {
         }
     }
 
-    /// From here on nothing waits for the client to read: it is told to go.
+    /// From now on, replies don't wait for the client to read: the session is about to end.
     pub(super) fn hurry(&self) {
         self.hurried.set(true);
         let _all = self.hand_over();
     }
 
-    /// Waits until one more publish may wait for its ack.
+    /// Waits until there is room for one more promised reply.
     pub(super) async fn room_for_one(&self) {
         self.wait(|this| {
             this.state.borrow().slots.len() < MAX_WAITING && this.promised.get() < MAX_WAITING_BYTES
@@ -225,7 +227,7 @@ impl Replies {
         .await;
     }
 
-    /// Waits until the client has read so much that another command may be taken.
+    /// Waits until the client has read enough for another command to be taken.
     pub(super) async fn room_for_replies(&self) {
         loop {
             let changed = self.changed.notified();
@@ -240,7 +242,7 @@ impl Replies {
         }
     }
 
-    /// What the replies take that are not handed over.
+    /// Bytes of the replies that are not sent yet.
     pub(super) fn held_bytes(&self) -> usize {
         self.held.get()
     }
@@ -267,7 +269,7 @@ impl Replies {
 }
 
 impl State {
-    /// The replies whose turn has come, as many as fit.
+    /// Takes the replies whose turn it is, as many as fit.
     fn take_ready(&mut self, budget: &mut Budget) -> Vec<Bytes> {
         let Self { slots, base, held } = self;
         let mut ready = Vec::new();
@@ -289,7 +291,7 @@ impl State {
         if *held == 0 || budget.below.is_some() {
             return ready;
         }
-        // Acks behind one that is awaited: those of other rooms, up to the first reply that is no ack.
+        // Acks behind an awaited one: those of other rooms may overtake it, up to the first reply that is not an ack.
         let mut blocked = HashSet::new();
         for slot in slots.iter_mut() {
             let Some(room) = &slot.room else { break };
@@ -330,7 +332,7 @@ mod tests {
         RoomId::parse(name).unwrap()
     }
 
-    /// Runs `script` and returns what the peer read, which is as many bytes as there are replies.
+    /// Runs `script` and returns what the peer read. Each reply is one byte, and there are `count` of them.
     async fn sent(count: usize, script: impl FnOnce(&Rc<Replies>)) -> String {
         LocalSet::new()
             .run_until(async {
@@ -393,7 +395,7 @@ mod tests {
     async fn with_peer<F: Future<Output = ()>>(script: impl FnOnce(Rc<Replies>, TcpStream) -> F) {
         LocalSet::new()
             .run_until(async {
-                // The kernel keeps little: what is not read waits here.
+                // Small kernel buffers, so that what the peer does not read waits here.
                 let (listener, peer) = (TcpSocket::new_v4().unwrap(), TcpSocket::new_v4().unwrap());
                 listener.set_send_buffer_size(4096).unwrap();
                 peer.set_recv_buffer_size(4096).unwrap();
@@ -415,7 +417,7 @@ mod tests {
         Bytes::from(vec![number; bytes])
     }
 
-    /// Replies until the client has to read first; how many bytes that were.
+    /// Sends replies until the client has to read first. Returns the number of bytes sent.
     async fn until_full(replies: &Rc<Replies>, bytes: usize) -> usize {
         let mut sent = 0;
         while replies.room_for_replies().now_or_never().is_some() {
@@ -499,7 +501,7 @@ mod tests {
             let sent = until_full(&replies, 3000).await;
             assert!(sent > 0);
             replies.outlet.close(crate::protocol::Close::TooSlow);
-            // Nobody waits for ever, and what was promised meanwhile goes nowhere.
+            // Nothing waits forever, and promised replies are dropped.
             replies.room_for_replies().await;
             replies.keep(page, reply(b'H', 10));
             replies.idle().await;

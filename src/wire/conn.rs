@@ -1,4 +1,4 @@
-//! The socket of one connection: direct writes, a bounded queue for a peer that is behind, an orderly end.
+//! The socket of one connection: direct writes, a bounded queue for a peer that is behind, and an orderly close.
 //!
 //! ```text
 //!            send, queue empty ──► one direct write
@@ -11,15 +11,17 @@
 //!    └── error ──► DEAD ◄──────────── all done, error, or grace over
 //! ```
 //!
-//! Frames are complete WebSocket frames; this module does not look into them. It decides nothing about the session: the
-//! session reads, answers the peer's close with `close(Close::Normal)`, and calls [`Conn::check_stall`] from the tick.
+//! Frames are complete WebSocket frames; this module does not examine them. It makes no decisions about the session:
+//! the session reads, answers the peer's close with `close(Close::Normal)`, and calls [`Conn::check_stall`] from its
+//! tick.
 //!
 //! # Invariants
-//! - The bytes on the wire are whole frames, in the order of `send`, and after them the close frame. Only a connection that
-//!   dies may end inside a frame.
-//! - Queue present ⇔ something is unwritten. While it is present and the connection is open, exactly one writer task waits
-//!   for the socket; a connection that is not behind has none.
-//! - No method waits, and none calls user code: wakers only mark tasks as ready. No borrow is held across an await.
+//! - The bytes on the wire are whole frames, in the order of `send`, followed by the close frame. Only a connection
+//!   that dies may end inside a frame.
+//! - There is a queue if and only if something is unwritten. While there is one and the connection is open, exactly one
+//!   writer task waits for the socket. Without a queue there is none.
+//! - Only the `async` methods wait, and only [`Conn::read_with`] runs code of its caller: wakers only mark tasks as
+//!   ready. No borrow is held across an await.
 
 use std::{
     cell::{Cell, RefCell},
@@ -39,63 +41,64 @@ use tokio::{io::AsyncWrite, net::TcpStream};
 use super::close_frame;
 use crate::protocol::Close;
 
-/// What the whole of a close may take: flushing the queue, the close frame, and the peer's end. Then the socket is reset.
+/// Time limit of a close: flushing the queue, the close frame, and the peer's end. After that the socket is reset.
 const GRACE: Duration = Duration::from_secs(10);
-/// Frames a vectored write takes; more do not make it cheaper, and the slices are on the stack.
+/// Maximum number of frames in a vectored write. More don't make it cheaper, and the slices are on the stack.
 const MAX_SLICES: usize = 64;
-/// What a queued frame costs beside its bytes: its slot in the queue and what the allocator and `Bytes` need for it. Counted
-/// against [`ConnLimits::outbox_bytes`], or a peer that only sends pings and never reads could make us hold many times the
-/// limit in pongs of two bytes.
+/// Cost of a queued frame besides its bytes: its slot in the queue, and the overhead of the allocator and of `Bytes`.
+/// It is counted against [`ConnLimits::outbox_bytes`]. Otherwise a peer that only sends pings and never reads could
+/// make the queue hold many times the limit in pongs of two bytes.
 pub(crate) const FRAME_COST: usize = 64;
-/// Size that [`Conn::read_with`] gives a buffer that has none.
+/// Size that [`Conn::read_with`] gives to an empty buffer.
 const READ_BYTES: usize = 64 * 1024;
-/// Stack buffer for what a peer still sends while we close.
+/// Size of the stack buffer for what a peer still sends during a close.
 const DISCARD_BYTES: usize = 2048;
 
 /// Bounds of a connection's queue, the same for all connections of a shard.
 #[derive(Debug, Clone, Copy)]
 pub struct ConnLimits {
-    /// Queued bytes (and a small cost a frame) beyond which the peer is too slow. A single frame that finds the queue empty
-    /// is always taken, whatever its size: what is held is at most this or one frame.
+    /// Queued bytes, plus a fixed cost for each frame, above which the peer is too slow. A frame is always accepted if
+    /// the queue is empty, whatever its size. So the queue holds at most this much, or one frame.
     pub outbox_bytes: usize,
-    /// How long queued bytes may lie without any progress before the peer is too slow.
+    /// How long queued bytes may wait without any progress before the peer is too slow.
     pub stall: Duration,
 }
 
-/// The writing and reading side of one connection. States and invariants stand at the top of `conn.rs`.
+/// The read and write sides of one connection. See the top of `conn.rs` for states and invariants.
 ///
-/// Everything must be called inside the shard's `LocalSet`. Dropping the last handle of an open connection drops the socket
-/// with what is queued; [`close`](Self::close) keeps the connection alive for as long as its end takes.
+/// All methods must be called inside the shard's `LocalSet`. When the last handle of an open connection is dropped, the
+/// socket and the queue are dropped too. [`close`](Self::close) keeps the connection alive until it has ended.
 pub struct Conn {
-    /// `None` = dead. Taking it closes the file descriptor whatever handles there still are.
+    /// `None` = dead. Taking it closes the file descriptor, even if there are other handles.
     stream: RefCell<Option<TcpStream>>,
     outbox: RefCell<Option<Box<Outbox>>>,
     closing: Cell<Option<Close>>,
-    /// The peer has ended its half: there is nothing more to read.
+    /// Whether the peer has ended its half: there is nothing more to read.
     read_ended: Cell<bool>,
-    /// The session, in [`read_with`](Self::read_with): woken when the connection closes or dies (by the runtime for data).
+    /// The session's waker in [`read_with`](Self::read_with). Woken when the connection closes or dies. For data, the
+    /// runtime wakes it.
     reader: Cell<Option<Waker>>,
-    /// The writer task: woken when [`Self::finish`] takes over or the connection is dropped.
+    /// The waker of the writer task. Woken when [`Self::finish`] takes over or the connection is dropped.
     writer: Cell<Option<Waker>>,
-    /// Tasks in [`drained`](Self::drained) and [`closed`](Self::closed): woken on every progress and change.
+    /// Tasks in [`drained`](Self::drained) and [`closed`](Self::closed). Woken on any progress and any change of state.
     waiters: RefCell<Vec<Waker>>,
     limits: Rc<ConnLimits>,
 }
 
 /// What is unwritten. Never empty.
 struct Outbox {
-    /// The front frame is without its written part; no frame is empty.
+    /// The first frame is without the part that was written. No frame is empty.
     frames: VecDeque<Bytes>,
-    /// A part of the front frame has been written: it cannot be dropped any more.
+    /// Whether a part of the first frame was written: then it can't be dropped any more.
     torn: bool,
-    /// The sum of `frames`.
+    /// The sum of the lengths of `frames`.
     bytes: usize,
-    /// When the queue began or last moved.
+    /// When the queue began, or last made progress.
     moved_at: Instant,
 }
 
 impl Outbox {
-    /// A queue of one frame, `torn` when it is the rest of one whose beginning was written.
+    /// A queue of one frame. `torn` if it is the rest of a frame whose beginning was written.
     fn boxed(frame: Bytes, torn: bool) -> Box<Self> {
         Box::new(Self {
             bytes: frame.len(),
@@ -110,7 +113,7 @@ impl Outbox {
         self.frames.push_back(frame);
     }
 
-    /// What it takes: its bytes, and a cost a frame.
+    /// Its bytes, plus a fixed cost for each frame.
     fn weight(&self) -> usize {
         let cost = self.frames.len().saturating_mul(FRAME_COST);
         self.bytes.saturating_add(cost)
@@ -121,7 +124,7 @@ impl Outbox {
         weight.saturating_add(frame.len()) > limits.outbox_bytes
     }
 
-    /// Drops all that a peer can do without: everything but the rest of a frame whose beginning it has.
+    /// Drops everything except the rest of a frame whose beginning was written.
     fn keep_torn_frame(&mut self) {
         self.frames.truncate(usize::from(self.torn));
         self.frames.shrink_to_fit();
@@ -147,16 +150,16 @@ impl Outbox {
     }
 }
 
-/// Where a write left the queue.
+/// The state of the queue after a write.
 enum Flush {
     Empty,
-    /// The socket takes no more for now.
+    /// The socket accepts no more for now.
     Blocked,
     Dead,
 }
 
 impl Conn {
-    /// Takes over a socket on which the handshake is done (and `TCP_NODELAY` set).
+    /// Takes over a socket on which the handshake is done and `TCP_NODELAY` is set.
     #[must_use]
     pub fn new(stream: TcpStream, limits: Rc<ConnLimits>) -> Rc<Self> {
         Rc::new(Self {
@@ -171,15 +174,15 @@ impl Conn {
         })
     }
 
-    /// Sends complete frames, in order. Written at once as far as the socket takes them, else queued. Beyond
-    /// [`ConnLimits::outbox_bytes`] the connection closes with [`Close::TooSlow`]: who sends much pages it with
-    /// [`drained`](Self::drained).
+    /// Sends complete frames, in order. Writes them at once as far as the socket accepts them, and queues the rest. If
+    /// the queue exceeds [`ConnLimits::outbox_bytes`], the connection closes with [`Close::TooSlow`]. To send a lot,
+    /// wait for [`drained`](Self::drained) between parts.
     ///
-    /// A socket counts as not ready for writing until the runtime has seen its first event (one turn of the shard after
-    /// [`new`](Self::new)): what is sent before goes through the queue.
+    /// A socket does not count as writable until the runtime has seen its first event, one turn of the shard after
+    /// [`new`](Self::new). Frames sent before that go through the queue.
     ///
-    /// Frames for a connection that is closing or dead are dropped; a caller that counts them looks at
-    /// [`closing`](Self::closing) before.
+    /// Frames for a connection that is closing or dead are dropped. A caller that counts frames checks
+    /// [`closing`](Self::closing) first.
     pub fn send(self: &Rc<Self>, frames: &[Bytes]) {
         if self.closing.get().is_some() {
             return;
@@ -200,8 +203,8 @@ impl Conn {
         }
     }
 
-    /// What was accepted by [`send`](Self::send) (and the close frame) and the socket has not taken yet: its bytes, and what each
-    /// frame costs beside them.
+    /// The size of what was accepted by [`send`](Self::send), and the close frame, and not taken by the socket yet: its
+    /// bytes, and a fixed cost for each frame.
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
         self.outbox
@@ -210,13 +213,13 @@ impl Conn {
             .map_or(0, |outbox| outbox.weight())
     }
 
-    /// How much may be queued.
+    /// The bound of the queue, in bytes.
     #[must_use]
     pub fn outbox_bytes(&self) -> usize {
         self.limits.outbox_bytes
     }
 
-    /// Whether nothing is accepted any more: it is closing or dead.
+    /// Whether the connection is closing or dead, and so accepts no more frames.
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.closing.get().is_some() || self.is_dead()
@@ -234,21 +237,22 @@ impl Conn {
         .await;
     }
 
-    /// Starts to close; the first reason wins, later calls do nothing.
+    /// Starts to close. The first reason wins; later calls do nothing.
     ///
-    /// [`Close::TooSlow`] and [`Close::PingTimeout`] drop what is queued, except the rest of a frame whose beginning was
-    /// sent; other reasons let the queue go out first. Then come the close frame and the end of our half, and what the peer
-    /// still sends is read and thrown away until its end: a socket closed over unread bytes answers with a reset, and that
-    /// would destroy a close frame still on its way. A grace time bounds all of it; then the connection is reset.
+    /// [`Close::TooSlow`] and [`Close::PingTimeout`] drop what is queued, except the rest of a frame whose beginning
+    /// was sent. With other reasons, the queue is sent first. Then the close frame is sent and the write half is shut
+    /// down. What the peer still sends is read and discarded until the peer ends: closing a socket with unread bytes
+    /// causes a reset, which could destroy a close frame that is still on its way. All of this is bounded by a grace
+    /// time; after that the connection is reset.
     ///
-    /// From now on [`read_with`](Self::read_with) says `None`. The rest happens in a task of its own, whether or not anybody
-    /// waits in [`closed`](Self::closed) or keeps a handle.
+    /// From now on [`read_with`](Self::read_with) returns `None`. The close runs in a task of its own, whether or not
+    /// somebody waits in [`closed`](Self::closed) or keeps a handle.
     pub fn close(self: &Rc<Self>, reason: Close) {
         self.close_within(reason, GRACE);
     }
 
-    /// Gives the socket away, to go on with elsewhere; here the connection is dead from now on. `None` where that can't be:
-    /// something is unwritten, or it is closing or dead.
+    /// Gives the socket away, to continue elsewhere. This connection is then dead. Returns `None` if something is
+    /// unwritten, or the connection is closing or dead.
     #[must_use]
     pub fn release(&self) -> Option<std::net::TcpStream> {
         if self.closing.get().is_some() || self.outbox.borrow().is_some() {
@@ -262,22 +266,23 @@ impl Conn {
             .ok()
     }
 
-    /// The reason given to the first [`close`](Self::close). `None` for a connection that is open, or died unasked.
+    /// The reason of the first [`close`](Self::close). `None` if the connection is open, or died without a close.
     #[must_use]
     pub fn closing(&self) -> Option<Close> {
         self.closing.get()
     }
 
-    /// Waits for bytes, reads once into `buffer` (the shard's; an empty one is given a size), and hands them to `take`,
-    /// which may change them in place. `None` is the end: the peer's, or the connection is closing or dead.
+    /// Waits for bytes, reads once into `buffer`, and passes the bytes to `take`, which may change them in place. An
+    /// empty buffer is given a size. Returns `None` at the peer's end, or if the connection is closing or dead.
     ///
-    /// The buffer is borrowed only from the read to the end of `take`, with no await in between: so all sessions of a shard
-    /// share one, and none can find another's bytes in it. `take` must therefore not poll another `read_with`. Cancel-safe:
-    /// nothing is read before the poll that calls `take`. For one task at a time: a second one takes the first one's
-    /// wake-up.
+    /// The buffer is borrowed only from the read to the end of `take`, with no await in between. So all sessions of a
+    /// shard can share one buffer, and none can find another's bytes in it. `take` must not poll another `read_with`.
+    ///
+    /// Cancel-safe: nothing is read before the poll that calls `take`. Must be used by one task at a time: a second one
+    /// would take the wake-ups of the first.
     ///
     /// # Errors
-    /// The error of the socket, which is dead with it.
+    /// The error of the socket. The connection is then dead.
     pub async fn read_with<R>(
         &self,
         buffer: &RefCell<Vec<u8>>,
@@ -294,7 +299,7 @@ impl Conn {
                     let Some(stream) = stream.as_ref() else {
                         return Poll::Ready(Ok(None));
                     };
-                    // For `close`, which the runtime knows nothing about.
+                    // For `close`, which the runtime does not know about.
                     set_waker(&self.reader, cx);
                     match stream.poll_read_ready(cx) {
                         Poll::Pending => return Poll::Pending,
@@ -329,7 +334,7 @@ impl Conn {
         .await
     }
 
-    /// For the shard's tick: closes with [`Close::TooSlow`] when bytes are queued and nothing of them has moved for
+    /// Called from the shard's tick. Closes with [`Close::TooSlow`] if bytes are queued and there was no progress for
     /// [`ConnLimits::stall`].
     pub fn check_stall(self: &Rc<Self>, now: Instant) {
         let moved_at = self.outbox.borrow().as_ref().map(|outbox| outbox.moved_at);
@@ -338,9 +343,9 @@ impl Conn {
         }
     }
 
-    /// Resolves when the socket is gone: after [`close`](Self::close) within its grace time, or after an error of a read or
-    /// write. The peer's end alone does not do it: the session sees that in [`read_with`](Self::read_with) and closes.
-    /// Cancel-safe.
+    /// Resolves when the socket is gone: within the grace time after [`close`](Self::close), or after an error of a
+    /// read or write. The peer's end alone is not enough: the session sees it in [`read_with`](Self::read_with) and
+    /// closes. Cancel-safe.
     pub async fn closed(&self) {
         poll_fn(|cx| {
             if self.is_dead() {
@@ -356,7 +361,8 @@ impl Conn {
         self.stream.borrow().is_none()
     }
 
-    /// Writes until done or the socket takes no more. What is left: frames, and how much of the first is written.
+    /// Writes until everything is written or the socket accepts no more. Returns what is left: the frames, and how much
+    /// of the first one is written.
     fn write_direct<'a>(&self, frames: &'a [Bytes]) -> Option<(&'a [Bytes], usize)> {
         let mut rest = frames;
         while !rest.is_empty() {
@@ -386,7 +392,8 @@ impl Conn {
         None
     }
 
-    /// One write call with up to [`MAX_SLICES`] of `frames`. [`io::ErrorKind::WouldBlock`] is the only error to wait on.
+    /// One write call with up to [`MAX_SLICES`] of `frames`. After [`io::ErrorKind::WouldBlock`] the caller can wait
+    /// and retry; every other error is final.
     fn try_write<'a>(&self, frames: impl Iterator<Item = &'a Bytes>) -> io::Result<usize> {
         let stream = self.stream.borrow();
         let Some(stream) = stream.as_ref() else {
@@ -410,8 +417,8 @@ impl Conn {
         }
     }
 
-    /// Queues `frames`, of whose first `written` bytes are already on the wire. `false` when they are too much; then some
-    /// may be queued.
+    /// Queues `frames`. The first `written` bytes of the first frame are already on the wire. Returns `false` if the
+    /// frames exceed the bound; some of them may be queued then.
     fn append(&self, frames: &[Bytes], mut written: usize) -> bool {
         let mut slot = self.outbox.borrow_mut();
         for frame in frames {
@@ -429,7 +436,7 @@ impl Conn {
         true
     }
 
-    /// Writes from the queue until it is empty (and freed) or the socket takes no more.
+    /// Writes from the queue until it is empty (then it is freed) or the socket accepts no more.
     fn flush(&self) -> Flush {
         let mut moved = false;
         let outcome = loop {
@@ -438,7 +445,7 @@ impl Conn {
                 break Flush::Empty;
             };
             match self.try_write(outbox.frames.iter()) {
-                // A queue has no empty frames, so that a socket that takes nothing is broken.
+                // No queued frame is empty, so a socket that writes 0 bytes is broken.
                 Ok(0) => break Flush::Dead,
                 Ok(written) => {
                     outbox.advance(written);
@@ -460,7 +467,7 @@ impl Conn {
         outcome
     }
 
-    /// Ready when the queue is empty or the connection dead.
+    /// Ready if the queue is empty or the connection is dead.
     fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             match self.flush() {
@@ -503,8 +510,8 @@ impl Conn {
                 Some(outbox) => outbox.push(frame),
             }
         }
-        // The reader and the writer end and leave the socket to `finish`: it remembers one waker for each direction, so two
-        // tasks must not wait in the same one.
+        // The reader and the writer end and leave the socket to `finish`. The socket stores one waker for each
+        // direction, so two tasks must not wait for the same direction.
         wake(&self.reader);
         wake(&self.writer);
         self.wake_waiters();
@@ -518,16 +525,17 @@ impl Conn {
             && let Some(stream) = self.stream.borrow().as_ref()
             && let Err(error) = stream.set_zero_linger()
         {
-            // Without it the kernel goes on for minutes with what the peer does not read: a cost, not a fault.
+            // Without the reset, the kernel holds unsent bytes for minutes if the peer does not read. This costs
+            // memory, but is not an error.
             tracing::debug!(%error, "cannot reset a connection that did not end in time");
         }
         self.die();
     }
 
-    /// Ready when everything is written and shut down and the peer has ended, or the connection is dead.
+    /// Ready if everything is written and shut down and the peer has ended, or if the connection is dead.
     fn poll_finish(&self, cx: &mut Context<'_>) -> Poll<()> {
-        // Read from the start and not only after the close frame: a peer that waits for us to read before it reads would
-        // never get it.
+        // Reads from the start, not only after the close frame. A peer that waits until we read before it reads would
+        // never get the close frame.
         if self.poll_discard(cx).is_ready() {
             self.read_ended.set(true);
         }
@@ -536,7 +544,7 @@ impl Conn {
         }
         match self.stream.borrow_mut().as_mut() {
             None => return Poll::Ready(()),
-            // Again on every poll, which the kernel does not mind.
+            // Repeated on every poll, which is harmless.
             Some(stream) => match Pin::new(stream).poll_shutdown(cx) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(())) => {}
@@ -550,7 +558,7 @@ impl Conn {
         }
     }
 
-    /// Reads and throws away; ready when there will be nothing more.
+    /// Reads and discards. Ready when nothing more will arrive.
     fn poll_discard(&self, cx: &mut Context<'_>) -> Poll<()> {
         let stream = self.stream.borrow();
         let Some(stream) = stream.as_ref() else {
@@ -558,7 +566,7 @@ impl Conn {
         };
         let mut discarded = [0; DISCARD_BYTES];
         while !self.read_ended.get() {
-            // Counts against tokio's budget of this poll, so that a peer that never stops sending does not hold the shard.
+            // This uses up tokio's budget for the poll, so a peer that never stops sending does not block the shard.
             match stream.poll_read_ready(cx) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Err(_)) => break,
@@ -568,14 +576,14 @@ impl Conn {
                 Ok(0) => break,
                 Ok(_) => {}
                 Err(error) if retry(&error) => {}
-                // The write side will find out for itself.
+                // The write side detects the error itself.
                 Err(_) => break,
             }
         }
         Poll::Ready(())
     }
 
-    /// Drops the socket and the queue, and wakes everybody.
+    /// Drops the socket and the queue, and wakes all waiting tasks.
     fn die(&self) {
         drop(self.stream.take());
         drop(self.outbox.take());
@@ -600,7 +608,7 @@ impl Conn {
 
 impl Drop for Conn {
     fn drop(&mut self) {
-        // Its socket is gone: it must not wait for it any longer.
+        // The socket is gone, so the writer must not wait for it any longer.
         wake(&self.writer);
     }
 }
@@ -615,8 +623,8 @@ impl fmt::Debug for Conn {
     }
 }
 
-/// The writer task of a connection that is behind. Ends when the queue is empty, the connection dead or dropped, or
-/// [`Conn::finish`] has taken over. Holds no handle, so that a session that goes away takes the socket with it.
+/// The writer task of a connection that is behind. Ends when the queue is empty, the connection is dead or dropped, or
+/// [`Conn::finish`] has taken over. Holds no strong handle, so that dropping the session drops the socket.
 async fn write_queue(conn: Weak<Conn>) {
     poll_fn(|cx| {
         let Some(conn) = conn.upgrade() else {
@@ -635,7 +643,7 @@ async fn write_queue(conn: Weak<Conn>) {
     .await;
 }
 
-/// Whether a read is to be tried again, after waiting where needed.
+/// Whether a read should be retried, after waiting if it would block.
 fn retry(error: &io::Error) -> bool {
     matches!(
         error.kind(),

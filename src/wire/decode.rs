@@ -1,8 +1,8 @@
-//! Client frames of RFC 6455 from a stream of bytes, without a buffer while nothing is unfinished.
+//! Decodes the client frames of RFC 6455 from a stream of bytes. Holds no buffer while nothing is unfinished.
 //!
-//! Why not fastwebsockets' reader: it holds 8 KiB a connection, reserves the declared length up front, does not bound the
-//! sum of fragments, accepts unmasked frames, and is not cancel-safe. Here the caller reads, and this type only judges
-//! bytes: no I/O, no clock.
+//! Reasons not to use the reader of fastwebsockets: it holds 8 KiB for each connection, reserves the declared length up
+//! front, does not bound the sum of fragments, accepts unmasked frames, and is not cancel-safe. Here the caller reads,
+//! and this type only examines bytes: no I/O, no clock.
 
 use std::{fmt, mem};
 
@@ -10,50 +10,52 @@ use fastwebsockets::{OpCode, unmask};
 
 use crate::protocol::Close;
 
-/// Frames that one message may be cut into; one more is [`Close::TooBig`].
+/// Maximum number of fragments of one message; one more is [`Close::TooBig`].
 ///
-/// The bytes of a message are bounded by `max_message`, but empty fragments have none: without this bound a client could
-/// keep one message unfinished for ever and never meet a rate limit that counts messages. Clients that fragment at all
-/// cut at 4 KiB or more, so that this is 4 MiB for them, beyond the default of `limits.frame`.
+/// `max_message` bounds the bytes of a message, but an empty fragment has none. Without this bound a client could keep
+/// one message unfinished forever, and so avoid a rate limit that counts messages. Clients that fragment at all use
+/// fragments of 4 KiB or more. For them this bound is at least 4 MiB, which is above the default of `limits.frame`.
 pub const MAX_FRAGMENTS: u16 = 1024;
 
-/// Payload of a control frame, RFC 6455 section 5.5.
+/// Maximum payload of a control frame, RFC 6455 section 5.5.
 const MAX_CONTROL: usize = 125;
-/// Two bytes, eight of extended length, four of mask.
+/// Maximum length of a client's frame header: two bytes, eight of extended length, four of mask.
 const MAX_HEADER: usize = 14;
 
-/// One complete message or control frame, borrowed for the length of the callback.
+/// One complete message or control frame, borrowed for the duration of the callback.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Incoming<'a> {
     /// A whole text message.
     Text(&'a str),
     /// To be answered by [`pong_frame`](super::pong_frame) with the same bytes, at most 125.
     Ping(&'a [u8]),
-    /// The peer lives. What it echoes is of no use to us.
+    /// A pong. Its payload is not needed.
     Pong,
-    /// The peer's close; nothing after it is looked at.
+    /// The peer's close frame. Nothing after it is read.
     Close {
-        /// Absent when the close frame was empty.
+        /// Absent if the close frame was empty.
         code: Option<u16>,
     },
 }
 
-/// Decoder of what one client sends.
+/// Decoder of the frames of one client.
 ///
 /// # Invariants
-/// - Holds heap memory only between two parts of an unfinished frame or message: at most `max_message` bytes and one small
-///   fixed block ([`held_bytes`](Self::held_bytes)). It grows with what has arrived, never with what was announced.
-/// - A frame is judged as soon as the bytes that condemn it are there: a message that is too large is refused at its header.
-/// - Control frames are not counted here; whoever answers pings limits their rate.
+/// - Holds heap memory only inside an unfinished frame or message: at most `max_message` bytes and one small fixed
+///   block ([`held_bytes`](Self::held_bytes)). The memory grows with the bytes that have arrived, never with an
+///   announced length.
+/// - An invalid frame is refused as soon as the bytes that make it invalid have arrived: a message that is too large is
+///   refused at its header.
+/// - Control frames are not counted here. The caller that answers pings limits their rate.
 pub struct Decoder {
     max_message: usize,
     unfinished: Option<Box<Unfinished>>,
-    /// A close frame or a violation was seen; the rest of the stream means nothing.
+    /// Whether a close frame or a violation was seen. The rest of the stream is ignored.
     ended: bool,
 }
 
 impl Decoder {
-    /// A message, whole or the sum of its fragments, may have `max_message` bytes.
+    /// A message, whole or as the sum of its fragments, may have up to `max_message` bytes.
     #[must_use]
     pub fn new(max_message: usize) -> Self {
         Self {
@@ -63,13 +65,14 @@ impl Decoder {
         }
     }
 
-    /// Takes the bytes just read and calls `on` for everything that is complete with them, in order. `input` is unmasked
-    /// in place: a whole message in it is passed on without a copy, and its content afterwards is unspecified.
+    /// Takes the bytes that were just read and calls `on` for everything that they complete, in order. `input` is
+    /// unmasked in place. A whole message in it is passed on without a copy. Afterwards the content of `input` is
+    /// unspecified.
     ///
     /// After a close frame or an error, further input is ignored and nothing is held.
     ///
     /// # Errors
-    /// The reason to close the connection with. What came before the violation has been passed to `on`.
+    /// The reason with which to close the connection. Everything before the violation has been passed to `on`.
     pub fn feed(
         &mut self,
         input: &mut [u8],
@@ -96,7 +99,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// Heap bytes held for an unfinished frame or message; 0 when there is none.
+    /// Heap bytes held for an unfinished frame or message; 0 if there is none.
     #[must_use]
     pub fn held_bytes(&self) -> usize {
         self.unfinished.as_ref().map_or(0, |unfinished| {
@@ -112,7 +115,7 @@ impl Decoder {
 
 impl fmt::Debug for Decoder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Not what is held: payloads do not belong in a log.
+        // Payloads must not get into a log.
         f.debug_struct("Decoder")
             .field("max_message", &self.max_message)
             .field("held_bytes", &self.held_bytes())
@@ -121,11 +124,11 @@ impl fmt::Debug for Decoder {
     }
 }
 
-/// Where the stream stands after a step.
+/// The state of the stream after a step.
 enum Step {
-    /// Between two messages: nothing to keep.
+    /// Between two messages: there is nothing to keep.
     Between,
-    /// Inside a frame or message: an [`Unfinished`] is needed for what follows.
+    /// Inside a frame or message: the rest needs an [`Unfinished`].
     Within,
     /// After the close frame.
     Closed,
@@ -140,9 +143,10 @@ struct Header {
 }
 
 impl Header {
-    /// The header at the front of `bytes` and its length, or `None` while it may still become a valid one.
+    /// The header at the front of `bytes` and its length. `None` if `bytes` is the beginning of a possibly valid
+    /// header.
     ///
-    /// `message` is the length of the unfinished message so far, `None` between messages.
+    /// `message` is the length of the unfinished message so far; `None` between messages.
     fn parse(
         bytes: &[u8],
         message: Option<usize>,
@@ -221,8 +225,8 @@ impl Header {
     }
 }
 
-/// The fast path: a whole unfragmented message or control frame at the front of `input`, nothing before it unfinished.
-/// Takes it off `input`; anything else stays there for [`Unfinished::advance`].
+/// The fast path: takes a whole unfragmented message or control frame off the front of `input`, if nothing before it is
+/// unfinished. Anything else is left for [`Unfinished::advance`].
 fn whole_frame(
     input: &mut &mut [u8],
     max_message: usize,
@@ -248,19 +252,20 @@ fn whole_frame(
     }
 }
 
-/// What must be remembered inside a frame or between the fragments of a message.
+/// The state inside a frame or between the fragments of a message.
 struct Unfinished {
     /// The part of a frame's header that has arrived; empty while a payload is read.
     head: [u8; MAX_HEADER],
     head_len: usize,
-    /// The frame whose payload is being read: its header, with `payload` counting down to what is still to come and the
-    /// mask turned to the next byte.
+    /// The header of the frame whose payload is being read. `payload` counts down to what is still to come, and the
+    /// mask is rotated to the next byte.
     frame: Option<Header>,
-    /// Fragments of the current message whose header was seen; 0 between messages (before the first header).
+    /// Number of fragments of the current message whose header was seen; 0 between messages.
     fragments: u16,
     /// The message so far, unmasked.
     message: Vec<u8>,
-    /// The control frame so far, unmasked. Apart from `message`, as it may stand between two fragments.
+    /// The control frame so far, unmasked. Separate from `message`, since a control frame may come between two
+    /// fragments.
     control: [u8; MAX_CONTROL],
     control_len: usize,
 }
@@ -280,7 +285,7 @@ impl Default for Unfinished {
 }
 
 impl Unfinished {
-    /// Takes what belongs to the current frame off `input`.
+    /// Takes bytes of the current frame off `input`.
     fn advance(
         &mut self,
         input: &mut &mut [u8],
@@ -301,7 +306,7 @@ impl Unfinished {
 
         match frame.opcode {
             OpCode::Text | OpCode::Binary | OpCode::Continuation => {
-                // The last fragment tells the final size; before it the message may still grow up to the limit.
+                // The last fragment determines the final size. Before it the message may still grow up to the limit.
                 let most = if frame.fin {
                     self.message.len() + part.len() + frame.payload
                 } else {
@@ -348,14 +353,14 @@ impl Unfinished {
         let message = (self.fragments > 0).then_some(self.message.len());
         match Header::parse(&self.head[..had + more], message, max_message)? {
             None => {
-                // Shorter than any header of 14 bytes, so all of the input went into it.
+                // There are fewer than `MAX_HEADER` bytes so far, so all of the input fitted into `head`.
                 self.head_len = had + more;
                 take_front(input, more);
                 Ok(None)
             }
             Some((header, length)) => {
                 self.head_len = 0;
-                // What had arrived before was not a whole header.
+                // The part that had arrived before was not a whole header, so `length` is greater than `had`.
                 take_front(input, length - had);
                 match header.opcode {
                     OpCode::Text | OpCode::Binary | OpCode::Continuation => {
@@ -372,7 +377,7 @@ impl Unfinished {
     }
 }
 
-/// Appends with capacity doubled as bytes come, but never above `most`, which the message cannot exceed.
+/// Appends bytes. Doubles the capacity as needed, but never beyond `most`, which the message can't exceed.
 fn append(message: &mut Vec<u8>, part: &[u8], most: usize) {
     let needed = message.len() + part.len();
     if needed > message.capacity() {
@@ -396,7 +401,7 @@ fn pass_text(payload: &[u8], on: &mut impl FnMut(Incoming<'_>)) -> Result<(), Cl
     Ok(())
 }
 
-/// Passes a control frame on; the stream then stands at `after`, unless it was the close frame.
+/// Passes a control frame on. Returns `after`, or [`Step::Closed`] for a close frame.
 fn pass_control(
     opcode: OpCode,
     payload: &[u8],
@@ -410,7 +415,7 @@ fn pass_control(
             on(Incoming::Close { code });
             return Ok(Step::Closed);
         }
-        // Data opcodes do not come here.
+        // This function is not called with data opcodes.
         OpCode::Pong | OpCode::Text | OpCode::Binary | OpCode::Continuation => on(Incoming::Pong),
     }
     Ok(after)
@@ -422,7 +427,7 @@ fn close_code(payload: &[u8]) -> Result<Option<u16>, Close> {
         [_] => Err(Close::Protocol),
         [high, low, reason @ ..] => {
             let code = u16::from_be_bytes([*high, *low]);
-            // Not fastwebsockets' `CloseCode`: it refuses 1014, which IANA has registered.
+            // The `CloseCode` of fastwebsockets is not used: it refuses 1014, which is registered at IANA.
             if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
                 return Err(Close::Protocol);
             }

@@ -35,13 +35,13 @@ pub fn text_of(frame: &[u8]) -> &[u8] {
     frame.get(header..).unwrap_or_default()
 }
 
-/// A ping with no payload: a connection needs no more than one in flight, so there is nothing to tell apart.
+/// A ping without a payload. A connection needs at most one ping in flight, so pings need not be told apart.
 #[must_use]
 pub fn ping_frame() -> Bytes {
     Bytes::from_static(&[PING, 0])
 }
 
-/// The answer to a ping. More than the 125 bytes that a ping can have are cut off.
+/// The answer to a ping. A payload of more than 125 bytes, which a ping can't have, is cut off.
 #[must_use]
 pub fn pong_frame(payload: &[u8]) -> Bytes {
     control_frame(PONG, &[payload])
@@ -69,11 +69,11 @@ fn control_frame(first: u8, parts: &[&[u8]]) -> Bytes {
     Bytes::from(frame)
 }
 
-/// A text frame whose payload is written in place: room for the header is left in front, and [`finish`](Self::finish)
-/// fills it in, so that the payload is never copied (unless it outgrows its capacity).
+/// A text frame whose payload is written in place. Space for the header is left in front, and [`finish`](Self::finish)
+/// fills it in. So the payload is never copied, unless it outgrows its capacity.
 ///
-/// Append with [`put`](Self::put), [`io::Write`] (`write!`, `serde_json::to_writer`; it never fails); there is no way to touch
-/// the header. What is written must be UTF-8 as a whole; the writer sees to that.
+/// Append with [`put`](Self::put) or [`io::Write`] (`write!`, `serde_json::to_writer`), which never fails. The header
+/// can't be changed. The caller must make sure that the whole payload is UTF-8.
 #[derive(Debug)]
 pub struct FrameBuilder {
     /// Always at least [`HEADER_ROOM`] long.
@@ -117,7 +117,7 @@ impl FrameBuilder {
         &self.bytes[HEADER_ROOM..]
     }
 
-    /// Cuts the payload back to `payload` bytes, for an attempt that is given up.
+    /// Cuts the payload back to `payload` bytes, to undo an attempt.
     pub fn truncate(&mut self, payload: usize) {
         self.bytes.truncate(HEADER_ROOM.saturating_add(payload));
     }
@@ -136,7 +136,7 @@ impl FrameBuilder {
             4
         } else {
             bytes[..2].copy_from_slice(&[TEXT, 127]);
-            // A length in memory is below 2^63, so the top bit is clear as the RFC demands.
+            // A length in memory is below 2^63, so the top bit is clear as the RFC requires.
             bytes[2..10].copy_from_slice(&(length as u64).to_be_bytes());
             10
         };

@@ -1,10 +1,10 @@
-//! The bytes of one WebSocket connection on a shard: frames in ([`Decoder`]), frames out ([`FrameBuilder`] and friends),
-//! and the socket with its bounded queue ([`Conn`]).
+//! The bytes of one WebSocket connection on a shard: incoming frames ([`Decoder`]), outgoing frames ([`FrameBuilder`]
+//! and others), and the socket with its bounded queue ([`Conn`]).
 //!
-//! Not here: the handshake (`edge`), what a message means and when to ping (`session`), TLS.
+//! Not here: the handshake (`edge`), the meaning of messages and when to ping (`session`), TLS.
 //!
-//! Everything is single-threaded (`Rc`, `Cell`): a connection lives and dies on the shard that owns it. An idle connection
-//! holds no buffer, no queue and no task.
+//! Everything is single-threaded (`Rc`, `Cell`): a connection lives on the shard that owns it. An idle connection holds
+//! no buffer, no queue and no task.
 
 mod conn;
 mod decode;

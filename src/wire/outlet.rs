@@ -1,4 +1,4 @@
-//! Where the frames of a session go.
+//! Where the frames of a session are sent.
 
 use std::rc::Rc;
 
@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::Conn;
 use crate::protocol::Close;
 
-/// Where frames go: what of a connection those need who only send. Cloning is a reference count.
+/// The part of a connection that is needed to send frames. Cloning it increments a reference count.
 #[derive(Debug, Clone)]
 pub enum Outlet {
     /// A WebSocket connection.
@@ -22,21 +22,21 @@ impl Outlet {
         }
     }
 
-    /// Starts to close; the first reason wins; see [`Conn::close`].
+    /// Starts to close. The first reason wins. See [`Conn::close`].
     pub fn close(&self, reason: Close) {
         match self {
             Self::Socket(conn) => conn.close(reason),
         }
     }
 
-    /// Resolves when at most `below` bytes are queued, or nothing is accepted any more. Cancel-safe.
+    /// Resolves when at most `below` bytes are queued, or the connection is closing or dead. Cancel-safe.
     pub async fn drained(&self, below: usize) {
         match self {
             Self::Socket(conn) => conn.drained(below).await,
         }
     }
 
-    /// What was accepted and is not sent yet: its bytes, and what each frame costs beside them.
+    /// The size of what was accepted and is not sent yet: its bytes, and a fixed cost for each frame.
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
         match self {
@@ -44,7 +44,7 @@ impl Outlet {
         }
     }
 
-    /// How much may be queued.
+    /// The bound of the queue, in bytes.
     #[must_use]
     pub fn outbox_bytes(&self) -> usize {
         match self {
@@ -52,7 +52,7 @@ impl Outlet {
         }
     }
 
-    /// Whether nothing is accepted any more: it is closing or dead.
+    /// Whether the connection is closing or dead, and so accepts no more frames.
     #[must_use]
     pub fn is_over(&self) -> bool {
         match self {

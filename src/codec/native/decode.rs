@@ -1,4 +1,4 @@
-//! Reading commands.
+//! Decoding commands.
 
 use std::borrow::Cow;
 
@@ -11,10 +11,10 @@ use crate::{
     protocol::{Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, Wants},
 };
 
-/// Characters of a parser's complaint that are told to the client: it may quote what was sent, of whatever length.
+/// Length in characters to which a parser's error message is cut for the client: it may quote input of any length.
 const MAX_COMPLAINT: usize = 200;
 
-/// The fields of a `send` and of the body of an HTTP publish.
+/// The fields of all commands, and of the JSON bodies of HTTP requests.
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct Fields<'a> {
@@ -52,18 +52,18 @@ struct Fields<'a> {
     rooms: Option<Vec<String>>,
 }
 
-/// A field that is there is `Some`, also where it is `null`: any JSON is a body.
+/// A field that is present is `Some`, even if it is `null`: any JSON is a valid body.
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
 }
 
-/// Only what names a command, for the reply to one whose other fields have the wrong type.
+/// Only the `rid`, for the refusal of a command whose other fields have the wrong type.
 #[derive(Deserialize)]
 struct Envelope {
     rid: Option<serde_json::Value>,
 }
 
-/// Decodes one text message. A byte order mark before it is dropped.
+/// Decodes one text message. A byte order mark at the beginning is skipped.
 ///
 /// The refusals are `bad_json`, `bad_request`, `unknown_op`, `bad_room`, `bad_id` and `too_large`.
 pub fn decode(text: &str) -> Request {
@@ -96,7 +96,7 @@ pub fn decode(text: &str) -> Request {
 /// Decodes the body of an HTTP publish to `room`: the fields of a `send` without `op`, `rid` and `room`.
 ///
 /// # Errors
-/// The refusal.
+/// The refusal for the client.
 pub fn decode_publication(room: RoomId, json: &[u8]) -> Result<Publication, Refused> {
     decode_body(json, |fields| publication(room, fields))
 }
@@ -187,10 +187,10 @@ fn rooms(names: Option<Vec<String>>) -> Result<Vec<RoomId>, Refused> {
         .map_err(|error| Refused::new(ErrorCode::BadRoom, error.to_string()))
 }
 
-/// Decodes the body of an HTTP request that moves a read marker: `{"cursor"}`; the cursor is not yet parsed.
+/// Decodes the body of an HTTP request that moves a read marker: `{"cursor"}`. The cursor is not parsed yet.
 ///
 /// # Errors
-/// The refusal.
+/// The refusal for the client.
 pub fn decode_read(json: &[u8]) -> Result<String, Refused> {
     decode_body(json, |fields| cursor(fields.cursor))
 }
@@ -198,7 +198,7 @@ pub fn decode_read(json: &[u8]) -> Result<String, Refused> {
 /// Decodes the body of an HTTP request for unread counts: `{"rooms"}`.
 ///
 /// # Errors
-/// The refusal.
+/// The refusal for the client.
 pub fn decode_unread(json: &[u8]) -> Result<Vec<RoomId>, Refused> {
     decode_body(json, |fields| rooms(fields.rooms))
 }

@@ -1,4 +1,4 @@
-//! Writing replies, events and messages.
+//! Encoding replies, events and messages.
 
 use std::io;
 
@@ -12,10 +12,10 @@ use crate::{
     wire::FrameBuilder,
 };
 
-/// Room for a small reply or event.
+/// Initial capacity for a small reply or event.
 const SMALL: usize = 128;
 
-/// Room for the fields of a message, besides its body.
+/// Initial capacity for the fields of a message besides its body.
 const ENVELOPE: usize = 256;
 
 /// Writes the payload of a frame: one JSON object.
@@ -24,7 +24,7 @@ struct Writer {
 }
 
 impl Writer {
-    /// Begins an object with `op`; `room_for` is how many bytes it may have without growing.
+    /// Begins an object with `op`. `room_for` is its initial capacity in bytes.
     fn new(op: &str, room_for: usize) -> Self {
         let mut out = FrameBuilder::with_capacity(room_for);
         out.put(b"{\"op\":\"");
@@ -56,7 +56,7 @@ impl Writer {
         self
     }
 
-    /// Any text, escaped.
+    /// A text, escaped.
     fn string(&mut self, key: &str, value: &str) -> &mut Self {
         self.key(key);
         if value.bytes().all(|b| b >= 0x20 && b != b'"' && b != b'\\') {
@@ -69,7 +69,7 @@ impl Writer {
         self
     }
 
-    /// A cursor, which has no characters that are escaped.
+    /// A cursor, which contains no characters that need escaping.
     fn cursor(&mut self, key: &str, cursor: &Cursor) -> &mut Self {
         use io::Write as _;
         self.key(key);
@@ -95,7 +95,7 @@ impl Writer {
         self.out.finish()
     }
 
-    /// Ends the object with the fields of `fields`, which is a struct with one field at least that is always written.
+    /// Ends the object with the fields of `fields`, a struct of which at least one field is always written.
     fn end_with(mut self, fields: &impl Serialize) -> Bytes {
         let spliced = Spliced {
             out: &mut self.out,
@@ -106,7 +106,7 @@ impl Writer {
     }
 }
 
-/// Makes the fields of an object those of the one that was begun: a comma takes the place of its opening brace.
+/// Appends the fields of an object to the object that was begun: replaces its opening brace by a comma.
 struct Spliced<'a> {
     out: &'a mut FrameBuilder,
     opened: bool,

@@ -1,7 +1,7 @@
 //! `natter.v1`: JSON text frames, and the JSON bodies of HTTP requests.
 //!
-//! Decoding reads one command from one text message without copying the body's text. The server writes JSON without
-//! needless white space, `op` first and `rid` next.
+//! Decoding reads one command from one text message. The text of a body is kept as it was sent. The server writes JSON
+//! without needless white space, `op` first and `rid` next.
 
 mod decode;
 mod encode;

@@ -1,4 +1,4 @@
-//! What is read and written, to the letter.
+//! The exact text that is read and written.
 
 use std::sync::Arc;
 
@@ -198,7 +198,7 @@ fn fields_with_body(mut fields: serde_json::Value) -> serde_json::Value {
     fields
 }
 
-/// What a client sent is not sent back to it at full length.
+/// A refusal does not repeat long input in full.
 #[test]
 fn complaints_are_short() {
     let long = "x".repeat(500_000);
@@ -232,7 +232,7 @@ fn a_byte_order_mark_before_json_is_dropped() {
     );
     assert_eq!(decode_read(bytes).unwrap(), "c");
     assert_eq!(decode_unread(bytes).unwrap().len(), 1);
-    // One is a mark; what is elsewhere is not.
+    // Only the first character, and only once, is taken as a byte order mark.
     for text in [
         format!("\u{feff}{marked}"),
         format!(" {marked}"),

@@ -1,4 +1,4 @@
-//! Erasing for good, over HTTP: rooms, and what users said.
+//! Erasing for good, over HTTP: rooms, and everything that users have sent.
 
 use axum::{
     Json,
@@ -18,27 +18,28 @@ use crate::{
     session::answers,
 };
 
-/// How far an erasure is.
+/// The state of an erasure.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct EraseReply {
-    /// Its name, for whoever looks into it.
+    /// The id of the erasure, for investigation.
     id: String,
-    /// `done`, or `running`: then it goes on whatever happens, and asking again is harmless.
+    /// `done` or `running`. If it is running, it goes on in any case, and a repeated request is harmless.
     #[schema(example = "done")]
     state: &'static str,
-    /// Messages that were erased, once it is done.
+    /// The number of messages that were erased, when it is done.
     #[serde(skip_serializing_if = "Option::is_none")]
     erased: Option<u64>,
-    /// Other regions that have not carried it out yet; they do when they can be reached.
+    /// Other regions that have not carried it out yet. They do so as soon as they can be reached.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     waiting: Vec<String>,
 }
 
 type Erased = Result<(StatusCode, Json<EraseReply>), HttpError>;
 
-/// Erase everything that was said in a room until now. Needs `moderate` there.
+/// Erase everything that was sent to a room until now. Needs `moderate` there.
 ///
-/// It is removed from MongoDB and from the streams of all regions, and its members are told by a message of kind `erase`.
+/// The messages are removed from MongoDB and from the streams of all regions. The members are told by a message of kind
+/// `erase`.
 #[utoipa::path(
     delete,
     path = "/v1/rooms/{room}",
@@ -77,11 +78,11 @@ pub(super) async fn room(
     ask.instrument(command_span("erase", &headers)).await
 }
 
-/// Erase everything that a user said until now, in all rooms where the token has `moderate`.
+/// Erase everything that a user has sent until now, in all rooms where the token has `moderate`.
 ///
-/// Messages, edits, reactions and annotations of theirs, and what others said about their messages; from MongoDB and from the
-/// streams of all regions. The rooms are told by a message of kind `erase`. What others wrote stays, also where it quotes or
-/// mentions the user.
+/// This includes the user's messages, edits, reactions and annotations, and the events of others that refer to the
+/// user's messages. They are removed from MongoDB and from the streams of all regions. The rooms are told by a message
+/// of kind `erase`. Messages of others stay, even if they quote or mention the user.
 #[utoipa::path(
     delete,
     path = "/v1/users/{user}/messages",

@@ -1,4 +1,4 @@
-//! What was said before, over HTTP: pages of rooms, and searches.
+//! History over HTTP: pages of rooms, and searches.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher as _},
@@ -28,14 +28,14 @@ use crate::{
     session::answers,
 };
 
-/// Longest `q`, in characters; and longest name of a user, in bytes.
+/// Maximum length of `q`, in characters, and of the name of a user, in bytes.
 const MAX_QUERY: usize = 256;
 
-/// Messages that a search finds at once: by default, and at most.
+/// Number of messages that a search returns: the default, and the maximum.
 const FOUND: usize = 20;
 const MAX_FOUND: usize = 100;
 
-/// Who asks, with what it takes to answer.
+/// The authorized caller of a request, and what is needed to answer it.
 pub(super) struct Asker {
     identity: Arc<Identity>,
     config: Arc<Config>,
@@ -67,24 +67,24 @@ fn query_of<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, HttpError> 
     Ok(query.0)
 }
 
-/// Which part of a room's history is wanted. At most one of `before`, `after` and `around`: a cursor, or a message as
-/// `<user>/<id>`, or `<id>` for an own one.
+/// Which part of a room's history to read. At most one of `before`, `after` and `around` may be given: a cursor, or a
+/// message as `<user>/<id>`, or `<id>` for an own one.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct PageQuery {
-    /// What is before this; it is not in the page itself.
+    /// The messages before this one, without it.
     before: Option<String>,
-    /// What is after this; it is not in the page itself. Empty: from the first message on.
+    /// The messages after this one, without it. If empty, from the first message on.
     after: Option<String>,
-    /// What is around this; it is in the page.
+    /// The messages around this one, with it.
     around: Option<String>,
-    /// At most this many messages, 1 to 200; 50 where it is absent. Large messages may make it fewer.
+    /// At most this many messages, 1 to 200; by default 50. Large messages may reduce the number.
     limit: Option<u64>,
     /// `asc` (default): the oldest of the page first; `desc`: the newest. The page is the same.
     order: Option<String>,
 }
 
-/// Read a page of what was said in a room.
+/// Read a page of a room's history.
 #[utoipa::path(
     get,
     path = "/v1/rooms/{room}/messages",
@@ -129,7 +129,7 @@ async fn page(
     answers::may_read_history(&asker.config, &asker.identity, &room)?;
     let page = HistoryOf::new(query.before, query.after, query.around, query.limit)?;
     let request = PageRequest::new(room, &asker.identity.user, page)?;
-    // Before the page is read: what is said meanwhile makes another tag the next time.
+    // The heads are read before the page, so a message that is stored in between leads to another tag next time.
     let heads = asker.history.heads(&request.room).await;
     let tag = heads.map(|heads| tag(&heads, &request, newest_first));
     if let Some(tag) = &tag
@@ -145,7 +145,7 @@ async fn page(
     Ok((caching(tag.as_deref()), Json(reply)).into_response())
 }
 
-/// The tag of an answer. A weak one: what it stands for is what is said, not its bytes.
+/// The ETag of an answer. It is weak: it identifies the content, not the bytes.
 fn tag(heads: &[Heads], request: &PageRequest, newest_first: bool) -> String {
     let mut question = DefaultHasher::new();
     (request, newest_first).hash(&mut question);
@@ -160,7 +160,7 @@ fn tag(heads: &[Heads], request: &PageRequest, newest_first: bool) -> String {
     format!("W/\"{}{:x}\"", heads.collect::<String>(), question.finish())
 }
 
-/// Who keeps an answer has to ask whether it still holds, and it is nobody else's.
+/// An answer may be stored only for its user, and must be revalidated before each use.
 fn caching(tag: Option<&str>) -> HeaderMap {
     let mut headers = HeaderMap::new();
     let private = HeaderValue::from_static("private, no-cache");
@@ -172,7 +172,7 @@ fn caching(tag: Option<&str>) -> HeaderMap {
     headers
 }
 
-/// Whether `If-None-Match` names the tag: weak comparison, lists, `*`. Our tags contain no comma.
+/// Whether `If-None-Match` names the tag: weak comparison, lists, `*`. The tags of natter contain no comma.
 fn is_known(headers: &HeaderMap, tag: &str) -> bool {
     let opaque = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
     let lines = headers.get_all(header::IF_NONE_MATCH).iter();
@@ -182,25 +182,25 @@ fn is_known(headers: &HeaderMap, tag: &str) -> bool {
     given.any(|given| given.trim() == "*" || opaque(given) == opaque(tag))
 }
 
-/// What is searched for; all that is named must fit, and something must be named.
+/// What to search for. A message must match everything that is given, and at least one thing must be given.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct SearchQuery {
     /// Words, or in scripts without spaces (and Korean) parts of words; at most 256 characters.
     q: Option<String>,
-    /// Said by this user.
+    /// Sent by this user.
     from: Option<String>,
-    /// Mentioning this user.
+    /// Mentions this user.
     mentions: Option<String>,
-    /// Answering this message, `<user>/<id>`; only in the search of one room.
+    /// Answers this message, `<user>/<id>`; only when one room is searched.
     reply_to: Option<String>,
     /// `next` of the page before.
     before: Option<String>,
-    /// At most this many messages, 1 to 100; 20 where it is absent.
+    /// At most this many messages, 1 to 100; by default 20.
     limit: Option<u64>,
 }
 
-/// Search what was said in a room.
+/// Search the messages of a room.
 #[utoipa::path(
     get,
     path = "/v1/rooms/{room}/search",
@@ -241,7 +241,7 @@ pub(super) async fn search_room(
     search.instrument(span).await
 }
 
-/// Search what was said in all rooms whose history the token may read.
+/// Search the messages of all rooms whose history the token may read.
 #[utoipa::path(
     get,
     path = "/v1/search",

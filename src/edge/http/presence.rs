@@ -18,18 +18,18 @@ use crate::{
     session::answers,
 };
 
-/// Which part of a list of users is wanted.
+/// Which part of a list of users to return.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
-    /// The user before the first one wanted: `next` of the page before.
+    /// The list continues after this user: `next` of the page before.
     after: Option<String>,
-    /// At most this many users, 1 to 1000; 100 where it is absent.
+    /// At most this many users, 1 to 1000; by default 100.
     limit: Option<u64>,
 }
 
 impl ListQuery {
-    /// The page that is wanted.
+    /// The requested page.
     pub(super) fn page(query: Result<Query<Self>, QueryRejection>) -> Result<PageOf, HttpError> {
         let Query(Self { after, limit }) =
             query.map_err(|error| HttpError::new(ErrorCode::BadRequest, error.body_text()))?;

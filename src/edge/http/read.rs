@@ -1,4 +1,4 @@
-//! Read markers over HTTP: who has read what, and how much is new.
+//! Read markers over HTTP: who has read up to where, and the numbers of unread messages.
 
 use axum::{
     Json,
@@ -21,7 +21,7 @@ use crate::{
     session::answers,
 };
 
-/// Bytes that one room may take in the list of a request for unread counts.
+/// Maximum size of one room in the list of a request for unread counts, in bytes.
 const ROOM_BYTES: u64 = 256;
 
 /// Who has read up to where in a room.
@@ -62,14 +62,14 @@ pub(super) async fn readers(
     ask.instrument(span).await
 }
 
-/// Where the user has read up to.
+/// Up to where the user has read.
 #[derive(Debug, ToSchema)]
 #[expect(
     dead_code,
     reason = "documents what `codec::native::decode_read` reads"
 )]
 pub(super) struct ReadRequest {
-    /// A cursor of the room; one beyond its newest message means that message.
+    /// A cursor of the room. A cursor beyond the newest message counts as that message.
     cursor: String,
 }
 
@@ -111,7 +111,7 @@ pub(super) async fn read(
     ask.instrument(span).await
 }
 
-/// Rooms to be counted.
+/// The rooms whose unread messages are to be counted.
 #[derive(Debug, ToSchema)]
 #[expect(
     dead_code,
@@ -123,7 +123,7 @@ pub(super) struct UnreadRequest {
     rooms: Vec<String>,
 }
 
-/// Count what the user has not read in rooms.
+/// Count the user's unread messages in rooms.
 #[utoipa::path(
     post,
     path = "/v1/unread",

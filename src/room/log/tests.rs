@@ -32,7 +32,7 @@ fn log(heads: &[Record], empty_at: u64, max_bytes: usize) -> RoomLog {
     RoomLog::new(&room(), vec![start("seoul", heads, empty_at)], max_bytes)
 }
 
-/// What the log counts for a message with an id of three bytes of which no frame was made.
+/// What the log counts for a message with an id of three bytes and no frame.
 fn one() -> usize {
     let mut log = log(&[], 0, 1 << 20);
     assert!(deliver(&mut log, &record(1, Class::Msg, "m10")));
@@ -62,7 +62,7 @@ fn deliver_in(log: &mut RoomLog, track: usize, record: &Record) -> bool {
     false
 }
 
-/// The sequences of what is in memory after a place.
+/// The sequences of the entries in memory after a place.
 fn after(log: &RoomLog, place: (u64, Fingerprint)) -> Vec<u64> {
     let frames = log.after(&here(vec![place]), 0).len();
     let mut newest: Vec<u64> = log.entries().map(|entry| entry.seq).collect();
@@ -94,7 +94,7 @@ fn gaps_are_seen_per_class() {
     assert_eq!(log.admit(0, Class::Msg, 5, Some(3)), Admission::Old);
     assert_eq!(log.admit(0, Class::Msg, 12, Some(11)), Admission::Gap);
     assert_eq!(log.admit(0, Class::Msg, 12, Some(5)), Admission::Deliver);
-    // The predecessor was erased: nothing between it and us.
+    // The predecessor was erased: nothing is missing in between.
     assert_eq!(log.admit(0, Class::Msg, 12, Some(2)), Admission::Deliver);
     assert!(deliver(&mut log, &record(12, Class::Msg, "c")));
     // Late: lost by the server, found by the comparison with the stream.
@@ -117,7 +117,7 @@ fn a_reference_is_delivered_once() {
 fn a_change_is_delivered_once_and_an_announcement_each_time() {
     let mut log = log(&[], 0, 1 << 20);
     assert!(deliver(&mut log, &record(1, Class::Msg, "a")));
-    // Its id is not one of a message.
+    // An event's id is not a message's id.
     assert!(deliver(&mut log, &record(2, Class::Ev, "a")));
     assert!(!deliver(&mut log, &record(3, Class::Ev, "a")));
     assert_eq!(log.position(0), 3);
@@ -137,7 +137,7 @@ fn what_the_own_stream_knows_itself_is_left_to_it() {
         vec![start("seoul", &[], 0), start("virginia", &[], 0)],
         1 << 20,
     );
-    // Their times are their sequences.
+    // Each message's time equals its sequence.
     for (track, seq, class, id) in [
         (0, 10, Class::Msg, "old"),
         (0, 20, Class::Msg, "new"),
@@ -208,8 +208,8 @@ fn an_empty_room_stands_where_the_stream_stood() {
 }
 
 proptest! {
-    /// Whatever is lost, repeated or late on the live path: with gaps filled from the stream every message is delivered
-    /// exactly once, in order, and every position within memory resumes to exactly what follows it.
+    /// Whatever is lost, repeated or late on the live path: if gaps are filled from the stream, every message is
+    /// delivered exactly once and in order. Resuming at any position in memory gives exactly what follows it.
     #[test]
     fn delivery_is_exactly_once_and_in_order(
         classes in prop::collection::vec(prop::bool::weighted(0.8), 1..60),
@@ -275,7 +275,7 @@ proptest! {
     }
 }
 
-/// Two regions' logs of a room, as an edge of either has them.
+/// The logs of two regions, as an edge of either region has them.
 fn two_tracks(max_bytes: usize) -> RoomLog {
     RoomLog::new(
         &room(),
@@ -284,7 +284,7 @@ fn two_tracks(max_bytes: usize) -> RoomLog {
     )
 }
 
-/// A message of a track that its sender sent after it had seen `seen` of the other.
+/// A message of a track. Its sender had seen the other track up to `seen`.
 fn said(track: usize, seq: u64, seen: u64) -> Record {
     let other = ["virginia", "seoul"][track];
     let after = (seen > 0).then(|| format!("{other}.k3.{seen}.1").parse().unwrap());
@@ -296,7 +296,7 @@ fn said(track: usize, seq: u64, seen: u64) -> Record {
 /// How long a message waits.
 const WAIT: Duration = Duration::from_secs(2);
 
-/// Takes a message in as a hub does; the frame has the room's cursor and, as its body, track and sequence.
+/// Takes a message in as a hub does. Its frame has the room's cursor and, as the body, track and sequence.
 fn take(log: &mut RoomLog, track: usize, record: Record, now: Instant, until: Instant) {
     if log.must_wait(track, &record, now) {
         log.hold(track, record, until);
@@ -336,7 +336,7 @@ fn frames_after(log: &RoomLog, since: &Since) -> Vec<(usize, u64, Cursor)> {
     frames.collect()
 }
 
-/// What a frame shows: track, sequence, cursor.
+/// The content of a frame: track, sequence, cursor.
 fn shown(frame: &Bytes) -> (usize, u64, Cursor) {
     let json: serde_json::Value =
         serde_json::from_slice(crate::wire::text_of(frame)).expect("a frame");
@@ -361,7 +361,7 @@ fn an_answer_waits_for_what_it_answers_and_no_longer_than_it_should() {
     assert_eq!(log.held_until(), Some(later));
     take(&mut log, 0, said(0, 5, 0), now, later);
     assert_eq!((log.position(0), log.position(1), log.held()), (5, 3, 0));
-    // What does not come in time is not waited for, by nobody that waits for the same.
+    // After a wait in vain, other messages don't wait for the same position.
     take(&mut log, 1, said(1, 4, 9), now, later);
     assert!(log.release(now, 10, WAIT).is_none());
     let (track, record) = log.release(later, 10, WAIT).unwrap();
@@ -375,16 +375,16 @@ fn an_answer_waits_for_what_it_answers_and_no_longer_than_it_should() {
     assert!(!log.must_wait(1, &by("lee", 8), later) && log.is_early(1, &by("lee", 8)));
     assert!(log.must_wait(1, &by("lee", 10), later));
     assert!(log.must_wait(1, &by("lee", 8), later + WAIT));
-    // Nothing more is waited for on the word of who claimed to have seen it, for a while.
+    // For a while, nothing waits because of the sender whose claim was in vain.
     assert!(!log.must_wait(1, &by("kim", 10), later + WAIT));
     assert!(log.must_wait(1, &by("kim", 10), later + WAIT * PATIENCE));
-    // Unless it comes: then they had seen it.
+    // Unless the message comes: then the sender had really seen it.
     show(&mut log, 0, &said(0, 9, 0));
     assert!(log.must_wait(1, &by("kim", 10), later));
-    // More than may wait: the first goes on.
+    // Too many are held: the first is released.
     take(&mut log, 1, by("lee", 10), now, later + WAIT);
     assert!(matches!(log.release(later, 0, WAIT), Some((1, _))));
-    // An origin that is not seen here, one of another epoch, or a place where nothing was said, is not waited for.
+    // Nothing waits for an unknown origin, another epoch, or a position without a message.
     for after in ["mars.k3.7.1", "seoul.q8.99.1", "seoul.k3.99.0"] {
         let mut record = by("park", 0);
         record.after = Some(after.parse().unwrap());
@@ -395,7 +395,7 @@ fn an_answer_waits_for_what_it_answers_and_no_longer_than_it_should() {
 
 #[test]
 fn where_nothing_was_said_nobody_is_behind() {
-    // Two edges that opened the room at different times; nobody has spoken in Virginia.
+    // Two edges that opened the room at different times. There is no message in Virginia.
     let head = record(7, Class::Msg, "m7");
     let opened = |empty_at| {
         let heads = std::slice::from_ref(&head);
@@ -410,7 +410,7 @@ fn where_nothing_was_said_nobody_is_behind() {
     let since = early.since_of(&late.cursor()).unwrap();
     assert!(!early.lags(&since));
     assert_eq!(early.ahead(&since), []);
-    // One who has seen a message there is ahead.
+    // A session that has seen a message there is ahead.
     let cursor = "seoul.k3.7.1_virginia.k3.5000.1".parse().unwrap();
     let since = early.since_of(&cursor).unwrap();
     assert!(early.lags(&since));
@@ -459,15 +459,15 @@ fn a_message_that_was_stored_in_two_regions_is_shown_once() {
         frames.map(|(t, seq, _)| (t, seq)).collect::<Vec<_>>()
     };
     assert_eq!(frames(0, 0), [(0, 1), (1, 2)]);
-    // Who has seen the other copy, in Virginia, is not shown this one.
+    // A session that has seen the other copy, in Virginia, does not get this one.
     assert_eq!(frames(0, 1), [(1, 2)]);
     assert_eq!(frames(1, 0), [(1, 2)]);
 }
 
 proptest! {
-    /// Edges of two regions deliver the same messages in different orders, each with its causes first. Whoever leaves one with the
-    /// cursor of any frame and resumes at the other gets the rest, each once, in the order of each region, and the cursors on
-    /// the way lead from any of them to the rest again.
+    /// Edges of two regions deliver the same messages in different orders, each message after its causes. A session
+    /// leaves one edge with the cursor of any frame and resumes at the other. It gets the rest, each message once and
+    /// in the order of each region. The cursors in those frames can be resumed from in the same way.
     #[test]
     fn a_cursor_of_one_edge_is_good_at_another(
         says in prop::collection::vec((any::<bool>(), any::<bool>()), 1..24),
@@ -476,7 +476,8 @@ proptest! {
     ) {
         let now = Instant::now();
         let never = now + std::time::Duration::from_secs(3600);
-        // Who speaks has seen all of its own region, and all of the other up to then or nothing.
+        // The sender has seen everything of its own region, and of the other region either everything so far or
+        // nothing.
         let mut streams: [Vec<Record>; 2] = Default::default();
         for (virginia, has_seen) in says {
             let track = usize::from(virginia);

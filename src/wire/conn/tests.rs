@@ -10,7 +10,7 @@ use tokio::{
 use super::*;
 use crate::wire::{ping_frame, pong_frame, text_frame};
 
-/// The longest that any test may take: for a hang, never for a measurement.
+/// Time limit of each test: it detects a hang, and measures nothing.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 fn on_shard<T>(test: impl Future<Output = T>) -> T {
@@ -32,10 +32,10 @@ fn limits(outbox_bytes: usize) -> Rc<ConnLimits> {
     })
 }
 
-/// A connection and its peer, with socket buffers as small as the kernel makes them, so that a few KiB block.
+/// A connection and its peer. The socket buffers are as small as the kernel allows, so that a few KiB block.
 async fn pair(limits: Rc<ConnLimits>) -> (Rc<Conn>, TcpStream) {
     let listener = TcpSocket::new_v4().unwrap();
-    // Inherited by what it accepts.
+    // Accepted sockets inherit this.
     listener.set_send_buffer_size(1).unwrap();
     listener
         .bind(SocketAddr::from(([127, 0, 0, 1], 0)))
@@ -49,12 +49,13 @@ async fn pair(limits: Rc<ConnLimits>) -> (Rc<Conn>, TcpStream) {
     );
     let (stream, _) = accepted.unwrap();
     stream.set_nodelay(true).unwrap();
-    // Until the runtime has seen it, a socket counts as not ready and the first write would not be tried.
+    // A socket does not count as writable until the runtime has seen it. Without this, the first write would not be
+    // attempted.
     stream.writable().await.unwrap();
     (Conn::new(stream, limits), peer.unwrap())
 }
 
-/// `n` with zeros in front up to `length`.
+/// `n`, padded with zeros up to `length`.
 fn numbered(n: usize, length: usize) -> String {
     let n = n.to_string();
     "0".repeat(length.saturating_sub(n.len())) + &n
@@ -64,7 +65,7 @@ fn frame(n: usize, length: usize) -> Bytes {
     text_frame(numbered(n, length).as_bytes())
 }
 
-/// Sends numbered frames until one is queued; the count.
+/// Sends numbered frames until one is queued. Returns their number.
 fn fill(conn: &Rc<Conn>, length: usize) -> usize {
     let mut n = 0;
     while conn.queued_bytes() == 0 {
@@ -75,16 +76,16 @@ fn fill(conn: &Rc<Conn>, length: usize) -> usize {
     n
 }
 
-/// What a peer read: texts, and at the end perhaps a close code.
+/// What a peer has read: texts, and perhaps a close code at the end.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
     texts: Vec<String>,
     close: Option<u16>,
-    /// Bytes of a last frame that is not whole.
+    /// Bytes of an incomplete last frame.
     torn: usize,
 }
 
-/// Takes a server's bytes apart, written without any code of the crate. Panics at what is no frame.
+/// Parses a server's bytes without any code of the crate. Panics if they are not frames.
 fn parse(mut bytes: &[u8]) -> Seen {
     let mut seen = Seen {
         texts: Vec::new(),
@@ -119,7 +120,7 @@ fn parse(mut bytes: &[u8]) -> Seen {
     seen
 }
 
-/// Everything until the end, and how the end was: `true` = orderly.
+/// Everything until the end, and whether the end was orderly.
 async fn read_all(peer: &mut TcpStream) -> (Seen, bool) {
     let mut bytes = Vec::new();
     let orderly = peer.read_to_end(&mut bytes).await.is_ok();
@@ -186,7 +187,7 @@ fn many_frames_complete_in_order_through_the_queue() {
             assert!(conn.outbox.borrow().is_none());
             yield_until("the writer ends", || Rc::weak_count(&conn) == 0).await;
             assert_eq!(Rc::strong_count(&conn), 1);
-            // And it works again after having been behind.
+            // It works again after having been behind.
             conn.send(&[frame(count, length)]);
             conn.close(Close::Normal);
             let (seen, orderly) = read.await.unwrap();
@@ -198,8 +199,8 @@ fn many_frames_complete_in_order_through_the_queue() {
     }
 }
 
-/// A first frame of every length shifts the place at which the socket is full over every byte of the frames after it; the
-/// peer reads in pieces of as many sizes.
+/// First frames of different lengths shift the point at which the socket is full over every byte of the later frames.
+/// The peer reads in pieces of different sizes.
 #[test]
 fn torn_at_every_byte_the_stream_stays_whole() {
     const LENGTH: usize = 61;
@@ -209,7 +210,7 @@ fn torn_at_every_byte_the_stream_stays_whole() {
         let at = on_shard(async {
             let (conn, mut peer) = pair(limits(1 << 20)).await;
             let shifted = text_frame(&vec![b'0'; shift]);
-            // In one vectored write: a small write of its own the kernel takes whole or not at all.
+            // In one vectored write: the kernel takes a separate small write either whole or not at all.
             let batch: Vec<Bytes> = std::iter::once(shifted.clone())
                 .chain((0..1000).map(|n| frame(n, LENGTH)))
                 .collect();
@@ -222,7 +223,7 @@ fn torn_at_every_byte_the_stream_stays_whole() {
             assert_eq!(torn, at != 0);
             let begun = batch.len() - conn.outbox.borrow().as_ref().unwrap().frames.len()
                 + usize::from(torn);
-            // The one sends all of the queue, the other only the rest of the torn frame.
+            // One reason sends all of the queue, the other only the rest of the torn frame.
             conn.close(reason);
             let expected = match reason {
                 Close::Draining => batch.len() - 1,
@@ -407,7 +408,7 @@ fn dropping_an_open_connection_drops_the_socket_and_ends_the_writer() {
         let (conn, mut peer) = pair(limits(1 << 20)).await;
         let sent = fill(&conn, 1000);
         conn.send(&[frame(sent, 1000), frame(sent + 1, 1000)]);
-        // Takes the place of the writer that `send` started, to be able to wait for it.
+        // Takes the place of the writer that `send` started, so that the test can wait for it.
         let writer = spawn_local(write_queue(Rc::downgrade(&conn)));
         tokio::task::yield_now().await;
         tokio::task::yield_now().await;
@@ -450,7 +451,7 @@ fn peer_reset_during_a_queued_write_wakes_everybody() {
         assert!(reader.await.unwrap());
         assert_eq!(conn.queued_bytes(), 0);
         assert_eq!(conn.closing(), None, "it died unasked");
-        // All of this is harmless now.
+        // All of this must be harmless now.
         conn.send(&[frame(0, 10)]);
         conn.check_stall(Instant::now() + DEADLINE * 10);
         conn.close(Close::Normal);
@@ -531,7 +532,7 @@ fn sessions_share_a_read_buffer() {
                     .read_with(&buffer, |bytes| {
                         got.extend_from_slice(bytes);
                         bytes.fill(0xEE);
-                        // Nothing of the buffer is in the way of answering from here.
+                        // The buffer is not borrowed by anything that sending needs.
                         conn.send(&[frame(bytes.len(), 10)]);
                         bytes.len()
                     })
@@ -614,13 +615,13 @@ fn close_ends_a_waiting_reader() {
     });
 }
 
-/// Bytes that the peer sends and nobody reads would turn the end into a reset, which may overtake the close frame.
+/// If bytes from the peer were not read, the end would be a reset, which could overtake the close frame.
 #[test]
 fn peer_that_keeps_sending_still_gets_the_close_frame() {
     on_shard(async {
         let (conn, mut peer) = pair(limits(1 << 20)).await;
         let sent = fill(&conn, 1000);
-        // More than the buffers hold, and the peer reads nothing before it is through.
+        // More than the buffers hold. The peer reads nothing before it has sent all of it.
         peer.try_write(&[1; 1000]).unwrap();
         conn.close(Close::Draining);
         peer.write_all(&vec![2; 8 << 20]).await.unwrap();
@@ -637,23 +638,23 @@ fn peer_that_keeps_sending_still_gets_the_close_frame() {
 #[test]
 fn grace_bounds_a_close_that_the_peer_does_not_follow() {
     on_shard(async {
-        // One that reads nothing,
+        // A peer that reads nothing,
         let (conn, mut peer) = pair(limits(1 << 20)).await;
         fill(&conn, 1000);
         conn.close_within(Close::Draining, Duration::from_millis(20));
         conn.closed().await;
         assert_eq!(conn.queued_bytes(), 0);
         assert!(!read_all(&mut peer).await.1, "reset");
-        // one that reads and never ends,
+        // a peer that reads and never ends,
         let (conn, mut peer) = pair(limits(1 << 20)).await;
         conn.close_within(Close::Draining, Duration::from_millis(20));
         conn.closed().await;
         let mut bytes = Vec::new();
-        // The close frame has come before the reset, but the kernel may have dropped it with it.
+        // The close frame was sent before the reset, but the kernel may have dropped it because of the reset.
         if peer.read_to_end(&mut bytes).await.is_ok() {
             assert_eq!(parse(&bytes).close, Some(4010));
         }
-        // and one that never stops sending.
+        // and a peer that never stops sending.
         let (conn, mut peer) = pair(limits(1 << 20)).await;
         let flood = spawn_local(async move { while peer.write_all(&[0; 10_000]).await.is_ok() {} });
         conn.close_within(Close::TooSlow, Duration::from_millis(20));
@@ -665,7 +666,7 @@ fn grace_bounds_a_close_that_the_peer_does_not_follow() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Bookkeeping of the queue against a flat copy of its bytes.
+    /// The bookkeeping of the queue, compared with a flat copy of its bytes.
     #[test]
     fn outbox_is_the_rest_of_the_bytes(
         lengths in prop::collection::vec(1_usize..20, 1..40),
@@ -685,7 +686,7 @@ proptest! {
             prop_assert_eq!(outbox.frames.iter().flatten().copied().collect::<Vec<u8>>(), &flat[written..]);
             prop_assert_eq!(outbox.torn, written != 0 && !ends.contains(&written));
         }
-        // Dropping the queue leaves whole frames on the wire.
+        // After the queue is dropped, the wire has whole frames.
         outbox.keep_torn_frame();
         let rest: Vec<u8> = outbox.frames.iter().flatten().copied().collect();
         prop_assert_eq!(outbox.bytes, rest.len());
@@ -694,7 +695,8 @@ proptest! {
         prop_assert!(outbox.frames.len() <= 1);
     }
 
-    /// Random batches, reads of random sizes at random moments: all of it arrives, in order, and then the close frame.
+    /// Random batches, and reads of random sizes at random times. Everything arrives, in order, followed by the close
+    /// frame.
     #[test]
     fn random_traffic_arrives_whole(
         batches in prop::collection::vec((1_usize..100, 1_usize..2000, any::<bool>()), 1..12),

@@ -71,7 +71,8 @@ fn decode_chunks<'a>(
     (got, Ok(()), decoder)
 }
 
-/// The same outcome whether the bytes come at once, one by one, or cut in two anywhere near either end.
+/// Checks that the outcome is the same whether the bytes come at once, one by one, or cut in two anywhere near either
+/// end.
 #[track_caller]
 fn check(bytes: &[u8], expected: &[Got], result: Result<(), Close>) {
     let near_an_end = (0..=bytes.len()).filter(|&at| at < 300 || bytes.len() - at < 300);
@@ -131,10 +132,10 @@ fn fragments_with_control_frames_between() {
         text("next"),
     ];
     check(&bytes, &expected, Ok(()));
-    // A character may be cut by a fragment boundary.
+    // A fragment boundary may cut a character.
     let bytes = [f(0x01, &[0xC3]), f(0x80, &[0xA9])].concat();
     check(&bytes, &[text("é")], Ok(()));
-    // All fragments empty.
+    // All fragments are empty.
     let bytes = [f(0x01, b""), f(0x00, b""), f(0x80, b"")].concat();
     check(&bytes, &[text("")], Ok(()));
 }
@@ -249,7 +250,7 @@ fn violations_close_with_their_code() {
     for (name, bytes, close) in table {
         println!("{name}");
         check(&bytes, &[], Err(close));
-        // What came before it counts, what comes after it does not.
+        // What came before it counts, and what comes after it does not.
         let bytes = [f(0x81, b"one"), f(0x81, b"two"), bytes, f(0x81, b"after")].concat();
         check(&bytes, &[text("one"), text("two")], Err(close));
     }
@@ -263,7 +264,7 @@ fn violations_are_seen_at_the_earliest_byte() {
         (&[0x80], Close::Protocol),
         (&[0x81, 5], Close::Protocol),
         (&[0x89, 0xFE], Close::Protocol),
-        // The limit at the length, with neither mask nor payload.
+        // The length is over the limit; neither mask nor payload has arrived.
         (&[0x81, 0xFF, 0, 0, 0, 0, 0, 1, 0x11, 0x71], Close::TooBig),
     ] {
         let (_, result, _) = decode_chunks(MAX, [bytes]);
@@ -304,7 +305,7 @@ fn nothing_after_a_close_frame_is_looked_at() {
     ]
     .concat();
     check(&bytes, &[text("before"), Got::Close(Some(1000))], Ok(()));
-    // Also inside a fragmented message, whose part is let go.
+    // Also inside a fragmented message, whose part is dropped.
     let bytes = [f(0x01, b"part"), f(0x88, b"")].concat();
     let (got, result, decoder) = decode_chunks(MAX, [&bytes[..]]);
     assert_eq!((got, result), (vec![Got::Close(None)], Ok(())));
@@ -350,7 +351,7 @@ fn memory_grows_with_what_came_and_not_with_what_was_announced() {
     assert_eq!(decoder.held_bytes(), 0, "the message was complete");
 }
 
-/// One thing a client sends: a text cut into fragments, with control frames before some of them.
+/// One thing that a client sends: a text cut into fragments, with control frames before some of them.
 #[derive(Debug, Clone)]
 struct Sent {
     text: String,
@@ -384,7 +385,7 @@ fn sent() -> impl Strategy<Value = Sent> {
         })
 }
 
-/// The bytes of `all` and what a server must see.
+/// The bytes of `all`, and what a server must see.
 fn encode(all: &[Sent]) -> (Vec<u8>, Vec<Got>) {
     let (mut bytes, mut expected) = (Vec::new(), Vec::new());
     for sent in all {
@@ -441,7 +442,7 @@ fn chunk_lengths() -> impl Strategy<Value = Vec<usize>> {
     )
 }
 
-/// What fastwebsockets makes of the same bytes.
+/// How fastwebsockets reads the same bytes.
 async fn fastwebsockets_reads(bytes: Vec<u8>, count: usize) -> Vec<Got> {
     let (mut client, server) = tokio::io::duplex(1024);
     let mut ws = WebSocket::after_handshake(server, Role::Server);
@@ -487,7 +488,7 @@ proptest! {
 
     #[test]
     fn arbitrary_bytes_never_panic_nor_hold_much(
-        // Half of the first bytes valid, so that it gets somewhere.
+        // Half of the first bytes are valid, so that the decoder gets further.
         parts in prop::collection::vec(
             prop_oneof![
                 prop::collection::vec(any::<u8>(), 0..40),
