@@ -8,6 +8,7 @@ doesn't is a failure:
     <!-- run: starts up -->              it starts a `natter up`, which must become ready and runs until the end of the page
     <!-- run: with up -->                the same as `run`, beside the `natter up` of the page (or one that is started for it)
     <!-- run: with up, for 3 s -->       it does not end by itself: must run for so long, and is then interrupted
+    <!-- run: with up, needs nats -->    only where there is a program of this name; listed as not run elsewhere
     <!-- not run: REASON -->             it is listed with the reason
 
 In a `console` block the commands are the lines that begin with `$ `. Blocks run with `bash -e -o pipefail`, in a copy of the
@@ -19,6 +20,7 @@ What differs from what a reader does, so that it needs no ports of its own and b
 - `natter up` takes free ports and prints JSON (`--port 0 --nats-port 0 --mongodb-port 0 --json`). The documented addresses
   (127.0.0.1:8080, :4222, :8090) are replaced in the blocks by those of that `up`; `tail`, `send` and `history export` get
   its `--url`, and other commands its servers by NATTER__NATS__URL and NATTER__MONGODB__URL. `natter edge` takes a free port.
+  The nats CLI gets its server by NATS_URL.
 - nats-server and mongod of `.natter/bin` are used where they were fetched before.
 - `$TOKEN` is the token that this `up` prints. curl fails on HTTP errors (`fail-with-body` in its configuration).
 
@@ -75,10 +77,12 @@ class Block:
         if found and found[1] == "not run" and what:
             self.run, self.reason = False, what
         elif found and found[1] == "run":
-            wanted = re.fullmatch(r"(?:(starts|with) up)?(?:,? ?for (\d+) s)?", what)
+            wanted = re.fullmatch(r"(?:(starts|with) up)?(?:,? ?needs (\w+))?(?:,? ?for (\d+) s)?", what)
             if wanted:
                 self.run, self.up, self.starts = True, wanted[1] == "with", wanted[1] == "starts"
-                self.seconds = int(wanted[2]) if wanted[2] else None
+                self.seconds = int(wanted[3]) if wanted[3] else None
+            if wanted and wanted[2] and not shutil.which(wanted[2]):
+                self.run, self.reason = False, f"needs {wanted[2]}, which is not here"
 
 
 def commands_of(text):
@@ -134,6 +138,7 @@ class Up:
             "TOKEN": self.up["token"],
             "NATTER_DOCS_URL": region["edges"][0]["ws"],
             "NATTER__NATS__URL": region["nats"],
+            "NATS_URL": region["nats"],
         }
         if self.up["mongodb"]:
             env["NATTER__MONGODB__URL"] = self.up["mongodb"]
