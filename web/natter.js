@@ -441,8 +441,8 @@ export class Natter extends EventTarget {
 }
 
 /**
- * Whether `marker` is at `cursor` or beyond, both of one room. To a client cursors are opaque; their wire form, which the
- * README documents (`origin.epoch.seq.fingerprint`, several joined with `_`), is needed only to compare them.
+ * Whether `marker` is at `cursor` or beyond, both of one room. To a client cursors are opaque; their wire form, which
+ * docs/protocol.md documents (`origin.epoch.seq.fingerprint`, several joined with `_`), is needed only to compare them.
  */
 export function reaches(marker, cursor) {
   const places = (text) => text.split("_").map((place) => place.split("."));

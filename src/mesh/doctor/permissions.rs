@@ -32,7 +32,7 @@ pub(super) async fn examine(
 ) -> Result<Vec<Finding>, ProvisionError> {
     let whose = Whose {
         what: "what an edge must",
-        advice: "allow it to the user, if edges use this one (README, Permissions)",
+        advice: "allow it to the user, if edges use this one (docs/operate.md, Permissions)",
     };
     compare(&config.nats, Needs::of_edges(config, regions), &whose).await
 }
@@ -46,7 +46,7 @@ pub(super) async fn examine_mirrors(
     let needs = Needs::of_mirrors(&nats, &config.region(), regions);
     let whose = Whose {
         what: "what helping mirrors on takes",
-        advice: "allow it to mirrors.user, or to that of nats where there is none (README, Permissions)",
+        advice: "allow it to mirrors.user, or to that of nats where there is none (docs/operate.md, Permissions)",
     };
     compare(&nats, needs, &whose).await
 }
