@@ -18,16 +18,17 @@ use crate::{
 /// Longest pause between two attempts to reconnect.
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(1);
 
-/// How often the server is asked for a sign of life; it is given up after two without.
+/// Interval of the pings to the server. After two unanswered pings the connection is given up.
 pub(super) const PING_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long one server may take to take us.
+/// Timeout for connecting to one server.
 pub(super) const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 
-/// How long the last bytes of a connection may take.
+/// Timeout for sending the last bytes of a connection.
 pub(super) const CLOSE_WITHIN: Duration = Duration::from_secs(1);
 
-/// The pause before an attempt to reconnect: it grows to a second, and is not the same for all who lost a server at once.
+/// The pause before an attempt to reconnect. It grows with the number of attempts up to [`MAX_RECONNECT_DELAY`], with
+/// jitter, so that clients that lost the same server do not return at once.
 pub(super) fn reconnect_delay(attempts: usize) -> Duration {
     let attempts = u32::try_from(attempts).unwrap_or(u32::MAX);
     let step = Duration::from_millis(50).saturating_mul(attempts);
@@ -35,8 +36,9 @@ pub(super) fn reconnect_delay(attempts: usize) -> Duration {
         .mul_f64(rand::random_range(0.5..1.0))
 }
 
-/// Where the answers to one connection go; two regions must never share one. Below `_INBOX.<user>`, so that a user's
-/// permissions can be limited to its own answers (wildcards of subjects are whole tokens).
+/// The prefix of the subjects on which a connection receives answers; two regions must never share one. It is below
+/// `_INBOX.<user>`, so that a user's permissions can be limited to its own answers (subject wildcards match whole
+/// tokens only).
 pub(crate) fn new_inbox(config: &config::Nats) -> String {
     let unique = ulid::Ulid::new().to_string().to_lowercase();
     if is_token(&config.user) {
@@ -59,7 +61,7 @@ pub(super) fn servers(config: &config::Nats) -> Result<Vec<ServerAddr>, ConnectE
     })
 }
 
-/// Who the configuration says we are.
+/// The identity given in the configuration.
 pub(super) enum Identity {
     Nobody,
     Password(String, String),
@@ -82,7 +84,7 @@ impl Identity {
     }
 }
 
-/// A NATS connection that reconnects by itself, for ever.
+/// A NATS connection that reconnects by itself, without limit.
 #[derive(Debug, Clone)]
 pub struct Connection {
     client: Client,
@@ -91,20 +93,20 @@ pub struct Connection {
     ended: CancellationToken,
 }
 
-/// NATS can't be used with what the configuration says.
+/// The configuration can't be used to connect to NATS.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The credentials file can't be used.
+    /// The credentials file can't be read.
     #[error("nats.creds_file: can't be used")]
     Credentials(#[source] std::io::Error),
-    /// The URL is none.
+    /// The URL can't be parsed.
     #[error("nats.url = {url:?}: not a list of NATS URLs")]
     Url {
         url: String,
         #[source]
         source: std::io::Error,
     },
-    /// The first attempt failed in a way that repeating can't mend, e.g. a malformed URL.
+    /// The first attempt failed with an error that a retry can't fix, e.g. a malformed URL.
     #[error("no connection to NATS at {url}")]
     Connect {
         url: String,
@@ -113,15 +115,15 @@ pub enum ConnectError {
 }
 
 impl Connection {
-    /// Opens a connection; it goes on trying in the background when the server does not answer.
+    /// Opens a connection. If the server does not answer, it keeps retrying in the background.
     ///
-    /// `name` is what `nats server report connections` shows. Each connection has an inbox prefix of its own.
+    /// `name` is shown by `nats server report connections`. Each connection has its own inbox prefix.
     ///
     /// # Errors
-    /// [`ConnectError`] where repeating can't help.
+    /// [`ConnectError`] if a retry can't help.
     pub async fn open(config: &config::Nats, name: &str) -> Result<Self, ConnectError> {
         let label = name.to_owned();
-        // The client drops the callback when it ends, in whatever way; nothing else tells of all of them.
+        // The client drops the callback when it ends, for whatever reason. No event reports all of these cases.
         let ended = CancellationToken::new();
         let end = ended.clone().drop_guard();
         let mut options = ConnectOptions::new()
@@ -162,39 +164,39 @@ impl Connection {
         })
     }
 
-    /// The client.
     pub(crate) fn client(&self) -> &Client {
         &self.client
     }
 
-    /// Messages one subscription holds before it drops.
+    /// Messages that one subscription buffers before it drops further ones.
     pub(super) fn subscription_capacity(&self) -> usize {
         self.subscription_capacity
     }
 
-    /// Whether the connection is up, as far as is known: a peer that vanished is noticed after some seconds.
+    /// Whether the connection is up, as far as is known: it takes some seconds to notice that a peer has vanished.
     #[must_use]
     pub fn is_up(&self) -> bool {
         !self.ended.is_cancelled() && self.client.connection_state() == State::Connected
     }
 
-    /// Waits until the connection has ended for good: it was closed, or its client panicked. Whatever servers do, refuse or say
-    /// does not end it. Cancel-safe.
+    /// Waits until the connection has ended for good: it was closed, or its client panicked. Server errors and
+    /// disconnects do not end it. Cancel-safe.
     pub async fn ended(&self) {
         self.ended.cancelled().await;
     }
 
-    /// How often a connection was established. It is counted before the first message of the new connection can arrive, so
-    /// a message read under an unchanged generation has no reconnect before it.
+    /// How many times a connection was established. It is incremented before the first message of the new connection
+    /// can arrive. So if the generation has not changed when a message is read, there was no reconnect before that
+    /// message.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.statistics.connects.load(Ordering::SeqCst)
     }
 
-    /// Returns when the server has processed everything that this connection sent before, by asking something that nobody
-    /// answers: the server itself says so at once.
+    /// Returns when the server has processed everything that was sent before on this connection. It sends a request to
+    /// a subject without subscribers, which the server answers at once.
     pub async fn round_trip(&self, subject: &str) {
-        // Any answer will do, also "no responders".
+        // Any answer will do, including "no responders".
         let answered = self
             .client
             .request(subject.to_owned(), bytes::Bytes::new())
@@ -203,10 +205,10 @@ impl Connection {
         tracing::trace!(answered, "round trip");
     }
 
-    /// Sends what is still in the client's buffer and ends the connection. Without NATS there is nobody to send it to.
+    /// Flushes the client's buffer and ends the connection. While the connection is down, nothing is flushed.
     pub async fn close(&self) {
         let close = async {
-            // Either error means that the connection has ended already.
+            // Either error means that the connection has already ended.
             self.client.flush().await.is_ok() && self.client.drain().await.is_ok()
         };
         let clean = self.is_up() && timeout(CLOSE_WITHIN, close).await.unwrap_or(false);

@@ -1,4 +1,4 @@
-//! Counting messages after a place: many small direct gets in flight at once.
+//! Counts messages after a position, with many small direct gets in flight at once.
 
 use async_nats::{Message, StatusCode};
 use futures_util::StreamExt;
@@ -7,25 +7,24 @@ use tokio::time::timeout;
 use super::{ReadError, Reader, direct_get::pending_of};
 use crate::subject::direct_get;
 
-/// Counts in flight at once. The server works on a connection's direct gets one after the other: more would only wait there.
+/// Counts in flight at once. The server answers a connection's direct gets one after the other, so more would only wait
+/// there.
 const IN_FLIGHT: usize = 64;
 
-/// What is to be counted: the messages of one subject after a sequence.
+/// A count to make: the messages of one subject after a sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Newer {
-    /// The stream.
     pub stream: String,
-    /// The subject.
     pub subject: String,
-    /// The sequence after which they count.
+    /// Messages after this sequence are counted.
     pub after: u64,
 }
 
 impl Reader {
-    /// How many messages there are of each of `wanted`, in the same order. One request each, over one subscription.
+    /// Counts the messages for each of `wanted`, in the same order: one request each, over one subscription.
     ///
     /// # Errors
-    /// [`ReadError`] of the first one that fails.
+    /// The first [`ReadError`] that occurs.
     pub async fn count_newer(&self, wanted: &[Newer]) -> Result<Vec<u64>, ReadError> {
         let mut counts: Vec<Option<u64>> = vec![None; wanted.len()];
         let Some(first) = wanted.first() else {
@@ -63,7 +62,8 @@ impl Reader {
         }
         let mut missing = wanted.len();
         while missing > 0 {
-            // Each answer has the time of a read: many counts take longer than one, and a server that is gone shows.
+            // The timeout is per answer: many counts take longer than one read, and a server that is gone is still
+            // noticed.
             let answer = timeout(self.timeout(), answers.next())
                 .await
                 .map_err(timed_out)?;
@@ -73,7 +73,7 @@ impl Reader {
             let Some((number, newer)) = number.and_then(|n| Some((n, wanted.get(n)?))) else {
                 continue;
             };
-            // What comes after the first answer is the end of its batch.
+            // Messages after the first answer only end its batch.
             let Some(count @ None) = counts.get_mut(number) else {
                 continue;
             };
@@ -87,7 +87,7 @@ impl Reader {
     }
 }
 
-/// What the first answer says: the message and how many match after it, or that there is none.
+/// Reads the first answer: a message with the number of matches after it, or "not found".
 fn counted(answer: &Message, stream: &str) -> Result<u64, ReadError> {
     match answer.status {
         None => Ok(pending_of(answer).unwrap_or_default() + 1),

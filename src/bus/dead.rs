@@ -1,4 +1,4 @@
-//! Dead letters: messages that history can't write, kept in a stream of their own with the reason.
+//! Dead letters: messages that the history service can't write, kept in their own stream with the reason.
 
 use std::time::Duration;
 
@@ -31,36 +31,36 @@ pub struct DeadLetters {
     timeout: Duration,
 }
 
-/// A message that could not be written.
+/// A message that could not be written to history.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {
-    /// Its sequence among the dead letters.
+    /// Its sequence in the stream of dead letters.
     pub number: u64,
-    /// When it was given up, in ms since 1970.
+    /// When it became a dead letter, in ms since 1970.
     pub at: u64,
-    /// Why.
+    /// Why it can't be written.
     pub reason: String,
-    /// The subject under which its stream had it.
+    /// Its subject in its own stream.
     pub subject: String,
-    /// The incarnation of that stream.
+    /// The epoch of its own stream.
     pub epoch: Epoch,
-    /// The message's sequence in it.
+    /// Its sequence in its own stream.
     pub seq: u64,
-    /// When the stream stored it, in ms since 1970.
+    /// When its own stream stored it, in ms since 1970.
     pub ts: u64,
     /// The message as it was published.
     pub payload: Bytes,
-    /// The same as a message of a room, if it is one.
+    /// The same as a room's message, if it is one.
     pub stored: Option<Stored>,
 }
 
 /// A dead letter could not be written or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum LetterError {
-    /// No answer in time; also while NATS is away.
+    /// No answer in time, or NATS can't be reached.
     #[error("stream {stream} did not answer within {waited:?}")]
     Timeout { stream: String, waited: Duration },
-    /// The stream, or who should answer for it, says no.
+    /// The server or the stream answered with an error, or nobody serves the stream.
     #[error("stream {stream}: {problem}")]
     Refused { stream: String, problem: String },
 }
@@ -80,10 +80,10 @@ impl DeadLetters {
         }
     }
 
-    /// Keeps a message of `stream` with the reason why it can't be written. Once, however often it is repeated.
+    /// Keeps a message of `stream` with the reason why it can't be written. Retries are deduplicated.
     ///
     /// # Errors
-    /// [`LetterError`]: it may be kept or not.
+    /// [`LetterError`]. The message may have been kept.
     pub async fn keep(
         &self,
         delivery: &Delivery,
@@ -104,7 +104,7 @@ impl DeadLetters {
             .unwrap_or_default();
         let mut headers = HeaderMap::new();
         for (name, values) in message.headers.iter().flat_map(HeaderMap::iter) {
-            // What was said to the message's own stream is not for this one.
+            // These headers were instructions for the message's own stream.
             let for_stream = AsRef::<str>::as_ref(name).starts_with("Nats-");
             for value in values.iter().filter(|_| !for_stream) {
                 headers.append(name.clone(), value.clone());
@@ -124,7 +124,7 @@ impl DeadLetters {
         self.in_time(kept).await.map(|_ack| ())
     }
 
-    /// Some dead letters from a number on, the oldest first, and how many are after them.
+    /// A page of dead letters from `from` on, oldest first, and the number of letters after it.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -142,7 +142,7 @@ impl DeadLetters {
         Ok((letters, after.unwrap_or_default()))
     }
 
-    /// How many there are.
+    /// The number of dead letters.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -223,7 +223,7 @@ impl DeadLetters {
     }
 }
 
-/// The value of [`header::PLACE`]: where and when the message was stored by its own stream.
+/// The value of [`header::PLACE`]: position and time of the message in its own stream.
 struct StoredAt {
     epoch: Epoch,
     seq: u64,
@@ -243,7 +243,7 @@ impl StoredAt {
     }
 }
 
-/// As a header may have it.
+/// Makes a text fit for a header: one line, of bounded length.
 fn one_line(text: &str) -> String {
     const MOST: usize = 500;
     let plain = |c: char| if c.is_control() { ' ' } else { c };

@@ -24,23 +24,23 @@ use crate::{
     telemetry::metrics::{Counter, Histogram, count, record},
 };
 
-/// Most subjects one `multi_last` may name (nats-server 2.15: 1,024).
+/// Most subjects that one `multi_last` request may name, as of nats-server 2.15.
 pub const MAX_HEADS: usize = 1024;
 
-/// Bytes asked for in one page: there is no flow control within one.
+/// Bytes requested per page, since there is no flow control within a page.
 const PAGE_BYTES: usize = 1 << 20;
 
-/// Messages asked for in one page.
+/// Messages requested per page.
 const PAGE_MESSAGES: usize = 1000;
 
-/// Reads streams over a connection of its own: the server answers a connection's direct gets one after the other inside
-/// its read loop, so a replay on the live connection would delay live messages.
+/// Reads streams over its own connection. The server answers a connection's direct gets one after the other inside its
+/// read loop, so a replay on the live connection would delay live messages.
 #[derive(Debug, Clone)]
 pub struct Reader {
     connection: Connection,
     subjects: Subjects,
     timeout: Duration,
-    /// Requests in flight.
+    /// Bounds the requests in flight.
     turns: Arc<Semaphore>,
 }
 
@@ -58,17 +58,17 @@ pub struct Stored {
 pub struct Page {
     /// Messages in stream order.
     pub records: Vec<Record>,
-    /// Matching messages after the last one, at the time of the read.
+    /// Matching messages after the last one, when the page was read.
     pub pending: u64,
 }
 
-/// A read did not succeed.
+/// A read failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// No answer in time; also while NATS is away.
+    /// No answer in time, or NATS can't be reached.
     #[error("stream {stream} did not answer a read within {waited:?}")]
     Timeout { stream: String, waited: Duration },
-    /// Nobody serves the stream: it does not exist, or has no leader.
+    /// Nobody serves the stream: it does not exist, or it has no leader.
     #[error("stream {stream} is not there or has no leader")]
     NoStream { stream: String },
     /// The server answered with an error.
@@ -102,25 +102,25 @@ impl Reader {
         }
     }
 
-    /// The connection it reads over.
+    /// The connection over which it reads.
     #[must_use]
     pub fn connection(&self) -> &Connection {
         &self.connection
     }
 
-    /// How long one read may take.
+    /// The timeout of one read.
     pub(super) fn timeout(&self) -> Duration {
         self.timeout
     }
 
-    /// Waits for a turn to read.
+    /// Waits for one of the requests in flight to end.
     pub(super) async fn turn(&self) -> Result<SemaphorePermit<'_>, ReadError> {
         // The semaphore is never closed.
         let turn = self.turns.acquire().await;
         turn.map_err(|_closed| ReadError::Closed)
     }
 
-    /// The last message of each of `subjects` that has one, in no particular order.
+    /// The last message of each of `subjects`, in no particular order. Subjects without a message are left out.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -134,8 +134,9 @@ impl Reader {
         self.stored(&messages, stream, epoch)
     }
 
-    /// As [`Self::heads`], over a line. Over the line of a live subscription the answer comes after the server has processed that
-    /// subscription: nothing falls between the heads and the first live message.
+    /// Like [`Self::heads`], over a line. If this is the line of a live subscription that was made before, the server
+    /// answers after it has processed that subscription: no message is lost between the heads and the first live
+    /// message.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -159,10 +160,10 @@ impl Reader {
         stored.filter_map(Result::transpose).collect()
     }
 
-    /// A page of a room's log from sequence `from` on.
+    /// A page of a room's log, starting at sequence `from`.
     ///
-    /// A stream that is trimmed meanwhile answers with what is left: a caller that must not miss anything checks afterwards
-    /// that the stream still reaches back to where it began to read.
+    /// If the stream is trimmed meanwhile, the page contains what is left. A caller that must not miss a message checks
+    /// afterwards that the stream still reaches back to where the read began.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -189,8 +190,8 @@ impl Reader {
         })
     }
 
-    /// The last messages of a room's log, at most `most` of those stored within `within` (of fewer, when there are more than
-    /// that: the time is shortened until they fit).
+    /// The messages of a room's log that were stored in the last `within`, at most `most`. If there are more, the time
+    /// is shortened until they fit; once it is below one second, the first `most` of that time are returned.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -220,7 +221,7 @@ impl Reader {
         }
     }
 
-    /// A page of several rooms' logs, as far as messages are a room's at all; with the matches after it.
+    /// A page of several rooms' logs, without messages that are not a room's, and the number of matches after it.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -236,7 +237,7 @@ impl Reader {
         Ok((stored, end.unwrap_or_default()))
     }
 
-    /// Messages of one filter from sequence `from` on, and how many match after them.
+    /// A page of messages that match a filter, starting at sequence `from`, and the number of matches after it.
     pub(super) async fn raw_page(
         &self,
         stream: &str,
@@ -252,7 +253,7 @@ impl Reader {
         self.get(stream, &request).await
     }
 
-    /// The first message of one filter from sequence `from` on.
+    /// The first message that matches a filter at sequence `from` or later.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -269,7 +270,7 @@ impl Reader {
         Ok(first.map(|stored| stored.record))
     }
 
-    /// The first message of one filter that was stored at `ts` (ms since 1970) or later.
+    /// The first message that matches a filter and was stored at `ts` (ms since 1970) or later.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -288,7 +289,7 @@ impl Reader {
         Ok(first.map(|stored| stored.record))
     }
 
-    /// The message at `seq`, whatever room it belongs to.
+    /// The message at `seq`, in any room.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -298,8 +299,8 @@ impl Reader {
         epoch: Epoch,
         seq: u64,
     ) -> Result<Option<Stored>, ReadError> {
-        // Where a room stood before its stream's first message. The server takes a 0 for a field that is absent, and refuses
-        // a request without any.
+        // 0 is the position before a stream's first message. The server treats a 0 as an absent field and refuses a
+        // request without any field.
         if seq == 0 {
             return Ok(None);
         }
@@ -322,7 +323,7 @@ impl Reader {
         stored.filter_map(Result::transpose).collect()
     }
 
-    /// Reads one stored message. `None`: its subject is not a room's, which it can only be if somebody published it by hand.
+    /// Reads one stored message. `None` if its subject is not a room's, which happens only if it was published by hand.
     fn read<'a>(
         &self,
         subject: Option<&str>,
@@ -346,7 +347,8 @@ impl Reader {
         }))
     }
 
-    /// Sends a direct get and collects its answers: messages, and what the end of a batch says is pending.
+    /// Sends a direct get and collects its answers: the messages, and the number of pending ones from the end of the
+    /// batch.
     pub(super) async fn get(
         &self,
         stream: &str,
@@ -404,13 +406,13 @@ impl Reader {
     }
 }
 
-/// Asks for the last message of each of `subjects`.
+/// A request for the last message of each of `subjects`.
 fn multi_last(subjects: &[String]) -> serde_json::Value {
     debug_assert!(subjects.len() <= MAX_HEADS, "the server refuses more");
     serde_json::json!({ "multi_last": subjects, "batch": MAX_HEADS })
 }
 
-/// Why a read over a line has no answer.
+/// Translates the error of a read over a line.
 fn unanswered(error: LineError, stream: &str) -> ReadError {
     let stream = stream.to_owned();
     match error {
@@ -430,7 +432,7 @@ fn unanswered(error: LineError, stream: &str) -> ReadError {
     }
 }
 
-/// What a message or the end of a batch says of matches after it.
+/// The number of later matches, as a message or the end of a batch gives it.
 pub(super) fn pending_of(message: &Message) -> Option<u64> {
     last(message.headers.as_ref()?, header::NUM_PENDING)?
         .parse()

@@ -1,4 +1,5 @@
-//! Removing messages from the region's streams, for good: by room, one by one, and saying so in the room.
+//! Removes messages from the region's streams for good: all of a room or single ones. Announces the removal in the
+//! room.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,14 +21,14 @@ use crate::{
     subject::{FROM_NATTER, Subjects, api, dead_stream, header, rooms_stream},
 };
 
-/// How long JetStream may take to purge: it looks at every block of the stream.
+/// Timeout of a purge. JetStream reads every block of the stream for it.
 const PURGE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Reads of a stream with several copies after which a message is believed not to be there, and the pause between them.
 const READS: u32 = 5;
 const BETWEEN_READS: Duration = Duration::from_millis(100);
 
-/// Messages removed at once.
+/// Deletes in flight at once.
 const DELETES_IN_FLIGHT: usize = 16;
 
 /// Removes messages from the streams of the region; cheap to clone.
@@ -40,33 +41,32 @@ pub struct Eraser {
     timeout: Duration,
 }
 
-/// A message that may have to go, as far as is needed to tell.
+/// A message that may have to be erased, with the fields needed to decide.
 #[derive(Debug)]
 pub struct Candidate {
     /// Its sequence in the stream that was read.
     pub seq: u64,
     /// Its room.
     pub room: RoomId,
-    /// When the rooms' stream stored it, in ms since 1970.
+    /// When the room's stream stored it, in ms since 1970.
     pub ts: u64,
-    /// Who said it.
+    /// The sender.
     pub from: String,
-    /// Under which id.
+    /// The sender's id of the message.
     pub id: String,
-    /// What it is about, if it is an edit, a delete, a reaction or an annotation.
+    /// The message it refers to, if it is an edit, a delete, a reaction or an annotation.
     pub target: Option<String>,
-    /// What it is.
     pub kind: Kind,
 }
 
 impl Candidate {
-    /// What identifies it: `<room>/<user>/<id>`.
+    /// Its key: `<room>/<user>/<id>`.
     #[must_use]
     pub fn key(&self) -> String {
         message_key(self.room.as_str(), &self.from, &self.id)
     }
 
-    /// The message that it is about, with its author.
+    /// The message it refers to, with that message's author.
     #[must_use]
     pub fn target(&self) -> Option<Reference> {
         let target = Reference::parse(self.target.as_deref()?).ok()?;
@@ -77,7 +77,7 @@ impl Candidate {
     }
 }
 
-/// A way through a stream, from its beginning to what was its end.
+/// A read of a stream, from its beginning to the end it had when the read began (dead letters: to the current end).
 #[derive(Debug)]
 pub struct Scan {
     stream: String,
@@ -86,25 +86,25 @@ pub struct Scan {
     end: u64,
 }
 
-/// Messages could not be removed, or nobody knows.
+/// Messages were not removed, or the outcome is unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum EraseError {
-    /// No answer in time; also while NATS is away.
+    /// No answer in time, or NATS can't be reached.
     #[error("stream {stream} did not answer within {waited:?}")]
     Timeout { stream: String, waited: Duration },
-    /// The server said no.
+    /// The server answered with an error.
     #[error("stream {stream} refused: {problem}")]
     Refused { stream: String, problem: String },
-    /// What is to be removed can't be read.
+    /// The messages to remove can't be read.
     #[error("what is to be erased can't be read")]
     Read(#[from] ReadError),
-    /// The stream's state can't be known.
+    /// The state of the stream is not known.
     #[error("what is to be erased can't be found")]
     Stream(#[from] StreamError),
 }
 
 impl Eraser {
-    /// For the streams of `streams`; asks over `connection`, reads over the reader's own.
+    /// An eraser for `streams`. It sends requests over `connection`; reads use the reader's own connection.
     #[must_use]
     pub fn new(
         connection: Connection,
@@ -121,7 +121,7 @@ impl Eraser {
         }
     }
 
-    /// The same for the streams of another origin, as this region mirrors them.
+    /// The same for the streams of another origin, as they are mirrored in this region.
     #[must_use]
     pub fn of(&self, streams: Arc<Streams>) -> Self {
         Self {
@@ -130,14 +130,14 @@ impl Eraser {
         }
     }
 
-    /// How many partitions there are.
+    /// The number of partitions.
     #[must_use]
     pub fn partitions(&self) -> u16 {
         self.streams.partitions()
     }
 
-    /// What time it is for the stream of `part`, in ms since 1970: what it has stored has at most this time, and what it
-    /// stores from the next millisecond on has more.
+    /// The clock of the stream of `part`, in ms since 1970. Everything it has stored has at most this time; everything
+    /// it stores from the next millisecond on has a later one.
     ///
     /// # Errors
     /// [`EraseError`].
@@ -151,16 +151,17 @@ impl Eraser {
         Ok(ts.unwrap_or_else(unix_ms))
     }
 
-    /// Removes what the room's stream stored of it up to the time `before`, and how many that were.
+    /// Removes the messages of `room` that its stream stored up to the time `before`. Returns how many.
     ///
     /// # Errors
-    /// [`EraseError`]; repeating it is harmless.
+    /// [`EraseError`]. It is safe to retry.
     pub async fn purge_room(&self, room: &RoomId, before: u64) -> Result<u64, EraseError> {
         let origin = self.streams.origin();
         let part = partition_of(room, self.streams.partitions());
         let stream = rooms_stream(origin, part);
         let filter = self.subjects.stored_all(origin, part, room);
-        // First the end of the stream, then what is to stay: a message that comes in between is found, or lies beyond the end.
+        // First the end of the stream, then the first message to keep: a message stored in between is either found or
+        // lies after that end.
         let end = self.streams.fetch(part).await?.last_seq;
         let stays = self
             .reader
@@ -175,7 +176,7 @@ impl Eraser {
         Ok(purged)
     }
 
-    /// Begins to read what the stream of `part` holds now.
+    /// Begins to read the current content of the stream of `part`.
     ///
     /// # Errors
     /// [`EraseError`].
@@ -189,7 +190,7 @@ impl Eraser {
         })
     }
 
-    /// Begins to read what the stream of a room holds of it now.
+    /// Begins to read the current messages of a room in its stream.
     ///
     /// # Errors
     /// [`EraseError`].
@@ -202,8 +203,7 @@ impl Eraser {
         })
     }
 
-    /// The message at `seq` of the stream of `room`, if there is one. A copy of the stream that lags finds nothing: where there
-    /// are several copies, nothing is believed only after [`READS`] reads.
+    /// The message at `seq` of the stream of `room`, if it exists.
     ///
     /// # Errors
     /// [`EraseError`].
@@ -224,10 +224,10 @@ impl Eraser {
         }
     }
 
-    /// Removes the message at `seq` of the stream of `room`, if that is the one that is meant; whether it was.
+    /// Removes the message at `seq` of the stream of `room` if `is_meant` accepts it. Returns whether it did.
     ///
     /// # Errors
-    /// [`EraseError`]; repeating it is harmless.
+    /// [`EraseError`]. It is safe to retry.
     pub async fn remove_one(
         &self,
         room: &RoomId,
@@ -256,10 +256,10 @@ impl Eraser {
         }
     }
 
-    /// The next messages of a scan, as far as they are a room's; `None` at the end.
+    /// The next page of a scan, without messages that are not a room's; `None` at the end.
     ///
     /// # Errors
-    /// [`EraseError`]; the scan can go on.
+    /// [`EraseError`]. The scan can be continued.
     pub async fn candidates(&self, scan: &mut Scan) -> Result<Option<Vec<Candidate>>, EraseError> {
         if scan.next > scan.end {
             return Ok(None);
@@ -282,10 +282,10 @@ impl Eraser {
         Ok(Some(candidates.collect()))
     }
 
-    /// Removes messages of a scan, and overwrites their data.
+    /// Removes messages of a scan and overwrites their data.
     ///
     /// # Errors
-    /// [`EraseError`]; some may be removed, and repeating it is harmless.
+    /// [`EraseError`]. Some messages may have been removed; it is safe to retry.
     pub async fn remove(&self, scan: &Scan, doomed: &[Candidate]) -> Result<(), EraseError> {
         for some in doomed.chunks(DELETES_IN_FLIGHT) {
             let deletes = some.iter().map(|one| self.delete(&scan.stream, one.seq));
@@ -294,16 +294,16 @@ impl Eraser {
         Ok(())
     }
 
-    /// What a message of a stream of rooms, or of dead letters, is.
+    /// Reads a message of a room's stream, or a dead letter.
     fn candidate(&self, message: &Message) -> Option<Candidate> {
         let headers = message.headers.as_ref()?;
         let subject = last(headers, header::SUBJECT)?;
-        // A dead letter lies under its old subject, below another word.
+        // A dead letter keeps its old subject behind another prefix.
         let dead = self.subjects.dead_stored(subject);
         let subject = self
             .subjects
             .parse_stored(dead.as_deref().unwrap_or(subject))?;
-        // Neither epoch nor body matters here.
+        // Epoch and body are not used here.
         let epoch = self.streams.known(0).epoch;
         let record = Record::stored(pairs(headers), Bytes::new(), subject.class, epoch).ok()?;
         let said = last(headers, header::PLACE).filter(|_| dead.is_some());
@@ -319,7 +319,7 @@ impl Eraser {
         })
     }
 
-    /// Removes one message and overwrites its data; well too if it is not there any more.
+    /// Removes one message and overwrites its data. It is not an error if the message is already gone.
     async fn delete(&self, stream: &str, seq: u64) -> Result<(), EraseError> {
         let request = serde_json::json!({ "seq": seq, "no_erase": false });
         let asked = self
@@ -341,11 +341,11 @@ impl Eraser {
         }
     }
 
-    /// Says in a room that messages were erased: `body` says which. Repeated with the same `id` it is said once. The sequence
-    /// of what was said.
+    /// Announces in a room that messages were erased; `body` says which. A retry with the same `id` is deduplicated.
+    /// Returns the sequence of the announcement.
     ///
     /// # Errors
-    /// [`EraseError`]; it may have been said all the same.
+    /// [`EraseError`]. The announcement may have been stored.
     pub async fn announce(&self, room: &RoomId, id: &str, body: String) -> Result<u64, EraseError> {
         let origin = self.streams.origin();
         let part = partition_of(room, self.streams.partitions());
@@ -397,7 +397,7 @@ async fn in_time<T>(
 }
 
 impl Reader {
-    /// The first sequence of a filter that was stored at `ts` (ms since 1970) or later.
+    /// The first sequence that matches a filter and was stored at `ts` (ms since 1970) or later.
     async fn first_since(
         &self,
         stream: &str,

@@ -1,6 +1,6 @@
-//! JetStream's API as far as it is needed here: one request, and what is used of the answers.
+//! The part of JetStream's API that is used here: one kind of request, and the needed fields of the answers.
 //!
-//! An answer is an object with what was asked for, or with the key `error`. Deadlines are the callers'.
+//! An answer is an object with either the result or the key `error`. Callers set the deadlines.
 
 use std::collections::HashMap;
 
@@ -10,24 +10,24 @@ use serde::{Deserialize, de::DeserializeOwned};
 
 use super::Connection;
 
-/// Why JetStream refuses.
+/// An error of JetStream.
 #[derive(Debug, Deserialize)]
 pub(super) struct ApiError {
-    /// As of HTTP.
+    /// As in HTTP.
     pub(super) code: u16,
-    /// nats-server's own (`errors.json`).
+    /// The code of nats-server (`errors.json`).
     #[serde(default)]
     pub(super) err_code: u32,
     #[serde(default)]
     pub(super) description: String,
 }
 
-/// A request without an answer of use.
+/// A request failed.
 #[derive(Debug)]
 pub(super) enum Problem {
-    /// JetStream says no.
+    /// JetStream answered with an error.
     Refused(ApiError),
-    /// The request could not be sent, nobody answers it, or the answer can't be read.
+    /// The request could not be sent, nobody answered it, or the answer can't be read.
     Failed(String),
 }
 
@@ -52,16 +52,16 @@ impl From<serde_json::Error> for Problem {
     }
 }
 
-/// Where a message was stored.
+/// The acknowledgement of a publish.
 #[derive(Debug)]
 pub(super) struct PubAck {
     pub(super) seq: u64,
-    /// It was stored before.
+    /// The message had been stored before.
     pub(super) duplicate: bool,
 }
 
 impl PubAck {
-    /// What a stream answers to a publish. Read once: it is on the path of a message.
+    /// Reads a stream's answer to a publish. The answer is parsed only once, since this is on the path of a message.
     pub(super) fn read(answer: &[u8]) -> Result<Self, Problem> {
         #[derive(Deserialize)]
         struct Answer {
@@ -90,14 +90,14 @@ pub(super) struct Purged {
     pub(super) purged: u64,
 }
 
-/// What a stream tells of itself.
+/// The answer to a stream info request.
 #[derive(Debug, Deserialize)]
 pub(super) struct StreamInfo {
     pub(super) config: Option<StreamConfig>,
     pub(super) state: Option<StreamEnds>,
-    /// Only of a mirror.
+    /// Mirrors only.
     pub(super) mirror: Option<MirrorInfo>,
-    /// What the clock of its leader says, as RFC 3339. Servers before 2.10 don't say it.
+    /// The clock of the stream's leader, as RFC 3339. Servers before 2.10 don't send it.
     pub(super) ts: Option<String>,
 }
 
@@ -117,14 +117,14 @@ pub(super) struct StreamEnds {
 
 #[derive(Debug, Deserialize)]
 pub(super) struct MirrorInfo {
-    /// Messages that it has still to get.
+    /// Messages that the mirror has still to fetch.
     #[serde(default)]
     pub(super) lag: u64,
-    /// How long ago it heard from its origin, in nanoseconds; -1 where it never did.
+    /// Time since the mirror heard from its origin, in nanoseconds; -1 if it never has.
     pub(super) active: i64,
 }
 
-/// What a consumer tells of itself.
+/// The answer to a consumer info request.
 #[derive(Debug, Deserialize)]
 pub(super) struct ConsumerInfo {
     pub(super) num_pending: Option<u64>,
@@ -138,7 +138,7 @@ pub(super) struct Floor {
     pub(super) stream_seq: u64,
 }
 
-/// What was asked for, unless the answer says that it was refused.
+/// Reads the result, or the error.
 pub(super) fn read<T: DeserializeOwned>(answer: &[u8]) -> Result<T, Problem> {
     #[derive(Deserialize)]
     struct Outcome {
@@ -151,7 +151,7 @@ pub(super) fn read<T: DeserializeOwned>(answer: &[u8]) -> Result<T, Problem> {
     }
 }
 
-/// Asks, and waits for the answer.
+/// Sends a request and waits for its answer.
 pub(super) async fn ask<T: DeserializeOwned>(
     connection: &Connection,
     subject: String,

@@ -1,7 +1,8 @@
-//! Key-value buckets: writes with their acknowledgement, reads by direct get, changes by the bucket's RePublish. No watcher.
+//! Key-value buckets: acknowledged writes, reads by direct get, changes from the bucket's RePublish. There is no
+//! watcher.
 //!
-//! Formats: a bucket is the stream `KV_<bucket>_<origin>` with a subject a key (NATS ADR-8); per-key TTL and the markers that
-//! the server leaves are ADR-43 and ADR-48.
+//! Formats: a bucket is the stream `KV_<bucket>_<origin>` with one subject per key (NATS ADR-8). Per-key TTLs and the
+//! server's markers are ADR-43 and ADR-48.
 
 use std::time::Duration;
 
@@ -20,13 +21,13 @@ use crate::{
     subject::{Subjects, api, bucket_key, bucket_stream, header},
 };
 
-/// JetStream's error code for an expected last sequence that is not the last one.
+/// JetStream's error code for a wrong expected last sequence.
 const WRONG_LAST_SEQUENCE: u32 = 10071;
 
-/// What the mark of a key says that its TTL has removed.
+/// The reason given in the marker of a key that its TTL has removed.
 const EXPIRED: &str = "MaxAge";
 
-/// How long a removed key says that it was removed; then nothing is left of it.
+/// How long the marker of a removed key is kept.
 const REMOVED_FOR: Duration = Duration::from_secs(60);
 
 /// One bucket of one origin.
@@ -42,18 +43,18 @@ pub struct Bucket {
     timeout: Duration,
 }
 
-/// What a key holds, or that it was removed.
+/// The value of a key, or its removal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// The key.
     pub key: String,
-    /// Its value; `None`: it was removed, by hand or by its TTL.
+    /// Its value; `None` if it was removed, explicitly or by its TTL.
     pub value: Option<Bytes>,
-    /// Whether its TTL has removed it.
+    /// Whether it was removed by its TTL.
     pub expired: bool,
-    /// Sequence in the bucket's stream: what comes later has a higher one.
+    /// Sequence in the bucket's stream. It grows with every change.
     pub revision: u64,
-    /// When that was, in ms since 1970.
+    /// When the key changed, in ms since 1970.
     pub at: u64,
 }
 
@@ -63,10 +64,10 @@ pub enum KvError {
     /// The key has changed since it was read.
     #[error("the key has changed meanwhile")]
     Conflict,
-    /// NATS can't be reached, or the bucket has no leader: nothing was written.
+    /// NATS can't be reached, or the bucket has no leader. Nothing was written.
     #[error("the bucket is not reachable")]
     Unavailable,
-    /// No answer in time: it may have been written.
+    /// No answer in time. The key may have been written.
     #[error("the bucket did not answer within {0:?}")]
     UnknownOutcome(Duration),
     /// The bucket answered with another error.
@@ -77,12 +78,12 @@ pub enum KvError {
     Read(#[from] ReadError),
 }
 
-/// How a mirror stands to its origin.
+/// State of a mirror relative to its origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heard {
-    /// How long ago it last heard from it; an origin says something every second.
+    /// Time since the mirror last heard from its origin. An origin sends a sign of life every second.
     pub ago: Duration,
-    /// Whether there was more to come then.
+    /// Whether the mirror had messages still to fetch.
     pub behind: bool,
 }
 
@@ -92,17 +93,17 @@ impl From<Problem> for KvError {
     }
 }
 
-/// How a key is written.
+/// Options of a write.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Put {
-    /// How long it lives unless it is written again; whole seconds.
+    /// The key expires after this time unless it is written again; whole seconds.
     pub ttl: Option<Duration>,
-    /// Only if this is its revision; 0: only if it does not exist.
+    /// Write only if this is the key's revision; 0: only if the key does not exist.
     pub expected: Option<u64>,
 }
 
 impl Bucket {
-    /// The bucket of the region itself, written over `connection` and read by `reader`.
+    /// The bucket of the own region, written over `connection` and read through `reader`.
     #[must_use]
     pub fn new(
         connection: Connection,
@@ -123,8 +124,8 @@ impl Bucket {
         }
     }
 
-    /// The bucket of another origin, as this region has it: a mirror. Written only in its own region; what is purged there
-    /// stays here until it is purged here too.
+    /// The bucket of another origin, as it is mirrored in this region. A mirror is written only by its own region. A
+    /// purge there does not reach the mirror, which must be purged too.
     #[must_use]
     pub fn of(&self, origin: &Region) -> Self {
         Self {
@@ -134,31 +135,31 @@ impl Bucket {
         }
     }
 
-    /// The same with another time that a write may take.
+    /// The same bucket with another timeout for writes.
     #[must_use]
     pub fn with_timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
     }
 
-    /// The name of its stream.
+    /// The name of the bucket's stream.
     #[must_use]
     pub fn stream(&self) -> &str {
         &self.stream
     }
 
-    /// The region whose bucket it is.
+    /// The region that writes the bucket.
     #[must_use]
     pub fn origin(&self) -> &Region {
         &self.origin
     }
 
-    /// The connection it is written and read over.
+    /// The connection for writes and changes. Reads use the connection of the reader.
     #[must_use]
     pub fn connection(&self) -> &Connection {
         &self.connection
     }
 
-    /// Writes a key; its new revision.
+    /// Writes a key and returns its new revision.
     ///
     /// # Errors
     /// [`KvError`].
@@ -166,7 +167,7 @@ impl Bucket {
         self.write(key, value, how, false).await
     }
 
-    /// Removes a key; the revision of its removal.
+    /// Removes a key and returns the revision of the removal.
     ///
     /// # Errors
     /// [`KvError`].
@@ -174,7 +175,7 @@ impl Bucket {
         self.remove_for(key, REMOVED_FOR).await
     }
 
-    /// As [`Self::remove`]; the key says for `time` (whole seconds) that it was removed.
+    /// Like [`Self::remove`], but the marker of the removal is kept for `time` (whole seconds).
     ///
     /// # Errors
     /// [`KvError`].
@@ -211,7 +212,7 @@ impl Bucket {
             Err(Problem::Refused(error)) if error.err_code == WRONG_LAST_SEQUENCE => {
                 Err(KvError::Conflict)
             }
-            // The stream's queue is full for now, or it has no leader for now.
+            // 429: the stream's queue is full for now. 503: it has no leader for now.
             Err(Problem::Refused(error)) if error.code == 429 || error.code == 503 => {
                 Err(KvError::Unavailable)
             }
@@ -219,7 +220,8 @@ impl Bucket {
         }
     }
 
-    /// Removes all keys that match, at once and without a trace: nobody is told.
+    /// Removes all matching keys and returns how many messages were removed. It leaves no markers, so nobody is
+    /// notified.
     ///
     /// # Errors
     /// [`KvError`].
@@ -234,10 +236,10 @@ impl Bucket {
         Ok(purged)
     }
 
-    /// When a mirror last heard from its origin; `None`: it has not heard from it yet.
+    /// When a mirror last heard from its origin; `None` if it never has.
     ///
     /// # Errors
-    /// [`KvError`]; also where it is no mirror.
+    /// [`KvError`], also if the bucket is not a mirror.
     pub async fn heard(&self) -> Result<Option<Heard>, KvError> {
         let Some(mirror) = self.info().await?.mirror else {
             return Err(KvError::Refused(format!("{} is no mirror", self.stream)));
@@ -249,7 +251,7 @@ impl Bucket {
         }))
     }
 
-    /// What the clock of the server says that leads the bucket, in ms since 1970.
+    /// The clock of the server that leads the bucket, in ms since 1970.
     ///
     /// # Errors
     /// [`KvError`].
@@ -258,7 +260,7 @@ impl Bucket {
         rfc3339_ms(&ts).map_err(|error| KvError::Refused(error.to_string()))
     }
 
-    /// What the bucket's stream is, and how it stands.
+    /// Configuration and state of the bucket's stream.
     async fn info(&self) -> Result<StreamInfo, KvError> {
         let request = Request::new().payload(Bytes::new());
         let answer = self
@@ -285,7 +287,8 @@ impl Bucket {
         }
     }
 
-    /// What each of `keys` holds, in no particular order; keys that never were are left out. One request for up to 1,024.
+    /// The entries of `keys`, in no particular order. Keys that were never written are left out. One request is made
+    /// per [`MAX_HEADS`] keys.
     ///
     /// # Errors
     /// [`KvError`].
@@ -305,10 +308,10 @@ impl Bucket {
         Ok(entries)
     }
 
-    /// All keys that match, by age of their last change. A request a thousand keys.
+    /// All matching keys, ordered by the time of their last change. One request is made per page.
     ///
-    /// What changes meanwhile is seen before or after its change. Whoever has subscribed to the changes before has the
-    /// whole truth, when of two entries of one key the one with the higher revision counts.
+    /// A key that changes during the scan is returned in its old state, its new one, or both. A caller that subscribed
+    /// to the changes before the scan gets everything, if it keeps the entry with the higher revision for each key.
     ///
     /// # Errors
     /// [`KvError`].
@@ -328,7 +331,7 @@ impl Bucket {
         }
     }
 
-    /// Revision of the newest change of the keys that match; 0: there is none.
+    /// Revision of the newest change of the matching keys; 0 if there is none.
     ///
     /// # Errors
     /// [`KvError`].
@@ -342,10 +345,10 @@ impl Bucket {
         }
     }
 
-    /// The changes of the keys that match, in the buckets of all origins.
+    /// Subscribes to the changes of the matching keys, in the buckets of all origins.
     ///
     /// # Errors
-    /// [`KvError::Unavailable`] when the client was closed.
+    /// [`KvError::Unavailable`] if the client was closed.
     pub async fn changes(&self, keys: &str) -> Result<LiveFeed, KvError> {
         let subject = self
             .subjects
@@ -355,7 +358,8 @@ impl Bucket {
             .map_err(|_closed| KvError::Unavailable)
     }
 
-    /// Reads a message of [`Self::changes`]: whose bucket, and what changed. `None`: it is not one of a bucket.
+    /// Reads a message of [`Self::changes`]: the origin of the bucket, and the change. `None` if it is not a change of
+    /// this bucket.
     #[must_use]
     pub fn change(&self, message: &Message) -> Option<(Region, Entry)> {
         let (origin, key) = self.subjects.parse_change(&message.subject, self.bucket)?;

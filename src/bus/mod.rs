@@ -1,8 +1,9 @@
-//! NATS on the path of a message: connections, publishing, live subscriptions, direct reads of streams. What operators'
-//! tools need of it is in [`mesh`](crate::mesh).
+//! NATS on the path of a message: connections, publishing, live subscriptions, direct reads of streams. What only the
+//! operators' tools need is in [`mesh`](crate::mesh).
 //!
-//! No consumer and no watcher is created here: live messages come from the streams' RePublish, replay from batched direct
-//! gets. Only the history service has consumers, one a stream ([`Pull`]). Every request has a deadline of ours, since async-nats waits for ever while it is disconnected.
+//! No consumer and no watcher is created on the path of a message: live messages come from the streams' RePublish,
+//! replay from batched direct gets. Only the history service has consumers, one per stream ([`Pull`]). Every request
+//! has a deadline set here, since async-nats waits without limit while it is disconnected.
 
 mod connection;
 mod count;

@@ -1,4 +1,4 @@
-//! Publishing: durable with the stream's acknowledgement, ephemeral without.
+//! Publishing: durable messages with the stream's acknowledgement, ephemeral ones without.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,10 +24,11 @@ use crate::{
     },
 };
 
-/// Reads after which the time of a message that was acknowledged is given up: it was trimmed or erased, or can't be read.
+/// Reads of the time of an acknowledged message before it is given up: the message was trimmed or erased, or can't be
+/// read.
 const TIME_READS: usize = 10;
 
-/// Pause between two of them: a copy of the stream that is behind mostly has it after one.
+/// Pause between two of these reads. A replica that lags behind usually has the message after one pause.
 const TIME_PAUSE: Duration = Duration::from_millis(50);
 
 /// Publishes over one line; cheap to clone.
@@ -47,32 +48,32 @@ pub struct Publisher {
 pub struct Outgoing<'a> {
     /// What the client sent.
     pub publication: &'a Publication,
-    /// Who.
+    /// The sender.
     pub user: &'a str,
-    /// The client's id, or the one the edge made.
+    /// The client's id, or one made by the edge.
     pub id: &'a str,
-    /// What the sender has seen of other origins in the room.
+    /// The sender's position at other origins of the room.
     pub after: Option<Cursor>,
 }
 
-/// The stream has the message.
+/// The stream has stored the message.
 #[derive(Debug, Clone)]
 pub struct Acked {
-    /// The room's cursor after the message.
+    /// The message's position, as a cursor of one component.
     pub cursor: Cursor,
     /// Its sequence.
     pub seq: u64,
-    /// When the stream stored it, in ms since 1970; 0 if that can't be told: it was trimmed or erased meanwhile, or its time
-    /// could not be read before the publish had to be answered.
+    /// When the stream stored it, in ms since 1970. 0 if that is unknown: the message was trimmed or erased meanwhile,
+    /// or its time could not be read within the timeout.
     pub ts: u64,
-    /// Whether the stream had it before: then the cursor is that of the first time.
+    /// Whether the message had been stored before. The cursor is then that of the first copy.
     pub duplicate: bool,
 }
 
-/// A message was not published, or nobody knows.
+/// A message was not published, or the outcome is unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// NATS can't be reached, or nobody answers for the stream: nothing was stored.
+    /// NATS can't be reached, or nobody serves the stream. Nothing was stored.
     #[error("NATS is not reachable; nothing was stored")]
     Unavailable,
     /// No acknowledgement in time.
@@ -81,22 +82,22 @@ pub enum PublishError {
     /// The connection broke before the acknowledgement.
     #[error("the connection to NATS broke before the acknowledgement; repeat it with the same id")]
     Lost,
-    /// The stream is storing the same message at this moment: it was repeated before it was acknowledged.
+    /// The stream is still storing an earlier copy of the same message.
     #[error("the stream is about to store the message; repeat it with the same id")]
     InProcess,
-    /// The stream has reached a limit or the disk is full.
+    /// The stream has reached a limit, or the disk is full.
     #[error("the stream refuses the message: {0}")]
     StreamFull(String),
-    /// Larger than the stream or the server takes.
+    /// The message exceeds a limit of the stream or the server.
     #[error("the message is larger than is taken: {0}")]
     TooLarge(String),
-    /// It was erased, or what it is about.
+    /// The message, or the message it refers to, was erased.
     #[error("this message was erased, or what it is about; it is not stored again: drop it")]
     Erased,
-    /// Whether it was erased can't be told now: nothing was stored.
+    /// It can't be checked now whether the message was erased. Nothing was stored.
     #[error("whether this message was erased can't be told now; nothing was stored")]
     Doubtful(#[source] KvError),
-    /// The stream answered with another error: it was not stored.
+    /// The stream answered with another error. Nothing was stored.
     #[error("the stream refuses the message: {0}")]
     Refused(String),
 }
@@ -111,7 +112,7 @@ impl PublishError {
         }
     }
 
-    /// What the client is told.
+    /// The error code for the client.
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
@@ -131,7 +132,7 @@ impl From<PublishError> for Refused {
     }
 }
 
-/// JetStream error codes (nats-server `errors.json`) that a publisher can meet and that mean "no room".
+/// JetStream error codes (nats-server `errors.json`) with a meaning of their own for a publisher.
 mod err_code {
     /// Insufficient resources: the account's or server's limit.
     pub(super) const INSUFFICIENT_RESOURCES: u32 = 10023;
@@ -139,16 +140,18 @@ mod err_code {
     pub(super) const STORAGE_EXCEEDED: u32 = 10047;
     /// Message size exceeds maximum allowed.
     pub(super) const MESSAGE_TOO_LARGE: u32 = 10054;
-    /// The stream's store failed: maximum messages, bytes, or messages per subject exceeded, or the disk.
+    /// The stream's store failed: the maximum of messages, bytes or messages per subject is exceeded, or the disk
+    /// failed.
     pub(super) const STORE_FAILED: u32 = 10077;
-    /// Duplicate message id is in process: of several copies, one leader is still asking the others.
+    /// Duplicate message id is in process: in a replicated stream, the first publish has no quorum yet.
     pub(super) const DUPLICATE_IN_PROCESS: u32 = 10158;
     /// Resource limits exceeded for account.
     pub(super) const ACCOUNT_LIMITS: u32 = 10002;
 }
 
 impl Publisher {
-    /// A publisher over `line`; `reader` looks up the times of messages. What is `remembered` to be erased is not published.
+    /// A publisher over `line`. `reader` reads the times of messages. Messages that `remembered` lists as erased are
+    /// refused.
     #[must_use]
     pub fn new(
         line: Line,
@@ -169,11 +172,12 @@ impl Publisher {
         }
     }
 
-    /// Publishes to the room's stream. `known_time` tells the time of a message that is at hand; for others the stream is asked.
-    /// All of it takes at most `nats.publish_timeout`: once the stream has acknowledged, what can't be read by then is left out.
+    /// Publishes to the room's stream. `known_time` returns the time of a message that is in memory; otherwise the time
+    /// is read from the stream. The whole call takes at most `nats.publish_timeout`: once the stream has acknowledged,
+    /// a time that can't be read by then is left out.
     ///
     /// # Errors
-    /// [`PublishError`]; with `UnknownOutcome` and `Lost` the message may be stored all the same.
+    /// [`PublishError`]. After `UnknownOutcome`, `Lost` and `InProcess` the message may have been stored.
     pub async fn durable(
         &self,
         outgoing: &Outgoing<'_>,
@@ -194,13 +198,13 @@ impl Publisher {
         known_time: impl Fn(u64) -> Option<u64>,
     ) -> Result<Acked, PublishError> {
         let deadline = Instant::now() + self.timeout;
-        // Rare, and large.
+        // Boxed: rare, and a large future.
         if self.remembered.is_any() && Box::pin(self.was_erased(outgoing, deadline)).await? {
             return Err(PublishError::Erased);
         }
         let mut acked = self.publish(outgoing, deadline).await?;
-        // The stream republishes before it acknowledges: who is in the room has the message now, or after one turn of
-        // the shard's tasks.
+        // The stream republishes before it acknowledges: if the room is in memory, it has the message now, or after one
+        // turn of the shard's tasks.
         let mut ts = known_time(acked.seq);
         if ts.is_none() {
             yield_now().await;
@@ -208,7 +212,7 @@ impl Publisher {
         }
         acked.ts = match ts {
             Some(ts) => ts,
-            // Rare, and large: not part of what each publish needs.
+            // Boxed: rare, and a large future that most publishes do not need.
             None => {
                 let stored_at = Box::pin(self.stored_at(&outgoing.publication.room, &acked));
                 let ts = timeout_at(deadline, stored_at).await;
@@ -218,7 +222,7 @@ impl Publisher {
         Ok(acked)
     }
 
-    /// Whether a message was erased, or what it is about.
+    /// Whether the message, or the message it refers to, was erased.
     async fn was_erased(
         &self,
         outgoing: &Outgoing<'_>,
@@ -266,13 +270,15 @@ impl Publisher {
         let PubAck { seq, duplicate } = PubAck::read(&answer.payload()).map_err(refusal)?;
         record(Histogram::PublishDuration, asked.elapsed());
         self.streams.note(part, seq);
-        // Not what is the newest by now: the message itself has usually come live before its acknowledgement.
+        // A new message with a sequence that was already seen means that the stream may have been re-created. The
+        // sequence is compared with the newest one *before* the request: the message itself usually arrives live before
+        // its acknowledgement.
         if !duplicate && seq <= newest {
-            // Rare, and large.
+            // Boxed: rare, and a large future.
             let verify = Box::pin(self.streams.verify(part, Instant::now()));
             if !matches!(timeout_at(deadline, verify).await, Ok(Ok(_))) {
-                // The message is stored all the same. At worst its cursor is one of the stream that was there before, and
-                // whoever comes back with it is told `reset`.
+                // The message is stored in any case. At worst its cursor has the epoch of the previous incarnation, and
+                // a client that resumes with it gets a `reset`.
                 tracing::debug!(part, seq, "a stream could not be looked at");
             }
         }
@@ -291,8 +297,8 @@ impl Publisher {
         })
     }
 
-    /// When the stream stored a message; 0 if that can't be read. Any copy of the stream answers, also one that has yet to get
-    /// what the leader has acknowledged: then it is asked again.
+    /// When the stream stored a message; 0 if that can't be read. Any replica may answer, also one that has not yet
+    /// applied what the leader acknowledged: then the read is retried.
     async fn stored_at(&self, room: &RoomId, acked: &Acked) -> u64 {
         let part = partition_of(room, self.streams.partitions());
         let stream = rooms_stream(self.streams.origin(), part);
@@ -313,8 +319,8 @@ impl Publisher {
         0
     }
 
-    /// Publishes a message of an ephemeral room; returns its time in ms since 1970. Nobody acknowledges it: whoever is there
-    /// gets it.
+    /// Publishes a message of an ephemeral room and returns its time in ms since 1970. It is not acknowledged: only
+    /// members who are connected get it.
     ///
     /// # Errors
     /// [`PublishError`].
@@ -339,8 +345,8 @@ impl Publisher {
         self.signal(room, user, KIND_TYPING, &[])
     }
 
-    /// Tells the members of a room up to where `user` has read. When it returns, the server has the news: it survives the
-    /// end of this process.
+    /// Tells the members of a room how far `user` has read. When it returns, the server has the receipt: a crash of
+    /// this process can't lose it any more.
     ///
     /// # Errors
     /// [`PublishError`].
@@ -374,7 +380,7 @@ impl Publisher {
     }
 }
 
-/// Writes what a message has besides its body; `edge` publishes it.
+/// Writes the headers of a message that `edge` publishes.
 pub(super) fn write_headers(outgoing: &Outgoing<'_>, edge: &str, headers: &mut HeaderWriter<'_>) {
     let Outgoing {
         publication,
@@ -391,7 +397,7 @@ pub(super) fn write_headers(outgoing: &Outgoing<'_>, edge: &str, headers: &mut H
     }
     if let Some((target, reference)) = &publication.target {
         headers.add(header::TARGET, &header_escape(target));
-        // Who publishes has checked it: without the right it would not have come here.
+        // The caller has already checked the right to do so.
         if matches!(publication.kind, Kind::Edit | Kind::Delete) && !reference.is_by(user) {
             headers.add(header::MODERATED, "1");
         }
@@ -434,7 +440,7 @@ fn refusal(problem: Problem) -> PublishError {
         | err_code::STORE_FAILED
         | err_code::ACCOUNT_LIMITS => PublishError::StreamFull(error.description),
         err_code::DUPLICATE_IN_PROCESS => PublishError::InProcess,
-        // 429: the stream's queue is full for now. 503: no leader for now. Neither has stored it.
+        // 429: the stream's queue is full for now. 503: it has no leader for now. In both cases nothing was stored.
         _ if error.code == 429 || error.code == 503 => PublishError::Unavailable,
         _ => PublishError::Refused(error.description),
     }

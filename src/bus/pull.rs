@@ -1,11 +1,11 @@
-//! The history service's durable pull consumer of a stream: messages that are given out until they are confirmed.
+//! The history service's durable pull consumer of a stream: messages are redelivered until they are acknowledged.
 //!
-//! For `history` alone: nothing on the path of a live message or of a replay uses a consumer.
+//! Only `history` uses it: nothing on the path of a live message or of a replay uses a consumer.
 //!
-//! A fetch is always under way: while one batch is taken out of the client's buffer, the next is on its way into it. What
-//! is not taken is not asked for, so the buffer holds two batches at most.
+//! A fetch is always in progress: while one batch is read from the client's buffer, the next one is arriving. Further
+//! messages are requested only as buffered ones are taken, so the buffer holds at most two batches.
 //!
-//! Format: NATS ADR-13 (pull), ADR-15 and ADR-37 (the subject to answer to, and its fields).
+//! Format: NATS ADR-13 (pull), ADR-15 and ADR-37 (the subject for acknowledgements, and its fields).
 
 use std::time::Duration;
 
@@ -26,28 +26,29 @@ use crate::{
     subject::{HISTORY_CONSUMER, Subjects, api, header},
 };
 
-/// How long a request for messages stays open when there are none.
+/// How long a request for messages stays open while there are none.
 const EXPIRES: Duration = Duration::from_secs(30);
 
-/// How often the server says that it still knows such a request.
+/// Interval of the server's heartbeats for such a request.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// Without any sign for this long the consumer is looked for again.
+/// After this time without any message from the server, the consumer is opened again.
 const SILENCE: Duration = Duration::from_secs(12);
 
-/// How often a reconnect is looked for while nothing comes.
+/// How often the connection is checked for a reconnect while nothing arrives.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Unconfirmed messages that the server gives out, in batches: what killed workers held must not stop the others.
+/// Unacknowledged messages that the server allows, in batches. It is large, so that messages held by killed workers do
+/// not stop the others.
 const MAX_PENDING_BATCHES: usize = 64;
 
-/// Besides the body, what one message may have: headers, subjects.
+/// Upper bound for a message's headers and subject, in bytes.
 const MESSAGE_OVERHEAD: u64 = 128 * 1024;
 
-/// How long the answers to one batch may take to be handed to the client, which waits for ever while it is disconnected.
+/// Timeout for handing the answers of one batch to the client, which waits without limit while it is disconnected.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
-/// A shared durable consumer, and the messages that it gives to this process.
+/// A shared durable consumer, and the messages that it delivers to this process.
 #[derive(Debug)]
 pub struct Pull {
     connection: Connection,
@@ -58,67 +59,67 @@ pub struct Pull {
     timeout: Duration,
     inbox: String,
     incoming: Subscriber,
-    /// Messages that were asked for and have not been taken.
+    /// Messages that were requested and not yet taken.
     asked: usize,
-    /// Under which connection that was.
+    /// The connection's generation when the consumer was opened.
     generation: u64,
-    /// When the server last gave a sign.
+    /// When the server last sent something, or was last asked.
     heard: Instant,
-    /// The consumer's own count of what it gave out, as last seen.
+    /// The consumer's delivery count in the last message.
     given: u64,
-    /// The first message of a consumer that began anew.
+    /// The first message of a consumer that was re-created.
     set_aside: Option<Delivery>,
 }
 
-/// A message that a consumer gave out.
+/// A message delivered by a consumer.
 #[derive(Debug, Clone)]
 pub struct Delivery {
     /// Subject, headers and payload as they were published.
     pub message: Message,
-    /// Where it is answered.
+    /// The subject for its acknowledgement.
     answer_to: Subject,
     /// Its sequence in the stream.
     pub seq: u64,
     /// When the stream stored it, in ms since 1970.
     pub ts: u64,
-    /// How often it was given out.
+    /// How many times it was delivered.
     pub delivered: u64,
-    /// The consumer's count.
+    /// The consumer's delivery count.
     given: u64,
 }
 
-/// What the consumer is told about a message.
+/// The answer to a delivered message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// It is done with.
+    /// Acknowledged.
     Done,
-    /// Give it out again after this time.
+    /// Redeliver it after this time.
     Again(Duration),
-    /// It is being worked on: the time to confirm it begins anew.
+    /// Still being processed: the acknowledgement timeout starts again.
     Busy,
 }
 
-/// How far a consumer has come.
+/// Progress of a consumer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConsumerState {
-    /// Messages that it has not given out yet.
+    /// Messages not yet delivered.
     pub pending: u64,
-    /// Messages that were given out and are not confirmed.
+    /// Messages delivered and not acknowledged.
     pub ack_pending: u64,
-    /// Everything of the stream up to this sequence is confirmed.
+    /// Every message up to this sequence is acknowledged.
     pub floor: u64,
 }
 
 /// The consumer can't be used now.
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
-    /// No answer in time; also while NATS is away.
+    /// No answer in time, or NATS can't be reached.
     #[error("stream {stream}: no answer about its consumer within {waited:?}")]
     Timeout { stream: String, waited: Duration },
-    /// It may have gone, or begun anew: it has to be opened again.
+    /// It may have been deleted or re-created. It must be opened again.
     #[error("stream {stream}: its consumer is lost: {why}")]
     Lost { stream: String, why: String },
-    /// NATS was away meanwhile: the requests are gone, and it has to be opened again.
+    /// The connection was lost in between, and the requests with it. It must be opened again.
     #[error("stream {stream}: the connection was lost meanwhile")]
     Reconnected { stream: String },
     /// The server answered with an error, or not with JSON.
@@ -149,7 +150,7 @@ impl Pull {
             batch: history
                 .batch_messages
                 .min(connection.subscription_capacity() / 4),
-            // A message that a request has no room for would end every request.
+            // A message that is larger than a request allows would end every request.
             bytes: history
                 .batch_bytes
                 .as_u64()
@@ -166,8 +167,8 @@ impl Pull {
         })
     }
 
-    /// Creates the consumer where there is none, or gives it the present settings. To be repeated after
-    /// [`PullError::Lost`]; what is in hand and in the buffer is kept.
+    /// Creates the consumer if there is none, otherwise updates its settings. Call it again after [`PullError::Lost`]
+    /// and [`PullError::Reconnected`]. Messages already taken or buffered are kept.
     ///
     /// # Errors
     /// [`PullError`].
@@ -205,11 +206,11 @@ impl Pull {
         Ok(())
     }
 
-    /// Waits for messages and puts at most `most` into `taken`. Cancel-safe.
+    /// Waits for messages and puts at most `most` of them into `taken`. Cancel-safe.
     ///
     /// # Errors
-    /// [`PullError::Lost`] and [`PullError::Reconnected`]: the consumer has to be opened again, and what comes after that may be of another incarnation of
-    /// the stream.
+    /// After [`PullError::Lost`] and [`PullError::Reconnected`] the consumer must be opened again. What arrives after
+    /// that may belong to another incarnation of the stream.
     pub async fn next(&mut self, taken: &mut Vec<Delivery>, most: usize) -> Result<(), PullError> {
         let begun = taken.len();
         if let Some(delivery) = self.set_aside.take() {
@@ -243,12 +244,12 @@ impl Pull {
                 Err(_elapsed) => {}
             }
         }
-        // What was taken makes room for more; in the buffer or on its way is at least a batch.
+        // Taking messages freed buffer space. After this, more than a batch is buffered or requested.
         self.fetch_at_once();
         Ok(())
     }
 
-    /// A message, or what the server says about a request.
+    /// Reads a message, or a status of a request.
     fn take(&mut self, message: Message) -> Result<Option<Delivery>, PullError> {
         self.heard = Instant::now();
         let Some(status) = message.status else {
@@ -256,7 +257,7 @@ impl Pull {
             let Some(delivery) = Delivery::of(message) else {
                 return Err(self.refused("a message without a subject to answer to".to_owned()));
             };
-            // Its count only grows: less means that it is another one.
+            // The count of one consumer only grows: a lower one belongs to a new consumer.
             if delivery.given < self.given {
                 self.given = 0;
                 self.set_aside = Some(delivery);
@@ -268,7 +269,7 @@ impl Pull {
         let description = message.description.as_deref().unwrap_or_default();
         match status.as_u16() {
             100 => {}
-            // A request has ended: its time is up, or the next message is larger than what was left of it.
+            // A request has ended: it expired, or the next message is larger than the rest of its bytes.
             404 | 408 => self.ended(&message),
             409 if description.contains("MaxBytes") || description.contains("Completed") => {
                 self.ended(&message);
@@ -281,7 +282,7 @@ impl Pull {
         Ok(None)
     }
 
-    /// A request has ended before all that it asked for was given.
+    /// A request has ended before all its messages were delivered.
     fn ended(&mut self, message: &Message) {
         let left = message
             .headers
@@ -290,7 +291,7 @@ impl Pull {
         self.asked = self.asked.saturating_sub(left.unwrap_or(self.asked));
     }
 
-    /// How many requests must be made so that more than a batch is asked for.
+    /// How many requests are needed so that more than a batch is requested.
     fn missing(&self) -> usize {
         match self.asked {
             0 => 2,
@@ -309,7 +310,7 @@ impl Pull {
         Ok(())
     }
 
-    /// As [`Self::fetch`], unless it would have to wait.
+    /// Like [`Self::fetch`], but only as far as it does not have to wait.
     fn fetch_at_once(&mut self) {
         for _ in 0..self.missing() {
             if let Some(Ok(())) = self.request().now_or_never() {
@@ -334,10 +335,10 @@ impl Pull {
         }
     }
 
-    /// Ends, and gives back what was not taken, so that another worker has it at once.
+    /// Unsubscribes and gives back the messages that were not taken, so that another worker gets them at once.
     pub async fn release(mut self) {
         let mut left: Vec<Delivery> = self.set_aside.take().into_iter().collect();
-        // Also what is on its way: the client goes on until the server has confirmed the end.
+        // Includes messages still arriving: the subscription ends when the server has confirmed it.
         let rest = async {
             let ended = self.incoming.drain().await.is_ok();
             while ended && let Some(message) = self.incoming.next().await {
@@ -393,7 +394,7 @@ impl Delivery {
         })
     }
 
-    /// The message, if it is one of a room.
+    /// The message, if it is a room's.
     #[must_use]
     pub fn stored(&self, subjects: &Subjects, epoch: Epoch) -> Option<Stored> {
         let subject = subjects.parse_stored(&self.message.subject)?;
@@ -409,14 +410,14 @@ impl Delivery {
         })
     }
 
-    /// About the bytes that it takes.
+    /// Its approximate size in bytes.
     #[must_use]
     pub fn size(&self) -> usize {
         self.message.length
     }
 }
 
-/// What the subject to answer to tells.
+/// The fields of the subject for acknowledgements.
 #[derive(Debug, PartialEq, Eq)]
 struct Fields {
     delivered: u64,
@@ -426,8 +427,8 @@ struct Fields {
 }
 
 impl Fields {
-    /// `$JS.ACK.<stream>.<consumer>.<delivered>.<seq>.<given>.<ns>.<pending>`, or the same with domain and account before
-    /// the stream, and perhaps more at the end.
+    /// `$JS.ACK.<stream>.<consumer>.<delivered>.<seq>.<given>.<ns>.<pending>`, or the same with domain and account
+    /// before the stream, and possibly more tokens at the end.
     fn parse(subject: &str) -> Option<Self> {
         let rest = subject.strip_prefix(api::ACK)?;
         let skip = match rest.split('.').count() {
@@ -446,9 +447,9 @@ impl Fields {
     }
 }
 
-/// Answers messages. Nobody confirms it: an answer that is lost means that the message is given out again.
+/// Answers messages. Answers are not confirmed: if one is lost, its message is redelivered.
 pub async fn answer(connection: &Connection, deliveries: Vec<&Delivery>, answer: Answer) {
-    // Of another connection they would be late at best.
+    // The client would buffer the answers and send them late.
     if !connection.is_up() {
         return;
     }
@@ -474,7 +475,7 @@ pub async fn answer(connection: &Connection, deliveries: Vec<&Delivery>, answer:
     }
 }
 
-/// How far the consumer of `stream` has come; `None`: there is none.
+/// The progress of the consumer of `stream`; `None` if there is no consumer.
 ///
 /// # Errors
 /// [`PullError`].
@@ -487,7 +488,7 @@ pub async fn consumer_state(
     state_of(connection, stream, wait, subject).await
 }
 
-/// As [`consumer_state`], of a stream in its own region, which is another one.
+/// Like [`consumer_state`], for a stream in another region's own domain.
 ///
 /// # Errors
 /// [`PullError`]; also when that region can't be reached.
@@ -529,7 +530,8 @@ async fn state_of(
     })
 }
 
-/// When the first message of `stream` after `seq` was stored, in ms since 1970; `None`: there is none.
+/// When the first message of `stream` after `seq` that matches `filter` was stored, in ms since 1970; `None` if there
+/// is none.
 ///
 /// # Errors
 /// [`ReadError`].
@@ -549,7 +551,7 @@ pub async fn stored_after(
     })
 }
 
-/// How many messages of `stream` are after `seq`.
+/// How many messages of `stream` after `seq` match `filter`.
 ///
 /// # Errors
 /// [`ReadError`].

@@ -1,4 +1,4 @@
-//! A message of a room as it lies in a stream or comes live.
+//! A message of a room, as it is stored in a stream or arrives live.
 
 use std::{
     fmt,
@@ -20,7 +20,7 @@ use crate::{
     subject::header,
 };
 
-/// Sender of a message that a NATS client published by hand, without headers. Tokens can't have it: a `sub` must not begin
+/// Sender of a message that a NATS client published without our headers. No token can have it: a `sub` must not begin
 /// with `$`.
 pub const BY_HAND: &str = "$nats";
 
@@ -29,35 +29,35 @@ pub const BY_HAND: &str = "$nats";
 pub struct Record {
     /// Sequence in the origin's stream; 0 for an ephemeral message.
     pub seq: u64,
-    /// In a republished message: the previous sequence on the same subject.
+    /// Only in a republished message: the previous sequence on the same subject.
     pub previous: Option<u64>,
-    /// The log subject it came by.
+    /// The class of the subject it was published to.
     pub class: Class,
-    /// When the stream stored it (an edge sent it, if ephemeral), in ms since 1970.
+    /// When the stream stored it (if ephemeral: when an edge sent it), in ms since 1970.
     pub ts: u64,
     /// See [`Fingerprint`].
     pub fingerprint: Fingerprint,
-    /// The sender's id; made of epoch and sequence where the publisher gave none.
+    /// The sender's id; made of epoch and sequence if the publisher gave none.
     pub id: String,
     /// The sender.
     pub from: String,
-    /// The word of the kind, `None` for a plain message.
+    /// The name of the kind; `None` for a plain message.
     pub kind: Option<&'static str>,
-    /// What it is about.
+    /// The message it refers to.
     pub target: Option<String>,
-    /// Whether its sender edits or deletes by the right `moderate`.
+    /// Whether the sender edits or deletes with the right `moderate`.
     pub moderated: bool,
-    /// What it answers.
+    /// The message it answers.
     pub reply_to: Option<String>,
     /// JSON array of users.
     pub mentions: Option<String>,
-    /// What its sender had seen of other origins.
+    /// The sender's position at other origins.
     pub after: Option<Cursor>,
     /// The body: valid JSON text without [`crate::model::Flaw`]s.
     pub body: Bytes,
 }
 
-/// A message on a room's subject that is not one of natter's.
+/// A message on a room's subject without the server's headers.
 #[derive(Debug, thiserror::Error)]
 pub enum BadRecord {
     /// No sequence, or one that is not a number.
@@ -68,7 +68,7 @@ pub enum BadRecord {
     Time,
 }
 
-/// The last value of a header. A publisher can set headers that the server sets too; the server appends its own.
+/// The last value of a header. A publisher can set the same headers as the server; the server appends its own.
 pub(super) fn last<'a>(headers: &'a HeaderMap, name: &'static str) -> Option<&'a str> {
     headers.get_last(name).map(async_nats::HeaderValue::as_str)
 }
@@ -78,13 +78,13 @@ pub(super) fn stored_time(headers: &HeaderMap) -> Result<u64, BadRecord> {
     rfc3339_ms(last(headers, header::TIME_STAMP).ok_or(BadRecord::Time)?)
 }
 
-/// What the stream de-duplicates by: room, sender and id.
+/// The key by which the stream deduplicates: room, sender and id.
 #[must_use]
 pub fn message_key(room: &str, from: &str, id: &str) -> String {
     format!("{room}/{}/{id}", header_escape(from))
 }
 
-/// The pairs of a message's headers.
+/// The names and values of a message's headers.
 pub(super) fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
     headers.iter().flat_map(|(name, values)| {
         let name: &str = name.as_ref();
@@ -92,7 +92,7 @@ pub(super) fn pairs(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
-/// What a record is made of, as it stands in the headers.
+/// The headers from which a record is made.
 #[derive(Default)]
 struct Fields<'a> {
     sequence: Option<&'a str>,
@@ -111,7 +111,8 @@ struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// The last value of each counts, but of the stream's de-duplication the first: as the server has it.
+    /// The last value of each header counts, except for the deduplication id, where the first one does, as in the
+    /// server.
     fn of(headers: impl Iterator<Item = (&'a str, &'a str)>) -> Self {
         let mut fields = Self::default();
         for (name, value) in headers {
@@ -147,10 +148,10 @@ pub(super) fn rfc3339_ms(text: &str) -> Result<u64, BadRecord> {
 }
 
 impl Record {
-    /// Reads a message that a stream stored: republished, or answered to a direct get.
+    /// Reads a stored message: republished, or the answer to a direct get.
     ///
     /// # Errors
-    /// [`BadRecord`] if it has not the headers that the server gives.
+    /// [`BadRecord`] if headers of the server are missing.
     pub fn stored<'a>(
         headers: impl Iterator<Item = (&'a str, &'a str)>,
         payload: Bytes,
@@ -169,7 +170,7 @@ impl Record {
         Ok(record)
     }
 
-    /// Reads a message that a stream stored at `place`, its sequence and its time in ms since 1970.
+    /// Reads a message stored at `place`: its sequence, and its time in ms since 1970.
     #[must_use]
     pub(super) fn at(
         headers: Option<&HeaderMap>,
@@ -201,7 +202,7 @@ impl Record {
         record
     }
 
-    /// Reads an ephemeral message; `now` in ms stands in for a missing time.
+    /// Reads an ephemeral message; `now` in ms replaces a missing time.
     #[must_use]
     pub fn ephemeral<'a>(
         headers: impl Iterator<Item = (&'a str, &'a str)>,
@@ -240,14 +241,14 @@ impl Record {
             moderated: fields.moderated,
             reply_to: fields.reply_to.map(unescaped),
             mentions: fields.mentions.filter(texts).map(str::to_owned),
-            // What can't be read is waited for by nobody.
+            // Nobody waits for a cursor that can't be parsed.
             after: fields.after.and_then(|text| text.parse().ok()),
             body: json_or_string(payload),
         }
     }
 }
 
-/// A JSON string, looked at and not kept.
+/// A JSON string that is checked but not kept.
 struct AnyText;
 
 impl<'de> Deserialize<'de> for AnyText {
@@ -268,11 +269,11 @@ impl<'de> Deserialize<'de> for AnyText {
     }
 }
 
-/// The payload, if it is JSON that clients can read; else the same as a JSON string, bytes that are not UTF-8 replaced. In
-/// both cases without a byte order mark.
+/// The payload, if it is JSON that clients can read. Otherwise the payload as a JSON string, with invalid UTF-8
+/// replaced. A byte order mark is removed in both cases.
 ///
-/// The check costs less than a microsecond a message and is not repeated per receiver; without it one publish by hand could
-/// break the frames of a whole room.
+/// The check takes less than a microsecond per message and is made once, not per receiver. Without it, one message
+/// published by hand could break the frames of a whole room.
 fn json_or_string(mut payload: Bytes) -> Bytes {
     let marked = payload.len() - without_mark(&payload).len();
     payload.advance(marked);
@@ -314,17 +315,17 @@ mod tests {
             ("hi \"there\"", "\"hi \\\"there\\\"\""),
             ("", "\"\""),
             ("{\"a\":1}{", "\"{\\\"a\\\":1}{\""),
-            // A byte order mark is no part of what is said.
+            // A byte order mark is not part of the body.
             ("\u{feff}{\"a\": 1}", "{\"a\": 1}"),
             ("\u{feff}hi", "\"hi\""),
             ("\u{feff}", "\"\""),
             ("\u{feff}\u{feff}1", "\"\u{feff}1\""),
             (" [\"\u{feff}\"]\n", " [\"\u{feff}\"]\n"),
-            // What clients can't read comes as text.
+            // JSON that clients can't read becomes a string.
             (r#"["\ud83d"]"#, r#""[\"\\ud83d\"]""#),
             (r#"{"\uDC00\ud83d":1}"#, r#""{\"\\uDC00\\ud83d\":1}""#),
             (r#""\ud83d\udc4b""#, r#""\ud83d\udc4b""#),
-            // To the letter: numbers, repeated keys, NUL.
+            // Kept exactly: numbers, repeated keys, NUL.
             (
                 r#"{"a":1.0e3,"a":123456789012345678901234567890,"":"\u0000\/"}"#,
                 r#"{"a":1.0e3,"a":123456789012345678901234567890,"":"\u0000\/"}"#,

@@ -1,20 +1,20 @@
-//! What erasures leave behind: which messages were erased, so that none of them is stored again.
+//! The record of erased messages, which keeps an erased message from being stored again.
 //!
-//! A message may be repeated long after it was erased, from the outbox of a client that never heard of its acknowledgement. The
-//! stream has forgotten it by then. So an erasure writes the hashes of what it erases into the bucket `control`, before it
-//! deletes anything:
+//! A client that never received the acknowledgement may retry a message from its outbox long after the message was
+//! erased. The stream no longer deduplicates it by then. So before an erasure deletes anything, it writes the hashes of
+//! the messages into the bucket `control`:
 //!
 //! ```text
-//! erased.set.<set>          {"room" | "user" and "scope", "salt", "chunks", "count", "until"}    what the set is about
-//! erased.ids.<set>.<chunk>  8 bytes a message, sorted                                            written before
+//! erased.set.<set>          {"room" | "user" and "scope", "salt", "chunks", "count", "until"}    describes the set
+//! erased.ids.<set>.<chunk>  8 bytes a message, sorted                                            written first
 //! ```
 //!
-//! Edges and history services know all sets, and which rooms or users they are about. Chunks are read when somebody publishes
-//! there, and kept within [`MAX_CACHED`]. Where no set is about the room or the user, a publish costs one or two look-ups in a
-//! map; where there are no sets, one atomic.
+//! Edges and history services know all sets and the room or user of each. Chunks are read when a message is published
+//! in that room or by that user, and cached within [`MAX_CACHED`] bytes. If no set concerns the room or the user, a
+//! publish costs one or two look-ups in a map; if there are no sets at all, one atomic load.
 //!
-//! A hash is one of the set's salt and the message's key. Eight bytes of SHA-256 are enough: of n messages of a set one in
-//! 2^64 / n others would be refused by mistake, and the salt is not known before the set is.
+//! A hash is made of the set's salt and the message's key. Eight bytes of SHA-256 are enough: with n messages in a set,
+//! one in 2^64 / n other messages is refused by mistake, and the salt can't be known before the set is written.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -38,31 +38,31 @@ use crate::{
     subject::{ERASED_SETS, erased_ids_key, erased_set_key, parse_erased_set_key},
 };
 
-/// Messages of one chunk, on average.
+/// Average number of messages per chunk.
 const CHUNK: usize = 2048;
 
-/// Messages of one set: what an erasure holds in memory at once. A larger one leaves several sets.
+/// Number of messages at which an erasure writes a set and begins another one. It bounds the hashes in memory.
 const MAX_SET: usize = 1 << 20;
 
-/// Bytes of chunks that a process keeps; above it, it begins anew.
+/// Bytes of cached chunks in a process. Above it, the whole cache is dropped.
 const MAX_CACHED: usize = 16 << 20;
 
-/// Pause before a read that failed is repeated, and how often is looked whether one is due.
+/// Pause before a failed read is retried, and interval at which it is checked whether a read is due.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often the sets are read although nothing is amiss: a republish can be lost.
+/// How often all sets are read again, since a republished change can be lost.
 const RESYNC: Duration = Duration::from_secs(30);
 
-/// What a set is about, as its key in the bucket says it.
+/// The description of a set, as it is stored in the bucket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct About {
     #[serde(flatten)]
     what: What,
-    /// Hexadecimal, different for each set.
+    /// Hexadecimal, unique to the set.
     salt: String,
     chunks: usize,
     count: usize,
-    /// When it ends, unix seconds: mirrors may lose a key without telling.
+    /// When the set ends, in Unix seconds. Stored here because a mirror may not be told that a key has expired.
     until: u64,
 }
 
@@ -70,30 +70,31 @@ struct About {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 enum What {
-    /// Those of a room.
+    /// All messages of a room.
     Room { room: RoomId },
-    /// Those of a user, in these rooms. Not by name: an erased user's should not stay.
+    /// The messages of a user in these rooms. The user is stored as a hash, since the name of an erased user must not
+    /// remain.
     User { user: String, scope: RoomScope },
 }
 
-/// One set, as a process knows it.
+/// One set, as this process knows it.
 #[derive(Debug)]
 struct Set {
     about: About,
-    /// Where its chunks are.
+    /// The bucket with its chunks.
     bucket: Bucket,
     id: String,
-    /// Those that were read. Held while one is read: who publishes in order is answered in order.
+    /// The cached chunks. The lock is held while a chunk is read, so that publishes are answered in their order.
     chunks: tokio::sync::Mutex<HashMap<usize, Bytes>>,
 }
 
-/// All sets, as far as a process knows them. One for all shards.
+/// All sets that this process knows. Shared by all shards.
 #[derive(Debug, Default)]
 pub struct Remembered {
     sets: RwLock<Sets>,
-    /// Whether there is any: without one nothing is looked up.
+    /// Whether there may be a set. If not, nothing is looked up.
     any: AtomicBool,
-    /// Bytes of chunks read since they were last dropped.
+    /// Bytes of chunks read since the cache was last dropped.
     cached: AtomicUsize,
 }
 
@@ -104,20 +105,20 @@ struct Sets {
     users: HashMap<String, Vec<Arc<Set>>>,
 }
 
-/// A message, or a change of one, that may have been erased.
+/// A message that may have been erased, or that refers to an erased one.
 #[derive(Debug, Clone, Copy)]
 pub struct Suspect<'a> {
-    /// Where it is said.
+    /// Its room.
     pub room: &'a RoomId,
-    /// By whom.
+    /// Its sender.
     pub from: &'a str,
-    /// Under which id.
+    /// The sender's id of the message.
     pub id: &'a str,
-    /// What it is about, if it is a change: that may have been erased as well.
+    /// The message it refers to, if any, which may have been erased too.
     pub target: Option<&'a Reference>,
 }
 
-/// Messages that are about to be erased, on their way into sets.
+/// Messages that are about to be erased and are being written to sets.
 #[derive(Debug)]
 pub struct Leaving {
     bucket: Bucket,
@@ -142,7 +143,7 @@ fn hash(salt: &str, key: &str) -> u64 {
     first_8(&digest.finalize())
 }
 
-/// A user's name, as sets have it.
+/// The form in which sets store a user's name.
 fn user_hash(user: &str) -> String {
     let digest = Sha256::new()
         .chain_update("natter user ")
@@ -150,13 +151,13 @@ fn user_hash(user: &str) -> String {
     hex(digest.finalize().get(..16).unwrap_or_default())
 }
 
-/// The chunk of a hash: they are in the order of hashes.
+/// The chunk that contains a hash. Chunks are ordered by hash.
 fn chunk_of(hash: u64, chunks: usize) -> usize {
     let chunk = (u128::from(hash) * chunks as u128) >> 64;
     usize::try_from(chunk).unwrap_or_default()
 }
 
-/// Whether a chunk has a hash.
+/// Whether a chunk contains a hash.
 fn has(chunk: &[u8], hash: u64) -> bool {
     let (chunk, _rest) = chunk.as_chunks::<8>();
     chunk
@@ -165,13 +166,13 @@ fn has(chunk: &[u8], hash: u64) -> bool {
 }
 
 impl Leaving {
-    /// Messages of a room; their sets are kept for `kept`, in the own region's `bucket`.
+    /// For messages of a room. The sets are kept for `kept`, in the own region's `bucket`.
     #[must_use]
     pub fn room(bucket: Bucket, room: &RoomId, kept: Duration) -> Self {
         Self::new(bucket, What::Room { room: room.clone() }, kept)
     }
 
-    /// Messages of a user.
+    /// For messages of a user.
     #[must_use]
     pub fn user(bucket: Bucket, user: &str, scope: &RoomScope, kept: Duration) -> Self {
         let what = What::User {
@@ -182,7 +183,7 @@ impl Leaving {
     }
 
     fn new(bucket: Bucket, what: What, kept: Duration) -> Self {
-        // Buckets count in whole seconds.
+        // Buckets count TTLs in whole seconds.
         let kept = Duration::from_secs(kept.as_secs().max(1));
         Self {
             bucket,
@@ -194,10 +195,10 @@ impl Leaving {
         }
     }
 
-    /// Takes the keys of messages ([`message_key`]).
+    /// Adds the keys of messages ([`message_key`]).
     ///
     /// # Errors
-    /// [`KvError`]: not all is written.
+    /// [`KvError`]. Some of the hashes were not written.
     pub async fn take(&mut self, keys: &[String]) -> Result<(), KvError> {
         let salt = &self.salt;
         self.hashes.extend(keys.iter().map(|key| hash(salt, key)));
@@ -207,10 +208,10 @@ impl Leaving {
         Ok(())
     }
 
-    /// Writes what was taken. When it returns, edges are being told.
+    /// Writes the rest. When it returns, the edges are being notified.
     ///
     /// # Errors
-    /// [`KvError`]: not all is written.
+    /// [`KvError`]. Some of the hashes were not written.
     pub async fn finish(mut self) -> Result<(), KvError> {
         self.write().await
     }
@@ -222,7 +223,7 @@ impl Leaving {
         }
         hashes.sort_unstable();
         hashes.dedup();
-        // A new one each time: what an erasure finds when it is repeated is only what was left.
+        // Always a new set: a repeated erasure only finds the messages that were left.
         let set = ulid::Ulid::new().to_string();
         let about = About {
             what: self.what.clone(),
@@ -252,10 +253,10 @@ impl Leaving {
 }
 
 impl Remembered {
-    /// Learns what stands in the buckets of all regions, as soon as the own one can be read. What comes later is learned by
-    /// [`Self::follow`]. `None`: NATS was closed.
+    /// Reads the sets of all regions, and retries until those of the own region can be read. Pass the returned feed to
+    /// [`Self::follow`]. `None` if the NATS client was closed.
     pub async fn open(&self, bucket: &Bucket, origins: &Origins) -> Option<LiveFeed> {
-        // Subscribed first, read then: what changes in between is seen.
+        // Subscribe before reading, so that changes in between are seen.
         let feed = bucket.changes(ERASED_SETS).await.ok()?;
         let mut told = false;
         while !self.read(bucket, origins).await {
@@ -267,7 +268,7 @@ impl Remembered {
         Some(feed)
     }
 
-    /// Learns what is said from now on, for ever.
+    /// Applies later changes, until the feed ends.
     pub async fn follow(self: Arc<Self>, bucket: Bucket, origins: Arc<Origins>, feed: LiveFeed) {
         let mut feed = feed;
         let mut tick = interval(TICK);
@@ -299,7 +300,7 @@ impl Remembered {
         }
     }
 
-    /// Reads the sets of all regions; whether those of the own one could be read.
+    /// Reads the sets of all regions. Returns whether those of the own region could be read.
     async fn read(&self, bucket: &Bucket, origins: &Origins) -> bool {
         let mut own = false;
         for streams in origins.all() {
@@ -325,7 +326,8 @@ impl Remembered {
     }
 
     fn learn(&self, bucket: &Bucket, origin: &Region, entry: &Entry) {
-        // What was removed by hand holds until it ends: other regions may not hear of the removal.
+        // A set stays valid until its end even if its key was removed, since other regions may not learn of the
+        // removal.
         let (Some(id), Some(value)) = (parse_erased_set_key(&entry.key), &entry.value) else {
             return;
         };
@@ -356,7 +358,7 @@ impl Remembered {
         }
     }
 
-    /// Forgets the sets that have ended.
+    /// Removes the sets that have ended.
     fn forget(&self, now_s: u64) {
         if !self.is_any() {
             return;
@@ -381,16 +383,16 @@ impl Remembered {
         users.retain(|_, of| ended(of));
     }
 
-    /// Whether there is anything to look up.
+    /// Whether there may be anything to look up.
     #[must_use]
     pub fn is_any(&self) -> bool {
         self.any.load(Ordering::Acquire)
     }
 
-    /// Whether a message was erased, or what a change is about.
+    /// Whether a message, or the message it refers to, was erased.
     ///
     /// # Errors
-    /// [`KvError`]: that can't be told now.
+    /// [`KvError`] if that can't be checked now.
     pub async fn has(&self, suspect: Suspect<'_>) -> Result<bool, KvError> {
         for (set, key) in self.concerned(suspect) {
             if self.is_in(&set, &key).await? {
@@ -400,7 +402,7 @@ impl Remembered {
         Ok(false)
     }
 
-    /// The sets in which a message may be, and its key.
+    /// The sets that may contain the message or its target, each with the key to look up.
     fn concerned(&self, suspect: Suspect<'_>) -> Vec<(Arc<Set>, String)> {
         let Suspect {
             room,
@@ -447,7 +449,7 @@ impl Remembered {
         let found = set.bucket.get(&[erased_ids_key(&set.id, number)]).await?;
         let chunk = found.into_iter().next().and_then(|entry| entry.value);
         let Some(chunk) = chunk else {
-            // It has ended, or it was removed by hand.
+            // The set has ended, or the chunk was removed by hand.
             return Ok(false);
         };
         let found = has(&chunk, hash);

@@ -1,4 +1,4 @@
-//! Questions and answers over NATS: a micro service (`nats micro ls` shows it), and how one is asked.
+//! Request and reply over NATS: serving a micro service (`nats micro ls` shows it), and calling one.
 
 use std::{fmt, pin::Pin, sync::Arc, time::Duration};
 
@@ -22,33 +22,33 @@ use crate::{
     telemetry,
 };
 
-/// Questions that one instance works on at once.
+/// Requests that one instance works on at once.
 const AT_ONCE: usize = 64;
 
-/// Questions that wait for that; more are refused at once. Who asks has other ways, and does not wait for ever either.
+/// Requests that wait for a free slot. Further ones are refused at once: a caller has its own timeout.
 const WAITING: usize = 512;
 
-/// How long one may wait.
+/// How long a request may wait for a slot.
 const WAIT: Duration = Duration::from_secs(1);
 
-/// Code of the answer of an instance that has too much to do.
+/// Error code of an overloaded instance.
 const BUSY: u16 = 503;
 
-/// A question was answered by a refusal.
+/// An error as the answer to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceError {
     /// As in HTTP.
     pub code: u16,
-    /// Why, for people.
+    /// For people.
     pub message: String,
 }
 
-/// What an endpoint says.
+/// The answer of an endpoint.
 type Answer = Result<Bytes, ServiceError>;
 
 type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
-/// One kind of question that a service answers.
+/// One kind of request that a service answers.
 pub struct Endpoint {
     name: &'static str,
     subject: String,
@@ -64,7 +64,7 @@ impl fmt::Debug for Endpoint {
 }
 
 impl Endpoint {
-    /// An endpoint at `subject` whose answers `answer` gives; many at once.
+    /// An endpoint at `subject`, answered by `answer`, which may run many times at once.
     pub fn new<F>(
         name: &'static str,
         subject: String,
@@ -89,10 +89,10 @@ pub struct ServeError {
     problem: String,
 }
 
-/// Serves `endpoints` as an instance of the micro service `name` until `tasks` stop; all instances of a subject share its
-/// questions. `figures` is what `nats micro stats` shows besides its own.
+/// Serves `endpoints` as an instance of the micro service `name` until `tasks` stop. All instances share the requests
+/// of a subject. `figures` is the service's own part of what `nats micro stats` shows.
 ///
-/// After a reconnect it goes on by itself.
+/// The service survives reconnects.
 ///
 /// # Errors
 /// [`ServeError`] if the client was closed.
@@ -133,19 +133,19 @@ pub async fn serve(
     let stop = tasks.clone();
     tasks.spawn("serve questions", async move {
         stop.stopping().await;
-        // Only says that nobody listens any more.
+        // An error only says that the service has already ended.
         let _stopped = service.stop().await;
     });
     Ok(())
 }
 
-/// What an instance has to do.
+/// The slots of one instance.
 struct Load {
     working: Semaphore,
     waiting: Semaphore,
 }
 
-/// Takes the questions of one endpoint. Those that are taken are answered, also while the process ends.
+/// Takes the requests of one endpoint. Requests that were taken are answered, also during shutdown.
 async fn take(
     mut questions: service::endpoint::Endpoint,
     endpoint: Endpoint,
@@ -157,7 +157,8 @@ async fn take(
         let question = tokio::select! {
             question = questions.next() => question,
             () = tasks.stopping() => {
-                // The others get what comes from now on. Without a connection nothing comes.
+                // From now on other instances get the requests. An error means that there is no connection, so no
+                // request arrives.
                 let _away = questions.stop().await;
                 break;
             }
@@ -199,24 +200,24 @@ impl Load {
     }
 }
 
-/// A question that was not answered.
+/// A request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
-    /// No instance runs.
+    /// No instance is running.
     #[error("nobody answers at {subject}")]
     Nobody { subject: String },
-    /// No answer in time; also while NATS is away.
+    /// No answer in time, or NATS can't be reached.
     #[error("no answer at {subject} within {waited:?}")]
     Timeout { subject: String, waited: Duration },
-    /// The answer was a refusal.
+    /// The answer was an error.
     #[error("refused with {}: {}", .0.code, .0.message)]
     Refused(ServiceError),
-    /// It could not be asked.
+    /// The request could not be sent.
     #[error("the question at {subject} could not be sent: {problem}")]
     Failed { subject: String, problem: String },
 }
 
-/// Asks whoever serves `subject`.
+/// Sends a request to the service at `subject`.
 ///
 /// # Errors
 /// [`AskError`].

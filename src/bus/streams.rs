@@ -1,7 +1,8 @@
-//! What the edge knows of the streams it reads: their epochs and where they begin.
+//! What the edge knows of the streams it reads: their epochs and first sequences.
 //!
-//! [`Streams`] are those of one origin, as this region has them: its own, or its mirrors of another region's. [`Origins`] are
-//! all of them. Both are read in the region's own domain, under the same names: nobody has to know which is which.
+//! [`Streams`] are the streams of one origin, as this region has them: the region's own, or mirrors of another
+//! region's. [`Origins`] holds all of them. Both are read in the region's own domain under the same names, so callers
+//! need not distinguish an origin from a mirror.
 
 use std::{
     sync::{
@@ -25,48 +26,50 @@ use crate::{
     subject::{EPOCH_METADATA, REGIONS_METADATA, api, rooms_stream},
 };
 
-/// How often the streams are looked for while they are not there.
+/// Pause between attempts to load the streams while they do not exist.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// A stream of several copies whose leader has just been elected may tell less than there is, until it has applied what the
-/// others have: only after so many looks has it lost its end.
+/// A newly elected leader of a replicated stream may report an older state until it has applied what the other replicas
+/// have. Only after this many reads is the end of the stream considered lost.
 const LOOKS: u32 = 10;
 
-/// Pause between two of these.
+/// Pause between two of these reads.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
-/// In this time all copies of a stream have got what its leader had.
+/// Time after which all replicas of a stream are assumed to have what its leader had.
 const COPIES_FOLLOW: Duration = Duration::from_secs(1);
 
 /// The state of one stream, as last seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamState {
-    /// The incarnation it says it is.
+    /// Its epoch.
     pub epoch: Epoch,
-    /// How often this edge saw it begin anew: with another epoch, or, when a store was rolled back, with the same.
+    /// How many times this edge saw the stream begin again: with another epoch, or with the same one after its store
+    /// was rolled back.
     pub incarnation: u32,
-    /// First sequence that it still holds (one more than the last where it is empty).
+    /// The first sequence it still holds (one more than the last if it is empty).
     pub first_seq: u64,
     /// Its newest sequence.
     pub last_seq: u64,
-    /// Whether there are several copies of it: then the one that answers may be behind for a moment, a new leader too.
+    /// Whether the stream has several replicas. The one that answers may then lag behind for a moment, also a new
+    /// leader.
     pub replicated: bool,
 }
 
-/// How often edges and history services look at every stream, and whether a region has joined or left the mesh: it takes them
-/// up to twice as long to notice.
+/// Interval at which edges and history services read the state of every stream, and the list of regions. It takes up to
+/// twice this time to notice that a region has joined or left the mesh.
 pub const STREAMS_WATCH: Duration = Duration::from_secs(10);
 
-/// A stream's state can't be known.
+/// The state of a stream is not known.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// No answer in time; also while NATS is away.
+    /// No answer in time, or NATS can't be reached.
     #[error("stream {stream}: no answer within {waited:?}")]
     Timeout { stream: String, waited: Duration },
     /// It does not exist.
     #[error("stream {stream} does not exist: run `natter provision`")]
     Missing { stream: String },
-    /// It has no epoch.
+    /// It has no epoch in its metadata.
     #[error("stream {stream} has no metadata {EPOCH_METADATA}: run `natter provision`")]
     NoEpoch { stream: String },
     /// The server answered with an error, or not with JSON.
@@ -74,16 +77,16 @@ pub enum StreamError {
     Refused { stream: String, problem: String },
 }
 
-/// The streams of one origin's rooms, shared by all parts of an edge.
+/// The streams of one origin's rooms. All shards of an edge share them.
 #[derive(Debug)]
 pub struct Streams {
     connection: Connection,
     origin: Region,
     timeout: Duration,
     parts: Vec<Part>,
-    /// Changes with every incarnation that changes.
+    /// Changes whenever the incarnation of a stream changes.
     version: AtomicU64,
-    /// The regions of the mesh, as the first stream said last.
+    /// The regions of the mesh, as the first stream last named them.
     regions: RwLock<Vec<Region>>,
 }
 
@@ -92,9 +95,9 @@ pub struct Streams {
 pub struct Origins {
     config: config::Nats,
     own: Arc<Streams>,
-    /// Those of other regions, in the order in which they were found.
+    /// The streams of other regions, in the order in which they were found.
     others: RwLock<Vec<Arc<Streams>>>,
-    /// Changes when an origin comes or goes.
+    /// Changes when an origin is added or removed.
     version: AtomicU64,
 }
 
@@ -102,28 +105,28 @@ pub struct Origins {
 struct Part {
     stream: Arc<str>,
     known: RwLock<Known>,
-    /// Newest sequence that anybody on this edge has seen of it.
+    /// The newest sequence of the stream seen by any part of this edge.
     newest: AtomicU64,
-    /// How often it was heard to have a new leader.
+    /// The number of leader elections reported.
     elections: AtomicU64,
-    /// Held by who looks because of a suspicion.
+    /// Held during a read that was caused by a suspicion.
     verifying: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
 struct Known {
     state: StreamState,
-    /// When it was asked for.
+    /// When the state was requested.
     seen: Instant,
-    /// Its newest sequence at an earlier look, [`COPIES_FOLLOW`] before that one at least.
+    /// The newest sequence at an earlier read, at least [`COPIES_FOLLOW`] before this one.
     earlier: u64,
 }
 
 impl Streams {
-    /// Looks at every stream of the region.
+    /// Reads the state of every stream of `origin`.
     ///
     /// # Errors
-    /// The first [`StreamError`]: an edge can't serve durable rooms before all its streams are there.
+    /// The first [`StreamError`]: an edge can't serve durable rooms before all streams exist.
     pub async fn load(
         connection: Connection,
         origin: Region,
@@ -165,7 +168,7 @@ impl Streams {
         }))
     }
 
-    /// As [`Self::load`], as soon as the streams are there; says what it waits for, once each.
+    /// Like [`Self::load`], but waits until the streams exist. It logs each different reason for waiting.
     pub async fn wait_for(
         connection: &Connection,
         origin: &Region,
@@ -199,26 +202,27 @@ impl Streams {
         &self.parts[usize::from(part)].stream
     }
 
-    /// The regions of the mesh, as the first stream said when it was looked at last.
+    /// The regions of the mesh, as the first stream named them when it was last read.
     #[must_use]
     pub fn regions(&self) -> Vec<Region> {
         self.regions.read().clone()
     }
 
-    /// How many there are.
+    /// The number of partitions.
     #[must_use]
     pub fn partitions(&self) -> u16 {
         u16::try_from(self.parts.len()).expect("made from a u16")
     }
 
-    /// The state of `part` as last seen. First and last sequence may be behind the truth, never ahead of it (within an
-    /// incarnation).
+    /// The last seen state of `part`. Within an incarnation, the first and last sequence may lag behind the truth, but
+    /// are never ahead of it.
     #[must_use]
     pub fn known(&self, part: u16) -> StreamState {
         self.parts[usize::from(part)].known.read().state
     }
 
-    /// A sequence up to which whatever copy answers has everything: what it does not have there is not stored.
+    /// The sequence up to which every replica has everything: a message that a replica does not have there is not
+    /// stored.
     #[must_use]
     pub fn settled(&self, part: u16) -> u64 {
         let known = self.parts[usize::from(part)].known.read();
@@ -228,7 +232,7 @@ impl Streams {
         }
     }
 
-    /// Changes with every incarnation that was seen to change.
+    /// Changes whenever a stream was seen to begin a new incarnation.
     #[must_use]
     pub fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
@@ -241,24 +245,24 @@ impl Streams {
             .fetch_max(seq, Ordering::AcqRel);
     }
 
-    /// The highest sequence that the stream of `part` is known to have reached. What is published after this was asked gets
-    /// a higher one, unless the stream has begun anew.
+    /// The highest sequence that the stream of `part` is known to have reached. A message published after this call
+    /// gets a higher one, unless the stream has begun again.
     #[must_use]
     pub fn newest(&self, part: u16) -> u64 {
         self.parts[usize::from(part)].newest.load(Ordering::Acquire)
     }
 
-    /// A leader was elected of one of the streams, if it is one of these.
+    /// Notes the election of a leader, if `stream` is one of these streams.
     fn note_election(&self, stream: &str) {
         if let Some(part) = self.parts.iter().find(|part| *part.stream == *stream) {
             part.elections.fetch_add(1, Ordering::AcqRel);
         }
     }
 
-    /// Looks at a stream now.
+    /// Reads the state of a stream from the server now.
     ///
     /// # Errors
-    /// [`StreamError`]; what was known stays.
+    /// [`StreamError`]. The known state is kept.
     pub async fn fetch(&self, part: u16) -> Result<StreamState, StreamError> {
         let slot = &self.parts[usize::from(part)];
         let newest = slot.newest.load(Ordering::Acquire);
@@ -286,7 +290,7 @@ impl Streams {
         let mut known = slot.known.write();
         let before = known.state;
         state.incarnation = before.incarnation;
-        // Whatever was seen before we asked must be in the answer; if it is not, the store lost its end.
+        // Everything seen before the request must be in the answer. Otherwise the store has lost its end.
         if state.epoch != before.epoch || state.last_seq < newest {
             tracing::warn!(
                 stream = &*slot.stream, before = %before.epoch, now = %state.epoch, newest, last_seq = state.last_seq,
@@ -316,10 +320,11 @@ impl Streams {
         Ok(state)
     }
 
-    /// Looks at a stream because at `since` something did not fit what was known of it; once for all who ask meanwhile.
+    /// Reads the state of a stream because at `since` something contradicted its known state. Concurrent callers share
+    /// one read.
     ///
     /// # Errors
-    /// [`StreamError`]; what was known stays.
+    /// [`StreamError`]. The known state is kept.
     pub async fn verify(&self, part: u16, since: Instant) -> Result<StreamState, StreamError> {
         let _turn = self.parts[usize::from(part)].verifying.lock().await;
         let (state, seen) = {
@@ -333,7 +338,7 @@ impl Streams {
         }
     }
 
-    /// Looks at every stream once, in the course of `interval`.
+    /// Reads the state of every stream once, spread over `interval`.
     async fn look_around(&self, interval: Duration) {
         let pause = interval / u32::from(self.partitions());
         for part in 0..self.partitions() {
@@ -348,8 +353,8 @@ impl Streams {
 }
 
 impl Origins {
-    /// The streams of the own region as soon as they are there, and what there is of the others'. Those that come later are found by
-    /// [`Self::watch`].
+    /// Waits for the streams of the own region, and loads those of the other regions that can be read. [`Self::watch`]
+    /// finds the rest.
     pub async fn wait_for(
         connection: &Connection,
         own: &Region,
@@ -366,13 +371,13 @@ impl Origins {
         Arc::new(origins)
     }
 
-    /// The region's own streams: those that it writes to.
+    /// The region's own streams, the only ones it writes to.
     #[must_use]
     pub fn own(&self) -> &Arc<Streams> {
         &self.own
     }
 
-    /// The streams of all origins, the own first.
+    /// The streams of all origins, the own ones first.
     #[must_use]
     pub fn all(&self) -> Vec<Arc<Streams>> {
         let others = self.others.read();
@@ -390,30 +395,31 @@ impl Origins {
         others.iter().find(|s| s.origin() == origin).cloned()
     }
 
-    /// Whether `epoch` is the one that the stream of `part` of `origin` has now.
+    /// Whether `epoch` is the current epoch of the stream of `part` of `origin`.
     #[must_use]
     pub fn is_current(&self, origin: &Region, part: u16, epoch: Epoch) -> bool {
         self.get(origin)
             .is_some_and(|streams| streams.known(part).epoch == epoch)
     }
 
-    /// Changes when an origin comes or goes.
+    /// Changes when an origin is added or removed.
     #[must_use]
     pub fn members_version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Changes with every incarnation that was seen to change, and when an origin comes or goes.
+    /// Changes when a stream was seen to begin a new incarnation, and when an origin is added or removed.
     #[must_use]
     pub fn version(&self) -> u64 {
         let others = self.others.read();
         let changes: u64 = others.iter().map(|streams| streams.version()).sum();
-        // A lost origin takes its changes along: so each coming and going weighs more than all of them.
+        // An origin that is removed takes its changes out of the sum. So a change of the members weighs more than all
+        // of them.
         (self.members_version() << 32) + changes + self.own.version()
     }
 
-    /// Changes when a stream of `part` was heard to have a new leader, of whatever origin. What the old one stored last it may not
-    /// have republished.
+    /// Changes when a new leader was elected for a stream of `part`, of any origin. The old leader may not have
+    /// republished the last messages it stored.
     #[must_use]
     pub fn elections(&self, part: u16) -> u64 {
         let all = self.all();
@@ -424,8 +430,8 @@ impl Origins {
         all.iter().map(of).sum()
     }
 
-    /// Hears of elections, for ever. Without the permission to, it hears of none, and what was not republished is found when rooms
-    /// are compared anyway.
+    /// Listens for leader elections, until the subscription ends. Without the permission to subscribe there are no
+    /// reports; messages that were not republished are then found by the regular comparison of rooms.
     pub async fn hear_elections(self: Arc<Self>) {
         let subject = format!("{}*", api::LEADER_ELECTED);
         let mut elected = match self.own.connection.client().subscribe(subject).await {
@@ -440,8 +446,8 @@ impl Origins {
         }
     }
 
-    /// Looks at every stream every `interval`, for ever: a stream that was re-created is noticed even if nobody speaks, and a
-    /// region that joins or leaves the mesh too.
+    /// Reads the state of every stream about once per `interval`, forever. So it notices a re-created stream without
+    /// any traffic, and regions that join or leave the mesh.
     pub async fn watch(self: Arc<Self>, interval: Duration) {
         loop {
             for streams in self.all() {
@@ -452,7 +458,7 @@ impl Origins {
         }
     }
 
-    /// Takes in the mirrors of regions that the own streams name, and gives up those they do not name any more.
+    /// Adds the mirrors of regions that the own streams name, and removes those of regions that they no longer name.
     async fn look_for_others(&self) {
         let named: Vec<Region> = {
             let regions = self.own.regions.read();
@@ -485,10 +491,10 @@ impl Origins {
     }
 }
 
-/// The incarnation of a stream in another region's domain.
+/// The epoch of a stream in another region's domain.
 ///
 /// # Errors
-/// [`StreamError`]; also when that region can't be reached.
+/// [`StreamError`], also if that region can't be reached.
 pub async fn epoch_elsewhere(
     connection: &Connection,
     region: &Region,
@@ -499,10 +505,10 @@ pub async fn epoch_elsewhere(
     Ok(state.epoch)
 }
 
-/// The newest sequence of a stream as another region has it: of a mirror, how far it has come.
+/// The newest sequence of a stream in another region's domain. For a mirror this is how far it has come.
 ///
 /// # Errors
-/// [`StreamError`]; also when that region can't be reached.
+/// [`StreamError`], also if that region can't be reached.
 pub async fn newest_elsewhere(
     connection: &Connection,
     region: &Region,
@@ -513,7 +519,7 @@ pub async fn newest_elsewhere(
     Ok(state.last_seq)
 }
 
-/// How a stream stands in another region's domain.
+/// The state of a stream in another region's domain.
 async fn look_elsewhere(
     connection: &Connection,
     region: &Region,
@@ -525,7 +531,7 @@ async fn look_elsewhere(
     Ok(state)
 }
 
-/// The regions of the mesh, as the streams of `own` name them.
+/// The regions of the mesh, as the first stream of `own` names them.
 ///
 /// # Errors
 /// [`StreamError`].

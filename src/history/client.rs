@@ -1,4 +1,4 @@
-//! Asks the history service, and does without it where that is possible.
+//! Calls the history service, and reads the streams instead where that is possible.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,39 +23,40 @@ use crate::{
     telemetry::metrics::{Counter, Histogram, HistoryAnswer, count, record},
 };
 
-/// Questions of one edge under way at once. An answer may have 1 MiB.
+/// Requests of one edge in flight at once. An answer may have up to 1 MiB.
 const AT_ONCE: usize = 64;
 
-/// For how long a service that did not answer is not asked again: those who read meanwhile get what the streams have at once.
+/// After a timeout, the service is not called for this long. Meanwhile pages are made from the streams at once.
 const SPARED: Duration = Duration::from_secs(1);
 
-/// History, as an edge has it.
+/// History as an edge uses it.
 #[derive(Debug)]
 pub struct Client {
-    /// What the streams alone tell.
+    /// Makes pages from the streams alone.
     pages: Pages,
     reader: Reader,
     subjects: Subjects,
     region: Region,
     wait: Duration,
     turns: Semaphore,
-    /// When the service last did not answer in time.
+    /// When the service last ran into the timeout.
     silent: Mutex<Option<Instant>>,
 }
 
-/// The newest message and the newest change of a room, of one origin: while they stay the same of all, so do its pages.
+/// The newest message and the newest change of a room at one origin. While the heads of all origins are unchanged, so
+/// are the room's pages.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Heads {
-    /// The incarnation of the stream.
+    /// The epoch of the stream.
     pub epoch: String,
-    /// Sequence of the newest message; 0: none.
+    /// Sequence of the newest message; 0 if there is none.
     pub message: u64,
-    /// Of the newest change.
+    /// Sequence of the newest change; 0 if there is none.
     pub change: u64,
 }
 
 impl Client {
-    /// Asks over the reader's connection.
+    /// A client that uses the reader's connection.
     #[must_use]
     pub fn new(reader: &Reader, origins: &Arc<Origins>, config: &Config) -> Arc<Self> {
         Arc::new(Self {
@@ -70,13 +71,13 @@ impl Client {
     }
 
     async fn turn(&self) -> Result<SemaphorePermit<'_>, Refused> {
-        // Neither the service nor the streams could be asked, and every wait would run into its end.
+        // Neither the service nor the streams could be reached, and every wait would end in a timeout.
         if !self.pages.connection().is_up() {
             let text = "NATS is not reachable".to_owned();
             return Err(Refused::new(ErrorCode::Unavailable, text));
         }
         let turn = timeout(self.wait, self.turns.acquire()).await;
-        // It is never closed.
+        // The semaphore is never closed.
         turn.ok().and_then(Result::ok).ok_or_else(|| {
             let text = "too many questions for history at once".to_owned();
             Refused::new(ErrorCode::Unavailable, text)
@@ -96,7 +97,7 @@ impl Client {
         answer
     }
 
-    /// A page: from the service, or from the streams alone, and then it is partial.
+    /// A page from the service. If the service fails, a partial page from the streams alone.
     ///
     /// # Errors
     /// `bad_id`, `bad_cursor`, `unavailable`.
@@ -132,7 +133,7 @@ impl Client {
                 Err(error) => error.to_string(),
             },
             Err(AskError::Refused(error)) => match refusal(&error) {
-                // The question is at fault, so nobody can answer it.
+                // The request itself is wrong, so the streams can't answer it either.
                 Some(refusal)
                     if matches!(refusal.code, ErrorCode::BadId | ErrorCode::BadCursor) =>
                 {
@@ -146,7 +147,7 @@ impl Client {
         (self.pages.page(request).await, HistoryAnswer::Streams)
     }
 
-    /// A search; the streams can't be searched.
+    /// A search. There is no fallback, since the streams can't be searched.
     ///
     /// # Errors
     /// `bad_cursor`, `unavailable`.
@@ -177,10 +178,11 @@ impl Client {
         answer
     }
 
-    /// Erases for good; it is written down before this answers, and carried out whatever happens then.
+    /// Erases messages for good. The erasure is recorded before this returns, and carried out even if this process
+    /// ends.
     ///
     /// # Errors
-    /// `unavailable`: nothing was erased, or it will be all the same. Asking again is harmless.
+    /// `unavailable`: nothing was erased, or the erasure is recorded and will be carried out. It is safe to retry.
     pub async fn erase(&self, request: &EraseRequest) -> Result<EraseAnswer, Refused> {
         let _turn = self.turn().await?;
         let away = |cause: String| Refused::new(ErrorCode::Unavailable, cause);
@@ -195,12 +197,12 @@ impl Client {
         serde_json::from_slice(&answer).map_err(|error| away(error.to_string()))
     }
 
-    /// The heads of a room, of each origin; `None` if they can't be told now. One read of each stream.
+    /// The heads of a room, one per origin; `None` if they can't be read now. Reads one stream per origin.
     pub async fn heads(&self, room: &RoomId) -> Option<Vec<Heads>> {
         let all = self.pages.origins().all();
         let heads = all.iter().map(|streams| self.heads_of(streams, room));
         let mut heads: Vec<Heads> = join_all(heads).await.into_iter().collect::<Option<_>>()?;
-        // Every edge names them in the same order.
+        // The same order on every edge.
         heads.sort_by(|a, b| a.epoch.cmp(&b.epoch));
         Some(heads)
     }

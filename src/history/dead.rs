@@ -1,4 +1,4 @@
-//! Dead letters for the operator: what could not be written, and another attempt.
+//! Dead letters for the operator: the list, and another attempt to write one.
 
 use crate::{
     bus::{DeadLetter, DeadLetters, LetterError, ReadError},
@@ -8,18 +8,18 @@ use crate::{
 
 use super::entry;
 
-/// What became of another attempt to write a dead letter.
+/// The outcome of another attempt to write a dead letter.
 #[derive(Debug)]
 pub enum Retried {
-    /// It is in MongoDB, and no dead letter any more.
+    /// It was written (or has no effect on history), and its dead letter is removed.
     Written,
-    /// It is in MongoDB, but its letter could not be removed; trying again does no harm.
+    /// It was written, but its dead letter could not be removed. It is safe to retry.
     NotRemoved(LetterError),
-    /// It can't be written still, and why.
+    /// It still can't be written, with the reason.
     Refused(String),
 }
 
-/// All dead letters, the oldest first.
+/// All dead letters, oldest first.
 ///
 /// # Errors
 /// [`ReadError`].
@@ -35,10 +35,10 @@ pub async fn dead_letters(dead: &DeadLetters) -> Result<Vec<DeadLetter>, ReadErr
     Ok(letters)
 }
 
-/// Writes a dead letter, and removes it when that succeeded.
+/// Writes a dead letter, and removes it on success.
 ///
 /// # Errors
-/// [`StoreError`]: MongoDB does not take anything now.
+/// [`StoreError`] if MongoDB accepts nothing now.
 pub async fn retry(
     letter: DeadLetter,
     dead: &DeadLetters,
@@ -49,12 +49,12 @@ pub async fn retry(
         return Ok(Retried::Refused(letter.reason));
     };
     let entries = [entry(stored, origin, letter.epoch)];
-    // What means nothing would not have been refused; it is done with.
+    // An entry without effect would not have been refused; the letter is only removed.
     if !matches!(entries[0].what, What::Nothing(_)) {
         if let Some(refused) = store.write(&entries).await?.pop() {
             return Ok(Retried::Refused(refused.reason));
         }
-        // It may have been erased while it was a dead letter in our hands.
+        // It may have been erased since the letter was read.
         store.enforce_erasures(&entries).await?;
     }
     Ok(match dead.remove(letter.number).await {

@@ -1,4 +1,4 @@
-//! From a message of a stream to what history makes of it.
+//! Translates a message of a stream into an entry of history.
 
 use crate::{
     bus::{Record, Stored, message_key},
@@ -6,7 +6,7 @@ use crate::{
     store::{Change, Entry, Said, What},
 };
 
-/// What history makes of a message that the stream of `origin` has in its incarnation `epoch`.
+/// The history entry for a message of the stream of `origin` with the given `epoch`.
 #[must_use]
 pub fn entry(stored: Stored, origin: &Region, epoch: Epoch) -> Entry {
     let Stored { room, record } = stored;
@@ -19,7 +19,7 @@ pub fn entry(stored: Stored, origin: &Region, epoch: Epoch) -> Entry {
     }
 }
 
-/// Where a message of the stream of `origin`, in its incarnation `epoch`, stands in history.
+/// The place in history of a message of the stream of `origin` with the given `epoch`.
 pub(super) fn place(record: &Record, origin: &Region, epoch: Epoch) -> Place {
     Place {
         ts: record.ts,
@@ -31,7 +31,7 @@ pub(super) fn place(record: &Record, origin: &Region, epoch: Epoch) -> Place {
 
 fn what(room: &RoomId, record: &Record) -> What {
     let kind = record.kind.and_then(Kind::parse).unwrap_or_default();
-    // A body is JSON text, or was made one when it was read.
+    // A body is JSON text, or was converted to it when it was read.
     let Ok(body) = std::str::from_utf8(&record.body) else {
         return What::Nothing("the body is not UTF-8");
     };
@@ -85,12 +85,12 @@ fn what(room: &RoomId, record: &Record) -> What {
     }
 }
 
-/// Who is mentioned, if that is said.
+/// The mentioned users, if the message has the field.
 fn mentions(record: &Record) -> Option<Vec<String>> {
     serde_json::from_str(record.mentions.as_deref()?).ok()
 }
 
-/// The key of the message that `from` means by `reference`.
+/// The key of the message that `from` refers to by `reference`.
 #[must_use]
 pub fn key_of(room: &RoomId, from: &str, reference: &Reference) -> String {
     let user = reference.user.as_deref().unwrap_or(from);

@@ -1,16 +1,23 @@
-//! Erases rooms and users: from the streams, from MongoDB, from memory.
+//! Erases rooms and users: from the streams, from MongoDB, and by an announcement from the memory of edges and clients.
 //!
-//! An erasure is written down first, then carried out by the instance that was asked; if that dies, by the next one that looks.
-//! First it is remembered what is erased ([`Remembered`](crate::bus::Remembered)): none of it is stored again, whoever repeats it.
-//! Then from the streams, so that nothing is taken from there to MongoDB any more; then from MongoDB; then it is announced in
-//! the rooms concerned, durably, so that members drop what they have, now or when they come back. What a worker had in hand
-//! meanwhile is deleted again by that worker ([`Store::enforce_erasures`](crate::store::Store::enforce_erasures)), or by a
-//! second look some time later if it died first.
+//! An erasure is recorded first. Then the instance that was asked carries it out; if that instance dies, another one
+//! takes over. The steps are:
 //!
-//! A mirror does not repeat what its origin removes. So there is a record for each region, and each region's service erases
-//! from the streams and the mirrors that it has: at once, or when it is back. A mirror that was cut off from its origin may bring
-//! what is erased there later. So when a region has carried an erasure out, each other one is told to erase from its mirror of that
-//! region once more, when that has come to what was said there afterwards: the announcement of the erasure.
+//! 1. The erased messages are remembered ([`Remembered`](crate::bus::Remembered)), so that none of them is stored again.
+//! 2. They are erased from the streams, so that no worker takes them to MongoDB any more.
+//! 3. They are erased from MongoDB.
+//! 4. The erasure is announced in the rooms concerned as a durable message, so that members drop their copies, now or
+//!    when they come back.
+//!
+//! A worker that had erased messages in hand meanwhile deletes them again
+//! ([`Store::enforce_erasures`](crate::store::Store::enforce_erasures)). If the worker died before that, a second look
+//! some time later deletes them.
+//!
+//! A mirror does not repeat the deletions of its origin. So there is a record for each region, and each region's
+//! service erases from its own streams and mirrors, at once or when it is back. A mirror that was cut off may later
+//! receive messages that its origin has erased meanwhile. So when a region has carried out an erasure, each other
+//! region is told to erase once more from its mirror of that region, as soon as the mirror has reached the announcement
+//! of the erasure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,52 +41,50 @@ use crate::{
     telemetry::metrics::{Counter, count},
 };
 
-/// For how long an erasure is held without a sign of life.
+/// Lease of an erasure: without a renewal in this time another instance may take it over.
 const LEASE: Duration = Duration::from_secs(15);
 
-/// Pause between two looks for erasures whose holder died.
+/// Pause between two checks for erasures whose holder died.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// After how long a mirror is looked at again that may bring what its origin has erased.
+/// Delay before a mirror is checked again that may receive messages its origin has erased.
 const AGAIN_AFTER: Duration = Duration::from_secs(5);
 
-/// How long who asks for an erasure waits for its end.
+/// How long a request for an erasure waits for its end.
 pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 
-/// What is to be erased.
+/// A request for an erasure.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct EraseRequest {
-    /// What.
     pub what: EraseWhat,
-    /// Who wants it.
+    /// The user who requests it.
     pub by: String,
 }
 
-/// A room, or what a user said.
+/// A room, or the messages of a user.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EraseWhat {
-    /// Everything in a room.
+    /// All messages of a room.
     Room(RoomId),
-    /// Everything that a user said.
+    /// All messages of a user.
     User {
-        /// Who.
         user: String,
-        /// In these rooms.
+        /// Only in these rooms.
         scope: RoomScope,
     },
 }
 
-/// How far an erasure is.
+/// The progress of an erasure.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EraseAnswer {
-    /// Its name.
+    /// Its id.
     pub id: String,
-    /// Whether it is carried out; else it goes on, whatever happens to who asked or answered.
+    /// Whether it is complete. Otherwise it continues, even if the client or the answering instance goes away.
     pub done: bool,
-    /// Messages erased: the larger of how many MongoDB and the streams had.
+    /// Messages erased: the larger of the numbers in MongoDB and in the streams.
     pub erased: u64,
-    /// Other regions whose services have not carried it out yet; they do it when they can be reached.
+    /// Other regions whose services have not carried it out yet. They do so when they can be reached.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waiting: Vec<String>,
 }
@@ -87,24 +92,24 @@ pub struct EraseAnswer {
 /// An erasure can't be carried out now.
 #[derive(Debug, thiserror::Error)]
 enum ErasureError {
-    /// The streams.
+    /// A stream failed.
     #[error(transparent)]
     Stream(#[from] EraseError),
-    /// MongoDB.
+    /// MongoDB failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// What is erased can't be remembered.
+    /// The record of erased messages can't be written.
     #[error("what is erased can't be remembered")]
     Remember(#[from] KvError),
 }
 
-/// What erases.
+/// Carries out erasures.
 #[derive(Debug, Clone)]
 pub(super) struct Erasing {
     parts: Parts,
-    /// Of the own region's streams.
+    /// For the own region's streams.
     eraser: Eraser,
-    /// This instance, as holder of erasures.
+    /// This instance, as the holder of leases.
     holder: String,
 }
 
@@ -124,11 +129,10 @@ impl Erasing {
         }
     }
 
-    /// Writes an erasure down and begins with it.
+    /// Records an erasure and starts it.
     ///
     /// # Errors
-    /// `unavailable`: nothing was erased, or it is written down and will be carried out all the same; asking again is
-    /// harmless.
+    /// `unavailable`: nothing was erased, or the erasure is recorded and will be carried out. It is safe to retry.
     pub(super) async fn ask(&self, request: EraseRequest) -> Result<EraseAnswer, Refused> {
         let answer = self.begin(request).await;
         answer.map_err(|error| {
@@ -143,7 +147,7 @@ impl Erasing {
             before.push(self.eraser.clock(part).await?);
         }
         let own = self.parts.streams.origin();
-        // Also those whose mirrors are not there yet.
+        // Includes regions whose mirrors do not exist yet.
         let others = self.others().await?;
         let erasure = Erasure {
             id: ulid::Ulid::new().to_string(),
@@ -158,7 +162,8 @@ impl Erasing {
         let id = erasure.id.clone();
         let store = &self.parts.store;
         store.record_erasure(&erasure, &self.holder, LEASE).await?;
-        // What is recorded for one region is enforced on what all write; the others' records are what they have to do.
+        // The record of one region is enforced on the writes of all regions. The other regions' records are the work
+        // they have to do.
         let mut elsewhere = BTreeMap::new();
         for region in others {
             let erasure = Erasure {
@@ -179,14 +184,14 @@ impl Erasing {
         };
         self.parts.tasks.spawn("erase", async move {
             if let Some(erased) = erasing.carry_out(&claimed).await {
-                // Who asked may have gone.
+                // The requester may have gone.
                 let _gone = done.send(erased);
             }
         });
         let deadline = Instant::now() + ANSWER_WITHIN;
         let erased = match timeout_at(deadline, erased).await {
             Ok(Ok(erased)) => Some(erased),
-            // It takes longer, or is tried again.
+            // It takes longer, or failed and will be retried.
             Ok(Err(_)) | Err(_) => None,
         };
         let waiting = self.left(elsewhere, deadline).await?;
@@ -198,7 +203,7 @@ impl Erasing {
         })
     }
 
-    /// The other regions of the mesh, as the streams name them now.
+    /// The other regions of the mesh, as the first stream names them now.
     async fn others(&self) -> Result<Vec<Region>, EraseError> {
         let streams = &self.parts.streams;
         streams.fetch(0).await?;
@@ -207,7 +212,7 @@ impl Erasing {
         Ok(regions)
     }
 
-    /// Waits until other regions have carried out what was recorded for them; which have not by the deadline.
+    /// Waits until other regions have carried out their records. Returns those that have not by the deadline.
     async fn left(
         &self,
         mut elsewhere: BTreeMap<String, Region>,
@@ -228,7 +233,7 @@ impl Erasing {
         Ok(left.map(|region| region.to_string()).collect())
     }
 
-    /// Takes over what others left, for ever.
+    /// Takes over erasures that others left unfinished, forever.
     pub(super) async fn keep(self) {
         if self.parts.lifecycle.reached(Phase::Ready).await != Phase::Ready {
             return;
@@ -261,8 +266,8 @@ impl Erasing {
         store.claim_erasure(region, &self.holder, LEASE).await
     }
 
-    /// Carries an erasure out while renewing the lease; how many messages. `None`: it failed, and is due again when the lease
-    /// ends.
+    /// Carries out an erasure while renewing its lease. Returns the number of messages. `None` if it did not finish: it
+    /// is due again when the lease ends.
     async fn carry_out(&self, claimed: &Claimed) -> Option<u64> {
         let id = &claimed.erasure.id;
         let result = tokio::select! {
@@ -271,7 +276,7 @@ impl Erasing {
             () = self.parts.tasks.stopping() => return None,
         };
         match result {
-            // Said when the mirror has come that far.
+            // Logged when the mirror was erased from.
             Ok(erased) if claimed.again.is_some() => Some(erased),
             Ok(erased) => {
                 count(Counter::HistoryErased, erased);
@@ -290,7 +295,7 @@ impl Erasing {
         }
     }
 
-    /// Renews the lease; ends when another has it.
+    /// Renews the lease; returns when another instance holds it.
     async fn hold(&self, id: &str) {
         loop {
             sleep(LEASE / 3).await;
@@ -314,9 +319,10 @@ impl Erasing {
             self.erase_again(erasure, again).await?;
             return Ok(0);
         }
-        // What is said in the same millisecond as `before` is stored by now.
+        // Messages with the same millisecond as `before` are stored by now.
         sleep(Duration::from_millis(2)).await;
-        // Once, and then what the second look finds: each time adds to what edges look in for a long while.
+        // The first time, and for the messages that the second look finds. Not at every attempt, since each set is kept
+        // for a long time and edges must search it.
         if claimed.settling || !claimed.remembered {
             self.remember(erasure).await?;
             store.note_remembered(&erasure.id).await?;
@@ -330,7 +336,7 @@ impl Erasing {
                 self.have_erased_again(erasure, upto).await?;
             }
         }
-        // A worker that has taken messages before confirms or repeats them within that time.
+        // A worker that took messages before acknowledges or retries them within this time.
         let config = &self.parts.config;
         let settled = 2 * (config.history.ack_wait + config.mongodb.write_timeout);
         let second_look = (!claimed.settling).then_some(settled);
@@ -340,7 +346,8 @@ impl Erasing {
         Ok(erased)
     }
 
-    /// Has the other regions erase from their mirrors of this one, when these are complete up to there.
+    /// Records that the other regions must erase again from their mirrors of this region, once the mirrors have reached
+    /// `upto`.
     async fn have_erased_again(
         &self,
         erasure: &Erasure,
@@ -364,7 +371,7 @@ impl Erasing {
         Ok(())
     }
 
-    /// Erases once more from a mirror; later, if it is not there, or has not come that far.
+    /// Erases once more from a mirror. It is postponed if the mirror does not exist yet or has not come that far.
     async fn erase_again(&self, erasure: &Erasure, again: &Again) -> Result<(), ErasureError> {
         let origin = &again.origin;
         let later = match self.parts.origins.get(origin) {
@@ -387,7 +394,7 @@ impl Erasing {
                 }
                 behind
             }
-            // Or it has left the mesh, and its mirror with it.
+            // If the origin has left the mesh, its mirror is gone too.
             None => self.others().await?.contains(origin),
         };
         let later = later.then_some(AGAIN_AFTER);
@@ -396,8 +403,8 @@ impl Erasing {
         Ok(())
     }
 
-    /// Remembers which messages are about to be erased. Each region does so for what was said there, and the one that was asked
-    /// for what only MongoDB has.
+    /// Remembers which messages are about to be erased. Each region does so for its own stream; the region that was
+    /// asked does so for messages that only MongoDB has, too.
     async fn remember(&self, erasure: &Erasure) -> Result<(), ErasureError> {
         let (control, kept) = (
             self.parts.control.clone(),
@@ -414,7 +421,7 @@ impl Erasing {
                 leaving.take(&keys).await?;
             }
         }
-        // The others' records are named after the region.
+        // The ids of the other regions' records end in the region's name.
         if !erasure.id.contains('.') {
             let mut doomed = self.parts.store.doomed(erasure).await?;
             loop {
@@ -428,7 +435,7 @@ impl Erasing {
         Ok(leaving.finish().await?)
     }
 
-    /// The ways through what the own region's streams hold of what an erasure is about.
+    /// Scans of the own region's streams that cover everything an erasure is about.
     async fn own_scans(&self, erasure: &Erasure) -> Result<Vec<Scan>, EraseError> {
         let eraser = &self.eraser;
         let mut scans = Vec::new();
@@ -443,7 +450,7 @@ impl Erasing {
         Ok(scans)
     }
 
-    /// Has taken out what was erased and was stored here again before this region heard of it.
+    /// Removes erased messages that were stored here again before this region learned of the erasure.
     async fn sweep(&self, erasure: &Erasure) -> Result<(), ErasureError> {
         let store = &self.parts.store;
         let origin = self.parts.streams.origin();
@@ -492,7 +499,8 @@ impl Erasing {
         Ok(erased)
     }
 
-    /// Erases from the streams of an origin; how many messages, none from a mirror: they are counted where they come from.
+    /// Erases from the streams of an origin. Returns the number of messages; 0 for a mirror, since they are counted at
+    /// their origin.
     async fn erase_from(
         &self,
         erasure: &Erasure,
@@ -532,7 +540,7 @@ impl Erasing {
         Ok(if is_own { erased } else { 0 })
     }
 
-    /// Tells the members of the rooms concerned; up to where the streams of these have gone with that.
+    /// Announces the erasure in the rooms concerned. Returns the sequence of the last announcement in each partition.
     async fn announce(&self, erasure: &Erasure) -> Result<BTreeMap<u16, u64>, ErasureError> {
         let mut rooms: BTreeSet<RoomId> = BTreeSet::new();
         match &erasure.what {
@@ -562,12 +570,12 @@ impl Erasing {
     }
 }
 
-/// Whether an erasure means a message of a stream.
+/// Whether an erasure covers a message of a stream.
 fn is_doomed(erasure: &Erasure, candidate: &Candidate) -> bool {
     let Candidate { room, ts, from, .. } = candidate;
     let target = candidate.target();
     let author = target.as_ref().and_then(|target| target.user.as_deref());
-    // Announcements of earlier erasures have nothing in them that is to be erased.
+    // Announcements of earlier erasures contain nothing to erase.
     let announced = candidate.kind == Kind::Erase;
     !announced && erasure.dooms(room, *ts, from, author)
 }

@@ -1,4 +1,4 @@
-//! How the writing goes, for `/metrics` and for who asks the service.
+//! Progress and problems of the writing, for `/metrics` and for the statistics of the service.
 
 use std::{collections::BTreeSet, fmt, time::Duration};
 
@@ -11,39 +11,39 @@ use crate::{
     telemetry::metrics::{Counter, count},
 };
 
-/// How often a trouble that lasts is told again.
+/// Interval at which a lasting problem is logged again.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
 
-/// What this process has written, and what stands in the way.
+/// What this process has written, and its current problem.
 #[derive(Debug, Default)]
 pub(super) struct Figures(Mutex<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
     shown: Shown,
-    /// The words of the trouble that lasts, and when it was told last.
+    /// The words of the lasting problem, and when it was last logged.
     trouble: Option<(BTreeSet<String>, Instant)>,
 }
 
 /// The figures as they are shown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Shown {
-    /// Batches that MongoDB has confirmed.
+    /// Batches that MongoDB has acknowledged.
     pub batches: u64,
     /// Messages in them.
     pub messages: u64,
     /// Messages in the last one.
     pub last_batch: usize,
-    /// Erasures that are not carried out yet, in the whole database.
+    /// Erasures not yet carried out, in the whole database.
     pub erasures_running: u64,
-    /// What went wrong last.
+    /// The last error.
     pub last_error: Option<String>,
-    /// When that was, in ms since 1970.
+    /// When it occurred, in ms since 1970.
     pub last_error_at: Option<u64>,
 }
 
 impl Figures {
-    /// A batch of so many messages was confirmed.
+    /// Counts an acknowledged batch.
     pub(super) fn written(&self, messages: usize) {
         let mut inner = self.0.lock();
         inner.shown.batches += 1;
@@ -51,10 +51,10 @@ impl Figures {
         inner.shown.last_batch = messages;
     }
 
-    /// Something is in the way: tells it when it is new, and once a minute.
+    /// Notes a problem. It is logged if it is new, and then every [`TELL_AGAIN`].
     pub(super) fn failed(&self, error: &dyn fmt::Display, what: &str) {
         let text = error.to_string();
-        // Some of what the driver says is in another order each time.
+        // The driver orders some of its text differently each time, so words are compared as a set.
         let words = text
             .split_ascii_whitespace()
             .flat_map(|word| word.split(','));
@@ -74,24 +74,24 @@ impl Figures {
         }
     }
 
-    /// What was in the way is gone.
+    /// The problem is solved.
     pub(super) fn succeeded(&self) {
         if self.0.lock().trouble.take().is_some() {
             tracing::info!("MongoDB takes writes again");
         }
     }
 
-    /// So many erasures are being carried out, by whatever instance.
+    /// Sets the number of erasures in progress, by any instance.
     pub(super) fn erasing(&self, erasures: u64) {
         self.0.lock().shown.erasures_running = erasures;
     }
 
-    /// As they are now.
+    /// The current figures.
     pub(super) fn shown(&self) -> Shown {
         self.0.lock().shown.clone()
     }
 
-    /// A batch was not taken, and will be repeated.
+    /// A batch failed and will be retried.
     pub(super) fn batch_failed(&self, error: &dyn fmt::Display) {
         count(Counter::HistoryBatchFailed, 1);
         self.failed(error, "MongoDB does not take a batch; it is repeated");

@@ -52,7 +52,7 @@ pub(super) fn serve(
     tasks.spawn_essential("http", serve);
 }
 
-/// Whether messages are written: MongoDB was prepared, NATS is up.
+/// Whether messages can be written: MongoDB is prepared, and NATS is connected.
 async fn readyz(State(health): State<Health>) -> (StatusCode, String) {
     let why = match (health.lifecycle.is_ready(), health.connection.is_up()) {
         (true, true) => return (StatusCode::OK, "ready\n".to_owned()),

@@ -1,15 +1,17 @@
-//! What a room's history is: MongoDB's documents, and what the stream has besides.
+//! The history of a room, merged from MongoDB's documents and from the streams.
 //!
-//! Pure: [`Side`] says what it needs to know next, and is told. So a test can play MongoDB.
+//! This module does no I/O: [`Side`] says what it needs to know next, and is told the answer. A test can simulate
+//! MongoDB.
 //!
 //! # Invariants
-//! - Everything of the stream up to a floor is in MongoDB; what is above may or may not be. The tail is what the stream has
-//!   above the floor, read after the floor was known and before MongoDB is asked. So the union, by key and folded, is what
-//!   was said up to the moment at which the tail was read; whatever MongoDB has from after that moment is left out, since
-//!   something in front of it may not be there yet.
-//! - With several origins there is a tail of each stream, joined into one. Each speaks for its own origin, and what lies beyond
-//!   the end of one that is only a part is not told, of whatever origin: something of that one's may lie before it.
-//! - A side is right as far as both were read ([`Side::found`]), and nothing beyond is told.
+//! - MongoDB has every message of a stream up to the floor. Messages above the floor may or may not be there. The tail
+//!   is what the stream has above the floor; it is read after the floor and before MongoDB. So the union of both,
+//!   folded by key, is the log up to the moment when the tail was read. Documents with later places are left out, since
+//!   MongoDB may not yet have an earlier message.
+//! - With several origins, the tails of their streams are joined into one. Each tail covers its own origin. If a tail
+//!   is only a part, no message behind its end is shown, of any origin: an unread message of that tail may lie before
+//!   it.
+//! - A side is correct as far as both sources were read ([`Side::found`]), and nothing beyond is shown.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -21,24 +23,25 @@ use crate::{
     store::{Document, End, Entry, Folded, Span, What},
 };
 
-/// What the streams of all origins say of a room above their floors.
+/// What the streams of all origins have of a room above their floors.
 #[derive(Debug)]
 pub(super) struct Tail {
     speaks_for: Vec<Stream>,
-    /// What was said of each message, by key.
+    /// The entries of each message, by key.
     about: HashMap<String, Vec<Entry>>,
     /// The first place of each message.
     messages: BTreeMap<Place, String>,
     /// The place of each entry.
     places: HashMap<Position, Place>,
-    /// In front of this place is more that is neither here nor surely in MongoDB.
+    /// Before this place, messages may exist that are neither in the tail nor certainly in MongoDB.
     begins: Option<Place>,
-    /// Behind its end is more.
+    /// Whether there are more messages behind its end.
     pub(super) more: bool,
 }
 
 impl Tail {
-    /// What a stream says above a floor. `newest`: a sequence that it had reached before it was read, or the floor.
+    /// The tail of one stream above its floor. `newest` is a sequence that the stream had reached before it was read,
+    /// or the floor.
     pub(super) fn new(origin: Region, epoch: Epoch, newest: u64, entries: Vec<Entry>) -> Self {
         let mut tail = Self {
             speaks_for: Vec::new(),
@@ -77,12 +80,12 @@ impl Tail {
         tail
     }
 
-    /// What this stream and another one say together.
+    /// Combines the tails of two streams.
     pub(super) fn join(mut self, other: Self) -> Self {
         let mut first: HashMap<String, Place> = HashMap::new();
         for (place, key) in self.messages.into_iter().chain(other.messages) {
             match first.get_mut(&key) {
-                // The same message, published in two regions: the first counts, as in MongoDB.
+                // The same message was published in two regions: the first copy counts, as in MongoDB.
                 Some(known) => *known = place.min(known.clone()),
                 None => {
                     first.insert(key, place);
@@ -95,19 +98,19 @@ impl Tail {
         }
         self.places.extend(other.places);
         self.speaks_for.extend(other.speaks_for);
-        // In front of either's beginning something may be missing.
+        // Messages may be missing before either beginning.
         self.begins = self.begins.max(other.begins);
         self.more |= other.more;
         self
     }
 
-    /// A tail that is only a part: what is in front of its first message may be nowhere.
+    /// Marks the tail as a part: messages before its first one may be missing.
     pub(super) fn cut_off(mut self) -> Self {
         self.begins = self.messages.keys().next().cloned();
         self
     }
 
-    /// A tail of one stream that is only a part: it ends at `horizon`, and there is more behind.
+    /// Marks the tail of one stream as a part: it ends at `horizon`, and there are more messages behind it.
     pub(super) fn ends_at(&mut self, horizon: u64) {
         let last = self.messages.keys().next_back();
         for stream in &mut self.speaks_for {
@@ -117,25 +120,25 @@ impl Tail {
         self.more = true;
     }
 
-    /// Whether there is something in front of it that is neither here nor surely in MongoDB.
+    /// Whether messages before the tail may be missing, here and in MongoDB.
     pub(super) fn is_cut_off(&self) -> bool {
         self.begins.is_some()
     }
 
-    /// Adds what the stream says of a message.
+    /// Applies the entries of a message from the tail.
     pub(super) fn fold(&self, key: &str, folded: &mut Folded) {
         for entry in self.about.get(key).into_iter().flatten() {
             folded.apply(entry);
         }
     }
 
-    /// The place of what has this sequence, and whether that is a message.
+    /// The place of an entry with this sequence, and whether it is a message.
     pub(super) fn at(&self, origin: &Region, epoch: Epoch, seq: u64) -> Option<(Place, bool)> {
         let place = self.places.get(&(origin.clone(), epoch, seq))?;
         Some((place.clone(), self.messages.contains_key(place)))
     }
 
-    /// Whether something that lies before the place may be missing: of the stream that it is of, or of another one.
+    /// Whether a message before this place may be missing, in its own stream or in another one.
     fn is_too_new(&self, place: &Place) -> bool {
         self.speaks_for.iter().any(|stream| {
             if (&place.origin, place.epoch) == (&stream.origin, stream.epoch) {
@@ -146,7 +149,7 @@ impl Tail {
         })
     }
 
-    /// The first of the places at which a part ends.
+    /// The first of the places at which a partial tail ends.
     fn ends(&self) -> Option<&Place> {
         let ends = self
             .speaks_for
@@ -161,9 +164,9 @@ impl Tail {
 struct Stream {
     origin: Region,
     epoch: Epoch,
-    /// The newest sequence that the tail speaks for.
+    /// The newest sequence that the tail covers.
     horizon: u64,
-    /// Where the tail ends, if there is more behind.
+    /// Where the tail ends, if there are more messages behind it.
     ends: Option<Place>,
 }
 
@@ -178,51 +181,51 @@ enum Read {
     All,
 }
 
-/// The messages on one side of a place, the nearest first.
+/// The messages on one side of a place, nearest first.
 #[derive(Debug)]
 pub(super) struct Side<'t> {
     tail: &'t Tail,
-    /// `Newest`: those before the place. `Oldest`: those at it and after it.
+    /// `Newest`: messages before the place. `Oldest`: messages at the place and after it.
     end: End,
-    /// `None`: from the end of the log.
+    /// `None`: the end of the log.
     split: Option<Place>,
     wanted: usize,
-    /// The tail's messages on this side, the nearest first.
+    /// The tail's messages on this side, nearest first.
     keys: Vec<(&'t Place, &'t str)>,
-    /// How many of them are known.
+    /// For how many of these the documents are known.
     looked: usize,
     read: Read,
     known: HashMap<String, Folded>,
-    /// MongoDB told less than it was asked, because documents are large: what it told is enough for a page.
+    /// MongoDB returned less than was requested, because the documents are large. It is enough for a page.
     short: bool,
 }
 
-/// What MongoDB is to be asked.
+/// The next request to MongoDB.
 #[derive(Debug)]
 pub(super) struct Ask {
-    /// For documents from an end of a span.
+    /// The span of documents to read, if any.
     pub(super) page: Option<Span>,
-    /// At most this many.
+    /// The maximum number of documents of that span.
     pub(super) limit: usize,
-    /// And for the documents of these messages.
+    /// The keys of documents to read besides.
     pub(super) keys: Vec<String>,
 }
 
-/// What MongoDB says.
+/// The answer of MongoDB.
 #[derive(Debug, Default)]
 pub(super) struct Told {
-    /// Documents in the order of the end, at least one if there are any.
+    /// The documents of the span, in the order of the end: at least one if there are any.
     pub(super) page: Vec<Document>,
-    /// There are no others on this side.
+    /// Whether there are no others on this side.
     pub(super) all: bool,
-    /// The documents of the first of the keys, as far as there are any.
+    /// The documents of the first of the keys. A key may have no document.
     pub(super) of_keys: Vec<Document>,
-    /// Of how many keys: of one at least.
+    /// How many of the keys were looked up: at least one.
     pub(super) looked: usize,
 }
 
 impl<'t> Side<'t> {
-    /// The side of `split` to which `end` leads, of which `wanted` messages are wanted.
+    /// The messages before `split` or from it on, depending on `end`. `wanted` of them are needed.
     pub(super) fn new(tail: &'t Tail, end: End, split: Option<Place>, wanted: usize) -> Self {
         let all = (Bound::Unbounded, Bound::Unbounded);
         let messages = |range: (Bound<Place>, Bound<Place>)| {
@@ -254,12 +257,12 @@ impl<'t> Side<'t> {
         }
     }
 
-    /// The end from which documents are to be taken.
+    /// The end from which documents are read.
     pub(super) fn end(&self) -> End {
         self.end
     }
 
-    /// What it has to know next; `None`: it knows enough.
+    /// What must be known next; `None` if enough is known.
     pub(super) fn ask(&self) -> Option<Ask> {
         let all = self.read == Read::All && self.looked == self.keys.len();
         if all || self.is_cut_off() || self.wanted == 0 {
@@ -279,7 +282,7 @@ impl<'t> Side<'t> {
                 before: from,
                 after: None,
             },
-            // What is at the split belongs to this side, and what was read does not come again.
+            // The first read includes the split; a later one begins after the last document read.
             End::Oldest => Span {
                 before: None,
                 after: from.map(|place| match self.read {
@@ -299,7 +302,7 @@ impl<'t> Side<'t> {
         })
     }
 
-    /// Whether all is known up to where the tail is cut off: what is beyond is not told anyway.
+    /// Whether everything is known up to the end of a partial tail. What lies beyond is not shown anyway.
     fn is_cut_off(&self) -> bool {
         let limit = match self.end {
             End::Newest => self.tail.begins.as_ref(),
@@ -316,7 +319,7 @@ impl<'t> Side<'t> {
         read && self.looked == self.keys.len()
     }
 
-    /// Takes the answer.
+    /// Takes the answer to [`Self::ask`].
     pub(super) fn tell(&mut self, ask: &Ask, told: Told) {
         let Told {
             page,
@@ -353,7 +356,7 @@ impl<'t> Side<'t> {
         }
     }
 
-    /// Whether there may be more than was found, although it is less than was wanted.
+    /// Whether fewer messages were found than wanted, although there may be more.
     pub(super) fn is_short(&self) -> bool {
         self.short && (self.read != Read::All || self.looked < self.keys.len())
     }
@@ -366,7 +369,7 @@ impl<'t> Side<'t> {
         }
     }
 
-    /// The messages of this side, the nearest first, as far as nothing between them can be missing.
+    /// The messages of this side, nearest first, as far as no message between them can be missing.
     pub(super) fn found(&self) -> Vec<&Folded> {
         if self.read == Read::Nothing || (self.looked == 0 && !self.keys.is_empty()) {
             return Vec::new();

@@ -1,11 +1,11 @@
-//! History: what was said in durable rooms, kept in MongoDB and read from there and from the streams as one.
+//! History: the messages of durable rooms, written to MongoDB, and read from there and from the streams as one log.
 //!
 //! ```text
 //! stream ─► worker (durable pull consumer ► batch ► store ► ack after the majority's write)
-//! edge ─► request over NATS ─► service ─► MongoDB ∪ what the stream has and MongoDB may not have yet
+//! edge ─► request over NATS ─► service ─► MongoDB ∪ messages of the streams that MongoDB may not have yet
 //! ```
 //!
-//! The process is there, answers over HTTP and waits, also while NATS or MongoDB is away; nothing of that ends it.
+//! The process keeps running, answers over HTTP and retries while NATS or MongoDB can't be reached.
 
 mod client;
 mod dead;
@@ -46,10 +46,10 @@ pub use pages::Pages;
 pub use question::{At, Lies, PageAnswer, PageRequest, SearchAnswer, SearchRequest};
 pub use status::{InstanceStatus, PartStatus, Status, StatusError, instances, status};
 
-/// How long what is in hand may take to be written when the process is told to end.
+/// Timeout for writing the batches in hand when the process shuts down.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
 
-/// How often it is looked whether who migrates documents is still there.
+/// Pause before checking again whether the instance that migrates documents still does so.
 const MIGRATION_WATCH: Duration = Duration::from_secs(15);
 
 /// What the parts of the service share.
@@ -58,17 +58,17 @@ struct Parts {
     config: Arc<Config>,
     /// For requests, acknowledgements and answers.
     connection: Connection,
-    /// For reads of streams, over a connection of its own.
+    /// For reads of streams, over their own connection.
     reader: Reader,
     origins: Arc<Origins>,
-    /// Of the own region: those that are written to MongoDB here.
+    /// The own region's streams, whose messages this service writes to MongoDB.
     streams: Arc<Streams>,
     store: Store,
-    /// The own region's, of what is remembered to be erased.
+    /// The own region's bucket with the record of erased messages.
     control: Bucket,
     remembered: Arc<Remembered>,
     tasks: Tasks,
-    /// Ready when MongoDB is prepared.
+    /// Ready once MongoDB is prepared.
     lifecycle: Lifecycle,
     figures: Arc<Figures>,
 }
@@ -85,22 +85,22 @@ pub struct History {
 /// The service can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum HistoryError {
-    /// The address is taken or not ours.
+    /// The address is in use, or not an address of this machine.
     #[error("history.listen = {address}: can't listen there")]
     Listen {
         address: SocketAddr,
         source: io::Error,
     },
-    /// NATS can't be used with what the configuration says.
+    /// The configuration can't be used to connect to NATS.
     #[error(transparent)]
     Nats(#[from] ConnectError),
-    /// MongoDB can't be used with what the configuration says.
+    /// The configuration can't be used to connect to MongoDB.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
 impl History {
-    /// Binds the address and begins to work, as soon as streams and MongoDB are there.
+    /// Binds the address. The work starts when streams and MongoDB can be reached.
     ///
     /// # Errors
     /// [`HistoryError`].
@@ -115,7 +115,7 @@ impl History {
         let reads = Connection::open(&config.nats, "natter history reads").await?;
         let mut connections = vec![reads.clone(), connection.clone()];
         let tasks = Tasks::default();
-        // Needs no streams, and no MongoDB.
+        // Needs neither streams nor MongoDB.
         if !config.mirrors.leafnodes.is_empty() {
             let nats = config.nats_of_mirrors();
             let connection = Connection::open(&nats, "natter history mirrors").await?;
@@ -160,14 +160,14 @@ impl History {
         Ok(history)
     }
 
-    /// How far it is in its life. [`Phase::Stopped`] without a drain: it can't go on, and the log says why.
+    /// The phase of the process. [`Phase::Stopped`] without a drain means that it can't continue; the log says why.
     #[must_use]
     pub fn lifecycle(&self) -> &Lifecycle {
         &self.lifecycle
     }
 
-    /// Waits until a part of it is gone without which it can't go on, and says which: it is to be drained then, and the process
-    /// to end with an error. Cancel-safe.
+    /// Waits until a part fails that the service can't do without, and returns its name. The caller should then drain,
+    /// and end the process with an error. Cancel-safe.
     pub async fn failed(&self) -> String {
         tokio::select! {
             why = self.tasks.failed() => why,
@@ -175,11 +175,11 @@ impl History {
         }
     }
 
-    /// Ends in order: takes no more messages, writes and confirms what is in hand. What can't be written in time is given
-    /// out to another worker.
+    /// Shuts down in order: takes no more messages, then writes and acknowledges the batches in hand. What can't be
+    /// written in time is redelivered to another worker.
     ///
     /// # Errors
-    /// [`Late`] when something was cut; no message is lost by that.
+    /// [`Late`] if a task had to be cut. No message is lost by that.
     pub async fn drain(self) -> Result<(), Late> {
         self.lifecycle.advance(Phase::Draining);
         let tasks = self.tasks.drain(DRAIN_WITHIN).await;
@@ -192,7 +192,7 @@ impl History {
     }
 }
 
-/// Waits for the streams and starts the parts; they wait for MongoDB where they need it.
+/// Waits for the streams and starts the parts. Parts that need MongoDB wait for it themselves.
 async fn start(
     config: Arc<Config>,
     connection: Connection,
@@ -224,7 +224,7 @@ async fn start(
         figures: Arc::default(),
     };
     let tasks = &parts.tasks;
-    // All that runs: what may be cut at any point, and the workers, which finish what is in hand.
+    // Some tasks may be cut at any point; the workers finish the batches in hand.
     let watch = origins.watch(STREAMS_WATCH);
     tasks.keep_running("watch streams", watch);
     tasks.spawn_until_stopping("prepare MongoDB", prepare(parts.clone()));
@@ -241,7 +241,7 @@ async fn start(
     }
 }
 
-/// Creates collections and indexes, as soon as MongoDB takes it.
+/// Creates collections and indexes, retrying while MongoDB can't be reached. Then migrates old documents.
 async fn prepare(parts: Parts) {
     let mut pause = worker::Backoff::default();
     loop {
@@ -264,7 +264,7 @@ async fn prepare(parts: Parts) {
     migrate(&parts).await;
 }
 
-/// Writes documents of an earlier version anew, no more than half of the time.
+/// Rewrites documents of an earlier version. It pauses as long as it works, so it uses at most half of the time.
 async fn migrate(parts: &Parts) {
     let holder = ulid::Ulid::new().to_string();
     let mut renewed = 0;

@@ -1,4 +1,4 @@
-//! Pages of rooms, made of MongoDB and the streams; or of the streams alone.
+//! Pages of rooms, made from MongoDB and the streams, or from the streams alone.
 
 use std::{cmp::Ordering, sync::Arc, time::Duration};
 
@@ -23,10 +23,10 @@ use crate::{
 /// Largest list of messages in one answer, unless a single message is larger. NATS carries 1 MiB.
 const MAX_BYTES: usize = 512 * 1024;
 
-/// For how long MongoDB is not asked after it did not answer: those who read meanwhile get what the streams have at once.
+/// After a failure, MongoDB is not asked for this long. Meanwhile pages are made from the streams at once.
 const SPARED: Duration = Duration::from_secs(1);
 
-/// Later than everything that is said.
+/// Later than every message.
 const END_OF_TIME: u64 = (1 << 44) - 1;
 
 /// Reads the history of the region's rooms.
@@ -34,13 +34,13 @@ const END_OF_TIME: u64 = (1 << 44) - 1;
 pub struct Pages {
     log: Log,
     store: Option<Store>,
-    /// How long MongoDB may take for one answer.
+    /// Timeout of one answer of MongoDB.
     patience: Duration,
-    /// When MongoDB last did not answer.
+    /// When MongoDB last failed.
     failed: Mutex<Option<Instant>>,
 }
 
-/// Where a page lies, found.
+/// The resolved position of a page.
 #[derive(Debug)]
 struct Split {
     /// `None`: an end of the log.
@@ -48,17 +48,17 @@ struct Split {
     /// Messages wanted before it, and from it on.
     left: usize,
     right: usize,
-    /// A message is known to be before it, or from it on.
+    /// Whether a message is known to be before it, or from it on.
     is_left: bool,
     is_right: bool,
 }
 
-/// A page could not be made in this way.
+/// Why one way to make a page failed.
 enum Failed {
     Refused(Refused),
     /// MongoDB did not answer.
     Store(String),
-    /// The stream did not.
+    /// The stream did not answer.
     Stream(ReadError),
 }
 
@@ -68,7 +68,7 @@ impl From<ReadError> for Failed {
     }
 }
 
-/// MongoDB, as long as it may take for one answer.
+/// MongoDB, with the deadline of one answer.
 #[derive(Clone, Copy)]
 struct Asked<'s> {
     store: &'s Store,
@@ -76,7 +76,7 @@ struct Asked<'s> {
 }
 
 impl Asked<'_> {
-    /// Waits for an answer. It is kept outside of the caller's future: what the driver needs for one is large.
+    /// Waits for an answer until the deadline. The future is boxed, since those of the driver are large.
     fn within<'f, T: 'f>(
         self,
         answer: impl Future<Output = Result<T, StoreError>> + Send + 'f,
@@ -107,7 +107,7 @@ impl Asked<'_> {
 }
 
 impl Pages {
-    /// Reads over `reader`; without a store, what the streams have.
+    /// Reads over `reader`. Without a store, pages are made from the streams alone.
     #[must_use]
     pub fn new(
         reader: Reader,
@@ -131,7 +131,7 @@ impl Pages {
         self.log.origins()
     }
 
-    /// The store, unless it was away a moment ago.
+    /// The store, unless it failed a moment ago.
     fn store(&self) -> Option<Asked<'_>> {
         let store = self.store.as_ref()?;
         let now = Instant::now();
@@ -148,7 +148,7 @@ impl Pages {
         tracing::warn!(problem, "history is read from the streams alone");
     }
 
-    /// A page.
+    /// Makes a page.
     ///
     /// # Errors
     /// `bad_id`: no such message. `bad_cursor`: a cursor of an unknown epoch. `unavailable`.
@@ -173,11 +173,11 @@ impl Pages {
         }
     }
 
-    /// MongoDB's documents and what the streams have above their floors. The order matters: floors, streams, MongoDB.
+    /// Makes a page from MongoDB and from the streams above their floors. The order matters: floors, streams, MongoDB.
     async fn of_both(&self, request: &PageRequest, asked: Asked<'_>) -> Result<PageAnswer, Failed> {
         let mut log = self.log.room(&request.room);
         log.floors().await;
-        // A stream that can't be read has only been read less far.
+        // If the own stream can't be read, the page is made from MongoDB alone and is partial.
         let (tail, complete) = match log.tail().await {
             Ok((Tails::All(tail), complete)) => (Some(tail), complete),
             Ok((Tails::TooLong, _)) => (None, false),
@@ -197,7 +197,7 @@ impl Pages {
             .await
     }
 
-    /// What the streams have.
+    /// Makes a page from the streams alone.
     async fn of_stream(&self, request: &PageRequest) -> Result<PageAnswer, Failed> {
         let mut log = self.log.room(&request.room);
         log.look().await;
@@ -206,7 +206,7 @@ impl Pages {
         self.fill(request, &tail, &split, None, true).await
     }
 
-    /// Where the page lies.
+    /// Resolves the position of the page.
     async fn split(
         &self,
         request: &PageRequest,
@@ -220,7 +220,7 @@ impl Pages {
             Lies::Oldest => (None, 0, limit),
             Lies::Before(at) => (Some(at), limit, 0),
             Lies::After(at) => (Some(at), 0, limit),
-            // Either side may have less than its half; the other one has the rest then.
+            // If one side has less than its half, the other side fills the page.
             Lies::Around(at) => (Some(at), limit, limit),
         };
         let Some(at) = at else {
@@ -292,7 +292,8 @@ impl Pages {
         })
     }
 
-    /// The place that a cursor means, and whether a message is there: of several origins' places the first or the last.
+    /// The place that a cursor means, and whether a message is there. Of the places at several origins, the first one
+    /// (`first`) or the last.
     async fn place_at(
         &self,
         cursor: &Cursor,
@@ -330,7 +331,7 @@ impl Pages {
         })
     }
 
-    /// The place of a position; `None` if nobody knows its epoch.
+    /// The place of a position, and whether a message is there; `None` if its epoch is not known.
     async fn place_of_position(
         &self,
         position: &Position,
@@ -351,7 +352,8 @@ impl Pages {
         {
             return Ok(Some(known));
         }
-        // What comes next in the stream is not before it: with its time and this sequence it is the same place.
+        // The position may hold no message of this room. Then the time of the next one is used, which gives a place
+        // with the same neighbours.
         let next = match own {
             Some(own) => own.next(seq).await,
             None => Ok(None),
@@ -380,7 +382,7 @@ impl Pages {
                 times.extend(earlier.await?.map(|earlier| earlier.ts));
             }
         }
-        // Nothing of this log comes after it.
+        // Nothing in this log comes after the position.
         if is_own && times.is_empty() {
             times.push(END_OF_TIME);
         }
@@ -395,7 +397,7 @@ impl Pages {
         }))
     }
 
-    /// The page, of what the stream has and of MongoDB.
+    /// Fills the page from the tail and MongoDB.
     async fn fill(
         &self,
         request: &PageRequest,
@@ -418,7 +420,7 @@ impl Pages {
         let (most_left, most_right) = share(split, before.len(), behind.len(), request.limit);
         let mut messages: Vec<(bool, &Folded, Box<RawValue>)> = Vec::new();
         let (mut lefts, mut rights, mut bytes) = (0, 0, 0);
-        // From the middle outwards: what does not fit is what is furthest away.
+        // From the middle outwards: what does not fit is the part furthest away.
         while lefts < most_left || rights < most_right {
             let to_right = rights < most_right && (rights <= lefts || lefts >= most_left);
             let next = if to_right {
@@ -442,7 +444,7 @@ impl Pages {
                 lefts += 1;
             }
         }
-        // The left ones came the newest first.
+        // The messages on the left were collected newest first.
         messages.sort_by_key(|(to_right, ..)| *to_right);
         messages.get_mut(..lefts).unwrap_or_default().reverse();
         let cursor = |at: Option<&(bool, &Folded, Box<RawValue>)>| {
@@ -464,8 +466,7 @@ impl Pages {
     /// Searches MongoDB.
     ///
     /// # Errors
-    /// `bad_cursor` for a `before` that is none of a search; `bad_request` for a text that can't be searched for;
-    /// `unavailable`.
+    /// `bad_cursor` if `before` is not from a search; `bad_request` if the text can't be searched for; `unavailable`.
     pub async fn search(&self, request: SearchRequest) -> Result<SearchAnswer, Refused> {
         let unavailable = |problem: String| Refused::new(ErrorCode::Unavailable, problem);
         let away = || unavailable("MongoDB does not answer".to_owned());
@@ -515,8 +516,8 @@ impl Pages {
     }
 }
 
-/// How many messages of each side have to be known: one more than can be shown, and one where it is only asked whether there
-/// is any.
+/// How many messages must be known on each side: one more than can be shown; on a side that is not shown, one, to know
+/// whether there is any.
 fn wanted(split: &Split, limit: usize) -> (usize, usize) {
     let side = |wanted: usize, known: bool| match wanted {
         0 => usize::from(split.place.is_some() && !known),
@@ -528,10 +529,10 @@ fn wanted(split: &Split, limit: usize) -> (usize, usize) {
     )
 }
 
-/// How many of what was found on each side are shown.
+/// How many of the messages found on each side are shown.
 fn share(split: &Split, left: usize, right: usize, limit: usize) -> (usize, usize) {
     let (left, right) = (left.min(split.left), right.min(split.right));
-    // What is at the split belongs to the right.
+    // The message at the split belongs to the right side.
     let half = limit - limit / 2;
     let rights = right.min(half.max(limit.saturating_sub(left)));
     (left.min(limit - rights), rights)

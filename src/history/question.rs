@@ -1,4 +1,4 @@
-//! What is asked of history, and what it answers: JSON over NATS.
+//! Requests to the history service and its answers: JSON over NATS.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -21,30 +21,30 @@ pub(super) mod endpoint {
     pub(crate) const ERASE: &str = "erase";
 }
 
-/// A question for a page of a room's history.
+/// A request for a page of a room's history.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PageRequest {
-    /// Which room.
+    /// The room.
     pub room: RoomId,
-    /// Where in it.
+    /// The position of the page in it.
     pub lies: Lies,
     /// At most this many messages.
     pub limit: usize,
 }
 
-/// Where a page lies.
+/// The position of a page.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Lies {
-    /// At the end.
+    /// The end of the log.
     Newest,
-    /// At the beginning.
+    /// The beginning of the log.
     Oldest,
-    /// Before a place; what is there is not in it.
+    /// Before a place, without the message there.
     Before(At),
-    /// After a place; what is there is not in it.
+    /// After a place, without the message there.
     After(At),
-    /// Around a place; what is there is in it.
+    /// Around a place, including the message there.
     Around(At),
 }
 
@@ -58,10 +58,10 @@ pub enum At {
     Key(String),
 }
 
-/// A page. Messages are JSON objects that nobody on their way reads.
+/// A page. Its messages are JSON objects that are passed on unread.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PageAnswer {
-    /// The oldest first.
+    /// Oldest first.
     pub messages: Vec<Box<RawValue>>,
     /// The cursor of the first message, if there are others before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -69,37 +69,37 @@ pub struct PageAnswer {
     /// The cursor of the last message, if there are others after it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
-    /// It may lack something.
+    /// Whether messages may be missing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub partial: bool,
 }
 
-/// A search; all that it names must fit.
+/// A search. All given conditions must match.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SearchRequest {
-    /// In these rooms.
+    /// Only in these rooms.
     pub rooms: RoomScope,
-    /// Words.
+    /// The words to search for.
     pub text: String,
-    /// By this user.
+    /// Only by this user.
     pub from: Option<String>,
-    /// Mentioning this user.
+    /// Only messages that mention this user.
     pub mentions: Option<String>,
-    /// Answering the message with this key.
+    /// Only answers to the message with this key.
     pub reply_to: Option<String>,
-    /// `next` of the page before.
+    /// The `next` of the previous page.
     pub before: Option<String>,
     /// At most this many messages.
     pub limit: usize,
 }
 
-/// What was found.
+/// The answer to a search.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SearchAnswer {
-    /// The newest first.
+    /// Newest first.
     pub messages: Vec<Box<RawValue>>,
-    /// From where to go on, if there may be more.
+    /// The place to continue from, if there may be more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -127,7 +127,7 @@ impl PageRequest {
 }
 
 impl At {
-    /// What `user` means by `text`: `<user>/<id>`, else a cursor, else the id of a message of their own.
+    /// What `user` means by `text`: `<user>/<id>`, else a cursor, else the id of one of the user's own messages.
     fn parse(room: &RoomId, user: &str, text: &str) -> Result<Self, Refused> {
         let reference = Reference::parse(text);
         if text.contains('/') {
@@ -149,7 +149,7 @@ impl At {
     }
 }
 
-/// A refusal as it goes over NATS.
+/// A refusal as a NATS service error.
 pub(super) fn refused(refused: &Refused) -> ServiceError {
     ServiceError {
         code: refused.code.http_status(),
@@ -157,20 +157,20 @@ pub(super) fn refused(refused: &Refused) -> ServiceError {
     }
 }
 
-/// The inverse of [`refused`]; `None`: not one of natter's own.
+/// The inverse of [`refused`]; `None` if the error is not one of natter's codes.
 pub(super) fn refusal(error: &ServiceError) -> Option<Refused> {
     let (word, message) = error.message.split_once(": ")?;
     let code = ErrorCode::ALL.into_iter().find(|it| it.as_str() == word)?;
     Some(Refused::new(code, message))
 }
 
-/// Reads a question.
+/// Parses a request.
 pub(super) fn decode<'a, T: Deserialize<'a>>(question: &'a [u8]) -> Result<T, Refused> {
     serde_json::from_slice(question)
         .map_err(|error| Refused::new(ErrorCode::BadRequest, error.to_string()))
 }
 
-/// Writes a question or an answer.
+/// Serializes a request or an answer.
 pub(super) fn encode(value: &impl Serialize) -> Result<Bytes, Refused> {
     serde_json::to_vec(value)
         .map(Bytes::from)

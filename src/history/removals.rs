@@ -1,7 +1,8 @@
-//! Takes single messages out of the region's streams and mirrors: copies of what is there already, and what was erased and came
-//! again. They are written down in MongoDB, and done by each region for itself, at once or when it is back.
+//! Removes single messages from the region's streams and mirrors: duplicates, and erased messages that were stored
+//! again. Removals are recorded in MongoDB. Each region carries them out for itself, at once or when it can be reached
+//! again.
 //!
-//! So a message that pages do not show is not counted either: what is unread is counted by the stream.
+//! The unread count is made by the stream, so a message that pages do not show must not be in the stream either.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,13 +17,13 @@ use crate::{
     telemetry::metrics::{Counter, count},
 };
 
-/// Pause between two looks.
+/// Pause between two checks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Removals that are looked at at once. What waits for a mirror that is cut off stands among them.
+/// Removals read at once. Removals that wait for a mirror that is cut off are among them.
 const AT_ONCE: usize = 10_000;
 
-/// Looks for what is to be taken out, for ever.
+/// Carries out recorded removals, forever.
 pub(super) async fn keep(parts: Parts) {
     if parts.lifecycle.reached(Phase::Ready).await != Phase::Ready {
         return;
@@ -43,7 +44,7 @@ async fn look(parts: &Parts) -> Result<(), StoreError> {
                 let regions = parts.streams.regions();
                 parts.store.removed(&removal, own, &regions).await?;
             }
-            // Later.
+            // It is retried later.
             Ok(false) => {}
             Err(error) => {
                 tracing::debug!(%error, place = %removal.place, "a message is not taken out yet");
@@ -53,12 +54,12 @@ async fn look(parts: &Parts) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Takes a message out of its stream, or the mirror of that, as this region has it. Whether nothing is left to do.
+/// Removes a message from its stream, or from this region's mirror of it. Returns whether nothing is left to do.
 async fn take_out(parts: &Parts, removal: &Removal) -> Result<bool, EraseError> {
     let Removal { place, room, .. } = removal;
     let own = parts.streams.origin();
     let Some(streams) = parts.origins.get(&place.origin) else {
-        // Not mirrored here yet, or it has left the mesh.
+        // The origin is not mirrored here yet, or it has left the mesh.
         return Ok(!parts.streams.regions().contains(&place.origin));
     };
     let part = partition_of(room, streams.partitions());
@@ -70,17 +71,18 @@ async fn take_out(parts: &Parts, removal: &Removal) -> Result<bool, EraseError> 
         return Ok(true);
     }
     if state.last_seq < place.seq {
-        // A mirror that has yet to get it.
+        // For a mirror: it has not received the message yet.
         return Ok(place.origin == *own);
     }
     if let Some(first) = &removal.first {
         if first.origin != place.origin && unix_ms().saturating_sub(place.ts) < window(parts) {
-            // Who has seen this one only may come back with a cursor that names it: rooms recognise the two within this time.
+            // A member who has only seen this copy may resume with a cursor that names it. Within this time rooms
+            // recognise both copies.
             return Ok(false);
         }
         match has_first(parts, removal, first).await? {
             Some(true) => {}
-            // It is all that is left of the message.
+            // This copy is all that is left of the message.
             Some(false) => return Ok(true),
             None => return Ok(false),
         }
@@ -93,14 +95,15 @@ async fn take_out(parts: &Parts, removal: &Removal) -> Result<bool, EraseError> 
     Ok(true)
 }
 
-/// How long rooms look back for copies when they open, in ms.
+/// How far rooms look back for duplicates when they open, in ms.
 fn window(parts: &Parts) -> u64 {
     let window = parts.config.streams.duplicate_window.as_millis();
     u64::try_from(window).unwrap_or(u64::MAX)
 }
 
-/// Whether what a copy is one of is stored at `first`, or was, and was trimmed. Not where its stream lost its end or began anew:
-/// then who was away is to get the copy. `None`: that can't be told yet.
+/// Whether the first copy of a duplicate is stored at `first`, or was stored there and has been trimmed. It is `false`
+/// if the first copy's stream has lost its end or was re-created: then members who were away must get the duplicate.
+/// `None` if it can't be decided yet.
 async fn has_first(
     parts: &Parts,
     removal: &Removal,
@@ -119,7 +122,7 @@ async fn has_first(
         return Ok(Some(true));
     }
     if first.seq > state.last_seq && first.origin != *parts.streams.origin() {
-        // A mirror that has yet to get it.
+        // The mirror has not received it yet.
         return Ok(None);
     }
     let found = eraser(parts, streams).at(&removal.room, first.seq).await?;

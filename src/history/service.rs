@@ -1,4 +1,4 @@
-//! Answers questions over NATS: pages, searches, erasures.
+//! Serves requests over NATS: pages, searches, erasures.
 
 use std::sync::{
     Arc,
@@ -20,10 +20,10 @@ use crate::{
     subject::{HISTORY_SERVICE, Subjects},
 };
 
-/// What `nats micro ls` says of it.
+/// The description in `nats micro ls`.
 const DESCRIPTION: &str = "What was said in durable rooms: pages, searches, erasures";
 
-/// What this instance has answered.
+/// Numbers of answers given by this instance.
 #[derive(Debug, Default)]
 struct Answered {
     full: AtomicU64,
@@ -53,7 +53,7 @@ impl Answered {
     }
 }
 
-/// Answers until the process stops; many instances share the questions.
+/// Serves until the process stops. Several instances share the requests.
 pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeError> {
     let Parts {
         config,

@@ -1,4 +1,4 @@
-//! A message as clients are shown it.
+//! A message as it is shown to clients.
 
 use std::{borrow::Cow, cmp::Reverse, collections::BTreeMap};
 
@@ -10,14 +10,14 @@ use crate::{
     store::{Base, Folded},
 };
 
-/// Users that are named with a reaction, and bytes of names in all of a message; the others are only counted.
+/// Users listed per reaction, and bytes of user names per message. Further users are only counted.
 const NAMED: usize = 100;
 const MAX_NAMES: usize = 32 << 10;
 
-/// Reactions that are shown: those of the most users.
+/// Reactions shown: those with the most users.
 const MAX_REACTIONS: usize = 100;
 
-/// Bytes of annotations that are shown with a message: the small ones first.
+/// Bytes of annotations shown with a message, smallest first.
 const MAX_ANNOTATIONS: usize = 256 << 10;
 
 /// Largest JSON of one message: what NATS carries, with room for the rest of an answer.
@@ -61,7 +61,7 @@ pub(super) fn cursor(base: &Base) -> Cursor {
     Cursor::single(base.place.position(fingerprint))
 }
 
-/// The JSON of a message; of one that is too large without its annotations, and if need be without reactions.
+/// The JSON of a message. If it is too large, annotations are left out, and then reactions.
 pub(super) fn message(
     room: Option<&RoomId>,
     base: &Base,
@@ -97,8 +97,8 @@ pub(super) fn message(
     Ok(json)
 }
 
-/// JSON text as it is; it was checked when it was taken in. What an older version took in and clients can't read is given
-/// as a JSON string, as it is in the room.
+/// JSON text as it is; it was checked when it was stored. Text stored by an older version that clients can't read
+/// becomes a JSON string, as it is in the room.
 fn raw(json: &str) -> Cow<'_, RawValue> {
     if json_flaw(json.as_bytes(), MAX_JSON_DEPTH).is_some() {
         return serde_json::value::to_raw_value(json)
@@ -107,7 +107,7 @@ fn raw(json: &str) -> Cow<'_, RawValue> {
     serde_json::from_str(json).map_or(Cow::Borrowed(RawValue::NULL), Cow::Borrowed)
 }
 
-/// Reactions as they were written first, and whether there are more.
+/// Reactions in their first spelling, and whether there are more.
 fn reactions(folded: &Folded) -> (BTreeMap<&str, Reaction<'_>>, bool) {
     let mut found = Vec::new();
     for said in folded.reactions.by_name().into_values() {
@@ -135,7 +135,7 @@ fn reactions(folded: &Folded) -> (BTreeMap<&str, Reaction<'_>>, bool) {
     (shown.collect(), more)
 }
 
-/// Annotations, of several with one name the last, and whether there are more.
+/// Annotations, the last one of each name, and whether there are more.
 fn annotations(folded: &Folded) -> (BTreeMap<&str, Cow<'_, RawValue>>, bool) {
     let by_name = folded.annotations.by_name().into_iter();
     let last = by_name.filter_map(|(name, said)| {

@@ -1,4 +1,4 @@
-//! How far history is behind: asked of NATS alone, so that it can be told while no worker runs.
+//! How far history lags behind. It is read from NATS alone, so that it is known while no worker runs.
 
 use std::time::Duration;
 
@@ -17,16 +17,16 @@ use crate::{
     telemetry::metrics::{Gauge, gauge, gauge_add},
 };
 
-/// How often the gauges are brought up to date.
+/// Interval at which the gauges are updated.
 const KEEP: Duration = Duration::from_secs(5);
 
-/// How long the instances may take to answer.
+/// How long to wait for the answers of the instances.
 const INSTANCES_WITHIN: Duration = Duration::from_millis(500);
 
-/// How far a region's history is.
+/// The progress of a region's history.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Status {
-    /// Messages that are not confirmed to be in MongoDB.
+    /// Messages not yet acknowledged, i.e. not certainly in MongoDB.
     pub lag_messages: u64,
     /// Age of the oldest of them.
     pub lag_seconds: u64,
@@ -36,7 +36,7 @@ pub struct Status {
     pub partitions: Vec<PartStatus>,
 }
 
-/// What a running instance of the service says.
+/// The report of a running instance of the service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct InstanceStatus {
     /// Its id, as `nats micro ls` shows it.
@@ -45,24 +45,23 @@ pub struct InstanceStatus {
     pub figures: serde_json::Value,
 }
 
-/// How far a partition's history is.
+/// The progress of a partition's history.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PartStatus {
-    /// The stream.
     pub stream: String,
-    /// Whether a worker has ever been there.
+    /// Whether a worker has ever opened its consumer.
     pub consumer: bool,
-    /// Messages that no worker was given yet.
+    /// Messages not yet delivered to a worker.
     pub pending: u64,
-    /// Messages that workers have and did not confirm.
+    /// Messages delivered and not acknowledged.
     pub ack_pending: u64,
-    /// Everything up to this sequence is in MongoDB.
+    /// Every message up to this sequence is acknowledged.
     pub ack_floor: u64,
-    /// Age of the oldest message that is not.
+    /// Age of the oldest message that is not acknowledged.
     pub lag_seconds: u64,
 }
 
-/// The status can't be known.
+/// The status is not known.
 #[derive(Debug, thiserror::Error)]
 pub enum StatusError {
     /// A consumer's state is not known.
@@ -76,7 +75,7 @@ pub enum StatusError {
     Stream(#[from] StreamError),
 }
 
-/// Asks NATS.
+/// Reads the status from NATS.
 ///
 /// # Errors
 /// [`StatusError`].
@@ -130,7 +129,7 @@ pub async fn status(
     })
 }
 
-/// Asks the running instances; those that don't answer soon are not among them.
+/// Asks the running instances. Those that do not answer in time are left out.
 pub async fn instances(connection: &Connection) -> Vec<InstanceStatus> {
     let found = mesh::instances(connection, HISTORY_SERVICE, INSTANCES_WITHIN).await;
     let of = |instance: Instance| InstanceStatus {
@@ -140,7 +139,7 @@ pub async fn instances(connection: &Connection) -> Vec<InstanceStatus> {
     found.into_iter().map(of).collect()
 }
 
-/// Keeps the gauges up to date, for ever.
+/// Updates the gauges, forever.
 pub(super) async fn keep(parts: Parts) {
     loop {
         match status(&parts.connection, &parts.reader, &parts.config).await {
@@ -159,7 +158,7 @@ pub(super) async fn keep(parts: Parts) {
     }
 }
 
-/// Only [`keep`] moves these gauges.
+/// Only [`keep`] changes these gauges.
 fn set(which: Gauge, value: u64) {
     let value = i64::try_from(value).unwrap_or(i64::MAX);
     gauge_add(which, value - gauge(which));

@@ -1,4 +1,4 @@
-//! What the streams say of a room: all that MongoDB may not have yet, or as much of it as a page needs.
+//! Reads a room's tail from the streams: everything that MongoDB may not have yet, or as much of it as a page needs.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -18,21 +18,22 @@ use crate::{
     subject::{Subjects, rooms_stream},
 };
 
-/// How long a floor is used: an old one is as right as a new one, it only makes the tail longer.
+/// How long a floor is reused. An old floor is as correct as a new one, but makes the tail longer.
 const FLOOR_KEPT: Duration = Duration::from_millis(250);
 
-/// The same of another region's, which is asked there, and how long that may take.
+/// The same for the floor of another region, which must be asked, and the timeout for that.
 const FAR_FLOOR_KEPT: Duration = Duration::from_secs(5);
 const FAR_WAIT: Duration = Duration::from_secs(1);
 
-/// Messages and bytes above the floor that are read as a whole; of more, only what a page needs.
+/// A tail of at most this many messages and bytes is read as a whole. Of a longer one, only the part that a page needs
+/// is read.
 const MAX_TAIL: u64 = 5000;
 const MAX_TAIL_BYTES: usize = 8 << 20;
 
-/// Changes that are folded into a page that is made of a part of a tail.
+/// Changes that are folded into a page made from a part of a tail.
 const MAX_CHANGES: usize = 5000;
 
-/// Messages among which one is looked for by its id when MongoDB can't be asked.
+/// Messages searched for an id while MongoDB can't be asked.
 const MAX_SEARCHED: u64 = 5000;
 
 /// The streams of all origins, as history reads them.
@@ -45,20 +46,20 @@ pub(super) struct Log {
     floors: Mutex<HashMap<(Region, u16), Arc<Floors>>>,
 }
 
-/// What is known of how far MongoDB has a stream.
+/// The known floor of one stream.
 #[derive(Debug, Default)]
 struct Floors {
     last: Mutex<Option<Floor>>,
-    /// Held by who asks.
+    /// Held while the floor is being read.
     asking: tokio::sync::Mutex<()>,
 }
 
-/// Up to where everything of a stream is in MongoDB.
+/// The sequence up to which everything of a stream is in MongoDB.
 #[derive(Debug, Clone, Copy)]
 struct Floor {
     at: Instant,
     state: StreamState,
-    /// `None`: nobody writes it there.
+    /// `None`: the stream is not written to MongoDB, or its floor is not known.
     seq: Option<u64>,
 }
 
@@ -81,29 +82,30 @@ pub(super) struct OriginLog<'l> {
     filter: String,
     messages: String,
     changes: String,
-    /// The stream, as last seen.
+    /// The last seen state of the stream.
     state: StreamState,
-    /// The sequence up to which MongoDB has everything. `None`: nobody writes it there, or nobody can tell.
+    /// The sequence up to which MongoDB has everything. `None`: the stream is not written to MongoDB, or its floor is
+    /// not known.
     floor: Option<u64>,
 }
 
-/// Which part of a tail a page needs.
+/// The part of a tail that a page needs.
 #[derive(Debug, Clone)]
 pub(super) struct Part {
-    /// Where the page is split; `None`: the end of the log.
+    /// Where the page is split; `None`: an end of the log.
     pub(super) split: Option<Place>,
-    /// Messages wanted before it.
+    /// Number of messages needed before it.
     pub(super) left: usize,
-    /// Messages wanted from it on.
+    /// Number of messages needed from it on.
     pub(super) right: usize,
 }
 
-/// What the streams say.
+/// The tails of the streams.
 #[derive(Debug)]
 pub(super) enum Tails {
-    /// All that they have above their floors.
+    /// Everything above their floors.
     All(Tail),
-    /// There is too much of that.
+    /// There is too much above a floor.
     TooLong,
 }
 
@@ -152,7 +154,7 @@ impl Log {
         }
     }
 
-    /// Looks at a stream now, and up to where MongoDB has all of it.
+    /// Reads the state of a stream, and the floor: the sequence up to which MongoDB has all of it.
     async fn floor(&self, streams: &Streams, part: u16) -> Option<Floor> {
         let origin = streams.origin();
         let is_own = origin == self.origins.own().origin();
@@ -176,7 +178,8 @@ impl Log {
             *floors.last.lock() = floor;
             return floor;
         }
-        // A floor that lies far away is asked for by one, and rarely; the others take what was known, which is as true.
+        // Another region's floor is read by one caller at a time, and rarely. The others use the known one, which is as
+        // correct.
         if fresh().is_none()
             && let Ok(_turn) = floors.asking.try_lock()
         {
@@ -220,7 +223,7 @@ impl Log {
         let state = state
             .inspect_err(|error| tracing::debug!(stream, %error, "no floor"))
             .ok()?;
-        // A floor beyond the end is one of a stream that was there before.
+        // A floor beyond the end belongs to an earlier incarnation of the stream.
         let seq = consumer.map(|consumer| consumer.floor);
         let seq = seq.map(|seq| if seq > state.last_seq { 0 } else { seq });
         Some(Floor {
@@ -259,7 +262,7 @@ impl Log {
 }
 
 impl<'l> RoomLog<'l> {
-    /// Finds out up to where MongoDB has everything, of each origin.
+    /// Reads the floor of each origin.
     pub(super) async fn floors(&mut self) {
         let log = self.log;
         let floors = self.of.iter().map(|of| log.floor(&of.streams, of.part));
@@ -272,7 +275,7 @@ impl<'l> RoomLog<'l> {
         }
     }
 
-    /// Looks at the streams now.
+    /// Reads the state of the streams.
     pub(super) async fn look(&mut self) {
         for of in &mut self.of {
             if let Ok(state) = of.streams.verify(of.part, Instant::now()).await {
@@ -281,17 +284,18 @@ impl<'l> RoomLog<'l> {
         }
     }
 
-    /// The log in the stream of a position, if it is the incarnation of the position.
+    /// The log in the stream of a position, if the position's epoch is the stream's.
     pub(super) fn of(&self, position: &Position) -> Option<&OriginLog<'l>> {
         self.of
             .iter()
             .find(|of| (&position.origin, position.epoch) == (of.streams.origin(), of.state.epoch))
     }
 
-    /// All that the streams have above their floors, unless it is too much of one.
+    /// Everything that the streams have above their floors, unless it is too much for one of them. Also returns whether
+    /// the tails are complete: `false` if a mirror can't be read, or a floor is not known.
     ///
     /// # Errors
-    /// [`ReadError`] of the own stream. A mirror that can't be read says nothing: then not all is there (`false`).
+    /// [`ReadError`] of the own stream.
     pub(super) async fn tail(&self) -> Result<(Tails, bool), ReadError> {
         let tails = self.of.iter().map(OriginLog::tail);
         let mut joined: Option<Tail> = None;
@@ -317,20 +321,20 @@ impl<'l> RoomLog<'l> {
         Ok((Tails::All(tail), complete))
     }
 
-    /// What a page needs of what the streams have above their floors.
+    /// The part that a page needs of what the streams have above their floors.
     pub(super) async fn part(&self, part: &Part) -> Result<Tail, ReadError> {
         let parts = self.of.iter().map(|of| of.part(part));
         let parts = try_join_all(parts).await?.into_iter();
         Ok(parts.reduce(Tail::join).unwrap_or_else(|| self.nothing()))
     }
 
-    /// Nothing: the streams can't be read.
+    /// An empty tail, for streams that can't be read.
     pub(super) fn nothing(&self) -> Tail {
         let nothing = self.of.iter().map(OriginLog::nothing);
         nothing.reduce(Tail::join).expect("there is the own stream")
     }
 
-    /// The place of a message among the room's newest, by its key.
+    /// Searches the newest messages of the room for a key.
     pub(super) async fn find(&self, key: &str) -> Result<Option<Place>, ReadError> {
         let found = self.of.iter().map(|of| of.find(key));
         let found = try_join_all(found).await?;
@@ -339,7 +343,7 @@ impl<'l> RoomLog<'l> {
 }
 
 impl OriginLog<'_> {
-    /// Where a sequence of this stream stands in history, given when it was stored.
+    /// The place in history of a sequence of this stream, given when it was stored.
     pub(super) fn place(&self, seq: u64, ts: u64) -> Place {
         Place {
             ts,
@@ -349,7 +353,7 @@ impl OriginLog<'_> {
         }
     }
 
-    /// The sequence of this stream that a place comes before, or at.
+    /// The first sequence of this stream that is at `place` or after it.
     async fn seq_at(&self, place: &Place) -> Result<u64, ReadError> {
         if place.origin != *self.streams.origin() {
             let (reader, epoch) = (&self.log.reader, self.state.epoch);
@@ -357,17 +361,17 @@ impl OriginLog<'_> {
             let next = next.await?.map(|record| record.seq);
             return Ok(next.unwrap_or(self.state.last_seq + 1));
         }
-        // Of an earlier incarnation: before all that is in this one.
+        // A place of an earlier incarnation is before everything in this one.
         let here = place.epoch == self.state.epoch;
         Ok(if here { place.seq } else { 0 })
     }
 
-    /// Nothing: the stream can't be read.
+    /// An empty tail, for a stream that can't be read.
     fn nothing(&self) -> Tail {
         self.made_of(u64::MAX, Vec::new())
     }
 
-    /// The first of the room's messages or changes from `seq` on.
+    /// The first of the room's messages or changes at `seq` or later.
     pub(super) async fn next(&self, seq: u64) -> Result<Option<Record>, ReadError> {
         let Self {
             stream,
@@ -379,7 +383,7 @@ impl OriginLog<'_> {
         reader.next(stream, state.epoch, filter, seq).await
     }
 
-    /// All that the stream has above the floor; `None`: too much.
+    /// Everything that the stream has above the floor; `None` if it is too much.
     async fn tail(&self) -> Result<Option<Tail>, ReadError> {
         let floor = self.floor.unwrap_or_default();
         let mut entries = Vec::new();
@@ -398,7 +402,7 @@ impl OriginLog<'_> {
         }
     }
 
-    /// What a page needs of what the stream has above the floor.
+    /// The part that a page needs of what the stream has above the floor.
     async fn part(&self, part: &Part) -> Result<Tail, ReadError> {
         let (left, right) = (part.left, part.right);
         let split = match &part.split {
@@ -420,7 +424,7 @@ impl OriginLog<'_> {
             let behind = |entry: &&Entry| split.is_some_and(|split| entry.place.seq >= split);
             found += page.entries.iter().filter(behind).count();
             entries.extend(page.entries);
-            // From the end nothing is behind it, so all is read.
+            // Without a split nothing is behind it, so everything is read.
             let enough = split.is_some_and(|split| page.next > split) && found >= right;
             if page.pending == 0 || enough {
                 break page.pending > 0;
@@ -459,7 +463,8 @@ impl OriginLog<'_> {
             subject: self.messages.clone(),
             after: from.saturating_sub(1),
         };
-        // Of what is before the split: both are counted at the same moment, since more may come behind it.
+        // The number of messages before the split. Both are counted at the same moment, since more may arrive behind
+        // it.
         let before = async |from: u64| {
             let mut wanted = vec![newer(from)];
             wanted.extend(split.map(newer));
@@ -472,7 +477,7 @@ impl OriginLog<'_> {
         if before(low).await? <= count {
             return Ok(low);
         }
-        // There are enough from `low` on, and not from `high` on.
+        // Invariant: there are enough messages from `low` on, and not enough from `high` on.
         while low + 1 < high {
             let middle = low + (high - low) / 2;
             if before(middle).await? >= count {
@@ -484,7 +489,7 @@ impl OriginLog<'_> {
         Ok(low)
     }
 
-    /// As [`RoomLog::find`], in this stream.
+    /// Like [`RoomLog::find`], in this stream.
     async fn find(&self, key: &str) -> Result<Option<Place>, ReadError> {
         let most = usize::try_from(MAX_SEARCHED).unwrap_or(usize::MAX);
         let mut next = self.start(self.state.first_seq, None, most).await?;
@@ -520,7 +525,7 @@ impl OriginLog<'_> {
             entry(Stored { room, record }, origin, epoch)
         });
         let entries: Vec<Entry> = entries.collect();
-        // Without progress there is no end.
+        // A page without messages makes no progress: end the loop.
         let pending = if entries.is_empty() { 0 } else { page.pending };
         Ok(Entries {
             entries,
@@ -535,9 +540,9 @@ impl OriginLog<'_> {
 struct Entries {
     entries: Vec<Entry>,
     bytes: usize,
-    /// The sequence after it.
+    /// The sequence after the page.
     next: u64,
-    /// How many match after it.
+    /// Number of matches after the page.
     pending: u64,
 }
 

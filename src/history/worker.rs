@@ -1,14 +1,15 @@
-//! Takes messages from the streams to MongoDB.
+//! Writes messages from the streams to MongoDB.
 //!
-//! A task a partition collects batches; each batch is written by a task of its own, so that the next is fetched and read
+//! One task per partition collects batches. Each batch is written by its own task, so that the next one is fetched
 //! meanwhile.
 //!
 //! # Invariants
-//! - A message is confirmed to its stream only after MongoDB's majority has it, or after the dead-letter stream has.
-//! - Whatever fails, a message is given out again: nothing here has to be repeated in any order, since writing commutes and
-//!   is idempotent.
-//! - What MongoDB does not take as a whole (it is away, it has no primary, its disk is full) is no fault of a message. Only
-//!   what it refuses while it takes others counts against that one.
+//! - A message that history keeps is acknowledged to its stream only after a majority of MongoDB's replica set, or the
+//!   dead-letter stream, has stored it.
+//! - After any failure a message is redelivered. The order of retries does not matter, since writes are commutative and
+//!   idempotent.
+//! - If MongoDB accepts nothing (it can't be reached, has no primary, or its disk is full), no message is at fault.
+//!   Only a refusal of a single message while others are accepted counts against that message.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -39,24 +40,25 @@ use crate::{
     telemetry::metrics::{Counter, Histogram, HistoryEntry, count, record},
 };
 
-/// Batches of one partition that are written at once; one more is collected meanwhile.
+/// Batches of one partition that are written at once. One more is collected meanwhile.
 const WRITING: usize = 2;
 
-/// Pause after MongoDB or a stream could not be used; doubled each time, up to [`PAUSE_MAX`].
+/// Pause after a failure of MongoDB or a stream; doubled each time, up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// What a message that was refused waits for each time it was, and at most.
+/// Pause before a refused message is redelivered, multiplied by its refusals, and its maximum.
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 const REFUSED_PAUSE_MAX: Duration = Duration::from_secs(30);
 
-/// Refused messages that are remembered; above it their counts begin anew.
+/// Refused messages whose refusals are counted. Above it, all counts start again.
 const MAX_REFUSALS: usize = 10_000;
 
-/// How long a batch may still be tried when the process ends; less than the whole drain, so that it can be given back.
+/// How long a batch is still retried during shutdown. Shorter than the whole drain, so that the batch can be given
+/// back.
 const LAST_TRY: Duration = Duration::from_secs(4);
 
-/// Pauses between attempts, growing, with jitter so that workers don't come all at once.
+/// Growing pauses between attempts, with jitter so that workers do not retry all at once.
 #[derive(Debug)]
 pub(super) struct Backoff(Duration);
 
@@ -82,7 +84,7 @@ struct Worker {
     subjects: Subjects,
     dead: DeadLetters,
     writing: Arc<Semaphore>,
-    /// How often a message was refused, by its sequence.
+    /// Number of refusals by sequence.
     refusals: Mutex<HashMap<u64, u32>>,
     told_to_end: OnceLock<Instant>,
 }
@@ -92,11 +94,11 @@ struct Worker {
 struct Batch {
     deliveries: Vec<Delivery>,
     bytes: usize,
-    /// When it is to be written at the latest.
+    /// The latest time to write it.
     due: Option<Instant>,
 }
 
-/// Why a partition's stream can't be worked on.
+/// Why a partition's stream can't be processed.
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
     #[error(transparent)]
@@ -105,7 +107,7 @@ enum Trouble {
     Stream(#[from] StreamError),
 }
 
-/// Writes what is said in the rooms of a partition, until the process is told to end.
+/// Writes the messages of a partition until the process shuts down.
 pub(super) async fn run(parts: Parts, part: u16) {
     tokio::select! {
         phase = parts.lifecycle.reached(Phase::Ready) => if phase != Phase::Ready { return },
@@ -152,7 +154,7 @@ pub(super) async fn run(parts: Parts, part: u16) {
                         rest = Some((batch, epoch));
                         break;
                     }
-                    // The connection has told about that.
+                    // The connection has already logged this.
                     Err(PullError::Reconnected { .. }) => continue,
                     Err(trouble) => Trouble::from(trouble),
                 }
@@ -169,8 +171,8 @@ pub(super) async fn run(parts: Parts, part: u16) {
             () = worker.parts.tasks.stopping() => break,
         }
     }
-    // First, so that what is given back comes to another worker and not here. What is being written ends by itself: those
-    // tasks are waited for as well.
+    // Release first, so that messages given back go to another worker and not to this one. Batches being written end by
+    // themselves: the drain waits for their tasks too.
     pull.release().await;
     if let Some((batch, epoch)) = rest {
         worker.last(batch, epoch).await;
@@ -178,13 +180,13 @@ pub(super) async fn run(parts: Parts, part: u16) {
 }
 
 impl Worker {
-    /// Makes sure of the consumer, and asks in which incarnation the stream is since then.
+    /// Opens the consumer, and then reads the stream's epoch.
     async fn open(&self, pull: &mut Pull) -> Result<Epoch, Trouble> {
         pull.open().await?;
         Ok(self.parts.streams.fetch(self.part).await?.epoch)
     }
 
-    /// Collects and writes, until the process is told to end; then gives what was collected by then.
+    /// Collects and writes batches until the process shuts down. Then returns the batch collected so far.
     async fn work(self: &Arc<Self>, pull: &mut Pull, epoch: Epoch) -> Result<Batch, PullError> {
         let history = &self.parts.config.history;
         let most_bytes = usize::try_from(history.batch_bytes.as_u64()).unwrap_or(usize::MAX);
@@ -221,7 +223,8 @@ impl Worker {
         }
     }
 
-    /// Has what was collected written, with what is known of the stream until now.
+    /// Writes the batch collected so far, with the epoch known so far. During shutdown it is given back instead if no
+    /// slot becomes free in time.
     async fn last(self: &Arc<Self>, batch: Batch, epoch: Epoch) {
         if batch.deliveries.is_empty() {
             return;
@@ -236,7 +239,7 @@ impl Worker {
         }
     }
 
-    /// Waits until the process was told to end and the last attempts are over.
+    /// Waits for the shutdown and then for [`LAST_TRY`].
     async fn stopped(&self) {
         self.parts.tasks.stopping().await;
         sleep_until(*self.told_to_end.get_or_init(Instant::now) + LAST_TRY).await;
@@ -259,7 +262,7 @@ impl Worker {
         });
     }
 
-    /// Says, for ever, that messages are being worked on, so that nobody else is given them.
+    /// Extends the acknowledgement timeout of messages, forever, so that they are not redelivered.
     async fn keep_busy(&self, deliveries: &[Delivery]) {
         loop {
             sleep(self.parts.config.history.ack_wait / 3).await;
@@ -272,11 +275,12 @@ impl Worker {
     async fn write(&self, deliveries: &[Delivery], epoch: Epoch) {
         let started = Instant::now();
         let mut entries = Vec::with_capacity(deliveries.len());
-        // The delivery of each entry.
+        // The index of each entry's delivery.
         let mut of = Vec::with_capacity(deliveries.len());
         let mut faults = Vec::new();
         let mut removals = Vec::new();
-        // What was said about messages: the entry, its delivery, and what takes it out again if it was said before.
+        // Changes: the entry and the index of its delivery, and for each the removal that is recorded if it is a
+        // duplicate.
         let (mut said, mut said_at) = (Vec::new(), Vec::new());
         let (mut messages, mut changes, mut nothing) = (0, 0, 0);
         for (index, delivery) in deliveries.iter().enumerate() {
@@ -290,7 +294,7 @@ impl Worker {
                 continue;
             }
             let namespace = self.parts.config.namespaces.get(stored.room.namespace());
-            // A namespace that only the edges know is kept: what is not written now can't be written later.
+            // A namespace that is unknown here is kept: what is not written now can't be written later.
             if namespace.is_some_and(|namespace| !namespace.history) {
                 continue;
             }
@@ -303,7 +307,7 @@ impl Worker {
             match entry.what {
                 What::Message { .. } => messages += 1,
                 What::Change { .. } => {
-                    // It says what it is about.
+                    // A change always has a target, so there is a removal.
                     said_at.extend(removal);
                     said.push((entry, index));
                     continue;
@@ -365,7 +369,8 @@ impl Worker {
         }
     }
 
-    /// Whether a message is one that was erased, and was repeated past the edges that know it: looks until that can be told.
+    /// Whether an erased message was stored again by an edge that did not know of the erasure. Retries until this can
+    /// be read.
     async fn was_erased(&self, stored: &Stored) -> bool {
         let Stored { room, record } = stored;
         let target = record.target.as_deref();
@@ -388,7 +393,7 @@ impl Worker {
         }
     }
 
-    /// What takes a message out of the streams again.
+    /// The removal of a message from the streams.
     fn removal(&self, stored: &Stored, epoch: Epoch) -> Removal {
         let Stored { room, record } = stored;
         let key = message_key(room.as_str(), &record.from, &record.id);
@@ -396,7 +401,7 @@ impl Worker {
         Removal::new(place, room.clone(), &key)
     }
 
-    /// Which changes were said before, and where, however long it takes to find out.
+    /// Which changes are duplicates, and the place of the first copy. Retries until MongoDB answers.
     async fn said_again(&self, changes: &[Removal]) -> HashMap<usize, Place> {
         let mut pause = Backoff::default();
         loop {
@@ -410,7 +415,7 @@ impl Worker {
         }
     }
 
-    /// Has messages taken out of the streams: writes it down, however long that takes.
+    /// Records the removals of messages from the streams. Retries until MongoDB accepts them.
     async fn take_out(&self, removals: &[Removal]) {
         let mut pause = Backoff::default();
         while let Err(error) = self.parts.store.record_removals(removals).await {
@@ -419,7 +424,7 @@ impl Worker {
         }
     }
 
-    /// What is done with was refused for the last time.
+    /// Forgets the refusals of messages that are done.
     fn forget(&self, done: &[&Delivery]) {
         let mut refusals = self.refusals.lock();
         if !refusals.is_empty() {
@@ -429,7 +434,7 @@ impl Worker {
         }
     }
 
-    /// Writes entries until MongoDB takes them; gives those that it refuses for good, with the reason.
+    /// Writes entries, retrying until MongoDB accepts the batch. Returns the entries that it refuses, with the reason.
     async fn write_entries(&self, entries: &[Entry]) -> Vec<(usize, String)> {
         if entries.is_empty() {
             return Vec::new();
@@ -451,7 +456,7 @@ impl Worker {
         }
     }
 
-    /// What was erased between the stream and here must not come back: looks until MongoDB answers.
+    /// Deletes documents that were erased between reading the stream and writing. Retries until MongoDB answers.
     async fn enforce_erasures(&self, entries: &[Entry]) {
         let mut pause = Backoff::default();
         loop {
@@ -468,7 +473,7 @@ impl Worker {
         }
     }
 
-    /// A message can't be written: it comes again later, or it is a dead letter. Whether it is done with.
+    /// Handles a refused message: it is redelivered later, or becomes a dead letter. Returns whether it is done.
     async fn refuse(&self, delivery: &Delivery, epoch: Epoch, reason: &str) -> bool {
         count(Counter::HistoryRefused, 1);
         let times = {

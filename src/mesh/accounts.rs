@@ -12,11 +12,11 @@ use crate::{
 /// The accounts of region `local` with the default configuration.
 const TEMPLATE: &str = include_str!("../../nats/accounts.conf");
 
-/// Stands before the partition in lines of the template that are there once a partition.
+/// Text before the partition in template lines that are repeated for each partition.
 const ROOMS: &str = "ROOMS_local_";
 
-/// What is removed is removed from mirrors as well, which hold what their region had: lines with these are there once a
-/// region.
+/// Messages that are removed must also be removed from mirrors. So template lines with one of these are repeated for
+/// each region.
 const REMOVED: [&str; 2] = [
     "\"$JS.API.STREAM.PURGE.",
     "\"$JS.API.STREAM.MSG.DELETE.ROOMS_",
@@ -26,7 +26,7 @@ const REMOVED: [&str; 2] = [
 #[must_use]
 pub fn accounts(config: &Config) -> String {
     let (own, prefix) = (config.region(), &config.nats.prefix);
-    // Regions and prefixes hold no character that would have to be quoted.
+    // Regions and prefixes contain no character that needs quoting.
     let named = |line: &str, region: &Region| {
         line.replace("\"natter.", &format!("\"{prefix}."))
             .replace(".local.", &format!(".{region}."))
@@ -58,7 +58,7 @@ pub fn accounts(config: &Config) -> String {
                     }
                 }
             }
-            // The other partitions of the template.
+            // Lines for the other partitions of the template.
             Some(_) => {}
         }
     }

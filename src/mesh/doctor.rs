@@ -1,11 +1,11 @@
-//! Looks at a deployment, and says what is wrong with it and what to do.
+//! Examines a deployment, and reports what is wrong with it and what to do.
 //!
-//! It changes nothing and stores nothing. What is looked at: whether regions answer, their streams and mirrors against the
-//! definitions of [`super::provision`], clocks, what the configured users may do, whether mirrors can be helped on, and, with
-//! a user of the system account, what only servers tell.
+//! It changes nothing and stores nothing. It checks whether regions answer, their streams and mirrors against the
+//! definitions of [`super::provision`], clocks, the permissions of the configured users, whether stalled mirrors can be
+//! restarted, and, with a user of the system account, what only servers report.
 //!
 //! # Invariants
-//! - What could not be looked at is said; it never passes for fine.
+//! - A check that could not be made is reported as such. It never counts as passed.
 //! - Every wait is bounded.
 
 mod helped;
@@ -38,83 +38,84 @@ use crate::{
 /// Streams of a region that are asked at the same time.
 const AT_ONCE: usize = 8;
 
-/// What a clock may be off: read markers and pages of history are ordered by the times of servers.
+/// Tolerated clock difference. Read markers and pages of history are ordered by the times of servers.
 const CLOCK_OFF: Duration = Duration::from_secs(1);
 
-/// How bad it is.
+/// The severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// Something does not work, or will not when the next thing breaks.
+    /// Something does not work, or will not after the next failure.
     Problem,
-    /// Works, and a person should know.
+    /// It works, but a person should know.
     Warning,
-    /// Could not be looked at, or is only worth knowing.
+    /// It could not be checked, or is only worth knowing.
     Note,
 }
 
-/// What was looked at.
+/// The subject of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Check {
-    /// Whether a region answers, and is the one it should be.
+    /// Whether a region answers, and has the expected domain.
     Region,
-    /// Whether a stream is there and as it is defined.
+    /// Whether a stream exists as defined.
     Stream,
-    /// Whether a mirror is there, of the right stream, and not behind, and whether mirrors can be helped on after a cut.
+    /// Whether a mirror exists, mirrors the right stream and does not lag behind, and whether mirrors can be restarted
+    /// after a cut.
     Mirror,
-    /// Copies of a stream: how many, and in what state.
+    /// The replicas of a stream: their number and state.
     Replicas,
     /// How full a stream or an account is.
     Limit,
-    /// Whether what was acknowledged survives a power loss.
+    /// Whether acknowledged messages survive a power loss.
     Durability,
     /// The links between spines.
     Gateway,
     /// Clocks.
     Clock,
-    /// What the configured user may do.
+    /// The permissions of the configured user.
     Permission,
 }
 
-/// One thing to know.
+/// One result.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Finding {
-    /// How bad it is.
+    /// The severity.
     pub level: Level,
-    /// What was looked at.
+    /// The subject of the check.
     pub check: Check,
-    /// The region in which it is, where it is in one.
+    /// The region concerned, if it is one.
     pub region: Option<String>,
-    /// The streams that it is about.
+    /// The streams concerned.
     pub streams: Vec<String>,
-    /// What is wrong, and what it does.
+    /// What is wrong, and its effect.
     pub what: String,
     /// What to do.
     pub advice: String,
 }
 
-/// All that was found.
+/// All results.
 #[derive(Debug, Default, Serialize)]
 pub struct Examination {
-    /// Worst first; the same about several streams is one.
+    /// Worst first. Equal findings about several streams are merged.
     pub findings: Vec<Finding>,
-    /// Regions of the mesh.
+    /// Number of regions of the mesh.
     pub regions: usize,
-    /// Streams, buckets and mirrors that were looked at.
+    /// Number of streams, buckets and mirrors examined.
     pub streams: usize,
-    /// Servers that answered to the system account.
+    /// Number of servers that answered the system account.
     pub servers: usize,
 }
 
 impl Examination {
-    /// How many findings are of this level.
+    /// The number of findings of a level.
     #[must_use]
     pub fn count(&self, level: Level) -> usize {
         self.findings.iter().filter(|f| f.level == level).count()
     }
 
-    /// Sorts, and puts together what is the same about several streams.
+    /// Sorts the findings, and merges equal ones about several streams.
     fn collect(&mut self, findings: Vec<Finding>) {
         let mut together = BTreeMap::new();
         for mut finding in findings {
@@ -153,10 +154,10 @@ impl Finding {
     }
 }
 
-/// Looks at everything.
+/// Makes all checks.
 ///
 /// # Errors
-/// [`ProvisionError`] where there is no connection to NATS, or none can be made with what the configuration says.
+/// [`ProvisionError`] if there is no connection to NATS, or the configuration can't be used for one.
 pub async fn examine(config: &Config) -> Result<Examination, ProvisionError> {
     let (client, denials) = connect_with_denials(&config.nats, "natter doctor").await?;
     let mut run = Run {
@@ -193,7 +194,7 @@ struct Run<'a> {
     asked: usize,
 }
 
-/// A region, and what its own streams told.
+/// A region, and the answers of its own streams.
 struct Site<'a> {
     region: Region,
     jetstream: JetStream<'a>,
@@ -204,12 +205,12 @@ struct Site<'a> {
 struct Look {
     definition: Definition,
     answer: Result<Option<Value>, ProvisionError>,
-    /// By how many seconds the server's clock is ahead of ours, and how much that may be wrong.
+    /// How many seconds the server's clock is ahead of ours, and the error of that number.
     clock: Option<(f64, f64)>,
 }
 
 impl<'a> Run<'a> {
-    /// Looks at all regions and their streams; gives the regions.
+    /// Examines all regions and their streams, and returns the regions.
     async fn mesh(&mut self) -> BTreeSet<Region> {
         let own = self.config.region();
         let mut regions = self.config.regions();
@@ -240,7 +241,7 @@ impl<'a> Run<'a> {
                 ));
             }
         }
-        // All at the same time: one that does not answer takes until the deadline.
+        // All at the same time, since one that does not answer takes until the deadline.
         let asked = join_all(others.into_iter().map(|region| self.site(region))).await;
         for (site, findings) in asked {
             self.findings.extend(findings);
@@ -281,7 +282,7 @@ impl<'a> Run<'a> {
                 }
                 findings.extend(streams::account(&account).map(|f| f.at(region)));
             }
-            // An edge's own user need not be allowed this.
+            // The user of an edge need not have this permission.
             Err(ProvisionError::Denied { .. }) if here => {}
             Err(ProvisionError::Denied { request }) => {
                 findings.push(
@@ -321,7 +322,8 @@ impl<'a> Run<'a> {
         (Some(site), findings)
     }
 
-    /// Asks these streams, some at a time. What can't be asked becomes a finding; what is not there has no answer.
+    /// Asks these streams, some at a time. A stream that can't be asked becomes a finding; a stream that does not exist
+    /// has no answer.
     async fn look(
         &mut self,
         site: &Site<'a>,
@@ -330,7 +332,7 @@ impl<'a> Run<'a> {
         let looks = stream::iter(wanted).map(|definition| look(&site.jetstream, definition));
         let looks: Vec<Look> = looks.buffered(AT_ONCE).collect().await;
         self.asked += looks.len();
-        // The quickest answer says most about the clock.
+        // The quickest answer is the most precise one about the clock.
         let clocks = looks.iter().filter_map(|look| look.clock);
         if let Some((ahead, about)) = clocks.min_by(|a, b| a.1.total_cmp(&b.1)) {
             self.findings
@@ -410,7 +412,7 @@ impl<'a> Run<'a> {
                     if let (Some(there), Some(known)) = (there, &source)
                         && streams::is_ahead(&info, known)
                     {
-                        // Only what was asked later may be ahead.
+                        // Only a stream that was asked later may be ahead: ask the origin again.
                         source = there.jetstream.stream_info(name).await.ok().flatten();
                     }
                     found.extend(streams::mirror(&definition, &info, source.as_ref()));
@@ -460,7 +462,7 @@ async fn look(jetstream: &JetStream<'_>, definition: Definition) -> Look {
     }
 }
 
-/// How many seconds `told`, RFC 3339, is after `ours`.
+/// By how many seconds `told`, RFC 3339, is later than `ours`.
 fn ahead(told: &str, ours: SystemTime) -> Option<f64> {
     let told = humantime::parse_rfc3339_weak(told).ok()?;
     Some(match told.duration_since(ours) {
@@ -469,7 +471,7 @@ fn ahead(told: &str, ours: SystemTime) -> Option<f64> {
     })
 }
 
-/// Whether a clock that is `ahead` seconds ahead of ours, give or take `about`, is one of them wrong.
+/// A finding if a clock that is `ahead` seconds ahead of ours, with an error of `about`, is certainly wrong.
 fn clock(ahead: f64, about: f64) -> Option<Finding> {
     (ahead.abs() - about > CLOCK_OFF.as_secs_f64()).then(|| {
         let direction = if ahead > 0.0 { "ahead of" } else { "behind" };

@@ -1,4 +1,4 @@
-//! What the instances of a micro service say of themselves.
+//! The statistics that the instances of a micro service report.
 
 use std::time::Duration;
 
@@ -26,14 +26,14 @@ struct EndpointStats {
 }
 
 impl Instance {
-    /// What it tells besides the numbers that every service has: the same at each of its endpoints.
+    /// The figures it reports besides those that every service has. They are the same at each of its endpoints.
     #[must_use]
     pub fn figures(&self) -> Option<&Value> {
         self.endpoints.first().map(|endpoint| &endpoint.data)
     }
 }
 
-/// Those instances of `service` that answer within `wait`.
+/// The instances of `service` that answer within `wait`.
 pub async fn instances(connection: &Connection, service: &str, wait: Duration) -> Vec<Instance> {
     let client = connection.client();
     let until = Instant::now() + wait;
@@ -43,7 +43,7 @@ pub async fn instances(connection: &Connection, service: &str, wait: Duration) -
         let mut answers = client.subscribe(inbox.clone()).await.ok()?;
         let asked = client.publish_with_reply(api::service_stats(service), inbox, Bytes::new());
         asked.await.ok()?;
-        // "Nobody is there" is an answer too.
+        // "No responders" also ends the loop.
         while let Some(answer) = answers.next().await
             && answer.status.is_none()
         {
@@ -51,7 +51,7 @@ pub async fn instances(connection: &Connection, service: &str, wait: Duration) -
         }
         Some(())
     };
-    // There is no last answer: who has not answered by then is not there.
+    // There is no last answer: instances that have not answered by then are left out.
     let ended = timeout_at(until, gather).await;
     tracing::debug!(?ended, "asked for the instances");
     found

@@ -1,17 +1,19 @@
-//! Helps the region's mirrors on after the links to other regions were broken.
+//! Restarts the region's stalled mirrors after the links to other regions were broken.
 //!
-//! Left alone, nats-server 2.15.1 does this: a mirror that has heard nothing for 10 s asks its origin for a consumer; a
-//! request that is lost is waited for 30 s; then comes a pause of 10 s, longer by as much with each failure, up to 2 min. So
-//! a mirror may stand still for minutes after its link is back. Here:
+//! By itself nats-server 2.15.1 does this: a mirror that has heard nothing for 10 s asks its origin for a consumer; if
+//! the request is lost, it waits for 30 s; then it pauses for 10 s, and 10 s longer after each failure, up to 2 min. So
+//! a mirror may be stalled for minutes after its link is back. This module shortens that:
 //!
-//! - A request that was lost is sent again as it was, before the server has given it up. It was lost if its origin has answered
-//!   what was asked after it, and not it: then, and not before. Each copy that arrives makes a consumer, and all of them send
-//!   the mirror the same messages over the link between regions, until it is set up anew.
-//! - When mirrors pause and their origin answers, the servers are made to look at their mirrors at once: they do so whenever
-//!   a leaf node connects, so this connects as one, and leaves. That needs `mirrors.leafnodes`.
+//! - A lost request is sent again unchanged, before the server has given it up. A request counts as lost only if its
+//!   origin has answered requests that were sent after it, but not this one. That matters because each copy that
+//!   arrives creates a consumer, and all of them send the mirror the same messages over the link between regions, until
+//!   the mirror is set up again.
+//! - When mirrors pause although their origin answers, the servers are made to check their mirrors at once. A server
+//!   does so whenever a leaf node connects, so this module connects as a leaf node and leaves again. That needs
+//!   `mirrors.leafnodes`.
 //!
-//! Any number of processes of a region may do this: each request is kept by one of them. None is needed: what it does is
-//! only to be sooner.
+//! Any number of processes of a region may do this: each request is handled by one of them. None is required, since
+//! mirrors also recover without them, only later.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -38,44 +40,46 @@ use crate::{
     subject::api::{self, in_domain},
 };
 
-/// How often is looked whether the origins of unanswered requests and of pausing mirrors answer.
+/// Interval at which it is checked whether the origins of unanswered requests and of pausing mirrors answer.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Looks in a row that an origin must have answered since a request was sent, for the request to be lost: what was sent before
-/// the first was received before it too, and may be answered until the next.
+/// Checks in a row that an origin must have answered since a request was sent, before the request counts as lost: the
+/// origin received a request sent before the first check before that check, and may answer it until the next one.
 const ANSWERED: u32 = 2;
 
 /// Pause before a request is sent once more.
 const REPEAT_AFTER: Duration = Duration::from_secs(5);
 
-/// How long the server waits for an answer (`srcConsumerWaitTime`), with a second for ours being later than its own.
+/// How long the server waits for an answer (`srcConsumerWaitTime`), plus a second because our clock for it starts
+/// later.
 const GIVEN_UP_AFTER: Duration = Duration::from_secs(31);
 
-/// How long such a look may take.
+/// Timeout of such a check.
 const LOOK_WITHIN: Duration = Duration::from_secs(1);
 
-/// How long it may take to connect as a leaf node.
+/// Timeout for connecting as a leaf node.
 const NUDGE_WITHIN: Duration = Duration::from_secs(5);
 
-/// What we are called as a leaf node, in the logs of servers.
+/// Our name as a leaf node, in the logs of servers.
 const NAME: &str = "natter-nudge";
 
-/// Mirrors that are kept in mind; more are left to the server.
+/// Mirrors that are tracked. Further ones are left to the server.
 const MAX_MIRRORS: usize = 4096;
 
-/// Most that a server says to a leaf node before it answers: its interest, a line a subject.
+/// Largest number of bytes that a server may send to a leaf node before its answer: its subscriptions, one line per
+/// subject.
 const MAX_GREETING: u64 = 64 * 1024 * 1024;
 
-/// The servers could not be made to look at their mirrors.
+/// A server could not be made to check its mirrors.
 #[derive(Debug, thiserror::Error)]
 pub enum NudgeError {
-    /// No connection, or it broke.
+    /// There is no connection, or it broke.
     #[error("{address} can't be reached as a leaf node")]
     Io { address: String, source: io::Error },
-    /// It does not want us.
+    /// The server refuses the connection.
     #[error("{address} does not take us as a leaf node: {reason}")]
     Refused { address: String, reason: String },
-    /// There is no saying who we are.
+    /// The credentials can't be used.
     #[error("{address} can't be told who we are")]
     Identity {
         address: String,
@@ -83,11 +87,11 @@ pub enum NudgeError {
     },
 }
 
-/// What a mirror has asked, as far as is known. No I/O.
+/// The known requests of mirrors. Does no I/O.
 #[derive(Debug)]
 struct Asked {
     region: Region,
-    /// By name of the consumer, which is that of the mirror.
+    /// Unanswered requests, by the name of the consumer, which is that of the mirror.
     waiting: BTreeMap<String, Request>,
     /// Mirrors whose request was given up, with their origins.
     pausing: BTreeMap<String, Region>,
@@ -101,12 +105,12 @@ struct Request {
     headers: Option<HeaderMap>,
     payload: Bytes,
     since: Instant,
-    /// Looks in a row that its origin has answered.
+    /// Checks in a row that its origin has answered.
     answered: u32,
     repeated: Option<Instant>,
 }
 
-/// What we need of the request for a consumer.
+/// The needed fields of the request for a consumer.
 #[derive(Deserialize)]
 struct Create {
     config: ConsumerConfig,
@@ -129,7 +133,7 @@ impl Asked {
         }
     }
 
-    /// A request for a consumer was heard: a mirror's of this region, or another one, which is none of ours.
+    /// Handles a request for a consumer. Requests that are not from a mirror of this region are ignored.
     fn on_request(&mut self, message: Message, now: Instant) {
         let Some((origin, reply)) = api::consumer_origin(&message.subject).zip(message.reply)
         else {
@@ -142,7 +146,7 @@ impl Asked {
         if domain.map(String::as_str) != Some(self.region.as_str()) {
             return;
         }
-        // Our own repetition.
+        // This is our own repetition.
         if self
             .waiting
             .get(&config.name)
@@ -167,12 +171,12 @@ impl Asked {
         self.waiting.insert(config.name, request);
     }
 
-    /// Something was answered to `reply`.
+    /// Handles an answer to `reply`.
     fn on_answer(&mut self, reply: &Subject) {
         self.waiting.retain(|_, request| request.reply != *reply);
     }
 
-    /// Gives up what the server has given up. The regions of which it matters whether they answer.
+    /// Drops requests that the server has given up. Returns the regions to check.
     fn on_tick(&mut self, now: Instant) -> BTreeSet<Region> {
         let age = |request: &Request| now.saturating_duration_since(request.since);
         self.waiting.retain(|name, request| {
@@ -182,13 +186,13 @@ impl Asked {
             }
             is_waiting
         });
-        // The answer to a new one may still be on its way.
+        // The answer to a new request may still be on its way.
         let waiting = self.waiting.values().filter(|r| age(r) >= LOOK_EVERY);
         let origins = waiting.map(|request| &request.origin);
         origins.chain(self.pausing.values()).cloned().collect()
     }
 
-    /// Of the regions that were `asked`, `back` have answered. What is to be sent again.
+    /// Of the regions in `asked`, those in `back` have answered. Returns the requests to send again.
     fn on_looked(
         &mut self,
         asked: &BTreeSet<Region>,
@@ -197,7 +201,7 @@ impl Asked {
     ) -> Vec<Request> {
         let mut lost = Vec::new();
         for request in self.waiting.values_mut() {
-            // What came during the look was not sent before it.
+            // A request that arrived during the check was not sent before it.
             if now.saturating_duration_since(request.since) < LOOK_EVERY + LOOK_WITHIN
                 || !asked.contains(&request.origin)
             {
@@ -222,14 +226,14 @@ impl Asked {
         self.pausing.values().cloned().collect()
     }
 
-    /// The servers have looked at the mirrors of `origins`.
+    /// The servers have checked the mirrors of `origins`.
     fn on_nudged(&mut self, origins: &BTreeSet<Region>) {
         self.pausing.retain(|_, origin| !origins.contains(origin));
     }
 }
 
-/// Does this for as long as it is polled, over a connection of [`Config::nats_of_mirrors`]. It ends when `connection` is
-/// closed; without the permission to listen to the requests it does nothing.
+/// Restarts stalled mirrors while it is polled, over a connection of [`Config::nats_of_mirrors`]. It ends when
+/// `connection` is closed. Without the permission to listen to the requests it does nothing.
 pub fn keep(connection: Connection, config: &Config) -> impl Future<Output = ()> + Send + use<> {
     let servers = Servers {
         leafnodes: config.mirrors.leafnodes().map(str::to_owned).collect(),
@@ -238,16 +242,16 @@ pub fn keep(connection: Connection, config: &Config) -> impl Future<Output = ()>
     run(connection, config.region(), servers)
 }
 
-/// Those that are made to look at their mirrors.
+/// The servers that are made to check their mirrors.
 struct Servers {
     leafnodes: Vec<String>,
-    /// Who connects to them.
+    /// The identity for the connections to them.
     nats: config::Nats,
 }
 
 async fn run(connection: Connection, region: Region, servers: Servers) {
     let client = connection.client();
-    // A group of the region's own: another region's members must not take its requests.
+    // The queue group is the region's own, so that members in another region do not take its requests.
     let group = format!("natter-mirrors-{region}");
     let requests = client.queue_subscribe(api::CONSUMER_REQUESTS, group).await;
     let answers = client.subscribe(api::CONSUMER_ANSWERS).await;
@@ -262,7 +266,7 @@ async fn run(connection: Connection, region: Region, servers: Servers) {
     let mut tick = interval(LOOK_EVERY);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        // All branches are cancel-safe: a message is taken only when its branch is.
+        // All branches are cancel-safe: a message is taken only if its branch is selected.
         tokio::select! {
             request = requests.next() => match request {
                 Some(request) => asked.on_request(request, Instant::now()),
@@ -278,7 +282,7 @@ async fn run(connection: Connection, region: Region, servers: Servers) {
                     continue;
                 }
                 let back = answering(client, &origins).await;
-                // What was answered meanwhile is not lost.
+                // Requests that were answered meanwhile are not lost.
                 while let Some(Some(answer)) = answers.next().now_or_never() {
                     asked.on_answer(&answer.subject);
                 }
@@ -291,7 +295,7 @@ async fn run(connection: Connection, region: Region, servers: Servers) {
     }
 }
 
-/// Those of some regions whose JetStream answers.
+/// Those of `regions` whose JetStream answers.
 async fn answering(client: &async_nats::Client, regions: &BTreeSet<Region>) -> BTreeSet<Region> {
     let looks = regions.iter().map(async |region| {
         let request = client.request(in_domain(region, api::INFO), Bytes::new());
@@ -319,7 +323,7 @@ async fn repeat(client: &async_nats::Client, request: Request) {
     }
 }
 
-/// Makes the servers look at their mirrors when an origin of those that pause is among the regions that are `back`.
+/// Makes the servers check their mirrors if a pausing mirror has its origin among the regions in `back`.
 async fn help(asked: &mut Asked, back: &BTreeSet<Region>, servers: &Servers) {
     let pausing = asked.pausing();
     let back: BTreeSet<Region> = pausing.intersection(back).cloned().collect();
@@ -329,7 +333,7 @@ async fn help(asked: &mut Asked, back: &BTreeSet<Region>, servers: &Servers) {
     let mut nudged = true;
     for address in &servers.leafnodes {
         if let Err(error) = nudge(address, &servers.nats).await {
-            // The mirrors go on by themselves, later.
+            // The mirrors recover by themselves, later.
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "mirrors were not helped on"
@@ -337,18 +341,19 @@ async fn help(asked: &mut Asked, back: &BTreeSet<Region>, servers: &Servers) {
             nudged = false;
         }
     }
-    // A server that was not reached may have mirrors that still pause: it is tried again.
+    // A server that was not reached may still have pausing mirrors, so it is tried again.
     if nudged {
         tracing::info!(regions = ?back, "mirrors of regions that are back were helped on");
         asked.on_nudged(&back);
     }
 }
 
-/// Makes the server at `address` (host and port for leaf nodes; `tls://` before them: with TLS or not at all) set up at once
-/// those mirrors that have heard nothing for 10 s and do not wait for an answer: connects as a leaf node, as who `nats` says,
-/// and leaves. With several servers each looks at the mirrors that it leads.
+/// Connects to the server at `address` (host and port for leaf nodes; with `tls://` before them, only with TLS) as a
+/// leaf node with the identity in `nats`, and leaves again. The server then sets up at once those of its mirrors that
+/// have heard nothing for 10 s and are not waiting for an answer. Each server checks the mirrors that it leads.
 ///
 /// # Errors
+/// [`NudgeError`]
 /// [`NudgeError`]
 pub async fn nudge(address: &str, nats: &config::Nats) -> Result<(), NudgeError> {
     let failed = |source| NudgeError::Io {
@@ -364,7 +369,7 @@ pub async fn nudge(address: &str, nats: &config::Nats) -> Result<(), NudgeError>
         let said = (&buffer[..]).chain(transport).take(MAX_GREETING);
         let mut lines = BufReader::new(said);
         let mut line = String::new();
-        // The server looks at its mirrors while it takes who we are.
+        // The server checks its mirrors while it accepts the connection.
         loop {
             line.clear();
             if lines.read_line(&mut line).await.map_err(failed)? == 0 {
@@ -433,7 +438,7 @@ mod tests {
         Region::parse(name).unwrap()
     }
 
-    /// The replies of what is sent again at a look that Seoul has answered, or has not.
+    /// The replies of the requests that are sent again after a check that Seoul has answered, or not.
     fn look(asked: &mut Asked, now: Instant, answers: bool) -> Vec<String> {
         let origins = asked.on_tick(now);
         let back = if answers {
@@ -453,7 +458,7 @@ mod tests {
         let after = |seconds| start + Duration::from_secs(seconds);
         asked.on_request(request("frankfurt", "JS_MIRROR_a", "r1"), start);
         asked.on_request(request("frankfurt", "JS_MIRROR_b", "r2"), start);
-        // The answer may be on its way, and while the origin does not answer, so may the request.
+        // The answer may be on its way; while the origin does not answer, the request may be, too.
         assert!(asked.on_tick(start).is_empty());
         for seconds in 2..10 {
             assert!(look(&mut asked, after(seconds), false).is_empty());
@@ -462,12 +467,12 @@ mod tests {
         // It was not lost.
         asked.on_answer(&"r2".into());
         assert_eq!(look(&mut asked, after(11), true), ["r1"]);
-        // Our own repetition is heard too, and another one is not sent at once.
+        // Our own repetition is heard too, and no further one is sent at once.
         asked.on_request(request("frankfurt", "JS_MIRROR_a", "r1"), after(11));
         assert!(look(&mut asked, after(12), true).is_empty());
         assert_eq!(look(&mut asked, after(16), true), ["r1"]);
         assert!(asked.pausing().is_empty());
-        // What the server has given up must not be answered any more: it may have asked again meanwhile.
+        // A request that the server has given up must not be answered any more: the server may have sent another one.
         assert!(look(&mut asked, start + GIVEN_UP_AFTER, true).is_empty());
         assert_eq!(asked.pausing(), BTreeSet::from([region("seoul")]));
     }

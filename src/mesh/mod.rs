@@ -1,9 +1,10 @@
-//! NATS for operators: the streams and accounts of a mesh, what is wrong with a deployment, mirrors after a cut.
+//! NATS for operators: the streams and accounts of a mesh, the examination of a deployment, and mirrors after a cut.
 //!
-//! No message of a room passes through here. Tools and the start of a role come here, and the task that helps mirrors on.
+//! No message of a room passes through this module. It is used by tools, at the start of a role, and by the task that
+//! restarts stalled mirrors.
 //!
-//! It names async-nats, as [`bus`](crate::bus) does, and for other connections than that: a tool's ends with its first failure
-//! and is told what it was refused, and what is forwarded for a mirror is forwarded byte for byte.
+//! Like [`bus`](crate::bus) it uses async-nats, but for other connections: a tool's connection ends with the first
+//! failure and reports what was denied, and the requests of mirrors are forwarded byte for byte.
 
 mod accounts;
 pub mod doctor;

@@ -1,14 +1,15 @@
 //! Creates and updates the streams and buckets of a mesh's regions from the definitions in `nats/`.
 //!
-//! Not for the hot path: only `natter provision` and `natter up` come here. Streams that are not ours are never touched,
-//! and no stream is ever deleted but a mirror, when it was asked for.
+//! Not for the hot path: it is used only by tools and by `natter up`. Streams of others are never touched. The only
+//! streams ever deleted are mirrors, and only on request.
 //!
 //! # Invariants
-//! - Running it twice changes nothing the second time.
-//! - What would drop stored messages, or shorten the memory for retried publishes, is done only when
-//!   [`Options::allow_destructive`] says so; otherwise that field is left as it is, and reported.
-//! - The epoch of a stream is made once, when the stream is, and kept.
-//! - It speaks the JSON of the API rather than a client's types, so fields that are newer than us survive an update.
+//! - A second run without other changes does nothing.
+//! - A change that would drop stored messages, or shorten the memory for retried publishes, is made only with
+//!   [`Options::allow_destructive`]. Otherwise that field is left as it is, and reported.
+//! - The epoch of a stream is made once, when the stream is created, and then kept.
+//! - This module uses the JSON of the API, not the types of a client. So fields that are newer than this code survive
+//!   an update.
 
 mod definition;
 mod jetstream;
@@ -35,25 +36,25 @@ use crate::{
     subject::{self, PARTITIONS_METADATA, Subjects},
 };
 
-/// How long one request to JetStream may take. Creating a stream with three replicas waits for an election.
+/// Timeout of one request to JetStream. Creating a stream with three replicas waits for an election.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The subjects that the server has refused on one connection.
+/// The subjects that the server has denied on one connection.
 pub(super) type Denials = watch::Receiver<BTreeSet<String>>;
 
-/// How long edges and history services may take to follow a list that has changed.
+/// Time for edges and history services to follow a changed list of regions.
 const EDGES_FOLLOW: Duration = STREAMS_WATCH
     .saturating_mul(2)
     .saturating_add(Duration::from_secs(5));
 
-/// How to provision.
+/// Options of a run.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Only say what would be done.
+    /// Only report what would be done.
     pub dry_run: bool,
-    /// Also do what may drop stored messages.
+    /// Also make changes that may drop stored messages.
     pub allow_destructive: bool,
-    /// How long a region that was taken out of the lists keeps its mirrors: until edges do not ask them any more.
+    /// How long the mirrors of a region are kept after it was removed from the lists, since edges still read them.
     pub edges_follow: Duration,
 }
 
@@ -67,22 +68,22 @@ impl Default for Options {
     }
 }
 
-/// Why the streams could not be brought to their definitions.
+/// The streams could not be brought to their definitions.
 #[derive(Debug, thiserror::Error)]
 pub enum ProvisionError {
-    /// No connection.
+    /// There is no connection.
     #[error("no connection to NATS at {url}")]
     Connect {
         url: String,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A file or address of the configuration is wrong.
+    /// A file or an address of the configuration is wrong.
     #[error("nats: {what}")]
     Settings { what: String, source: io::Error },
     /// A request was not answered in time.
     #[error("JetStream did not answer {request} within {REQUEST_DEADLINE:?}")]
     Timeout { request: String },
-    /// The server lets this user not ask.
+    /// The user has no permission for the request.
     #[error("the user of nats.user may not publish to {request}")]
     Denied { request: String },
     /// A request could not be sent, or nobody answers it.
@@ -91,28 +92,28 @@ pub enum ProvisionError {
         request: String,
         source: async_nats::client::RequestError,
     },
-    /// The server said no.
+    /// The server answered with an error.
     #[error("JetStream refused {request}: {description} (error {code})")]
     Refused {
         request: String,
         description: String,
         code: u64,
     },
-    /// An answer is not what the API promises.
+    /// An answer has an unexpected form.
     #[error("JetStream's answer to {request} can't be understood")]
     Answer {
         request: String,
         source: serde_json::Error,
     },
-    /// The servers of the configured region are not what they must be for other regions to reach them.
+    /// The JetStream domain of the configured region is not the one by which other regions reach it.
     #[error(
         "nats.url leads to the JetStream domain {found:?}, and must lead to one that is named like the region {region}"
     )]
     Domain { region: Region, found: String },
-    /// More regions than cursors can name.
+    /// More regions than a cursor can name.
     #[error("a mesh of {count} regions: {MAX_REGIONS} are the most, a cursor names no more")]
     TooManyRegions { count: usize },
-    /// The mesh was made with another number of partitions.
+    /// The mesh was created with another number of partitions.
     #[error(
         "nats.partitions = {wanted}, but the mesh was created with {found} (stream {stream}): the number is fixed at creation, since rooms would move to other streams"
     )]
@@ -123,7 +124,7 @@ pub enum ProvisionError {
     },
 }
 
-/// Connects as the configuration says, for a tool: no reconnect, every wait bounded.
+/// Connects with the given settings, for a tool: it does not reconnect, and every wait is bounded.
 ///
 /// # Errors
 /// [`ProvisionError::Connect`] and [`ProvisionError::Settings`].
@@ -132,8 +133,8 @@ pub async fn connect(nats: &config::Nats) -> Result<Client, ProvisionError> {
     Ok(client)
 }
 
-/// As [`connect`], with all that the server has refused on the connection: subjects to publish or subscribe to. A request
-/// that is refused is answered in no other way.
+/// Like [`connect`], and also returns the denied subjects (publish or subscribe) of the connection. A denied request
+/// gets no other answer.
 pub(super) async fn connect_with_denials(
     nats: &config::Nats,
     name: &str,
@@ -176,7 +177,7 @@ pub(super) async fn connect_with_denials(
         .map(|url| url.trim().parse::<ServerAddr>())
         .collect::<Result<Vec<_>, _>>()
         .map_err(settings(&format!("url = {:?}: not an address", nats.url)))?;
-    // Each server once.
+    // Each server is tried once.
     let options = options.max_reconnects(servers.len());
     let failed = |source| ProvisionError::Connect {
         url: nats.url.clone(),
@@ -199,10 +200,11 @@ fn denied_subject(error: &str) -> Option<&str> {
         .then_some(subject)
 }
 
-/// Brings the streams and buckets of the configured region to their definitions; one outcome a stream, in their order.
+/// Brings the streams and buckets of the configured region to their definitions. Returns one outcome per stream, in
+/// order.
 ///
 /// # Errors
-/// [`ProvisionError`]; what was done before it stays done, and a repeat goes on from there.
+/// [`ProvisionError`]. What was done before the error is kept, and another run continues from there.
 pub async fn provision(
     client: &Client,
     config: &Config,
@@ -216,8 +218,8 @@ pub async fn provision(
     }
 }
 
-/// Refuses when any stream of rooms of this mesh (own or mirrored, told by its subjects) was made for another number of
-/// partitions.
+/// Fails if any room stream of this mesh (own or mirrored, recognised by its subjects) was created for another number
+/// of partitions.
 async fn check_partitions(
     jetstream: &JetStream<'_>,
     subjects: &Subjects,
@@ -245,7 +247,7 @@ async fn check_partitions(
         let found = match recorded {
             Some(number) if number != wanted.to_string() => number.to_owned(),
             Some(_) => continue,
-            // Made by hand, without the metadata: a higher partition tells at least that there are more.
+            // Created by hand, without the metadata: a higher partition at least shows that there are more.
             None if part >= wanted => format!("at least {}", u32::from(part) + 1),
             None => continue,
         };
@@ -258,7 +260,7 @@ async fn check_partitions(
     Ok(())
 }
 
-/// Whether JetStream answers: for those who wait for a server to be ready.
+/// Whether JetStream answers. For callers that wait until a server is ready.
 ///
 /// # Errors
 /// [`ProvisionError`]
@@ -267,7 +269,7 @@ pub async fn ping(client: &Client) -> Result<(), ProvisionError> {
 }
 
 impl ProvisionError {
-    /// What happened, without the subject of the request: so that the same about many streams looks the same.
+    /// The error without the subject of the request, so that the same error of many streams looks the same.
     #[must_use]
     pub fn brief(&self) -> String {
         match self {
@@ -286,7 +288,7 @@ impl ProvisionError {
         }
     }
 
-    /// Whether nobody answered, which a repeat may find otherwise.
+    /// Whether nobody answered, so that a retry may succeed.
     #[must_use]
     pub fn is_unreachable(&self) -> bool {
         matches!(self, Self::Timeout { .. } | Self::Request { .. })

@@ -1,46 +1,47 @@
-//! Places in a room's log.
+//! Positions in a room's log.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
 use super::partition::fnv1a;
 
-/// Most regions of a mesh, and origins one cursor may name. A cursor comes from outside: it must not make us build a huge
-/// vector.
+/// Maximum number of regions in a mesh, and of origins in a cursor. A cursor comes from outside, so its size must be
+/// bounded.
 pub const MAX_REGIONS: usize = 32;
 
-/// A region's name: `[a-z0-9-]{1,32}`, so that it can stand in a subject, a stream name and a cursor.
+/// A region's name: `[a-z0-9-]{1,32}`, so that it is valid in a subject, a stream name and a cursor.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Region(Arc<str>);
 
-/// The identity of one incarnation of a stream: `[a-z0-9]{1,8}`. A different epoch means that old sequences mean nothing.
+/// The identity of one incarnation of a stream: `[a-z0-9]{1,8}`. After a change of the epoch, old sequences have no
+/// meaning.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Epoch {
     bytes: [u8; 8],
     len: u8,
 }
 
-/// A short hash of the message at a position, so that a store that was rolled back and written anew is noticed.
+/// A short hash of the message at a position. It reveals that a store was rolled back and then written again.
 ///
-/// It is taken of what identifies a message (its `Nats-Msg-Id`, or its payload where a plain NATS client set none), not
-/// of when or how often it was sent: so every retry of a publish gets the same cursor. Zero means "no message": the
-/// position of a room in which nothing has been said.
+/// It is computed from the message's identity (its `Nats-Msg-Id`, or its payload if a plain NATS client set none), and
+/// does not depend on when or how many times the message was sent. So every retry of a publish gets the same cursor.
+/// Zero means "no message": the position of a room without messages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, PartialOrd, Ord, Hash)]
 pub struct Fingerprint(pub u16);
 
 /// One component of a [`Cursor`]: the last message seen of one origin.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Position {
-    /// The region whose stream gave the sequence.
+    /// The region whose stream assigned the sequence.
     pub origin: Region,
-    /// The incarnation of that stream.
+    /// The epoch of that stream.
     pub epoch: Epoch,
     /// Stream sequence, 0 before the first message.
     pub seq: u64,
-    /// Fingerprint of the message at `seq`; 0 where there is none.
+    /// Fingerprint of the message at `seq`; 0 if there is none.
     pub fingerprint: Fingerprint,
 }
 
-/// A place in a room: one [`Position`] an origin, ordered by origin; opaque to clients.
+/// A position in a room: one [`Position`] per origin, ordered by origin. Opaque to clients.
 ///
 /// Wire form: `origin.epoch.seq.fingerprint` joined with `_`, e.g. `seoul.k3.1042.7f02_virginia.q8.77.a1c4`.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -50,7 +51,7 @@ pub struct Cursor(Vec<Position>);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("cursor {text:?}: {what}")]
 pub struct BadCursor {
-    /// The beginning of what was given.
+    /// The beginning of the given text.
     pub text: String,
     /// What is wrong with it.
     pub what: &'static str,
@@ -129,8 +130,8 @@ impl fmt::Debug for Epoch {
 }
 
 impl Position {
-    /// Whether there is a message at it. Where nothing was said yet a position is only a sequence up to which the room is
-    /// empty, and any such sequence says as much as another one.
+    /// Whether there is a message at this position. In a room without messages a position is only a sequence up to
+    /// which the room is empty, and all such sequences are equivalent.
     #[must_use]
     pub fn names_message(&self) -> bool {
         self.fingerprint != Fingerprint(0)
@@ -168,13 +169,13 @@ impl fmt::Display for Position {
 }
 
 impl Cursor {
-    /// A cursor with one component: all there is in a mesh of one region.
+    /// A cursor with one component, as used in a mesh of one region.
     #[must_use]
     pub fn single(position: Position) -> Self {
         Self(vec![position])
     }
 
-    /// A cursor of these components, in any order; of two of one origin the first counts.
+    /// A cursor with these components, in any order. If an origin occurs twice, its first component is kept.
     #[must_use]
     pub fn of(mut positions: Vec<Position>) -> Self {
         positions.sort_by(|a, b| a.origin.cmp(&b.origin));
@@ -182,7 +183,7 @@ impl Cursor {
         Self(positions)
     }
 
-    /// The components, ordered by origin, at most one an origin.
+    /// The components, ordered by origin, at most one per origin.
     #[must_use]
     pub fn positions(&self) -> &[Position] {
         &self.0
@@ -194,14 +195,15 @@ impl Cursor {
         self.0.iter().find(|position| position.origin == *origin)
     }
 
-    /// The least cursor that lies before neither of the two: of each origin the further one of the two positions. That is
-    /// how read markers grow.
+    /// The smallest cursor that is not before either of the two: the later of the two positions of each origin. Read
+    /// markers grow in this way.
     ///
-    /// Sequences of two epochs can't be compared. `is_current` says which epoch an origin's stream has now: that one wins,
-    /// since the other means nothing any more. Where neither is, any choice will do, as long as all make the same.
+    /// Sequences of two epochs can't be compared. `is_current` tells whether an epoch is the current one of an origin's
+    /// stream: that position wins, since the other has no meaning any more. If neither is current, any choice is
+    /// acceptable, as long as everybody makes the same one.
     ///
-    /// It is the maximum of a total order per origin: so it commutes, is associative and idempotent, and can be repeated
-    /// in any order on any edge of any region.
+    /// The result is the maximum of a total order per origin. So the operation is commutative, associative and
+    /// idempotent, and can be repeated in any order on any edge of any region.
     #[must_use]
     pub fn merge(&self, other: &Self, is_current: impl Fn(&Region, &Epoch) -> bool) -> Self {
         let rank = |position: &Position| {
@@ -213,7 +215,7 @@ impl Cursor {
             )
         };
         let mut positions: Vec<Position> = self.0.iter().chain(&other.0).cloned().collect();
-        // The furthest of each origin first: it is the one that is kept.
+        // The latest position of each origin first, since the first one is kept.
         positions.sort_by(|a, b| {
             let by_origin = a.origin.cmp(&b.origin);
             by_origin.then_with(|| rank(b).cmp(&rank(a)))
@@ -354,7 +356,8 @@ mod tests {
             prop_assert_eq!(cursor.to_string().parse::<Cursor>().unwrap(), cursor);
         }
 
-        /// Two origins (and a third that only some name), two epochs each of which one is current or none.
+        /// Two origins (and a third that only some cursors contain), with two epochs each, of which at most one is
+        /// current.
         #[test]
         fn merging_commutes_is_associative_idempotent_and_monotone(
             a in cursors(), b in cursors(), c in cursors(), current in prop::option::of(0..2_usize)
@@ -368,7 +371,7 @@ mod tests {
             prop_assert_eq!(merge(&ab, &c), merge(&a, &merge(&b, &c)));
             prop_assert_eq!(&merge(&ab, &b), &ab);
             prop_assert_eq!(&merge(&a, &a), &a);
-            // No component is lost or goes back, and none comes from nowhere.
+            // No component is lost or goes back, and none is invented.
             for position in ab.positions() {
                 let of = |cursor: &Cursor| cursor.get(&position.origin).cloned();
                 prop_assert!(of(&a).as_ref() == Some(position) || of(&b).as_ref() == Some(position));

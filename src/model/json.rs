@@ -1,21 +1,21 @@
-//! What valid JSON may hold that many clients can't read.
+//! Content of valid JSON that many clients can't read.
 
 use std::fmt;
 
-/// Levels of arrays and objects within each other that are passed on as JSON, whatever `limits.json_depth` says: a message
-/// that is stored keeps its form when that limit changes. Common parsers and MongoDB end at 100 levels and more, and a
+/// Maximum nesting of arrays and objects for which a payload is passed on as JSON, whatever `limits.json_depth` says: a
+/// stored message keeps its form when that limit changes. Common parsers and MongoDB allow 100 levels or more, and a
 /// page adds a few of its own.
 pub const MAX_JSON_DEPTH: usize = 96;
 
 /// The byte order mark that some programs write before a text.
 const MARK: &str = "\u{feff}";
 
-/// Why valid JSON is not taken.
+/// Why valid JSON is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flaw {
-    /// Arrays and objects within each other, more levels than this.
+    /// Arrays and objects are nested deeper than this number of levels.
     Deep(usize),
-    /// A string has an escape such as `\ud83d` that is half of a character.
+    /// A string has an escape such as `\ud83d` that is only half of a character.
     LoneSurrogate,
 }
 
@@ -30,11 +30,11 @@ impl fmt::Display for Flaw {
     }
 }
 
-/// Looks through `json`, which must be valid, for what clients can't read: more than `most` levels, lone surrogates in
-/// keys or other strings. Without recursion or memory.
+/// Checks valid JSON for content that clients can't read: more than `most` levels, or lone surrogates in keys or other
+/// strings. Uses neither recursion nor allocation.
 #[must_use]
 pub fn json_flaw(json: &[u8], most: usize) -> Option<Flaw> {
-    // Nearly all bodies have few brackets and no such escape, and that is soon seen.
+    // Nearly all bodies have few brackets and no such escape, which is checked quickly.
     if brackets(json) <= most && !has_unicode_escape(json) {
         return None;
     }
@@ -62,9 +62,9 @@ pub fn json_flaw(json: &[u8], most: usize) -> Option<Flaw> {
     None
 }
 
-/// How many brackets open, those in strings too.
+/// The number of opening brackets, including those in strings.
 fn brackets(json: &[u8]) -> usize {
-    // Sums of one byte: the compiler looks at many bytes at once.
+    // Sums of one byte allow the compiler to process many bytes at once.
     let in_chunk = |chunk: &[u8]| {
         let opens = chunk.iter().map(|byte| u8::from(byte | 0x20 == b'{'));
         usize::from(opens.sum::<u8>())
@@ -79,7 +79,7 @@ fn has_unicode_escape(json: &[u8]) -> bool {
 /// A string has a lone surrogate.
 struct Lone;
 
-/// Passes over a string, whose opening quote is taken, and its closing quote: what is after them.
+/// Skips a string after its opening quote, and its closing quote. Returns the rest.
 fn string(mut text: &[u8]) -> (Result<(), Lone>, &[u8]) {
     while let Some(at) = text.iter().position(|byte| matches!(byte, b'"' | b'\\')) {
         let (_, rest) = text.split_at(at);
@@ -98,7 +98,7 @@ fn string(mut text: &[u8]) -> (Result<(), Lone>, &[u8]) {
     (Ok(()), &[])
 }
 
-/// Passes over the four digits of an escape, and over the second escape of a pair; `None` at half of a pair.
+/// Skips the four digits of an escape, and the second escape of a pair; `None` for half of a pair.
 fn unicode(escape: &[u8]) -> Option<&[u8]> {
     let (first, rest) = digits(escape)?;
     match first {
@@ -148,7 +148,7 @@ mod tests {
             (nested("[{\"[\":", "\"}\"", "}]", 32), false),
             (nested("[{\"[\":", "[]", "}]", 32), true),
             (nested("[ ", "\"\\\"\"", " ] ", 20_000), true),
-            // Side by side is not within each other, and brackets in strings are text.
+            // Brackets side by side are not nested, and brackets in strings are text.
             (format!("[{}0]", "[[]],".repeat(1000)), false),
             (format!("\"{}\"", "[".repeat(1000)), false),
             (format!("{{\"\\\"{}\":1}}", "{".repeat(1000)), false),
@@ -191,7 +191,7 @@ mod tests {
             ] {
                 let expected = lone.then_some(Flaw::LoneSurrogate);
                 assert_eq!(json_flaw(json.as_bytes(), 64), expected, "{json}");
-                // A parser that makes text of it says the same.
+                // A parser that decodes strings agrees.
                 assert_eq!(
                     serde_json::from_str::<Value>(&json).is_err(),
                     lone,
@@ -205,7 +205,7 @@ mod tests {
     const SCRAPS: &str = "(\\\\u[dD][8-9a-fA-F][0-9a-f]{2}|\\\\u[0-9a-f]{4}|\\\\\\\\|\\\\\"|\"|[\\[\\]{}:, 1]|\\PC){0,40}";
 
     proptest! {
-        /// Where it is JSON, a parser that makes text of all strings takes exactly what has no flaw.
+        /// For valid JSON, a parser that decodes all strings accepts exactly the texts without a flaw.
         #[test]
         fn what_has_no_flaw_can_be_read(scraps in SCRAPS) {
             for json in [format!("\"{scraps}\""), format!("[{scraps}]"), scraps] {

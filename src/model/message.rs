@@ -1,8 +1,8 @@
-//! What identifies and classifies a message.
+//! Identity and classification of messages.
 
 use std::{borrow::Cow, fmt, fmt::Write as _, sync::Arc};
 
-/// Longest name of a user, in bytes: that of a token's `sub`.
+/// Longest user name, in bytes: the limit of a token's `sub`.
 pub const MAX_USER: usize = 256;
 
 /// Longest message id, in bytes.
@@ -17,12 +17,12 @@ pub struct MessageId(Arc<str>);
 #[error("id {0:?} does not match [A-Za-z0-9._~-]{{1,64}}")]
 pub struct BadMessageId(pub String);
 
-/// A message as another message refers to it: `<user>/<id>`, or a bare `<id>` for one of the sender's own.
+/// A reference to another message: `<user>/<id>`, or a bare `<id>` for one of the sender's own.
 ///
-/// A user may contain `/`, an id can't: the last `/` divides them. A user has at most [`MAX_USER`] bytes.
+/// A user may contain `/`, an id can't: the last `/` separates them. A user has at most [`MAX_USER`] bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Reference {
-    /// The author; `None` where the reference is bare.
+    /// The author; `None` if the reference is bare.
     pub user: Option<String>,
     /// The message's id.
     pub id: MessageId,
@@ -36,27 +36,27 @@ pub struct BadReference(pub String);
 /// The two subjects of a room's log.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum Class {
-    /// Messages proper: what counts as unread.
+    /// Messages, which count as unread.
     Msg,
-    /// What refers to a message: edit, delete, reaction, annotation.
+    /// Changes of a message: edit, delete, reaction, annotation.
     Ev,
 }
 
-/// What a `send` is.
+/// The kind of a `send`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Kind {
     /// A new message.
     #[default]
     Message,
-    /// A new body for `target`.
+    /// Replaces the body of `target`.
     Edit,
-    /// `target` is withdrawn.
+    /// Deletes `target`.
     Delete,
     /// A reaction to `target`.
     Reaction,
-    /// What a worker says about `target`: translation, sentiment, a moderation verdict.
+    /// A worker's result about `target`: translation, sentiment, a moderation verdict.
     Annotation,
-    /// Messages were erased for good: those of one user, or all there were. Only natter itself says so.
+    /// Announces that messages were erased for good: those of one user, or all. Only natter itself sends it.
     Erase,
 }
 
@@ -112,7 +112,7 @@ impl Reference {
         }
     }
 
-    /// Whether the message is one of `user`'s own.
+    /// Whether the message was sent by `user`, who made the reference.
     #[must_use]
     pub fn is_by(&self, user: &str) -> bool {
         self.user.as_deref().is_none_or(|author| author == user)
@@ -141,7 +141,7 @@ impl Kind {
         Self::Erase,
     ];
 
-    /// The word on the wire.
+    /// The name on the wire.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -154,13 +154,13 @@ impl Kind {
         }
     }
 
-    /// The kind of a word; `None` if there is no such kind.
+    /// The kind with this name; `None` if there is none.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == text)
     }
 
-    /// The subject it is published under.
+    /// The class of the subject it is published to.
     #[must_use]
     pub fn class(self) -> Class {
         match self {
@@ -172,8 +172,8 @@ impl Kind {
     }
 }
 
-/// Makes any text safe as a NATS header value and still readable: control characters, `=` and white space at either end
-/// become `=XX` per byte.
+/// Makes any text safe as a NATS header value, and keeps it readable: control characters, `=`, and white space at
+/// either end become `=XX` per byte.
 #[must_use]
 pub fn header_escape(text: &str) -> Cow<'_, str> {
     let edge_space = text.starts_with(char::is_whitespace) || text.ends_with(char::is_whitespace);
@@ -196,8 +196,8 @@ pub fn header_escape(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// Text as one token of a key-value key: bytes outside `[A-Za-z0-9_-]` as `=XX`. Reversible by [`header_unescape`], and
-/// readable where the text is.
+/// A text as one token of a key: bytes outside `[A-Za-z0-9_-]` become `=XX`. Reversible with [`header_unescape`], and
+/// readable if the text is.
 #[must_use]
 pub fn key_escape(text: &str) -> Cow<'_, str> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
@@ -216,7 +216,8 @@ pub fn key_escape(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// The inverse of [`header_escape`] and of [`key_escape`]. Sequences that are not `=XX`, or not UTF-8 when decoded, are kept as they are.
+/// The inverse of [`header_escape`] and of [`key_escape`]. Other sequences after a `=` are kept as they are. If the
+/// result is not UTF-8, the whole text is returned unchanged.
 #[must_use]
 pub fn header_unescape(text: &str) -> Cow<'_, str> {
     if !text.contains('=') {

@@ -1,6 +1,6 @@
 //! Ids and values: parsing is validation, `Display` is the wire form.
 //!
-//! No I/O, no clock, no framework. Everything here can be tested as plain data.
+//! No I/O, no clock, no framework: everything here can be tested as plain data.
 
 #![warn(missing_docs, clippy::indexing_slicing)]
 

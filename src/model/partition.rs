@@ -1,9 +1,9 @@
-//! The server's own partition hash.
+//! The partition hash of nats-server.
 
 use super::RoomId;
 
-/// The partition of a room among `partitions`: what the NATS subject mapping function `partition(n, 1, 2)` gives for the
-/// tokens `<namespace>.<name>`.
+/// The partition of a room among `partitions`: the result of the NATS subject mapping function `partition(n, 1, 2)` for
+/// the tokens `<namespace>.<name>`.
 ///
 /// nats-server (`subject_transform.go`, `getHashPartition`) hashes the chosen tokens, joined without a separator, with
 /// 32-bit FNV-1a and takes the remainder. A test compares this function with a running server.

@@ -4,24 +4,24 @@ use std::{cmp::Ordering, fmt, str::FromStr};
 
 use super::{Epoch, Fingerprint, Position, Region};
 
-/// Where a message stands in the history of its room, over all origins and all incarnations of their streams: by the time
-/// at which its stream stored it, then by origin and sequence.
+/// The place of a message in the history of its room, across all origins and all incarnations of their streams. Places
+/// are ordered by the time at which the stream stored the message, then by origin, epoch and sequence.
 ///
-/// Sequences of two origins, or of two epochs, can't be compared; times can, as well as the servers' clocks agree. Within a
-/// stream both orders are the same, unless its server's clock was set back.
+/// Sequences of two origins, or of two epochs, can't be compared. Times can, as far as the clocks of the servers agree.
+/// Within one stream both orders are the same, unless its server's clock was set back.
 ///
-/// Wire form: `<ts, 11 hex digits>.<origin>.<epoch>.<seq>`, the sequence as one hex digit that says how many follow, less one,
-/// and these: `1042` is `2412`. Its bytes order as places do: MongoDB keeps it as one indexed field, several times a message,
-/// hence no zeros that say nothing.
+/// Wire form: `<ts, 11 hex digits>.<origin>.<epoch>.<seq>`. The sequence is written in hexadecimal after one hex digit,
+/// which is the number of its digits minus one: `1042` is `2412`. The bytes of this form have the same order as the
+/// places. MongoDB stores it as one indexed field, several times per message, hence no padding with zeros.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Place {
     /// When the stream stored the message, in ms since 1970.
     pub ts: u64,
-    /// The region whose stream that is.
+    /// The region of that stream.
     pub origin: Region,
-    /// The incarnation of the stream.
+    /// The epoch of the stream.
     pub epoch: Epoch,
-    /// The message's sequence in it.
+    /// The message's sequence in the stream.
     pub seq: u64,
 }
 
@@ -45,7 +45,8 @@ impl Place {
 
 impl Ord for Place {
     fn cmp(&self, other: &Self) -> Ordering {
-        // With the dot that ends it in the text: `a.` comes after `a-b.`, though `a` comes before `a-b`.
+        // Compared including the dot that follows in the text: `a.` is greater than `a-b.`, although `a` is less than
+        // `a-b`.
         let name = |place: &Self| {
             let (origin, epoch) = (place.origin.as_str(), place.epoch.as_str());
             let bytes = origin.bytes().chain(*b".").chain(epoch.bytes());
@@ -66,7 +67,7 @@ impl PartialOrd for Place {
     }
 }
 
-/// How many hexadecimal digits a number has.
+/// The number of hexadecimal digits of a number.
 fn digits(number: u64) -> usize {
     let bits = u64::BITS - number.leading_zeros();
     bits.div_ceil(4).max(1) as usize
@@ -135,7 +136,7 @@ mod tests {
         #[test]
         fn the_text_leads_back_and_orders_as_the_place_does(a in places(), b in places()) {
             prop_assert_eq!(a.to_string().parse::<Place>().unwrap(), a.clone());
-            // Few times, so that many are equal.
+            // Few different times, so that many are equal.
             let b = Place { ts: if b.ts % 2 == 0 { a.ts } else { b.ts }, ..b };
             prop_assert_eq!(a.to_string().cmp(&b.to_string()), a.cmp(&b));
         }

@@ -1,6 +1,6 @@
-//! What is said about a message: reactions and annotations, as their bodies mean them, with their limits.
+//! Reactions and annotations: the meaning of their bodies, and their limits.
 //!
-//! The limits are no settings: what is kept of a message must be the same wherever it is put together.
+//! The limits are not configurable: what is kept of a message must be the same wherever it is folded.
 
 use std::{borrow::Cow, collections::BTreeMap};
 
@@ -10,7 +10,7 @@ use unicode_normalization::{IsNormalized, UnicodeNormalization, is_nfc_quick};
 /// Longest reaction, in bytes.
 pub const MAX_REACTION: usize = 64;
 
-/// Most annotations in one message, and most that one user has about one message.
+/// Maximum number of annotations in one message, and of one user's annotations about one message.
 pub const MAX_ANNOTATIONS: usize = 32;
 
 /// Longest name of an annotation, in bytes.
@@ -19,17 +19,17 @@ pub const MAX_ANNOTATION_NAME: usize = 64;
 /// Largest annotation, in bytes of its JSON.
 pub const MAX_ANNOTATION: usize = 8 << 10;
 
-/// A body that is no reaction, or no annotations.
+/// A body that is not a reaction, or not annotations.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BadRemark {
     /// It has another form.
     OtherForm,
-    /// It has the form, and is beyond a limit; which one.
+    /// It has the right form but exceeds a limit, which is named.
     TooLarge(String),
 }
 
-/// The reaction that a body means, and whether it is there now: a string, or `{"key": …}` (also `text`), with
-/// `"remove": true` to take it back.
+/// The reaction in a body, and whether it is set or removed: a string, or `{"key": …}` (also `text`), with `"remove":
+/// true` to remove it.
 ///
 /// # Errors
 /// [`BadRemark`].
@@ -60,7 +60,7 @@ pub fn reaction(body: &str) -> Result<(String, bool), BadRemark> {
     Ok((key, on))
 }
 
-/// The annotations that a body means, by name, each as JSON text: the fields of an object.
+/// The annotations in a body, by name, each a JSON text: the fields of an object.
 ///
 /// # Errors
 /// [`BadRemark`].
@@ -86,8 +86,8 @@ pub fn annotations(body: &str) -> Result<Vec<(String, String)>, BadRemark> {
         .collect())
 }
 
-/// The form in which reactions are compared: NFC without variation selectors 15 and 16, which only choose between two
-/// pictures of one character. Skin tones and all else that is seen stay.
+/// The form in which reactions are compared: NFC, without variation selectors 15 and 16, which only choose between two
+/// pictures of one character. Skin tones and everything else that is visible are kept.
 #[must_use]
 pub fn normal_reaction(key: &str) -> Cow<'_, str> {
     let selector = |c: char| matches!(c, '\u{fe0e}' | '\u{fe0f}');
@@ -145,7 +145,7 @@ mod tests {
             format!("{{{}}}", fields.join(","))
         };
         let name = |bytes: usize| format!("{{\"{}\":1}}", "n".repeat(bytes));
-        // Two bytes are the quotes.
+        // The quotes are two bytes.
         let value = |bytes: usize| format!("{{\"n\":\"{}\"}}", "x".repeat(bytes - 2));
         for fits in [names(32), name(64), value(8192)] {
             assert!(annotations(&fits).is_ok());

@@ -24,7 +24,7 @@ pub struct RoomId {
 #[error("room {0:?} is not namespace:name with both parts matching [A-Za-z0-9_-]{{1,64}}")]
 pub struct BadRoom(pub String);
 
-/// Whether `part` may stand as one token of a subject that comes from outside: `[A-Za-z0-9_-]{1,64}`.
+/// Whether `part`, which comes from outside, may be used as one token of a subject: `[A-Za-z0-9_-]{1,64}`.
 #[must_use]
 pub fn is_token(part: &str) -> bool {
     (1..=MAX_PART).contains(&part.len())
@@ -51,7 +51,7 @@ impl RoomId {
         })
     }
 
-    /// The room of two subject tokens.
+    /// The room for two subject tokens.
     ///
     /// # Errors
     /// [`BadRoom`] if either is not a valid part.
@@ -65,7 +65,7 @@ impl RoomId {
         &self.text
     }
 
-    /// The part before the colon: it picks the policy.
+    /// The part before the colon, which determines the policy.
     #[must_use]
     pub fn namespace(&self) -> &str {
         self.text
@@ -107,7 +107,7 @@ impl<'de> Deserialize<'de> for RoomId {
     }
 }
 
-/// A set of rooms, as grants name them: the union of what it has.
+/// A set of rooms, as in grants: the union of its fields.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RoomScope {
@@ -129,13 +129,13 @@ impl RoomScope {
         }
     }
 
-    /// Whether there is no room in it.
+    /// Whether it contains no room.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         !self.all && self.namespaces.is_empty() && self.rooms.is_empty()
     }
 
-    /// Whether `room` is in it.
+    /// Whether it contains `room`.
     #[must_use]
     pub fn contains(&self, room: &RoomId) -> bool {
         self.all

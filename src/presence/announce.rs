@@ -1,33 +1,34 @@
-//! What the members of a room are told of who comes and goes: everything in small rooms, counts in large or hasty ones.
+//! What the members of a room are told about users who come and go: every change in small rooms, counts in large or
+//! very busy ones.
 //!
-//! A push of a count means that a member's list is stale. After the last such push every change is pushed by name again, so a
-//! list that is asked for after a count push, and followed from there, is right.
+//! A push of a count means that a member's list is out of date. After the last count, every change is pushed by name
+//! again. So a list that is requested after a count push and then updated with the following pushes is correct.
 
 use std::time::{Duration, Instant};
 
 use super::roster::Change;
 use crate::config::PresencePolicy;
 
-/// Shortest time between two counts, and the time in which changes by name are counted.
+/// Minimum time between two counts, and the window in which changes are counted.
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// A push to the members of a room that want to know.
+/// A push to the members who watch a room.
 #[derive(Debug, Clone)]
 pub(super) enum Push {
     User(Change),
     Count(usize),
 }
 
-/// Decides what is pushed: pure state.
+/// Decides what is pushed. Does no I/O.
 #[derive(Debug)]
 pub(super) struct Announcer {
-    /// Most users of a room, and most changes per second, that are pushed by name.
+    /// Above this number of users in the room, or of changes per window, counts are pushed instead of names.
     max: usize,
     policy: PresencePolicy,
     counting: bool,
     window: Instant,
     changes: usize,
-    /// What was pushed last in counts, and when.
+    /// The last count pushed, and when.
     told: Option<(usize, Instant)>,
     pending: bool,
 }
@@ -45,8 +46,8 @@ impl Announcer {
         }
     }
 
-    /// What to push of `changes` that led to `count` users; `total` is how many changes there were, of which not all need
-    /// be named.
+    /// The pushes for `changes`, after which the room has `count` users. `total` is the number of changes, of which
+    /// `changes` may contain only some.
     pub(super) fn on(
         &mut self,
         changes: Vec<Change>,
@@ -69,7 +70,7 @@ impl Announcer {
         pushes
     }
 
-    /// When [`Self::tick`] has something to do, if nothing happens before.
+    /// When [`Self::tick`] must be called, if nothing else happens before.
     pub(super) fn due(&self) -> Option<Instant> {
         let count_due = self.told.map_or(self.window, |(_, at)| at + WINDOW);
         match (
@@ -77,24 +78,24 @@ impl Announcer {
             self.counting && self.policy == PresencePolicy::Users,
         ) {
             (true, _) => Some(count_due),
-            // Perhaps the names can be told again.
+            // The room may be able to return to names.
             (false, true) if self.changes > 0 => Some(self.window + WINDOW),
             (false, _) => None,
         }
     }
 
-    /// Time has passed.
+    /// Called when time has passed.
     pub(super) fn tick(&mut self, count: usize, now: Instant) -> Option<Push> {
         let mut push = None;
         if self.pending && self.told.is_none_or(|(_, at)| now >= at + WINDOW) {
             self.pending = false;
-            // The same number of other people is news too while their names are not told.
+            // Pushed even if the number is the same: other users may be behind it, whose names are not pushed.
             self.told = Some((count, now));
             push = Some(Push::Count(count));
         }
         if now >= self.window + WINDOW {
             let quiet = self.changes <= self.max / 2;
-            // Not at the limit itself, or a room around it would change its ways with every user.
+            // Below the limit by a margin, so that a room around the limit does not switch with every user.
             let small = count <= self.max - self.max / 5;
             if self.policy == PresencePolicy::Users && !self.pending && quiet && small {
                 self.counting = false;
@@ -132,8 +133,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes and goes: pushes are bounded per second, and a client that asks for the list after each count push
-        /// and follows the names from there has the right list in the end.
+        /// Whatever comes and goes: the number of pushes per second is bounded. A client that requests the list after
+        /// each count push and applies the names that follow has the correct list in the end.
         #[test]
         fn who_follows_the_pushes_has_the_right_list(
             steps in prop::collection::vec((0..40_usize, 0..1500_u64), 1..300),
@@ -161,7 +162,7 @@ mod tests {
                 client.clone()
             };
             for (user, wait) in steps {
-                // The task wakes when it is due.
+                // The task wakes when `due` says so.
                 let then = now + Duration::from_millis(wait / 10);
                 while let Some(due) = announcer.due().filter(|due| *due <= then) {
                     now = due.max(now);
@@ -183,7 +184,7 @@ mod tests {
             prop_assert_eq!(client, truth);
             for (i, at) in sent.iter().enumerate() {
                 let second = sent[i..].iter().take_while(|t| **t < *at + WINDOW).count();
-                // Two windows of names, and a count, may touch within one second.
+                // Two windows of names and a count may fall within one second.
                 prop_assert!(second <= 2 * max + 2, "{second} pushes in a second");
             }
         }
@@ -198,7 +199,7 @@ mod tests {
             let now = start + Duration::from_micros(400) * u32::try_from(i).unwrap();
             pushes += announcer.on(vec![change(i, true)], 1, i + 1, now).len();
         }
-        // 200 names, then at most one count a second, for 4 s.
+        // 200 names, then at most one count per second, for 4 s.
         assert!((200..=206).contains(&pushes), "{pushes}");
     }
 
@@ -214,7 +215,7 @@ mod tests {
             pushes += announcer.on(changes, 1, 1 - i % 2, now).len();
         }
         assert!((200..=206).contains(&pushes), "{pushes}");
-        // Calm again: the last count, and then the next who comes has a name.
+        // After a quiet time the last count is pushed, and then the next user is pushed by name.
         while let Some(due) = announcer.due() {
             now = due.max(now);
             announcer.tick(0, now);

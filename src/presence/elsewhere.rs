@@ -1,23 +1,23 @@
-//! Leases of other regions, as their mirrors here tell of them.
+//! The leases of other regions, as they appear in their mirrors here.
 //!
-//! A mirror removes a lease when its time to live has passed, whether or not its region has renewed it: behind a cut all
-//! leases of a region vanish from the mirror without a word (only an origin leaves markers). So a lease that is missing here
-//! has ended if its end was told, or if the mirror has kept up with its origin all the time in which it should have been
-//! renewed: it heard from it later than that. While the mirror hears nothing, nobody knows: its users are unreachable.
+//! A mirror removes a lease when its TTL has passed, even if its region has renewed it: during a cut all leases of a
+//! region disappear from the mirror without a marker (only an origin leaves markers). So a lease that is missing here
+//! has ended only in two cases: its end was announced, or the mirror has kept up with its origin for the whole time in
+//! which the lease should have been renewed. While the mirror hears nothing, the state is unknown and the users are
+//! shown as unreachable.
 //!
-//! Mirrors are independent of each other: that of the leases may go on while that of the keys still stands. So a region
-//! counts as cut off while either hears nothing, and a lease that has ended is kept until the keys are here that were written
-//! before its end: what its users have under another lease, for one.
+//! Mirrors are independent of each other: the mirror of the leases may advance while the mirror of the keys does not.
+//! So a region counts as cut off while either hears nothing. A lease that has ended is kept until the keys written
+//! before its end have arrived here, e.g. those that its users have under another lease.
 //!
-//! An end by its time to live may be one of many because the region's NATS stood still: then its edges take new leases, and
-//! have time for that ([`counts_from`]).
+//! A lease may also expire because NATS in its region stalled; then many leases expire. The edges take new leases, and
+//! get time for that ([`counts_from`]).
 //!
-//! A mirror does not repeat what its origin removes by a purge either: what was left under a lease that is over is purged in
-//! every region.
+//! A mirror does not repeat a purge at its origin. So the keys left under an ended lease are purged in every region.
 //!
-//! Nor does it learn of a key that was removed during a cut if the mark of the removal was gone before the cut was over. So
-//! an edge that was cut off for long ([`LONG_CUT`]) takes a new lease when the cut is over: what stands under the old one means
-//! nothing then, wherever it still stands.
+//! A mirror also does not learn that a key was removed during a cut, if the marker of the removal expired before the
+//! end of the cut. So after a long cut ([`LONG_CUT`]) an edge takes a new lease: keys under the old one then mean
+//! nothing, wherever they still exist.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -39,50 +39,50 @@ use crate::{
     telemetry::metrics::{Counter, LeaseEnd, count},
 };
 
-/// A mirror that has not heard from its origin for this long is cut off from it: an origin gives a sign of life every second.
+/// A mirror that has not heard from its origin for this long is cut off: an origin sends a sign of life every second.
 const SILENT: Duration = Duration::from_secs(5);
 
-/// How often a region's mirror is looked at when nothing is amiss.
+/// Interval at which a region's mirror is read while nothing is in doubt.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// Longest that a lease that has ended is kept because the mirror of the keys does not tell that it has them all, and is not
-/// cut off: it may go on saying that it is behind when its origin purges what was still to come.
+/// How long an ended lease is kept at most while the mirror of the keys is not cut off but does not confirm that it has
+/// all keys. Such a mirror may report forever that it is behind, if its origin has purged the missing messages.
 const KEPT: Duration = Duration::from_secs(30);
 
-/// When a purge is repeated that has left something: it may be refused.
+/// Pause before a purge is repeated that has left keys, e.g. because it was refused.
 const PURGED_AGAIN: Duration = Duration::from_secs(60);
 
-/// Purges that wait for others; beyond that they are left to the next time.
+/// Waiting purges. Further ones are dropped and found again at a later look.
 const PURGES: usize = 256;
 
-/// After a cut this long others may have missed who has left: half of what a removal is remembered.
+/// After a cut of this length other regions may have missed removals: half of the time a removal is kept.
 const LONG_CUT: Duration = Duration::from_secs(REMOVED_FOR.as_secs() / 2);
 
-/// How the mirrors of a region stand to their origin.
+/// The state of a region's mirrors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Link {
-    /// The mirror of the leases has all that the origin had at `leases`, that of the keys what it had at `keys`; `None`: it
-    /// is behind, or does not tell.
+    /// The mirror of the leases has everything that the origin had at `leases`, the mirror of the keys what it had at
+    /// `keys`; `None` if that mirror is behind or does not answer.
     Up {
         leases: Instant,
         keys: Option<Instant>,
     },
-    /// One of them hears nothing.
+    /// One of the mirrors does not hear from its origin.
     Cut,
-    /// NATS here was away a moment ago, or does not answer.
+    /// NATS here was not reachable a moment ago, or does not answer.
     Unknown,
 }
 
-/// What is known of the leases of one other region: pure state.
+/// What is known of the leases of one other region. Does no I/O.
 #[derive(Debug, Default)]
 struct Table {
     leases: HashMap<Arc<str>, Lease>,
     over: HashMap<Arc<str>, Over>,
     /// Since when the mirror has kept up.
     up: Option<Instant>,
-    /// Since when it has heard nothing.
+    /// Since when the mirror has been cut off.
     cut: Option<Instant>,
-    /// As of when all keys were here at the last look: whoever shows them has taken them in by the next.
+    /// The time up to which all keys had arrived at the last look. Rosters have applied those keys by the next look.
     keys: Option<Instant>,
 }
 
@@ -90,45 +90,46 @@ struct Table {
 #[derive(Debug)]
 struct Over {
     since: Instant,
-    /// Whether its origin said so; otherwise that was concluded from what a mirror did not say, and a renewal refutes it.
+    /// Whether its origin announced the end. Otherwise the end was concluded from a missing renewal, and a later
+    /// renewal refutes it.
     told: bool,
-    /// Of its last renewal.
+    /// Revision of its last renewal.
     revision: u64,
-    /// When it was last to be purged.
+    /// When it was last handed out for a purge.
     purged: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
 struct Lease {
-    /// Of its last renewal.
+    /// Revision of its last renewal.
     revision: u64,
-    /// When that was seen; `None`: only that it was taken once is known.
+    /// When that renewal was seen; `None` if only the key `used.…` is known.
     renewed: Option<Instant>,
     unreachable: bool,
     end: Option<End>,
 }
 
-/// The end of a lease that is still shown.
+/// The end of a lease whose users are still shown.
 #[derive(Debug)]
 struct End {
-    /// From when on it counts: when it was told, or concluded, or a little later.
+    /// When the end counts: when it was announced or concluded, or a little later.
     since: Instant,
-    /// As [`Over::told`].
+    /// As in [`Over::told`].
     told: bool,
-    /// When it counts at the latest.
+    /// The latest time at which it counts.
     latest: Instant,
 }
 
-/// What a look at a mirror shows.
+/// The result of a look at a mirror.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Look {
-    /// Leases that are over now, as was told.
+    /// Leases that are over now, as announced by their origin.
     ended: Vec<Arc<str>>,
-    /// As is concluded.
+    /// Leases that are over now, as concluded from missing renewals.
     missed: Vec<Arc<str>>,
-    /// Leases that were over before, and have left something.
+    /// Leases that were over before and have left keys.
     left: Vec<Arc<str>>,
-    /// A long cut is over.
+    /// Whether a long cut has ended.
     healed: bool,
 }
 
@@ -140,9 +141,9 @@ impl Lease {
 }
 
 impl Over {
-    /// Whether what was found of it is to be purged; if so, that is taken for begun.
+    /// Whether the keys it left should be purged. If so, the purge counts as started.
     fn is_to_be_purged(&mut self, now: Instant) -> bool {
-        // What only seems to be over may come back, and a mirror gets nothing twice.
+        // A concluded end may be wrong, and a mirror does not receive purged keys again.
         let surely = self.told || now >= self.since + REMEMBERED / 2;
         let is = surely && self.purged.is_none_or(|at| now >= at + PURGED_AGAIN);
         if is {
@@ -162,8 +163,8 @@ impl End {
     }
 }
 
-/// From when on the end of a lease counts that is told `now`: if its edge could not renew it because NATS stood still there,
-/// the edge finds that out with the next renewal, and takes another.
+/// When an announced end counts. If the lease expired because NATS stalled there, its edge notices that at the next
+/// renewal and takes another lease; it gets the time for that.
 fn counts_from(end: &Entry, lease: Duration, now: Instant) -> Instant {
     if end.expired {
         now + renewed_every(lease)
@@ -173,7 +174,7 @@ fn counts_from(end: &Entry, lease: Duration, now: Instant) -> Instant {
 }
 
 impl Table {
-    /// A lease was renewed, or taken. What was seen before says nothing new.
+    /// A lease was taken or renewed. Revisions seen before have no effect.
     fn renewed(&mut self, lease: &str, revision: u64, now: Instant) {
         if let Some(over) = self.over.get(lease) {
             if over.told || revision <= over.revision {
@@ -192,8 +193,8 @@ impl Table {
         }
     }
 
-    /// The origin has told that a lease has ended, which counts from then `on`. It is over when the keys are here that were
-    /// written before.
+    /// The origin has announced the end of a lease, which counts from `on`. The lease is over once the keys written
+    /// before have arrived.
     fn ended(&mut self, lease: &str, on: Instant) {
         if let Some(known) = self.leases.get_mut(lease) {
             let end = known.end.get_or_insert(End::new(on));
@@ -209,7 +210,7 @@ impl Table {
         over.told = true;
     }
 
-    /// How long after a look the mirror is looked at again.
+    /// The pause until the next look at the mirror.
     fn every(&self, lease: Duration, now: Instant) -> Duration {
         let mut leases = self.leases.values();
         if self.cut.is_none() && leases.clone().any(|one| one.end.is_some()) {
@@ -219,7 +220,7 @@ impl Table {
         if doubtful { lease / 5 } else { LOOK }
     }
 
-    /// The mirror was read.
+    /// Applies a look at the mirror.
     fn looked(&mut self, found: &[Entry], link: Link, lease: Duration, now: Instant) -> Look {
         let mut look = Look::default();
         self.over.retain(|_, over| now < over.since + REMEMBERED);
@@ -254,7 +255,7 @@ impl Table {
         for known in self.leases.values_mut() {
             let overdue = known.is_overdue(lease, now);
             known.unreachable |= link == Link::Cut && (overdue || known.end.is_some());
-            // It should have been renewed since then, and the mirror would have heard of that.
+            // A renewal was due after this time, and the mirror would have received it.
             let since = self.up.max(known.renewed.filter(|_| self.up.is_some()));
             if let (Link::Up { leases, .. }, Some(since)) = (link, since)
                 && overdue
@@ -267,7 +268,7 @@ impl Table {
         look
     }
 
-    /// Ends count once the keys that were written before them are here, and were at the look before.
+    /// Ends count once the keys written before them had arrived already at the previous look.
     fn settle(&mut self, link: Link, now: Instant, look: &mut Look) {
         let keys = match link {
             Link::Up { keys, .. } => keys,
@@ -315,7 +316,7 @@ impl Table {
     }
 }
 
-/// A region that is followed.
+/// A region whose leases are followed.
 #[derive(Debug)]
 struct Followed {
     edges: Bucket,
@@ -325,7 +326,7 @@ struct Followed {
 }
 
 impl Followed {
-    /// How the mirrors stand; asked after `now`.
+    /// The state of the mirrors, requested after `now`.
     async fn link(&self, now: Instant) -> Link {
         let (leases, keys) = join(self.edges.heard(), self.presence.heard()).await;
         let origin = self.edges.origin();
@@ -353,11 +354,11 @@ impl Followed {
     }
 }
 
-/// Follows the leases of all other regions for ever, and tells rosters of them. Costs nothing while there are none.
+/// Follows the leases of all other regions, forever, and reports them to rosters. Does nothing while there are none.
 pub(super) async fn follow(presence: Arc<Presence>) {
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    // Before the first has come: rosters do not have it yet.
+    // Read before the first region appears, since open rosters do not include that region.
     let mut members = presence.origins.members_version();
     while presence.others().is_empty() {
         tick.tick().await;
@@ -366,7 +367,7 @@ pub(super) async fn follow(presence: Arc<Presence>) {
     let Ok(mut feed) = own.changes(">").await else {
         return;
     };
-    // One after the other, beside what is shown.
+    // One after the other, in their own task, so that they do not delay what is shown.
     let (purges, mut purged) = mpsc::channel::<(Bucket, Bucket, Arc<str>)>(PURGES);
     presence.background("purges", async move {
         while let Some((keys, edges, lease)) = purged.recv().await {
@@ -472,7 +473,7 @@ pub(super) async fn follow(presence: Arc<Presence>) {
     }
 }
 
-/// Leases of another region are over.
+/// Counts and logs leases of another region that are over.
 fn over(origin: &Region, leases: &[Arc<str>], told: bool) {
     for lease in leases {
         count(Counter::LeaseEnded(LeaseEnd::Seen), 1);

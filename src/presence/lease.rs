@@ -1,9 +1,9 @@
 //! Leases: which edges live.
 //!
-//! An edge's lease is a key of the bucket `edges` with a time to live, renewed by compare-and-set. Its name is new with every
-//! lease: `<edge id>-<random>`, so that a lease that is over never lives again, and whatever was written under it can be
-//! purged at any time. Beside it stands a key `used.<lease>` without a time to live: while that is there and the lease is
-//! not, keys may be left that somebody must purge.
+//! An edge's lease is a key of the bucket `edges` with a TTL, renewed by compare-and-set. Each lease has a new name,
+//! `<edge id>-<random>`: a lease that is over never lives again, and everything written under it can be purged at any
+//! time. Beside it there is a key `used.<lease>` without a TTL. If that key exists without the lease, there may be keys
+//! left to purge.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,22 +23,22 @@ use crate::{
     telemetry::metrics::{Counter, LeaseEnd, count},
 };
 
-/// Prefix of the keys that say that keys were written under a lease.
+/// Prefix of the keys that say that a lease may have been used.
 pub(super) const USED: &str = "used.";
 
-/// Pause before a write that failed is repeated.
+/// Pause before a failed write is retried.
 const RETRY: Duration = Duration::from_millis(250);
 
-/// How often leases are looked after.
+/// Interval at which leases are checked.
 pub(super) const TICK: Duration = Duration::from_millis(500);
 
-/// How long after its end a lease is remembered: longer than news of it can be late.
+/// How long a lease is remembered after its end: longer than news about it can be late.
 pub(super) const REMEMBERED: Duration = Duration::from_secs(600);
 
-/// How often keys are looked for that were left behind.
+/// Interval of the search for keys that were left behind.
 const SWEEP: Duration = Duration::from_secs(30);
 
-/// How often a lease is renewed: three attempts fit into one.
+/// Interval of renewals: three attempts fit into the time of a lease.
 pub(super) fn renewed_every(lease: Duration) -> Duration {
     lease.mul_f64(0.3)
 }
@@ -47,18 +47,18 @@ fn is_overdue(renewed: Instant, lease: Duration, now: Instant) -> bool {
     now >= renewed + lease + TICK
 }
 
-/// What is known of the leases of a mesh: pure state.
+/// What is known of the leases of the own region. Does no I/O.
 #[derive(Debug, Default)]
 struct Table {
     /// When each was last seen renewed.
     alive: HashMap<Arc<str>, Instant>,
     over: HashMap<Arc<str>, Instant>,
-    /// Until then no lease counts as over: NATS was away, and its edge has had no chance to renew it.
+    /// Until this time no lease counts as over: NATS was not reachable, so edges could not renew.
     grace: Option<Instant>,
 }
 
 impl Table {
-    /// A lease was renewed, or taken.
+    /// A lease was taken or renewed. Returns whether it is new.
     fn renewed(&mut self, lease: &str, now: Instant) -> bool {
         if self.over.contains_key(lease) {
             return false;
@@ -66,7 +66,7 @@ impl Table {
         self.alive.insert(lease.into(), now).is_none()
     }
 
-    /// A lease has ended; whether that is news.
+    /// A lease has ended. Returns whether that is new.
     fn ended(&mut self, lease: &str, now: Instant) -> bool {
         if self.grace.is_some() {
             return false;
@@ -75,8 +75,8 @@ impl Table {
         self.alive.remove(lease).is_some()
     }
 
-    /// The leases were read; those that ended since. One that was renewed lately is not over because it is not there: a
-    /// replica that lags behind may have answered.
+    /// Applies a read of all leases and returns those that have ended since. A lease renewed lately is not over if it
+    /// is missing: a replica that lags behind may have answered.
     fn read(&mut self, found: &[Entry], lease: Duration, now: Instant) -> Vec<Arc<str>> {
         let found: HashMap<&str, bool> = found
             .iter()
@@ -99,7 +99,7 @@ impl Table {
             .collect()
     }
 
-    /// Whether some lease should have been renewed, and was not: its end may have escaped us.
+    /// Whether some lease should have been renewed and was not: its end may have been missed.
     fn is_doubtful(&self, lease: Duration, now: Instant) -> bool {
         let mut alive = self.alive.values();
         alive.any(|renewed| is_overdue(*renewed, lease, now))
@@ -113,7 +113,7 @@ impl Table {
     }
 }
 
-/// Holds this edge's lease until it is given up: takes one, renews it, takes another when it is lost.
+/// Holds this edge's lease until it is given up: takes one, renews it, and takes another when it is lost.
 pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
     let mut before: Option<Arc<str>> = None;
     loop {
@@ -121,8 +121,9 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
         tracing::info!(lease = %lease, "lease taken");
         presence.set_lease(&lease);
         if let Some(before) = before.replace(Arc::clone(&lease)) {
-            // Nothing is written under it any more. It goes when everything has been written under the new one, or who reads
-            // a room in between would find nobody; and again if the survivors' purge came before our last write under it.
+            // Nothing is written under the old lease any more. Its keys are purged only after everything has been
+            // written under the new one; before that, a reader of a room would find nobody. If another edge has purged
+            // them earlier, this purge removes a last write that arrived after that.
             let (presence, edges) = (Arc::clone(&presence), edges.clone());
             let later = 2 * presence.config.presence.lease;
             Arc::clone(&presence).background("purge", async move {
@@ -151,7 +152,7 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
                     revision = renewed;
                     presence.set_renewed();
                 }
-                // Ours all the same, if an answer of ours was lost.
+                // The conflict may come from our own renewal whose answer was lost.
                 Err(KvError::Conflict) => match current(&edges, &lease).await {
                     Ok(Some(renewed)) => revision = renewed,
                     Ok(None) => break true,
@@ -163,7 +164,7 @@ pub(super) async fn hold(presence: Arc<Presence>, edges: Bucket) {
                 }
             }
         };
-        // It may have been given up while it was renewed.
+        // The lease may have been given up while it was renewed.
         if presence.has_given_up() {
             return;
         }
@@ -182,7 +183,7 @@ async fn current(edges: &Bucket, lease: &str) -> Result<Option<u64>, KvError> {
     Ok(living.map(|entry| entry.revision))
 }
 
-/// Takes a new lease; its name and revision.
+/// Takes a new lease. Returns its name and revision.
 async fn take(presence: &Presence, edges: &Bucket) -> (Arc<str>, u64) {
     let how = Put {
         ttl: Some(presence.config.presence.lease),
@@ -206,7 +207,7 @@ async fn take(presence: &Presence, edges: &Bucket) -> (Arc<str>, u64) {
     }
 }
 
-/// Gives up a lease: whoever is still said to be here is gone, at once.
+/// Gives up a lease: users under it are gone at once.
 pub(super) async fn give_up(presence: &Presence, edges: &Bucket, lease: &str) {
     match edges.remove(lease).await {
         Ok(_revision) => purge(&presence.bucket, edges, lease).await,
@@ -214,7 +215,7 @@ pub(super) async fn give_up(presence: &Presence, edges: &Bucket, lease: &str) {
     }
 }
 
-/// Removes what was written under a lease that is over, of the buckets of one origin.
+/// Removes the keys written under an ended lease, in the buckets of one origin.
 pub(super) async fn purge(presence: &Bucket, edges: &Bucket, lease: &str) {
     let purged = async {
         let keys = subject::presence_keys_of(lease);
@@ -224,12 +225,12 @@ pub(super) async fn purge(presence: &Bucket, edges: &Bucket, lease: &str) {
     };
     match purged.await {
         Ok(keys) => tracing::info!(lease, keys, "keys of a lease that is over purged"),
-        // The key `used.…` is still there: the next sweep finds it.
+        // The key `used.…` still exists, so the next sweep finds it.
         Err(error) => tracing::debug!(lease, %error, "keys could not be purged yet"),
     }
 }
 
-/// Follows all leases of the own region for ever, tells rosters which live, and purges what dead ones left.
+/// Follows all leases of the own region, forever: reports to rosters which ones live, and purges what ended ones left.
 pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
     let lease = presence.config.presence.lease;
     let mut table = Table::default();
@@ -241,7 +242,7 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut batch = Vec::new();
     let (mut unread, mut swept) = (true, Instant::now());
-    // Since when keys of a lease that does not live were seen.
+    // Since when keys of a lease that does not live have been seen.
     let mut left: HashMap<Arc<str>, Instant> = HashMap::new();
     loop {
         batch.clear();
@@ -250,14 +251,14 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
             _ = tick.tick() => {}
         }
         let now = Instant::now();
-        // Before the batch: what the server told right after it came back is under grace too.
+        // Before the batch is applied: what the server reports right after a reconnect must be under grace too.
         let established = edges.connection().generation();
         let reconnected = generation != established;
         if reconnected {
             generation = established;
             presence.resync_all();
         }
-        // It may also have stood still without a connection being lost.
+        // NATS may also have stalled without a lost connection.
         if reconnected || presence.is_renewal_overdue() {
             table.grace = Some(now + lease);
             unread = true;
@@ -282,7 +283,8 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
         if unread || sweep {
             feed.settle();
             match edges.scan(">").await {
-                // Asked before NATS was away, answered after: what is missing there has its grace first.
+                // The request was sent before the outage and answered after it: leases missing in the answer get their
+                // grace first.
                 Ok(_)
                     if edges.connection().generation() != generation
                         || presence.is_renewal_overdue() =>
@@ -314,13 +316,13 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
         }
         presence.set_alive(table.alive.keys());
         presence.set_first(table.alive.keys());
-        // Its own, its holder looks after.
+        // The end of the own lease is handled by `hold`.
         ended.retain(|lease: &Arc<str>| !presence.is_own(lease));
         for lease in &ended {
             count(Counter::LeaseEnded(LeaseEnd::Seen), 1);
             tracing::info!(lease = %lease, "a lease is over");
         }
-        // A lease that is being taken has its key `used.…` a moment before itself, and may live by now.
+        // A lease that is being taken has its key `used.…` a moment earlier, and may live by now.
         left.retain(|lease, _| !table.alive.contains_key(lease));
         let old = left
             .iter()
@@ -336,7 +338,7 @@ pub(super) async fn follow(presence: Arc<Presence>, edges: Bucket) {
     }
 }
 
-/// What stands in a lease's key.
+/// The value of a lease's key.
 pub(super) fn value(edge: &str, since: u64) -> Bytes {
     serde_json::json!({ "edge": edge, "since": since })
         .to_string()
@@ -357,10 +359,10 @@ mod tests {
         assert!(!table.renewed("a", now));
         assert!(table.ended("a", now));
         assert!(!table.ended("a", now));
-        // A renewal that comes late.
+        // A late renewal.
         assert!(!table.renewed("a", now));
         assert!(table.alive.is_empty());
-        // The end may come before the beginning.
+        // The end may arrive before the start.
         assert!(!table.ended("b", now));
         assert!(!table.renewed("b", now));
         assert!(table.alive.is_empty());
@@ -384,7 +386,7 @@ mod tests {
         assert!(table.read(&[], LEASE, now + LEASE).is_empty());
         assert!(!table.renewed("a", now + LEASE));
         assert!(table.alive.contains_key("a"));
-        // What was removed is over at once.
+        // A lease that was removed is over at once.
         let found = [entry("a", false)];
         assert_eq!(table.read(&found, LEASE, now + LEASE), [Arc::from("a")]);
         assert!(table.read(&found, LEASE, now + LEASE).is_empty());

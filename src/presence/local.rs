@@ -1,8 +1,9 @@
-//! Who is here, on this edge: pure state, and what of it has to be written to NATS, and when.
+//! The users on this edge, and which of their keys must be written to NATS, and when. Does no I/O.
 //!
-//! A user's key is written when their first session comes to a room and removed when the last one leaves. Changes of one key
-//! that come while an earlier one is written, or faster than once a second, become one write or none; all keys together are
-//! written at most `presence.writes_per_second`. So a burst is bounded, and a single change is written at once.
+//! A user's key is written when the user's first session enters a room, and removed when the last one leaves. Changes
+//! of a key while an earlier write is in flight, or too soon after it, are merged into one write or none. All keys
+//! together are written at most `presence.writes_per_second`. So a burst is bounded, and a single change is written at
+//! once.
 
 use std::{
     cmp::Reverse,
@@ -16,26 +17,27 @@ use serde_json::value::RawValue;
 use super::{roster::Seen, watch::Watched};
 use crate::{model::RoomId, runtime::Pace};
 
-/// Writes of one key: this many at once, then one a second.
+/// Writes of one key: this many at once, then one per second.
 const KEY_BURST: u32 = 2;
 
-/// When a key that may not be written yet is looked at again, or one whose write failed.
+/// Pause before a key is checked again that was written too recently, or whose write failed.
 const LATER: Duration = Duration::from_millis(250);
 
 /// All users in all rooms of an edge.
 #[derive(Debug)]
 pub(super) struct Local {
     rooms: HashMap<RoomId, Room>,
-    /// Keys to be looked at, each once.
+    /// Keys to check. Each is here or in `later` at most once.
     queue: VecDeque<Key>,
     later: BinaryHeap<Reverse<(Instant, Key)>>,
-    /// Number of the last change, for rosters.
+    /// The number of the last change, as the revision for rosters.
     revision: u64,
-    /// What keys are written under; nothing is written without.
+    /// The lease under which keys are written; without one, nothing is written.
     lease: Option<Arc<str>>,
     pace: Pace,
     writes_per_second: u32,
-    /// Whether who leaves is kept: the edge drains, and gives up its lease when they had time to come back elsewhere.
+    /// Whether users who leave are kept: the edge drains, and gives up its lease after a time in which users can come
+    /// back elsewhere.
     draining: bool,
 }
 
@@ -47,14 +49,14 @@ struct Room {
     watched: Option<Arc<Watched>>,
 }
 
-/// A user who is in a room on this edge, or was and is still to be written.
+/// A user in a room on this edge, or one who has left and whose key is not yet removed.
 #[derive(Debug)]
 struct Here {
     sessions: u32,
     seen: Seen,
-    /// Whether there was a change since the last write began.
+    /// Whether there was a change since the last write started.
     dirty: bool,
-    /// Whether it stands in the queue (or for later).
+    /// Whether the key is in `queue` or `later`.
     queued: bool,
     in_flight: bool,
     /// Whether the key may exist.
@@ -62,7 +64,7 @@ struct Here {
     pace: Pace,
 }
 
-/// A key to be written (`seen`) or removed.
+/// A write of a key, or its removal (`seen` is `None`).
 #[derive(Debug)]
 pub(super) struct Write {
     pub(super) room: RoomId,
@@ -71,11 +73,11 @@ pub(super) struct Write {
     pub(super) seen: Option<Seen>,
 }
 
-/// What the writer does next.
+/// The writer's next step.
 #[derive(Debug)]
 pub(super) enum Next {
     Write(Write),
-    /// Nothing before then.
+    /// Nothing before this time.
     At(Instant),
     /// Nothing until something changes.
     Idle,
@@ -95,7 +97,7 @@ impl Local {
         }
     }
 
-    /// A session of `user` has come to `room`.
+    /// A session of `user` has entered `room`.
     pub(super) fn enter(
         &mut self,
         room: &RoomId,
@@ -152,12 +154,12 @@ impl Local {
         }
     }
 
-    /// From now on who leaves is kept.
+    /// From now on users who leave are kept.
     pub(super) fn drain(&mut self) {
         self.draining = true;
     }
 
-    /// Keys are written under a new lease from now on: all of them, since those of the old one are over.
+    /// Sets a new lease. All keys are written again, since those of the old lease no longer count.
     pub(super) fn set_lease(&mut self, lease: Option<Arc<str>>) {
         self.lease = lease;
         for (room, place) in &mut self.rooms {
@@ -168,17 +170,17 @@ impl Local {
         }
     }
 
-    /// Whether there are users under the lease, or were, that are kept.
+    /// Whether any users are on this edge, or are kept by the drain.
     pub(super) fn keeps_anybody(&self) -> bool {
         self.rooms.values().any(|room| !room.users.is_empty())
     }
 
-    /// Whether keys are written.
+    /// Whether there is a lease.
     pub(super) fn has_lease(&self) -> bool {
         self.lease.is_some()
     }
 
-    /// The next key to write, if it may be written now.
+    /// The next key to write, if one may be written now.
     pub(super) fn next_write(&mut self, now: Instant) -> Next {
         let Some(lease) = self.lease.clone() else {
             return Next::Idle;
@@ -207,7 +209,8 @@ impl Local {
             }
             let wanted = here.sessions > 0;
             if !wanted && !here.stored {
-                // Came and went unwritten; forgotten once that says nothing about the key's pace any more.
+                // The user came and went without a write. The entry is dropped once it is no longer needed for the
+                // key's pace.
                 if here.pace.is_idle(now) {
                     self.forget(&room, &user);
                 } else {
@@ -260,7 +263,7 @@ impl Local {
         } else if ok {
             here.stored = write.seen.is_some();
         } else {
-            // Nobody knows.
+            // The key may or may not have been written.
             here.stored = true;
             here.dirty = true;
             here.queued = true;
@@ -282,12 +285,12 @@ impl Local {
         }
     }
 
-    /// Who watches a room, if anybody does.
+    /// The roster of a room, if there is one.
     pub(super) fn watched(&self, room: &RoomId) -> Option<&Arc<Watched>> {
         self.rooms.get(room)?.watched.as_ref()
     }
 
-    /// Everybody who watches a room.
+    /// All rosters.
     pub(super) fn all_watched(&self) -> Vec<Arc<Watched>> {
         self.rooms
             .values()
@@ -295,7 +298,7 @@ impl Local {
             .collect()
     }
 
-    /// Begins to tell `watched` who is here.
+    /// Starts to report this edge's users to `watched`.
     pub(super) fn watch(&mut self, room: &RoomId, watched: &Arc<Watched>) {
         let place = self.rooms.entry(room.clone()).or_default();
         for (user, here) in &place.users {
@@ -307,7 +310,7 @@ impl Local {
         place.watched = Some(Arc::clone(watched));
     }
 
-    /// Nobody watches the room any more.
+    /// Removes the roster of a room.
     pub(super) fn unwatch(&mut self, room: &RoomId) {
         if let Some(place) = self.rooms.get_mut(room) {
             place.watched = None;
@@ -353,7 +356,7 @@ mod tests {
         Arc::from(format!("user-{number}"))
     }
 
-    /// Local state with a bucket that keeps what is written, some writes failing or taking their time.
+    /// Local state with a bucket that keeps what is written. Some writes fail or take time.
     struct Edge {
         local: Local,
         bucket: BTreeSet<(Arc<str>, Arc<str>)>,
@@ -376,7 +379,7 @@ mod tests {
             }
         }
 
-        /// Begins all writes that may begin now.
+        /// Starts all writes that may start now.
         fn begin(&mut self) {
             while let Next::Write(write) = self.local.next_write(self.now) {
                 self.writes += 1;
@@ -384,7 +387,7 @@ mod tests {
             }
         }
 
-        /// Ends the oldest write in flight: it reached the bucket, or not, and the edge knows, or not.
+        /// Ends the oldest write in flight: it reached the bucket or not, and the edge knows the outcome or not.
         fn end(&mut self, reached: bool, known: bool) {
             if self.in_flight.is_empty() {
                 return;
@@ -401,7 +404,7 @@ mod tests {
             self.local.written(&write, reached && known, self.now);
         }
 
-        /// Lets everything come to rest.
+        /// Runs until nothing is left to do.
         fn settle(&mut self) {
             for _ in 0..100_000 {
                 self.begin();
@@ -421,8 +424,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes and goes, however writes end and the lease changes: in the end the bucket holds exactly who is here,
-        /// under the lease that counts, and nothing is left in memory of who is not.
+        /// Whatever comes and goes, however writes end and the lease changes: in the end the bucket holds exactly the
+        /// current users under the current lease, and no memory is used for others.
         #[test]
         fn the_bucket_ends_up_with_who_is_here(
             steps in prop::collection::vec((0..8_u8, 0..4_usize, 0..600_u64), 1..200),
@@ -446,7 +449,7 @@ mod tests {
                     5 => edge.begin(),
                     6 => edge.end(wait % 3 > 0, wait % 2 > 0),
                     _ if wait < 60 => {
-                        // The survivors purge what was under the old one; a write under way may come after that.
+                        // Other edges purge the keys of the old lease; a write in flight may arrive after that.
                         leases += 1;
                         edge.bucket.clear();
                         edge.local.set_lease(Some(format!("lease-{leases}").into()));
@@ -473,7 +476,7 @@ mod tests {
     #[test]
     fn a_storm_is_bounded_and_one_change_is_written_at_once() {
         let mut edge = Edge::new(1000);
-        // 10,000 times somebody comes and goes, within two seconds, 250 users.
+        // 10,000 entries and leaves within two seconds, by 250 users.
         for i in 0..10_000 {
             edge.local.enter(&room(), &user(i % 250), None, 1, edge.now);
             edge.begin();
@@ -484,7 +487,7 @@ mod tests {
             edge.now += Duration::from_micros(200);
         }
         edge.settle();
-        // Two at once and then one a second, for each user.
+        // Two writes at once and then one per second, for each user.
         assert!((500..=250 * 5).contains(&edge.writes), "{}", edge.writes);
         assert!(edge.bucket.is_empty());
 

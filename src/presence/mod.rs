@@ -1,19 +1,22 @@
-//! Who is where: kept per edge, written to NATS under the edge's lease, read from there where somebody looks.
+//! Presence: which users are in which rooms. Kept per edge, written to NATS under the edge's lease, and read from there
+//! for rooms that somebody watches.
 //!
 //! ```text
-//! sessions ─► Local ─► writer ─► bucket `presence` ─► RePublish ─► Watched (of every edge where somebody looks)
+//! sessions ─► Local ─► writer ─► bucket `presence` ─► RePublish ─► Watched (on every edge where the room is watched)
 //!               └────────────────── at once ─────────────────────────┘   └─► pushes ─► shards ─► members
 //! lease ─► bucket `edges` (TTL) ─► RePublish, or its absence ─► which leases live ─► Watched
 //! ```
 //!
-//! All of it runs beside the shards, over a NATS connection of its own: if it is slow, or NATS refuses it, messages are
-//! delivered as ever. Shards share one `Presence`, behind a lock that is held for the change of a map.
+//! All of it runs beside the shards, over a NATS connection that live messages do not use. If presence is slow, or NATS
+//! refuses its writes, messages are delivered as usual. The shards share one `Presence`, behind a lock that is held
+//! only to change a map.
 //!
 //! # Invariants
-//! - A key says "this user is here" only under the lease of the edge that wrote it, and counts only while that lease lives.
-//! - Who is on this edge is shown by it without NATS.
-//! - Pushes of a room go out in the order of its changes; the list is never older than a push that went out before it was
-//!   asked for.
+//! - A key says "this user is here" only under the lease of the edge that wrote it, and counts only while that lease
+//!   lives.
+//! - The users on this edge are shown by this edge without NATS.
+//! - The pushes of a room are sent in the order of its changes. A list is never older than a push that was sent before
+//!   the list was requested.
 
 mod announce;
 mod elsewhere;
@@ -56,31 +59,31 @@ use roster::{Alive, Leases};
 pub use roster::{Page, Seen, Shown};
 use watch::{Due, LOCAL, Watched};
 
-/// Pushes that wait for a shard; rooms wait with theirs when it is full.
+/// Pushes waiting for a shard. When this queue is full, the rooms' tasks wait.
 const WAITING: usize = 1024;
 
-/// How long a shard may take to take a push: one that takes longer is about to be given up.
+/// Timeout for handing a push to a shard. A shard that takes longer is about to be closed.
 const PUSH_WITHIN: Duration = Duration::from_secs(5);
 
-/// How often rooms that are looked at are looked after.
+/// Interval at which watched rooms are checked.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How long the users of an edge that drains have to come back elsewhere after the last of them was let go.
+/// Time for the users of a draining edge to come back elsewhere, after the last of them was told to leave.
 const COME_BACK: Duration = Duration::from_millis(500);
 
-/// Rooms compared with what is stored at once.
+/// Rooms compared with the stored state at once.
 const COMPARED_AT_ONCE: usize = 8;
 
-/// News for the members of a room who want to know who is there.
+/// Frames for the members of a room who watch its presence.
 #[derive(Debug)]
 pub struct Push {
-    /// Which room.
+    /// The room.
     pub room: RoomId,
     /// What has changed, in order.
     pub events: Arc<[Event]>,
 }
 
-/// Who is where, of one edge; shared by its shards.
+/// The presence of one edge, shared by its shards.
 #[derive(Debug)]
 pub struct Presence {
     config: Arc<Config>,
@@ -95,25 +98,25 @@ pub struct Presence {
     origins: Arc<Origins>,
     /// The leases of other regions.
     elsewhere: Mutex<Leases>,
-    /// Whether this edge is the one of its region to clean up.
+    /// Whether this edge is the one that cleans up in its region.
     first: AtomicBool,
-    /// A new lease is to be taken.
+    /// Notified when a new lease must be taken.
     anew: Notify,
-    /// This edge's lease, and those it had before.
+    /// This edge's lease and its earlier ones, oldest first.
     own: Mutex<Vec<Arc<str>>>,
-    /// When NATS last acknowledged that lease.
+    /// When NATS last acknowledged the current lease.
     renewed: Mutex<Instant>,
     shards: Vec<mpsc::Sender<Push>>,
     runtime: Handle,
     tasks: Tasks,
 }
 
-/// Who is in a room can't be told now.
+/// Presence can't be read now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("who is in the room can't be read now")]
 pub struct Unavailable;
 
-/// A session that is in a room. Dropped when it leaves.
+/// A session in a room. Drop it when the session leaves.
 #[derive(Debug)]
 pub struct Present {
     presence: Arc<Presence>,
@@ -122,7 +125,7 @@ pub struct Present {
     _active: Held,
 }
 
-/// A member that wants to be told who comes and goes. Dropped when it does not.
+/// A member who gets the presence pushes of a room. Drop it to stop them.
 #[derive(Debug)]
 pub struct Watch {
     watched: Arc<Watched>,
@@ -144,8 +147,8 @@ impl Drop for Watch {
 }
 
 impl Presence {
-    /// Begins to keep who is where, read by `reader` and written over its connection, for an edge of `shards` shards; what each of them is to push comes
-    /// out of its receiver. The tasks run on the current runtime and end with `tasks`.
+    /// Starts presence for an edge with `shards` shards. It is read with `reader` and written over the reader's
+    /// connection. Returns one receiver of pushes per shard. The tasks run on the current runtime and end with `tasks`.
     #[must_use]
     pub fn start(
         config: &Arc<Config>,
@@ -162,7 +165,7 @@ impl Presence {
             edge: Arc::clone(edge),
             since: unix_ms(),
             bucket: of(bucket::PRESENCE),
-            // Several attempts must fit into a lease.
+            // Several attempts must fit into the time of a lease.
             edges: of(bucket::EDGES).with_timeout(config.presence.lease / 5),
             local: Mutex::new(Local::new(writes_per_second, Instant::now())),
             changed: Notify::new(),
@@ -192,14 +195,14 @@ impl Presence {
         (presence, pushes)
     }
 
-    /// Runs a task until it ends or the edge does.
+    /// Runs a task until it ends or the edge stops.
     fn background(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        // Rosters are opened from the shards, and live here.
+        // Shards open rosters, but the rosters' tasks run on this runtime.
         let _guard = self.runtime.enter();
         self.tasks.spawn_until_stopping(name, task);
     }
 
-    /// What is told of the users of a room.
+    /// The presence policy of a room.
     #[must_use]
     pub fn policy(&self, room: &RoomId) -> PresencePolicy {
         self.config
@@ -208,7 +211,7 @@ impl Presence {
             .map_or(PresencePolicy::Off, |namespace| namespace.presence)
     }
 
-    /// A session of `user` is in `room` from now on; `None` where the namespace has no presence.
+    /// A session of `user` enters `room`; `None` if the namespace has no presence.
     #[must_use]
     pub fn enter(
         self: &Arc<Self>,
@@ -231,7 +234,7 @@ impl Presence {
         })
     }
 
-    /// A member on `shard` wants to be told who comes to `room` and leaves it.
+    /// Sends the presence changes of `room` to a member on `shard`.
     #[must_use]
     pub fn watch(self: &Arc<Self>, room: &RoomId, shard: usize) -> Watch {
         let watched = self.watched(room);
@@ -239,10 +242,10 @@ impl Presence {
         Watch { watched, shard }
     }
 
-    /// A page of who is in a room.
+    /// A page of the users in a room.
     ///
     /// # Errors
-    /// [`Unavailable`] when it could not be read within `rooms.join_timeout`.
+    /// [`Unavailable`] if the room could not be read within `rooms.join_timeout`.
     pub async fn page(self: &Arc<Self>, room: &RoomId, page: &PageOf) -> Result<Page, Unavailable> {
         let deadline = tokio::time::Instant::now() + self.config.rooms.join_timeout;
         let watched = self.watched(room);
@@ -278,10 +281,11 @@ impl Presence {
         }
     }
 
-    /// As [`Self::forget`], unless somebody has come to look meanwhile; whether it was forgotten.
+    /// Like [`Self::forget`], unless somebody has started to use the roster meanwhile. Returns whether it was
+    /// forgotten.
     fn forget_if_idle(&self, watched: &Arc<Watched>) -> bool {
         let mut local = self.local.lock();
-        // Whoever begins to look holds the lock while they take hold of it.
+        // A new user of the roster holds this lock while taking a reference.
         let idle = watched.is_idle();
         if idle {
             local.unwatch(&watched.room);
@@ -289,8 +293,8 @@ impl Presence {
         idle
     }
 
-    /// Looks after the rooms that are looked at, for ever: each is compared with what is stored once in `rooms.resync`, since
-    /// a republish can be lost, and read every few times.
+    /// Checks the watched rooms, forever. Since a republish can be lost, each room is compared with the stored state
+    /// once per `rooms.resync`; every few times it is read completely instead.
     async fn keep(self: Arc<Self>) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -328,7 +332,7 @@ impl Presence {
         self.local.lock().all_watched()
     }
 
-    /// Everything is to be read again: NATS was away.
+    /// Makes all rosters read everything again, after a reconnect or a change of the regions.
     fn resync_all(&self) {
         for watched in self.all_watched() {
             watched.resync();
@@ -349,17 +353,18 @@ impl Presence {
         self.changed.notify_one();
     }
 
-    /// Whether the lease was given up: the edge ends.
+    /// Whether the lease was given up, because the edge ends.
     fn has_given_up(&self) -> bool {
         !self.local.lock().has_lease()
     }
 
-    /// NATS has just acknowledged this edge's lease.
+    /// Notes that NATS has just acknowledged this edge's lease.
     fn set_renewed(&self) {
         *self.renewed.lock() = Instant::now();
     }
 
-    /// Whether NATS has not acknowledged this edge's own lease for so long that others' may have ended for the same reason.
+    /// Whether NATS has not acknowledged this edge's own lease for so long that other leases may have expired for the
+    /// same reason.
     fn is_renewal_overdue(&self) -> bool {
         self.renewed.lock().elapsed() > 2 * lease::renewed_every(self.config.presence.lease)
     }
@@ -372,9 +377,9 @@ impl Presence {
         lease::value(&self.edge, self.since)
     }
 
-    /// Takes in which leases of the own region live.
+    /// Sets which leases of the own region live.
     fn set_alive<'a>(&self, leases: impl Iterator<Item = &'a Arc<str>>) {
-        // Who is here is shown without a lease.
+        // The users on this edge are shown without a lease.
         let others = leases.filter(|lease| !self.is_own(lease)).cloned();
         let mut alive: HashSet<Arc<str>> = others.chain([Arc::from(LOCAL)]).collect();
         let elsewhere = self.elsewhere.lock();
@@ -393,24 +398,25 @@ impl Presence {
         });
     }
 
-    /// Takes in what is known of the leases of other regions; rosters are told with the next look at those of the own one.
+    /// Sets the leases of other regions. Rosters get them with the next update of the own region's leases.
     fn set_elsewhere(&self, alive: HashSet<Arc<str>>, unreachable: HashSet<Arc<str>>) {
         *self.elsewhere.lock() = Leases { alive, unreachable };
     }
 
-    /// The regions that are mirrored here.
+    /// The other regions that are mirrored here.
     fn others(&self) -> Vec<Region> {
         let all = self.origins.all();
         let others = all.iter().skip(1);
         others.map(|streams| streams.origin().clone()).collect()
     }
 
-    /// Takes a new lease, and writes who is here under that.
+    /// Takes a new lease and writes this edge's users under it.
     fn announce_anew(&self) {
         self.anew.notify_one();
     }
 
-    /// Notes whether this edge is the one to clean up: of those of its region that live, the first by name.
+    /// Determines whether this edge is the one that cleans up: the one with the first name among its region's living
+    /// leases.
     fn set_first<'a>(&self, mut leases: impl Iterator<Item = &'a Arc<str>>) {
         let own = self.own.lock().last().cloned();
         let first = own.is_some_and(|own| leases.all(|lease| own <= *lease));
@@ -421,25 +427,25 @@ impl Presence {
         self.first.load(Ordering::Relaxed)
     }
 
-    /// From now on who leaves is kept: the edge drains, and its users have until its lease is given up to come back
-    /// elsewhere without anybody seeing them gone.
+    /// From now on users who leave are kept. The edge drains, and until its lease is given up its users can come back
+    /// elsewhere without being seen as gone.
     pub fn drain(&self) {
         self.local.lock().drain();
     }
 
-    /// Gives up the lease: who has not come back elsewhere is gone, at once. The end of a drain.
+    /// Gives up the lease: users who have not come back elsewhere are gone at once. This is the end of a drain.
     pub async fn give_up(&self, deadline: tokio::time::Instant) {
         let own = self.own.lock().last().cloned();
         let Some(own) = own.filter(|_| self.edges.connection().is_up()) else {
             return;
         };
-        // Who was told to leave a moment ago is still on the way.
+        // Users who were told to leave a moment ago are still reconnecting.
         if self.local.lock().keeps_anybody() {
             let now = tokio::time::Instant::now();
             let half = deadline.saturating_duration_since(now) / 2;
             tokio::time::sleep(COME_BACK.min(half)).await;
         }
-        // No more writes: those under way come before the purge.
+        // No more writes. Writes in flight arrive before the purge.
         self.local.lock().set_lease(None);
         if timeout_at(deadline, lease::give_up(self, &self.edges, &own))
             .await

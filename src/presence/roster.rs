@@ -1,9 +1,9 @@
-//! Who is in one room, as a union of what edges say: pure state.
+//! The users in one room, as the union of what edges report. Does no I/O.
 //!
-//! A fact is "under this lease, this user is (not) here", with a revision, or "this lease lives", "this lease is over". Facts
-//! may come in any order, late and repeated, from any number of regions: of two about the same user and lease the one with
-//! the higher revision counts, and a lease that is over never lives again (an edge that comes back takes a new one). So
-//! merging commutes, and all who have the same facts show the same users.
+//! A fact is "under this lease, this user is (not) here", with a revision, or "this lease lives", "this lease is over".
+//! Facts may arrive in any order, late and repeatedly, from any number of regions. Of two facts about the same user and
+//! lease, the one with the higher revision counts. A lease that is over never lives again: an edge that comes back
+//! takes a new one. So merging commutes, and all rosters with the same facts show the same users.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -16,65 +16,65 @@ use serde_json::value::RawValue;
 /// What is known of a user in a room.
 #[derive(Debug, Clone)]
 pub struct Seen {
-    /// Since when, in ms since 1970.
+    /// When the user entered, in ms since 1970.
     pub since: u64,
-    /// What the user's token says about them: a JSON object.
+    /// The `info` of the user's token: a JSON object.
     pub info: Option<Arc<RawValue>>,
 }
 
-/// A user of a room, as shown.
+/// A user of a room, as shown to clients.
 #[derive(Debug, Clone)]
 pub struct Shown {
-    /// What is known of them.
+    /// What is known of the user.
     pub seen: Seen,
-    /// Whether they were here when their region was last heard of, and it is cut off.
+    /// Whether the user's region is cut off. The user was here when the region was last heard from.
     pub unreachable: bool,
 }
 
-/// A user came or went, or can't be reached any more or again.
+/// A user came or went, became unreachable or reachable again.
 #[derive(Debug, Clone)]
 pub(super) struct Change {
-    /// Who.
+    /// The user.
     pub(super) user: Arc<str>,
-    /// What is known of who is here; `None`: they went.
+    /// What is known of the user; `None` if the user has left.
     pub(super) shown: Option<Shown>,
-    /// Whether they were shown before.
+    /// Whether the user was shown before.
     pub(super) was_shown: bool,
 }
 
-/// What one lease says of one user.
+/// What one lease says about one user.
 #[derive(Debug)]
 pub(super) struct Fact {
     pub(super) lease: Arc<str>,
     pub(super) user: Arc<str>,
-    /// Newer than every fact of the same lease and user with a lower one.
+    /// The fact with the highest revision counts among those of the same lease and user.
     pub(super) revision: u64,
     /// `None`: not here.
     pub(super) seen: Option<Seen>,
 }
 
-/// A part of the list of users.
+/// A page of the list of users.
 #[derive(Debug, Clone, Default)]
 pub struct Page {
-    /// Users in the room.
+    /// Number of users in the room.
     pub count: usize,
-    /// Some of them, ordered by the bytes of their names.
+    /// The users of the page, ordered by the bytes of their names.
     pub users: Vec<(Arc<str>, Shown)>,
     /// The last of `users`, if there are more after it.
     pub next: Option<Arc<str>>,
 }
 
-/// The leases under which users are shown. Who is said to be here under any other lease is not: its edge is gone, or not yet
-/// heard of.
+/// The leases under which users are shown. Users under any other lease are not shown: their edge is gone, or has not
+/// been heard of yet.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Leases {
-    /// Those that live.
+    /// Leases that live.
     pub(super) alive: HashSet<Arc<str>>,
-    /// Those of which nobody knows, since their region is cut off.
+    /// Leases whose state is unknown, since their region is cut off.
     pub(super) unreachable: HashSet<Arc<str>>,
 }
 
-/// [`Leases`], for all rosters.
+/// The [`Leases`] shared by all rosters.
 pub(super) type Alive = Arc<Leases>;
 
 /// The users of one room.
@@ -88,16 +88,16 @@ pub(super) struct Roster {
 #[derive(Debug, Default)]
 struct User {
     holds: Vec<Hold>,
-    /// Whether they are shown, and if so, whether as unreachable.
+    /// Whether the user is shown, and if so, whether as unreachable.
     shown: Option<bool>,
 }
 
-/// What one lease says of one user.
+/// What one lease says about one user.
 #[derive(Debug)]
 struct Hold {
     lease: Arc<str>,
     revision: u64,
-    /// `None`: gone. Kept for as long as an older fact may still come.
+    /// `None`: not here. Kept as long as an older fact may still arrive.
     seen: Option<Seen>,
 }
 
@@ -109,7 +109,7 @@ impl User {
             .iter()
             .filter(|hold| is_alive(hold) || leases.unreachable.contains(&hold.lease));
         let here = holds.clone().filter_map(|hold| hold.seen.as_ref());
-        // Here since they first came, as they called themselves last.
+        // `since` is the earliest time, `info` is the latest one.
         let first = here.clone().map(|seen| seen.since).min()?;
         let last = here.max_by_key(|seen| seen.since)?;
         Some(Shown {
@@ -121,7 +121,7 @@ impl User {
         })
     }
 
-    /// Of two facts of one lease the one with the higher revision counts.
+    /// Of two facts of one lease, the one with the higher revision counts.
     fn take(&mut self, fact: Fact) {
         let hold = Hold {
             lease: fact.lease,
@@ -137,7 +137,7 @@ impl User {
 }
 
 impl Roster {
-    /// A room of which nothing is known yet.
+    /// An empty roster.
     #[must_use]
     pub(super) fn new(alive: Alive) -> Self {
         Self {
@@ -146,27 +146,27 @@ impl Roster {
         }
     }
 
-    /// How many users are shown.
+    /// The number of users shown.
     #[must_use]
     pub(super) fn count(&self) -> usize {
         self.shown
     }
 
-    /// Takes in what one lease says of one user.
+    /// Applies a fact.
     pub(super) fn apply(&mut self, fact: Fact) -> Option<Change> {
         let user = Arc::clone(&fact.user);
         self.users.entry(Arc::clone(&user)).or_default().take(fact);
         self.look(&user)
     }
 
-    /// Takes in which leases live now, and which can't be reached.
+    /// Sets which leases live and which are unreachable.
     pub(super) fn set_alive(&mut self, alive: &Alive) -> Vec<Change> {
         self.alive = Arc::clone(alive);
         self.look_at_all()
     }
 
-    /// Takes in all that the buckets hold of this room, a key perhaps twice. `known` tells which leases they speak of; what
-    /// else is known of those, and not in `facts`, is over.
+    /// Replaces the facts by all that the buckets hold of this room; a key may occur twice. `known` says which leases
+    /// the buckets cover. Facts of these leases that are not in `facts` are dropped.
     pub(super) fn replace(
         &mut self,
         facts: Vec<Fact>,
@@ -182,7 +182,7 @@ impl Roster {
         self.look_at_all()
     }
 
-    /// Forgets what is over, once nothing can come any more that is older than it.
+    /// Drops the facts "not here". Call it when no older fact can arrive any more.
     pub(super) fn forget_gone(&mut self) {
         for user in self.users.values_mut() {
             user.holds.retain(|hold| hold.seen.is_some());
@@ -207,7 +207,7 @@ impl Roster {
         }
     }
 
-    /// Compares what is shown of a user with what is so.
+    /// Updates what is shown of a user.
     fn look(&mut self, user: &Arc<str>) -> Option<Change> {
         let entry = self.users.get_mut(user)?;
         let change = Self::update(&self.alive, user, entry)?;
@@ -256,7 +256,7 @@ mod tests {
 
     use super::*;
 
-    /// What can be known: two regions with two edges each, and what they say of some users.
+    /// All possible facts: two regions with two edges each, and what they say about some users.
     #[derive(Debug, Clone)]
     enum News {
         Says {
@@ -277,14 +277,14 @@ mod tests {
         Arc::new(Leases { alive, unreachable })
     }
 
-    /// A receiver of facts: a roster, and what it has heard of leases, as the lease table keeps it.
+    /// A receiver of facts: a roster, and the leases it has heard of, kept as the lease table does.
     #[derive(Default)]
     struct Receiver {
         roster: Roster,
         lives: BTreeSet<usize>,
         over: BTreeSet<usize>,
         facts: Vec<News>,
-        /// What its pushes made of an empty list.
+        /// The list that results from its pushes.
         pushed: BTreeSet<String>,
     }
 
@@ -348,7 +348,7 @@ mod tests {
         }
     }
 
-    /// The truth: a user is here if under some lease that lives the newest thing said is that they are.
+    /// The expected list: a user is here if the newest fact under some living lease says so.
     fn model(facts: &[News]) -> Vec<(String, u64)> {
         let mut newest: HashMap<(usize, usize), (u64, bool)> = HashMap::new();
         let (mut lives, mut over) = (BTreeSet::new(), BTreeSet::new());
@@ -384,7 +384,7 @@ mod tests {
                     lease,
                     user,
                     revision,
-                    // One truth a revision, as in a stream.
+                    // Only one fact per revision, as in a stream.
                     here: !(revision + user as u64 + lease as u64).is_multiple_of(3),
                 }
             });
@@ -401,15 +401,15 @@ mod tests {
         receiver
     }
 
-    /// What `a` shows once it has been told all that `b` knows.
+    /// What `a` shows after it has received everything that `b` knows.
     fn merged(mut a: Receiver, b: &Receiver) -> Receiver {
         b.facts.iter().for_each(|fact| a.hear(fact));
         a
     }
 
     proptest! {
-        /// Joins, leaves and ends of leases, late, repeated and out of order, of two regions: the list is that of the model,
-        /// and the pushes lead to it.
+        /// Joins, leaves and ends of leases of two regions, late, repeated and out of order: the list equals the
+        /// model's, and the pushes lead to it.
         #[test]
         fn the_list_is_that_of_the_model(
             facts in prop::collection::vec(fact(), 0..60),
@@ -443,8 +443,8 @@ mod tests {
             prop_assert_eq!(again.shown(), before);
         }
 
-        /// Losing live changes and reading all that is stored leads to the same list as hearing everything, and what comes
-        /// late afterwards changes nothing.
+        /// Losing live changes and then reading everything stored leads to the same list as receiving every change.
+        /// Changes that arrive late afterwards have no effect.
         #[test]
         fn reading_everything_makes_up_for_what_was_lost(
             facts in prop::collection::vec(fact(), 0..60),
@@ -530,7 +530,7 @@ mod tests {
             }
         }
         assert_eq!(found, expected);
-        // The page that ends with the last user says so.
+        // The page that ends with the last user has no `next`.
         assert_eq!(roster.page(Some("user-18"), 5).next.as_deref(), None);
     }
 
@@ -547,7 +547,7 @@ mod tests {
                 info: None,
             }),
         };
-        // It was written anew while the bucket was read.
+        // The key was written again while the bucket was read.
         roster.replace(vec![said(3, true), said(1, true)], |_| true);
         let page = roster.page(None, 9);
         assert_eq!((page.count, page.users[0].1.seen.since), (1, 3));

@@ -1,4 +1,4 @@
-//! One room that somebody on this edge looks at: its roster, kept up to date, and pushes to those who want them.
+//! A room that is watched on this edge: its roster, kept up to date, and the pushes to those who want them.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -31,41 +31,41 @@ use crate::{
     telemetry::metrics::{Counter, Gauge, Held, PresencePush, count},
 };
 
-/// The lease of who is on this edge: always alive, and never written.
+/// The lease of the users on this edge: always alive, and never written.
 pub(super) const LOCAL: &str = "";
 
-/// Changes taken in one go.
+/// Changes taken at once.
 const BATCH: usize = 256;
 
-/// How long a room nobody looks at is kept: the next page of a list, or who comes back, finds it.
+/// How long a roster is kept without users, for the next page of a list or a member who comes back.
 const IDLE: Duration = Duration::from_secs(30);
 
-/// Pause before a read that failed is repeated.
+/// Pause before a failed read is retried.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// How often a room is read again at once where what was read is not all that is known of already.
+/// How many times a room is read again if a read does not show everything that is already known.
 const AGAIN: u32 = 2;
 
-/// Of so many times that a room is to be compared with what is stored, it is read once: a change that was lost does not show
-/// in what is newest when another came after it.
+/// One in this many checks reads the whole room. A comparison of the newest revision does not show a lost change that
+/// was followed by another one.
 const READ_EVERY: u32 = 4;
 
-/// What is to be done about a room that was not looked after for a while.
+/// What to do about a room that was not checked for a while.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Due {
-    /// Whether this is the newest revision of each origin.
+    /// Compare these newest revisions, one per origin, with the stored ones.
     Compare(HashMap<Region, u64>),
     Read,
 }
 
-/// A room that is looked at.
+/// A watched room.
 #[derive(Debug)]
 pub(super) struct Watched {
     pub(super) room: RoomId,
     state: Mutex<State>,
     wake: Notify,
     loaded: watch::Sender<bool>,
-    /// Most changes that are pushed by name.
+    /// The limit above which changes are not pushed by name.
     max: usize,
     _active: Held,
 }
@@ -73,22 +73,22 @@ pub(super) struct Watched {
 #[derive(Debug)]
 struct State {
     roster: Roster,
-    /// What is still to be pushed, and how many changes that is in all.
+    /// Changes to push, at most `max` of them; `total` is the number of all changes.
     changes: Vec<Change>,
     total: usize,
-    /// Members that want pushes, a shard.
+    /// Number of members who want pushes, per shard.
     watchers: Vec<u32>,
     used: Instant,
-    /// When the room was last compared with what is stored.
+    /// When the room was last compared with the stored state.
     checked: Instant,
-    /// How often that has been so.
+    /// The number of these checks.
     checks: u32,
     resync: bool,
-    /// How often the room was read again for what a read did not show.
+    /// The number of repeated reads because of an incomplete one.
     again: u32,
-    /// Newest revision of each origin's bucket that was taken in.
+    /// Newest applied revision of each origin's bucket.
     newest: HashMap<Region, u64>,
-    /// Of which origin each lease is.
+    /// The origin of each lease.
     origins: HashMap<Arc<str>, Region>,
 }
 
@@ -109,11 +109,11 @@ pub(super) fn value(seen: &Seen) -> Bytes {
     .into()
 }
 
-/// What a key says.
+/// The fact in a key.
 fn fact(entry: &Entry) -> Option<Fact> {
     let (user, lease) = subject::parse_presence_key(&entry.key)?;
     let seen = entry.value.as_ref().map(|value| {
-        // Whoever wrote something else by hand is here all the same.
+        // A value written by hand in another form also means that the user is here.
         let value = serde_json::from_slice(value).unwrap_or(Value {
             since: entry.at,
             info: None,
@@ -132,7 +132,7 @@ fn fact(entry: &Entry) -> Option<Fact> {
 }
 
 impl State {
-    /// Takes in a change.
+    /// Applies a change.
     fn apply(&mut self, origin: Region, entry: &Entry) -> Option<Change> {
         let fact = fact(entry);
         if let Some(fact) = &fact
@@ -145,8 +145,9 @@ impl State {
         self.roster.apply(fact?)
     }
 
-    /// Takes in what the buckets of all origins hold of the room; `None`: that of a mirror can't be read. That, and what a
-    /// replica tells that is behind, takes nothing away: then all is to be read again, a few times.
+    /// Applies a read of the room's keys at all origins; `None`: that mirror can't be read. An origin that could not be
+    /// read, or was answered by a replica that lags behind, removes nothing. Everything is then read again, up to
+    /// [`AGAIN`] times.
     fn take(&mut self, read: Vec<(Region, Option<Vec<Entry>>)>, loaded: bool) -> Vec<Change> {
         let last = self.again == AGAIN;
         let (mut kept, mut facts) = (HashSet::new(), Vec::new());
@@ -155,7 +156,8 @@ impl State {
         for (origin, entries) in read {
             let known = known.get(&origin).copied().unwrap_or_default();
             let newest = |entries: &Vec<Entry>| entries.last().map_or(0, |entry| entry.revision);
-            // What was newest may also have been purged, or have been a removal that is forgotten.
+            // A lower revision than the known one may also have another cause: the newest message was purged, or was a
+            // marker that has expired. So the last read counts in any case.
             let newest = entries
                 .as_ref()
                 .map(newest)
@@ -164,7 +166,8 @@ impl State {
             if newest.is_none() {
                 kept.insert(origin.clone());
             }
-            // Old news may be about somebody whose removal is forgotten already.
+            // Once the room is loaded, an old answer is ignored: it may contain a user whose removal is already
+            // forgotten.
             if newest.is_some() || !loaded {
                 for fact in entries.iter().flatten().filter_map(fact) {
                     self.origins.insert(Arc::clone(&fact.lease), origin.clone());
@@ -224,7 +227,7 @@ impl Watched {
         })
     }
 
-    /// Takes in who is on this edge.
+    /// Applies a change of the users on this edge.
     pub(super) fn apply_local(&self, user: &Arc<str>, revision: u64, seen: Option<Seen>) {
         let mut state = self.state.lock();
         let change = state.roster.apply(Fact {
@@ -238,7 +241,7 @@ impl Watched {
         self.wake.notify_one();
     }
 
-    /// A member on `shard` begins or ends to want pushes.
+    /// Changes the number of members on `shard` who want pushes.
     pub(super) fn watchers(&self, shard: usize, change: impl FnOnce(u32) -> u32) {
         let mut state = self.state.lock();
         state.used = Instant::now();
@@ -249,7 +252,7 @@ impl Watched {
         self.wake.notify_one();
     }
 
-    /// Somebody looks.
+    /// Notes that the roster is used.
     pub(super) fn touch(&self) {
         self.state.lock().used = Instant::now();
     }
@@ -260,10 +263,10 @@ impl Watched {
         self.wake.notify_one();
     }
 
-    /// Whether the room is due to be compared with what is stored; if so, it is taken for compared.
+    /// Whether the room is due for a check. If so, it counts as checked.
     pub(super) fn due(&self, interval: Duration) -> Option<Due> {
         let mut state = self.state.lock();
-        // Spread, so that rooms that were opened together are not all compared together.
+        // Spread, so that rooms opened together are not checked together.
         let wait = interval.mul_f64(rand::random_range(0.6..1.0));
         if state.resync || state.checked.elapsed() < wait {
             return None;
@@ -278,9 +281,9 @@ impl Watched {
         })
     }
 
-    /// A page of the list, once the room is known.
+    /// A page of the list, as soon as the room is loaded.
     pub(super) async fn page(&self, after: Option<&str>, limit: usize) -> Page {
-        // The sender is in `self`: it can't be dropped while we wait.
+        // The sender is in `self`, so it is not dropped while we wait.
         let mut loaded = self.loaded.subscribe();
         drop(loaded.wait_for(|loaded| *loaded).await);
         let mut state = self.state.lock();
@@ -288,7 +291,7 @@ impl Watched {
         state.roster.page(after, limit)
     }
 
-    /// Keeps the roster up to date until nobody has looked at it for a while, or NATS is closed.
+    /// Keeps the roster up to date until it has been unused for a while, or NATS is closed.
     pub(super) async fn run(self: Arc<Self>, presence: Arc<Presence>) {
         let policy = presence.policy(&self.room);
         let mut announcer = Announcer::new(policy, self.max, Instant::now());
@@ -319,8 +322,8 @@ impl Watched {
                 .flatten()
                 .min();
             batch.clear();
-            // A batch is only taken when it is put into `batch`, a notification that is not waited for is kept: all
-            // branches are cancel-safe.
+            // All branches are cancel-safe: a message is only taken when it is pushed to `batch`, and a notification
+            // that nobody waits for is kept.
             tokio::select! {
                 more = feed.next_batch(&mut batch, BATCH) => if !more {
                     return presence.forget(&self);
@@ -352,7 +355,7 @@ impl Watched {
         }
     }
 
-    /// Reads everything that is stored of the room, if that is wanted.
+    /// Reads all stored keys of the room, if that was requested.
     async fn sync(
         &self,
         presence: &Presence,
@@ -363,7 +366,7 @@ impl Watched {
         if !self.state.lock().resync || retry.is_some_and(|at| at > Instant::now()) {
             return;
         }
-        // Before the read, so that a cause to be suspect during it makes us read again.
+        // Before the read, so that a new suspicion during the read causes another one.
         feed.settle();
         self.state.lock().resync = false;
         let all = presence.origins.all();
@@ -390,7 +393,7 @@ impl Watched {
         }
         state.record(changes, self.max);
         if !*self.loaded.borrow() {
-            // Who asks for the list from now on gets all of it: there is nothing to push of what was so before.
+            // Members who request the list from now on get all of it, so earlier changes are not pushed.
             state.changes.clear();
             state.total = 0;
             self.loaded.send_replace(true);
@@ -431,14 +434,14 @@ impl Watched {
         }
     }
 
-    /// Whether nobody wants pushes or has looked lately.
+    /// Whether nobody wants pushes or has used the roster lately.
     pub(super) fn is_idle(&self) -> bool {
         let state = self.state.lock();
         state.watchers.iter().all(|watchers| *watchers == 0) && state.used.elapsed() >= IDLE
     }
 }
 
-/// What the bucket of an origin has of a room; `None`: a mirror that is not there now.
+/// The keys of a room in the bucket of an origin; `None` if that mirror does not exist now.
 async fn stored(
     presence: &Presence,
     origin: &Region,
@@ -452,7 +455,7 @@ async fn stored(
     }
 }
 
-/// What is pushed, as clients are told it.
+/// A `presence` push.
 fn event(room: &RoomId, push: &announce::Push) -> Event {
     let change = match push {
         announce::Push::Count(users) => {
@@ -486,7 +489,7 @@ fn event(room: &RoomId, push: &announce::Push) -> Event {
     }
 }
 
-/// What of a page is shown under a policy.
+/// What a policy allows to be shown of a page.
 pub(super) fn within(policy: PresencePolicy, page: Page) -> Page {
     match policy {
         PresencePolicy::Users => page,
@@ -561,7 +564,7 @@ mod tests {
         state.apply(region(SEOUL), &entry("kim", "a", 4, true));
         state.apply(region(VIRGINIA), &entry("park", "b", 5, true));
         state.roster.forget_gone();
-        // What the other region's bucket says counts all the same.
+        // The other region's bucket is applied nevertheless.
         let changes = read(&mut state, stale(), there(9));
         assert_eq!(changes, ["lee", "park"]);
         assert_eq!(shown(&state), ["kim", "lee"]);
@@ -569,7 +572,7 @@ mod tests {
         let now = || Some(vec![entry("kim", "a", 4, true)]);
         assert_eq!(read(&mut state, now(), there(9)), [""; 0]);
         assert!(!state.resync);
-        // What stays away was purged.
+        // Users that stay missing were purged.
         for _ in 0..AGAIN {
             assert_eq!(read(&mut state, Some(vec![]), there(9)), [""; 0]);
             assert!(state.resync);

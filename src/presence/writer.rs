@@ -1,4 +1,4 @@
-//! Writes to NATS what [`super::local::Local`] says is to be written.
+//! Writes to NATS what [`super::local::Local`] says.
 
 use std::{sync::Arc, time::Instant};
 
@@ -12,17 +12,17 @@ use crate::{
     telemetry::metrics::{Counter, count},
 };
 
-/// Writes that wait for their acknowledgement.
+/// Writes waiting for their acknowledgement.
 const IN_FLIGHT: usize = 256;
 
-/// How often is looked whether NATS is back.
+/// How often the connection is checked while it is down.
 const AWAY: Duration = Duration::from_millis(100);
 
-/// How long a removed key says that it was removed, where other regions mirror it: they learn of it when a cut is over that
-/// did not take longer.
+/// How long the marker of a removed key is kept if other regions mirror the bucket. They learn of the removal if a cut
+/// is not longer than this.
 pub(super) const REMOVED_FOR: Duration = Duration::from_secs(600);
 
-/// Writes for ever.
+/// Writes, forever.
 pub(super) async fn run(presence: Arc<Presence>) {
     let mut writes = FuturesUnordered::new();
     loop {

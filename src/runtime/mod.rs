@@ -1,7 +1,7 @@
-//! What a long-lived process needs around its work: signals, phases, named tasks, the time, pace.
+//! What a long-lived process needs around its work: signals, phases, named tasks, the clock, rate limits.
 //!
-//! Knows nothing of what the process does. The one order of a drain: phase to [`Phase::Draining`], the work ends, then
-//! [`Tasks::drain`], then [`Phase::Stopped`].
+//! This module does not know what the process does. A drain has this order: the phase becomes [`Phase::Draining`], the
+//! work ends, then [`Tasks::drain`], then [`Phase::Stopped`].
 
 mod pace;
 mod panics;
@@ -17,7 +17,7 @@ pub use phase::{Lifecycle, Phase};
 pub use signals::{Signal, Signals, shutdown_signal};
 pub use tasks::{Late, Tasks};
 
-/// The wall clock in unix milliseconds; 0 if it stands before 1970.
+/// The wall clock in ms since 1970; 0 if it is before 1970.
 #[must_use]
 pub fn unix_ms() -> u64 {
     SystemTime::now()
@@ -27,7 +27,7 @@ pub fn unix_ms() -> u64 {
         .unwrap_or(0)
 }
 
-/// The wall clock in unix seconds, as tokens have it.
+/// The wall clock in seconds since 1970, as used in tokens.
 #[must_use]
 pub fn unix_s() -> u64 {
     unix_ms() / 1000

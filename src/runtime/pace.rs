@@ -1,8 +1,8 @@
-//! How fast a client may go.
+//! A rate limit for one client or key.
 
 use std::time::{Duration, Instant};
 
-/// A leaky bucket in the form of the generic cell rate algorithm (ITU-T I.371): one instant of state.
+/// A leaky bucket as the generic cell rate algorithm (ITU-T I.371). Its state is one instant.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
     /// When the bucket will be empty.
@@ -16,7 +16,8 @@ impl Pace {
         Self { empty_at: now }
     }
 
-    /// Takes one of `per_second`, of which `burst` may come at once; `false` if that is too fast, and then nothing is taken.
+    /// Takes one of `per_second`, of which `burst` may come at once. Returns `false`, and takes nothing, if the rate is
+    /// exceeded.
     pub fn take(&mut self, now: Instant, per_second: u32, burst: u32) -> bool {
         let each = Duration::from_secs(1) / per_second.max(1);
         let filled = self.empty_at.max(now) + each;
@@ -27,7 +28,7 @@ impl Pace {
         within
     }
 
-    /// How long until the bucket is empty: when it is, the state need not be kept.
+    /// Whether the bucket is empty, so that its state need not be kept.
     #[must_use]
     pub fn is_idle(&self, now: Instant) -> bool {
         self.empty_at <= now

@@ -1,4 +1,4 @@
-//! Panics of a thread whose tasks share what they work on.
+//! Panics of a thread whose tasks share state.
 
 use std::{cell::RefCell, panic, sync::Once};
 
@@ -6,15 +6,16 @@ thread_local! {
     static TELL: RefCell<Option<Box<dyn Fn()>>> = const { RefCell::new(None) };
 }
 
-/// Calls `tell` at every panic of the current thread from now on, also of those that the runtime catches: a task that panics
-/// is otherwise only gone, and nobody misses it.
+/// Calls `tell` at every later panic of the current thread, including those that the runtime catches. Otherwise a task
+/// that panics would end unnoticed.
 pub fn on_panic(tell: impl Fn() + 'static) {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let before = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
             before(info);
-            // A thread that ends has nothing to tell any more, and one that panics while it tells has told already.
+            // A panic hook must not panic itself: `try_with` fails while the thread ends, `try_borrow` while `tell` is
+            // being replaced.
             let _told = TELL.try_with(|tell| {
                 if let Ok(tell) = tell.try_borrow()
                     && let Some(tell) = &*tell

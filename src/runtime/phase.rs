@@ -1,24 +1,24 @@
-//! Where a process stands in its life.
+//! The phase of a process.
 
 use std::{fmt, sync::Arc};
 
 use tokio::sync::watch;
 
-/// Phases, in their order.
+/// The phases, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
-    /// Not all is there yet: nobody should come.
+    /// Not everything is available yet. Not ready for work.
     Starting,
-    /// Takes work.
+    /// Accepts work.
     Ready,
-    /// Takes no new work, and hands over what it has.
+    /// Accepts no new work, and hands over what it has.
     Draining,
-    /// Nothing is left to do.
+    /// Everything has ended.
     Stopped,
 }
 
 impl Phase {
-    /// The word for logs and `/readyz`.
+    /// The name for logs and `/readyz`.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -36,10 +36,10 @@ impl fmt::Display for Phase {
     }
 }
 
-/// The phase of a process, shared: clones show and move the same one.
+/// The phase of a process. Clones share it.
 ///
 /// # Invariant
-/// It never goes back: whoever is late with `Ready` can't undo a drain.
+/// The phase never goes back: a late `Ready` can't undo a drain.
 #[derive(Debug, Clone)]
 pub struct Lifecycle(Arc<watch::Sender<Phase>>);
 
@@ -50,19 +50,19 @@ impl Default for Lifecycle {
 }
 
 impl Lifecycle {
-    /// Where it stands.
+    /// The current phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
         *self.0.borrow()
     }
 
-    /// Whether new work may come.
+    /// Whether new work is accepted.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.phase() == Phase::Ready
     }
 
-    /// Moves on to `phase`; `false` if it stands there or further already.
+    /// Advances to `phase`. Returns `false` if that phase or a later one was already reached.
     pub fn advance(&self, phase: Phase) -> bool {
         self.0.send_if_modified(|current| {
             let later = phase > *current;
@@ -74,12 +74,12 @@ impl Lifecycle {
         })
     }
 
-    /// Waits until `phase` or a later one is reached, and says which. Cancel-safe.
+    /// Waits until `phase` or a later one is reached, and returns the phase reached. Cancel-safe.
     pub async fn reached(&self, phase: Phase) -> Phase {
         let mut receiver = self.0.subscribe();
         match receiver.wait_for(|current| *current >= phase).await {
             Ok(current) => *current,
-            // The sender lives in `self`; it can't be gone.
+            // The sender is in `self`, so it can't have been dropped.
             Err(_closed) => Phase::Stopped,
         }
     }

@@ -4,12 +4,12 @@ use std::{fmt, future, io};
 
 use tokio::signal::unix::{self, SignalKind};
 
-/// A request to end.
+/// A request to shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signal {
     /// SIGINT: Ctrl-C.
     Interrupt,
-    /// SIGTERM: a supervisor.
+    /// SIGTERM, e.g. from a supervisor.
     Terminate,
 }
 
@@ -22,8 +22,8 @@ impl fmt::Display for Signal {
     }
 }
 
-/// Receives signals from its making on, so that one that comes while the process still starts is not lost, and a second
-/// one can cut a drain short.
+/// Receives signals from its creation on. So a signal during the start of the process is not lost, and a second one can
+/// cut a drain short.
 #[derive(Debug)]
 pub struct Signals {
     interrupt: unix::Signal,
@@ -31,10 +31,10 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes the signals over from the default action, which would end the process. Needs a runtime with I/O.
+    /// Replaces the default action of the signals, which would end the process. Needs a runtime with I/O.
     ///
     /// # Errors
-    /// If the system refuses the handler.
+    /// If the system refuses the handlers.
     pub fn install() -> io::Result<Self> {
         Ok(Self {
             interrupt: unix::signal(SignalKind::interrupt())?,
@@ -42,8 +42,8 @@ impl Signals {
         })
     }
 
-    /// The next signal. Cancel-safe: what has not been received yet comes at the next call. Signals of one kind that come
-    /// before the first is received are one.
+    /// The next signal. Cancel-safe: a signal that was not received is returned by the next call. Several signals of
+    /// one kind that arrive before the call count as one.
     pub async fn recv(&mut self) -> Signal {
         tokio::select! {
             Some(()) = self.interrupt.recv() => Signal::Interrupt,
@@ -55,8 +55,8 @@ impl Signals {
 
 /// Waits for the first SIGINT or SIGTERM from now on.
 ///
-/// If the handlers can't be installed, it says so in the log and never returns: the default action of the signals then still
-/// ends the process.
+/// If the handlers can't be installed, this logs an error and never returns. The default action of the signals then
+/// still ends the process.
 pub async fn shutdown_signal() -> Signal {
     match Signals::install() {
         Ok(mut signals) => signals.recv().await,

@@ -1,8 +1,8 @@
-//! Tasks with names, so that a drain can wait for them and say who is late, and so that none is missing unnoticed.
+//! Named tasks. A drain can wait for them and name those that are late, and no task ends unnoticed.
 //!
-//! A process that has lost a part of itself must not look as if it were well: it ends, and whoever watches it starts another.
-//! So a task that panics *fails* all ([`Tasks::failed`]), unless it was only about one request; and so does one that the others
-//! can't do without when it ends before they are told to.
+//! A process that has lost a part of itself must not look healthy: it ends, and its supervisor starts another. So a
+//! task that panics *fails* the process ([`Tasks::failed`]), unless it only served one request. An essential task also
+//! does so if it ends before the shutdown.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// The tasks of a process (or of a part of one): clones share them.
+/// The tasks of a process, or of a part of one. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Tasks(Arc<Inner>);
 
@@ -26,7 +26,7 @@ struct Inner {
     tracker: TaskTracker,
     stop: CancellationToken,
     running: Mutex<Running>,
-    /// Why the process can't go on: the first reason.
+    /// Why the process can't continue: the first reason.
     why: OnceLock<String>,
     failed: CancellationToken,
 }
@@ -37,7 +37,7 @@ struct Running {
     names: BTreeMap<u64, &'static str>,
 }
 
-/// Tasks that had not ended when the drain's time was up: each name with how many.
+/// Tasks that were still running at the deadline of a drain, by name, with their numbers.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct Late(pub BTreeMap<&'static str, usize>);
 
@@ -54,12 +54,12 @@ impl fmt::Display for Late {
     }
 }
 
-/// Takes the task off the list when it ends in whatever way: done, aborted or panicked.
+/// Removes the task from the list when it ends, whether it completed, was aborted or panicked.
 struct Entry {
     inner: Arc<Inner>,
     id: u64,
     name: &'static str,
-    /// Whether nothing but itself is hit when it panics.
+    /// Whether a panic of the task affects only the task itself.
     contained: bool,
 }
 
@@ -92,7 +92,7 @@ impl Tasks {
         self.start(self.enter(name, false), task)
     }
 
-    /// As [`spawn`](Self::spawn), for a task that is about one request or connection: if it panics nothing else is hit.
+    /// Like [`spawn`](Self::spawn), for a task that serves one request or connection: a panic affects nothing else.
     pub fn spawn_contained<F>(&self, name: &'static str, task: F) -> JoinHandle<F::Output>
     where
         F: Future<Output: Send> + Send + 'static,
@@ -100,8 +100,8 @@ impl Tasks {
         self.start(self.enter(name, true), task)
     }
 
-    /// As [`spawn`](Self::spawn), for a task that the others can't do without: all have [`failed`](Self::failed) when it ends
-    /// before they are told to end.
+    /// Like [`spawn`](Self::spawn), for a task that the others can't do without: if it ends before the shutdown, the
+    /// process has [`failed`](Self::failed).
     pub fn spawn_essential<F>(&self, name: &'static str, task: F) -> JoinHandle<()>
     where
         F: Future<Output = ()> + Send + 'static,
@@ -115,7 +115,8 @@ impl Tasks {
         })
     }
 
-    /// As [`spawn_essential`](Self::spawn_essential), for a task that is dropped where it stands when the others are told to end.
+    /// Like [`spawn_essential`](Self::spawn_essential), for a task that may be dropped at any point: it is dropped at
+    /// the shutdown.
     pub fn keep_running<F>(&self, name: &'static str, task: F) -> JoinHandle<()>
     where
         F: Future<Output = ()> + Send + 'static,
@@ -140,18 +141,18 @@ impl Tasks {
         })
     }
 
-    /// Notes that a part of the process is gone without which it can't go on. Ends nothing by itself.
+    /// Notes that the process has lost a part that it can't do without. It does not end anything itself.
     pub fn fail(&self, why: impl Into<String>) {
         self.0.fail(why.into());
     }
 
-    /// Waits until a part of the process is gone without which it can't go on, and says which. Cancel-safe.
+    /// Waits until the process has lost a part that it can't do without, and returns the reason. Cancel-safe.
     pub async fn failed(&self) -> String {
         self.0.failed.cancelled().await;
         self.0.why.get().cloned().unwrap_or_default()
     }
 
-    /// Starts a task on the current runtime that is dropped where it stands when the others are told to end.
+    /// Starts a task on the current runtime that may be dropped at any point: it is dropped at the shutdown.
     pub fn spawn_until_stopping<F>(&self, name: &'static str, task: F) -> JoinHandle<()>
     where
         F: Future<Output = ()> + Send + 'static,
@@ -159,7 +160,7 @@ impl Tasks {
         self.spawn(name, self.clone().until_stopping(task))
     }
 
-    /// Starts a task on the current `LocalSet`: a shard's.
+    /// Starts a task on the current `LocalSet`, as the shards use.
     pub fn spawn_local<F>(&self, name: &'static str, task: F) -> JoinHandle<F::Output>
     where
         F: Future + 'static,
@@ -184,26 +185,26 @@ impl Tasks {
         }
     }
 
-    /// Tells every task to end, and waits for none.
+    /// Tells every task to end. Does not wait.
     pub fn stop(&self) {
         self.0.stop.cancel();
     }
 
-    /// Waits for [`stop`](Self::stop): for a task's `select!`. Cancel-safe.
+    /// Waits for [`stop`](Self::stop), e.g. in a task's `select!`. Cancel-safe.
     pub async fn stopping(&self) {
         self.0.stop.cancelled().await;
     }
 
-    /// The token behind [`stopping`](Self::stopping), for parts that stop on their own as well (`child_token`).
+    /// The token behind [`stopping`](Self::stopping), for parts that can also be stopped alone (`child_token`).
     #[must_use]
     pub fn token(&self) -> &CancellationToken {
         &self.0.stop
     }
 
-    /// Tells every task to end and waits until all have, those too that are started meanwhile.
+    /// Tells every task to end and waits for all of them, including tasks that are started meanwhile.
     ///
     /// # Errors
-    /// [`Late`] with the names of those that still run after `deadline`; they are left alone.
+    /// [`Late`] with the names of the tasks that still run at the deadline. They keep running.
     pub async fn drain(&self, deadline: Duration) -> Result<(), Late> {
         self.stop();
         self.0.tracker.close();
@@ -262,13 +263,13 @@ mod tests {
         assert!(tasks.0.running.lock().names.is_empty());
     }
 
-    /// Whether the tasks have failed, and why, once all that can run has run.
+    /// Whether the tasks have failed, and why, after everything that can run has run.
     async fn why(tasks: &Tasks) -> Option<String> {
         let long = Duration::from_secs(3600);
         tokio::time::timeout(long, tasks.failed()).await.ok()
     }
 
-    /// What the tasks say, and what was started that makes them say it.
+    /// The expected reason, and the tasks that cause it.
     type Case<'a> = (&'a str, &'a dyn Fn(&Tasks));
 
     #[tokio::test(start_paused = true)]
@@ -297,7 +298,7 @@ mod tests {
             assert_eq!(why(&tasks).await, None);
             start(&tasks);
             assert_eq!(why(&tasks).await.as_deref(), Some(told));
-            // The first reason stays.
+            // The first reason is kept.
             tasks.fail("another");
             assert_eq!(why(&tasks).await.as_deref(), Some(told));
         }

@@ -1,26 +1,27 @@
-//! Documents of the collection `messages`: how they are written first, and how they are read.
+//! Documents of the collection `messages`: how they are first written, and how they are read.
 //!
 //! ```text
 //! {_id: "<room>/<user>/<id>", room, id, from, origin, epoch, seq, fp, at, place, reply_to?, reply_key?, mentions?, mentioned?,
 //!  body?, body_json?, terms?, edited?, edited_at?, deleted?, deleted_at?, reactions?: {<reaction>: {<user>: {at, on, first?, key?}}},
 //!  annotations?: {<name>: {<user>: {at, value?, json?}}}, truncated?, slack?}
 //! ```
-//! - `place` orders a room. `edited`, `mentioned`, `deleted`, and every `at` and `first` of a reaction or annotation, are places
-//!   too: updates compare them as text. `at`, `edited_at` and `deleted_at` of the message are dates.
-//! - `body` is what the body's JSON means, that of the last edit where there was one: what an edit replaced is not kept.
-//!   `body_json` is the text, where `body` does not give it back to the letter, see [`json`]. Annotations likewise.
-//! - A reaction is named by its normal form; `first` and `key` say how it was written first, where that is not `at` or not
-//!   the normal form.
-//! - A *stub* is what is known of a message before the message is: it has `_id`, `room` and what was said about it, and no
-//!   `place`; so no page and no search finds it.
-//! - A *tombstone* is what is left of a deleted message: where it stood, who said it, what it answered, and `deleted`.
-//! - Reactions, users and names of annotations are names of fields here, see [`field_name`] and [`annotator`].
-//! - There may be more reactions and annotations than count: readers leave them out, and `slack`, about their bytes, says when
-//!   the document is to be written anew, see [`renew`](super::renew).
+//! - `place` orders a room. `edited`, `mentioned`, `deleted`, and every `at` and `first` of a reaction or annotation,
+//!   are places too: updates compare them as text. `at`, `edited_at` and `deleted_at` of the message are dates.
+//! - `body` is the value of the body's JSON, after the last edit if there was one; replaced bodies are not kept.
+//!   `body_json` is the text, if `body` does not give it back exactly, see [`json`]. Annotations likewise.
+//! - A reaction is named by its normal form. `first` and `key` are the place and spelling of its first use, if they
+//!   differ from `at` or from the normal form.
+//! - A *stub* holds what is known of a message before the message itself is known: `_id`, `room` and its changes, but
+//!   no `place`. So no page and no search finds it.
+//! - A *tombstone* is the rest of a deleted message: its place, its sender, what it answered, and `deleted`.
+//! - Reactions, users and names of annotations are field names here, see [`field_name`] and [`annotator`].
+//! - A document may hold more reactions and annotations than are kept. Readers leave out the surplus. `slack`,
+//!   approximately its bytes, says when the document must be rewritten, see [`renew`](super::renew).
 //!
 //! # Before version 2
-//! Documents had the milliseconds `ts`, `edited_at` and `deleted_at`, the text of the JSON as `body`, reactions as they were
-//! written, and annotations `{<name>: {at, from, json}}`. They are read and updated as they are, until they are written anew.
+//! Documents had the milliseconds `ts`, `edited_at` and `deleted_at`, the JSON text as `body`, reactions as they were
+//! written, and annotations `{<name>: {at, from, json}}`. They are read and updated in that form until they are
+//! rewritten.
 
 use std::{borrow::Cow, fmt::Write};
 
@@ -37,10 +38,10 @@ use super::{
 };
 use crate::model::{Place, RoomId, header_unescape, normal_reaction};
 
-/// An annotation with more bytes than that is not stored as both a value and a text.
+/// An annotation with more bytes than this is not stored as both value and text.
 const MAX_ANNOTATION: usize = 9 << 10;
 
-/// The document that says what is known of a message.
+/// The document for a message in a known state.
 pub(super) fn new(key: &str, room: &RoomId, folded: &Folded) -> RawDocumentBuf {
     let mut document = RawDocumentBuf::new();
     document.append(cstr!("_id"), key);
@@ -106,7 +107,7 @@ pub(super) fn new(key: &str, room: &RoomId, folded: &Folded) -> RawDocumentBuf {
     document
 }
 
-/// A reaction with this normal form.
+/// A reaction with the given normal form.
 pub(super) fn reaction(normal: &str, said: &Reaction) -> RawDocumentBuf {
     let mut one = RawDocumentBuf::new();
     one.append(cstr!("at"), said.at.to_string());
@@ -127,7 +128,7 @@ pub(super) fn annotation(said: &Annotation) -> RawDocumentBuf {
     if one.as_bytes().len() <= MAX_ANNOTATION || !matches!(one.get("json"), Ok(Some(_))) {
         return one;
     }
-    // The value and the text would be too much; the text says it all.
+    // Value and text together are too large; the text is sufficient.
     let mut one = RawDocumentBuf::new();
     one.append(cstr!("at"), said.at.to_string());
     one.append(cstr!("json"), said.json.as_str());
@@ -177,13 +178,13 @@ fn append(document: &mut RawDocumentBuf, field: Cow<'_, str>, value: RawDocument
     );
 }
 
-/// A number that is a 64-bit integer in MongoDB. Sequences and times do not get that large.
+/// A number as MongoDB's 64-bit integer. Sequences and times never exceed its range.
 pub(super) fn number(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// A text as the name of a field in a dotted path: `.`, `$`, NUL and `=` as `=XX`, nothing at all as `=`. Reversible, and
-/// readable where the text is.
+/// A text as a field name in a dotted path: `.`, `$`, NUL and `=` become `=XX`, the empty text becomes `=`. Reversible,
+/// and readable if the text is.
 pub(super) fn field_name(text: &str) -> Cow<'_, str> {
     if text.is_empty() {
         return Cow::Borrowed("=");
@@ -204,7 +205,7 @@ pub(super) fn field_name(text: &str) -> Cow<'_, str> {
     Cow::Owned(name)
 }
 
-/// The name of a user as that of a field in an annotation: one that version 1 has there itself is written otherwise.
+/// A user as a field name in an annotation. Names that version 1 uses there itself are escaped.
 pub(super) fn annotator(user: &str) -> Cow<'_, str> {
     match user {
         "at" => Cow::Borrowed("=61t"),
@@ -275,7 +276,7 @@ fn read_fields(key: &str, document: &RawDocument) -> Result<Document, String> {
             _ => {}
         }
     }
-    // Of version 1 the text itself; whatever else stands there was put there by a version that wrote values.
+    // In version 1 a string was the JSON text itself. Any other type was written by a version that stores values.
     let is_text = if edited.is_some() {
         texts.edited
     } else {
@@ -301,7 +302,7 @@ fn read_fields(key: &str, document: &RawDocument) -> Result<Document, String> {
     })
 }
 
-/// Which bodies would be texts: who wrote the message or the edit wrote numbers for times.
+/// Whether a string body is a JSON text: true if the message or the edit was written with numbers for times.
 #[derive(Default)]
 struct Texts {
     said: bool,
@@ -336,7 +337,7 @@ fn read_annotations(folded: &mut Folded, annotations: &RawDocument) -> Result<()
         let (name, users) = annotation.map_err(problem)?;
         let name = field_text(name.as_str());
         let users = users.as_document().ok_or("an annotation is no object")?;
-        // That of version 1, in which each name had one user.
+        // Version 1: each name had one user.
         if let (Some(at), Some(json)) = (optional(users, "at"), optional(users, "json")) {
             let user = optional(users, "from").unwrap_or_default();
             let one = Annotation {
@@ -364,7 +365,7 @@ fn read_annotations(folded: &mut Folded, annotations: &RawDocument) -> Result<()
     Ok(())
 }
 
-/// Whether a document is to be written anew because an earlier version wrote it, or a part of it.
+/// Whether a document must be rewritten because an earlier version wrote it, or a part of it.
 pub(super) fn is_old(document: &RawDocument) -> bool {
     let get = |name: &str| document.get(name).ok().flatten();
     let number = |name: &str| get(name).is_some_and(|at| at.as_datetime().is_none());
@@ -385,7 +386,7 @@ pub(super) fn is_old(document: &RawDocument) -> bool {
         })
 }
 
-/// Whether a field is one that is written here, or was in an earlier version; others were put there by people.
+/// Whether a field is written by this or an earlier version. Other fields were added by people.
 pub(super) fn is_own(name: &str) -> bool {
     const OWN: &str = " _id room id from origin epoch seq fp at ts place reply_to reply_key mentions mentioned body body_json \
         terms edited edited_at deleted deleted_at reactions annotations truncated slack ";
@@ -405,7 +406,7 @@ fn problem(error: mongodb::bson::error::Error) -> String {
     error.to_string()
 }
 
-/// The place of a document of which nothing else was asked for.
+/// The place in a document of which only that was read.
 pub(super) fn read_place(document: &RawDocument) -> Result<Place, StoreError> {
     let text = document
         .get("place")

@@ -1,5 +1,4 @@
-//! What is to be erased for good: written down first, then carried out by whoever holds it, and enforced on what was on its
-//! way meanwhile.
+//! Erasures: recorded first, then carried out by their holder, and enforced on entries that were in flight meanwhile.
 //!
 //! The collection `erasures`:
 //!
@@ -7,15 +6,16 @@
 //! {_id, room? | user, scope, before: [<ms per partition>], by, at, state: "running" | "settling" | "done", due, holder, erased,
 //!  rooms: [], remembered?: true, again?: {region, upto: {<partition>: <sequence>}}}
 //! ```
-//! - `before`: what was said later than this stays, by the clock of the streams; one for each partition.
-//! - `due`: when another may take it over: the holder's lease while it is running, the time of the second look when settling.
-//! - `rooms`: where it has to be announced.
-//! - `again`: a record beside the region's own, settling from the beginning ([`Again`]).
+//! - `before`: later messages stay, by the clock of the streams; one time per partition.
+//! - `due`: when another instance may take it over: the end of the holder's lease while running, the time of the second
+//!   look when settling.
+//! - `rooms`: the rooms in which it must be announced.
+//! - `again`: an additional record that is settling from the beginning ([`Again`]).
 //!
 //! # Invariants
-//! - An erasure is confirmed by the majority before anything is deleted, and a writer looks for erasures after what it wrote is
-//!   confirmed: so one of the two sees what the other did, and what is erased does not come back. Only a writer that dies
-//!   between the two leaves something behind: for that there is the second look.
+//! - An erasure is acknowledged by the majority before anything is deleted, and a writer looks for erasures after its
+//!   write is acknowledged. So at least one of the two sees the other, and erased messages do not come back. Only a
+//!   writer that dies between its write and the look leaves a message behind; the second look removes it.
 //! - Every step may be repeated.
 
 use std::{
@@ -42,52 +42,51 @@ use crate::model::{
 /// The collection of erasures.
 const ERASURES: &str = "erasures";
 
-/// How long erasures are enforced on what is written: no message is in a worker's hands for longer.
+/// How long erasures are enforced on writes. No worker holds a message for longer.
 const ENFORCED: Duration = Duration::from_secs(24 * 3600);
 
-/// Documents that are deleted at once.
+/// Documents deleted at once.
 const DELETED_AT_ONCE: usize = 1000;
 
-/// How long removing what a user left in other documents of one room may take: all of the room is looked at.
+/// Timeout for removing a user's reactions and annotations in one room, which reads the whole room.
 const TRACES_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Something that is to be erased.
+/// An erasure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Erasure {
-    /// Its name, a ULID.
+    /// Its id, a ULID; in further records of the same erasure followed by region names.
     pub id: String,
-    /// What.
+    /// What is erased.
     pub what: Erased,
-    /// Up to when, for the rooms of each partition: ms since 1970 by the clock of its stream.
+    /// The latest time that is erased, one per partition: in ms since 1970, by the clock of the partition's stream.
     pub before: Vec<u64>,
-    /// Who wants it.
+    /// The user who requested it.
     pub by: String,
-    /// The region whose service carries it out, in the streams and mirrors that it has; each region has a record of its own.
-    /// `None`: an earlier version wrote it down, in a mesh of one region.
+    /// The region whose service carries it out, in its streams and mirrors. Each region has its own record. `None`:
+    /// recorded by an earlier version, in a mesh of one region.
     pub region: Option<Region>,
 }
 
-/// What an erasure is about.
+/// The scope of an erasure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Erased {
-    /// Everything that was said in a room.
+    /// All messages of a room.
     Room(RoomId),
-    /// Everything that a user said.
+    /// All messages of a user.
     User {
-        /// Who.
         user: String,
-        /// In these rooms.
+        /// Only in these rooms.
         scope: RoomScope,
     },
 }
 
-/// A mirror from which a region erases once more: its origin has carried the erasure out, and what the mirror brought from
-/// there before is not taken back.
+/// A mirror from which a region erases once more: the mirror's origin has carried out the erasure, but the mirror does
+/// not repeat the deletions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Again {
-    /// The region whose mirror it is.
+    /// The origin of the mirror.
     pub origin: Region,
-    /// When the mirror is complete up to there: for each partition concerned, a sequence of after the erasure.
+    /// The mirror must have reached these sequences first: one for each partition concerned, stored after the erasure.
     pub upto: BTreeMap<u16, u64>,
 }
 
@@ -111,21 +110,21 @@ impl Again {
     }
 }
 
-/// An erasure that somebody holds.
+/// An erasure held by an instance.
 #[derive(Debug, Clone)]
 pub struct Claimed {
-    /// What is to be done.
+    /// The erasure.
     pub erasure: Erasure,
-    /// It was carried out before; this is the second look.
+    /// It was carried out before, and this is the second look.
     pub settling: bool,
-    /// Only this is to be done.
+    /// If set, only this is to be done.
     pub again: Option<Again>,
-    /// It is remembered already which messages it is about.
+    /// Whether its messages have already been remembered.
     pub remembered: bool,
 }
 
 impl Erasure {
-    /// Up to when it reaches in a room, in ms since 1970; `None`: the room is not concerned.
+    /// The latest time that is erased in a room, in ms since 1970; `None` if the room is not concerned.
     #[must_use]
     pub fn before(&self, room: &RoomId) -> Option<u64> {
         let concerned = match &self.what {
@@ -137,7 +136,8 @@ impl Erasure {
         self.before.get(part).copied().filter(|_| concerned)
     }
 
-    /// Whether what `from` said in `room` at the time `ts`, about a message of `author` if it is a change, is to be erased.
+    /// Whether a message that `from` published in `room` at the time `ts` is to be erased. `author` is the author of
+    /// its target, if it is a change.
     #[must_use]
     pub fn dooms(&self, room: &RoomId, ts: u64, from: &str, author: Option<&str>) -> bool {
         let of_whom = match &self.what {
@@ -152,7 +152,7 @@ impl Erasure {
         if let Some(base) = &folded.base {
             return self.dooms(room, base.place.ts, &base.from, None);
         }
-        // What was said about a message before that time is about a message of before that time.
+        // A change before that time refers to a message before that time.
         let edited = folded.edit.iter().map(|edit| edit.place.ts);
         let reacted = folded.reactions.iter().map(|(.., said)| said.first.ts);
         let annotated = folded.annotations.iter().map(|(.., said)| said.at.ts);
@@ -231,14 +231,14 @@ fn texts(fields: &Fields, name: &str) -> Vec<String> {
     texts.map(str::to_owned).collect()
 }
 
-/// Who said the message with this key.
+/// The sender of the message with this key.
 fn author(room: &RoomId, key: &str) -> String {
     let rest = key.get(room.as_str().len() + 1..).unwrap_or_default();
     let user = rest.rsplit_once('/').map_or(rest, |(user, _)| user);
     header_unescape(user).into_owned()
 }
 
-/// Every place up to the time `before` is less than this, and no other.
+/// A text that is greater than all places up to the time `before`, and not greater than any other.
 fn place_after(before: u64) -> String {
     format!("{:011x}", before + 1)
 }
@@ -270,10 +270,10 @@ impl Store {
         self.database.collection_with_options(MESSAGES, options)
     }
 
-    /// Writes an erasure down, held by `holder` for `lease`; with no time, whoever looks takes it over.
+    /// Records an erasure, held by `holder` for `lease`. If `lease` is zero, any instance may take it over at once.
     ///
     /// # Errors
-    /// [`StoreError`]; it may be written down all the same.
+    /// [`StoreError`]. It may have been recorded.
     pub async fn record_erasure(
         &self,
         erasure: &Erasure,
@@ -293,10 +293,10 @@ impl Store {
             .map(|_inserted| ())
     }
 
-    /// Writes down what the region of `erasure` has to do once more, due after `wait`. Repeating it changes nothing.
+    /// Records what the region of `erasure` has to do once more, due after `wait`. Repeating it changes nothing.
     ///
     /// # Errors
-    /// [`StoreError`]; it may be written down all the same.
+    /// [`StoreError`]. It may have been recorded.
     pub async fn record_again(
         &self,
         erasure: &Erasure,
@@ -331,7 +331,7 @@ impl Store {
         lease: Duration,
     ) -> Result<Option<Claimed>, StoreError> {
         let due = doc! {
-            // Null is also where there is none.
+            // Null also matches a missing field.
             "region": { "$in": [region.as_str(), Bson::Null] },
             "state": { "$in": ["running", "settling"] },
             "$expr": { "$lte": ["$due", "$$NOW"] },
@@ -367,7 +367,7 @@ impl Store {
         Ok(left.map(str::to_owned).collect())
     }
 
-    /// Keeps an erasure for another `lease`; whether it is still the holder's.
+    /// Extends the holder's claim of an erasure by `lease`. Returns whether the holder still has it.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -381,7 +381,7 @@ impl Store {
             .await
     }
 
-    /// Notes that it is remembered which messages an erasure is about: a repeat need not do it again.
+    /// Notes that the messages of an erasure have been remembered, so that a repetition need not do it again.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -392,7 +392,7 @@ impl Store {
             .map(|_held| ())
     }
 
-    /// Notes rooms in which an erasure has to be announced.
+    /// Notes rooms in which an erasure must be announced.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -408,7 +408,7 @@ impl Store {
             .map(|_held| ())
     }
 
-    /// The rooms that were noted for an erasure.
+    /// The rooms noted for an erasure.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -421,7 +421,7 @@ impl Store {
         Ok(rooms.iter().flat_map(|room| RoomId::parse(room)).collect())
     }
 
-    /// Notes that an erasure was carried out, with how many messages; `second_look`: after how long it is to be looked at
+    /// Notes that an erasure was carried out, and the number of messages. `second_look`: the time until it is due
     /// again.
     ///
     /// # Errors
@@ -464,7 +464,7 @@ impl Store {
         Ok(updated.matched_count > 0)
     }
 
-    /// Erasures that are not carried out yet.
+    /// The number of erasures that have not been carried out yet.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -474,8 +474,8 @@ impl Store {
         within(self.read_timeout, running.into_future()).await
     }
 
-    /// Deletes the documents that an erasure means, and how many messages these were. The rooms of what a user said are noted
-    /// before.
+    /// Deletes the documents of an erasure. Returns how many of them were messages. For the messages of a user, the
+    /// rooms are noted first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -487,7 +487,7 @@ impl Store {
         let mut erased = self.delete_doomed(erasure, filter).await?;
         if let Erased::User { user, .. } = &erasure.what {
             for room in self.erased_rooms(&erasure.id).await? {
-                // Stubs: what was said about messages of theirs, which have no sender yet.
+                // Stubs: changes of the user's messages. They have no sender yet.
                 let first = format!("{room}/{}/", header_escape(user));
                 let last = format!("{first}\u{7f}");
                 let keys = doc! { "_id": { "$gte": first, "$lt": last }, "place": Bson::Null };
@@ -498,7 +498,7 @@ impl Store {
         Ok(erased)
     }
 
-    /// Deletes what an erasure means of the documents that match.
+    /// Deletes the documents that match and are covered by the erasure.
     async fn delete_doomed(&self, erasure: &Erasure, filter: Fields) -> Result<u64, StoreError> {
         let options = FindOptions::builder()
             .projection(doc! { "body": 0, "body_json": 0, "terms": 0, "mentions": 0 })
@@ -532,7 +532,7 @@ impl Store {
         }
     }
 
-    /// Begins to read the keys of the documents that an erasure means.
+    /// Starts to read the keys of the documents that an erasure covers.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -552,7 +552,7 @@ impl Store {
         })
     }
 
-    /// Deletes a message, if that is the one that stands at `place`.
+    /// Deletes a message, if it is the one at `place`.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -568,7 +568,7 @@ impl Store {
         within(self.write_timeout, delete).await.map(|_deleted| ())
     }
 
-    /// Deletes documents; how many of them were messages.
+    /// Deletes documents. Returns how many of them were messages.
     async fn delete(&self, documents: &[Document]) -> Result<u64, StoreError> {
         let mut by_room: BTreeMap<&RoomId, Vec<&str>> = BTreeMap::new();
         for document in documents {
@@ -585,7 +585,7 @@ impl Store {
         Ok(messages.count() as u64)
     }
 
-    /// Removes what a user left in documents of others: reactions and annotations. Looks at all of a room, or at `keys`.
+    /// Removes a user's reactions and annotations from documents of others, in a whole room or only in `keys`.
     async fn erase_traces(
         &self,
         erasure: &Erasure,
@@ -597,12 +597,12 @@ impl Store {
             return Ok(());
         };
         let end = place_after(before);
-        // In annotations a user may have another name, and before had the first one there too.
+        // In annotations a user may have an escaped name; earlier versions used the plain one there too.
         let fields = [field_name(user).into_owned(), annotator(user).into_owned()].to_vec();
         let fields_of = |path: &str| doc! { "$objectToArray": { "$ifNull": [path, {}] } };
         let reaction =
             doc! { "$and": [ { "$in": ["$$said.k", fields] }, { "$lt": ["$$said.v.at", &end] } ] };
-        // That of version 1 has its user within.
+        // In version 1 an annotation contains its user.
         let annotation = doc! { "$and": [
             { "$eq": ["$$said.v.from", { "$literal": user }] }, { "$lt": ["$$said.v.at", &end] },
         ] };
@@ -630,7 +630,7 @@ impl Store {
         if let Some(keys) = keys {
             filter.insert("_id", doc! { "$in": keys });
         }
-        // Names that nobody is left under go too: the user may have made them up.
+        // Names without users are removed too, since the user may have invented them.
         let remaining = |input: Fields| {
             let of_others = doc! { "$map": {
                 "input": input, "as": "name",
@@ -657,11 +657,11 @@ impl Store {
             .map(|_updated| ())
     }
 
-    /// Deletes again what of just written entries an erasure means: for a writer that took them from the stream before. How
-    /// many documents.
+    /// Deletes again those of the just written entries that an erasure covers, for a writer that had read them from the
+    /// stream before. Returns the number of documents.
     ///
     /// # Errors
-    /// [`StoreError`]: it must be repeated before the entries are confirmed to the stream.
+    /// [`StoreError`]: it must be retried before the entries are acknowledged to the stream.
     pub async fn enforce_erasures(&self, entries: &[Entry]) -> Result<u64, StoreError> {
         let written: Vec<Written<'_>> = entries.iter().filter_map(Written::of).collect();
         let rooms: BTreeSet<&str> = written.iter().map(|one| one.room.as_str()).collect();
@@ -718,7 +718,7 @@ impl Store {
     }
 }
 
-/// The documents that an erasure means, on the way through them.
+/// A read of the documents that an erasure covers.
 #[derive(Debug)]
 pub struct Doomed<'e> {
     erasure: &'e Erasure,
@@ -727,7 +727,7 @@ pub struct Doomed<'e> {
 }
 
 impl Doomed<'_> {
-    /// The next keys; none at the end.
+    /// The next keys; empty at the end.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -748,9 +748,9 @@ struct Written<'a> {
     room: &'a RoomId,
     ts: u64,
     from: &'a str,
-    /// The document that it is in.
+    /// The key of its document.
     key: &'a str,
-    /// Whose message that is.
+    /// The author of that document's message.
     author: String,
 }
 
@@ -771,7 +771,7 @@ impl<'a> Written<'a> {
     }
 }
 
-/// Who holds an erasure now, and until when, as a stage of an update.
+/// The stage of an update that sets the holder of an erasure and its lease.
 fn leased(holder: &str, lease: Duration) -> Fields {
     doc! { "$set": {
         "holder": { "$literal": holder },

@@ -1,46 +1,46 @@
-//! What a message has become: the message itself and everything that was said about it, whatever order it is heard in.
+//! The state of a message: the message itself with all its changes, independent of the order in which they arrive.
 //!
-//! Pure: no clock, no I/O. MongoDB does the same to its documents with update pipelines; a test compares the two.
+//! This module uses no clock and does no I/O. MongoDB does the same to its documents with update pipelines; a test
+//! compares the two.
 //!
 //! # Invariants
-//! - Applying commutes and is idempotent: entries may come in any order, repeatedly, before their target, from any number
-//!   of workers and regions. So nothing here may depend on what is already there, other than by an order of [`Place`]s.
-//! - Of several messages with the same key the first counts. Of several edits the last counts, and any edit counts more than
-//!   the message. A deletion counts more than all else, for good.
-//! - An edit that says who is mentioned replaces that, one that does not leaves it as it is.
+//! - Applying is commutative and idempotent: entries may arrive in any order, repeatedly, before their target, from any
+//!   number of workers and regions. So the result may depend on existing content only through the order of [`Place`]s.
+//! - Of several messages with the same key, the first counts. Of several edits, the last counts, and any edit overrides
+//!   the message. A deletion overrides everything, permanently.
+//! - An edit with mentions replaces the mentions; one without leaves them unchanged.
 //! - What is kept is bounded, see [`Slots`].
 
 use super::slots::{Annotation, Reaction, Slots};
 use crate::model::{Place, RoomId};
 
-/// One message of a room's log, as history sees it.
+/// One entry of a room's log, as history uses it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Where it was said.
+    /// Its room.
     pub room: RoomId,
-    /// Where it stands in the log.
+    /// Its place in the log.
     pub place: Place,
-    /// Who said it.
+    /// Its sender.
     pub from: String,
-    /// What it means.
+    /// Its meaning.
     pub what: What,
 }
 
-/// What an entry means.
+/// The meaning of an entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum What {
     /// A message.
     Message {
-        /// `<room>/<user>/<id>`, the user escaped: the `_id` of its document.
+        /// `<room>/<user>/<id>`, with the user escaped: the `_id` of its document.
         key: String,
-        /// What was said.
+        /// Its content.
         said: Said,
     },
-    /// Something about a message.
+    /// A change of a message.
     Change {
         /// The key of that message.
         target: String,
-        /// What.
         change: Change,
     },
     /// Nothing that history keeps, with the reason.
@@ -52,11 +52,11 @@ pub enum What {
 pub struct Said {
     /// The sender's id.
     pub id: String,
-    /// Fingerprint of its position.
+    /// The fingerprint of its position.
     pub fingerprint: u16,
     /// The body's JSON text, byte for byte.
     pub body: String,
-    /// What it answers, as the client named it.
+    /// The reference to the message it answers, as the client wrote it.
     pub reply_to: Option<String>,
     /// The key of that message.
     pub reply_key: Option<String>,
@@ -64,70 +64,70 @@ pub struct Said {
     pub mentions: Vec<String>,
 }
 
-/// What can be said about a message.
+/// A change of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
-    /// Another body.
+    /// Replaces the body.
     Edit {
         /// The body's JSON text.
         body: String,
-        /// Who is mentioned now; `None`: who was before.
+        /// The mentioned users; `None`: they stay as they are.
         mentions: Option<Vec<String>>,
     },
-    /// It is withdrawn: only a tombstone is left.
+    /// Deletes the message: only a tombstone is left.
     Delete,
-    /// The sender has, or no longer has, this reaction to it.
+    /// Sets or removes a reaction of the sender.
     React {
-        /// Which, e.g. `👍`, as it was written.
+        /// The reaction as it was written, e.g. `👍`.
         key: String,
-        /// Whether it is there now.
+        /// Whether the reaction is set.
         on: bool,
     },
-    /// What workers found out, by name: `translation`, `emotion`, …; JSON text each.
+    /// Results of workers, by name: `translation`, `emotion`, …; each a JSON text.
     Annotate(Vec<(String, String)>),
 }
 
-/// A message and what became of it; also the beginning of one that is not known yet.
+/// A message with its changes. The message itself may not be known yet.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Folded {
-    /// The message; `None`: only what was said about it is known so far.
+    /// The message; `None` if only changes are known so far.
     pub base: Option<Base>,
     /// The last edit.
     pub edit: Option<Edit>,
     /// The first deletion.
     pub deleted: Option<Place>,
-    /// The last edit that said who is mentioned, and whom.
+    /// The last edit with mentions: its place and the users.
     pub mentioned: Option<(Place, Vec<String>)>,
     /// Reactions by their normal form.
     pub reactions: Slots<Reaction>,
     /// Annotations by their name.
     pub annotations: Slots<Annotation>,
-    /// More reactions or annotations were said than are kept.
+    /// Whether there were more reactions or annotations than are kept.
     pub truncated: bool,
 }
 
-/// A message as it was said.
+/// A message without its changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Base {
-    /// Where it stands.
+    /// Its place.
     pub place: Place,
-    /// Who said it.
+    /// Its sender.
     pub from: String,
-    /// What was said; of a deleted message without body and mentions.
+    /// Its content; if deleted, without body and mentions.
     pub said: Said,
 }
 
 /// An edit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Edit {
-    /// Where it stands.
+    /// Its place.
     pub place: Place,
     /// The body's JSON text.
     pub body: String,
 }
 
 impl Folded {
-    /// Adds what an entry says of this message.
+    /// Applies an entry to this message.
     pub fn apply(&mut self, entry: &Entry) {
         match &entry.what {
             What::Nothing(_) => {}
@@ -187,7 +187,7 @@ impl Folded {
         }
     }
 
-    /// What a tombstone must not have.
+    /// Removes what a tombstone must not contain.
     fn bury(&mut self) {
         self.edit = None;
         self.mentioned = None;
@@ -200,7 +200,7 @@ impl Folded {
         }
     }
 
-    /// The body as it is now, JSON text; `None` if the message was deleted.
+    /// The current body, a JSON text; `None` if the message was deleted.
     #[must_use]
     pub fn body(&self) -> Option<&str> {
         if self.deleted.is_some() {
@@ -210,7 +210,7 @@ impl Folded {
         edited.or(self.base.as_ref().map(|base| base.said.body.as_str()))
     }
 
-    /// Who is mentioned now.
+    /// The users currently mentioned.
     #[must_use]
     pub fn mentions(&self) -> &[String] {
         match (&self.mentioned, &self.base) {
@@ -275,7 +275,7 @@ mod tests {
                 from,
                 what,
             });
-            // The log of two regions in its order.
+            // The log of two regions, in order.
             let mut entries: Vec<Entry> = entries.collect();
             entries.sort_by(|a, b| a.place.cmp(&b.place));
             entries
@@ -297,7 +297,7 @@ mod tests {
             };
             let folded = fold(&entries);
             prop_assert_eq!(&fold(&shuffled), &folded);
-            // As one would say it in the order of the log.
+            // The rules, stated for the log in order.
             let deleted = entries.iter().any(|entry| {
                 matches!(&entry.what, What::Change { change: Change::Delete, .. })
             });

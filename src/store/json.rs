@@ -1,11 +1,11 @@
 //! JSON texts as BSON values, and back.
 //!
-//! A text is stored as the value that it means, so that people can ask for it. Where the value does not give back the text to
-//! the letter, the text is stored beside it; whether it does is found out by writing it.
+//! A text is stored as its value, so that people can query it. If the value does not give back the text exactly, the
+//! text is stored beside it; this is determined by writing the value as JSON again.
 //!
-//! What BSON or MongoDB can't take is left out of the value: members whose names begin with `$` or contain NUL; of several
-//! members with one name all but the last. There is no value at all of what is nested deeper than [`MAX_DEPTH`], would take
-//! much more room than its text, or is no JSON to a strict reader.
+//! The value leaves out what BSON or MongoDB does not accept: members whose names begin with `$` or contain NUL; of
+//! several members with the same name, all but the last. There is no value for a text that is nested deeper than
+//! [`MAX_DEPTH`], would take much more room than its text, or is not strict JSON.
 
 use std::fmt;
 
@@ -20,11 +20,11 @@ use serde::{
     ser::{SerializeMap as _, SerializeSeq as _},
 };
 
-/// Deepest nesting of a value; MongoDB takes 100, around it included.
+/// Maximum nesting of a value. MongoDB allows 100, including the document around it.
 const MAX_DEPTH: usize = 64;
 
-/// A value may take so many times the bytes of its text, and these besides, but not more than the last. In BSON each element
-/// of an array has its number for a name.
+/// A value may take [`MAX_GROWTH`] times the bytes of its text plus [`MAX_GROWTH_FREE`], but at most [`MAX_VALUE`]. In
+/// BSON each array element has its index as a name.
 const MAX_GROWTH: usize = 2;
 const MAX_GROWTH_FREE: usize = 1 << 10;
 const MAX_VALUE: usize = 4 << 20;
@@ -32,9 +32,9 @@ const MAX_VALUE: usize = 4 << 20;
 /// A JSON text as it is stored.
 #[derive(Debug)]
 pub(super) struct Stored<'a> {
-    /// What it means.
+    /// Its value, if it has one.
     pub(super) value: Option<RawBson>,
-    /// The text, where the value does not say it to the letter.
+    /// The text, if the value does not give it back exactly.
     pub(super) text: Option<&'a str>,
 }
 
@@ -119,7 +119,7 @@ impl<'de> Visitor<'de> for Value {
     fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<RawBson, E> {
         match i64::try_from(value) {
             Ok(value) => self.visit_i64(value),
-            // As near as it gets: `9223372036854776000.0` is not what was said, so the text is kept.
+            // The nearest number. `9223372036854776000.0` differs from the text, so the text is kept too.
             #[expect(clippy::cast_precision_loss, reason = "the text is kept beside it")]
             Err(_large) => Ok((value as f64).into()),
         }
@@ -163,7 +163,7 @@ impl<'de> Visitor<'de> for Value {
     }
 }
 
-/// The name of a member, if it can be one.
+/// The name of a member, if BSON accepts it.
 struct Name(Option<CString>);
 
 impl<'de> serde::Deserialize<'de> for Name {
@@ -205,7 +205,7 @@ impl Serialize for Written<'_> {
                 }
                 members.end()
             }
-            // A person has put it there.
+            // A type that a person has put there.
             other => {
                 let other = mongodb::bson::Bson::try_from(other).map_err(S::Error::custom)?;
                 json.serialize_str(&other.to_string())

@@ -1,7 +1,7 @@
-//! MongoDB: the documents of messages, their indexes, and every question that is asked about them.
+//! MongoDB: the documents of messages, their indexes, and all reads and writes of them.
 //!
-//! The only module that speaks to MongoDB (besides `servers`, which looks whether one it started is ready). It does not know
-//! NATS: what comes from a stream comes as an [`Entry`].
+//! The only module that uses MongoDB (besides `servers`, which checks whether a server that it started is ready). It
+//! does not use NATS: a message of a stream is passed in as an [`Entry`].
 
 mod document;
 mod erase;
@@ -42,30 +42,31 @@ pub use text::{MAX_QUERY, QueryError};
 /// The collection of messages.
 const MESSAGES: &str = "messages";
 
-/// How long a command waits for a server that can take it: then who asked goes on with what there is, or backs off.
+/// How long a command waits for a usable server. After that the caller continues without MongoDB, or backs off.
 const SERVER_SELECTION_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Most candidates of a search that are fetched at once, and at least as many.
+/// Bounds of the number of candidates that a search fetches at once.
 const SEARCH_ROUND: std::ops::RangeInclusive<usize> = 50..=500;
 
-/// Messages of a room that is searched by looking at all of it. Measured where MongoDB's cache is small: looking at a thousand
-/// documents that are not in it takes ten times as long as looking a rare word up.
+/// A room with at most this many messages is searched by reading all of them. Measured with a small MongoDB cache:
+/// reading a thousand documents that are not cached takes ten times as long as looking up a rare word.
 const SMALL_ROOM: usize = 500;
 
-/// Most bytes of documents that are read for one answer of this module, unless the first has more: what comes after is left
-/// for the next. MongoDB itself sends at most 16 MiB at once.
+/// Maximum bytes of documents read for one answer of this module, unless the first document is larger. The rest is left
+/// for the next read. MongoDB itself sends at most 16 MiB at once.
 const MAX_READ: usize = 4 << 20;
 
-/// How often candidates are fetched for one page of a search, where most do not fit.
+/// How many times candidates are fetched for one page of a search, if most do not match.
 const SEARCH_ROUNDS: usize = 8;
 
-/// The database of a mesh; cheap to clone.
+/// The database of a mesh. Cheap to clone.
 ///
-/// Writes are confirmed by the majority. Reads go to the primary with read concern `local`: everything that the majority
-/// confirmed is there, at once, also on a primary that was just elected (with `majority` one that does not know yet what its
-/// predecessor confirmed would answer without it, and a page would have a gap). What `local` shows and an election then takes
-/// back was said all the same: the stream has it, and it is written again. What remains is a primary that was cut off from the
-/// others and does not know yet, for as long as an election takes.
+/// Writes are acknowledged by the majority. Reads go to the primary with read concern `local`, which includes
+/// everything that the majority has acknowledged, also on a primary that was just elected. With `majority`, such a
+/// primary may not know yet what its predecessor acknowledged, and a page would have a gap. If `local` returns a
+/// document that an election then rolls back, its message was published nevertheless: the stream has it, and it is
+/// written again. What remains is a primary that was cut off from the others and does not know it yet, for as long as
+/// an election takes.
 #[derive(Debug, Clone)]
 pub struct Store {
     database: Database,
@@ -79,86 +80,87 @@ pub enum StoreError {
     /// The connection string can't be used.
     #[error("mongodb.url can't be used: {0}")]
     Url(String),
-    /// It did not do what was asked; asking again may help (away, no primary, a full disk, wrong credentials, a time-out).
+    /// It did not execute the command. A retry may help (not reachable, no primary, disk full, wrong credentials,
+    /// timeout).
     #[error("MongoDB: {0}")]
     Unavailable(String),
-    /// The database was made by a newer natter.
+    /// The database was created by a newer version of natter.
     #[error("the database has schema version {found}, this natter knows {known}: use a newer one")]
     Schema { found: i64, known: i64 },
-    /// A document is not one of ours.
+    /// A document has an unexpected form.
     #[error("the document {key:?} can't be read: {problem}")]
     Document { key: String, problem: String },
-    /// The text can't be searched for; asking again does not help.
+    /// The text can't be searched for. A retry does not help.
     #[error(transparent)]
     Query(#[from] QueryError),
 }
 
-/// An entry that MongoDB refused for good, while it took others.
+/// An entry that MongoDB refused for good, while it accepted others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RefusedEntry {
-    /// Its index in what was to be written.
+    /// Its index in the written entries.
     pub index: usize,
-    /// What MongoDB said.
+    /// MongoDB's reason.
     pub reason: String,
 }
 
-/// A message with what became of it.
+/// A message in its current state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Document {
-    /// Its `_id`: `<room>/<user>/<id>`, the user escaped.
+    /// Its `_id`: `<room>/<user>/<id>`, with the user escaped.
     pub key: String,
-    /// Where it was said.
+    /// Its room.
     pub room: RoomId,
-    /// What it is now. Has a `base`, unless it was asked for by key.
+    /// The message and its changes. `base` is set, unless the document was read by key.
     pub folded: Folded,
 }
 
-/// Which messages of a room are wanted.
+/// A range of a room's messages.
 #[derive(Debug, Clone, Default)]
 pub struct Span {
-    /// Only those before.
+    /// Only messages before this place.
     pub before: Option<Place>,
-    /// Only those after.
+    /// Only messages after this place.
     pub after: Option<Place>,
 }
 
-/// From which end of a span messages are taken.
+/// The end of a span from which messages are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// The oldest first.
+    /// Oldest first.
     Oldest,
-    /// The newest first.
+    /// Newest first.
     Newest,
 }
 
-/// A search; all that it names must fit.
+/// A search. All given conditions must match.
 #[derive(Debug, Clone, Default)]
 pub struct Search {
-    /// In these rooms.
+    /// Only in these rooms.
     pub rooms: RoomScope,
-    /// Words, or parts of words of scripts without spaces; empty: whatever was said.
+    /// Words, or parts of words in scripts without spaces. Empty: any message.
     pub text: String,
-    /// By this user.
+    /// Only by this user.
     pub from: Option<String>,
-    /// Mentioning this user.
+    /// Only messages that mention this user.
     pub mentions: Option<String>,
-    /// Answering the message with this key.
+    /// Only answers to the message with this key.
     pub reply_to: Option<String>,
-    /// Only messages before.
+    /// Only messages before this place.
     pub before: Option<Place>,
-    /// At most this many, the newest first.
+    /// Return at most this many, newest first.
     pub limit: usize,
 }
 
 impl Store {
-    /// A store in the configured database. Does not wait for the server.
+    /// A store in the configured database. It does not wait for the server.
     ///
     /// # Errors
     /// [`StoreError::Url`].
     pub async fn open(config: &config::Mongodb) -> Result<Self, StoreError> {
         let bad = |error: Error| {
             let text = error.kind.to_string();
-            // What it takes for an address may be a part of a password.
+            // The part that it takes for an address may belong to a password.
             let shown = match text.contains("server address") {
                 true => {
                     "it has no address, or characters in its password that must be written as %XX"
@@ -184,8 +186,8 @@ impl Store {
         })
     }
 
-    /// At most `limit` messages of a room, from one end of a span, in the order of that end; and whether these are all.
-    /// Large ones are fewer than `limit`, and one at least.
+    /// At most `limit` messages of a room, from one end of a span, in the order of that end, and whether these are all.
+    /// If documents are large, fewer are returned, but at least one.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -202,8 +204,8 @@ impl Store {
         Ok((page, all))
     }
 
-    /// The documents of the first of these keys, as far as they exist, also those of which only changes are known; and of how
-    /// many keys: of fewer than all where they are large.
+    /// The documents of the first of these keys, and the number of keys looked up, which is smaller than their number
+    /// if documents are large. Keys without a document are left out; stubs are included.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -217,7 +219,7 @@ impl Store {
             let (documents, cut) = self
                 .documents(query::keys(asked), self.read_timeout)
                 .await?;
-            // They come in no order: so fewer are asked for.
+            // Documents arrive in no particular order, so fewer are requested.
             if cut && part > 1 {
                 part = part.div_ceil(4);
                 continue;
@@ -228,7 +230,7 @@ impl Store {
         Ok((found, looked))
     }
 
-    /// The documents of these keys, as far as they exist; also those of which only changes are known.
+    /// The documents of these keys. Keys without a document are left out; stubs are included.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -242,8 +244,8 @@ impl Store {
         Ok(found)
     }
 
-    /// The place of the room's message nearest to a position of a stream: the first at it or after it (`End::Oldest`), or
-    /// the last at it or before it (`End::Newest`).
+    /// The place of the room's message nearest to a position of a stream: the first at or after it (`End::Oldest`), or
+    /// the last at or before it (`End::Newest`).
     ///
     /// # Errors
     /// [`StoreError`].
@@ -259,11 +261,12 @@ impl Store {
         first.transpose()
     }
 
-    /// Messages that fit a search, the newest first; and the place from which to go on (`before`), if there may be more. A
-    /// search that finds little in much gives what it found within a bounded time, which may be nothing, and where to go on.
+    /// The messages that match a search, newest first, and the place from which to continue (`before`) if there may be
+    /// more. A search that finds few matches among many messages returns what it found within a bounded time, possibly
+    /// nothing, and where to continue.
     ///
     /// # Errors
-    /// [`StoreError`]; [`StoreError::Query`] before MongoDB is asked.
+    /// [`StoreError`]. [`StoreError::Query`] is returned before MongoDB is asked.
     pub async fn search(
         &self,
         search: &Search,
@@ -293,7 +296,7 @@ impl Store {
             let candidates = query::search(search, &sought, &span, fetched, walk);
             let left = deadline.saturating_duration_since(Instant::now());
             let (candidates, cut) = match self.documents(candidates, left).await {
-                // There is something to show, and the rest can be asked for.
+                // There is something to return, and the rest can be requested.
                 Err(StoreError::Unavailable(_)) if round > 0 => return Ok((found, span.before)),
                 candidates => candidates?,
             };
@@ -317,9 +320,9 @@ impl Store {
         Ok((found, span.before))
     }
 
-    /// Whether a room is searched by looking at all of it. The index of words has those of all rooms together, by time: made
-    /// room by room each message would change it in a dozen places more, at several times the cost of all else that is
-    /// written.
+    /// Whether a room is searched by reading all of it. The index of terms covers all rooms together, ordered by time:
+    /// one ordered by room would make each message change a dozen more places, at several times the cost of all other
+    /// writes.
     async fn is_small(&self, room: &RoomId) -> Result<bool, StoreError> {
         let query = query::size(room, SMALL_ROOM + 1);
         let messages = self.database.collection::<RawDocumentBuf>(MESSAGES);
@@ -344,22 +347,22 @@ impl Store {
         Ok((documents?, cut))
     }
 
-    /// What a query finds, and whether that is only the first of it, because it is large.
+    /// The results of a query, and whether they were cut because they are large.
     async fn find(
         &self,
         query: query::Query,
         limit: Duration,
     ) -> Result<(Vec<RawDocumentBuf>, bool), StoreError> {
-        // For MongoDB no limit is no limit.
+        // MongoDB treats 0 as no limit.
         if query.limit == 0 {
             return Ok((Vec::new(), false));
         }
         let mut options = FindOptions::default();
         options.sort = Some(query.sort);
         options.limit = Some(i64::try_from(query.limit).unwrap_or(i64::MAX));
-        // All in one answer, as far as its 16 MiB go.
+        // Everything in one answer, as far as 16 MiB allow.
         options.batch_size = Some(u32::try_from(query.limit).unwrap_or(u32::MAX));
-        // For it no time is no limit either.
+        // MongoDB treats 0 as no timeout.
         options.max_time = Some(limit.max(Duration::from_millis(1)));
         options.projection = query.only.map(|fields| {
             let mut only = doc! { "_id": 0 };
@@ -397,7 +400,7 @@ impl Store {
     }
 }
 
-/// Waits for MongoDB, but not for ever.
+/// Waits for MongoDB at most for `limit`.
 async fn within<T>(
     limit: Duration,
     answer: impl Future<Output = Result<T, Error>>,
@@ -410,7 +413,7 @@ async fn within<T>(
     }
 }
 
-/// What an error of the driver says to a person.
+/// The text of a driver's error, for people.
 fn unavailable(error: &Error) -> StoreError {
     StoreError::Unavailable(match error.kind.as_ref() {
         ErrorKind::Command(error) => format!("{} (code {})", error.message, error.code),

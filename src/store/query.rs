@@ -1,4 +1,4 @@
-//! The questions that are asked about messages, as queries. Each uses an index of `schema`.
+//! All queries of messages. Each uses an index of `schema`.
 
 use mongodb::bson::{Bson, Document as Fields, Regex, doc, raw::cstr};
 
@@ -15,9 +15,9 @@ pub(super) struct Query {
     pub(super) filter: Fields,
     pub(super) sort: Fields,
     pub(super) limit: usize,
-    /// The only fields that are wanted.
+    /// The only fields to return.
     pub(super) only: Option<&'static [&'static str]>,
-    /// The index to take; `None`: MongoDB chooses.
+    /// The index to use; `None`: MongoDB chooses.
     pub(super) index: Option<&'static str>,
 }
 
@@ -49,7 +49,7 @@ pub(super) fn said(keys: &[String]) -> Query {
     query
 }
 
-/// Documents in the order of their keys, after one.
+/// Documents in the order of their keys, after a key.
 pub(super) fn after(key: &str, limit: usize) -> Query {
     Query {
         filter: doc! { "_id": { "$gt": key } },
@@ -76,11 +76,11 @@ pub(super) fn nearest(room: &RoomId, position: &Position, end: End) -> Query {
     }
 }
 
-/// Candidates of a search; whether a text fits is looked at afterwards, and whether it is a tombstone: so MongoDB can sort what
-/// the index says before it reads documents.
+/// Candidates of a search. Whether a candidate's text matches, and whether it is a tombstone, is checked afterwards, so
+/// that MongoDB can sort index entries before it reads documents.
 ///
-/// `walk`: the one room that is searched is so small that looking at all of it is less than looking at all rooms' messages
-/// with a word.
+/// `walk`: the only room of the search is so small that reading all of it costs less than reading the messages of all
+/// rooms with a word.
 pub(super) fn search(
     search: &Search,
     sought: &Sought,
@@ -116,8 +116,9 @@ pub(super) fn search(
             filter.insert(name, value);
         }
     }
-    // MongoDB chooses by the first candidates, and again when that turns out badly: it walks through rooms for a word that is
-    // common there, and does so for the next, which is not. What is named here is about as rare as what else there may be.
+    // MongoDB chooses an index by the first candidates, and again if that turns out badly: it scans rooms for a word
+    // that is common there, and keeps doing so for the next word, which is rare. The condition named here is about as
+    // rare as any other one.
     let index = match (&search.reply_to, &search.mentions, &search.from, words) {
         (Some(_), ..) => Some(ANSWERS),
         (None, Some(_), ..) => Some(MENTIONS),
@@ -134,7 +135,7 @@ pub(super) fn search(
     }
 }
 
-/// The messages of a room, at most `limit` of them: to be counted.
+/// The messages of a room, at most `limit`, for counting.
 pub(super) fn size(room: &RoomId, limit: usize) -> Query {
     Query {
         filter: doc! { "room": room.as_str(), "place": places(&Span::default()) },
@@ -152,7 +153,7 @@ fn direction(end: End) -> i32 {
     }
 }
 
-/// Bounds that leave out stubs, which have no place.
+/// Bounds that exclude stubs, which have no place.
 fn places(span: &Span) -> Fields {
     let mut bounds = match &span.after {
         Some(after) => doc! { "$gt": after.to_string() },
@@ -164,16 +165,16 @@ fn places(span: &Span) -> Fields {
     bounds
 }
 
-/// Which rooms, in a form that gives an index bounds.
+/// The condition on rooms, in a form from which MongoDB derives index bounds.
 fn rooms(scope: &RoomScope) -> Bson {
     if scope.all {
-        // Every room, and for MongoDB a reason to take the index.
+        // Every room; MongoDB needs a condition to use the index.
         return doc! { "$gte": "" }.into();
     }
     if let ([], [room]) = (scope.namespaces.as_slice(), scope.rooms.as_slice()) {
         return room.as_str().into();
     }
-    // A namespace has no character that means something in an expression; and what begins with a text is a range.
+    // A namespace contains no special characters of regular expressions, and a prefix becomes a range.
     let namespaces = scope.namespaces.iter().filter_map(|namespace| {
         let pattern = format!("^{namespace}:").try_into().ok()?;
         let options = cstr!("").into();

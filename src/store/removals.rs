@@ -1,5 +1,5 @@
-//! Messages that are to be taken out of the streams, one by one: copies of what is there already, and what was erased and came
-//! again. Each region takes them out of its own stream or its mirror, since mirrors do not repeat what their origin removes.
+//! Single messages to be removed from the streams: duplicates, and erased messages that were stored again. Each region
+//! removes them from its own stream or its mirror, since mirrors do not repeat the deletions of their origin.
 //!
 //! The collection `removals`:
 //!
@@ -7,11 +7,11 @@
 //! {_id: "<place>", room, key: <hash of the message's key>, first?: "<place>", at, done: ["<region>"]}
 //! ```
 //!
-//! `first`: where the message was said first. A copy is taken out only where that is still stored, or was trimmed: what a stream
-//! has lost and got again is no copy.
+//! `first` is the place of the first copy. A duplicate is removed only if the first copy is still stored, or was
+//! trimmed. If the stream lost the first copy and received the message again, the second one is not a duplicate.
 //!
-//! A message that is said again is found by its `_id` in `messages`. An edit or a reaction has no document of its own; that it was
-//! said, and where, stands in the collection `changes` for a while:
+//! A repeated message is found by its `_id` in `messages`. An edit or a reaction has no document of its own. The
+//! collection `changes` records for a while that it was stored, and where:
 //!
 //! ```text
 //! {_id: <hash of its key>, place, at}
@@ -34,30 +34,30 @@ use crate::model::{Place, Region, RoomId};
 /// The collection of removals.
 const REMOVALS: &str = "removals";
 
-/// The collection of what was said about messages.
+/// The collection of recent changes.
 const CHANGES: &str = "changes";
 
-/// How long a removal waits for a region that can't be reached, and how long after the first a change that is repeated is known
-/// to be the same.
+/// How long a removal waits for a region that can't be reached, and how long a repeated change is recognised after the
+/// first copy.
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// A message that is to be taken out of a stream and its mirrors.
+/// A message to be removed from a stream and its mirrors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Removal {
-    /// Where it is.
+    /// Its place.
     pub place: Place,
     /// Its room.
     pub room: RoomId,
-    /// Where it was said first, if it is a copy.
+    /// The place of the first copy, if this is a duplicate.
     pub first: Option<Place>,
-    /// The hash of its key: another message that came to that place is left alone.
+    /// The hash of its key. Another message at the same place is left alone.
     key: Vec<u8>,
     /// The regions that have removed it.
     done: Vec<String>,
 }
 
 impl Removal {
-    /// Of the message with this key, `<room>/<user>/<id>`.
+    /// A removal of the message with this key, `<room>/<user>/<id>`.
     #[must_use]
     pub fn new(place: Place, room: RoomId, key: &str) -> Self {
         Self {
@@ -69,7 +69,7 @@ impl Removal {
         }
     }
 
-    /// The same, of a copy of what stands at `first`.
+    /// The same, for a duplicate of the message at `first`.
     #[must_use]
     pub fn copy_of(self, first: Place) -> Self {
         Self {
@@ -78,7 +78,7 @@ impl Removal {
         }
     }
 
-    /// Whether the message with this key is meant.
+    /// Whether this is a removal of the message with this key.
     #[must_use]
     pub fn means(&self, key: &str) -> bool {
         self.key == hash(key)
@@ -111,14 +111,14 @@ fn binary(bytes: &[u8]) -> Binary {
     }
 }
 
-/// Not the key itself, which names a user.
+/// The key itself is not stored, since it contains a user's name.
 fn hash(key: &str) -> Vec<u8> {
     let digest = Sha256::digest(key);
     digest.iter().take(16).copied().collect()
 }
 
 impl Store {
-    /// Creates the index of removals.
+    /// Creates the expiry indexes of removals and changes.
     pub(super) async fn prepare_removals(&self) -> Result<(), StoreError> {
         let kept = i64::try_from(KEPT.as_secs()).unwrap_or(i64::MAX);
         for collection in [REMOVALS, CHANGES] {
@@ -138,11 +138,12 @@ impl Store {
         self.database.collection_with_options(collection, options)
     }
 
-    /// Which of these changes (by their index) were said before at another place, and where, as far as that is remembered. What
-    /// is new is noted. Of several of a kind one is not said before, whoever asks, and however often.
+    /// Which of these changes (by index) are duplicates of a change stored at another place, and that place, as far as
+    /// it is remembered. New changes are recorded. Of several copies exactly one counts as the first, whoever asks, and
+    /// however often.
     ///
     /// # Errors
-    /// [`StoreError`]: it has to be asked again.
+    /// [`StoreError`]: the call must be retried.
     pub async fn said_again(
         &self,
         changes: &[Removal],
@@ -180,7 +181,7 @@ impl Store {
         Ok(again.collect())
     }
 
-    /// Inserts documents; whether some were there already.
+    /// Inserts documents. Returns whether some already existed.
     async fn insert_missing(
         &self,
         collection: &str,
@@ -197,10 +198,10 @@ impl Store {
         within(self.write_timeout, inserted).await
     }
 
-    /// Writes down what is to be taken out of the streams. Repeating it changes nothing.
+    /// Records removals. Repeating it changes nothing.
     ///
     /// # Errors
-    /// [`StoreError`]; some may be written down.
+    /// [`StoreError`]; some may have been recorded.
     pub async fn record_removals(&self, removals: &[Removal]) -> Result<(), StoreError> {
         if removals.is_empty() {
             return Ok(());
@@ -211,7 +212,8 @@ impl Store {
             .map(|_met| ())
     }
 
-    /// Notes that the message that was taken for the first of its copies, at `before`, is itself one of what stands at `first`.
+    /// The message at `before`, until now the first of its copies, is a duplicate of the one at `first`: updates the
+    /// removals that name it.
     pub(super) async fn displace_first(
         &self,
         before: &Place,
@@ -225,7 +227,7 @@ impl Store {
             .map(|_updated| ())
     }
 
-    /// What `region` has still to take out, at most `limit`.
+    /// The removals that `region` has still to make, at most `limit`.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -237,14 +239,14 @@ impl Store {
         let collection = self.confirmed(REMOVALS);
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let find = collection.find(doc! { "done": { "$ne": region.as_str() } });
-        // By place, so by time: what has to wait longest comes last.
+        // Ordered by place, thus by time: the removals that must wait longest come last.
         let find = find.sort(doc! { "_id": 1 }).limit(limit);
         let found = async { find.await?.try_collect().await };
         let found: Vec<Fields> = within(self.read_timeout, found).await?;
         Ok(found.iter().filter_map(Removal::read).collect())
     }
 
-    /// Notes that `region` has taken a message out; when all of `regions` have, nothing is left to note.
+    /// Notes that `region` has removed a message. When all of `regions` have, the record is deleted.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -268,7 +270,7 @@ impl Store {
     }
 }
 
-/// Whether nothing is wrong with an insert but that some of it was there.
+/// Whether an insert failed only because some documents already existed.
 fn is_duplicate(error: &mongodb::error::Error) -> bool {
     match error.kind.as_ref() {
         ErrorKind::InsertMany(error) => {

@@ -1,14 +1,15 @@
-//! Documents are written anew: those of an earlier version of the schema, one after the other in the background, and those in
-//! which there is more than counts.
+//! Rewrites documents: those of an earlier version of the schema, one after the other in the background, and those that
+//! hold more than is kept.
 //!
-//! The collection `meta` has a document `{_id: "migration", to, after, holder, due, renewed, done}`: everything up to the key
-//! `after` has been looked at; `holder` goes on with the rest until `due`, then another one may.
+//! The collection `meta` has a document `{_id: "migration", to, after, holder, due, renewed, done}`. Everything up to
+//! the key `after` has been processed. `holder` continues with the rest until `due`, then another process may take
+//! over.
 //!
 //! # Invariants
-//! - A document is replaced only if it is still, to the last byte, the one that was read: what anybody wrote meanwhile is kept.
-//!   So all of this may be repeated, interrupted, and done by several at once.
-//! - Old documents are read and updated as new ones are, so nothing waits for this. What is different until it is done: people
-//!   who ask MongoDB find old fields, and searches look for words as they were cut before.
+//! - A document is replaced only if it is still identical to what was read, so that concurrent writes are kept. All of
+//!   this may be repeated, interrupted, and done by several processes at once.
+//! - Old documents are read and updated like new ones, so nothing waits for the migration. Until it is done, people who
+//!   query MongoDB find old fields, and searches use the terms of the earlier version.
 
 use std::time::Duration;
 
@@ -28,34 +29,34 @@ use super::{
 };
 use crate::telemetry::metrics::{Counter, count};
 
-/// Documents that are looked at in one step.
+/// Documents processed in one step.
 const STEP: usize = 500;
 
-/// How often a step is tried while others change its documents.
+/// Attempts at a step while others change its documents.
 const ATTEMPTS: u32 = 5;
 
-/// For how long who takes a step keeps others away.
+/// How long the holder of a step keeps others away.
 const LEASE: Duration = Duration::from_secs(30);
 
-/// Bytes of one command. A document is in it twice; one that alone is too large for that stays as it is.
+/// Bytes of one command, which contains a document twice. A document that is too large for that is not rewritten.
 const MAX_COMMAND: usize = 15 << 20;
 
-/// What a step of a migration has done.
+/// The outcome of a step of the migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Migrated {
-    /// There is nothing left, or never was anything, to migrate.
+    /// Nothing is left to migrate.
     All,
-    /// So many documents were written anew; there is more.
+    /// This many documents were rewritten; there are more.
     Some(u64),
-    /// Somebody else is at it.
+    /// Another process holds the migration.
     Elsewhere,
 }
 
 impl Store {
-    /// Takes the next step of the migration to this version of the schema, if there is one.
+    /// Makes the next step of the migration to this version of the schema, if there is one.
     ///
     /// # Errors
-    /// [`StoreError`]; the step is to be repeated.
+    /// [`StoreError`]; the step must be repeated.
     pub async fn migrate(&self, holder: &str) -> Result<Migrated, StoreError> {
         let Some(after) = self.claim_migration(holder).await? else {
             let left = doc! { "_id": "migration", "done": false };
@@ -78,7 +79,7 @@ impl Store {
             let count = old.len() as u64;
             let now = self.renew(old).await?;
             renewed += now;
-            // The others were changed meanwhile, or can't be written anew.
+            // The rest were changed meanwhile, or can't be rewritten.
             if now == count || attempts == ATTEMPTS {
                 break (last, done);
             }
@@ -87,7 +88,7 @@ impl Store {
         if let Some(last) = last {
             set.insert("after", last);
         }
-        // Whoever took it over meanwhile goes on from where they are.
+        // A process that took over meanwhile continues from its own position.
         let own = doc! { "_id": "migration", "holder": holder, "after": after };
         let meta = self.meta();
         let change =
@@ -101,7 +102,7 @@ impl Store {
         })
     }
 
-    /// The key after which the migration goes on, for `holder` alone.
+    /// Claims the migration for `holder`. Returns the key after which it continues.
     async fn claim_migration(&self, holder: &str) -> Result<Option<String>, StoreError> {
         let free = doc! {
             "_id": "migration", "to": VERSION, "done": false,
@@ -119,7 +120,7 @@ impl Store {
         Ok(claimed.map(|fields| fields.get_str("after").unwrap_or_default().to_owned()))
     }
 
-    /// Notes that there are documents of an earlier version. Repeating it changes nothing.
+    /// Records that there are documents of an earlier version. Repeating it changes nothing.
     pub(super) async fn note_migration(&self) -> Result<(), StoreError> {
         let new = doc! {
             "to": VERSION, "after": "", "holder": "", "renewed": 0_i64, "done": false,
@@ -140,11 +141,11 @@ impl Store {
         self.database.collection_with_options(META, options)
     }
 
-    /// Makes room in those of these documents that took in as much as they may. Those that can't be written anew stay full.
+    /// Rewrites those of these documents that are full. Documents that can't be rewritten stay full.
     pub(super) async fn make_room(&self, keys: &[String]) -> Result<(), StoreError> {
         let mut query = query::keys(keys);
         query.filter = doc! { "$and": [query.filter, { "slack": { "$gte": MAX_SLACK } }] };
-        // In their order, so that each is looked at once, also one that stays as it is.
+        // Ordered by key, so that each is processed once, including those that can't be rewritten.
         query.sort = doc! { "_id": 1 };
         loop {
             let (full, cut) = self.find(query.clone(), self.read_timeout).await?;
@@ -158,14 +159,14 @@ impl Store {
         }
     }
 
-    /// Writes documents anew; how many of them were still what was read.
+    /// Rewrites documents. Returns how many of them had not changed since they were read.
     async fn renew(&self, documents: Vec<RawDocumentBuf>) -> Result<u64, StoreError> {
         let mut renewed = 0;
         let (mut statements, mut bytes) = (RawArrayBuf::new(), 0);
         for old in documents {
             let new = match anew(&old) {
                 Ok(new) => new,
-                // Pages say that it can't be read; the others are none the worse.
+                // Pages report that it can't be read; the others are not affected.
                 Err(error) => {
                     tracing::warn!(%error, "a document stays as it is");
                     continue;
@@ -209,7 +210,7 @@ impl Store {
         if let Some(problem) = refused("writeConcernError") {
             return Err(StoreError::Unavailable(problem));
         }
-        // Of those that it will never take as of those that others changed: they stay as they are.
+        // Documents that MongoDB refuses, and documents changed by others, stay as they are.
         if let Some(problem) = refused("writeErrors") {
             tracing::warn!(problem, "documents stay as they are");
         }
@@ -218,7 +219,7 @@ impl Store {
     }
 }
 
-/// The document as it is written now, with what people put into it.
+/// The document in its current form, including fields that people have added.
 fn anew(old: &RawDocument) -> Result<RawDocumentBuf, StoreError> {
     let super::Document { key, room, folded } = document::read(old)?;
     let mut new = document::new(&key, &room, &folded);
@@ -230,7 +231,7 @@ fn anew(old: &RawDocument) -> Result<RawDocumentBuf, StoreError> {
     Ok(new)
 }
 
-/// Replaces a document by another one, if it is still the same.
+/// A statement that replaces a document if it has not changed.
 fn statement(old: &RawDocument, new: RawDocumentBuf) -> RawDocumentBuf {
     let mut which = RawDocumentBuf::new();
     for name in [cstr!("_id"), cstr!("room")] {

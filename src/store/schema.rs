@@ -1,20 +1,22 @@
 //! Collections, indexes, and the version of the schema.
 //!
-//! The collection `meta` has one document `{_id: "schema", version}`. A natter that finds a newer version than its own does
-//! not touch the database.
+//! The collection `meta` has one document `{_id: "schema", version}`. A natter that finds a newer version than its own
+//! does not touch the database.
 //!
 //! # From a version to the next
-//! What can be added without changing what documents mean (a field that may be absent, an index) is added here and needs no
-//! new version. For the rest, [`VERSION`] is increased and [`Store::prepare`] gets a step from the version before: it is run
-//! before the new version is recorded, and must be repeatable (it may be interrupted, and several processes may run it at
-//! once). Documents are written anew in the background ([`Store::migrate`]), and are read and updated in either form until then.
+//! An addition that does not change the meaning of documents (an optional field, an index) is made here and needs no
+//! new version. Otherwise, [`VERSION`] is increased and [`Store::prepare`] gets a step from the version before. The
+//! step runs before the new version is recorded, and must be repeatable (it may be interrupted, and several processes
+//! may run it at once). Documents are rewritten in the background ([`Store::migrate`]), and are read and updated in
+//! either form until then.
 //!
-//! A natter of an earlier version that still runs can't read documents of the new one. What it writes is read; it is written
-//! anew if the migration has not come to it yet, and else after `db.meta.deleteOne({_id: "migration"})` and
-//! `db.meta.updateOne({_id: "schema"}, {$set: {version: 1}})`, by the next start.
+//! A natter of an earlier version that still runs can't read documents of the new one. Documents that it writes are
+//! readable. The migration rewrites them if it has not reached them yet; otherwise the next start does, after
+//! `db.meta.deleteOne({_id: "migration"})` and `db.meta.updateOne({_id: "schema"}, {$set: {version: 1}})`.
 //!
 //! # Sharding
-//! `sh.shardCollection("<database>.messages", {room: "hashed"})`. Every write names the room, and a room is on one shard.
+//! `sh.shardCollection("<database>.messages", {room: "hashed"})`. Every write names the room, and a room is on one
+//! shard.
 
 use mongodb::bson::{Bson, Document as Fields, doc};
 use tokio::time::Duration;
@@ -23,27 +25,27 @@ use super::{MESSAGES, Store, StoreError, write::DUPLICATE_KEY};
 
 /// The version of the schema that this natter reads and writes.
 ///
-/// 2: bodies are values and times are dates; reactions are named by their normal form, annotations by name and user; terms are
-/// folded by Unicode.
+/// Version 2: bodies are values and times are dates; reactions are named by their normal form, annotations by name and
+/// user; terms are folded by Unicode.
 pub(super) const VERSION: i64 = 2;
 
 pub(super) const META: &str = "meta";
 
-/// Names of indexes that queries name.
+/// Names of indexes that queries use as hints.
 pub(super) const ROOM_PLACE: &str = "room_place";
 pub(super) const TERMS: &str = "terms";
 pub(super) const FROM: &str = "from";
 pub(super) const MENTIONS: &str = "mentions";
 pub(super) const ANSWERS: &str = "answers";
 
-/// How long the creation of indexes may take, which in a large collection are built. It goes on in the server after that.
+/// Timeout for building indexes, which takes long in a large collection. The server continues after the timeout.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// The indexes of `messages`. Each costs every write: what no query uses has no place here.
+/// The indexes of `messages`. Each one costs every write, so there is none without a query that uses it.
 fn indexes() -> Vec<Fields> {
     let there = |field: &str| doc! { field: { "$exists": true } };
     vec![
-        // Pages; searches for nothing in particular.
+        // Pages; searches without conditions.
         doc! { "name": ROOM_PLACE, "key": { "room": 1, "place": -1 } },
         // From a position of a stream to a place.
         doc! { "name": "position", "key": { "room": 1, "origin": 1, "epoch": 1, "seq": 1 } },
@@ -51,7 +53,7 @@ fn indexes() -> Vec<Fields> {
         doc! { "name": TERMS, "key": { "terms": 1, "place": -1, "room": 1 } },
         // Searches by sender, and the erasure of a user.
         doc! { "name": FROM, "key": { "from": 1, "room": 1, "place": -1 } },
-        // Most messages mention nobody and answer nothing.
+        // Partial, since most messages mention nobody and answer nothing.
         doc! {
             "name": MENTIONS,
             "key": { "mentions": 1, "room": 1, "place": -1 },
@@ -66,7 +68,7 @@ fn indexes() -> Vec<Fields> {
 }
 
 impl Store {
-    /// Creates what is missing of collections and indexes, and records the version of the schema. Idempotent.
+    /// Creates missing collections and indexes, and records the version of the schema. Idempotent.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -106,7 +108,7 @@ impl Store {
         let Some(document) = found.ok().and_then(|found| found.first()?.as_document()) else {
             return Ok(None);
         };
-        // A person may have written it with a shell, which makes numbers doubles.
+        // A person may have written it with a shell, which stores numbers as doubles.
         let version = match document.get("version") {
             Some(Bson::Int32(version)) => Some(i64::from(*version)),
             Some(Bson::Int64(version)) => Some(*version),

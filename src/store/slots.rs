@@ -1,20 +1,22 @@
-//! What users said about a message by name (reactions, annotations): of each user the last word on each name, within bounds.
+//! What users said about a message by name (reactions, annotations): each user's last value for each name, within
+//! bounds.
 //!
-//! Pure. Which names and users are kept must not depend on the order in which they come, nor on what was forgotten in
-//! between. "Those that came first" can't be had: a name that was forgotten may turn out to have come first, and then its
-//! last word is gone. So the order is one that no entry can change, that of the texts themselves: of each user the first
-//! [`Slot::NAMES`] names, of the first [`Slot::USERS`] users. What is beyond that in a part of the entries is beyond it in all
-//! of them; so it may be forgotten at any time. A user who says too much loses only what they said themselves.
+//! This module does no I/O. Which names and users are kept must depend neither on the order of arrival nor on what was
+//! dropped in between. Keeping "the first ones" is impossible: a dropped name may turn out to have come first, and its
+//! last value is then lost. So the order is one that no entry can change, that of the texts themselves: for each user
+//! the first [`Slot::NAMES`] names, and the first [`Slot::USERS`] users. A value that exceeds the bounds among some of
+//! the entries also exceeds them among all of them, so it may be dropped at any time. A user who says too much loses
+//! only their own values.
 //!
-//! A document in which there is more than counts is written anew. Where that can't be done, because it can't be read or is too
-//! large, it takes in no new names and users: then it does depend on the order what is kept, but the document does not grow to
-//! MongoDB's 16 MiB.
+//! A document that holds more than is kept is rewritten. If that is impossible, because the document can't be read or
+//! is too large, it accepts no new names and users. What is kept then depends on the order, but the document does not
+//! grow to MongoDB's 16 MiB.
 
 use std::collections::BTreeMap;
 
 use crate::model::{MAX_ANNOTATIONS, Place, normal_reaction};
 
-/// What users said by name; see the module.
+/// Values of users by name; see the module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slots<T>(BTreeMap<String, BTreeMap<String, T>>);
 
@@ -24,26 +26,26 @@ impl<T> Default for Slots<T> {
     }
 }
 
-/// What one user said about one name.
+/// The value of one user for one name.
 pub trait Slot {
-    /// Most names of one user.
+    /// Maximum number of names per user.
     const NAMES: usize;
-    /// Most users.
+    /// Maximum number of users.
     const USERS: usize;
-    /// Adds what the same user said about the same name; the order does not matter.
+    /// Joins another value of the same user for the same name. The order does not matter.
     fn join(&mut self, other: Self);
 }
 
 /// A user's reaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reaction {
-    /// Where that was said last.
+    /// The place of its last change.
     pub at: Place,
-    /// Whether it is there.
+    /// Whether it is set.
     pub on: bool,
-    /// Where it was said first.
+    /// The place of its first use.
     pub first: Place,
-    /// How it was written then: one of the texts with this normal form.
+    /// The spelling of its first use: one of the texts with this normal form.
     pub key: String,
 }
 
@@ -64,7 +66,7 @@ impl Slot for Reaction {
 /// A user's annotation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Annotation {
-    /// Where that was said last.
+    /// The place of its last change.
     pub at: Place,
     /// Its JSON text.
     pub json: String,
@@ -82,7 +84,7 @@ impl Slot for Annotation {
 }
 
 impl<T: Slot> Slots<T> {
-    /// Adds what a user said. Whether something had to give way, be it this.
+    /// Adds a user's value. Returns whether a value was dropped, possibly this one.
     pub(super) fn add(&mut self, user: &str, name: &str, said: T) -> bool {
         let names = match self.0.get_mut(user) {
             Some(names) => names,
@@ -108,7 +110,7 @@ impl<T: Slot> Slots<T> {
 }
 
 impl<T> Slots<T> {
-    /// User, name, and what was said.
+    /// User, name and value.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str, &T)> {
         self.0.iter().flat_map(|(user, names)| {
             let names = names.iter();
@@ -116,7 +118,7 @@ impl<T> Slots<T> {
         })
     }
 
-    /// By name: each user and what they said.
+    /// The users and their values, by name.
     pub fn by_name(&self) -> BTreeMap<&str, Vec<(&str, &T)>> {
         let mut by_name: BTreeMap<&str, Vec<(&str, &T)>> = BTreeMap::new();
         for (user, name, said) in self.iter() {
@@ -125,7 +127,7 @@ impl<T> Slots<T> {
         by_name
     }
 
-    /// Leaves only what `known` has too, whatever is said there. Whether that is less.
+    /// Keeps only the users and names that `known` has too. Returns whether any were removed.
     pub(super) fn retain_known(&mut self, known: &Self) -> bool {
         let mut less = false;
         self.0.retain(|user, names| {
@@ -163,7 +165,7 @@ mod tests {
     use super::*;
     use crate::model::{Epoch, Region};
 
-    /// Small bounds, which few entries meet.
+    /// Small bounds, which a few entries reach.
     #[derive(Debug, Clone, PartialEq, Eq)]
     struct Small(Reaction);
 
@@ -214,7 +216,7 @@ mod tests {
         texts.collect()
     }
 
-    /// The rule, said of all entries at once.
+    /// The rule, stated for all entries at once.
     fn model(said: &[Said]) -> Vec<(String, String, u64, bool, String)> {
         let mut all: BTreeMap<&str, BTreeMap<&str, Vec<&Said>>> = BTreeMap::new();
         for one in said {
@@ -258,9 +260,9 @@ mod tests {
             prop_assert_eq!(texts(&kept), model(&said));
             let (again, gone_again) = of(&shuffled);
             prop_assert_eq!(&again, &kept);
-            // What is beyond the bounds is noticed in every order.
+            // Values beyond the bounds are noticed in every order.
             prop_assert_eq!(gone_again, gone);
-            // Two workers put together parts, and one is added to the other.
+            // Two workers fold parts of the entries, and one result is added to the other.
             let (one, two) = shuffled.split_at(cut);
             let ((mut one, mut cut), (two, cut_two)) = (of(one), of(two));
             cut |= cut_two;

@@ -1,18 +1,20 @@
-//! What a search looks for: the terms of a text, and whether a text has what a query names.
+//! Search: the terms of a text, and whether a text matches a query.
 //!
-//! Pure. MongoDB's own text index finds no parts of words in Korean, Japanese or Chinese. So every document has an array
-//! `terms` with what it can be found by, in an ordinary index:
-//! - scripts with spaces: words (UAX #29), split further at the punctuation inside of `example.com` and `snake_case`;
-//! - scripts without, and Hangul, whose words have endings: every two neighbouring characters of a run, and the run's last
-//!   character. So a run in a query becomes pairs that must all be there, and a single character is the beginning of a term;
-//! - emoji, and all symbols that are not ASCII: each is a term (UAX #29 grapheme), and so is the first emoji of a sequence:
-//!   `🤷` finds `🤷‍♀️`.
+//! This module does no I/O. MongoDB's own text index finds no parts of words in Korean, Japanese or Chinese. So every
+//! document has an array `terms` by which it can be found, with an ordinary index:
+//! - scripts with spaces: words (UAX #29), split further at punctuation inside of words such as `example.com` and
+//!   `snake_case`;
+//! - scripts without spaces, and Hangul, whose words have endings: every two neighbouring characters of a run, and the
+//!   run's last character. A run in a query becomes pairs that must all be present, and a single character is the
+//!   beginning of a term;
+//! - emoji, and all symbols that are not ASCII: each is a term (UAX #29 grapheme), and so is the first emoji of a
+//!   sequence: `🤷` finds `🤷‍♀️`.
 //!
-//! Pairs may be there without standing together: [`Query::fits`] looks at the text itself afterwards. It also looks for what
-//! has no term: `&` or `->` between spaces in a query must occur in the text.
+//! All pairs may be present without being adjacent, so [`Query::fits`] checks the text itself afterwards. It also
+//! checks for parts without terms: `&` or `->` between spaces in a query must occur in the text.
 //!
-//! Texts and queries are compared in the form that [`folded`] gives them. Whoever changes what is a term changes the
-//! schema's version (see `schema`): documents keep the terms they were written with.
+//! Texts and queries are compared in the form that [`folded`] returns. A change of what is a term needs a new version
+//! of the schema (see `schema`), since documents keep the terms they were written with.
 
 use std::{borrow::Cow, collections::BTreeSet, fmt};
 
@@ -30,28 +32,28 @@ use unicode_segmentation::UnicodeSegmentation;
 /// Longest query, in characters. A longer one is refused.
 pub const MAX_QUERY: usize = 256;
 
-/// Most different words, and runs of characters, of one query. One with more is refused.
+/// Maximum number of different words and runs in a query. A query with more is refused.
 const MAX_PARTS: usize = 32;
 
-/// How much of a message's text can be found, in bytes.
+/// Bytes of a message's text that are searchable.
 const MAX_TEXT: usize = 8 << 10;
 
-/// Most terms of one message: it can be found by the first of them.
+/// Maximum number of terms of a message. Further terms are not searchable.
 const MAX_TERMS: usize = 512;
 
-/// Longest term, in bytes: a longer word is found by its beginning.
+/// Longest term, in bytes. A longer word is found by its beginning.
 const MAX_TERM: usize = 64;
 
-/// Joins several emoji to one. Elsewhere it has no meaning for a search.
+/// Joins several emoji into one. Elsewhere it has no meaning for a search.
 const JOINER: char = '\u{200d}';
 
-/// Makes a keycap of `#`, `*` or a digit.
+/// Turns `#`, `*` or a digit into a keycap.
 const KEYCAP: char = '\u{20e3}';
 
-/// Makes an Arabic word longer.
+/// Stretches an Arabic word.
 const TATWEEL: char = '\u{640}';
 
-/// The only emoji that takes tags: the flags of England, Scotland and Wales.
+/// The only emoji that accepts tags: the flags of England, Scotland and Wales.
 const BLACK_FLAG: char = '\u{1f3f4}';
 
 /// Why a text can't be searched for.
@@ -68,19 +70,19 @@ pub enum QueryError {
     Nothing(String),
 }
 
-/// The text of a message's body as it is searched.
+/// The searchable text of a message's body.
 pub(super) struct Text(String);
 
-/// What a search names.
+/// A parsed query.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Query {
     words: BTreeSet<String>,
     runs: BTreeSet<String>,
-    /// What stands between spaces and has no term. It must occur as it is.
+    /// Parts between spaces without a term. They must occur as they are.
     marks: BTreeSet<String>,
 }
 
-/// What a term must be for a document to be a candidate.
+/// The condition on the terms of a candidate.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Term {
     /// Exactly this.
@@ -89,7 +91,7 @@ pub(super) enum Term {
     Begins(String),
 }
 
-/// A part of a text that can be found.
+/// A searchable part of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part<'a> {
     /// A word, an emoji or another symbol.
@@ -104,7 +106,7 @@ impl Text {
         Self(folded(&text_of(body)))
     }
 
-    /// What it can be found by, each once.
+    /// Its terms, each once.
     pub(super) fn terms(&self) -> BTreeSet<&str> {
         let mut terms = BTreeSet::new();
         for part in parts(&self.0) {
@@ -124,10 +126,10 @@ impl Text {
 }
 
 impl Query {
-    /// What `text` names; nothing in it is an operator. An empty text names nothing.
+    /// Parses a query. There are no operators. An empty text gives an empty query.
     ///
     /// # Errors
-    /// [`QueryError`]: no part of a query is ignored without a word.
+    /// [`QueryError`]. No part of a query is ignored silently.
     pub(super) fn of(text: &str) -> Result<Self, QueryError> {
         if text.chars().nth(MAX_QUERY).is_some() {
             return Err(QueryError::TooLong);
@@ -159,19 +161,19 @@ impl Query {
         Ok(query)
     }
 
-    /// Whether it names nothing.
+    /// Whether it has no words and no runs.
     pub(super) fn is_empty(&self) -> bool {
         self.words.is_empty() && self.runs.is_empty()
     }
 
-    /// Terms that every text which fits has.
+    /// Terms that every matching text has.
     pub(super) fn terms(&self) -> Vec<Term> {
         let words = self.words.iter().map(String::as_str);
         let exact: BTreeSet<&str> = words
             .chain(self.runs.iter().flat_map(|run| pairs(run)))
             .collect();
         let mut exact: Vec<&str> = exact.into_iter().collect();
-        // The longest are the rarest, as a rule.
+        // The longest terms are usually the rarest.
         exact.sort_by_key(|term| std::cmp::Reverse(term.len()));
         exact.truncate(MAX_PARTS);
         if !exact.is_empty() {
@@ -187,7 +189,7 @@ impl Query {
             .collect()
     }
 
-    /// Whether a body has everything that it names.
+    /// Whether a body contains everything in the query.
     pub(super) fn fits(&self, body: &str) -> bool {
         let text = Text::of(body);
         let words: BTreeSet<&str> = parts(&text.0)
@@ -203,18 +205,19 @@ impl Query {
 }
 
 /// The form in which texts are compared:
-/// - without invisible characters, the tatweel of Arabic, and the tone of a skin;
-/// - compatible forms as one (NFKC), but emoji as they are, and a letter of Hangul that stands alone stays alone;
-/// - without the case of letters (full case folding; `ı` and `i` are one, so that the capitals of a text are the text);
+/// - without invisible characters, the Arabic tatweel, and skin tones;
+/// - compatible forms as one (NFKC), except emoji; a single Hangul letter stays single;
+/// - without case (full case folding; `ı` and `i` are the same, so that a text in capitals equals the text);
 /// - without the marks that are accents or vowel signs in their script, see [`is_kept`];
-/// - stroked letters and ligatures of Latin, which Unicode does not take apart, as plain ones.
+/// - stroked Latin letters and ligatures, which Unicode does not decompose, as plain letters.
 fn folded(text: &str) -> String {
     if text.is_ascii() {
         return text.to_ascii_lowercase();
     }
     let mut folded = String::with_capacity(text.len());
     let mut base = None;
-    // First composed: what belongs together is together, and no letter of Hangul is left that is part of a syllable.
+    // Composed first, so that characters that belong together are together, and no Hangul letter is left that is part
+    // of a syllable.
     for c in visible(text).nfc() {
         if is_pictograph(c) || matches!(c, '\u{ac00}'..='\u{d7a3}') {
             base = Some(c);
@@ -242,7 +245,7 @@ fn folded(text: &str) -> String {
     folded.nfc().collect()
 }
 
-/// A text without the characters that can't be seen, and without what only changes how an emoji looks.
+/// A text without invisible characters, and without what only changes the look of an emoji.
 fn visible(text: &str) -> impl Iterator<Item = char> {
     let mut emoji = None;
     let mut joined = false;
@@ -270,9 +273,10 @@ fn visible(text: &str) -> impl Iterator<Item = char> {
     })
 }
 
-/// Whether a mark makes another letter of its base. Those that are dropped: accents of Latin, Greek and Cyrillic, but not the
-/// breve of `й`; vowel signs of Arabic and Hebrew, and a hamza or madda on an alef; and what is no part of Korean, Japanese
-/// and Chinese, but not the dakuten of `が`. In other scripts (Devanagari, Thai, ...) all marks are kept: they are letters.
+/// Whether a mark makes another letter of its base. Marks that are dropped: accents of Latin, Greek and Cyrillic,
+/// except the breve of `й`; vowel signs of Arabic and Hebrew, and a hamza or madda on an alef; marks foreign to Korean,
+/// Japanese and Chinese, except the dakuten of `が`. In other scripts (Devanagari, Thai, ...) all marks are kept, since
+/// they are letters.
 fn is_kept(mark: char, base: char) -> bool {
     match CodePointMapData::<Script>::new().get(base) {
         Script::Latin | Script::Greek | Script::Hebrew => false,
@@ -286,8 +290,8 @@ fn is_kept(mark: char, base: char) -> bool {
     }
 }
 
-/// Whether a character is a letter of Hangul by itself: conjoining, compatible, half as wide, in brackets or in a circle.
-/// Where one follows another they are no syllable: `ㅋㅠ` is not `큐`.
+/// Whether a character is a single Hangul letter: conjoining, compatible, half-width, in brackets or in a circle. Such
+/// letters next to each other do not form a syllable: `ㅋㅠ` is not `큐`.
 fn is_letter_of_hangul(c: char) -> bool {
     matches!(c,
         '\u{1100}'..='\u{11ff}'
@@ -297,8 +301,8 @@ fn is_letter_of_hangul(c: char) -> bool {
         | '\u{ffa0}'..='\u{ffdc}')
 }
 
-/// The letter that is typed for a conjoining one, which would join its neighbours. Those without one, which are no longer
-/// used, do not join in NFC.
+/// The compatible letter, as typed, for a conjoining one, which would join its neighbours. Obsolete letters without one
+/// do not join in NFC.
 fn compatible_letter(c: char) -> char {
     const FIRST: &str = "ㄱㄲㄴㄷㄸㄹㅁㅂㅃㅅㅆㅇㅈㅉㅊㅋㅌㅍㅎ";
     const VOWELS: &str = "ㅏㅐㅑㅒㅓㅔㅕㅖㅗㅘㅙㅚㅛㅜㅝㅞㅟㅠㅡㅢㅣ";
@@ -307,7 +311,7 @@ fn compatible_letter(c: char) -> char {
         '\u{1100}'..='\u{1112}' => (FIRST, '\u{1100}'),
         '\u{1161}'..='\u{1175}' => (VOWELS, '\u{1161}'),
         '\u{11a8}'..='\u{11c2}' => (LAST, '\u{11a8}'),
-        // First letters of the syllables of old, and last ones now.
+        // First letters of obsolete syllables that are last letters today.
         '\u{111a}' => return 'ㅀ',
         '\u{1121}' => return 'ㅄ',
         _ => return c,
@@ -315,14 +319,14 @@ fn compatible_letter(c: char) -> char {
     letters.chars().nth((first..c).count()).unwrap_or(c)
 }
 
-/// Adds a character whatever its case: that of the capitals of a text, which are more alike than small letters (`ß`, `ς`,
-/// `ı`), in lower case.
+/// Adds a character without its case, by converting to upper case and back: capitals differ less than small letters
+/// (`ß`, `ς`, `ı`).
 fn fold_case(c: char, folded: &mut String) {
     if c.is_ascii() {
         folded.push(c.to_ascii_lowercase());
         return;
     }
-    // Lower case first: there is no capital of a capital `ẞ`.
+    // Lower case first, since the capital `ẞ` has no upper case.
     let capitals = c.to_lowercase().flat_map(char::to_uppercase);
     for c in capitals.flat_map(char::to_lowercase) {
         match c {
@@ -338,7 +342,8 @@ fn fold_case(c: char, folded: &mut String) {
     }
 }
 
-/// Whether a character is an emoji, also one of a later Unicode. Not those that are made of letters: keycaps and flags.
+/// Whether a character is an emoji, including those of later Unicode versions. Not keycaps and flags, which are made of
+/// other characters.
 fn is_pictograph(c: char) -> bool {
     !c.is_ascii() && CodePointSetData::new::<ExtendedPictographic>().contains(c)
 }
@@ -351,14 +356,14 @@ fn is_tag(c: char) -> bool {
     matches!(c, '\u{e0020}'..='\u{e007f}')
 }
 
-/// How a stretch of a folded text becomes parts.
+/// How a stretch of a folded text is split into parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// Each grapheme is a part.
     Symbols,
     /// It is one run.
     Unspaced,
-    /// It has words.
+    /// It is split into words.
     Spaced,
 }
 
@@ -374,8 +379,8 @@ impl Kind {
     }
 }
 
-/// Whether a character is a symbol, or in a folded text part of an emoji. What ASCII has of them is taken for punctuation:
-/// a `+` in an index finds too much.
+/// Whether a character is a symbol, or part of an emoji in a folded text. ASCII symbols count as punctuation: a `+` in
+/// the index would find too much.
 fn is_symbol(c: char) -> bool {
     if c.is_ascii() {
         return false;
@@ -392,7 +397,8 @@ fn is_symbol(c: char) -> bool {
         || matches!(c, JOINER | KEYCAP)
 }
 
-/// Whether a character is of a script that is searched by pairs: Han, kana, bopomofo, Hangul, Thai, Lao, Myanmar, Khmer.
+/// Whether a character is of a script that is searched by pairs: Han, kana, bopomofo, Hangul, Thai, Lao, Myanmar,
+/// Khmer.
 fn is_unspaced(c: char) -> bool {
     matches!(c,
         '\u{e01}'..='\u{eff}'
@@ -474,7 +480,8 @@ fn beginning(text: &str, len: usize) -> &str {
 
 fn text_of(body: &str) -> Cow<'_, str> {
     let mut found = Found::default();
-    // What is no JSON to serde (nested deeper than it goes, half a surrogate pair) is searched up to there.
+    // A text that serde does not accept as JSON (nested too deep, half a surrogate pair) is searchable up to that
+    // point.
     let _incomplete = Strings {
         found: &mut found,
         depth: 0,
@@ -486,13 +493,13 @@ fn text_of(body: &str) -> Cow<'_, str> {
 /// Strings of a JSON text.
 #[derive(Default)]
 struct Found {
-    /// All of them, with line ends between.
+    /// All of them, separated by line ends.
     strings: String,
     /// The `text` of the outermost object.
     text: Option<String>,
 }
 
-/// Collects strings; answers whether it was one.
+/// Collects the strings of a JSON text.
 struct Strings<'a> {
     found: &'a mut Found,
     depth: usize,
@@ -606,7 +613,7 @@ mod tests {
         Query::of(query).unwrap().fits(&body)
     }
 
-    /// Whether a query finds a text: in the index, and in the text itself.
+    /// Whether a query finds a text: by its terms, and in the text itself.
     fn finds(query: &str, text: &str) -> bool {
         let known = terms(text);
         let asked = Query::of(query).unwrap();
@@ -707,7 +714,7 @@ mod tests {
             ("ㅇㅇ", "ㅇㅇ 그래"),
             ("ㄴㄴ", "ㄴㄴ아니"),
             ("하ㅏ", "하ㅏㅏ"),
-            // Half as wide, conjoining, in circles and brackets: the same letters.
+            // Half-width, conjoining, in circles and brackets: the same letters.
             ("ㅋㅋㅠ", "\u{ffbb}\u{ffbb}\u{ffd7}"),
             ("\u{ffbb}\u{ffd7}", "ㅋㅋㅠㅠ"),
             ("ㅋㅋ", "\u{110f}\u{110f}"),
@@ -715,13 +722,13 @@ mod tests {
             ("ㄳ", "\u{11aa}"),
             ("ㄱㄴ", "㉠㉡"),
             ("ㄱ", "㈀"),
-            // What is a syllable is one, however it is written.
+            // A syllable stays one, however it is written.
             ("가", "㉮"),
             ("가", "㈎"),
             ("큐", "\u{110f}\u{1172}"),
             ("\u{1102}\u{1166}", "네ㄳ"),
             ("넧", "\u{1102}\u{1166}\u{11aa}"),
-            // Letters that are no longer used.
+            // Obsolete letters.
             ("ㆍㅸ", "ㆍㅸ"),
         ] {
             assert!(finds(query, text), "{query} in {text}: {:?}", terms(text));
@@ -765,7 +772,7 @@ mod tests {
             ("Ｆｕｌｌ ﾊﾝｶｸ ｶﾞ", "full ハンカク ガ"),
             ("か\u{3099}", "が"),
             ("x² № ½ ﹩", "x2 no 1⁄2 $"),
-            // Invisible ones.
+            // Invisible characters.
             ("می\u{200c}خواهم", "میخواهم"),
             ("क्\u{200d}ष", "क्ष"),
             ("wo\u{200b}rd", "word"),
@@ -795,7 +802,7 @@ mod tests {
         ] {
             assert_ne!(folded(one), folded(other));
         }
-        // A mark without a letter is nothing that could be written in a query.
+        // A mark without a letter can't be searched for.
         assert_eq!(folded("\u{301}x \u{20e3} ´"), "x   ");
     }
 
@@ -915,7 +922,7 @@ mod tests {
         for nothing in ["", " ", "\n\t"] {
             assert!(Query::of(nothing).unwrap().is_empty());
         }
-        // What has no term is looked for in the text.
+        // Parts without terms are checked in the text.
         for (query, text) in [
             ("fish & chips", "Fish & Chips!"),
             ("x -> y", "x -> y"),
@@ -942,7 +949,7 @@ mod tests {
         assert_eq!(error, QueryError::TooLong);
     }
 
-    /// Capitals spell out the iota that a text may have below a letter, and that is dropped here.
+    /// Upper case writes out the iota subscript, which is dropped here.
     fn has_iota_below(text: &str) -> bool {
         text.nfd().any(|c| c == '\u{345}')
     }
@@ -959,7 +966,7 @@ mod tests {
                 "{c} {:x}",
                 u32::from(c)
             );
-            // `Ⓜ` is an emoji, and its small letter is not.
+            // `Ⓜ` is an emoji, its lower case is not.
             let capitals = text.to_uppercase();
             if !has_iota_below(&text) && !capitals.chars().any(is_pictograph) {
                 assert_eq!(folded(&capitals), one, "{c} {:x}", u32::from(c));
@@ -976,7 +983,7 @@ mod tests {
         }
     }
 
-    /// Words of several scripts, each of its own letters and marks, emoji, and what stands between.
+    /// Words of several scripts, each with its own letters and marks, emoji, and separators.
     fn any_text() -> impl Strategy<Value = String> {
         let word = prop_oneof![
             "[a-zA-ZéÅßıİæøŁﬁĳǆ\u{301}\u{308}\u{323}]{1,8}",
@@ -1016,7 +1023,7 @@ mod tests {
                     named.nfc().collect(),
                     named.nfd().collect(),
                 ];
-                // They glue letters of Hangul, and make words of `™`.
+                // They combine Hangul letters, and make words of `™`.
                 if !named.chars().any(|c| is_letter_of_hangul(c) || is_pictograph(c)) {
                     forms.extend([named.nfkc().collect(), named.nfkd().collect()]);
                 }

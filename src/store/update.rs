@@ -1,9 +1,10 @@
-//! What [`Folded::apply`](super::Folded::apply) does, as an update of a document that may or may not be there.
+//! [`Folded::apply`](super::Folded::apply) as an update of a document that may not exist yet.
 //!
 //! # Invariants
-//! - A statement says what some entries say, whatever the document says already: it may be repeated, and statements about one
-//!   document may come in any order. Everything it takes over depends on a comparison of places.
-//! - What comes from clients stands in `$literal`, or in a path as [`field_name`] writes it: never as an expression.
+//! - The effect of a statement is that of its entries, whatever the document already contains. It may be repeated, and
+//!   statements about one document may be executed in any order. Every value that it sets depends on a comparison of
+//!   places.
+//! - Text of clients is used only in `$literal`, or in a path in the form of [`field_name`]: never as an expression.
 
 use mongodb::bson::{Bson, Document as Fields, RawDocumentBuf, doc, raw::RawBson};
 
@@ -16,14 +17,14 @@ use super::{
 };
 use crate::model::RoomId;
 
-/// After every place: they begin with a hexadecimal digit.
+/// Greater than every place, since places begin with a hexadecimal digit.
 const AFTER_ALL: &str = "~";
 
-/// Bytes of reactions and annotations that may be added to a document until it is written anew, without those that do not
-/// count ([`Slots`](super::Slots)).
+/// Bytes of reactions and annotations that may be added to a document before it is rewritten without those that are not
+/// kept ([`Slots`](super::Slots)).
 pub(super) const MAX_SLACK: i32 = 32 << 10;
 
-/// What a tombstone keeps.
+/// The fields of a tombstone.
 const KEPT: [&str; 15] = [
     "_id",
     "room",
@@ -42,8 +43,9 @@ const KEPT: [&str; 15] = [
     "deleted_at",
 ];
 
-/// One statement of an `update` command, which adds `folded` to what the document says. `bounded`: a document that has to be
-/// written anew before is not found by it; then it fails as if somebody else had just made the document.
+/// One statement of an `update` command that adds `folded` to the document. With `bounded` it does not match a document
+/// that must be rewritten first; it then fails with a duplicate key, as if another worker had just created the
+/// document.
 pub(super) fn statement(key: &str, room: &RoomId, folded: &Folded, bounded: bool) -> Fields {
     let mut set = Fields::new();
     if let Some(base) = &folded.base {
@@ -125,7 +127,7 @@ fn later(field: &str, place: &str) -> Fields {
     doc! { "$gt": [place, { "$ifNull": [format!("${field}"), ""] }] }
 }
 
-/// Whether this is the message, or what is there is another one with the same key, and later.
+/// Whether there is no message yet, or only a later one with the same key.
 fn first(base: &Base) -> Fields {
     doc! { "$lt": [base.place.to_string(), { "$ifNull": ["$place", AFTER_ALL] }] }
 }
@@ -140,7 +142,7 @@ fn said(set: &mut Fields, base: &Base) {
         ("seq", Some(number(place.seq).into())),
         ("fp", Some(i32::from(said.fingerprint).into())),
         ("at", Some(date(place).into())),
-        // What an earlier version wrote in its place.
+        // Written by an earlier version in place of `at`.
         ("ts", None),
         ("place", Some(place.to_string().into())),
         ("reply_to", said.reply_to.as_deref().map(Bson::from)),
@@ -166,19 +168,19 @@ fn body(set: &mut Fields, condition: &Fields, body: &str) {
     take(set, condition, "terms", terms);
 }
 
-/// A value that was made here is well-formed.
+/// Values made here are always well-formed.
 fn bson(value: RawBson) -> Option<Bson> {
     Bson::try_from(value).ok()
 }
 
-/// Sets a field (or takes it away) if the condition is met.
+/// Sets a field (or removes it) if the condition is met.
 fn take(set: &mut Fields, condition: &Fields, name: &str, value: Option<Bson>) {
     let value = value.map_or("$$REMOVE".into(), literal);
     let kept = format!("${name}");
     set.insert(name, doc! { "$cond": [condition.clone(), value, kept] });
 }
 
-/// Adds what a user said about a reaction, as [`Slot::join`](super::Slot::join); how many bytes that adds.
+/// Adds a user's reaction in the way of [`Slot::join`](super::Slot::join). Returns the number of bytes that this adds.
 fn reaction(set: &mut Fields, path: &str, normal: &str, said: &Reaction) -> Bson {
     let known = format!("${path}");
     let known_at = format!("{known}.at");
@@ -201,14 +203,14 @@ fn reaction(set: &mut Fields, path: &str, normal: &str, said: &Reaction) -> Bson
     doc! { "$cond": [is_new, bytes, 0] }.into()
 }
 
-/// Sets a user's annotation, if it is later than what is there; how many bytes that adds.
+/// Sets a user's annotation if it is later than the existing one. Returns the number of bytes that this adds.
 fn annotation(set: &mut Fields, path: &str, said: &Annotation) -> Bson {
     let known = format!("${path}");
     let last = later(&format!("{path}.at"), &said.at.to_string());
     let new = document::annotation(said);
     let bytes = size(path, &new);
     let new = literal(bson(new.into()).unwrap_or(Bson::Null));
-    // What it replaces makes room; in version 1 something else may stand there.
+    // The replaced value makes room. In version 1 another type may be there.
     let is_one = doc! { "$eq": [{ "$type": &known }, "object"] };
     let replaced = doc! { "$cond": [is_one, { "$bsonSize": &known }, 0] };
     let more = doc! { "$max": [0, { "$subtract": [bytes, replaced] }] };

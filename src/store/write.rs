@@ -1,11 +1,11 @@
-//! Writing batches.
+//! Writes batches.
 //!
-//! One round trip for messages that are new, and one more for what was said about messages that are there, or what is
-//! written again: first an unordered `insert`, then an unordered `update` of what the insert found to be there already and of
-//! what is only a change. A third only where two workers created the same document at the same time.
+//! New messages take one round trip; changes of existing messages, and repeated messages, take one more: first an
+//! unordered `insert`, then an unordered `update` for documents that already exist and for changes. A third one is
+//! needed only if two workers created the same document at the same time.
 //!
-//! The driver's `insert_many` is not used: a document that is too large fails all of it, and nothing else sends many updates
-//! to a MongoDB 5 to 7 at once.
+//! The driver's `insert_many` is not used: one document that is too large makes all of it fail. And the driver has no
+//! way to send many updates at once to MongoDB 5 to 7.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -25,25 +25,26 @@ use crate::{
     telemetry::metrics::{Counter, count},
 };
 
-/// `DuplicateKey` of MongoDB: the document is there already.
+/// `DuplicateKey` of MongoDB: the document already exists.
 pub(super) const DUPLICATE_KEY: i32 = 11000;
 
-/// Largest document or statement: what MongoDB takes, less some room for what is around it.
+/// Largest document or statement: MongoDB's limit, minus room for the command around it.
 const MAX_DOCUMENT: usize = (16 << 20) - (16 << 10);
 
-/// Documents or statements of one command, in bytes, unless a single one has more.
+/// Bytes of documents or statements in one command, unless a single one is larger.
 const MAX_COMMAND: usize = 12 << 20;
 
-/// Places that are asked for at once: few enough for one answer.
+/// Places read at once: few enough for one answer.
 const PLACES: usize = 1000;
 
-/// How often updates that met with another worker's insert, or with a document without room, are repeated. The document is
-/// there after the first. In the last ones, what is new to a document that could not be written anew is left out.
+/// Attempts at updates that met another worker's insert, or a document without room. After the first attempt the
+/// document exists. From attempt `FITTING` on, reactions and annotations that are new to a document that could not be
+/// rewritten are left out.
 const UPSERTS: usize = 6;
 const FITTING: usize = 4;
 
-/// Codes of write errors that have to do with the server's state, and not with the document: they pass, or somebody repairs
-/// the server. All else that is said of one document means that it will never be taken.
+/// Codes of write errors that are caused by the state of the server and not by the document: they pass, or the server
+/// gets repaired. Any other error of a single document means that it will never be accepted.
 const PASSING: &[i32] = &[
     6,     // HostUnreachable
     7,     // HostNotFound
@@ -96,18 +97,18 @@ const PASSING: &[i32] = &[
     14031, // OutOfDiskSpace
 ];
 
-/// What entries say of one message.
+/// The entries about one message.
 struct Group<'a> {
     key: &'a str,
     room: &'a RoomId,
     folded: Folded,
-    /// Which entries these are.
+    /// The indexes of these entries.
     entries: Vec<usize>,
-    /// Where the message was said again.
+    /// The places of duplicates of the message.
     copies: Vec<Place>,
 }
 
-/// What MongoDB said about one document or statement.
+/// MongoDB's error for one document or statement.
 struct WriteError {
     index: usize,
     code: i32,
@@ -115,10 +116,11 @@ struct WriteError {
 }
 
 impl Store {
-    /// Writes what entries say. What is not in the answer is confirmed by the majority; all may be repeated, in any order.
+    /// Writes entries, and returns those that MongoDB refuses. All others are acknowledged by the majority. Writes may
+    /// be repeated, in any order.
     ///
     /// # Errors
-    /// [`StoreError::Unavailable`]: some may have been written; all must be repeated.
+    /// [`StoreError::Unavailable`]: some entries may have been written; all must be retried.
     pub async fn write(&self, entries: &[Entry]) -> Result<Vec<RefusedEntry>, StoreError> {
         let mut groups: IndexMap<&str, Group<'_>> = IndexMap::new();
         for (index, entry) in entries.iter().enumerate() {
@@ -135,7 +137,7 @@ impl Store {
                 several => together.extend_from_slice(several),
             }
         }
-        // Of entries about one message only some may be at fault: each for itself.
+        // Of several entries about one message, only some may be at fault: write each by itself.
         if !together.is_empty() {
             let alone = together.into_iter().filter_map(|index| {
                 let entry = entries.get(index)?;
@@ -154,7 +156,7 @@ impl Store {
             .collect())
     }
 
-    /// Writes what groups say, and gives back those that were refused, with the reason.
+    /// Writes groups, and returns those that were refused, with the reason.
     async fn write_groups<'a>(
         &self,
         groups: Vec<Group<'a>>,
@@ -179,7 +181,7 @@ impl Store {
                 refused.push((group, error.text()));
             }
         }
-        // What the documents say of the first goes before what the batch says.
+        // The first places known from the documents take precedence over those of the batch.
         let mut known = self.said_before(&mut updates).await?;
         known.append(&mut removals);
         self.record_removals(&known).await?;
@@ -202,7 +204,7 @@ impl Store {
                 }
             }
             for (group, error) in self.send(cstr!("update"), statements, &mut refused).await? {
-                // Another worker has just made it, or there is no room in it.
+                // Another worker has just created the document, or there is no room in it.
                 if error.code == DUPLICATE_KEY {
                     updates.push(group);
                 } else {
@@ -221,8 +223,9 @@ impl Store {
         Err(StoreError::Unavailable(problem.to_owned()))
     }
 
-    /// Leaves out the reactions and annotations of a group that a full document does not have yet: all of them, if it can't be
-    /// read. What else the group says, and what users now say instead of what is there, is still written.
+    /// Leaves out the reactions and annotations of a group that a full document does not have yet (all of them, if the
+    /// document can't be read). The rest of the group, and new values for existing reactions and annotations, are still
+    /// written.
     async fn leave_out(&self, group: &mut Group<'_>) -> Result<(), StoreError> {
         let query = query::keys(&[group.key.to_owned()]);
         let (found, _) = self.find(query, self.read_timeout).await?;
@@ -242,8 +245,9 @@ impl Store {
         Ok(())
     }
 
-    /// Which messages of `groups` were said before at another place, and the later places of these. Before the documents are
-    /// changed: what is displaced by an earlier one is found too.
+    /// Finds the messages of `groups` that are already stored with another place, and returns the removals of the later
+    /// copies. It is called before the documents are changed, so that a stored copy that is displaced by an earlier one
+    /// is found too.
     async fn said_before(&self, groups: &mut [Group<'_>]) -> Result<Vec<Removal>, StoreError> {
         let messages = groups.iter().filter(|group| group.folded.base.is_some());
         let keys: Vec<String> = messages.map(|group| group.key.to_owned()).collect();
@@ -257,7 +261,7 @@ impl Store {
                 let key = found.get_str("_id").unwrap_or_default();
                 match document::read_place(&found) {
                     Ok(place) => drop(known.insert(key.to_owned(), place)),
-                    // Pages say so too; the rest of the batch is none the worse.
+                    // Pages report this too; the rest of the batch is not affected.
                     Err(error) => tracing::warn!(key, %error, "nothing is known of a message"),
                 }
             }
@@ -272,15 +276,15 @@ impl Store {
             let first = place.min(&base);
             removals.extend(group.removals(first));
             if base < *place {
-                // Of what had been taken for the first, others were copies too.
+                // Other messages were copies of the one that was taken for the first until now.
                 self.displace_first(place, &base).await?;
             }
         }
         Ok(removals)
     }
 
-    /// Sends documents or statements, in as many commands as it takes, and gives back those that were not taken. What is too
-    /// large to be sent is refused.
+    /// Sends documents or statements, in as many commands as needed, and returns those that were not accepted.
+    /// Documents that are too large are refused.
     async fn send<'a>(
         &self,
         command: &'static CStr,
@@ -335,7 +339,7 @@ impl Store {
         let answer = self.run_raw(command, self.write_timeout).await?;
         let errors = write_errors(&answer)?;
         let failed: BTreeSet<usize> = errors.iter().map(|error| error.index).collect();
-        // Each is written or has an error; whatever else MongoDB says, it is not what was asked.
+        // Each part is written or has an error. Any other answer is not valid.
         let written = answer
             .get_i32("n")
             .ok()
@@ -375,7 +379,7 @@ impl<'a> Group<'a> {
         self.entries.push(index);
     }
 
-    /// The message stands at `place`. If it is known from another one, the later one is a copy.
+    /// The message is also stored at `place`. The later of the two places is a duplicate.
     fn said_at(&mut self, place: &Place) {
         let known = self.folded.base.as_ref().map(|base| &base.place);
         if let Some(known) = known.filter(|known| *known != place) {
@@ -383,7 +387,7 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// What takes the copies out of the streams: those of the message that stands at `first`.
+    /// The removals of the duplicates of the message, whose first place is `first`.
     fn removals(&self, first: &Place) -> impl Iterator<Item = Removal> {
         let copies = self.copies.iter();
         copies.map(|copy| {
@@ -399,7 +403,7 @@ impl WriteError {
     }
 }
 
-/// The document that an entry is about.
+/// The key of the document that an entry changes.
 fn key(entry: &Entry) -> Option<&str> {
     match &entry.what {
         What::Message { key, .. } => Some(key),
@@ -408,8 +412,8 @@ fn key(entry: &Entry) -> Option<&str> {
     }
 }
 
-/// What an answer says of single documents; an error if it says anything of the server, or that the majority has not
-/// confirmed.
+/// The errors of single documents in an answer. An error if the answer reports a problem of the server, or that the
+/// majority has not acknowledged.
 fn write_errors(answer: &Fields) -> Result<Vec<WriteError>, StoreError> {
     let unclear = || StoreError::Unavailable(format!("it answered {answer}"));
     if let Ok(error) = answer.get_document("writeConcernError") {

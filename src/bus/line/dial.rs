@@ -1,4 +1,4 @@
-//! Reaching a server: which one, TLS, and who we are.
+//! Connecting to a server: choice of the server, TLS, authentication.
 
 use std::{io, sync::Arc};
 
@@ -23,24 +23,24 @@ use crate::{
     config,
 };
 
-/// The way to the servers of a region.
+/// Connects to the servers of a region.
 pub(super) struct Dialer {
     name: String,
     servers: Vec<ServerAddr>,
-    /// What the servers told of each other.
+    /// Servers that other servers have announced.
     found: Vec<ServerAddr>,
     auth: Auth,
 }
 
-/// Who we are.
+/// The identity of this client.
 enum Auth {
     Nobody,
     Password(String, String),
-    /// A user's JWT and the key that proves it is ours.
+    /// A user's JWT, and the key that proves its ownership.
     Credentials(String, Box<KeyPair>),
 }
 
-/// A server could not be reached, or does not want us.
+/// A server could not be reached, or it refused this client.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DialError {
     #[error(transparent)]
@@ -59,22 +59,22 @@ pub(crate) enum DialError {
 pub(crate) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
-/// A server that we have told who we are.
+/// A server to which the `CONNECT` message was sent.
 pub(crate) struct Dialed {
     pub(crate) transport: Box<dyn Transport>,
     pub(super) info: Info,
-    /// What it said already.
+    /// Bytes received so far and not yet parsed.
     pub(crate) buffer: BytesMut,
 }
 
-/// What a client says of itself.
+/// The client's `CONNECT` message.
 #[derive(Serialize)]
 struct Connect<'a> {
     verbose: bool,
     pedantic: bool,
     tls_required: bool,
     name: &'a str,
-    /// Servers take who has one for a client, also at their port for leaf nodes, and send it away there.
+    /// A server treats a peer that names a language as a client, and refuses it on the port for leaf nodes.
     #[serde(skip_serializing_if = "Option::is_none")]
     lang: Option<&'a str>,
     version: &'a str,
@@ -114,7 +114,7 @@ impl Dialer {
         })
     }
 
-    /// Tries all servers, those that the configuration names and those that they named, in any order.
+    /// Tries all configured and announced servers, in random order.
     pub(super) async fn dial(&mut self) -> Result<Dialed, DialError> {
         let mut servers: Vec<ServerAddr> =
             self.servers.iter().chain(&self.found).cloned().collect();
@@ -133,7 +133,7 @@ impl Dialer {
         Err(failed)
     }
 
-    /// Notes what a server says of the others of its cluster.
+    /// Stores the addresses of the other servers of the cluster.
     pub(super) fn learn(&mut self, info: &Info) {
         let tls = self.servers.iter().any(ServerAddr::tls_required);
         let scheme = if tls { "tls" } else { "nats" };
@@ -165,7 +165,7 @@ impl Dialer {
         }
     }
 
-    /// Connects, with TLS where the server or its address wants it, says who we are, and asks for a PONG.
+    /// Connects, with TLS if the server or its address requires it, sends `CONNECT`, and then `PING`.
     async fn introduce(
         &self,
         server: &ServerAddr,
@@ -236,8 +236,8 @@ impl Dialer {
     }
 }
 
-/// Connects to a server's port for leaf nodes, as a leaf node that is called `name`. Whether it is taken, the server has yet
-/// to say, between its interest, which [`next_op`] does not know.
+/// Connects to a server's port for leaf nodes as a leaf node called `name`. Whether the server accepts it must still be
+/// read, among messages about subscriptions, which [`next_op`] does not parse.
 pub(crate) async fn introduce_leaf_node(
     config: &config::Nats,
     address: &str,
@@ -262,7 +262,7 @@ async fn read_op(
     }
 }
 
-/// The server's nonce, signed, in the alphabet of NATS: base64url without padding.
+/// The server's nonce, signed, as NATS encodes it: base64url without padding.
 fn signature(key: &KeyPair, nonce: &str) -> Result<String, nkeys::error::Error> {
     use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
     Ok(URL_SAFE_NO_PAD.encode(key.sign(nonce.as_bytes())?))
@@ -281,7 +281,7 @@ fn credentials(text: &str) -> io::Result<Auth> {
     Ok(Auth::Credentials(jwt.to_owned(), Box::new(key)))
 }
 
-/// TLS with the machine's certificate authorities (or those of `SSL_CERT_FILE`).
+/// TLS with the system's certificate authorities (or those of `SSL_CERT_FILE`).
 fn tls() -> io::Result<TlsConnector> {
     let found = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();

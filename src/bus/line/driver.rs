@@ -1,4 +1,4 @@
-//! What runs a line: dials, reads, writes, keeps time.
+//! Runs a line: connects, reads, writes, and handles timeouts.
 
 use std::{
     future::poll_fn,
@@ -26,41 +26,41 @@ use crate::{
     telemetry::metrics::{Counter, Gauge, Held, count},
 };
 
-/// Pings without any sign of life after which the server is given up.
+/// Unanswered pings after which the connection is given up.
 const MAX_UNANSWERED: u32 = 2;
 
-/// How often requests are looked through for those whose time is up: they are late by at most this.
+/// How often requests are checked for their timeout. A timeout is late by at most this.
 const TICK: Duration = Duration::from_millis(200);
 
-/// Room for one read.
+/// Buffer space for one read.
 const READ_BYTES: usize = 64 << 10;
 
-/// The buffer for what is written is given back when it was needed larger than this.
+/// A write buffer that has grown beyond this is shrunk to it.
 const KEEP: usize = 256 << 10;
 
-/// Reads before others have a turn.
+/// Reads before other tasks get a turn.
 const READS_A_TURN: usize = 8;
 
-/// Who is told what comes over a line, in the driver's task.
+/// Receives what arrives over a line, in the driver's task.
 pub trait Listener {
-    /// There is a new connection, on which nothing is subscribed yet.
+    /// A new connection is up. It has no subscriptions of the listener yet.
     fn up(&mut self);
 
     /// A message came.
     fn arrived(&mut self, arrival: Arrival);
 
-    /// All that was read at once has been handed over.
+    /// All messages of one read were passed to [`Self::arrived`].
     fn turn(&mut self);
 }
 
-/// A line without subscriptions.
+/// For a line without subscriptions.
 impl Listener for () {
     fn up(&mut self) {}
     fn arrived(&mut self, _arrival: Arrival) {}
     fn turn(&mut self) {}
 }
 
-/// Runs a line. The line ends when its driver is dropped.
+/// Runs a line. The line ends when its driver ends or is dropped.
 pub struct Driver {
     shared: Arc<Shared>,
     dialer: Dialer,
@@ -111,7 +111,7 @@ impl Driver {
                     self.serve(dialed, &mut listener).await;
                 }
                 Err(error) => {
-                    // Not with every attempt.
+                    // Only the first failure is a warning.
                     if said {
                         tracing::debug!(connection = self.name, %error, "no connection to NATS");
                     } else {
@@ -166,7 +166,7 @@ impl Driver {
             unanswered: 0,
             pinged: Instant::now(),
         };
-        // What came with the handshake.
+        // Bytes that were received during the handshake.
         let ended = match serving.take_in(listener) {
             Ok(()) => poll_fn(|cx| serving.poll(cx, listener)).await,
             Err(error) => Err(error),
@@ -191,20 +191,20 @@ impl Driver {
     }
 }
 
-/// One connection that is up.
+/// One established connection.
 struct Serving<'a> {
     shared: &'a Shared,
     dialer: &'a mut Dialer,
     name: &'a str,
     transport: Box<dyn Transport>,
     buffer: BytesMut,
-    /// What is being written, and how far.
+    /// The bytes being written, and how many of them are written.
     writing: Vec<u8>,
     written: usize,
     unflushed: bool,
     tick: Interval,
-    /// When the server was last asked for a sign of life, and how often since the last one. Counted and not timed: this
-    /// process may have stood still itself.
+    /// When the last ping was sent, and how many pings were sent since the server was last heard. The limit is a count,
+    /// not a time, because this process itself may have been paused.
     pinged: Instant,
     unanswered: u32,
 }
@@ -221,8 +221,8 @@ impl Serving<'_> {
                 break;
             }
         }
-        // After the reads: what came while this process stood still is a sign of life, and what the reads gave rise to is
-        // written with the rest.
+        // After the reads: data that arrived while this process was paused shows that the server is alive, and what the
+        // reads caused is written together with the rest.
         while self.tick.poll_tick(cx).is_ready() {
             self.keep_time()?;
         }
@@ -251,7 +251,7 @@ impl Serving<'_> {
         if self.buffer.capacity() - self.buffer.len() < READ_BYTES / 4 {
             self.buffer.reserve(READ_BYTES);
         }
-        // Cancel-safe: dropped before it is ready it has read nothing.
+        // Cancel-safe: if the future is dropped before it is ready, nothing was read.
         let read = pin!(self.transport.read_buf(&mut self.buffer)).poll(cx);
         match read {
             Poll::Pending => Ok(Poll::Pending),
@@ -275,13 +275,13 @@ impl Serving<'_> {
                 Op::Pong => {
                     let waiting = self.shared.state.lock().pings.pop_front();
                     for waiter in waiting.into_iter().flatten() {
-                        // It may have given up.
+                        // The waiter may have been dropped.
                         let _gone = waiter.send(());
                     }
                 }
                 Op::Info(text) => self.on_info(&text),
                 Op::Error(text) => {
-                    // Permissions: it goes on. Everything else: the server ends the connection by itself.
+                    // After a permission error the connection continues. After any other error the server closes it.
                     tracing::warn!(connection = self.name, error = text, "NATS server error");
                 }
                 Op::Ok => {}
@@ -339,7 +339,7 @@ impl Serving<'_> {
         }
     }
 
-    /// TLS keeps written bytes back.
+    /// Needed because TLS buffers written bytes.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> io::Result<Poll<()>> {
         if self.unflushed {
             match Pin::new(&mut self.transport).poll_flush(cx) {

@@ -1,10 +1,10 @@
-//! A lean NATS connection for the path of a message: subscriptions, publishes and requests of a shard.
+//! A lean NATS connection for the path of a message: subscriptions, publishes and requests of one shard.
 //!
-//! async-nats serves everything else. It is made for many tasks that share one client; a shard is one thread, and what async-nats
-//! needs for the former is most of what a small room costs: 6 KB of buffer a subscription, a hash map of headers a message, a
-//! task woken for each, timers and two allocations a request (figures in `benches/RESULTS.md`). A line parses where it
-//! reads, hands messages to a [`Listener`] in the order in which they came, without a queue in between, and writes whatever its users
-//! have left for it since its last turn at once.
+//! async-nats serves everything else. It is made for many tasks that share one client, while a shard is one thread.
+//! That generality is most of the cost of a small room: 6 KB of buffer per subscription, a hash map of headers per
+//! message, a task woken for each message, timers and two allocations per request (figures in `benches/RESULTS.md`). A
+//! line parses in the task that reads, passes messages to a [`Listener`] in their order without a queue in between, and
+//! writes everything that was queued since its last turn at once.
 //!
 //! ```text
 //!  DIALLING ──► UP ──► (error, two pings unanswered) ──► DIALLING, after a pause that grows to a second
@@ -12,10 +12,13 @@
 //! ```
 //!
 //! # Invariants
-//! - A line keeps no subscriptions: [`Listener::up`] makes them, anew on each connection, before anything else is sent on it.
-//! - What the server says before the answer to a request is handed over before the request's future wakes.
-//! - While a line is not up nothing is taken: requests and publishes fail at once, and what was in flight when the connection
-//!   broke fails with [`LineError::Lost`]. Whoever repeats must know that it may have been done.
+//! - Apart from the subscription for answers, a line keeps no subscriptions. [`Listener::up`] makes them again on each
+//!   connection, before other tasks on the driver's thread can use the connection.
+//! - Messages that the server sent before the answer to a request are passed to the listener before the request's
+//!   future wakes.
+//! - While a line is not up, it accepts nothing: requests and publishes fail at once. Requests in flight when the
+//!   connection breaks fail with [`LineError::Lost`]. A caller that retries one must know that it may already have been
+//!   executed.
 
 mod dial;
 mod driver;
@@ -45,17 +48,17 @@ pub(crate) use dial::{DialError, Dialed, introduce_leaf_node};
 pub use driver::{Driver, Listener};
 pub use protocol::{Arrival, HeaderWriter, Headers};
 
-/// Bytes left for the server above which nothing more is taken: it does not read.
+/// Bytes waiting to be written above which nothing more is accepted: the server does not read.
 const MAX_OUT: usize = 16 << 20;
 
-/// Headers of one message, in bytes. A stream of nats-server stores at most 64 KiB; the server's own headers and those of a dead
-/// letter are added to a message's.
+/// Limit for the headers of one message, in bytes. A stream of nats-server stores at most 64 KiB of headers; the
+/// server's own headers, or those of a dead letter, are added to the message's.
 const MAX_HEADERS: usize = 60 * 1024;
 
-/// The subscription for answers; [`Line::subscribe`] gives higher numbers.
+/// The number of the subscription for answers; [`Line::new_sid`] returns higher numbers.
 const ANSWERS: u64 = 1;
 
-/// A NATS connection that reconnects by itself, for ever, as long as its [`Driver`] runs. Cheap to clone.
+/// A NATS connection that reconnects by itself, without limit, while its [`Driver`] runs. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Line(Arc<Shared>);
 
@@ -63,7 +66,7 @@ pub struct Line(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     up: AtomicBool,
-    /// Connections made so far.
+    /// Number of connections made so far.
     generation: AtomicU64,
     ended: AtomicBool,
     /// `up`, `ended` or the state's `closing` has changed.
@@ -72,22 +75,22 @@ struct Shared {
 
 #[derive(Debug)]
 struct State {
-    /// What the driver is to write.
+    /// Bytes for the driver to write.
     out: Vec<u8>,
-    /// Headers in the making.
+    /// Buffer for the headers of one message.
     scratch: Vec<u8>,
-    /// Where answers go: this and a number.
+    /// Prefix of the subjects for answers; the number of the request follows.
     inbox: String,
     max_payload: usize,
-    /// Requests that wait; the number of the first is `first`, and an answered one is `None`.
+    /// Requests in flight. The number of the first one is `first`; an answered one is `None`.
     waiting: VecDeque<Option<Waiting>>,
     first: u64,
-    /// Who waits for the answer to each ping that was sent.
+    /// For each ping that was sent, the callers that wait for its answer.
     pings: VecDeque<Vec<oneshot::Sender<()>>>,
-    /// Length of `out` right behind its last ping: whoever comes before anything else does can share it.
+    /// Length of `out` right after its last ping. While `out` has this length, another round trip can share that ping.
     pinged_at: Option<usize>,
     sids: u64,
-    /// The driver; `None` while it has been woken.
+    /// Wakes the driver; `None` if it has already been woken.
     waker: Option<Waker>,
     closing: bool,
 }
@@ -97,15 +100,15 @@ struct Waiting {
     asked: Instant,
     within: Duration,
     answers: Vec<Arrival>,
-    /// Answered by one message; otherwise by all up to the one that says that there are no more.
+    /// Whether one message is the whole answer. Otherwise the answer is all messages up to the end of the batch.
     single: bool,
     done: oneshot::Sender<Result<Vec<Arrival>, LineError>>,
 }
 
-/// The line did not do what was asked.
+/// A request or a publish over the line failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LineError {
-    /// There is no connection now (or the server takes nothing): nothing was sent.
+    /// There is no connection now, or more than [`MAX_OUT`] bytes are waiting to be written. Nothing was sent.
     #[error("NATS is not reachable")]
     Down,
     /// The connection broke before the answer.
@@ -114,26 +117,27 @@ pub enum LineError {
     /// No answer in time.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
-    /// Nobody listens to the subject.
+    /// Nobody is subscribed to the subject.
     #[error("nobody answers")]
     NoResponders,
-    /// The message is larger than the server takes, or its headers than a stream does.
+    /// The message exceeds the server's limit, or its headers exceed [`MAX_HEADERS`].
     #[error("{what} of {size} bytes, and the limit is {most}")]
     TooLarge {
         what: &'static str,
         size: usize,
         most: usize,
     },
-    /// The answer is an error.
+    /// The answer is an error status.
     #[error("{0} {1}")]
     Status(u16, String),
 }
 
 impl Line {
-    /// A line and what runs it; it goes on dialling when no server answers. `name` is what `nats server report connections` shows.
+    /// A line and its driver, which keeps dialling while no server answers. `name` is shown by `nats server report
+    /// connections`.
     ///
     /// # Errors
-    /// [`ConnectError`] where repeating can't help.
+    /// [`ConnectError`] if a retry can't help.
     pub fn new(config: &config::Nats, name: &str) -> Result<(Self, Driver), ConnectError> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
@@ -158,19 +162,19 @@ impl Line {
         Ok((Self(shared), driver))
     }
 
-    /// Whether there is a connection, as far as is known: a peer that vanished is noticed after some seconds.
+    /// Whether the line is connected, as far as is known: it takes some seconds to notice that a peer has vanished.
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.0.up.load(Ordering::Acquire)
     }
 
-    /// How often a connection was made. It changes before the first message of a new one is handed over.
+    /// The number of connections made so far. It changes before the first message of a new connection is passed on.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.0.generation.load(Ordering::Acquire)
     }
 
-    /// Waits until there is a connection; `false`: none will come any more, the line has ended.
+    /// Waits for a connection. Returns `false` if the line has ended, so that there will be none.
     pub async fn ready(&self) -> bool {
         let up = |shared: &Shared| shared.up.load(Ordering::Acquire);
         let ended = |shared: &Shared| shared.ended.load(Ordering::Acquire);
@@ -178,7 +182,7 @@ impl Line {
         !ended(&self.0)
     }
 
-    /// A number that no subscription has had before.
+    /// A new subscription number.
     #[must_use]
     pub fn new_sid(&self) -> u64 {
         let mut state = self.0.state.lock();
@@ -186,20 +190,21 @@ impl Line {
         state.sids
     }
 
-    /// Subscribes, if the line is up; otherwise [`Listener::up`] does it. The server has processed it once it answers a later request.
+    /// Subscribes if the line is up; otherwise [`Listener::up`] does it. The subscription is active once the server has
+    /// answered a later request.
     pub fn subscribe(&self, subject: &str, sid: u64) {
         self.leave(|state| protocol::subscribe(&mut state.out, subject, sid));
     }
 
-    /// Ends a subscription. Messages that were on their way may still come.
+    /// Ends a subscription. Messages that are already on their way may still arrive.
     pub fn unsubscribe(&self, sid: u64) {
         self.leave(|state| protocol::unsubscribe(&mut state.out, sid));
     }
 
-    /// Lets `write` leave something for the driver; `None`: the line is not up.
+    /// Lets `write` queue something for the driver; `None` if the line is not up.
     fn leave<T>(&self, write: impl FnOnce(&mut State) -> T) -> Option<T> {
         let mut state = self.0.state.lock();
-        // Under the lock: the driver takes the line down under it.
+        // Checked under the lock, since the driver also takes the line down under it.
         if !self.is_up() {
             return None;
         }
@@ -210,7 +215,7 @@ impl Line {
         Some(left)
     }
 
-    /// Leaves a publish for the driver.
+    /// Queues a message for the driver. It is not acknowledged.
     ///
     /// # Errors
     /// [`LineError::Down`], [`LineError::TooLarge`].
@@ -224,7 +229,7 @@ impl Line {
             .unwrap_or(Err(LineError::Down))
     }
 
-    /// Asks and waits for the one answer. What is asked is left for the driver when the future is first polled.
+    /// Sends a request and waits for its single answer. The request is queued when the future is first polled.
     ///
     /// # Errors
     /// [`LineError`].
@@ -240,10 +245,10 @@ impl Line {
         answers.pop().ok_or(LineError::NoResponders)
     }
 
-    /// Asks a stream for messages and waits for all of them, up to the one that ends a batch.
+    /// Sends a direct get and waits for all its messages, up to the end of the batch.
     ///
     /// # Errors
-    /// [`LineError`]; a status that says that there are none is an empty answer.
+    /// [`LineError`]. If nothing is found, the result is empty.
     pub async fn gather(
         &self,
         subject: &str,
@@ -279,7 +284,7 @@ impl Line {
         Ok(answers)
     }
 
-    /// Returns when the server has processed everything that was left before.
+    /// Returns when the server has processed everything that was queued before.
     ///
     /// # Errors
     /// [`LineError::Down`], [`LineError::Lost`].
@@ -293,7 +298,7 @@ impl Line {
         answered.await.map_err(|_dropped| LineError::Lost)
     }
 
-    /// Ends the connection when what is left for the driver is written.
+    /// Closes the connection after everything queued is written, or after a timeout.
     pub async fn close(&self) {
         {
             let mut state = self.0.state.lock();
@@ -343,7 +348,7 @@ impl State {
         let mut writer = HeaderWriter::new(&mut self.scratch);
         headers(&mut writer);
         writer.end();
-        // Without any header there is no block of them at all.
+        // A message without headers has no header block at all.
         let headers = Some(&*self.scratch)
             .filter(|block| block.len() > b"NATS/1.0\r\n\r\n".len())
             .unwrap_or_default();
@@ -367,7 +372,7 @@ impl State {
         self.pings.push_back(waiting);
     }
 
-    /// Takes an answer to a request. An answer to one that gave up is nobody's.
+    /// Takes an answer to a request. An answer to a request that has timed out is dropped.
     fn answer(&mut self, arrival: Arrival) {
         let token = arrival
             .subject()
@@ -392,7 +397,7 @@ impl State {
                 waiting.answers.push(arrival);
                 waiting.single.then_some(Ok(()))
             }
-            // The end of a batch; and nothing found.
+            // 204: end of the batch. 404: nothing found.
             Some((204 | 404, _)) => Some(Ok(())),
             Some((503, _)) => Some(Err(LineError::NoResponders)),
             Some((code, text)) => Some(Err(LineError::Status(code, text))),
@@ -400,7 +405,7 @@ impl State {
         if let Some(end) = end
             && let Some(waiting) = slot.take()
         {
-            // Who asked may have given up.
+            // The caller may have been cancelled.
             let _gone = waiting.done.send(end.map(|()| waiting.answers));
             self.forget_answered();
         }
@@ -413,7 +418,7 @@ impl State {
         }
     }
 
-    /// Ends the requests whose time is up.
+    /// Ends the requests that have timed out.
     fn expire(&mut self, now: Instant) {
         for slot in &mut self.waiting {
             if let Some(waiting) =
@@ -425,11 +430,11 @@ impl State {
         self.forget_answered();
     }
 
-    /// The connection is gone, and with it what was on its way.
+    /// Drops everything in flight, since the connection is lost.
     fn lose(&mut self) {
         self.out = Vec::new();
         self.pinged_at = None;
-        // Whoever waits sees that nobody will answer.
+        // Dropping the senders tells the callers that there will be no answer.
         self.pings.clear();
         self.first += self.waiting.len() as u64;
         self.waiting.clear();

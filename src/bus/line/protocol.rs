@@ -1,16 +1,16 @@
-//! The words of the NATS client protocol that a [`Line`](super::Line) needs, after
+//! The part of the NATS client protocol that a [`Line`](super::Line) needs, after
 //! <https://docs.nats.io/reference/reference-protocols/nats-protocol>, without I/O.
 
 use bytes::{Buf, Bytes, BytesMut};
 use serde::Deserialize;
 
-/// Longest line without a payload: what a server of a large cluster says of itself fits many times.
+/// Longest line without a payload. The `INFO` of a server in a large cluster is far shorter.
 const MAX_LINE: usize = 1 << 20;
 
-/// Longest message: twice what nats-server can be configured to take.
+/// Largest message: twice the maximum that nats-server can be configured to accept.
 const MAX_MESSAGE: usize = 128 << 20;
 
-/// What a server says.
+/// An operation sent by a server.
 #[derive(Debug)]
 pub(crate) enum Op {
     Info(Bytes),
@@ -30,7 +30,7 @@ pub(crate) enum ProtocolError {
     Malformed(String),
 }
 
-/// What a server says of itself and of the connection; only what is used.
+/// The fields of a server's `INFO` that are used.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Info {
@@ -41,11 +41,11 @@ pub(super) struct Info {
     pub(super) ldm: bool,
 }
 
-/// A message as it came: slices of what was read.
+/// A received message: slices of the bytes that were read.
 #[derive(Debug, Clone)]
 pub struct Arrival {
     sid: u64,
-    /// Subject, headers and payload, one behind the other.
+    /// Subject, headers and payload, one after the other.
     bytes: Bytes,
     subject: usize,
     headers: usize,
@@ -58,13 +58,13 @@ impl Arrival {
         self.sid
     }
 
-    /// The subject; empty where it is no text.
+    /// The subject; empty if it is not UTF-8.
     #[must_use]
     pub fn subject(&self) -> &str {
         std::str::from_utf8(&self.bytes[..self.subject]).unwrap_or_default()
     }
 
-    /// The headers; none where they are no text.
+    /// The headers; none if they are not UTF-8.
     #[must_use]
     pub fn headers(&self) -> Headers<'_> {
         Headers(std::str::from_utf8(&self.bytes[self.subject..self.headers]).unwrap_or_default())
@@ -77,12 +77,12 @@ impl Arrival {
     }
 }
 
-/// The headers of a message: `NATS/1.0`, perhaps a status, and a line each.
+/// The headers of a message: `NATS/1.0` with an optional status, then one line per header.
 #[derive(Debug, Clone, Copy)]
 pub struct Headers<'a>(&'a str);
 
 impl<'a> Headers<'a> {
-    /// Names and values in their order; a name may come more than once.
+    /// Names and values in their order. A name may occur more than once.
     pub fn iter(self) -> impl Iterator<Item = (&'a str, &'a str)> {
         let pair = |line: &'a str| {
             line.split_once(':')
@@ -98,7 +98,7 @@ impl<'a> Headers<'a> {
         Some(value)
     }
 
-    /// The status of an answer that is no message, and what the server says of it.
+    /// The status of an answer that is not a message: code and description.
     #[must_use]
     pub fn status(self) -> Option<(u16, &'a str)> {
         let line = self
@@ -112,7 +112,7 @@ impl<'a> Headers<'a> {
     }
 }
 
-/// Takes the next operation off `buffer`; `None`: there is only a part of one.
+/// Takes the next operation from `buffer`; `None` if it is not complete yet.
 pub(crate) fn next_op(buffer: &mut BytesMut) -> Result<Option<Op>, ProtocolError> {
     let Some(end) = memchr::memchr(b'\n', buffer) else {
         return if buffer.len() > MAX_LINE {
@@ -150,8 +150,8 @@ pub(crate) fn next_op(buffer: &mut BytesMut) -> Result<Option<Op>, ProtocolError
     Ok(Some(op))
 }
 
-/// `MSG <subject> <sid> [reply] <bytes>` or `HMSG <subject> <sid> [reply] <bytes of headers> <bytes of all>`, a line; then the bytes and a
-/// line's end.
+/// `MSG <subject> <sid> [reply] <bytes>` or `HMSG <subject> <sid> [reply] <bytes of headers> <bytes of all>`, then the
+/// bytes and a line end.
 fn message(
     buffer: &mut BytesMut,
     end: usize,
@@ -174,7 +174,7 @@ fn message(
     };
     let sizes = if with_headers { 2 } else { 1 };
     let read = || {
-        // Without or with a subject for answers, which nobody here looks at.
+        // The optional reply subject is not used here.
         if count != 3 + sizes && count != 4 + sizes {
             return None;
         }
@@ -189,14 +189,14 @@ fn message(
     }
     let whole = end + 1 + total + 2;
     if buffer.len() < whole {
-        // Once, for what is known to come.
+        // Reserve once for the whole message.
         buffer.reserve(whole - buffer.len());
         return Ok(None);
     }
     let (from, to) = words[1];
     let (subject, mut message) = (to - from, buffer.split_to(whole));
     message.truncate(whole - 2);
-    // The subject is moved to where the headers begin: over the numbers, which are not needed any more.
+    // Move the subject directly in front of the headers, over the numbers, which are no longer needed.
     let start = end + 1 - subject;
     message.copy_within(from..to, start);
     message.advance(start);
@@ -224,7 +224,7 @@ impl<'a> HeaderWriter<'a> {
         Self(out)
     }
 
-    /// Adds a header. Ends of lines within the value become spaces: nobody writes headers of their own into it.
+    /// Adds a header. Line ends in the value become spaces, so that a value can't add further headers.
     pub fn add(&mut self, name: &str, value: &str) -> &mut Self {
         self.0.extend_from_slice(name.as_bytes());
         self.0.extend_from_slice(b": ");
@@ -244,7 +244,7 @@ impl<'a> HeaderWriter<'a> {
     }
 }
 
-/// Writes a publish; `headers` are empty or what a [`HeaderWriter`] wrote.
+/// Writes a publish. `headers` is empty or was written by a [`HeaderWriter`].
 pub(super) fn publish(
     out: &mut Vec<u8>,
     subject: &str,
@@ -389,7 +389,7 @@ mod tests {
     }
 
     proptest! {
-        /// What is written for a server is, with the word and the reply changed, what a server writes: it is read again,
+        /// A written publish becomes a valid delivery by changing its first word and reply. It must be read correctly,
         /// wherever the reads cut it.
         #[test]
         fn messages_survive_any_cut(

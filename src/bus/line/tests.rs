@@ -1,4 +1,4 @@
-//! What is written into headers, and how it is read again.
+//! Headers as they are written, and as they are read again.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
@@ -17,8 +17,8 @@ use crate::{
     subject::header,
 };
 
-/// Values that have been trouble somewhere: escapes, ends of lines, white space of all kinds, what looks like an escape of
-/// ours, characters beyond the first plane.
+/// Values that have caused trouble: escapes, line ends, all kinds of white space, text that looks like our own escapes,
+/// characters outside the basic multilingual plane.
 const HOSTILE: &[&str] = &[
     "CORP\\kim",
     "a\"b",
@@ -52,7 +52,7 @@ const HOSTILE: &[&str] = &[
     "%2F",
 ];
 
-/// A publication of `user` that has `texts` in every field that takes any text.
+/// A publication by `user` with `texts` in every field that accepts any text.
 fn publication(user: &str, texts: &[&str]) -> Publication {
     let body = serde_json::value::to_raw_value(texts).unwrap();
     let draft = Draft {
@@ -66,7 +66,7 @@ fn publication(user: &str, texts: &[&str]) -> Publication {
     Publication::new(RoomId::parse("chat:a").unwrap(), draft).unwrap()
 }
 
-/// The message that a server sends of what was published: as a line reads it, and as async-nats does.
+/// The published message as a server delivers it, read by a line and by async-nats.
 fn both_readers(publication: &Publication, user: &str) -> [Record; 2] {
     let outgoing = Outgoing {
         publication,
@@ -142,7 +142,7 @@ proptest! {
 async fn headers_that_no_stream_takes_are_not_sent() {
     let config = Config::with_defaults(Toml::string("")).unwrap();
     let (line, _driver) = Line::new(&config.nats, "test").unwrap();
-    // As far as who publishes can tell.
+    // For publishers the line looks connected.
     line.0.up.store(true, Ordering::Release);
     for (size, taken) in [(1, true), (59, true), (61, false), (900, false)] {
         let value = "v".repeat(size * 1024);

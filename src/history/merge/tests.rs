@@ -1,4 +1,4 @@
-//! Plays MongoDB, and compares with the whole log.
+//! Simulates MongoDB, and compares the pages with the whole log.
 
 use proptest::prelude::*;
 
@@ -8,21 +8,21 @@ use crate::{
     store::{Change, Said},
 };
 
-/// What was said in a room in one region, and what of it is where.
+/// The log of a room in one region, and where its entries are stored.
 #[derive(Debug, Clone)]
 struct World {
     origin: Region,
-    /// The whole log, in its order.
+    /// The whole log, in order.
     log: Vec<Entry>,
-    /// MongoDB has everything up to here …
+    /// MongoDB has everything up to this sequence …
     floor: u64,
-    /// … and these besides.
+    /// … and of the rest, these entries.
     written: Vec<bool>,
-    /// The stream has lost what is before this.
+    /// The stream has trimmed everything before this sequence.
     first: u64,
-    /// The tail was read when this was the newest.
+    /// The stream's newest sequence when the tail was read.
     last: u64,
-    /// When the floor was read, it was this.
+    /// The stream's newest sequence when the floor was read.
     newest: u64,
 }
 
@@ -92,7 +92,7 @@ fn world(origin: Region) -> impl Strategy<Value = World> {
         parts.prop_map(move |(floor, written, first, newest, last)| World {
             origin: origin.clone(),
             log: log.clone(),
-            // Nothing is confirmed that was not said yet, and nothing lost that was just said.
+            // The floor never exceeds what was published, and the newest messages are not trimmed.
             floor: floor.min(newest).min(last),
             written,
             first: first.min(newest).min(last),
@@ -105,7 +105,7 @@ fn world(origin: Region) -> impl Strategy<Value = World> {
 impl World {
     fn is_written(&self, at: usize) -> bool {
         let seq = self.log[at].place.seq;
-        // What the stream has lost was in MongoDB before.
+        // Trimmed entries were in MongoDB before.
         seq <= self.floor || seq < self.first || self.written[at]
     }
 
@@ -119,7 +119,7 @@ impl World {
     }
 }
 
-/// One region, or two: some messages are published in both.
+/// One region, or two. Some messages are published in both.
 #[derive(Debug, Clone)]
 struct Worlds(Vec<World>);
 
@@ -154,7 +154,7 @@ impl Worlds {
         documents
     }
 
-    /// The messages in order, as of the moment at which the tail was read, with all that is known of them.
+    /// The messages in order at the moment when the tail was read, with everything known of them.
     fn truth(&self) -> Vec<Folded> {
         let said = |world: &World, at: usize| world.log[at].place.seq <= world.last;
         let known = self.documents(|world, at| said(world, at) || world.is_written(at));
@@ -180,7 +180,7 @@ fn place(folded: &Folded) -> &Place {
     &folded.base.as_ref().unwrap().place
 }
 
-/// Plays MongoDB, which tells at most so many documents at once.
+/// Simulates MongoDB, which returns at most `most` documents at once.
 fn run(side: &mut Side<'_>, documents: &BTreeMap<String, Folded>, most: usize) {
     let document = |key: &String, folded: &Folded| Document {
         key: key.clone(),
@@ -221,8 +221,8 @@ fn run(side: &mut Side<'_>, documents: &BTreeMap<String, Folded>, most: usize) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// However the log is split between MongoDB and the stream: each side of each place begins with the messages that
-    /// are nearest to it, without a gap, and none is missing that was wanted.
+    /// However the log is split between MongoDB and the stream: each side of each place consists of the nearest
+    /// messages without a gap, and as many as were wanted.
     #[test]
     fn pages_are_those_of_the_log(worlds in worlds(), wanted in 1..6_usize, most in 1..9_usize) {
         let truth = worlds.truth();
@@ -244,7 +244,7 @@ proptest! {
                     here.reverse();
                 }
                 let found = side.found();
-                // Of large documents fewer are told, but some, and it is known that there are more.
+                // Of large documents fewer are returned, but at least one, and it is known that there are more.
                 let enough = wanted.min(here.len());
                 let enough = if side.is_short() { enough.min(1) } else { enough };
                 prop_assert!(found.len() >= enough, "{split:?} {end:?}: {found:?}");
@@ -282,7 +282,7 @@ fn in_front_of_a_part_of_a_tail_nothing_is_told() {
         let folded = documents.entry(format!("chat:x/kim/{id}")).or_default();
         folded.apply(&message(seq, id));
     }
-    // 4 to 6 are neither in MongoDB nor here.
+    // 4 to 6 are neither in MongoDB nor in the tail.
     let entries = vec![message(7, "g"), message(8, "h")];
     let tail = Tail::new(origin(), epoch(), 3, entries).cut_off();
     let mut side = Side::new(&tail, End::Newest, None, 5);
@@ -318,7 +318,7 @@ fn behind_the_end_of_one_part_nothing_is_told_of_another() {
             },
         },
     };
-    // Of seoul, 5 and what follows was not read; of virginia, all.
+    // For seoul, 5 and everything after it was not read; for virginia, everything was read.
     let mut seoul = Tail::new(
         origin(),
         epoch(),

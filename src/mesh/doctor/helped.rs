@@ -1,4 +1,4 @@
-//! Whether mirrors can be helped on after a cut: as whom, and at which servers.
+//! Whether stalled mirrors can be restarted after a cut: with which user, and at which servers.
 
 use std::{collections::BTreeSet, error::Error};
 
@@ -7,8 +7,8 @@ use futures_util::future::join_all;
 use super::{Check, Finding, Level, permissions};
 use crate::{config::Config, mesh::mirrors::nudge, model::Region};
 
-/// Tries it at each server of `mirrors.leafnodes`, which makes them look at their mirrors and changes nothing else. Where
-/// there are none it is not meant to be done from here.
+/// Tries it at each server of `mirrors.leafnodes`. This makes the servers check their mirrors and changes nothing else.
+/// Without `mirrors.leafnodes` there is nothing to check.
 pub(super) async fn examine(config: &Config, regions: &BTreeSet<Region>) -> Vec<Finding> {
     if config.mirrors.leafnodes.is_empty() {
         return Vec::new();

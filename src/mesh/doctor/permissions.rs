@@ -1,7 +1,8 @@
-//! Whether the configured user may do what an edge does, and that of `[mirrors]` what helping mirrors on takes.
+//! Whether the configured user has the permissions that an edge needs, and the user of `[mirrors]` those for restarting
+//! mirrors.
 //!
-//! Subscribing and reading are tried; nothing is published that anybody would see or a stream would keep. What would be
-//! published is compared with what the server says that the user may.
+//! Subscriptions and reads are tried. Nothing is published that anybody would see or a stream would store: publishes
+//! are only compared with the permissions that the server reports for the user.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -19,13 +20,13 @@ use crate::{
     subject::{self, Subjects, api, bucket},
 };
 
-/// How long one round trip to the server may take.
+/// Timeout of one round trip to the server.
 const ROUND_TRIP: Duration = Duration::from_secs(5);
 
-/// Buckets that an edge writes to.
+/// Buckets that an edge writes.
 const WRITTEN: [&str; 3] = [bucket::PRESENCE, bucket::EDGES, bucket::LASTREAD];
 
-/// The user of `nats`.
+/// Checks the user of `nats`.
 pub(super) async fn examine(
     config: &Config,
     regions: &BTreeSet<Region>,
@@ -37,7 +38,7 @@ pub(super) async fn examine(
     compare(&config.nats, Needs::of_edges(config, regions), &whose).await
 }
 
-/// The user who helps mirrors on.
+/// Checks the user that restarts mirrors.
 pub(super) async fn examine_mirrors(
     config: &Config,
     regions: &BTreeSet<Region>,
@@ -51,7 +52,7 @@ pub(super) async fn examine_mirrors(
     compare(&nats, needs, &whose).await
 }
 
-/// What a user's permissions are compared with.
+/// The texts of findings about a user.
 struct Whose {
     what: &'static str,
     advice: &'static str,
@@ -62,7 +63,7 @@ async fn compare(
     needs: Needs,
     whose: &Whose,
 ) -> Result<Vec<Finding>, ProvisionError> {
-    // A connection of its own: what else was asked may have been refused for other reasons.
+    // Its own connection, since on others requests may have been denied for other reasons.
     let (client, denials) = connect_with_denials(nats, "natter doctor").await?;
     let mut findings = Vec::new();
     let mut denied = BTreeSet::new();
@@ -107,7 +108,7 @@ fn unchecked(why: &str) -> Finding {
     )
 }
 
-/// What somebody does, by example: for edges a room of each namespace in its partition stands for all, for mirrors one
+/// The needed permissions, by example. For edges, one room per namespace and partition stands for all; for mirrors, one
 /// stream of each other region.
 #[derive(Default)]
 struct Needs {
@@ -122,7 +123,7 @@ impl Needs {
         let subjects = Subjects::new(&config.nats.prefix);
         let own = config.region();
         let mut needs = Self::default();
-        // No room: nobody could have this one by accident, and nothing is published to it.
+        // Not a real room: nobody could use it by accident, and nothing is published to it.
         let rooms = config.namespaces.iter().filter_map(|(name, policy)| {
             Some((RoomId::from_parts(name, "natter-doctor").ok()?, policy))
         });
@@ -172,7 +173,7 @@ impl Needs {
                 .published
                 .insert(subject::bucket_key(bucket, &own, "natter-doctor"));
         }
-        // The keys of leases that are over: of other regions too, since a mirror keeps what its origin purges.
+        // The keys of leases that are over, in other regions too, since a mirror keeps what its origin purges.
         for origin in regions {
             for bucket in [bucket::PRESENCE, bucket::EDGES] {
                 let stream = subject::bucket_stream(bucket, origin);
@@ -202,13 +203,13 @@ impl Needs {
     }
 }
 
-/// Subscribes and asks; what the server refused of that, or `None` if it does not answer at all.
+/// Makes the subscriptions and requests. Returns those that the server denied, or `None` if it does not answer at all.
 async fn tried(client: &Client, denials: &Denials, needs: &Needs) -> Option<BTreeSet<String>> {
     let mut subscriptions = Vec::new();
     for subject in &needs.subscribed {
         subscriptions.push(client.subscribe(subject.clone()).await.ok()?);
     }
-    // The answers are not looked at: what is refused is told at once, and in order with all else.
+    // The answers are not read: a denial is reported at once, and in order with everything else.
     let inbox = client.new_inbox();
     subscriptions.push(client.subscribe(inbox.clone()).await.ok()?);
     for (subject, payload) in &needs.asked {
@@ -230,7 +231,7 @@ async fn tried(client: &Client, denials: &Denials, needs: &Needs) -> Option<BTre
     )
 }
 
-/// Returns when the server has dealt with all that was sent before: it answers a message to ourselves, or refuses it.
+/// Returns when the server has processed everything sent before: it delivers a message to ourselves, or denies it.
 async fn round_trip(client: &Client, denials: &Denials) -> Option<()> {
     let inbox = client.new_inbox();
     let mut answers = client.subscribe(inbox.clone()).await.ok()?;
@@ -246,7 +247,8 @@ async fn round_trip(client: &Client, denials: &Denials) -> Option<()> {
     .ok()?
 }
 
-/// What the server says of the user. Others answer too, and speak of the leaf node over which the question came to them.
+/// What the server reports about the user. Other servers answer too, but about the leaf node over which the request
+/// reached them.
 async fn user_info(client: &Client, denials: &Denials) -> Option<Value> {
     let own = client.server_info().server_id;
     let inbox = client.new_inbox();
@@ -275,7 +277,7 @@ async fn user_info(client: &Client, denials: &Denials) -> Option<Value> {
     .ok()?
 }
 
-/// Whether the permissions in the answer to [`api::USER_INFO`] let this be published.
+/// Whether the permissions in the answer to [`api::USER_INFO`] allow publishing to `subject`.
 fn may_publish(info: &Value, subject: &str) -> bool {
     let list = |field: &str| -> Option<Vec<&str>> {
         let list = info.pointer("/data/permissions/publish")?.get(field)?;
@@ -285,7 +287,7 @@ fn may_publish(info: &Value, subject: &str) -> bool {
     list("allow").is_none_or(matches) && !list("deny").is_some_and(matches)
 }
 
-/// Whether a pattern of NATS covers a subject.
+/// Whether a NATS pattern covers a subject.
 fn covers(pattern: &str, subject: &str) -> bool {
     let mut tokens = subject.split('.');
     let mut patterns = pattern.split('.');

@@ -1,4 +1,4 @@
-//! What only the system account is told: whether writes are synced, gateways, the clock of each server.
+//! What only the system account is told: whether writes are synced, gateways, and the clock of each server.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,16 +13,16 @@ use tokio::time::timeout;
 use super::{Check, Finding, Level, ahead, clock};
 use crate::{config::Config, mesh::provision::connect, model::Region, subject::api};
 
-/// How long the first server may take to answer, over gateways too.
+/// Timeout for the first answer, which may come over gateways.
 const FIRST: Duration = Duration::from_secs(3);
 
-/// Nobody says how many servers there are: those of one region have all answered when none did for this long.
+/// The number of servers is not known. Those of one region count as complete after this time without a further answer.
 const QUIET: Duration = Duration::from_millis(500);
 
 /// The answers of servers by their ids, each with the time it took.
 type Answers = BTreeMap<String, (Duration, Value)>;
 
-/// All servers that the system account reaches: how many, and what is wrong.
+/// Examines all servers that the system account reaches. Returns their number and the findings.
 pub(super) async fn examine(config: &Config, regions: &BTreeSet<Region>) -> (usize, Vec<Finding>) {
     let doctor = &config.doctor;
     if doctor.sys_user.is_empty() {
@@ -56,7 +56,7 @@ pub(super) async fn examine(config: &Config, regions: &BTreeSet<Region>) -> (usi
             return (0, vec![refused(what)]);
         }
     };
-    // Servers of other regions may be as late as the first.
+    // Servers of other regions may answer as late as the first one.
     let quiet = if regions.len() > 1 { FIRST } else { QUIET };
     let asked = SystemTime::now();
     let servers = match ask(&client, "VARZ", quiet).await {
@@ -90,7 +90,7 @@ pub(super) async fn examine(config: &Config, regions: &BTreeSet<Region>) -> (usi
     (servers.len(), findings)
 }
 
-/// With the region, which is the server's JetStream domain.
+/// Adds the region, which is the server's JetStream domain.
 fn placed(mut finding: Finding, varz: &Value) -> Finding {
     let domain = varz.pointer("/server/domain").and_then(Value::as_str);
     finding.region = domain.map(str::to_owned);
@@ -108,7 +108,7 @@ fn unheard(servers: &Answers, regions: &BTreeSet<Region>) -> Vec<Finding> {
         .values()
         .filter_map(|(_, varz)| varz.pointer("/server/domain")?.as_str())
         .collect();
-    // The servers of a region alone need no domain.
+    // In a mesh of one region, servers need no domain.
     let regions = regions.iter().filter(|_| regions.len() > 1);
     let unheard = regions.filter(|region| !heard.contains(region.as_str()));
     let note = |region| {
@@ -123,7 +123,7 @@ fn unheard(servers: &Answers, regions: &BTreeSet<Region>) -> Vec<Finding> {
     unheard.map(note).collect()
 }
 
-/// The answers of all servers, until none has come for `quiet`.
+/// The answers of all servers, until none has arrived for `quiet`.
 async fn ask(client: &Client, what: &str, quiet: Duration) -> Result<Answers, String> {
     let failed = |error: &dyn std::error::Error| format!("{}{what}: {error}", api::PING_SERVERS);
     let inbox = client.new_inbox();
@@ -145,7 +145,7 @@ async fn gather(mut answers: impl Stream<Item = Message> + Unpin, quiet: Duratio
     let mut patience = FIRST;
     while let Ok(Some(answer)) = timeout(patience, answers.next()).await {
         patience = quiet;
-        // "No responders" is empty.
+        // "No responders" has an empty payload.
         let Ok(answer) = serde_json::from_slice::<Value>(&answer.payload) else {
             continue;
         };
@@ -156,7 +156,7 @@ async fn gather(mut answers: impl Stream<Item = Message> + Unpin, quiet: Duratio
     servers
 }
 
-/// Whether an acknowledged message is on the disk.
+/// Whether acknowledged messages are synced to disk.
 fn sync(varz: &Value, replicas: usize) -> Option<Finding> {
     let config = varz.pointer("/data/jetstream/config")?;
     if config.get("sync_always").and_then(Value::as_bool) == Some(true) {
@@ -199,7 +199,7 @@ fn server_clock(varz: &Value, asked: SystemTime, took: Duration) -> Option<Findi
     Some(finding)
 }
 
-/// Gateways that the server is told of and has no connection to.
+/// Gateways that the server is configured with but not connected to.
 fn links(varz: &Value, gatewayz: Option<&Value>) -> Vec<Finding> {
     let own = varz.pointer("/data/gateway/name").and_then(Value::as_str);
     let told = varz
@@ -252,7 +252,7 @@ mod tests {
 
     use super::*;
 
-    /// As nats-server 2.15.1 answers: VARZ names all gateways that it is told of, GATEWAYZ those it has.
+    /// As nats-server 2.15.1 answers: VARZ names all configured gateways, GATEWAYZ the connected ones.
     #[test]
     fn a_gateway_without_a_connection_is_named() {
         let varz = json!({
@@ -265,7 +265,7 @@ mod tests {
         assert_eq!(down.len(), 1);
         assert!(down[0].what.contains("gateway g2"), "{down:?}");
         assert_eq!(links(&json!({ "data": { "gateway": {} } }), None), []);
-        // Nobody knows what a server has that did not say it.
+        // Nothing is known of a server that did not report its gateways.
         let unknown = links(&varz, None);
         assert_eq!(unknown.len(), 1);
         assert_eq!(unknown[0].level, Level::Note, "{unknown:?}");

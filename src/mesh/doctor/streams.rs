@@ -1,4 +1,4 @@
-//! What is wrong with one stream, by what it tells of itself. No I/O.
+//! What is wrong with one stream, according to its own report. Does no I/O.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -11,16 +11,17 @@ use crate::{
     subject::{EPOCH_METADATA, PARTITIONS_METADATA},
 };
 
-/// Of a limit, in percent.
+/// Percentage of a limit that is reported.
 const NEAR: u64 = 80;
 
-/// Messages that a mirror or a replica may be behind before it is worth a word.
+/// Messages that a mirror or a replica may lag behind without being reported.
 const BEHIND: u64 = 1000;
 
-/// A mirror hears of its origin every second or so. After 10 s of silence the server asks anew by itself, so this is more.
+/// A mirror hears from its origin about every second. After 10 s of silence the server retries by itself, so this is
+/// longer.
 const SILENT: Duration = Duration::from_secs(30);
 
-/// The leader of a replicated stream hears of each copy every second or so.
+/// The leader of a replicated stream hears from each replica about every second.
 const SILENT_COPY: Duration = Duration::from_secs(10);
 
 const PROVISION: &str = "natter provision";
@@ -51,7 +52,7 @@ pub(super) fn account(account: &Value) -> Option<Finding> {
     })
 }
 
-/// A region's own stream.
+/// Checks a region's own stream.
 pub(super) fn own(definition: &Definition, info: &Value) -> Vec<Finding> {
     let mut findings = as_defined(definition, info);
     let wants_epoch = metadata(&definition.config, EPOCH_METADATA).is_some();
@@ -67,7 +68,7 @@ pub(super) fn own(definition: &Definition, info: &Value) -> Vec<Finding> {
     findings
 }
 
-/// A mirror; `origin` is what the stream it is of tells, where that could be asked.
+/// Checks a mirror. `origin` is the report of the mirrored stream, if it could be asked.
 pub(super) fn mirror(
     definition: &Definition,
     info: &Value,
@@ -75,7 +76,7 @@ pub(super) fn mirror(
 ) -> Vec<Finding> {
     let mut findings = as_defined(definition, info);
     if !config(info).is_some_and(is_mirror) {
-        // All else follows from that.
+        // All other problems follow from this one.
         return findings;
     }
     let from = definition.origin();
@@ -88,7 +89,7 @@ pub(super) fn mirror(
             format!("see whether the stream is there in {from}, and whether the account may read it from here"),
         ));
     }
-    // Without an origin that answers, silence is what there must be.
+    // While the origin does not answer, a silent mirror is normal.
     let Some(origin) = origin else {
         return findings;
     };
@@ -154,7 +155,7 @@ pub(super) fn mirror(
     findings
 }
 
-/// How long ago the stream was made, by the server's clock.
+/// The age of the stream, by the server's clock.
 fn age(info: &Value) -> Option<Duration> {
     let time = |field| humantime::parse_rfc3339_weak(info.get(field)?.as_str()?).ok();
     time("ts")?.duration_since(time("created")?).ok()
@@ -164,12 +165,12 @@ fn last(info: &Value) -> u64 {
     number(info, "/state/last_seq").unwrap_or(0)
 }
 
-/// Whether a mirror holds what its origin, asked before it, had not.
+/// Whether a mirror holds more than its origin, which was asked before it.
 pub(super) fn is_ahead(mirror: &Value, origin: &Value) -> bool {
     last(mirror) > last(origin)
 }
 
-/// Whether a region's stream of rooms names the regions that are there: `complete` have all their mirrors.
+/// Whether a region's room stream names the right regions: those in `complete`, which have all their mirrors.
 pub(super) fn regions(
     info: &Value,
     complete: &BTreeSet<Region>,
@@ -195,14 +196,14 @@ pub(super) fn regions(
     unnamed.chain(unknown).collect()
 }
 
-/// What differs from the definition, how full it is, and the state of its copies.
+/// Checks the differences from the definition, how full the stream is, and the state of its replicas.
 fn as_defined(definition: &Definition, info: &Value) -> Vec<Finding> {
     let mut findings = Vec::new();
     let Some(existing) = config(info) else {
         return findings;
     };
     let mut definition = definition.clone();
-    // Epochs and regions have checks of their own.
+    // Epochs and regions are checked separately.
     if let Some(Value::Object(wanted)) = definition.config.remove("metadata")
         && let Some(wanted) = wanted.get(PARTITIONS_METADATA).and_then(Value::as_str)
         && metadata(existing, PARTITIONS_METADATA).is_none_or(|have| have != wanted)
@@ -309,7 +310,7 @@ fn limits(existing: &Map<String, Value>, info: &Value) -> Vec<Finding> {
     let near = checked.into_iter().filter_map(|(field, state)| {
         let limit = existing.get(field)?.as_u64().filter(|limit| *limit > 0)?;
         let used = number(info, state)?;
-        // A number of percent, rounded down; what is stored may be a little above the limit.
+        // A percentage, rounded down. The stored amount may be slightly above the limit.
         let percent = u128::from(used) * 100 / u128::from(limit);
         is_near(used, limit).then(|| {
             Finding::new(
@@ -341,7 +342,7 @@ fn copies(info: &Value) -> Vec<Finding> {
             "has no leader: publishes fail".to_owned(),
             "see how many of its servers run: more than half must",
         ));
-        // Without one nobody knows how the others are.
+        // Without a leader the state of the others is not known.
         return findings;
     }
     let peers = cluster.get("replicas").and_then(Value::as_array);
@@ -352,7 +353,7 @@ fn copies(info: &Value) -> Vec<Finding> {
             .unwrap_or("a server");
         let is = |field| peer.get(field).and_then(Value::as_bool).unwrap_or(false);
         let current = is("current");
-        // Time since the leader heard of it. A leader that was elected after it went away says 0.
+        // Time since the leader heard from it. A leader that was elected after the replica went away reports 0.
         let active = Duration::from_nanos(number(peer, "/active").unwrap_or(0));
         let silent = active > SILENT_COPY || (active.is_zero() && !current);
         let lag = number(peer, "/lag").unwrap_or(0);
@@ -434,7 +435,7 @@ mod tests {
         let fresh = json!({ "lag": 0, "active": 146_777 });
         assert_eq!(told(&of(5000, fresh.clone())), []);
         assert_eq!(told(&of(4990, fresh.clone())), []);
-        // What it says of its lag is as old as what it has heard.
+        // The reported lag is as old as the last message from the origin.
         only(
             &of(3000, fresh.clone()),
             Level::Warning,
@@ -480,7 +481,7 @@ mod tests {
             Level::Problem,
             "stands still: stream not found",
         );
-        // The region of the origin is away, which is said once: silence is no news.
+        // The origin's region is away, which is reported once: the silence is not a further finding.
         let here = info(
             &definition,
             json!({}),
@@ -518,7 +519,7 @@ mod tests {
             ))),
             []
         );
-        // As nats-server 2.15.1 says it of a server that was killed, before and after a new leader was elected.
+        // As nats-server 2.15.1 reports a killed server, before and after the election of a new leader.
         for dead in [
             json!({ "name": "c3", "current": false, "active": 0, "lag": 3 }),
             json!({ "name": "c3", "current": true, "active": 25_000_000_000_u64 }),
@@ -572,7 +573,7 @@ mod tests {
             Level::Problem,
             "does not name frankfurt",
         );
-        // One whose mirrors are missing must not be named, and that is told of the mirrors.
+        // A region whose mirrors are missing must not be named; the missing mirrors are reported instead.
         assert_eq!(super::regions(&info, &both, &all), []);
         let alone = named(&["seoul"]);
         only(

@@ -1,4 +1,4 @@
-//! The streams a region must have, made from the files in `nats/`.
+//! The streams that a region must have, made from the files in `nats/`.
 
 use rand::Rng;
 use serde_json::{Map, Value, json};
@@ -9,7 +9,7 @@ use crate::{
     subject::{self, EPOCH_METADATA, PARTITIONS_METADATA, REGIONS_METADATA, Subjects, api, bucket},
 };
 
-/// What a message's headers may take on top of `limits.body` in the stream.
+/// Space for a message's headers on top of `limits.body` in the stream.
 const HEADER_ROOM: u64 = 32 * 1024;
 
 const ROOMS: &str = include_str!("../../../nats/streams/rooms.json");
@@ -41,14 +41,14 @@ const BUCKETS: [(&str, &str); 4] = [
 pub(super) enum Kind {
     /// One partition of the durable rooms.
     Rooms { part: u16 },
-    /// What history could not write.
+    /// Messages that history could not write.
     HistoryDead,
     /// The keys of a bucket.
     Bucket { bucket: &'static str },
 }
 
-/// A stream as it must be. The epoch in it is only an example: a new stream gets one of its own, and a mirror that of its
-/// origin. Of the regions in it only its own is sure.
+/// A stream as it must be. The epoch in it is only an example: a new stream gets its own, and a mirror that of its
+/// origin. Its list of regions contains only its own one.
 #[derive(Debug, Clone)]
 pub struct Definition {
     /// Name of the stream.
@@ -173,7 +173,7 @@ fn set(json: &mut Map<String, Value>, key: &str, value: Value) {
     json.insert(key.to_owned(), value);
 }
 
-/// 0 is "without limit" in the configuration, -1 in JetStream.
+/// "No limit" is 0 in the configuration and -1 in JetStream.
 fn limit(number: u64) -> Value {
     if number == 0 {
         json!(-1)
@@ -187,27 +187,27 @@ fn nanos(duration: std::time::Duration) -> Value {
 }
 
 impl Definition {
-    /// Whether incarnations of the stream are told apart.
+    /// Whether the stream has an epoch.
     pub(super) fn has_epoch(&self) -> bool {
         let metadata = self.config.get("metadata");
         metadata.is_some_and(|metadata| metadata.get(EPOCH_METADATA).is_some())
     }
 
-    /// Sets a value in the metadata, where the stream has any.
+    /// Sets a value in the metadata, if the stream has metadata.
     pub(super) fn set_metadata(&mut self, key: &str, value: &str) {
         if let Some(Value::Object(metadata)) = self.config.get_mut("metadata") {
             set(metadata, key, json!(value));
         }
     }
 
-    /// The same stream as `region`, another one, must have it: a read-only mirror that republishes what arrives to the
-    /// edges there. The epoch must be that of the origin's stream; whoever creates the mirror reads it there.
-    /// `None`: other regions have nothing to do with it.
+    /// The same stream as another region, `region`, must have it: a read-only mirror that republishes arriving messages
+    /// to the edges there. The caller must set the epoch to that of the origin's stream. `None` if other regions do not
+    /// mirror this stream.
     #[must_use]
     pub fn mirror_in(&self, region: &Region, subjects: &Subjects) -> Option<Self> {
         let mut mirror = self.clone();
         let config = &mut mirror.config;
-        // A mirror takes neither messages nor decisions of its own.
+        // A mirror accepts no messages and does not deduplicate or expire them by itself.
         for field in ["subjects", "duplicate_window", "subject_delete_marker_ttl"] {
             config.remove(field);
         }
@@ -239,7 +239,8 @@ impl Definition {
     }
 }
 
-/// A random epoch: 8 of `[a-z0-9]`, 41 bits, so that two incarnations of a stream do not look alike.
+/// A random epoch: 8 characters of `[a-z0-9]`, 41 bits, so that two incarnations of a stream practically never have the
+/// same.
 pub(super) fn new_epoch() -> String {
     const ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
     let mut rng = rand::rng();

@@ -1,4 +1,4 @@
-//! JetStream's API as JSON, in the domain one is connected to or in that of any region of the mesh.
+//! JetStream's API as JSON, in the domain of the connection or of any region of the mesh.
 
 use async_nats::Client;
 use serde_json::{Map, Value, json};
@@ -13,14 +13,14 @@ const STREAM_NOT_FOUND: u64 = 10059;
 #[derive(Debug, Clone)]
 pub(in crate::mesh) struct JetStream<'a> {
     client: &'a Client,
-    /// `None`: the domain of the server at the other end of the connection.
+    /// `None`: the domain of the server of the connection.
     domain: Option<Region>,
-    /// What the server refuses is known at once then, and not when the deadline is over.
+    /// If set, a denied request fails at once and not at the deadline.
     denials: Option<Denials>,
 }
 
 impl<'a> JetStream<'a> {
-    /// That of the server one is connected to.
+    /// JetStream of the server of the connection.
     pub(in crate::mesh) fn here(client: &'a Client) -> Self {
         Self {
             client,
@@ -29,7 +29,7 @@ impl<'a> JetStream<'a> {
         }
     }
 
-    /// That of a region of the mesh.
+    /// JetStream of a region of the mesh.
     pub(in crate::mesh) fn of(client: &'a Client, region: &Region) -> Self {
         Self {
             client,
@@ -38,18 +38,18 @@ impl<'a> JetStream<'a> {
         }
     }
 
-    /// The same, with what the server refuses on the connection.
+    /// The same, with the denied subjects of the connection.
     pub(in crate::mesh) fn with_denials(mut self, denials: &Denials) -> Self {
         self.denials = Some(denials.clone());
         self
     }
 
-    /// Whether it answers.
+    /// Whether JetStream answers.
     pub(in crate::mesh) async fn ping(&self) -> Result<(), ProvisionError> {
         self.account().await.map(drop)
     }
 
-    /// What the account has, may have, and in which domain.
+    /// Usage and limits of the account, and the domain.
     pub(in crate::mesh) async fn account(&self) -> Result<Value, ProvisionError> {
         self.request(api::INFO, &json!({})).await
     }
@@ -74,7 +74,7 @@ impl<'a> JetStream<'a> {
         }
     }
 
-    /// All that a stream tells of itself, or `None` where there is none of this name.
+    /// The stream's info; `None` if there is no such stream.
     pub(in crate::mesh) async fn stream_info(
         &self,
         name: &str,
@@ -89,7 +89,7 @@ impl<'a> JetStream<'a> {
         }
     }
 
-    /// The configuration of a stream, or `None` where there is none of this name.
+    /// The stream's configuration; `None` if there is no such stream.
     pub(super) async fn stream_config(
         &self,
         name: &str,
@@ -124,13 +124,13 @@ impl<'a> JetStream<'a> {
             .map(drop)
     }
 
-    /// Deletes a stream with all it holds.
+    /// Deletes a stream with all its messages.
     pub(super) async fn delete(&self, name: &str) -> Result<(), ProvisionError> {
         let request = api::stream_delete(name);
         self.request(&request, &json!({})).await.map(drop)
     }
 
-    /// One request; `subject` as in the domain one is connected to.
+    /// Makes one request; `subject` is without a domain.
     async fn request(&self, subject: &str, payload: &Value) -> Result<Value, ProvisionError> {
         let subject = match &self.domain {
             None => subject.to_owned(),
@@ -143,7 +143,7 @@ impl<'a> JetStream<'a> {
         let denied = async {
             match self.denials.clone() {
                 Some(mut denials) => {
-                    // An error: the connection is over, and nothing is refused any more.
+                    // On an error the connection has ended, and nothing is denied any more.
                     if denials.wait_for(|d| d.contains(&subject)).await.is_err() {
                         std::future::pending().await
                     }

@@ -1,4 +1,4 @@
-//! What to change about a stream that exists, and what to leave alone.
+//! What to change in an existing stream, and what to leave alone.
 
 use std::{fmt, time::Duration};
 
@@ -8,47 +8,46 @@ use serde_json::{Map, Value};
 use super::definition::Definition;
 use crate::model::Region;
 
-/// Metadata keys that the server itself writes begin with this.
+/// Prefix of the metadata keys that the server itself writes.
 const SERVER_METADATA: &str = "_nats.";
 
 const DAY_NANOS: u64 = 24 * 60 * 60 * 1_000_000_000;
 
-/// What was (or, in a dry run, would be) done with one stream.
+/// What was done with one stream, or would be done in a dry run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
     /// Name of the stream.
     pub stream: String,
-    /// The region in whose domain it is, in a mesh of several.
+    /// The region of its domain, in a mesh of several regions.
     pub domain: Option<Region>,
-    /// Created, updated, or as it must be.
     pub action: Action,
     /// The fields that differ from the definition.
     pub changes: Vec<FieldChange>,
 }
 
-/// What happens with a stream as a whole.
+/// What is done with a stream as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// It did not exist.
     Create,
     /// At least one field is changed.
     Update,
-    /// A mirror whose origin began anew: deleted and created.
+    /// A mirror whose origin was re-created is deleted and created again.
     Recreate,
-    /// A mirror of a region that is taken out of the mesh: deleted.
+    /// A mirror of a region that is removed from the mesh is deleted.
     Delete,
     /// Nothing is changed.
     Keep,
 }
 
-/// One field that differs.
+/// A field that differs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldChange {
-    /// Name in the API.
+    /// Its name in the API.
     pub field: String,
-    /// As it is, for people.
+    /// The current value, for people.
     pub old: String,
-    /// As defined, for people.
+    /// The defined value, for people.
     pub new: String,
     /// Whether it is changed.
     pub verdict: Verdict,
@@ -57,9 +56,9 @@ pub struct FieldChange {
 /// Whether a field is changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is.
+    /// It is changed.
     Apply,
-    /// Not without `--allow-destructive`, with the harm it does.
+    /// It is changed only with `--allow-destructive`; the text says what is lost.
     Destructive(&'static str),
     /// NATS can't change it on an existing stream.
     Fixed,
@@ -75,7 +74,7 @@ impl Outcome {
         }
     }
 
-    /// Whether something differs from the definition and was left so.
+    /// Whether something differs from the definition and was not changed.
     #[must_use]
     pub fn is_incomplete(&self) -> bool {
         self.changes
@@ -84,7 +83,7 @@ impl Outcome {
     }
 }
 
-/// Compares a stream with its definition. With the outcome comes the configuration to send, if anything is to be sent.
+/// Compares a stream with its definition. Also returns the configuration to send, if an update is needed.
 pub(in crate::mesh) fn plan(
     definition: &Definition,
     existing: &Map<String, Value>,
@@ -125,14 +124,14 @@ pub(in crate::mesh) fn plan(
     (outcome, update.then_some(merged))
 }
 
-/// The existing metadata with ours in it.
+/// The existing metadata, with ours added.
 fn merged_metadata(have: &Value, wanted: &Value) -> Value {
     let mut merged = have.as_object().cloned().unwrap_or_default();
     merged.extend(wanted.as_object().cloned().unwrap_or_default());
     Value::Object(merged)
 }
 
-/// Whether two values mean the same: the server leaves out what is off, and writes "no limit" as -1 or 0.
+/// Whether two values mean the same: the server leaves out settings that are off, and writes "no limit" as -1 or 0.
 fn same(have: &Value, wanted: &Value) -> bool {
     fn is_off(value: &Value) -> bool {
         match value {
@@ -160,12 +159,12 @@ fn same(have: &Value, wanted: &Value) -> bool {
 }
 
 fn verdict(field: &str, have: &Value, wanted: &Value) -> Verdict {
-    // "Without limit" is more than any number.
+    // "No limit" is larger than any number.
     let limit = |value: &Value| value.as_u64().filter(|n| *n > 0).unwrap_or(u64::MAX);
     let number = |value: &Value| value.as_u64().unwrap_or(0);
     match field {
         "name" | "storage" | "retention" | "mirror" | "max_consumers" => Verdict::Fixed,
-        // Once on, the server keeps it on: stored messages may carry a time to live.
+        // Once on, the server keeps it on: stored messages may have a TTL.
         "allow_msg_ttl" if wanted == &Value::Bool(false) => Verdict::Fixed,
         "max_age" | "max_bytes" | "max_msgs" | "max_msgs_per_subject"
             if limit(wanted) < limit(have) =>
@@ -271,7 +270,7 @@ mod tests {
         rooms
     }
 
-    /// As the server would give it back: with its own metadata and fields we do not know.
+    /// As the server returns it: with its own metadata, and fields that this code does not know.
     fn stored(toml: &str) -> Map<String, Value> {
         let mut config = rooms(toml).config;
         config["metadata"]["_nats.ver"] = json!("2.15.1");

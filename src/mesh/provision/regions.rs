@@ -1,12 +1,12 @@
 //! The streams of all regions of a mesh, over one connection.
 //!
-//! Each region's JetStream is asked in its own domain. What does not answer is noted and left for a repeat; the others
-//! are brought as far as they can be without it.
+//! Each region's JetStream is asked in its own domain. A region that does not answer is reported and left for another
+//! run; the others are brought as far as possible without it.
 //!
 //! # Invariants
-//! - A region stands in [`REGIONS_METADATA`] of another's streams only while its mirrors are there: it is written after
-//!   they were created, and taken out, in time for edges to follow, before they are deleted.
-//! - A mirror has the epoch of its origin, read there. What an origin's stream holds is never deleted.
+//! - The [`REGIONS_METADATA`] of a region's streams names another region only while its mirrors exist: the name is
+//!   added after they were created, and removed, early enough for edges to follow, before they are deleted.
+//! - A mirror has the epoch of its origin, read there. The streams of an origin are never deleted.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,9 +30,9 @@ use crate::{
 /// What was done in a mesh.
 #[derive(Debug, Default)]
 pub struct Provisioned {
-    /// One a stream and domain, in the order in which they were dealt with.
+    /// One per stream and domain, in the order of processing.
     pub outcomes: Vec<Outcome>,
-    /// The regions that did not answer, and why: what concerns them is still to be done.
+    /// The regions that did not answer, and why. Their part is still to be done.
     pub unreachable: BTreeMap<Region, ProvisionError>,
 }
 
@@ -44,14 +44,14 @@ impl Provisioned {
     }
 }
 
-/// Brings the streams and buckets of all `regions`, and their mirrors in the others, to their definitions. A region that
-/// does not answer is noted.
+/// Brings the streams and buckets of all `regions`, and their mirrors in the others, to their definitions. A region
+/// that does not answer is reported.
 ///
-/// With the configured region alone no domain is named, and nothing is asked of a server but JetStream.
+/// With the configured region alone, no domain is named, and nothing but JetStream is needed from the server.
 ///
 /// # Errors
-/// [`ProvisionError`] for what is not a matter of a region being away; what was done before it stays done, and a repeat
-/// goes on from there.
+/// [`ProvisionError`], except for unreachable regions. What was done before the error is kept, and another run
+/// continues from there.
 pub async fn provision_mesh(
     client: &Client,
     config: &Config,
@@ -73,8 +73,9 @@ pub async fn provision_mesh(
     Ok(run.report)
 }
 
-/// Takes `gone` out of a mesh: first out of the lists of all other regions, then, when edges have followed
-/// ([`Options::edges_follow`]), its mirrors there are deleted. Its own streams are left alone, and it need not be reachable.
+/// Removes the region `gone` from a mesh: first from the lists of all other regions; then, after
+/// [`Options::edges_follow`], its mirrors there are deleted. Its own streams are left alone, and it need not be
+/// reachable.
 ///
 /// # Errors
 /// As [`provision_mesh`].
@@ -95,7 +96,7 @@ pub async fn remove_region(
     for region in &others {
         left |= !run.mirrors_of(region, gone).await?.is_empty();
     }
-    // Also where the lists were changed by a run that broke off: nobody knows when.
+    // Waits even if the lists were changed by an earlier run that was aborted: the time of that is not known.
     if left && !options.dry_run {
         sleep(options.edges_follow).await;
     }
@@ -105,7 +106,7 @@ pub async fn remove_region(
     Ok(run.report)
 }
 
-/// The regions of the mesh that the configured region's streams name, the configuration names, and the configured region
+/// The regions that the configured region's streams name, those that the configuration names, and the configured region
 /// itself.
 ///
 /// # Errors
@@ -141,7 +142,7 @@ pub(in crate::mesh) fn metadata<'a>(stream: &'a Map<String, Value>, key: &str) -
     stream.get("metadata")?.get(key)?.as_str()
 }
 
-/// As it is written into the metadata.
+/// The list as it is written into the metadata.
 fn listed(regions: &BTreeSet<Region>) -> String {
     let names: Vec<&str> = regions.iter().map(Region::as_str).collect();
     names.join(",")
@@ -153,7 +154,7 @@ struct Run<'a> {
     config: &'a Config,
     options: Options,
     subjects: Subjects,
-    /// Whether domains are named.
+    /// Whether requests name a domain.
     several: bool,
     /// The epochs of the origins' streams, by stream.
     epochs: BTreeMap<String, String>,
@@ -186,7 +187,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Notes who does not answer, all at the same time: each may take until the deadline.
+    /// Notes the regions that do not answer. All at the same time, since each may take until the deadline.
     async fn ping(&mut self, regions: &BTreeSet<Region>) {
         let jetstreams = regions.iter().map(|region| self.jetstream(region));
         let pings = jetstreams.map(async |jetstream| jetstream.ping().await);
@@ -199,7 +200,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Why a region can't be reached although one is connected to it.
+    /// The reason why a region can't be reached although the connection leads to it: its domain has another name.
     async fn because_of_its_domain(&self, region: &Region) -> Option<ProvisionError> {
         if !self.several || *region != self.config.region() {
             return None;
@@ -217,7 +218,7 @@ impl<'a> Run<'a> {
         self.report.unreachable.contains_key(region)
     }
 
-    /// Notes a region that went away meanwhile; any other error ends the run.
+    /// Notes a region that went away during the run; any other error ends the run.
     fn unless_away(
         &mut self,
         region: &Region,
@@ -259,7 +260,7 @@ impl<'a> Run<'a> {
                 self.epochs.insert(definition.stream.clone(), epoch);
             }
             if matches!(definition.kind, Kind::Rooms { .. }) {
-                // The others are added when their mirrors are there, and never taken out in passing.
+                // Other regions are added when their mirrors exist, and removed only on request.
                 let mut regions = existing.as_ref().map(regions_of).unwrap_or_default();
                 regions.insert(region.clone());
                 definition.set_metadata(REGIONS_METADATA, &listed(&regions));
@@ -270,7 +271,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Creates a stream, or changes what differs.
+    /// Creates a stream, or updates the fields that differ.
     async fn bring(
         &self,
         jetstream: &JetStream<'_>,
@@ -322,7 +323,7 @@ impl<'a> Run<'a> {
                     let outcome = self.mirror(&jetstream, mirror, existing, &epoch).await?;
                     self.push(outcome, region);
                 } else {
-                    // Its origin is away, and with it the epoch.
+                    // The origin is away, so its epoch is not known.
                     complete &= existing.is_some();
                 }
             }
@@ -377,7 +378,7 @@ impl<'a> Run<'a> {
         Ok(outcome)
     }
 
-    /// Changes what the region's own streams of rooms say about who is there, and notes it in their outcomes.
+    /// Changes the list of regions in the region's own room streams, and notes the change in their outcomes.
     async fn change_regions(
         &mut self,
         jetstream: &JetStream<'_>,
@@ -386,7 +387,7 @@ impl<'a> Run<'a> {
     ) -> Result<(), ProvisionError> {
         for part in 0..self.config.nats.partitions {
             let name = rooms_stream(region, part);
-            // None: a dry run did not create it.
+            // In a dry run it was not created.
             let Some(mut stream) = jetstream.stream_config(&name).await? else {
                 continue;
             };
@@ -419,7 +420,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Adds a change to the outcome of a stream, which may have been made already in this run.
+    /// Adds a change to the outcome of a stream, or a new outcome if there is none yet.
     fn note(&mut self, stream: &str, region: &Region, change: FieldChange) {
         let domain = self.several.then(|| region.clone());
         let made = self
@@ -440,7 +441,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Takes a region out of the list of another.
+    /// Removes a region from the list of another one.
     async fn unlist(&mut self, region: &Region, gone: &Region) -> Result<(), ProvisionError> {
         if self.is_away(region) {
             return Ok(());
@@ -453,7 +454,7 @@ impl<'a> Run<'a> {
         self.unless_away(region, result)
     }
 
-    /// The mirrors of `gone` that a region has.
+    /// The mirrors of `gone` in a region.
     async fn mirrors_of(
         &mut self,
         region: &Region,
@@ -467,7 +468,7 @@ impl<'a> Run<'a> {
         let look = async {
             for definition in definitions(self.config, gone) {
                 let stream = jetstream.stream_config(&definition.stream).await?;
-                // Whatever has its name and is no mirror is somebody's own.
+                // A stream with this name that is not a mirror belongs to somebody else.
                 if stream.is_some_and(|stream| is_mirror(&stream)) {
                     mirrors.push(definition.stream);
                 }

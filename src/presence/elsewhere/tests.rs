@@ -16,7 +16,7 @@ fn names<'a>(leases: impl Iterator<Item = &'a Arc<str>>) -> Vec<&'a str> {
     leases.map(|lease| &**lease).collect()
 }
 
-/// Both mirrors have what the origin had then.
+/// Both mirrors have everything that the origin had at this time.
 fn up(at: Instant) -> Link {
     let keys = Some(at);
     Link::Up { leases: at, keys }
@@ -33,7 +33,7 @@ fn a_lease_that_vanished_behind_a_cut_is_unreachable_until_it_is_renewed() {
     assert_eq!(look, Look::default());
     assert_eq!(names(table.unreachable()), ["a"]);
     assert_eq!(names(table.alive()), [""; 0]);
-    // The cut is over, and the edge has time to be heard of.
+    // The cut is over. The edge gets time to be heard of.
     let healed = late + LEASE;
     let look = table.looked(&[], up(healed), LEASE, healed);
     assert_eq!(look, Look::default());
@@ -51,7 +51,7 @@ fn a_lease_whose_end_was_not_told_is_over_when_the_mirror_has_kept_up_for_long_e
     let late = start + LEASE + TICK;
     table.looked(&[], Link::Cut, LEASE, late);
     table.looked(&[], up(late + TICK), LEASE, late + TICK);
-    // A look that shows nothing of the mirror begins the wait anew.
+    // A look with an unknown link starts the wait again.
     table.looked(&[], Link::Unknown, LEASE, late + LEASE);
     let heals = late + LEASE + TICK;
     table.looked(&[], up(heals), LEASE, heals);
@@ -60,11 +60,11 @@ fn a_lease_whose_end_was_not_told_is_over_when_the_mirror_has_kept_up_for_long_e
     let over = heals + LEASE + TICK;
     let look = table.looked(&[], up(over), LEASE, over);
     assert_eq!(look.missed, [""; 0].map(Arc::from));
-    // With all keys that were written before.
+    // All keys written before have arrived.
     let over = over + TICK;
     let look = table.looked(&[], up(over), LEASE, over);
     assert_eq!(look.missed, [Arc::from("a")]);
-    // What it has left is found when it has been over for long; what was known before does not bring it back.
+    // Keys it has left are purged only when it has been over for long. An old renewal does not bring it back.
     table.renewed("a", 5, over);
     let found = [entry("used.a", 1, true)];
     let look = table.looked(&found, up(over + LEASE), LEASE, over + LEASE);
@@ -73,7 +73,7 @@ fn a_lease_whose_end_was_not_told_is_over_when_the_mirror_has_kept_up_for_long_e
     let long = over + REMEMBERED / 2;
     let look = table.looked(&found, up(long), LEASE, long);
     assert_eq!(look.left, [Arc::from("a")]);
-    // A renewal refutes the conclusion, and not what the origin has said.
+    // A renewal refutes a concluded end, but not an announced one.
     table.renewed("a", 99, long);
     assert_eq!(names(table.alive()), ["a"]);
     table.ended("a", long);
@@ -89,7 +89,7 @@ fn a_mirror_that_was_silent_while_a_lease_became_overdue_does_not_say_that_it_is
     let mut table = Table::default();
     table.looked(&[entry("a", 5, true)], up(start), LEASE, start);
     table.renewed("a", 6, start + 2 * LEASE);
-    // The cut begins right after the renewal; the mirror is not known to be silent yet.
+    // The cut begins right after the renewal, and is not known yet.
     let heard = start + 2 * LEASE + TICK;
     let late = start + 3 * LEASE + TICK;
     let look = table.looked(&[], up(heard), LEASE, late);
@@ -105,7 +105,7 @@ fn an_end_that_was_told_counts_when_the_keys_are_here_that_were_written_before()
     let mut table = Table::default();
     let found = [entry("used.a", 1, true), entry("a", 5, true)];
     table.looked(&found, up(start), LEASE, start);
-    // The edge has taken another lease, and of what it has written under that nothing is here yet.
+    // The edge has taken another lease, and none of the keys under it have arrived.
     let told = start + TICK;
     table.ended("a", told);
     table.renewed("b", 8, told);
@@ -148,7 +148,7 @@ fn an_edge_has_time_to_take_another_lease_when_one_expired() {
     let found = [expired, entry("b", 8, false)];
     let told = start + TICK;
     table.looked(&found, up(told), LEASE, told);
-    // What was given up was meant to be.
+    // A lease that was given up ends at once.
     let mut look_at = |after| {
         let now = told + after;
         table.looked(&found, up(now), LEASE, now).ended
