@@ -24,7 +24,7 @@ use crate::{
 /// Timeout of a purge. JetStream reads every block of the stream for it.
 const PURGE_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Reads of a stream with several copies after which a message is believed not to be there, and the pause between them.
+/// Reads of a replicated stream after which a message is believed to be gone, and the pause between them.
 const READS: u32 = 5;
 const BETWEEN_READS: Duration = Duration::from_millis(100);
 
@@ -203,7 +203,8 @@ impl Eraser {
         })
     }
 
-    /// The message at `seq` of the stream of `room`, if it exists.
+    /// The message at `seq` of the stream of `room`, if it exists. A lagging replica does not find it, so where the stream has
+    /// replicas, a message is believed to be gone only after [`READS`] reads.
     ///
     /// # Errors
     /// [`EraseError`].
