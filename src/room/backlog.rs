@@ -69,7 +69,7 @@ enum BacklogError {
 #[derive(Debug)]
 pub(super) struct Backlog {
     /// What was read. If the read began at an older cursor, the first `skip` messages are not part of this backlog.
-    pub(super) read: Rc<[Rc<Message>]>,
+    pub(super) read: Rc<Vec<Rc<Message>>>,
     pub(super) skip: usize,
     /// Everything up to this position is included.
     pub(super) upto: (u64, Fingerprint),
@@ -104,7 +104,8 @@ impl Backlog {
 /// Which part of which read a backlog is.
 #[derive(Debug)]
 pub(super) struct Part {
-    read: Weak<[Rc<Message>]>,
+    /// A list in a box of its own: it is freed though this handle stays.
+    read: Weak<Vec<Rc<Message>>>,
     skip: usize,
 }
 
@@ -261,7 +262,7 @@ impl Hub {
         &self,
         rooms: &Rooms,
         track: usize,
-        read: &Rc<[Rc<Message>]>,
+        read: &Rc<Vec<Rc<Message>>>,
         upto: (u64, Fingerprint),
         (oldest, since): ((u64, Fingerprint), (u64, Fingerprint)),
     ) -> Option<Answer> {
@@ -401,7 +402,7 @@ impl Hub {
             upto = delivered;
         }
         // The unused rest of the share is released here.
-        Ok(Read::Found(entries.into(), upto))
+        Ok(Read::Found(Rc::new(entries), upto))
     }
 
     /// Whether anything between the cursor and what was read may have been trimmed, before or during the read. Called
@@ -459,7 +460,7 @@ enum At {
 }
 
 enum Read {
-    Found(Rc<[Rc<Message>]>, (u64, Fingerprint)),
+    Found(Rc<Vec<Rc<Message>>>, (u64, Fingerprint)),
     Reset(ResetReason),
     /// The copy of the stream that answered seems to be behind the others.
     Behind,

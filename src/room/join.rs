@@ -340,19 +340,24 @@ impl Rooms {
         count(Counter::JoinResult(result), 1);
         outlet.send(&[reply(joined)]);
         let head = hub.log.borrow().head_index();
-        let (replay, bytes) = (missed.len() as u64, missed.frame_bytes());
+        let bytes = missed.frame_bytes();
         // A client that joins many rooms at once gets their backlogs one after the other, not all at once into its
         // outbox.
         let piece = piece_of(&outlet);
-        let fits = !lags && bytes <= piece && (bytes == 0 || outlet.queued_bytes() <= piece);
-        let member = Rc::new(Member::new(who, head, fits));
+        let seems_to_fit =
+            !lags && bytes <= piece && (bytes == 0 || outlet.queued_bytes() <= piece);
+        let member = Rc::new(Member::new(who, head));
         member.set_ahead(hub.log.borrow().ahead(&since));
         hub.add(Rc::clone(&member));
         hub.follow_receipts(self);
         let mut behind = Behind::new(&self.memory, missed, (from, since), head);
-        if fits {
-            count(Counter::MessageDelivered, replay);
-            outlet.send(&behind.piece(&hub, member.codec, usize::MAX));
+        if seems_to_fit {
+            let frames = behind.piece(&hub, member.codec, piece);
+            count(Counter::MessageDelivered, frames.len() as u64);
+            outlet.send(&frames);
+        }
+        if seems_to_fit && behind.is_done() {
+            member.go_live(head);
         } else {
             behind.steps.count_in(&self.memory);
             let (rooms, hub, member) = (Rc::clone(self), Rc::clone(&hub), Rc::clone(&member));
@@ -398,15 +403,22 @@ impl Rooms {
                 if given_up {
                     break;
                 }
+                let reached = (behind.next, behind.at.clone());
                 let part = behind.piece(hub, member.codec, piece);
+                // The rest of the way, for a piece that weighs more than its bytes or is one large message.
                 let bytes: usize = part.iter().map(weight).sum();
-                let most = outlet.outbox_bytes() / 2;
-                if bytes + outlet.queued_bytes() > most {
-                    // The piece is larger than planned: it contains a large message.
-                    outlet.drained(piece.min(most.saturating_sub(bytes))).await;
-                    if is_over() {
-                        return;
-                    }
+                let below = piece.min((outlet.outbox_bytes() / 2).saturating_sub(bytes));
+                given_up = tokio::select! {
+                    biased;
+                    () = outlet.drained(below) => false,
+                    () = self.memory.is_short(), if !is_last => true,
+                };
+                if is_over() {
+                    return;
+                }
+                if given_up {
+                    (behind.next, behind.at) = reached;
+                    break;
                 }
                 outlet.send(&part);
                 count(Counter::MessageDelivered, part.len() as u64);
@@ -439,15 +451,17 @@ impl Rooms {
                         let ahead = log.ahead(&upto);
                         (upto, ahead, log.head_index())
                     };
-                    let is_little = missed.frame_bytes() <= piece;
+                    let seems_little = missed.frame_bytes() <= piece;
                     let mut behind = Behind::new(&self.memory, missed, (since, upto), head);
-                    if is_little {
-                        let frames = behind.piece(hub, member.codec, usize::MAX);
+                    if seems_little {
+                        let frames = behind.piece(hub, member.codec, piece);
                         count(Counter::MessageDelivered, frames.len() as u64);
                         outlet.send(&frames);
-                        member.set_ahead(ahead);
-                        member.go_live(head);
-                        return;
+                        if behind.is_done() {
+                            member.set_ahead(ahead);
+                            member.go_live(head);
+                            return;
+                        }
                     }
                     behind.steps.count_in(&self.memory);
                     behind
@@ -559,30 +573,34 @@ impl Behind {
         bytes
     }
 
-    /// The next frames: about `most` bytes, exceeded by at most one frame.
+    /// The next frames: at most `most` bytes, or one frame that is larger.
     fn piece(&mut self, hub: &Hub, codec: Codec, most: usize) -> Vec<Bytes> {
         let (mut frames, mut bytes) = (Vec::new(), 0);
         let began = self.next;
         {
             let log = hub.log.borrow();
-            while bytes < most
-                && let Some(Step { message, is_shown }) = self.steps.get(self.next)
-            {
-                self.next += 1;
+            while let Some(Step { message, is_shown }) = self.steps.get(self.next) {
+                let track = message.track();
+                let before = self.at.positions[track];
                 if !message.is_late() {
-                    self.at.positions[message.track()] = (message.seq, message.fingerprint);
+                    self.at.positions[track] = (message.seq, message.fingerprint);
                 }
-                if !is_shown {
-                    continue;
+                if *is_shown {
+                    let frame = if self.shared {
+                        message.frame(codec)
+                    } else {
+                        let cursor = log.cursor_of(&self.at.positions, &self.at.elsewhere);
+                        self.memory.count(message.frame_at(codec, &cursor))
+                    };
+                    bytes += frame.len();
+                    if bytes > most && !frames.is_empty() {
+                        // It begins the next piece.
+                        self.at.positions[track] = before;
+                        break;
+                    }
+                    frames.push(frame);
                 }
-                let frame = if self.shared {
-                    message.frame(codec)
-                } else {
-                    let cursor = log.cursor_of(&self.at.positions, &self.at.elsewhere);
-                    self.memory.count(message.frame_at(codec, &cursor))
-                };
-                bytes += frame.len();
-                frames.push(frame);
+                self.next += 1;
             }
         }
         let given = self.steps[began..self.next].iter();

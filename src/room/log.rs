@@ -4,7 +4,7 @@
 use std::{
     cell::OnceCell,
     collections::{HashMap, VecDeque},
-    ops::{Deref, Range},
+    ops::Deref,
     rc::Rc,
     sync::Arc,
     time::Duration,
@@ -58,6 +58,8 @@ pub(super) struct RoomLog {
     max_bytes: usize,
     /// Index of the first entry in memory.
     base: u64,
+    /// How many messages were taken in, repeats included.
+    taken: u64,
     /// One for each class, so that many reactions don't displace messages.
     references: [References; 2],
     /// Senders with a message that waited in vain: the cursor that it waited for, and until when other messages of the
@@ -216,6 +218,7 @@ impl RoomLog {
             bytes: 0,
             max_bytes,
             base: 0,
+            taken: 0,
             in_vain: HashMap::new(),
         }
     }
@@ -348,10 +351,10 @@ impl RoomLog {
             .is_none_or(|track| position.seq > self.tracks[track].position)
     }
 
-    /// The indices of the entries in memory.
+    /// Changes with everything that is taken in or forgotten.
     #[must_use]
-    pub(super) fn indices(&self) -> Range<u64> {
-        self.base..self.head_index()
+    pub(super) fn version(&self) -> (u64, u64) {
+        (self.taken, self.base)
     }
 
     /// The index that the next delivery will have.
@@ -542,6 +545,7 @@ impl RoomLog {
     /// before (the first one wins): then the position advances and nothing is shown.
     #[must_use]
     pub(super) fn advance(&mut self, track: usize, record: &Record) -> Option<Spotted> {
+        self.taken += 1;
         let of = &mut self.tracks[track];
         let last = &mut of.last[index(record.class)];
         *last = record.seq.max(*last);

@@ -50,14 +50,14 @@ pub struct Member {
 }
 
 impl Member {
-    pub(super) fn new(who: NewMember, next: u64, live: bool) -> Self {
+    pub(super) fn new(who: NewMember, next: u64) -> Self {
         Self {
             session: who.session,
             user: who.user,
             outlet: who.outlet,
             codec: who.codec,
             wants: Cell::new(who.wants),
-            live: Cell::new(live),
+            live: Cell::new(false),
             next: Cell::new(next),
             left: Cell::new(false),
             ahead: RefCell::default(),

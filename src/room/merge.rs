@@ -3,7 +3,6 @@
 use std::{
     cell::RefCell,
     collections::{HashSet, VecDeque},
-    ops::Range,
     rc::{Rc, Weak},
 };
 
@@ -70,9 +69,8 @@ pub(super) struct LastMissed(RefCell<Option<Known>>);
 #[derive(Debug)]
 struct Known {
     since: Since,
-    /// The indices in the log's memory, and the place up to which it was delivered.
-    entries: Range<u64>,
-    delivered: Positions,
+    /// The state of the log then.
+    version: (u64, u64),
     /// The part that was read of each track.
     read: Vec<Option<Part>>,
     steps: Weak<Steps>,
@@ -90,8 +88,7 @@ impl LastMissed {
     ) -> Missed {
         let read = || backlogs.iter().map(|it| it.as_ref().map(Backlog::part));
         let is_same = |known: &Known| {
-            known.entries == log.indices()
-                && known.delivered == log.positions()
+            known.version == log.version()
                 && known.since == *since
                 && known
                     .read
@@ -111,8 +108,7 @@ impl LastMissed {
         let found = missed(log, since, backlogs);
         self.0.replace(Some(Known {
             since: since.clone(),
-            entries: log.indices(),
-            delivered: log.positions(),
+            version: log.version(),
             read: read().collect(),
             steps: Rc::downgrade(&found.steps),
             shared: found.shared,
@@ -189,7 +185,7 @@ mod tests {
         let stored = |(seq, ts): &(u64, u64)| Rc::new(log.stored(track, record(*seq, *ts)));
         let upto = records.last().map_or(0, |(seq, _)| *seq);
         Backlog {
-            read: records.iter().map(stored).collect(),
+            read: Rc::new(records.iter().map(stored).collect()),
             skip: 0,
             upto: (upto, Fingerprint(1)),
         }

@@ -13,6 +13,8 @@ const PONG: u8 = 0x8A;
 
 /// The longest header of a server frame: two bytes and eight of extended length.
 const HEADER_ROOM: usize = 10;
+/// Most bytes of capacity that a finished frame may keep beyond its length.
+const MOST_SPARE: usize = 64;
 /// Payload of a control frame, RFC 6455 section 5.5.
 const MAX_CONTROL: usize = 125;
 
@@ -127,6 +129,10 @@ impl FrameBuilder {
     pub fn finish(self) -> Bytes {
         let length = self.len();
         let mut bytes = self.bytes;
+        if bytes.capacity() - bytes.len() > MOST_SPARE {
+            // A frame may be kept for long, and its length is what is counted for it.
+            bytes.shrink_to_fit();
+        }
         let header = if let Ok(short @ 0..=125) = u8::try_from(length) {
             bytes[8..10].copy_from_slice(&[TEXT, short]);
             2
@@ -187,7 +193,7 @@ mod tests {
 
     #[test]
     fn payload_is_written_in_place() {
-        let mut frame = FrameBuilder::with_capacity(64);
+        let mut frame = FrameBuilder::with_capacity(40);
         let at = frame.bytes.as_ptr();
         frame.put(b"{\"n\":");
         write!(frame, "{}", 42).unwrap();
