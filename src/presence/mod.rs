@@ -55,8 +55,8 @@ use crate::{
     telemetry::metrics::{Gauge, Held},
 };
 use local::Local;
+pub use roster::Page;
 use roster::{Alive, Leases};
-pub use roster::{Page, Seen, Shown};
 use watch::{Due, LOCAL, Watched};
 
 /// Pushes waiting for a shard. When this queue is full, the rooms' tasks wait.

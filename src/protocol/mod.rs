@@ -14,7 +14,7 @@ mod reply;
 pub use codes::{Close, ErrorCode, Refused};
 pub use command::{Anchor, Command, HistoryOf, PageOf, Wants};
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
-pub use publication::{Draft, MAX_MENTIONS, Mentions, Publication};
+pub use publication::{Draft, Publication};
 pub use reply::{
     HistoryReply, JoinReply, MessageBody, PresenceReply, PresentUser, PublishReply, ReadReply,
     ReaderBody, ReadersReply, Reply, SearchReply, UnreadBody, UnreadReply,

@@ -6,7 +6,7 @@ use super::{ErrorCode, Refused};
 use crate::model::{self, BadRemark, Kind, MAX_MESSAGE_ID, MAX_USER, MessageId, Reference, RoomId};
 
 /// Most users one message may mention.
-pub const MAX_MENTIONS: usize = 100;
+const MAX_MENTIONS: usize = 100;
 
 /// Longest reference, in bytes: a user, `/` and an id.
 const MAX_REFERENCE: usize = MAX_USER + 1 + MAX_MESSAGE_ID;

@@ -20,8 +20,7 @@ mod receipts;
 mod references;
 mod rooms;
 
-pub use hub::Hub;
 pub use join::Membership;
 pub use joined::{JoinError, Joined, ResetReason};
-pub use member::{Member, NewMember};
+pub use member::NewMember;
 pub use rooms::Rooms;

@@ -19,6 +19,7 @@ const MOST_SPARE: usize = 64;
 const MAX_CONTROL: usize = 125;
 
 /// A text frame with a copy of `payload`, which must be UTF-8.
+#[cfg(test)]
 #[must_use]
 pub fn text_frame(payload: &[u8]) -> Bytes {
     let mut frame = FrameBuilder::with_capacity(payload.len());
@@ -27,6 +28,7 @@ pub fn text_frame(payload: &[u8]) -> Bytes {
 }
 
 /// The payload of a [`text_frame`].
+#[cfg(test)]
 #[must_use]
 pub fn text_of(frame: &[u8]) -> &[u8] {
     let header = match frame.get(1) {
@@ -107,23 +109,6 @@ impl FrameBuilder {
         self.bytes.len() - HEADER_ROOM
     }
 
-    /// Whether there is no payload yet.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The payload so far.
-    #[must_use]
-    pub fn payload(&self) -> &[u8] {
-        &self.bytes[HEADER_ROOM..]
-    }
-
-    /// Cuts the payload back to `payload` bytes, to undo an attempt.
-    pub fn truncate(&mut self, payload: usize) {
-        self.bytes.truncate(HEADER_ROOM.saturating_add(payload));
-    }
-
     /// The frame: header and payload.
     #[must_use]
     pub fn finish(self) -> Bytes {
@@ -197,17 +182,13 @@ mod tests {
         let at = frame.bytes.as_ptr();
         frame.put(b"{\"n\":");
         write!(frame, "{}", 42).unwrap();
-        let good = frame.len();
-        frame.put(b"given up");
-        frame.truncate(good);
-        frame.put_u8(b'}');
-        assert_eq!(frame.payload(), b"{\"n\":42}");
+        frame.put(b"}");
+        assert_eq!(frame.len(), 8);
         let frame = frame.finish();
         assert_eq!(&frame[..], b"\x81\x08{\"n\":42}");
         assert_eq!(frame.as_ptr(), at.wrapping_add(8));
 
         let mut frame = FrameBuilder::with_capacity(0);
-        assert!(frame.is_empty());
         frame.write_all(&[b'y'; 300]).unwrap();
         let frame = frame.finish();
         assert_eq!(&frame[..5], [0x81, 126, 1, 44, b'y']);

@@ -46,7 +46,7 @@ use super::connection::{CLOSE_WITHIN, ConnectError, new_inbox};
 use crate::config;
 pub(crate) use dial::{DialError, Dialed, introduce_leaf_node};
 pub use driver::{Driver, Listener};
-pub use protocol::{Arrival, HeaderWriter, Headers};
+pub use protocol::{Arrival, HeaderWriter};
 
 /// Bytes waiting to be written above which nothing more is accepted: the server does not read.
 const MAX_OUT: usize = 16 << 20;

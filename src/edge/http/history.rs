@@ -145,7 +145,7 @@ async fn page(
     Ok((caching(tag.as_deref()), Json(reply)).into_response())
 }
 
-/// The ETag of an answer. It is weak: it identifies the content, not the bytes.
+/// The `ETag` of an answer. It is weak: it identifies the content, not the bytes.
 fn tag(heads: &[Heads], request: &PageRequest, newest_first: bool) -> String {
     let mut question = DefaultHasher::new();
     (request, newest_first).hash(&mut question);

@@ -17,8 +17,8 @@ use crate::{
         Class, Cursor, Epoch, Flaw, MAX_JSON_DEPTH, Reference, RoomId, header_escape,
         header_unescape, json_flaw, key_escape,
     },
-    protocol::{Command, MAX_MENTIONS, Publication, Refused},
-    wire::{Decoder, Incoming, text_of},
+    protocol::{Command, Publication, Refused},
+    wire::{Decoder, Incoming},
 };
 
 /// Longest input that is cut at every place: the work grows with its square.
@@ -113,7 +113,7 @@ pub fn native(data: &[u8]) {
         assert!(at || body == "null", "not the client's: {body}");
         if let Some(mentions) = publication.mentions.json() {
             let users: Vec<String> = serde_json::from_str(mentions).expect("users");
-            assert!(users.len() <= MAX_MENTIONS && mentions.len() <= 32 * 1024);
+            assert!(users.len() <= 100 && mentions.len() <= 32 * 1024);
         }
         for text in [
             publication.target.map(|(text, _)| text),
@@ -137,7 +137,9 @@ pub fn native(data: &[u8]) {
         Ok(_) => {}
         Err(refusal) => {
             let frame = Codec::Native.refusal(tag, &refusal);
-            assert!(serde_json::from_slice::<Value>(text_of(&frame)).is_ok());
+            let begin = frame.windows(6).position(|window| window == b"{\"op\":");
+            let payload = &frame[begin.expect("a frame of natter.v1")..];
+            assert!(serde_json::from_slice::<Value>(payload).is_ok());
             short(refusal);
         }
     }

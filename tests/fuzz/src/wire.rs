@@ -5,4 +5,4 @@ mod decode;
 mod encode;
 
 pub use decode::{Decoder, Incoming, MAX_FRAGMENTS};
-pub use encode::{FrameBuilder, ping_frame, text_of};
+pub use encode::{FrameBuilder, ping_frame};
