@@ -13,10 +13,11 @@ use super::{
     backlog::{Backlog, NoBacklog},
     hub::{Hub, Phase},
     joined::{JoinError, Joined, ResetReason},
-    log::{Missed, Positions, Resume, RoomLog, Since, Step, Steps},
+    log::{Positions, Resume, RoomLog, Since},
     member::{Member, NewMember, raise},
     memory::{Memory, weight},
     merge::is_complete,
+    missed::{Missed, Step, Steps},
     references::reference_of,
     rooms::Rooms,
 };

@@ -8,8 +8,9 @@ use std::{
 
 use super::{
     backlog::{Backlog, Part},
-    log::{Missed, Positions, RoomLog, Since, Step, Steps},
+    log::{Positions, RoomLog, Since},
     message::Message,
+    missed::{Missed, Step, Steps},
 };
 use crate::model::Cursor;
 

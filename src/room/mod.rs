@@ -16,6 +16,7 @@ mod member;
 mod memory;
 mod merge;
 mod message;
+mod missed;
 mod receipts;
 mod references;
 mod rooms;
