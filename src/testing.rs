@@ -52,6 +52,8 @@ pub mod mesh {
 }
 
 pub mod model {
+    /// For the checks of the fuzzer.
+    pub use crate::model::Flaw;
     pub use crate::model::{
         Class, Cursor, Epoch, Fingerprint, MAX_REGIONS, MAX_USER, Place, Position, Region, RoomId,
         RoomScope, partition_of,
@@ -102,7 +104,8 @@ pub mod subject {
 
     pub mod api {
         pub use crate::subject::api::{
-            CONSUMER_ANSWERS, CONSUMER_REQUESTS, INFO, PING_SERVERS, in_domain, stream_info,
+            CONSUMER_ANSWERS, CONSUMER_REQUESTS, INFO, PING_SERVERS, in_domain, stream_create,
+            stream_info,
         };
     }
 }

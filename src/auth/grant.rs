@@ -73,12 +73,6 @@ impl Rights {
     pub fn contains(self, right: Right) -> bool {
         self.0 & right.bit() != 0
     }
-
-    /// Both sets together.
-    #[must_use]
-    pub fn union(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
 }
 
 impl FromIterator<Right> for Rights {

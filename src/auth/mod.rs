@@ -19,6 +19,6 @@ mod test_keys;
 mod verifier;
 
 pub use claims::{BadClaim, Claims};
-pub use grant::{BadPattern, Grant, Right, Rights};
+pub use grant::{BadPattern, Grant, Right};
 pub use revoked::{Block, Revocation, Revocations, Whose};
-pub use verifier::{AuthConfigError, AuthError, Identity, IssueError, MAX_TOKEN, Verifier, issue};
+pub use verifier::{AuthConfigError, AuthError, Identity, MAX_TOKEN, Verifier, issue};

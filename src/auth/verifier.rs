@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, value::RawValue};
 
 use super::{
-    BadClaim, BadPattern, Claims, Revocations, Right, Rights,
+    BadClaim, BadPattern, Claims, Revocations, Right,
     cache::Cache,
     grant::{Allowed, Rooms},
     key::Key,
@@ -72,15 +72,6 @@ impl Identity {
             }
         }
         scope
-    }
-
-    /// Everything the grants cover in `room`.
-    #[must_use]
-    pub fn rights(&self, room: &RoomId) -> Rights {
-        self.allowed
-            .iter()
-            .map(|allowed| allowed.rights(room))
-            .fold(Rights::default(), Rights::union)
     }
 
     /// What `claims` mean. Times, issuer and audience are not looked at.

@@ -26,17 +26,17 @@ pub(crate) use connection::new_inbox;
 pub use connection::{ConnectError, Connection};
 pub use count::Newer;
 pub use dead::{DeadLetter, DeadLetters, LetterError};
-pub use direct_get::{MAX_HEADS, Page, ReadError, Reader, Stored};
+pub use direct_get::{MAX_HEADS, ReadError, Reader, Stored};
 pub use erase::{Candidate, EraseError, Eraser, Scan};
 pub use kv::{Bucket, Entry, Heard, KvError, Put};
-pub use line::{Arrival, Driver, HeaderWriter, Headers, Line, LineError, Listener};
+pub use line::{Arrival, HeaderWriter, Line, LineError, Listener};
 pub use live::LiveFeed;
-pub use publish::{Acked, Outgoing, PublishError, Publisher};
+pub use publish::{Outgoing, PublishError, Publisher};
 pub use pull::{
     Answer, ConsumerState, Delivery, Pull, PullError, answer, consumer_elsewhere, consumer_state,
     count_after, stored_after,
 };
-pub use record::{BY_HAND, BadRecord, Record, message_key};
+pub use record::{BadRecord, Record, message_key};
 pub use remembered::{Leaving, Remembered, Suspect};
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};
 pub use streams::{

@@ -81,8 +81,6 @@ pub struct Delivery {
     pub seq: u64,
     /// When the stream stored it, in ms since 1970.
     pub ts: u64,
-    /// How often it was given out.
-    pub delivered: u64,
     /// The consumer's count.
     given: u64,
 }
@@ -377,18 +375,12 @@ impl Pull {
 impl Delivery {
     fn of(message: Message) -> Option<Self> {
         let answer_to = message.reply.clone()?;
-        let Fields {
-            delivered,
-            seq,
-            given,
-            ns,
-        } = Fields::parse(&answer_to)?;
+        let Fields { seq, given, ns } = Fields::parse(&answer_to)?;
         Some(Self {
             message,
             answer_to,
             seq,
             ts: ns / 1_000_000,
-            delivered,
             given,
         })
     }
@@ -419,7 +411,6 @@ impl Delivery {
 /// What the subject to answer to tells.
 #[derive(Debug, PartialEq, Eq)]
 struct Fields {
-    delivered: u64,
     seq: u64,
     given: u64,
     ns: u64,
@@ -437,8 +428,8 @@ impl Fields {
         };
         let mut fields = rest.split('.').skip(skip).map(str::parse);
         let mut next = || fields.next()?.ok();
+        let _delivered: u64 = next()?;
         Some(Self {
-            delivered: next()?,
             seq: next()?,
             given: next()?,
             ns: next()?,
@@ -591,7 +582,6 @@ mod tests {
     #[test]
     fn the_fields_of_both_forms_are_read() {
         let fields = Some(Fields {
-            delivered: 3,
             seq: 100,
             given: 7,
             ns: 1_795_181_480_706_346_506,

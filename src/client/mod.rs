@@ -20,10 +20,10 @@ mod retry;
 mod room;
 
 pub use connection::{CallError, Commands, ConnectError, Connection, End, Silence};
-pub use endpoint::{BadEndpoint, Endpoint};
+pub use endpoint::Endpoint;
 pub use frame::{Frame, Refusal};
-pub use link::{Stop, Target, Token, TokenMaker};
-pub use publisher::{Ack, Draft, PublishError, Publisher};
+pub use link::{Stop, Target, Token};
+pub use publisher::{Draft, Publisher};
 pub use retry::{Advice, Backoff, advice};
 pub use room::{Event, Room};
 

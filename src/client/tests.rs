@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::mpsc, time::timeout};
 
-use super::*;
+use super::{publisher::PublishError, *};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 

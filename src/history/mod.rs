@@ -41,10 +41,10 @@ use figures::Figures;
 pub use client::{Client, Heads};
 pub use dead::{Retried, dead_letters, retry};
 pub use entry::{entry, key_of};
-pub use erase::{EraseAnswer, EraseRequest, EraseWhat};
+pub use erase::{EraseRequest, EraseWhat};
 pub use pages::Pages;
-pub use question::{At, Lies, PageAnswer, PageRequest, Refusal, SearchAnswer, SearchRequest};
-pub use status::{InstanceStatus, PartStatus, Status, StatusError, instances, status};
+pub use question::{At, Lies, PageAnswer, PageRequest, SearchRequest};
+pub use status::{Status, instances, status};
 
 /// How long what is in hand may take to be written when the process is told to end.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);

@@ -24,7 +24,7 @@ use tokio::sync::watch;
 pub use definition::{Definition, definitions};
 pub(super) use jetstream::JetStream;
 pub(super) use plan::plan as plan_stream;
-pub use plan::{Action, FieldChange, Outcome, Verdict};
+pub use plan::{Action, Outcome, Verdict};
 pub use regions::{Provisioned, known_regions, provision_mesh, remove_region};
 pub(super) use regions::{is_mirror, metadata, regions_of};
 

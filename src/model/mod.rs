@@ -15,13 +15,10 @@ mod room;
 pub use cursor::{BadCursor, Cursor, Epoch, Fingerprint, MAX_REGIONS, Position, Region};
 pub use json::{Flaw, MAX_JSON_DEPTH, json_flaw, without_mark};
 pub use message::{
-    BadMessageId, BadReference, Class, Kind, MAX_MESSAGE_ID, MAX_USER, MessageId, Reference,
-    header_escape, header_unescape, key_escape,
+    Class, Kind, MAX_MESSAGE_ID, MAX_USER, MessageId, Reference, header_escape, header_unescape,
+    key_escape,
 };
 pub use partition::partition_of;
 pub use place::Place;
-pub use remark::{
-    BadRemark, MAX_ANNOTATION, MAX_ANNOTATION_NAME, MAX_ANNOTATIONS, MAX_REACTION, annotations,
-    normal_reaction, reaction,
-};
-pub use room::{BadRoom, RoomId, RoomScope, is_token};
+pub use remark::{BadRemark, MAX_ANNOTATIONS, annotations, normal_reaction, reaction};
+pub use room::{RoomId, RoomScope, is_token};

@@ -52,8 +52,8 @@ use crate::{
     telemetry::metrics::{Gauge, Held},
 };
 use local::Local;
+pub use roster::Page;
 use roster::{Alive, Leases};
-pub use roster::{Page, Seen, Shown};
 use watch::{Due, LOCAL, Watched};
 
 /// The state of a user whose region is cut off, as clients are told.

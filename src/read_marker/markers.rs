@@ -246,7 +246,7 @@ impl Markers {
     }
 
     /// A user has sent the message at `cursor`: that is as far as they have read. Nobody is told, the message tells it, and
-    /// nobody waits: it is written with those of others within [`WRITE_PAUSE`](super::WRITE_PAUSE), or a write for each would
+    /// nobody waits: it is written with those of others within [`WRITE_PAUSE`](super::keeper::WRITE_PAUSE), or a write for each would
     /// cost more than the message.
     pub fn sent(&self, room: &RoomId, user: &str, cursor: &Cursor) {
         let part = self.part(room);

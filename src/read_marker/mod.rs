@@ -8,7 +8,7 @@
 //! Nothing here is on the path of a message: while the bucket does not answer, messages flow as ever.
 //!
 //! # What is lost, and when
-//! A marker that was answered with `ok` is stored, or waits at most [`WRITE_PAUSE`] behind an earlier write of the same key,
+//! A marker that was answered with `ok` is stored, or waits at most [`WRITE_PAUSE`](keeper::WRITE_PAUSE) behind an earlier write of the same key,
 //! or NATS is away. One that was moved by sending waits at most that long as well. If the edge dies meanwhile, every other edge with members in that room has heard the receipt, sees some
 //! seconds later that the bucket has less, and writes it. If there is none, the marker stays where it was written last.
 
@@ -19,7 +19,6 @@ mod markers;
 mod table;
 mod unread;
 
-pub use keeper::WRITE_PAUSE;
 pub use markers::{MarkerError, Markers, Reading};
 pub use table::Table;
 pub use unread::Unread;

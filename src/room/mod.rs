@@ -18,7 +18,5 @@ mod receipts;
 mod references;
 mod rooms;
 
-pub use fan_out::Member;
-pub use hub::Hub;
-pub use join::{JoinError, Joined, Membership, NewMember, ResetReason};
+pub use join::{JoinError, Joined, Membership, NewMember};
 pub use rooms::Rooms;

@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub use pace::Pace;
 pub use panics::on_panic;
 pub use phase::{Lifecycle, Phase};
-pub use signals::{Signal, Signals, shutdown_signal};
+pub use signals::Signals;
 pub use tasks::{Late, Tasks};
 
 /// The wall clock in unix milliseconds; 0 if it stands before 1970.

@@ -53,20 +53,6 @@ impl Signals {
     }
 }
 
-/// Waits for the first SIGINT or SIGTERM from now on.
-///
-/// If the handlers can't be installed, it says so in the log and never returns: the default action of the signals then still
-/// ends the process.
-pub async fn shutdown_signal() -> Signal {
-    match Signals::install() {
-        Ok(mut signals) => signals.recv().await,
-        Err(error) => {
-            tracing::error!(%error, "signals can't be received: the process will end without a drain");
-            future::pending().await
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use rustix::process::{Signal as Raw, getpid, kill_process};

@@ -180,12 +180,6 @@ impl Program {
             Self::Mongod => &MONGOD,
         }
     }
-
-    /// Its file name.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        self.facts().name
-    }
 }
 
 impl Binaries {

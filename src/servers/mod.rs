@@ -19,11 +19,11 @@ mod spawner;
 mod spine;
 pub(crate) mod template;
 
-pub use binaries::{Binaries, BinaryError, Program, Sources};
+pub use binaries::{Binaries, Sources};
 pub use mongod::{Mongod, MongodOptions};
 pub use nats::NatsServer;
-pub use options::{NatsOptions, SpineLink, SpineOptions};
+pub use options::{NatsOptions, SpineLink};
 pub use port::{free_port, free_port_from};
 pub use process::{Check, CheckError, Launcher, Process, Spec, StartError};
-pub use relay::{Cut, Link, Relay};
+pub use relay::{Cut, Relay};
 pub use spine::{Spine, SpineFiles, Spines, joined};

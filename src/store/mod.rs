@@ -32,11 +32,11 @@ use crate::{
     model::{Place, Position, RoomId, RoomScope},
 };
 
-pub use erase::{Again, Claimed, Doomed, Erased, Erasure};
+pub use erase::{Again, Claimed, Erased, Erasure};
 pub use fold::{Base, Change, Edit, Entry, Folded, Said, What};
 pub use removals::Removal;
 pub use renew::Migrated;
-pub use slots::{Annotation, Reaction, Slot, Slots};
+pub use slots::{Annotation, Reaction, Slot};
 pub use text::{MAX_QUERY, QueryError};
 
 /// The collection of messages.

@@ -64,7 +64,6 @@ macro_rules! labels {
         $(
             $(#[$doc])*
             #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-            #[expect(missing_docs, reason = "the values are the words of the metric that bears the label")]
             pub enum $name { $( $variant ),+ }
 
             impl Label for $name {
@@ -428,8 +427,8 @@ pub fn count(counter: Counter, n: u64) {
 }
 
 /// What a counter has counted.
-#[must_use]
-pub fn counted(counter: Counter) -> u64 {
+#[cfg(test)]
+pub(super) fn counted(counter: Counter) -> u64 {
     COUNTER_VALUES[counter.slot()].0.load(Relaxed)
 }
 

@@ -3,7 +3,7 @@
 //! Logs go to stderr. Metrics are always there for Prometheus ([`prometheus_text`]); with `telemetry.otlp_endpoint` they
 //! and the spans also go to a collector. Nothing here ever holds a message's body, a token or an address.
 //!
-//! What is exported is decided by two closed lists: [`metrics`], and [`field`] for the names of log and span fields.
+//! What is measured is decided by a closed list: [`metrics`].
 
 mod exporters;
 pub mod metrics;
@@ -31,24 +31,6 @@ pub use trace::{current_traceparent, set_remote_parent};
 
 /// How long dropping [`Telemetry`] waits for the collector.
 const DROP_DEADLINE: Duration = Duration::from_secs(3);
-
-/// Names of log and span fields.
-pub mod field {
-    /// One connection.
-    pub const SESSION_ID: &str = "session.id";
-    /// A user.
-    pub const USER_ID: &str = "user.id";
-    /// A room.
-    pub const ROOM_ID: &str = "room.id";
-    /// An edge.
-    pub const EDGE_ID: &str = "edge.id";
-    /// A sequence in a stream.
-    pub const POSITION_SEQ: &str = "position.seq";
-    /// A time span in milliseconds.
-    pub const DURATION_MS: &str = "duration_ms";
-    /// An error with its chain of causes.
-    pub const ERROR: &str = "error";
-}
 
 /// Telemetry can't be set up.
 #[derive(Debug, thiserror::Error)]

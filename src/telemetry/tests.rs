@@ -266,7 +266,7 @@ fn a_process_sets_telemetry_up_once_and_ends_it_inside_a_runtime() {
         .unwrap_or_else(|| panic!("no log line in {stderr}"));
     let line: serde_json::Value = serde_json::from_str(line).unwrap();
     assert_eq!(line["level"], "INFO");
-    assert_eq!(line[field::EDGE_ID], "e1");
+    assert_eq!(line["edge.id"], "e1");
     assert_eq!(line["span"]["name"], "command");
     assert!(!stderr.contains("not in the log"), "{stderr}");
 }
@@ -286,7 +286,7 @@ fn in_a_process_of_its_own() {
         .block_on(async {
             let span = tracing::info_span!("command");
             span.in_scope(|| {
-                tracing::info!({ field::EDGE_ID } = "e1", "the life of the process");
+                tracing::info!(edge.id = "e1", "the life of the process");
                 tracing::debug!("not in the log");
                 assert!(current_traceparent().is_some());
             });

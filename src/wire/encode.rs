@@ -94,32 +94,10 @@ impl FrameBuilder {
         self.bytes.extend_from_slice(part);
     }
 
-    /// Appends one byte to the payload.
-    pub fn put_u8(&mut self, byte: u8) {
-        self.bytes.push(byte);
-    }
-
     /// Bytes of payload so far.
     #[must_use]
     pub fn len(&self) -> usize {
         self.bytes.len() - HEADER_ROOM
-    }
-
-    /// Whether there is no payload yet.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The payload so far.
-    #[must_use]
-    pub fn payload(&self) -> &[u8] {
-        &self.bytes[HEADER_ROOM..]
-    }
-
-    /// Cuts the payload back to `payload` bytes, for an attempt that is given up.
-    pub fn truncate(&mut self, payload: usize) {
-        self.bytes.truncate(HEADER_ROOM.saturating_add(payload));
     }
 
     /// The frame: header and payload.
@@ -191,17 +169,13 @@ mod tests {
         let at = frame.bytes.as_ptr();
         frame.put(b"{\"n\":");
         write!(frame, "{}", 42).unwrap();
-        let good = frame.len();
-        frame.put(b"given up");
-        frame.truncate(good);
-        frame.put_u8(b'}');
-        assert_eq!(frame.payload(), b"{\"n\":42}");
+        frame.put(b"}");
+        assert_eq!(frame.len(), 8);
         let frame = frame.finish();
         assert_eq!(&frame[..], b"\x81\x08{\"n\":42}");
         assert_eq!(frame.as_ptr(), at.wrapping_add(8));
 
         let mut frame = FrameBuilder::with_capacity(0);
-        assert!(frame.is_empty());
         frame.write_all(&[b'y'; 300]).unwrap();
         let frame = frame.finish();
         assert_eq!(&frame[..5], [0x81, 126, 1, 44, b'y']);

@@ -13,4 +13,4 @@ mod encode;
 pub(crate) use conn::FRAME_COST;
 pub use conn::{Conn, ConnLimits};
 pub use decode::{Decoder, Incoming, MAX_FRAGMENTS};
-pub use encode::{FrameBuilder, close_frame, ping_frame, pong_frame, text_frame, text_of};
+pub use encode::{close_frame, ping_frame, pong_frame, text_frame, text_of};

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     self, LONG,
-    calls::{command, next, reply},
+    calls::{next, reply},
     eventually,
     mesh::{Mesh, SECRET, http, token, token_with},
     presence::{Follower, bucket_of, living},

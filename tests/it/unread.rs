@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     self,
-    calls::reply,
+    calls::{next, reply},
     mesh::{Mesh, http, token},
 };
 

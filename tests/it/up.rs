@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::support::{
     self, LONG, eventually, is_running, mesh,
-    up::{EDGES, KilledOnDrop, Up, next_line, publish},
+    up::{EDGES, Up, next_line, publish},
 };
 
 async fn all_gone(pids: &[u32]) {

@@ -43,7 +43,7 @@ use super::connection::{CLOSE_WITHIN, ConnectError, new_inbox};
 use crate::config;
 pub(crate) use dial::{DialError, Dialed, introduce_leaf_node};
 pub use driver::{Driver, Listener};
-pub use protocol::{Arrival, HeaderWriter, Headers};
+pub use protocol::{Arrival, HeaderWriter};
 
 /// Bytes left for the server above which nothing more is taken: it does not read.
 const MAX_OUT: usize = 16 << 20;

@@ -1,7 +1,7 @@
 //! `natter up` as a process of its own.
 
 use std::{
-    io::{BufRead as _, BufReader},
+    io::BufReader,
     path::Path,
     process::{Child, ChildStdout, ExitStatus, Stdio},
 };
