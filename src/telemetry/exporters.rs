@@ -10,7 +10,9 @@ use std::{
 };
 
 use opentelemetry::{KeyValue, metrics::Histogram as OtelHistogram, metrics::MeterProvider as _};
-use opentelemetry_otlp::{MetricExporter, Protocol, SpanExporter, WithExportConfig as _};
+use opentelemetry_otlp::{
+    MetricExporter, Protocol, SpanExporter, WithExportConfig as _, WithHttpConfig as _,
+};
 use opentelemetry_sdk::{
     Resource,
     error::OTelSdkResult,
@@ -24,6 +26,7 @@ use prometheus::{Registry, TextEncoder};
 
 use super::{
     InitError,
+    collector::Collector,
     metrics::{self, Histogram},
 };
 use crate::config;
@@ -202,6 +205,9 @@ pub(super) fn build(
     let failed = |source| InitError::Exporter(Box::new(source));
     let spans = SpanExporter::builder()
         .with_http()
+        .with_http_client(Collector {
+            within: EXPORT_TIMEOUT,
+        })
         .with_protocol(Protocol::HttpBinary)
         .with_endpoint(format!("{base}/v1/traces"))
         .with_timeout(EXPORT_TIMEOUT)
@@ -213,6 +219,9 @@ pub(super) fn build(
         .build();
     let exporter = MetricExporter::builder()
         .with_http()
+        .with_http_client(Collector {
+            within: EXPORT_TIMEOUT,
+        })
         .with_protocol(Protocol::HttpBinary)
         .with_endpoint(format!("{base}/v1/metrics"))
         .with_timeout(EXPORT_TIMEOUT)

@@ -5,6 +5,7 @@
 //!
 //! What is measured is decided by a closed list: [`metrics`].
 
+mod collector;
 mod exporters;
 pub mod metrics;
 mod trace;

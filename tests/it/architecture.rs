@@ -220,7 +220,10 @@ fn the_path_of_a_message_has_no_lock_consumer_or_watcher() {
     let mut breaches = Vec::new();
     for source in sources() {
         let shard = ["codec", "room", "session", "wire"].contains(&source.module.as_str());
-        let path = shard || ["bus", "edge"].contains(&source.module.as_str());
+        // What accounts may do is only spelled there.
+        let path = shard
+            || ["bus", "edge", "mesh"].contains(&source.module.as_str())
+                && source.path != "mesh/accounts.rs";
         let forbidden: &[&str] = match (shard, path) {
             (true, _) => &[
                 "Mutex",
