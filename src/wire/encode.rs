@@ -98,6 +98,11 @@ impl FrameBuilder {
         self.bytes.extend_from_slice(part);
     }
 
+    /// Appends one byte to the payload.
+    pub fn put_u8(&mut self, byte: u8) {
+        self.bytes.push(byte);
+    }
+
     /// Bytes of payload so far.
     #[must_use]
     pub fn len(&self) -> usize {
