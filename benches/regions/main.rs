@@ -314,7 +314,7 @@ async fn cross_region(runs: usize, time: Duration) -> (Table, u64) {
 fn resume(runs: usize) -> (Table, u64) {
     let runtime = tokio::runtime::Handle::current();
     let toml = format!(
-        "{TOML}\nnamespaces.log = {{ presence = \"off\", typing = false, history = false }}"
+        "{TOML}\nnamespaces.log = {{ durable = true, presence = \"off\", typing = false, history = false }}"
     );
     let (mut table, mut wrong) = (Runs::default(), 0);
     for _ in 0..runs {
@@ -337,7 +337,11 @@ fn resume(runs: usize) -> (Table, u64) {
         // So that everybody has a cursor of both regions.
         for speaker in [speaker, other] {
             swarm.say(speaker, 0, Instant::now());
-            swarm.until("everybody has it", Swarm::is_settled);
+            swarm.until("everybody has it", |swarm| {
+                returning
+                    .clone()
+                    .all(|client| swarm.got(client) == swarm.said(0))
+            });
         }
         swarm.cut(returning.clone());
         for speaker in [speaker, other] {

@@ -12,6 +12,7 @@
 mod admission;
 mod control;
 mod http;
+mod request;
 mod shard;
 mod upgrade;
 

@@ -12,7 +12,7 @@ use fastwebsockets::upgrade::{is_upgrade_request, upgrade};
 
 use super::{
     Shared,
-    http::{HttpError, bearer},
+    request::{HttpError, bearer},
     shard::{NewSession, hand_over},
 };
 use crate::{

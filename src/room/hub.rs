@@ -69,7 +69,7 @@ pub struct Hub {
     /// Whether a task is running that processes everything that arrives until it ends.
     busy: Cell<bool>,
     /// Why messages may be missing before the ones in the inbox, if any may be.
-    missed: Cell<Option<GapCause>>,
+    loss: Cell<Option<GapCause>>,
     /// Number of the last comparison with the stream that was requested. It is done when `filled` has reached it.
     wanted: Cell<u64>,
     filled: Cell<u64>,
@@ -150,7 +150,7 @@ impl Hub {
             changed: Notify::new(),
             inbox: RefCell::default(),
             busy: Cell::new(false),
-            missed: Cell::new(None),
+            loss: Cell::new(None),
             wanted: Cell::new(0),
             filled: Cell::new(0),
             checked: Cell::new(Instant::now()),
@@ -372,7 +372,7 @@ impl Hub {
                 continue;
             }
             // Whatever was missed so far lies before the heads that were just read.
-            self.missed.set(None);
+            self.loss.set(None);
             self.checked.set(Instant::now());
             return Ok(());
         }
@@ -383,7 +383,7 @@ impl Hub {
         let mut inbox = self.inbox.borrow_mut();
         if inbox.len() < rooms.inbox_capacity {
             inbox.push_back(arrival);
-        } else if self.missed.replace(Some(GapCause::Overflow)).is_none() {
+        } else if self.loss.replace(Some(GapCause::Overflow)).is_none() {
             // In a durable room, the dropped messages are read from the stream before the next ones are processed.
             count(Counter::NatsSlowConsumer, 1);
             tracing::warn!(room.id = %self.room, "a room dropped messages that came faster than it sends them");
@@ -393,7 +393,7 @@ impl Hub {
     /// Called on a new connection. Messages may have been missed.
     pub(super) fn reconnected(self: &Rc<Self>, rooms: &Rc<Rooms>) {
         self.subscribe(rooms);
-        self.missed.set(Some(GapCause::Reconnect));
+        self.loss.set(Some(GapCause::Reconnect));
         self.receipts_missed(rooms);
     }
 
@@ -420,7 +420,7 @@ impl Hub {
 
     /// Whether the stream must be read before anything else is done.
     fn must_read(&self) -> bool {
-        self.missed.get().is_some() || self.filled.get() < self.wanted.get()
+        self.loss.get().is_some() || self.filled.get() < self.wanted.get()
     }
 
     async fn at_work(self: Rc<Self>, rooms: Rc<Rooms>, mut taken: Taken) {
@@ -443,7 +443,7 @@ impl Hub {
                 self.fan_out(late).await;
             }
             // Both are read before the stream is: a cause that is noted during the read requires another read.
-            if let Some(cause) = self.missed.take() {
+            if let Some(cause) = self.loss.take() {
                 if self.durable {
                     Box::pin(self.fill_in(&rooms, cause)).await;
                 }
@@ -593,7 +593,9 @@ impl Hub {
         } else {
             let mut log = self.log.borrow_mut();
             let index = log.head_index();
-            taken.pass.push(index, Rc::new(log.pass(record)));
+            taken
+                .pass
+                .push(index, Rc::new(log.unlogged(&self.room, record)));
         }
     }
 }

@@ -2,6 +2,7 @@
 //! memory.
 
 use std::{
+    cell::OnceCell,
     collections::{HashMap, VecDeque},
     rc::Rc,
     time::Duration,
@@ -10,7 +11,7 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
-    message::{Message, Spotted, TrackId},
+    message::{LogPlace, Message, TrackId},
     missed::{Missed, Step, Steps},
     references::{References, Spot, reference},
 };
@@ -46,7 +47,7 @@ const MAX_IN_VAIN: usize = 1024;
 #[derive(Debug)]
 pub(super) struct RoomLog {
     /// The track of messages that are not stored.
-    unlogged: Rc<TrackId>,
+    unlogged: OnceCell<Rc<TrackId>>,
     /// The own origin's first; empty in a room without a log.
     tracks: Vec<Track>,
     entries: VecDeque<Rc<Message>>,
@@ -141,10 +142,7 @@ impl RoomLog {
         let track = |start| Track::new(room.clone(), start);
         Self {
             references: [(); 2].map(|()| References::new(starts.len())),
-            unlogged: Rc::new(TrackId {
-                room: room.clone(),
-                origin: None,
-            }),
+            unlogged: OnceCell::new(),
             tracks: starts.into_iter().map(track).collect(),
             entries: VecDeque::new(),
             bytes: 0,
@@ -476,7 +474,7 @@ impl RoomLog {
     /// Notes an admitted message and returns where it is in the log. Returns `None` if its reference was delivered
     /// before (the first one wins): then the position advances and nothing is shown.
     #[must_use]
-    pub(super) fn advance(&mut self, track: usize, record: &Record) -> Option<Spotted> {
+    pub(super) fn advance(&mut self, track: usize, record: &Record) -> Option<LogPlace> {
         self.taken += 1;
         let of = &mut self.tracks[track];
         let last = &mut of.last[index(record.class)];
@@ -489,7 +487,7 @@ impl RoomLog {
         let reference = reference(record);
         let fresh =
             reference.is_none_or(|key| self.references[index(record.class)].note(key, spot));
-        fresh.then(|| Spotted {
+        fresh.then(|| LogPlace {
             track,
             position: self.tracks[track].position,
             reference,
@@ -518,7 +516,7 @@ impl RoomLog {
 
     /// Makes a message that was read from the stream. Its cursor names only this origin.
     pub(super) fn stored(&self, track: usize, record: Record) -> Message {
-        let at = Spotted {
+        let at = LogPlace {
             track,
             position: record.seq,
             reference: reference(&record),
@@ -527,7 +525,7 @@ impl RoomLog {
     }
 
     /// Keeps the message that [`Self::advance`] has just noted.
-    pub(super) fn push(&mut self, at: Spotted, record: Record) -> Rc<Message> {
+    pub(super) fn push(&mut self, at: LogPlace, record: Record) -> Rc<Message> {
         let is_alone = self.tracks.len() == 1 && at.position == record.seq;
         let cursor = (!is_alone).then(|| self.cursor());
         let message = Message::new(&self.tracks[at.track].id, at, record, cursor);
@@ -565,9 +563,15 @@ impl RoomLog {
     }
 
     /// Makes a message of a room without a log. It takes up an index, but is not kept.
-    pub(super) fn pass(&mut self, record: Record) -> Message {
+    pub(super) fn unlogged(&mut self, room: &RoomId, record: Record) -> Message {
         self.base += 1;
-        Message::new(&self.unlogged, Spotted::default(), record, None)
+        let of = self.unlogged.get_or_init(|| {
+            Rc::new(TrackId {
+                room: room.clone(),
+                origin: None,
+            })
+        });
+        Message::new(of, LogPlace::default(), record, None)
     }
 
     /// Drops all entries: sessions that resume from before here have to read the stream. Positions, indices and what is

@@ -65,7 +65,7 @@ fn missed(log: &RoomLog, since: &Since, backlogs: &[Option<Backlog>]) -> Missed 
 
 /// The last result of [`missed`], and its inputs. Sessions that reconnect together have usually missed the same.
 #[derive(Debug, Default)]
-pub(super) struct LastMissed(RefCell<Option<Known>>);
+pub(super) struct LastMissed(RefCell<Option<Box<Known>>>);
 
 #[derive(Debug)]
 struct Known {
@@ -97,7 +97,7 @@ impl LastMissed {
                     .zip(read())
                     .all(|(known, now)| *known == now)
         };
-        if let Some(known) = self.0.borrow().as_ref().filter(|known| is_same(known))
+        if let Some(known) = self.0.borrow().as_deref().filter(|known| is_same(known))
             && let Some(steps) = known.steps.upgrade()
         {
             return Missed {
@@ -107,14 +107,14 @@ impl LastMissed {
             };
         }
         let found = missed(log, since, backlogs);
-        self.0.replace(Some(Known {
+        self.0.replace(Some(Box::new(Known {
             since: since.clone(),
             version: log.version(),
             read: read().collect(),
             steps: Rc::downgrade(&found.steps),
             shared: found.shared,
             read_shown: found.read,
-        }));
+        })));
         found
     }
 }

@@ -29,7 +29,7 @@ pub(super) struct TrackId {
 
 /// Where a message is in the room's log.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Spotted {
+pub(super) struct LogPlace {
     /// The number of its track.
     pub(super) track: usize,
     /// The track's position after this message: its own sequence, or a higher one if it is late.
@@ -45,7 +45,7 @@ pub(super) struct Spotted {
 #[derive(Debug)]
 pub(super) struct Message {
     of: Rc<TrackId>,
-    at: Spotted,
+    at: LogPlace,
     pub(super) seq: u64,
     pub(super) fingerprint: Fingerprint,
     pub(super) ts: u64,
@@ -82,7 +82,7 @@ impl Message {
     /// message's own position.
     pub(super) fn new(
         of: &Rc<TrackId>,
-        at: Spotted,
+        at: LogPlace,
         record: Record,
         cursor: Option<Cursor>,
     ) -> Self {

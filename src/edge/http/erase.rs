@@ -9,9 +9,9 @@ use serde::Serialize;
 use tracing::Instrument as _;
 use utoipa::ToSchema;
 
-use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
 use crate::{
     auth::Right,
+    edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_of},
     history::{EraseRequest, EraseWhat},
     model::MAX_USER,
     protocol::ErrorCode,

@@ -18,10 +18,10 @@ use serde::Deserialize;
 use tracing::Instrument as _;
 use utoipa::IntoParams;
 
-use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
 use crate::{
     auth::{Identity, Right},
     config::Config,
+    edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_of},
     history::{self, Heads, PageRequest, SearchRequest, key_of},
     model::{Reference, RoomScope},
     protocol::{ErrorCode, HistoryOf, HistoryReply, SearchReply},

@@ -12,8 +12,8 @@ use serde::Deserialize;
 use tracing::Instrument as _;
 use utoipa::IntoParams;
 
-use super::{Api, ErrorBody, HttpError, authorize, command_span, room_of};
 use crate::{
+    edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_of},
     protocol::{ErrorCode, PageOf, PresenceReply},
     session::answers,
 };

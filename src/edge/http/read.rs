@@ -11,12 +11,12 @@ use axum::{
 use tracing::Instrument as _;
 use utoipa::ToSchema;
 
-use super::{
-    Api, ENVELOPE_BYTES, ErrorBody, HttpError, authorize, command_span, presence::ListQuery,
-    read_body, room_of,
-};
+use super::presence::ListQuery;
 use crate::{
     codec::native,
+    edge::request::{
+        Api, ENVELOPE_BYTES, ErrorBody, HttpError, authorize, command_span, read_body, room_of,
+    },
     protocol::{ReadReply, ReadersReply, UnreadReply},
     session::answers,
 };
