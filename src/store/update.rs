@@ -21,7 +21,7 @@ use crate::model::RoomId;
 const AFTER_ALL: &str = "~";
 
 /// Bytes of reactions and annotations that may be added to a document before it is rewritten without those that are not
-/// kept ([`Slots`](super::Slots)).
+/// kept ([`Slots`](super::slots::Slots)).
 pub(super) const MAX_SLACK: i32 = 32 << 10;
 
 /// The fields of a tombstone.
