@@ -265,9 +265,7 @@ impl Reader {
         from: u64,
     ) -> Result<Option<Record>, ReadError> {
         let request = serde_json::json!({ "seq": from.max(1), "next_by_subj": filter, "batch": 1 });
-        let (messages, _) = self.get(stream, &request).await?;
-        let first = self.stored(&messages, stream, epoch)?.into_iter().next();
-        Ok(first.map(|stored| stored.record))
+        self.first(stream, epoch, &request).await
     }
 
     /// The first message that matches a filter and was stored at `ts` (ms since 1970) or later.
@@ -284,7 +282,17 @@ impl Reader {
         let time = UNIX_EPOCH + Duration::from_millis(ts);
         let time = humantime::format_rfc3339_millis(time).to_string();
         let request = serde_json::json!({ "start_time": time, "next_by_subj": filter, "batch": 1 });
-        let (messages, _) = self.get(stream, &request).await?;
+        self.first(stream, epoch, &request).await
+    }
+
+    /// The message that answers a request for one.
+    async fn first(
+        &self,
+        stream: &str,
+        epoch: Epoch,
+        request: &serde_json::Value,
+    ) -> Result<Option<Record>, ReadError> {
+        let (messages, _) = self.get(stream, request).await?;
         let first = self.stored(&messages, stream, epoch)?.into_iter().next();
         Ok(first.map(|stored| stored.record))
     }

@@ -386,6 +386,14 @@ impl Rooms {
         let outlet = &member.outlet;
         let piece = piece_of(outlet);
         let is_over = || member.has_left() || hub.is_gone() || outlet.is_over();
+        // Whether the memory is short before at most so many bytes are queued.
+        let wait = async |below: usize, is_last: bool| {
+            tokio::select! {
+                biased;
+                () = outlet.drained(below) => false,
+                () = self.memory.is_short(), if !is_last => true,
+            }
+        };
         let mut in_parts = false;
         loop {
             let mut given_up = false;
@@ -393,11 +401,7 @@ impl Rooms {
                 // Wait before encoding: frames for this member alone are not kept for a client that does not read. The
                 // last piece is not worth another read.
                 let is_last = behind.rest_bytes(piece) < piece;
-                given_up = tokio::select! {
-                    biased;
-                    () = outlet.drained(piece) => false,
-                    () = self.memory.is_short(), if !is_last => true,
-                };
+                given_up = wait(piece, is_last).await;
                 if is_over() {
                     return;
                 }
@@ -409,11 +413,7 @@ impl Rooms {
                 // The rest of the way, for a piece that weighs more than its bytes or is one large message.
                 let bytes: usize = part.iter().map(weight).sum();
                 let below = piece.min((outlet.outbox_bytes() / 2).saturating_sub(bytes));
-                given_up = tokio::select! {
-                    biased;
-                    () = outlet.drained(below) => false,
-                    () = self.memory.is_short(), if !is_last => true,
-                };
+                given_up = wait(below, is_last).await;
                 if is_over() {
                     return;
                 }

@@ -36,10 +36,12 @@ impl Steps {
     /// Counts the list against the memory as long as it is kept. The messages that are only in the ring are included,
     /// since the ring may drop them before the session has got them.
     pub(super) fn count_in(&self, memory: &Arc<Memory>) {
-        let of_ring = self.list.iter().filter(|step| !step.message.is_counted());
-        let of_ring: usize = of_ring.map(|step| step.message.bytes()).sum();
-        let bytes = of_ring + size_of_val(&self.list[..]);
-        self.kept.get_or_init(|| memory.take(bytes));
+        // Once: the sessions that share the list all come here.
+        self.kept.get_or_init(|| {
+            let of_ring = self.list.iter().filter(|step| !step.message.is_counted());
+            let of_ring: usize = of_ring.map(|step| step.message.bytes()).sum();
+            memory.take(of_ring + size_of_val(&self.list[..]))
+        });
     }
 }
 
