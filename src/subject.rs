@@ -1,4 +1,4 @@
-//! The only place that spells a NATS subject, stream or header name, both ways.
+//! The only place that composes and parses names of NATS subjects, streams and headers.
 
 use std::fmt;
 
@@ -14,19 +14,19 @@ pub mod header {
     pub const ID: &str = "Natter-Id";
     /// [`crate::model::Kind`], absent for `message`; `typing` on the ephemeral subject.
     pub const KIND: &str = "Natter-Kind";
-    /// Reference an edit, delete, reaction or annotation is about, escaped.
+    /// Reference to the target of an edit, delete, reaction or annotation, escaped.
     pub const TARGET: &str = "Natter-Target";
-    /// Reference this message answers, escaped.
+    /// Reference to the message that this one answers, escaped.
     pub const REPLY_TO: &str = "Natter-Reply-To";
-    /// Cursor of what its sender had seen of other regions: it is not shown before that.
+    /// Cursor with the messages of other regions that the sender had seen; this message is shown after them.
     pub const AFTER: &str = "Natter-After";
     /// JSON array of mentioned users.
     pub const MENTIONS: &str = "Natter-Mentions";
     /// Milliseconds since 1970 at which an edge sent an ephemeral message.
     pub const TS: &str = "Natter-Ts";
-    /// Edge that published it, for people who debug.
+    /// Edge that published it, for debugging.
     pub const CLIENT: &str = "Natter-Client";
-    /// `1` on an edit or delete that an edge let through because its sender has the right `moderate`.
+    /// `1` on an edit or delete that an edge accepted because its sender has the right `moderate`.
     pub const MODERATED: &str = "Natter-Moderated";
     /// In a dead letter: why the message could not be written.
     pub const REASON: &str = "Natter-Reason";
@@ -34,21 +34,21 @@ pub mod header {
     pub const PLACE: &str = "Natter-Place";
     /// W3C trace context.
     pub const TRACEPARENT: &str = "traceparent";
-    /// Sequence, in what a stream republishes or answers.
+    /// Sequence, in messages that a stream republishes or returns.
     pub const SEQUENCE: &str = "Nats-Sequence";
     /// In a republished message: the previous sequence on the same subject.
     pub const LAST_SEQUENCE: &str = "Nats-Last-Sequence";
     /// RFC 3339 time at which the stream stored the message.
     pub const TIME_STAMP: &str = "Nats-Time-Stamp";
-    /// In an answer to a direct get: the subject it was stored under.
+    /// In an answer to a direct get: the subject under which the message is stored.
     pub const SUBJECT: &str = "Nats-Subject";
-    /// In an answer to a batched direct get: matches after this one.
+    /// In an answer to a batched direct get: the number of matches after this one.
     pub const NUM_PENDING: &str = "Nats-Num-Pending";
-    /// What the end of a request to a consumer says: messages that it asked for and was not given.
+    /// At the end of a request to a consumer: the number of requested messages that were not delivered.
     pub const PENDING_MESSAGES: &str = "Nats-Pending-Messages";
     /// `DEL` or `PURGE` in a key-value message that removes its key.
     pub const KV_OPERATION: &str = "KV-Operation";
-    /// Why the server itself removed a key, `MaxAge` for one that was not renewed in time.
+    /// Why the server itself removed a key; `MaxAge` if it was not renewed in time.
     pub const MARKER_REASON: &str = "Nats-Marker-Reason";
     /// How long the stream keeps the message.
     pub const TTL: &str = "Nats-TTL";
@@ -62,7 +62,7 @@ pub const KIND_TYPING: &str = "typing";
 /// Value of [`header::KIND`] of a read receipt: the payload is a cursor.
 pub const KIND_READ: &str = "read";
 
-/// Sender of what natter itself says in a room. Tokens can't have it: a `sub` must not begin with `$`.
+/// Sender of natter's own messages in a room. No token can have it, since a `sub` must not begin with `$`.
 pub const FROM_NATTER: &str = "$natter";
 
 /// Name of the history service, as `nats micro ls` shows it.
@@ -73,13 +73,13 @@ pub const HISTORY_CONSUMER: &str = "history";
 
 /// Buckets of a region.
 pub mod bucket {
-    /// Who is in which room, by edge.
+    /// Which users are in which room, by edge.
     pub const PRESENCE: &str = "presence";
     /// Leases of edges.
     pub const EDGES: &str = "edges";
     /// Read markers.
     pub const LASTREAD: &str = "lastread";
-    /// What every edge must obey.
+    /// Rules that every edge must obey.
     pub const CONTROL: &str = "control";
 }
 
@@ -89,17 +89,17 @@ pub const EPOCH_METADATA: &str = "natter.epoch";
 /// Metadata key of a stream that holds the number of partitions of its mesh.
 pub const PARTITIONS_METADATA: &str = "natter.partitions";
 
-/// Metadata key of a region's own streams of rooms that holds the regions whose messages are there, its own and the
-/// mirrored: sorted, separated by commas. `natter provision` writes a region into it when all its mirrors exist.
+/// Metadata key of a region's own streams of rooms, with the regions whose messages are there: the own and the mirrored
+/// ones, sorted, separated by commas. `natter provision` adds a region when all its mirrors exist.
 pub const REGIONS_METADATA: &str = "natter.regions";
 
-/// Spells the subjects of one mesh.
+/// Composes the subjects of one mesh.
 #[derive(Debug, Clone)]
 pub struct Subjects {
     prefix: Box<str>,
 }
 
-/// What a subject under `live` or `in` says.
+/// The parts of a subject under `live` or `in`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct LogSubject {
     /// The region whose stream holds the message.
@@ -122,7 +122,7 @@ impl Subjects {
         }
     }
 
-    /// Where a durable message of `room` is published: captured by the origin's stream.
+    /// Subject on which a durable message of `room` is published; the origin's stream captures it.
     #[must_use]
     pub fn publish(&self, origin: &Region, part: u16, room: &RoomId, class: Class) -> String {
         self.stored(origin, part, room, class.as_str())
@@ -143,19 +143,19 @@ impl Subjects {
         )
     }
 
-    /// Everything that the stream of `origin` and `part` captures.
+    /// All subjects that the stream of `origin` and `part` captures.
     #[must_use]
     pub fn captured(&self, origin: &Region, part: u16) -> String {
         format!("{}.in.{origin}.{part}.>", self.prefix)
     }
 
-    /// Where `region` sees what the stream of `origin` and `part` stored.
+    /// Subjects on which `region` receives what the stream of `origin` and `part` stored.
     #[must_use]
     pub fn republished(&self, region: &Region, origin: &Region, part: u16) -> String {
         format!("{}.live.{region}.{origin}.{part}.>", self.prefix)
     }
 
-    /// What an edge of `region` subscribes to for a durable room: all origins, both classes.
+    /// Subscription of an edge of `region` for a durable room: all origins, both classes.
     #[must_use]
     pub fn live(&self, region: &Region, part: u16, room: &RoomId) -> String {
         format!(
@@ -166,31 +166,31 @@ impl Subjects {
         )
     }
 
-    /// Ephemeral messages and signals of a room.
+    /// Subject of ephemeral messages and signals of a room.
     #[must_use]
     pub fn ephemeral(&self, room: &RoomId) -> String {
         format!("{}.eph.{}.{}", self.prefix, room.namespace(), room.name())
     }
 
-    /// Where people publish by hand; the server maps it to [`Self::publish`].
+    /// Subject for publishing by hand; the server maps it to [`Self::publish`].
     #[must_use]
     pub fn by_hand(&self, room: &RoomId) -> String {
         format!("{}.pub.{}.{}", self.prefix, room.namespace(), room.name())
     }
 
-    /// Where the history service of `region` answers; `endpoint` is `page`, `search` or `erase`.
+    /// Subject on which the history service of `region` answers; `endpoint` is `page`, `search` or `erase`.
     #[must_use]
     pub fn history(&self, region: &Region, endpoint: &str) -> String {
         format!("{}.svc.history.{region}.{endpoint}", self.prefix)
     }
 
-    /// Everything of a partition's rooms: a filter for a read of the whole stream. The room's tokens are wildcards.
+    /// All subjects of a partition's rooms: a filter for a read of the whole stream. The room's tokens are wildcards.
     #[must_use]
     pub fn stored_any(&self, origin: &Region, part: u16) -> String {
         format!("{}.in.{origin}.{part}.*.*.*", self.prefix)
     }
 
-    /// Where a message that history can't write is kept: the subject under which its stream had it, below `dead`.
+    /// Subject of a message that history can't write: its subject in the stream, below `dead`.
     #[must_use]
     pub fn dead(&self, stored: &str) -> Option<String> {
         let rest = stored.strip_prefix(&*self.prefix)?.strip_prefix(".in.")?;
@@ -210,21 +210,21 @@ impl Subjects {
         format!("{}.dead.{origin}.>", self.prefix)
     }
 
-    /// A subject that nobody serves: the server says so at once.
+    /// A subject without subscribers: the server reports "no responders" at once.
     #[must_use]
     pub fn nobody(&self) -> String {
         format!("{}.svc.edge.nobody", self.prefix)
     }
 
-    /// Where the server first sends what is published by hand to a durable room of `region`, for all rooms: namespace
-    /// and room are both wildcards there, so that the second step can hash them.
+    /// The first subject to which the server maps a message published by hand to a durable room of `region`, for all
+    /// rooms. Namespace and room are both wildcards there, so that the second mapping can hash them.
     #[must_use]
     pub fn by_hand_durable(&self, region: &Region) -> String {
         format!("{}.put.{region}.*.*", self.prefix)
     }
 
-    /// The subject mappings of a server's configuration for what is published by hand, source and destination; `durable`
-    /// says it of a namespace. `nats/server.conf` tells why they are like this. No two sources overlap.
+    /// The subject mappings of a server's configuration for publishing by hand, as source and destination. The `bool`
+    /// of a namespace says whether it is durable. `nats/server.conf` explains them. No two sources overlap.
     pub fn mappings<'a>(
         &self,
         region: &Region,
@@ -249,25 +249,25 @@ impl Subjects {
         std::iter::once(partitioned).chain(by_namespace).collect()
     }
 
-    /// Everything that a stream of the mesh may capture for its rooms begins with this.
+    /// Prefix of all subjects that streams of the mesh capture for rooms.
     #[must_use]
     pub fn captured_prefix(&self) -> String {
         format!("{}.in.", self.prefix)
     }
 
-    /// Where `region` sees the changes of a bucket of `origin`.
+    /// Subjects on which `region` receives the changes of a bucket of `origin`.
     #[must_use]
     pub fn bucket_republished(&self, region: &Region, origin: &Region, bucket: &str) -> String {
         format!("{}.kv.{region}.{origin}.{bucket}.>", self.prefix)
     }
 
-    /// Where `region` sees the changes of the keys of all origins that match `keys`.
+    /// Subjects on which `region` receives the changes of the keys of all origins that match `keys`.
     #[must_use]
     pub fn bucket_changes(&self, region: &Region, bucket: &str, keys: &str) -> String {
         format!("{}.kv.{region}.*.{bucket}.{keys}", self.prefix)
     }
 
-    /// Reads a subject under `kv`: origin and key.
+    /// Parses a subject under `kv`: origin and key.
     #[must_use]
     pub fn parse_change<'a>(&self, subject: &'a str, bucket: &str) -> Option<(Region, &'a str)> {
         let rest = subject.strip_prefix(&*self.prefix)?.strip_prefix(".kv.")?;
@@ -277,7 +277,7 @@ impl Subjects {
         Some((Region::parse(origin)?, key))
     }
 
-    /// Reads a subject under `live` (`skip` = 1, the region) or under `in` (`skip` = 0).
+    /// Parses a subject under `live` (`skip` = 1, the region) or under `in` (`skip` = 0).
     fn parse_log(&self, subject: &str, kind: &str, skip: usize) -> Option<LogSubject> {
         let rest = subject.strip_prefix(&*self.prefix)?.strip_prefix('.')?;
         let mut tokens = rest
@@ -301,26 +301,26 @@ impl Subjects {
         })
     }
 
-    /// Reads a subject under `live`.
+    /// Parses a subject under `live`.
     #[must_use]
     pub fn parse_live(&self, subject: &str) -> Option<LogSubject> {
         self.parse_log(subject, "live", 1)
     }
 
-    /// Reads a subject under `in`, as direct gets answer it.
+    /// Parses a subject under `in`, as in answers to direct gets.
     #[must_use]
     pub fn parse_stored(&self, subject: &str) -> Option<LogSubject> {
         self.parse_log(subject, "in", 0)
     }
 }
 
-/// Where a stream is read without a consumer.
+/// Subject on which a stream is read without a consumer.
 #[must_use]
 pub fn direct_get(stream: &str) -> String {
     format!("$JS.API.DIRECT.GET.{stream}")
 }
 
-/// Name of the stream that holds partition `part` of `origin`.
+/// Name of the stream of partition `part` of `origin`.
 #[must_use]
 pub fn rooms_stream(origin: &Region, part: u16) -> String {
     format!("ROOMS_{origin}_{part}")
@@ -351,7 +351,7 @@ pub fn bucket_stream(bucket: &str, origin: &Region) -> String {
     format!("KV_{}", bucket_name(bucket, origin))
 }
 
-/// Everything that the stream behind a bucket captures.
+/// All subjects that the stream behind a bucket captures.
 #[must_use]
 pub fn bucket_captured(bucket: &str, origin: &Region) -> String {
     format!("$KV.{}.>", bucket_name(bucket, origin))
@@ -363,13 +363,13 @@ pub fn bucket_key(bucket: &str, origin: &Region, key: &str) -> String {
     format!("$KV.{}.{key}", bucket_name(bucket, origin))
 }
 
-/// Key of a user who is in a room on the edge that has `lease`.
+/// Key of a user who is in a room on the edge with `lease`.
 #[must_use]
 pub fn presence_key(room: &RoomId, user: &str, lease: &str) -> String {
     format!("{}.{lease}", marker_key(room, user))
 }
 
-/// The keys of everybody in a room.
+/// The keys of all users in a room.
 #[must_use]
 pub fn presence_keys(room: &RoomId) -> String {
     format!("{}.{}.*.*", room.namespace(), room.name())
@@ -416,9 +416,9 @@ pub fn parse_marker_key(key: &str) -> Option<(RoomId, String)> {
 pub enum ControlKey {
     /// Tokens of this user are revoked: `revoke.user.<user>`.
     RevokedUser(String),
-    /// The token with this `jti` is: `revoke.jti.<jti>`.
+    /// The token with this `jti` is revoked: `revoke.jti.<jti>`.
     RevokedToken(String),
-    /// Whether this user is let in at all: `block.user.<user>`.
+    /// Whether this user is blocked: `block.user.<user>`.
     BlockedUser(String),
 }
 
@@ -433,7 +433,7 @@ impl fmt::Display for ControlKey {
     }
 }
 
-/// Reads a [`ControlKey`].
+/// Parses a [`ControlKey`].
 #[must_use]
 pub fn parse_control_key(key: &str) -> Option<ControlKey> {
     let (about, name) = key.rsplit_once('.')?;
@@ -446,10 +446,10 @@ pub fn parse_control_key(key: &str) -> Option<ControlKey> {
     }
 }
 
-/// Keys of the bucket `control` that say what every edge must obey, but for what was erased.
+/// Keys of the bucket `control` with the rules that every edge must obey, except those about erased messages.
 pub const CONTROL_RULES: &str = "*.*.*";
 
-/// Keys of the bucket `control` that say of which rooms or users messages were erased.
+/// Keys of the bucket `control` that name the rooms or users whose messages were erased.
 pub const ERASED_SETS: &str = "erased.set.*";
 
 /// Key of a set of erased messages.
@@ -458,39 +458,39 @@ pub fn erased_set_key(set: &str) -> String {
     format!("erased.set.{set}")
 }
 
-/// The set of a [`erased_set_key`].
+/// The set of an [`erased_set_key`].
 #[must_use]
 pub fn parse_erased_set_key(key: &str) -> Option<&str> {
     key.strip_prefix("erased.set.")
 }
 
-/// Key of a chunk of a set of erased messages. It has a token more than what [`CONTROL_RULES`] names: chunks are not read with
-/// the rest.
+/// Key of a chunk of a set of erased messages. It has one more token than [`CONTROL_RULES`], so chunks are not read
+/// with the rest.
 #[must_use]
 pub fn erased_ids_key(set: &str, chunk: usize) -> String {
     format!("erased.ids.{set}.{chunk}")
 }
 
-/// JetStream's own API, in the domain one is connected to.
+/// JetStream's own API, in the domain of the connection.
 pub mod api {
     use crate::model::Region;
 
-    /// Whether there is JetStream, and what this account uses of it.
+    /// Whether JetStream is available, and its usage by this account.
     pub const INFO: &str = "$JS.API.INFO";
-    /// Who one is to the server, and what one may do.
+    /// The user of the connection, and its permissions.
     pub const USER_INFO: &str = "$SYS.REQ.USER.INFO";
     /// Asks all servers for a report, as a user of the system account: `VARZ`, `GATEWAYZ`.
     pub const PING_SERVERS: &str = "$SYS.REQ.SERVER.PING.";
-    /// Names of streams, a page a request.
+    /// Names of streams, one page per request.
     pub const STREAM_NAMES: &str = "$JS.API.STREAM.NAMES";
 
-    /// Begins the subjects at which is told that a stream of several copies has a new leader; its name follows.
+    /// Prefix of the subjects that announce a new leader of a replicated stream; the stream's name follows.
     pub const LEADER_ELECTED: &str = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.";
 
-    /// Begins the subjects at which a consumer is answered.
+    /// Prefix of the subjects for acknowledgements to a consumer.
     pub const ACK: &str = "$JS.ACK.";
 
-    /// What a stream is.
+    /// A stream's state and configuration.
     #[must_use]
     pub fn stream_info(stream: &str) -> String {
         format!("$JS.API.STREAM.INFO.{stream}")
@@ -520,7 +520,7 @@ pub mod api {
         format!("$JS.API.CONSUMER.CREATE.{stream}.{consumer}")
     }
 
-    /// What a consumer is, and how far it has come.
+    /// A consumer's state and configuration.
     #[must_use]
     pub fn consumer_info(stream: &str, consumer: &str) -> String {
         format!("$JS.API.CONSUMER.INFO.{stream}.{consumer}")
@@ -556,17 +556,17 @@ pub mod api {
         format!("$JS.{region}.API")
     }
 
-    /// Requests for consumers to the API of any domain, as mirrors send them to their origins: with the name of the stream
-    /// only, since ours have no filter.
+    /// Requests for consumers to the API of any domain, as mirrors send them to their origins. They contain only the
+    /// name of the stream, since natter's mirrors have no filter.
     pub const CONSUMER_REQUESTS: &str = "$JS.*.API.CONSUMER.CREATE.*";
 
-    /// Such a request, in one's own domain.
+    /// Such a request, in the own domain.
     #[must_use]
     pub fn consumer_request(stream: &str) -> String {
         format!("$JS.API.CONSUMER.CREATE.{stream}")
     }
 
-    /// Answers to what servers ask each other for their mirrors.
+    /// Answers to the requests of mirrors, between servers.
     pub const CONSUMER_ANSWERS: &str = "$JSC.R.>";
 
     /// Metadata key of a mirror's consumer: the domain that the mirror is in.
@@ -579,7 +579,7 @@ pub mod api {
         Region::parse(domain)
     }
 
-    /// The same request to the API of a region's domain, from wherever one is connected.
+    /// The same request to the API of a region's domain, from any connection of the mesh.
     #[must_use]
     pub fn in_domain(region: &Region, request: &str) -> String {
         let rest = request.strip_prefix("$JS.API").unwrap_or(request);
@@ -617,7 +617,7 @@ mod tests {
             prop_assert_eq!(room.as_str(), text.as_str());
         }
 
-        /// Whatever a user is called, their keys have exactly the tokens of such a key and lead back to them.
+        /// Whatever the name of a user: their keys have exactly the tokens of such a key and lead back to them.
         #[test]
         fn keys_lead_back_to_user_room_and_lease(user in "\\PC{1,40}|[A-Za-z0-9_.:*>$= \\r\\n-]{1,40}") {
             let room = RoomId::parse("chat:lobby").unwrap();

@@ -1,4 +1,4 @@
-//! Tokens that were verified before.
+//! Cache of verified tokens.
 
 use std::{collections::HashMap, mem, sync::Arc};
 
@@ -10,15 +10,16 @@ use super::Identity;
 /// SHA-256 of a whole token: header, payload and signature.
 pub(super) type Digest = [u8; 32];
 
-/// Identities of verified tokens by digest; makes a storm of reconnects cheap.
+/// Identities of verified tokens by digest. Makes a storm of reconnects cheap.
 ///
-/// Two generations: entries go to the young one; when it holds half of the capacity it becomes the old one, and the old
-/// one is dropped. An entry found in the old generation moves to the young one, so what is in use stays.
+/// It has two generations. New entries go to the young one. When that holds half of the capacity, it becomes the old
+/// one, and the previous old one is dropped. An entry found in the old generation moves to the young one, so entries in
+/// use stay.
 ///
 /// # Invariants
 /// - At most `capacity` entries.
-/// - Only verified tokens get in: who has no valid token can't push others out.
-/// - Whether an entry has expired is the caller's to check, on every use.
+/// - Only verified tokens are added: a client without a valid token can't evict others.
+/// - The caller checks, on every use, whether an entry has expired.
 pub(super) struct Cache {
     generations: Mutex<Generations>,
     half: usize,
@@ -55,7 +56,7 @@ impl Cache {
         let identity = generations.old.remove(digest)?;
         let dropped = generations.insert(self.half, *digest, Arc::clone(&identity));
         drop(generations);
-        drop(dropped); // thousands of entries, perhaps: not under the lock
+        drop(dropped); // perhaps thousands of entries: not under the lock
         Some(identity)
     }
 
@@ -78,7 +79,7 @@ impl Cache {
 }
 
 impl Generations {
-    /// Adds an entry and gives back the generation that had to go, if one had to.
+    /// Adds an entry, and returns the generation that was dropped, if one was.
     fn insert(
         &mut self,
         half: usize,

@@ -1,14 +1,14 @@
-//! What a token says.
+//! The claims of a token.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::Grant;
 
-/// The last second of the year 9999: a later "time" is not in seconds.
+/// The last second of the year 9999: a later time is not in seconds.
 const LAST_SECOND: u64 = 253_402_300_799;
 
-/// The claims of a token, as they are written there: shape checked, meaning not yet.
+/// The claims of a token, as they are written there: their types are checked, their meaning is not yet.
 ///
 /// Claims of other names are ignored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -18,10 +18,10 @@ pub struct Claims {
     pub sub: String,
     /// End of validity, unix seconds (a fraction in the token is cut off).
     pub exp: u64,
-    /// Who issued it.
+    /// The issuer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iss: Option<String>,
-    /// Whom it is for (a string or a list of strings in the token); empty: not said.
+    /// The audience (a string or a list of strings in the token); empty: absent.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub aud: Vec<String>,
     /// Start of validity, unix seconds.
@@ -30,23 +30,23 @@ pub struct Claims {
     /// When it was issued, unix seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iat: Option<u64>,
-    /// Its own name, for revocation.
+    /// The token's own name, for revocation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub jti: Option<String>,
     /// Shown to others in presence: name, avatar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub info: Option<Map<String, Value>>,
-    /// What it allows; empty: nothing.
+    /// Its permissions; empty: none.
     pub grants: Vec<Grant>,
 }
 
 /// A claim that is missing or has the wrong shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadClaim {
-    /// Needed, and not there.
+    /// A required claim is missing.
     #[error("the token has no `{0}`")]
     Missing(&'static str),
-    /// There, and wrong.
+    /// A claim has a wrong value.
     #[error("the token's `{claim}` {rule}")]
     Wrong {
         /// Its name.
@@ -57,7 +57,7 @@ pub enum BadClaim {
 }
 
 impl Claims {
-    /// Claims of `user` until `exp` (unix seconds) that allow nothing yet.
+    /// Claims of `user` until `exp` (unix seconds), without permissions.
     #[must_use]
     pub fn new(user: &str, exp: u64) -> Self {
         Self {
@@ -78,7 +78,7 @@ impl TryFrom<Map<String, Value>> for Claims {
     type Error = BadClaim;
 
     fn try_from(mut map: Map<String, Value>) -> Result<Self, BadClaim> {
-        // `null` is the same as not there, as most issuers mean it.
+        // `null` means absent, as most issuers mean it.
         let mut take = |claim: &str| map.remove(claim).filter(|value| !value.is_null());
         Ok(Self {
             sub: text("sub", take("sub"))?.ok_or(BadClaim::Missing("sub"))?,
@@ -139,7 +139,7 @@ fn time(claim: &'static str, value: Option<Value>) -> Result<Option<u64>, BadCla
         (None, Some(seconds)) if seconds >= 0.0 => seconds as u64,
         (None, _) => return Err(wrong(claim, "must be a time in unix seconds")),
     };
-    // Taken as seconds, an `exp` in milliseconds would never come, and neither would an `iat` be revoked.
+    // Read as seconds, an `exp` in milliseconds would never pass, and a token with such an `iat` could not be revoked.
     if seconds > LAST_SECOND {
         let rule =
             "is after the year 9999: it looks like milliseconds, and must be in unix seconds";

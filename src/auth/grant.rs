@@ -9,18 +9,18 @@ use crate::model::{RoomId, is_token};
 /// Stands for the user in a pattern.
 const SUB: &str = "{sub}";
 
-/// One thing a session can be allowed to do in a room.
+/// One permission of a session in a room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Right {
     /// Join and receive.
     Read,
     /// Send, and show that one is typing.
     Write,
-    /// See who is there.
+    /// See who is present.
     Presence,
-    /// Read what is past.
+    /// Read past messages.
     History,
-    /// Edit, delete and annotate what others wrote.
+    /// Edit, delete and annotate messages of others.
     Moderate,
 }
 
@@ -34,7 +34,7 @@ impl Right {
         Self::Moderate,
     ];
 
-    /// The word in a token's `can`.
+    /// Its name in a token's `can`.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -83,8 +83,8 @@ impl FromIterator<Right> for Rights {
 
 /// One entry of a token's `grants`, as it is written there.
 ///
-/// Rights of unknown name are ignored, so that a token for a newer edge is still good for an older one. A malformed
-/// pattern is not: it refuses the whole token, because nobody can say what was meant by it.
+/// Rights with unknown names are ignored, so that a token for a newer edge also works with an older one. A malformed
+/// pattern makes the whole token invalid, because its meaning is unknown.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
     /// Pattern of rooms: `ns:name`, `ns:*` or `*:*`, where `{sub}` stands for the user.
@@ -111,7 +111,7 @@ impl Grant {
 )]
 pub struct BadPattern;
 
-/// A grant with its pattern resolved for one user: what every command is checked against.
+/// A grant with its pattern resolved for one user: every command is checked against it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Allowed {
     rooms: Rooms,
@@ -127,7 +127,7 @@ pub(super) enum Rooms {
         namespace: Box<str>,
         name: Box<str>,
     },
-    /// `{sub}` of a user whose name can't stand in a room name.
+    /// `{sub}` for a user whose name can't be part of a room name.
     None,
 }
 
@@ -149,7 +149,7 @@ impl Allowed {
         self.rights.contains(right).then_some(&self.rooms)
     }
 
-    /// What it allows in `room`.
+    /// The rights that it gives in `room`.
     pub(super) fn rights(&self, room: &RoomId) -> Rights {
         let matches = match &self.rooms {
             Rooms::All => true,
@@ -171,7 +171,7 @@ impl Rooms {
     fn parse(pattern: &str, user: &str) -> Result<Self, BadPattern> {
         let (namespace, name) = pattern.split_once(':').ok_or(BadPattern)?;
         let well_formed = |part: &str| is_token(&part.replace(SUB, "u"));
-        // Every part is checked before the user is put in, so a name such as `*` or `a:b` can't become syntax.
+        // Every part is checked before the user is inserted, so a name such as `*` or `a:b` can't become syntax.
         let fill = |part: &str| Some(part.replace(SUB, user)).filter(|part| is_token(part));
         Ok(match (namespace, name) {
             ("*", "*") => Self::All,
@@ -211,14 +211,14 @@ mod tests {
             ("{sub}:*", "kim", "kim:x", true),
             ("{sub}:*", "kim", "lee:x", false),
             ("{sub}:{sub}", "kim", "kim:kim", true),
-            // Users that can't stand in a room name match nothing, and never become syntax.
+            // Users whose names can't be part of a room name match nothing, and never become syntax.
             ("dm:{sub}", "*", "dm:x", false),
             ("{sub}:*", "*", "dm:x", false),
             ("dm:{sub}", "kim@example.org", "dm:kim", false),
             ("dm:{sub}", "김", "dm:x", false),
             ("dm:{sub}", "{sub}", "dm:x", false),
             ("dm:{sub}x", "a:b", "dm:x", false),
-            // Text outside the braces that only looks like the placeholder is no placeholder.
+            // Text that only looks like the placeholder, without braces, is not one.
             ("dm:sub", "kim", "dm:kim", false),
         ] {
             let grant = Grant::new(pattern, &[Right::Read]);

@@ -1,4 +1,4 @@
-//! Keys: each bound to the one algorithm it may be used with.
+//! Keys: each is bound to the only algorithm with which it may be used.
 
 use jsonwebtoken::{
     Algorithm, DecodingKey,
@@ -29,7 +29,7 @@ impl Key {
     /// A public key in PEM: RSA (RS256), P-256 (ES256) or Ed25519 (`EdDSA`).
     ///
     /// # Errors
-    /// What is wrong with it, in words that follow "the key".
+    /// What is wrong with it, as a text that follows "the key".
     pub(super) fn from_pem(pem: &[u8]) -> Result<Self, &'static str> {
         let has = |label: &[u8]| pem.windows(label.len()).any(|window| window == label);
         if has(b"PRIVATE KEY-----") {
@@ -37,10 +37,11 @@ impl Key {
         }
         if !has(b"-----BEGIN PUBLIC KEY-----") && !has(b"-----BEGIN RSA PUBLIC KEY-----") {
             return Err(
-                "is not a public key in PEM (`-----BEGIN PUBLIC KEY-----`); a certificate is none",
+                "is not a public key in PEM (`-----BEGIN PUBLIC KEY-----`, not a certificate)",
             );
         }
-        // Each reads only the kind it is for: the object identifier inside the key decides, not the text around it.
+        // Each function reads only its own kind of key: the object identifier inside the key decides, not the text
+        // around it.
         let key = if let Ok(key) = DecodingKey::from_ec_pem(pem) {
             Self {
                 name: "ES256",
@@ -73,7 +74,7 @@ impl Key {
         } else {
             return Err("is not RSA, P-256 or Ed25519");
         };
-        // A point of another curve, or not on it, shows only when the verifier is made.
+        // A point of another curve, or not on the curve, is detected only when the verifier is made.
         match (DEFAULT_PROVIDER.verifier_factory)(&key.algorithm, &key.key) {
             Ok(_verifier) => Ok(key),
             Err(_detail) => Err("is not a valid RSA, P-256 or Ed25519 key"),
@@ -85,7 +86,7 @@ impl Key {
         self.name
     }
 
-    /// Whether `signature` (base64url) is this key's over `message`.
+    /// Whether `signature` (base64url) is this key's signature of `message`.
     pub(super) fn verifies(&self, message: &str, signature: &str) -> bool {
         verify(signature, message.as_bytes(), &self.key, self.algorithm).unwrap_or(false)
     }

@@ -1,12 +1,13 @@
-//! Token → claims → grants: who may do what in which room.
+//! Token → claims → grants: which user may do what in which room.
 //!
-//! Does not know sessions or sockets, is told what was revoked ([`Revocations`]), and reads no clock: `now` is an argument. The only module that
-//! imports jsonwebtoken, and of it only the signatures: what a token may say, and until when it holds, is decided here.
+//! This module does not know sessions or sockets. It learns revocations from its caller ([`Revocations`]), and reads no
+//! clock: `now` is an argument. It is the only module that uses jsonwebtoken, and only for signatures: which claims are
+//! valid, and until when, is decided here.
 //!
 //! # Invariants
 //! - The algorithm belongs to the key. A token's `alg` can only pick one of the configured pairs, so a public key is never
 //!   used as an HMAC secret, and `none` is not an algorithm.
-//! - Nothing of a token is read before its signature is verified, except the header's `alg` and `crit`.
+//! - Before its signature is verified, only the header's `alg` and `crit` are read from a token.
 //! - No error and no log line contains the token, a part of it, or a secret.
 
 mod cache;

@@ -1,8 +1,8 @@
-//! Which tokens and users are not let in any more, though their signature is right.
+//! Tokens and users that are refused although the signature is right.
 //!
-//! Rules come from the control buckets of all regions, in any order and repeatedly; learning them commutes: revocations only
-//! grow, and of two words about a block the later one counts. A rule says itself until when it holds, since a mirror may lose
-//! it without telling.
+//! Rules come from the control buckets of all regions, in any order and repeatedly. Learning them is commutative:
+//! revocations only grow, and of two rules about a block the later one counts. A rule contains its own end, since a
+//! mirror may lose it without notice.
 
 use std::{
     collections::HashMap,
@@ -16,33 +16,34 @@ use tokio::sync::watch;
 
 use super::Identity;
 
-/// How much longer than the tokens it names a revocation holds, besides the leeway: the clock of who revoked may be behind
-/// those of edges, and behind the one that said when the tokens end.
+/// How much longer a revocation holds than the tokens it names, besides the leeway. The clock with which it was made
+/// may be behind those of the edges, and behind that of the issuer, which determined the end of the tokens.
 const CLOCKS: Duration = Duration::from_mins(5);
 
-/// Whom a rule is about.
+/// Who or what a rule is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Whose {
     /// Tokens of a user.
     User(String),
     /// The token with this `jti`.
     Token(String),
-    /// A user, whatever their tokens.
+    /// A user, whatever the token.
     Blocked(String),
 }
 
-/// Tokens that are not valid any more.
+/// Tokens that are no longer valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Revocation {
-    /// Of a user: those issued (`iat`) at this time or before, unix seconds, and those that don't say.
+    /// For a user: tokens issued (`iat`) at this time or before, in unix seconds, and those without `iat`.
     pub before: u64,
-    /// No such token ends (`exp`) later, unix seconds; [`u64::MAX`]: nobody knows, and it holds for good.
+    /// No such token expires (`exp`) later than this, in unix seconds. [`u64::MAX`]: not known, so the revocation has
+    /// no end.
     pub until: u64,
 }
 
 impl Revocation {
-    /// What is said at `now_s` (unix seconds) of tokens that are valid for `time` at most. `leeway`: how far the clock of
-    /// their issuer may be ahead; what it issues with such an `iat` may be there already.
+    /// A revocation made at `now_s` (unix seconds) of tokens that are valid for at most `time`. `leeway`: how far the
+    /// clock of their issuer may be ahead. Tokens with an `iat` up to that much later may already exist.
     #[must_use]
     pub fn new(now_s: u64, time: Duration, leeway: Duration) -> Self {
         Self {
@@ -53,14 +54,14 @@ impl Revocation {
         }
     }
 
-    /// When it ends, unix seconds: an edge with this leeway lets no token in by then that it names. `None`: never.
+    /// When it ends, in unix seconds: an edge with this leeway accepts none of these tokens after that. `None`: never.
     #[must_use]
     pub fn ends(&self, leeway: Duration) -> Option<u64> {
         self.until
             .checked_add(leeway.saturating_add(CLOCKS).as_secs())
     }
 
-    /// What both say: the later and the longer one hold.
+    /// Combines both: the later and the longer one hold.
     #[must_use]
     pub fn merge(self, other: Self) -> Self {
         Self {
@@ -70,17 +71,17 @@ impl Revocation {
     }
 }
 
-/// Whether a user is let in.
+/// Whether a user is blocked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Block {
-    /// Whether they are not.
+    /// Whether the user is blocked.
     pub blocked: bool,
-    /// When that was said, in ms since 1970: the last word counts.
+    /// When this was decided, in ms since 1970: the latest decision counts.
     pub at: u64,
 }
 
 impl Block {
-    /// The same as the word that counts after `known`, also if that was said by a clock that is ahead.
+    /// The same decision, such that it counts after `known`, even if the clock of that was ahead.
     #[must_use]
     pub fn after(self, known: Self) -> Self {
         Self {
@@ -90,13 +91,13 @@ impl Block {
     }
 }
 
-/// What is revoked, as an edge knows it. One for all shards.
+/// The revocations that an edge knows. One instance for all shards.
 #[derive(Debug, Default)]
 pub struct Revocations {
     /// [`crate::config::Auth::leeway`].
     leeway: Duration,
     rules: RwLock<Rules>,
-    /// Whether there is any rule: without one nothing is looked up.
+    /// Whether there is any rule. Without one, nothing is looked up.
     any: AtomicBool,
     changed: watch::Sender<()>,
 }
@@ -109,7 +110,8 @@ struct Rules {
 }
 
 impl Revocations {
-    /// Nothing is revoked yet; rules outlive tokens that are let in for `leeway` after their end.
+    /// No revocations yet. Tokens are accepted for `leeway` after their end, so rules are kept for longer than the
+    /// tokens.
     #[must_use]
     pub fn new(leeway: Duration) -> Self {
         Self {
@@ -118,10 +120,10 @@ impl Revocations {
         }
     }
 
-    /// Takes in a rule, as it stands in a bucket.
+    /// Learns a rule from its value in a bucket.
     ///
     /// # Errors
-    /// It is not one; it changes nothing.
+    /// The value is not a rule; nothing changes.
     pub fn learn(&self, whose: Whose, value: &[u8]) -> Result<(), serde_json::Error> {
         let mut rules = self.rules.write();
         let news = match whose {
@@ -146,7 +148,7 @@ impl Revocations {
         Ok(())
     }
 
-    /// Whether the bearer of a token is not let in (any more). `now_s`: unix seconds.
+    /// Whether a token is revoked or its user blocked. `now_s`: unix seconds.
     #[must_use]
     pub fn refuse(&self, identity: &Identity, now_s: u64) -> bool {
         if !self.any.load(Ordering::Acquire) {
@@ -168,7 +170,7 @@ impl Revocations {
                 .is_some_and(|rule| revoked(rule) && too_old(rule))
     }
 
-    /// Forgets what does not hold any more.
+    /// Forgets rules that have ended.
     pub fn forget(&self, now_s: u64) {
         if self.any.load(Ordering::Acquire) {
             let mut rules = self.rules.write();
@@ -181,7 +183,7 @@ impl Revocations {
         rule.ends(self.leeway).is_none_or(|end| now_s < end)
     }
 
-    /// Says when there is a new rule.
+    /// Notifies of each new rule.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()

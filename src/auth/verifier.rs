@@ -22,20 +22,20 @@ use crate::{
 /// Longest token, in bytes.
 pub const MAX_TOKEN: usize = 8 * 1024;
 
-/// Arrays and objects within each other in `info`; others are shown it.
+/// Maximum nesting of arrays and objects in `info`, which is shown to others.
 const MAX_INFO_DEPTH: usize = 64;
 
-/// Verified tokens that are remembered.
+/// Maximum number of verified tokens that are remembered.
 const CACHE: usize = 10_000;
 
-/// Who a verified token says its bearer is, and what they may do.
+/// The user of a verified token, and their permissions.
 #[derive(Debug)]
 pub struct Identity {
     /// The user: any text of 1 to [`MAX_USER`] bytes that does not begin with `$`.
     pub user: Arc<str>,
     /// End of validity, unix seconds, without leeway: see [`Verifier::deadline`].
     pub exp: u64,
-    /// When it was issued, unix seconds, if it says.
+    /// When it was issued, in unix seconds, if it says so.
     pub iat: Option<u64>,
     /// The token's own name, if it has one.
     pub jti: Option<Box<str>>,
@@ -74,7 +74,7 @@ impl Identity {
         scope
     }
 
-    /// What `claims` mean. Times, issuer and audience are not looked at.
+    /// The meaning of `claims`. Times, issuer and audience are not checked.
     ///
     /// # Errors
     /// The claim that breaks a rule.
@@ -127,9 +127,9 @@ impl Identity {
     }
 }
 
-/// Checks tokens against the configured keys and rules. One for all shards, in an `Arc`.
+/// Checks tokens against the configured keys and rules. One instance for all shards, in an `Arc`.
 pub struct Verifier {
-    /// At most one of each algorithm.
+    /// At most one per algorithm.
     keys: Vec<Key>,
     algorithms: String,
     issuer: String,
@@ -161,7 +161,7 @@ pub enum AuthConfigError {
         /// Why.
         source: io::Error,
     },
-    /// The file holds no key that can be used.
+    /// The file contains no usable key.
     #[error("configuration: auth.public_key_file = {}: the key {reason}", path.display())]
     Key {
         /// The file.
@@ -171,7 +171,7 @@ pub enum AuthConfigError {
     },
 }
 
-/// A token was refused. The messages are safe to show to who sent it.
+/// A token was refused. The messages are safe to show to its sender.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AuthError {
     /// The edge has neither `auth.hs256_secret` nor `auth.public_key_file`.
@@ -183,13 +183,13 @@ pub enum AuthError {
     /// Not a JWT in compact form.
     #[error("the token is malformed: {0}")]
     Malformed(&'static str),
-    /// Signed with an algorithm no key is configured for, or not at all.
+    /// Not signed, or with an algorithm for which no key is configured.
     #[error("the token's algorithm is not accepted here, only {accepted}")]
     Algorithm {
-        /// The names of those that are.
+        /// The names of accepted algorithms.
         accepted: String,
     },
-    /// The signature is not the key's, or what it signs was changed.
+    /// The signature was not made with the key, or the signed text was changed.
     #[error("the token's signature is wrong")]
     Signature,
     /// A claim is missing, or breaks a rule.
@@ -203,22 +203,22 @@ pub enum AuthError {
         /// What it must be.
         rule: BadPattern,
     },
-    /// After its end, leeway included.
+    /// It has expired, even with the leeway.
     #[error("the token has expired (`exp` {exp})")]
     Expired {
         /// Its end, unix seconds.
         exp: u64,
     },
-    /// Before its start, leeway included.
+    /// It is not valid yet, even with the leeway.
     #[error("the token is not valid yet (`nbf` {nbf})")]
     NotYetValid {
         /// Its start, unix seconds.
         nbf: u64,
     },
-    /// Issued in the future, leeway included: a revocation of the user's tokens could not name it.
-    #[error("the token was issued in the future (`iat` {iat}): see the clock of who issues it")]
+    /// Issued in the future, even with the leeway: a revocation of the user's tokens could not cover it.
+    #[error("the token was issued in the future (`iat` {iat}): check the issuer's clock")]
     IssuedInFuture {
-        /// When it says that it was issued, unix seconds.
+        /// The time at which it was issued, according to the token, in unix seconds.
         iat: u64,
     },
     /// It was revoked, or its user is blocked.
@@ -266,11 +266,11 @@ pub enum IssueError {
     Sign(#[source] jsonwebtoken::errors::Error),
 }
 
-/// Of a token's header, what matters here.
+/// The fields of a token's header that are used here.
 #[derive(Deserialize)]
 struct TokenHeader {
     alg: String,
-    /// Extensions that must be understood (RFC 7515 section 4.1.11): natter understands none.
+    /// Extensions that must be understood (RFC 7515 section 4.1.11); natter supports none.
     crit: Option<Value>,
 }
 
@@ -313,9 +313,10 @@ impl Verifier {
         })
     }
 
-    /// Who `token` says its bearer is. `now_s`: unix seconds.
+    /// The identity of the bearer of `token`. `now_s`: unix seconds.
     ///
-    /// A token that was verified before costs a hash (it is remembered, with a bound), and is checked against the time again.
+    /// A token that was verified before costs only a hash, because it is remembered (with a bound). Its times are
+    /// checked again.
     ///
     /// # Errors
     /// [`AuthError`], counted with its reason.
@@ -333,19 +334,19 @@ impl Verifier {
         result.map(|(identity, _)| identity)
     }
 
-    /// What is revoked: who hears of that tells it.
+    /// The revocations. Whoever learns of new ones adds them here.
     #[must_use]
     pub fn revocations(&self) -> &Arc<Revocations> {
         &self.revocations
     }
 
-    /// Whether the bearer of a token that was verified is not let in any more. `now_s`: unix seconds.
+    /// Whether a verified token was revoked since, or its user blocked. `now_s`: unix seconds.
     #[must_use]
     pub fn is_revoked(&self, identity: &Identity, now_s: u64) -> bool {
         self.revocations.refuse(identity, now_s)
     }
 
-    /// Until when `identity` holds, unix seconds: its `exp` and the configured leeway.
+    /// Until when `identity` is valid, in unix seconds: its `exp` and the configured leeway.
     #[must_use]
     pub fn deadline(&self, identity: &Identity) -> u64 {
         identity.exp.saturating_add(self.leeway_s)
@@ -439,7 +440,7 @@ impl Verifier {
     }
 }
 
-/// A token with `claims`, signed with HS256: for development and tests, where natter itself is the issuer.
+/// A token with `claims`, signed with HS256, for development and tests, in which natter itself is the issuer.
 ///
 /// # Errors
 /// [`IssueError`] if no edge would accept it, or if it can't be signed.

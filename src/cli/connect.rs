@@ -1,4 +1,4 @@
-//! What `tail`, `send` and `history export` share: which edges, which token, and how output ends.
+//! What `tail`, `send` and `history export` share: edges, token, and how output ends.
 
 use std::{
     io::{self, Write},
@@ -19,16 +19,16 @@ use crate::{
     model::RoomId,
 };
 
-/// Life of the tokens that these tools make for themselves; they make a new one when it ends.
+/// Lifetime of the tokens that these tools make for themselves. A new one is made when it ends.
 const TOKEN_TTL: Duration = Duration::from_secs(3600);
 
 /// Where to connect, and as whom.
 #[derive(Debug, Args)]
 pub(super) struct Connect {
-    /// The edge, as ws://host:port; give it several times to name edges to fall back to.
+    /// The edge, as ws://host:port; may be repeated to name fallback edges.
     #[arg(long, value_name = "URL", default_value = "ws://127.0.0.1:8080/ws")]
     url: Vec<Endpoint>,
-    /// A token; without it one is made with the secret of the configuration or of a `natter up` on this machine.
+    /// The token; without it, one is made with the secret of the configuration or of a `natter up` on this machine.
     #[arg(long)]
     token: Option<String>,
     /// User of the token that is made.
@@ -50,7 +50,7 @@ pub(super) struct Connect {
 }
 
 impl Connect {
-    /// The edges and the token to use for `room`; one that is made has `rights` there.
+    /// The edges and the token for `room`. A token that is made here has `rights` in that room.
     pub(super) fn target(
         &self,
         room: &RoomId,
@@ -73,7 +73,7 @@ impl Connect {
         let config = config()?;
         let secret = secret(&config, &self.data)?;
         let auth = config.auth;
-        // Once here, so that a secret that can't be used is an error of the command and not of the first connection.
+        // Checked here, so that an unusable secret is an error of the command and not of the first connection.
         let grant = Grant::new(room.as_str(), rights);
         let user = self.user.clone();
         token_for(&auth, &user, &grant, &secret)?;
@@ -98,7 +98,7 @@ pub(super) fn room(text: &str) -> Result<RoomId, String> {
     RoomId::parse(text).map_err(|error| error.to_string())
 }
 
-/// Runs a tool on a runtime of one thread until it is done or Ctrl-C is pressed, which is a clean end.
+/// Runs a tool on a single-threaded runtime until it is done or Ctrl-C is pressed. Ctrl-C is a clean end.
 pub(super) fn run_tool(tool: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -110,12 +110,12 @@ pub(super) fn run_tool(tool: impl Future<Output = anyhow::Result<()>>) -> anyhow
             pressed = tokio::signal::ctrl_c() => pressed.context("can't wait for Ctrl-C"),
         }
     });
-    // What is left are tasks of connections; nobody waits for them.
+    // Only tasks of connections are left; nothing waits for them.
     runtime.shutdown_background();
     ended
 }
 
-/// Writes one line to stdout at once. `false`: nobody reads any more (`natter tail … | head`), which is a clean end.
+/// Writes one line to stdout and flushes it. `false`: stdout is closed (`natter tail … | head`), which is a clean end.
 pub(super) fn print_line(line: &str) -> anyhow::Result<bool> {
     let mut stdout = io::stdout().lock();
     let written = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
@@ -126,16 +126,16 @@ pub(super) fn print_line(line: &str) -> anyhow::Result<bool> {
     }
 }
 
-/// JSON text on one line. Ends of lines are white space between its parts: in a string they are escaped.
+/// JSON text on one line. Line breaks in it are white space between tokens: inside a string they are escaped.
 pub(super) fn on_one_line(json: &str) -> String {
     json.replace(['\r', '\n'], "")
 }
 
-/// Ends when nobody can read stdout any more, also while nothing is printed; never where stdout is no pipe.
+/// Returns when the reader of stdout has gone, even if nothing is printed. Never returns if stdout is not a pipe.
 pub(super) async fn stdout_closed() {
-    // Opened anew, since watching a file makes it non-blocking for everybody who shares it.
+    // Opened again: watching a file makes it non-blocking for every process that shares it.
     let pipe = pipe::OpenOptions::new().open_sender("/proc/self/fd/1");
-    // On a pipe without readers the kernel reports an error condition; nothing else is asked for.
+    // On a pipe without readers the kernel reports an error condition; no other condition is requested.
     if let Ok(pipe) = pipe
         && pipe.ready(Interest::ERROR).await.is_ok()
     {

@@ -1,4 +1,4 @@
-//! `natter dev`: what a developer does to the regions of a running `natter up --regions`.
+//! `natter dev`: cuts and heals links between the regions of a running `natter up --regions`.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use super::up::lock_file;
 /// Longest request or answer, in bytes.
 pub(super) const MAX_LINE: u64 = 256 * 1024;
 
-/// How long an answer may take.
+/// Timeout of an answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// Arguments of `natter dev`.
@@ -32,7 +32,7 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum What {
-    /// Cut a region off from all others, both ways; it goes on alone.
+    /// Cut a region off from all others, both ways; it continues alone.
     Cut {
         region: String,
         /// Close its connections. Otherwise they hang, as when the network is gone.
@@ -45,7 +45,7 @@ enum What {
     Links,
 }
 
-/// What is asked: one line of JSON.
+/// A request: one line of JSON.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Request {
@@ -54,7 +54,7 @@ pub(super) enum Request {
     Links,
 }
 
-/// The answer: one line of JSON. What was asked for is done.
+/// The answer: one line of JSON. It is sent when the request has been carried out.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Answer {
@@ -71,12 +71,12 @@ pub(super) struct LinkState {
     pub state: String,
 }
 
-/// Where a `natter up` with this data folder listens.
+/// Socket of the `natter up` with this data folder.
 pub(super) fn socket(data: &Path) -> PathBuf {
     data.join("dev.sock")
 }
 
-/// Asks, and prints the links as they are then.
+/// Sends the request and prints the links as they are afterwards.
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let request = match args.what {
         What::Cut { region, close } => Request::Cut { region, close },
@@ -116,7 +116,7 @@ fn ask(data: &Path, request: &Request) -> anyhow::Result<Answer> {
         }
         Err(error) => {
             return Err(error)
-                .with_context(|| format!("{} can't be asked", socket(data).display()));
+                .with_context(|| format!("{} can't be reached", socket(data).display()));
         }
     };
     stream.set_read_timeout(Some(ANSWER_WITHIN))?;
@@ -128,7 +128,7 @@ fn ask(data: &Path, request: &Request) -> anyhow::Result<Answer> {
         .read_line(&mut answer)
         .with_context(|| format!("the natter up of {shown} did not answer"))?;
     serde_json::from_str(&answer)
-        .with_context(|| format!("the answer of the natter up of {shown} can't be understood"))
+        .with_context(|| format!("the answer of the natter up of {shown} can't be parsed"))
 }
 
 /// The process that owns a data folder, if it runs.

@@ -1,4 +1,4 @@
-//! `natter doctor`: what is wrong with a deployment, and what to do.
+//! `natter doctor`: finds what is wrong with a deployment, and says what to do.
 
 use std::process::ExitCode;
 
@@ -14,18 +14,18 @@ pub(super) struct Args {
     /// One JSON object, for programs.
     #[arg(long)]
     json: bool,
-    /// User of the system account, who is told whether writes are synced, and of gateways and clocks.
+    /// User of the system account. Only it can examine disk syncs, gateways and the clocks of servers.
     #[arg(long, value_name = "NAME")]
     sys_user: Option<String>,
-    /// Its password.
+    /// Password of that user.
     #[arg(long, value_name = "PASSWORD")]
     sys_password: Option<String>,
-    /// Servers to ask as that user, where they are not those of `nats.url`.
+    /// Servers to ask as that user, if they are not those of `nats.url`.
     #[arg(long, value_name = "URL")]
     sys_url: Option<String>,
 }
 
-/// Prints the findings; exit code 1 when one of them is a problem.
+/// Prints the findings. The exit code is 1 if one of them is a problem.
 pub(super) fn run(args: Args, mut config: Config) -> anyhow::Result<ExitCode> {
     let doctor = &mut config.doctor;
     if let Some(user) = args.sys_user {

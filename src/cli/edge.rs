@@ -19,10 +19,10 @@ use crate::{
     telemetry,
 };
 
-/// How long what telemetry still holds may take to be sent at the end.
+/// Timeout of sending the remaining telemetry at the end.
 const TELEMETRY_FLUSH: Duration = Duration::from_secs(2);
 
-/// How long after `edge.drain_timeout` the process ends, whatever still runs.
+/// How long after `edge.drain_timeout` the process is ended, whatever still runs.
 const CUT_AFTER: Duration = Duration::from_secs(5);
 
 /// Serve WebSocket and HTTP clients.
@@ -33,7 +33,7 @@ impl EdgeCommand {
     pub(super) fn run(&self, file: Option<&Path>) -> anyhow::Result<ExitCode> {
         let config = Config::load(file, Toml::string(""))?;
         let telemetry = telemetry::init(&config.telemetry, "natter-edge", &config.edge.id)?;
-        // Accepting, handshakes and HTTP; the shards have threads of their own.
+        // For accepting, handshakes and HTTP; the shards have threads of their own.
         let runtime = Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
@@ -45,7 +45,7 @@ impl EdgeCommand {
     }
 }
 
-/// A connection is a file: takes as many as the system allows this process.
+/// Each connection needs an open file: raises the limit to the maximum that this process may have.
 fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -60,8 +60,7 @@ fn raise_file_limit() {
     }
 }
 
-/// Ends the process if it is still there after `time`. From a thread of its own: whatever is stuck then may have taken the
-/// runtime along.
+/// Ends the process if it still runs after `time`. Uses its own thread, because the runtime may be stuck too.
 fn end_after(time: Duration) {
     let end = move || {
         #[expect(
@@ -76,7 +75,7 @@ fn end_after(time: Duration) {
         .name("last resort".to_owned())
         .spawn(end)
     {
-        tracing::warn!(%error, "nothing ends the process if its drain does not");
+        tracing::warn!(%error, "the process is not ended if its drain hangs");
     }
 }
 
@@ -92,7 +91,7 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
             ExitCode::SUCCESS
         }
         why = edge.failed() => {
-            tracing::error!(why, "the edge can't go on: it tells its sessions so, and ends");
+            tracing::error!(why, "the edge can't continue: it drains and exits");
             ExitCode::FAILURE
         }
         _ = lifecycle.reached(Phase::Stopped) => return Ok(ExitCode::FAILURE),

@@ -1,4 +1,4 @@
-//! `natter history export ROOM`: all that was said in a room, as JSON lines.
+//! `natter history export ROOM`: all messages of a room, as JSON lines.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -16,19 +16,19 @@ use crate::{
     model::RoomId,
 };
 
-/// Messages of one page: the most that an edge gives.
+/// Messages of one page: the maximum of an edge.
 const PAGE: usize = 200;
 
-/// How often a page is asked for in vain before it is given up.
+/// Maximum number of attempts to read one page.
 const ATTEMPTS: u32 = 8;
 
-/// Pause before the second attempt; doubled each time, up to [`PAUSE_MAX`].
+/// Pause before the second attempt, doubled after each further one, up to [`PAUSE_MAX`].
 const PAUSE: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// Print all that was said in a room as JSON lines, the oldest message first, each as it is now.
+/// Print all messages of a room as JSON lines, the oldest first, each in its current version.
 ///
-/// Exit code 1 if something may be missing (MongoDB or the history service is away): what there is was printed all the same.
+/// Exit code 1 if something may be missing (MongoDB or the history service is away). The rest is printed anyway.
 #[derive(Debug, Args)]
 pub(super) struct Export {
     /// The room, as namespace:name.
@@ -63,7 +63,7 @@ pub(super) fn run(
     })?;
     if partial {
         eprintln!(
-            "natter: not all of {} can be read just now: some messages may be missing",
+            "natter: not all of {} can be read at the moment: some messages may be missing",
             export.room
         );
         return Ok(ExitCode::FAILURE);
@@ -75,11 +75,11 @@ async fn print(mut pages: Pages, partial: &mut bool) -> anyhow::Result<()> {
     let mut after = Some(String::new());
     while let Some(from) = after {
         let text = pages.read(&from).await?;
-        let page: Page<'_> = serde_json::from_str(&text).context("the edge's answer is no page")?;
+        let page: Page<'_> = serde_json::from_str(&text).context("the answer is not a page")?;
         *partial |= page.partial;
         for message in page.messages {
             if !print_line(&on_one_line(message.get()))? {
-                // Nobody reads on, so nobody misses anything.
+                // The reader has gone, so nothing is missing for it.
                 *partial = false;
                 return Ok(());
             }
@@ -89,7 +89,7 @@ async fn print(mut pages: Pages, partial: &mut bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reads pages over a connection that is made anew when it ends.
+/// Reads pages over a connection, and connects again when it ends.
 struct Pages {
     target: Target,
     room: RoomId,
@@ -107,7 +107,7 @@ impl Pages {
         }
     }
 
-    /// The text of the page after a cursor.
+    /// The JSON text of the page after a cursor.
     async fn read(&mut self, after: &str) -> anyhow::Result<String> {
         let mut pause = PAUSE;
         let mut attempt = 0;
@@ -134,11 +134,11 @@ impl Pages {
                 return Err(error.context(format!("can't read the history of {}", self.room)));
             }
             if !matches!(error.downcast_ref(), Some(CallError::Refused(_))) {
-                // It ended, or could not be made: the next edge's turn.
+                // The connection ended or was not established: try the next edge.
                 self.connection = None;
                 self.turn += 1;
             }
-            eprintln!("natter: {error:#}; trying again");
+            eprintln!("natter: {error:#}; retrying");
             sleep(pause).await;
             pause = (pause * 2).min(PAUSE_MAX);
         }

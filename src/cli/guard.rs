@@ -1,7 +1,7 @@
 //! `natter guard`: becomes another program that dies when its parent does.
 //!
-//! `natter up` starts every child through this, so that a SIGKILL of `up` leaves no process behind: the kernel's
-//! parent-death signal has to be set by the child itself, between its birth and the program it becomes.
+//! `natter up` starts every child through this, so that a SIGKILL of `up` leaves no process behind. The kernel's
+//! parent-death signal must be set by the child itself, after the fork and before it executes the program.
 
 use std::{ffi::OsString, os::unix::process::CommandExt, process::ExitCode};
 
@@ -13,19 +13,19 @@ pub(super) struct Args {
     /// Process whose end must end this one.
     #[arg(long, value_name = "PID")]
     parent: u32,
-    /// Program to become, with its arguments.
+    /// Program to execute, with its arguments.
     #[arg(last = true, required = true)]
     command: Vec<OsString>,
 }
 
-/// Returns only when the program can't be started.
+/// Returns only if the program can't be started.
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let (program, arguments) = args.command.split_first().context("no program given")?;
-    // SIGKILL, since nobody is left who could wait for a drain; all data is written so that this is safe.
+    // SIGKILL, since no process is left that could wait for a drain. All data is written such that this is safe.
     #[cfg(target_os = "linux")]
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .context("the parent-death signal can't be set")?;
-    // The parent may have died before the signal was set: then it never comes.
+    // If the parent died before the signal was set, the signal never arrives.
     if std::os::unix::process::parent_id() != args.parent {
         bail!("process {} is not the parent any more", args.parent);
     }

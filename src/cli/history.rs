@@ -1,4 +1,4 @@
-//! `natter history`: the service that takes messages to MongoDB, and what its operator needs.
+//! `natter history`: the service that writes messages to MongoDB, and tools for its operator.
 
 use std::{path::Path, process::ExitCode, time::Duration};
 
@@ -18,16 +18,16 @@ use crate::{
     telemetry,
 };
 
-/// How long what telemetry still holds may take to be sent at the end.
+/// Timeout of sending the remaining telemetry at the end.
 const TELEMETRY_FLUSH: Duration = Duration::from_secs(2);
 
-/// Threads of the service: a batch is read while others are written.
+/// Threads of the service: one batch is read while others are written.
 const THREADS: usize = 2;
 
-/// Keep in MongoDB what is said in durable rooms; or tell about it.
+/// Run the service that keeps the messages of durable rooms in MongoDB, or show its state.
 #[derive(Debug, Args)]
 pub(super) struct HistoryCommand {
-    /// Without one: run the service.
+    /// Without a subcommand: run the service.
     #[command(subcommand)]
     tool: Option<Tool>,
 }
@@ -39,10 +39,10 @@ enum Tool {
     Ask(Ask),
 }
 
-/// What is asked of NATS and MongoDB.
+/// Tools that ask NATS and MongoDB.
 #[derive(Debug, Subcommand)]
 enum Ask {
-    /// How far MongoDB is behind, as NATS tells it, and what the running instances say.
+    /// How far MongoDB is behind, according to NATS, and what the running instances report.
     Status {
         /// One JSON object.
         #[arg(long)]
@@ -50,16 +50,16 @@ enum Ask {
     },
     /// List the messages that MongoDB refused, with the reasons.
     Dead {
-        /// A JSON object a line.
+        /// One JSON object per line.
         #[arg(long)]
         json: bool,
-        /// Show also what was said.
+        /// Also show the bodies of the messages.
         #[arg(long)]
         body: bool,
     },
     /// Try again to write dead letters; exit code 1 if any is left.
     Retry {
-        /// Which, by the numbers that `natter history dead` shows; none: all.
+        /// Numbers of the letters, as `natter history dead` shows them; without any: all.
         #[arg(value_name = "NUMBER")]
         numbers: Vec<u64>,
     },
@@ -103,19 +103,19 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
             ExitCode::SUCCESS
         }
         why = history.failed() => {
-            tracing::error!(why, "the service can't go on, and ends");
+            tracing::error!(why, "the service can't continue, and ends");
             ExitCode::FAILURE
         }
         _ = lifecycle.reached(Phase::Stopped) => return Ok(ExitCode::FAILURE),
     };
     if let Err(error) = history.drain().await {
-        // What was not confirmed is given out again.
-        tracing::warn!(%error, "the service did not end in order");
+        // Messages that were not acknowledged are delivered again.
+        tracing::warn!(%error, "the service did not stop cleanly");
     }
     Ok(code)
 }
 
-/// What the tools ask.
+/// The connection of the tools.
 struct Nats {
     connection: Connection,
     reader: Reader,
@@ -179,7 +179,7 @@ async fn status(nats: &Nats, config: &Config, json: bool) -> anyhow::Result<Exit
             if part.consumer {
                 ""
             } else {
-                "  no worker was ever here"
+                "  no worker has run here"
             }
         ));
     }
@@ -191,7 +191,7 @@ async fn status(nats: &Nats, config: &Config, json: bool) -> anyhow::Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-/// What an instance says of itself: a line each for what it has answered, what it has written, and what went wrong.
+/// What an instance reports: a line each for its answers, its writes, running erasures and the last error.
 fn figures(figures: &serde_json::Value) -> Vec<String> {
     let writing = &figures["writing"];
     let number = |of: &serde_json::Value, name: &str| of[name].as_u64().unwrap_or_default();
@@ -265,7 +265,7 @@ async fn dead(nats: &Nats, json: bool, body: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What others wrote must neither make further lines nor drive the terminal.
+/// Text of others must neither add lines nor contain control characters for the terminal.
 fn one_line(text: &str) -> String {
     let shown = |c: char| match c {
         '\t' => c,

@@ -72,7 +72,7 @@ enum Command {
     Revoke(revoke::Args),
     /// Follow a room in the terminal; reconnects and resumes by itself.
     Tail(tail::Tail),
-    /// Say something in a room, and wait until it is stored.
+    /// Send a message to a room, and wait until it is stored.
     Send(send::Send),
 }
 
@@ -82,7 +82,7 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version come as "errors" too, and go to stdout.
+            // clap reports help and version as errors too; those go to stdout.
             let code = if error.use_stderr() { EX_USAGE } else { 0 };
             return match error.print() {
                 Ok(()) => ExitCode::from(code),
@@ -117,7 +117,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => return doctor::run(args, load()?),
         Command::Guard(args) => return guard::run(&args),
         Command::CheckConfig => {
-            // The keys too: an edge would not start without those that are named.
+            // Also checks the keys: an edge does not start without those that are configured.
             Verifier::from_config(&load()?.auth)?;
             println!("the configuration is valid");
         }

@@ -1,4 +1,4 @@
-//! `natter provision`: the streams and buckets of the region, or of a mesh of several, as configured.
+//! `natter provision`: creates and updates the streams and buckets of the region, or of all regions of a mesh.
 
 use std::process::ExitCode;
 
@@ -22,11 +22,11 @@ pub(super) struct Args {
     /// Also do what may lose stored messages: shrink limits, replace or delete mirrors.
     #[arg(long)]
     allow_destructive: bool,
-    /// Add this region to the mesh that the connected region belongs to: its streams, its mirrors in the others, theirs in
-    /// it.
+    /// Add this region to the mesh of the connected region: its streams, its mirrors in the other regions, and their
+    /// mirrors in it.
     #[arg(long, value_name = "REGION", value_parser = region)]
     region: Option<Region>,
-    /// Take this region out of the mesh: its mirrors in the others are deleted when edges have followed, half a minute later;
+    /// Take this region out of the mesh. Its mirrors in the other regions are deleted later, when edges have followed;
     /// its own streams are left alone. It need not be reachable.
     #[arg(
         long,
@@ -38,7 +38,7 @@ pub(super) struct Args {
     remove_region: Option<Region>,
 }
 
-/// Prints one line a stream; exit code 1 when something was left different from its definition, or a region is away.
+/// Prints one line per stream. The exit code is 1 if a stream still differs from its definition, or a region is away.
 pub(super) fn run(args: &Args, config: &Config) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -49,7 +49,7 @@ pub(super) fn run(args: &Args, config: &Config) -> anyhow::Result<ExitCode> {
     }
     for (region, error) in &provisioned.unreachable {
         eprintln!(
-            "natter: region {region} does not answer ({}): what concerns it was not done; repeat this when it is back",
+            "natter: region {region} does not answer ({}): its part was not done; repeat this when it is back",
             error.brief()
         );
     }
@@ -84,7 +84,7 @@ async fn provision(args: &Args, config: &Config) -> anyhow::Result<Provisioned> 
         let regions = known_regions(&client, config).await?;
         if !args.dry_run {
             eprintln!(
-                "natter: {gone} is taken out of the lists of the other regions; its mirrors there are deleted {} later, when edges have followed",
+                "natter: {gone} was taken out of the lists of the other regions; its mirrors there are deleted {} later, when edges have followed",
                 humantime::format_duration(options.edges_follow)
             );
         }

@@ -1,4 +1,4 @@
-//! `natter revoke`: tokens and users that are not let in any more.
+//! `natter revoke`: revokes tokens and blocks users.
 
 use std::{
     process::ExitCode,
@@ -18,10 +18,10 @@ use crate::{
     subject::{ControlKey, bucket},
 };
 
-/// How long NATS may take to be there.
+/// Timeout of the connection to NATS and of the write.
 const WITHIN: Duration = Duration::from_secs(10);
 
-/// How long a region may take to have what was written here.
+/// How long a region may take to receive what was written here.
 const REACHED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Pause between two attempts.
@@ -29,10 +29,10 @@ const RETRY: Duration = Duration::from_millis(100);
 
 /// Revoke tokens: their sessions are closed with 4002 in all regions, and they are refused from then on.
 ///
-/// With --user all tokens of a user that were issued until now (`iat`), and those that don't say when: the user comes back
-/// with a new token. With --jti one token. With --block a user is not let in by any token, until --unblock.
+/// --user revokes all tokens of a user that were issued until now (`iat`), and those without `iat`: the user comes back
+/// with a new token. --jti revokes one token. --block refuses all tokens of a user, until --unblock.
 ///
-/// Regions that do not have it yet are named, and the exit code is 1: they follow when they can be reached.
+/// Regions that have not received it yet are named, and the exit code is 1: they follow when they can be reached.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The user (`sub`).
@@ -41,13 +41,13 @@ pub(super) struct Args {
     /// The name of a token (`jti`).
     #[arg(long)]
     jti: Option<String>,
-    /// How long the tokens are valid from now on, at most. Edges keep the revocation until every such token has ended, with
-    /// the leeway and a difference of the clocks of 5 minutes; a token that is valid for longer is good again then. Left
-    /// out, the revocation has no end.
+    /// Longest remaining validity of the tokens. Edges keep the revocation until every such token has expired, plus the
+    /// leeway and 5 minutes for differences of the clocks. A token that is valid for longer is accepted again then.
+    /// Without this flag, the revocation has no end.
     #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
     time: Option<Duration>,
-    /// How far the clock of who issues tokens may be ahead: tokens with an `iat` up to that much after now are revoked too,
-    /// also new ones. The default is auth.leeway, and edges take no token that is further ahead.
+    /// How far the clock of the token issuer may be ahead: tokens with an `iat` up to that much after now are revoked
+    /// too, even new ones. The default is auth.leeway; edges refuse tokens that are further ahead.
     #[arg(long, value_name = "DURATION", requires = "user", value_parser = humantime::parse_duration)]
     leeway: Option<Duration>,
     /// Refuse all tokens of the user, new ones too, until they are unblocked.
@@ -58,22 +58,22 @@ pub(super) struct Args {
     unblock: bool,
 }
 
-/// What is written down.
+/// What is written.
 enum Word {
-    /// Of tokens that are valid for this long at most.
+    /// A revocation of tokens that are valid for this long at most.
     Revoked(Duration),
     Block(Block),
 }
 
 /// What was written.
 struct Written {
-    /// The revocation, together with what stood there; `None`: it is about a block.
+    /// The revocation, merged with the one that existed; `None` if this is about a block.
     rule: Option<Revocation>,
-    /// Regions that do not have it yet, and why.
+    /// Regions that have not received it yet, with the reason.
     missing: Vec<String>,
 }
 
-/// Writes it down in the configured region, and says what was done and who has not heard of it.
+/// Writes to the configured region, prints what was done, and names the regions that have not received it.
 pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<ExitCode> {
     let word = match (args.block || args.unblock, args.time) {
         (true, _) => Word::Block(Block {
@@ -107,14 +107,14 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<ExitCode> {
         .build()?;
     let Written { rule, missing } = runtime
         .block_on(write(config, &key.to_string(), &word, leeway))
-        .with_context(|| format!("it could not be written in region {}", config.region()))?;
+        .with_context(|| format!("can't write in region {}", config.region()))?;
     if let Some(rule) = rule {
         if let ControlKey::RevokedUser(_) = key {
             let before = time(rule.before);
             done.push_str(&format!(" issued until {before}, and those without `iat`"));
         }
         done.push_str(&match rule.until {
-            u64::MAX => "; for good".to_owned(),
+            u64::MAX => "; without an end".to_owned(),
             until => format!("; for tokens that end by {}", time(until)),
         });
     }
@@ -129,10 +129,10 @@ pub(super) fn run(args: Args, config: &Config) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Unix seconds, as people write them.
+/// Unix seconds in RFC 3339.
 fn time(seconds: u64) -> String {
     let time = UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
-    // Beyond the year 9999 there is no way to write them.
+    // RFC 3339 ends with the year 9999.
     time.filter(|_| seconds < 253_402_300_800).map_or_else(
         || seconds.to_string(),
         |time| humantime::format_rfc3339_seconds(time).to_string(),
@@ -151,7 +151,8 @@ async fn write(
     let deadline = Instant::now() + WITHIN;
     let written = loop {
         match merge(&control, key, word, leeway, config.auth.leeway).await {
-            // Another has written it meanwhile, or NATS is not there yet; or it may be written, and is then merged with itself.
+            // Another process wrote meanwhile, NATS is not reachable yet, or the outcome is unknown: merging again is
+            // harmless.
             Err(
                 KvError::Conflict
                 | KvError::Unavailable
@@ -169,7 +170,7 @@ async fn write(
     Ok(Written { rule, missing })
 }
 
-/// Writes over what the key holds: what was revoked for longer stays so. The rule that stands then, and its revision.
+/// Merges with what the key holds: a longer revocation is kept. Returns the resulting rule and its revision.
 async fn merge(
     control: &Bucket,
     key: &str,
@@ -179,11 +180,12 @@ async fn merge(
 ) -> Result<(Option<Revocation>, u64), KvError> {
     let entries = control.get(&[key.to_owned()]).await?;
     let known = entries.first();
-    // What is no rule is replaced.
+    // A value that can't be parsed is replaced.
     let value = known.and_then(|entry| entry.value.as_deref());
     let (value, ttl, rule) = match word {
         Word::Revoked(time) => {
-            // The server's clock: that of an operator's machine may be anything. (Whoever may not ask for it has their own.)
+            // The server's clock, because that of an operator's machine may be wrong. Without permission for it, the
+            // own clock.
             let now = control.server_time().await;
             let now = now.map_or_else(|_refused| unix_s(), |now_ms| now_ms / 1000);
             let rule = Revocation::new(now, *time, leeway);
@@ -229,7 +231,7 @@ async fn not_reached(config: &Config, control: &Bucket, revision: u64) -> Vec<St
                 Err(error) => error.to_string(),
             };
             if Instant::now() >= deadline {
-                let then = "its edges go by what they knew until it can be reached";
+                let then = "its edges learn of this when it can be reached";
                 return Some(format!("{region} ({why}): {then}"));
             }
             sleep(RETRY).await;

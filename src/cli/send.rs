@@ -1,4 +1,4 @@
-//! `natter send ROOM [TEXT…]`: says something in a room and waits until it is stored.
+//! `natter send ROOM [TEXT…]`: sends a message to a room and waits until it is stored.
 
 use std::{io::BufRead as _, time::Duration};
 
@@ -15,9 +15,9 @@ use crate::{
     model::{Kind, MessageId, Reference, RoomId, without_mark},
 };
 
-/// Lines read ahead of the edge's acknowledgements; then stdin is not read.
+/// Lines that are read ahead of the edge's acknowledgements; at that number stdin is not read.
 const LINES_AHEAD: usize = 16;
-/// A person who waits longer than this for a message wants to know why.
+/// After this time without an acknowledgement, the reason is printed.
 const QUIET: Duration = Duration::from_secs(2);
 
 /// Arguments of `natter send`.
@@ -26,17 +26,17 @@ pub(super) struct Send {
     /// The room, as namespace:name.
     #[arg(value_parser = room)]
     room: RoomId,
-    /// What to say, sent as {"text": …}; without it each line of stdin is sent.
+    /// Text of the message, sent as {"text": …}; without it each line of stdin is sent.
     text: Vec<String>,
     #[command(flatten)]
     connect: Connect,
-    /// Id of the message: the same id again is stored once.
+    /// Id of the message: a repeated id is stored once.
     #[arg(long, requires = "text", value_parser = id)]
     id: Option<MessageId>,
     /// message, edit, delete, reaction or annotation.
     #[arg(long, value_parser = kind)]
     kind: Option<Kind>,
-    /// The message that an edit, delete, reaction or annotation is about: USER/ID, or ID for one of your own.
+    /// The message to which an edit, delete, reaction or annotation refers: USER/ID, or ID for one of your own.
     #[arg(long, value_name = "REFERENCE", value_parser = reference)]
     target: Option<String>,
     /// The message that this one answers: USER/ID, or ID for one of your own.
@@ -58,7 +58,7 @@ fn kind(text: &str) -> Result<Kind, String> {
     })
 }
 
-/// Checked here, sent as it was given.
+/// Parsed only to check it; sent as it was given.
 fn reference(text: &str) -> Result<String, String> {
     match Reference::parse(text) {
         Ok(_) => Ok(text.to_owned()),
@@ -66,21 +66,21 @@ fn reference(text: &str) -> Result<String, String> {
     }
 }
 
-/// Sends TEXT or the lines of stdin, one after the other; prints the cursor of each.
+/// Sends TEXT or the lines of stdin, one after the other, and prints the cursor of each.
 pub(super) fn run(
     send: Send,
     config: impl FnOnce() -> Result<Config, ConfigError>,
 ) -> anyhow::Result<()> {
     let about = send.kind.unwrap_or_default() != Kind::Message;
     if about && send.target.is_none() {
-        bail!("--kind needs --target: the message that it is about");
+        bail!("--kind needs --target: the message it refers to");
     }
     let target = send
         .connect
         .target(&send.room, &[Right::Read, Right::Write], config)?;
     run_tool(async move {
         let publisher = Publisher::open(target);
-        // A withdrawal needs no words.
+        // A delete needs no text.
         let wordless = send.text.is_empty() && send.kind == Some(Kind::Delete);
         if wordless {
             return publish(&publisher, &send, Value::Null).await.map(drop);
@@ -110,7 +110,7 @@ pub(super) fn run(
     })
 }
 
-/// `false`: nobody reads the cursors any more.
+/// `false`: the reader of the cursors has gone.
 async fn publish(publisher: &Publisher, send: &Send, body: Value) -> anyhow::Result<bool> {
     let mut draft = Draft::new(send.room.as_str(), body);
     if let Some(id) = &send.id {
@@ -124,15 +124,15 @@ async fn publish(publisher: &Publisher, send: &Send, body: Value) -> anyhow::Res
         Ok(outcome) => outcome,
         Err(_elapsed) => {
             let trouble = publisher.trouble().unwrap_or_default();
-            eprintln!("natter: not stored yet, trying on; {trouble}");
+            eprintln!("natter: not stored yet, retrying; {trouble}");
             publishing.await
         }
     };
     let ack = outcome.with_context(|| format!("message {}", draft.id))?;
     if ack.dup {
-        eprintln!("natter: {} had been stored before", ack.id);
+        eprintln!("natter: {} was already stored", ack.id);
     }
-    // Ephemeral rooms have no cursors: the id is all there is to say.
+    // Ephemeral rooms have no cursors, so the id is printed.
     print_line(ack.cursor.as_deref().unwrap_or(&ack.id))
 }
 
@@ -146,8 +146,8 @@ impl Send {
     }
 }
 
-/// The lines of stdin. A thread of its own reads them: a blocking read can't be cancelled, and Ctrl-C must not wait for
-/// it.
+/// The lines of stdin. They are read by a separate thread, because a blocking read can't be cancelled and Ctrl-C must
+/// not wait for it.
 fn stdin_lines() -> mpsc::Receiver<std::io::Result<String>> {
     let (sender, lines) = mpsc::channel(LINES_AHEAD);
     std::thread::spawn(move || {

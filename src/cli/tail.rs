@@ -1,4 +1,4 @@
-//! `natter tail ROOM`: a room in a terminal.
+//! `natter tail ROOM`: shows a room in a terminal.
 
 use clap::Args;
 use serde::Deserialize;
@@ -23,7 +23,7 @@ pub(super) struct Tail {
     /// Begin after this cursor instead of now.
     #[arg(long, value_name = "CURSOR")]
     since: Option<String>,
-    /// Print every push as it came, one JSON object a line.
+    /// Print every push as it was received, one JSON object per line.
     #[arg(long)]
     json: bool,
 }
@@ -43,7 +43,7 @@ struct Message {
     reply_to: Option<String>,
 }
 
-/// Follows the room until Ctrl-C, a closed stdout, or an end that can't be mended.
+/// Follows the room until Ctrl-C, a closed stdout, or an error that retrying can't cure.
 pub(super) fn run(
     tail: Tail,
     config: impl FnOnce() -> Result<Config, ConfigError>,
@@ -142,7 +142,7 @@ fn readable(frame: &Frame) -> String {
     format!("{hour:02}:{minute:02}:{second:02} {from}{about}: {body}")
 }
 
-/// What others wrote must not drive the terminal (escape sequences) or forge lines: control characters are shown as
+/// Text of others must not control the terminal (escape sequences) or forge lines: control characters are shown as
 /// symbols, and further lines of a message are indented.
 fn safe(text: &str) -> String {
     let mut out = String::with_capacity(text.len());

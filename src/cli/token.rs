@@ -20,21 +20,22 @@ use crate::{
     runtime::unix_s,
 };
 
-/// File in the data folder of `natter up` that holds the development secret.
+/// File with the development secret, in the data folder of `natter up`.
 pub(super) const DEV_SECRET_FILE: &str = "dev-secret";
 
 /// Make a token for development, signed with the HS256 secret, and print it.
 ///
-/// The secret is `--secret`, or `auth.hs256_secret` of the configuration, or that of a `natter up` whose data is in DIR.
+/// The secret is `--secret`, or `auth.hs256_secret` of the configuration, or that of a `natter up` with its data in
+/// DIR.
 #[derive(Debug, Args)]
 pub(super) struct Token {
     /// The user (`sub`).
     #[arg(long)]
     user: String,
-    /// Rooms it is for: ns:name, ns:* or *:*, where {sub} stands for the user; may be repeated.
+    /// Rooms of the token: ns:name, ns:* or *:*, where {sub} stands for the user; may be repeated.
     #[arg(long, value_name = "PATTERN", default_value = "*:*")]
     rooms: Vec<String>,
-    /// What it allows there: read, write, presence, history, moderate.
+    /// Rights in those rooms: read, write, presence, history, moderate.
     #[arg(
         long,
         value_name = "RIGHTS",
@@ -49,7 +50,7 @@ pub(super) struct Token {
     /// JSON object that others see in presence, e.g. '{"name":"Kim"}'.
     #[arg(long, value_name = "JSON", value_parser = info)]
     info: Option<Info>,
-    /// The secret; others on this machine can see it in the list of processes.
+    /// The secret; other users of this machine can see it in the list of processes.
     #[arg(long)]
     secret: Option<String>,
     /// Data folder of a `natter up`.
@@ -61,11 +62,11 @@ type Info = serde_json::Map<String, serde_json::Value>;
 
 fn right(name: &str) -> Result<Right, String> {
     let known = || Right::ALL.map(Right::as_str).join(", ");
-    Right::parse(name).ok_or_else(|| format!("it is none of {}", known()))
+    Right::parse(name).ok_or_else(|| format!("must be one of {}", known()))
 }
 
 fn info(text: &str) -> Result<Info, String> {
-    serde_json::from_str(text).map_err(|error| format!("it is not a JSON object: {error}"))
+    serde_json::from_str(text).map_err(|error| format!("not a JSON object: {error}"))
 }
 
 /// The flags as a source of configuration.
@@ -79,7 +80,7 @@ impl Provider for Flags<'_> {
     fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
         match self.0 {
             None => Ok(Map::new()),
-            // A file would win over the value: it is put out of the way.
+            // A configured file would override this value, so it is unset.
             Some(secret) => Serialized::defaults(serde_json::json!({
                 "auth": {"hs256_secret": secret, "hs256_secret_file": ""}
             }))
@@ -89,7 +90,7 @@ impl Provider for Flags<'_> {
 }
 
 impl Token {
-    /// The token, for the configuration in `config`.
+    /// Makes the token for the configuration file `config`.
     pub(super) fn make(&self, config: Option<&Path>) -> anyhow::Result<String> {
         let config = Config::load(config, Flags(self.secret.as_deref()))?;
         let secret = secret(&config, &self.data)?;
@@ -109,7 +110,7 @@ impl Token {
     }
 }
 
-/// A token of `user` for an edge with the configuration `auth`, signed with `secret`.
+/// A token of `user`, signed with `secret`, for an edge with the configuration `auth`.
 pub(super) fn sign(
     auth: &config::Auth,
     user: &str,
@@ -129,7 +130,7 @@ pub(super) fn sign(
     Ok(issue(&claims, secret)?)
 }
 
-/// The secret of the configuration, or else the one that a `natter up` with its data in `data` made.
+/// The secret of the configuration, or else that of the `natter up` with its data in `data`.
 pub(super) fn secret(config: &Config, data: &Path) -> anyhow::Result<String> {
     let configured = config.auth.hs256_secret.expose();
     if !configured.is_empty() {

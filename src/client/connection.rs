@@ -1,8 +1,8 @@
 //! One WebSocket to an edge.
 //!
 //! `fastwebsockets`' `read_frame` is not cancel-safe (a header is consumed before its payload is awaited), so one task
-//! owns the reading half and never selects over it; another owns the writing half and sends what has queued up in one
-//! write.
+//! owns the reading half and never selects over it. Another task owns the writing half and sends everything that is
+//! queued in one write.
 
 use std::{
     collections::HashMap,
@@ -44,21 +44,21 @@ use super::{Endpoint, Frame, Refusal};
 
 /// The WebSocket subprotocol that this client speaks.
 const SUBPROTOCOL: &str = "natter.v1";
-/// Longest time for TCP connect and handshake together.
+/// Timeout of TCP connect and handshake together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for the answer to a command. An edge answers a publish within 5 s, whatever NATS does.
+/// Timeout of a command's reply. An edge answers a publish within 5 s, whatever NATS does.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long [`Connection::close`] waits for the edge's half of the closing handshake.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Frames read ahead of who takes them; when full, the socket is not read.
+/// Frames that may wait for [`Connection::next`]; when full, the socket is not read.
 const FRAME_QUEUE: usize = 1024;
-/// Commands that wait to be written; when full, commands wait.
+/// Commands that may wait to be written; when full, further commands wait.
 const COMMAND_QUEUE: usize = 256;
-/// Most bytes collected into one write.
+/// Maximum number of bytes collected into one write.
 const WRITE_BATCH: usize = 64 * 1024;
-/// Largest frame accepted from an edge: a page of history is the largest there is.
+/// Largest frame accepted from an edge: pages of history are the largest.
 const MAX_FRAME: usize = 64 << 20;
-/// Most of a refused handshake's body that is read for its message.
+/// Maximum number of bytes read of a refused handshake's body, for its message.
 const MAX_REFUSAL: usize = 4096;
 
 /// Close code of a connection that ended without a close frame (RFC 6455 section 7.1.5); never on the wire.
@@ -66,8 +66,8 @@ const ABNORMAL: u16 = 1006;
 
 /// One session at an edge. Dropping it cuts the connection without a closing handshake, as a crash would.
 ///
-/// Replies to [`Commands::call`] go to the caller; every other frame (pushes, and replies to [`Commands::send`]) comes
-/// out of [`next`](Self::next) in the order of the wire. So a checker that only uses `send` sees each frame, in order.
+/// Replies to [`Commands::call`] go to the caller. All other frames (pushes, and replies to [`Commands::send`]) come
+/// out of [`next`](Self::next) in the order in which they arrived. A checker that only uses `send` sees every frame.
 #[derive(Debug)]
 pub struct Connection {
     commands: Commands,
@@ -76,7 +76,7 @@ pub struct Connection {
     _writer: AbortOnDropHandle<()>,
 }
 
-/// The sending side of a [`Connection`]; cloning is a reference count.
+/// The sending side of a [`Connection`]. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct Commands {
     queue: mpsc::Sender<Outgoing>,
@@ -92,7 +92,7 @@ pub struct End {
     pub reason: String,
 }
 
-/// No connection.
+/// The connection was not established.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     #[error("can't connect to {endpoint}")]
@@ -110,7 +110,7 @@ pub enum ConnectError {
         endpoint: Endpoint,
         source: hyper::Error,
     },
-    /// The edge answered with another status than 101.
+    /// The edge answered with a status other than 101.
     #[error("{endpoint} refused the connection: HTTP {status} {message}")]
     Refused {
         endpoint: Endpoint,
@@ -120,35 +120,34 @@ pub enum ConnectError {
     },
     #[error("{endpoint} does not speak {SUBPROTOCOL}")]
     NotNatter { endpoint: Endpoint },
-    /// The token has characters that can't stand in a header.
+    /// The token has characters that are not allowed in a header.
     #[error("the token is not a JWT")]
     BadToken,
 }
 
-/// A command was not carried out.
+/// A command was not executed, or its outcome is unknown.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
     /// The edge answered `error`.
     #[error("refused: {0}")]
     Refused(Refusal),
-    /// The connection ended first; what became of the command is not known.
+    /// The connection ended before the reply; the outcome is unknown.
     #[error("the connection ended ({0})")]
     Closed(End),
-    /// No answer in time; what became of the command is not known.
+    /// No reply in time; the outcome is unknown.
     #[error("no answer within {CALL_TIMEOUT:?}")]
     Timeout,
 }
 
-/// When a connection on which nothing comes is taken for dead, though TCP has not noticed: a frozen relay, a network that
-/// is gone.
+/// When a silent connection counts as dead although TCP has not noticed: a frozen relay, a network that is gone.
 ///
-/// An edge pings every 25 s. So a connection that works costs no ping of ours; where those of the edge stay away, it is
-/// asked once.
+/// An edge pings every 25 s, so a connection that works needs no ping of this side. If the edge's pings are missing,
+/// this side pings once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Silence {
-    /// After so long without a frame, this side pings.
+    /// After this time without a frame, this side pings.
     pub ask_after: Duration,
-    /// When nothing came for so long after that ping, the connection has ended. Also the longest time for one frame.
+    /// If nothing arrives for this time after that ping, the connection ends. Also the timeout of one frame.
     pub answer_within: Duration,
 }
 
@@ -166,20 +165,20 @@ enum Outgoing {
     Text(String),
     Ping,
     Pong(Vec<u8>),
-    /// The last frame.
+    /// The last frame. Nothing is sent after it.
     Close(u16),
 }
 
 #[derive(Debug)]
 struct Shared {
     next_rid: AtomicU64,
-    /// Who waits for which reply. `None` once the connection has ended: nobody may begin to wait then.
+    /// The calls that wait for a reply, by `rid`. `None` once the connection has ended: no further call may wait then.
     waiting: Mutex<Option<HashMap<u64, oneshot::Sender<Frame>>>>,
     end: OnceLock<End>,
 }
 
-/// The reading half with what hyper had read beyond the handshake put back, and a writing half that is never used:
-/// fastwebsockets wants both in one type, but writes only pongs and closes by itself, which we have switched off.
+/// The reading half, preceded by what hyper had read beyond the handshake, and a writing half that is never used.
+/// fastwebsockets needs both in one type, but by itself it only writes pongs and closes, which are switched off.
 type Reading = FragmentCollector<Join<Chain<io::Cursor<Bytes>, OwnedReadHalf>, Sink>>;
 
 impl Connection {
@@ -192,7 +191,7 @@ impl Connection {
         Self::open_with(endpoint, token, Silence::default()).await
     }
 
-    /// As [`open`](Self::open), with another patience.
+    /// Like [`open`](Self::open), with the given [`Silence`].
     ///
     /// # Errors
     /// [`ConnectError`].
@@ -233,7 +232,7 @@ impl Connection {
         if let Some(token) = token {
             request = request.header(AUTHORIZATION, format!("Bearer {token}"));
         }
-        // Everything else in the request is from an `Endpoint`, which is valid.
+        // Everything else in the request comes from an `Endpoint`, which is valid.
         let request = request
             .body(Empty::<Bytes>::new())
             .map_err(|_invalid_header| ConnectError::BadToken)?;
@@ -241,12 +240,12 @@ impl Connection {
         let socket = TcpStream::connect(endpoint.authority())
             .await
             .map_err(connect)?;
-        // Commands are small and someone waits for the answer.
+        // Commands are small, and the caller waits for the reply.
         socket.set_nodelay(true).map_err(connect)?;
         let (mut sender, http) = hyper::client::conn::http1::handshake(TokioIo::new(socket))
             .await
             .map_err(handshake)?;
-        // Both must make progress: `http` moves the bytes of the exchange, and ends when the exchange lets go of it.
+        // Both must be polled: `http` moves the bytes of the exchange, and ends when the exchange drops its sender.
         let exchange = async move {
             let response = sender.send_request(request).await?;
             answer(response).await
@@ -293,7 +292,7 @@ impl Connection {
             silence,
             frames: incoming,
             outgoing: queue.clone(),
-            // Ends the connection for everybody who waits, also when the task is aborted.
+            // Ends the connection for all waiting callers, even if the task is aborted.
             ending: Ending(Arc::clone(&shared)),
         };
         Self {
@@ -310,7 +309,7 @@ impl Connection {
         &self.commands
     }
 
-    /// The next frame that nobody else waits for; `None` when the connection has ended (see [`end`](Self::end)).
+    /// The next frame that is not the reply to a call; `None` when the connection has ended (see [`end`](Self::end)).
     ///
     /// Cancel-safe.
     pub async fn next(&mut self) -> Option<Frame> {
@@ -323,13 +322,13 @@ impl Connection {
         self.commands.shared.end.get().cloned()
     }
 
-    /// Closes with 1000, waits a short while for the edge to agree, and drops what it still sends.
+    /// Closes with 1000, waits a short while for the edge's close frame, and discards frames that arrive meanwhile.
     pub async fn close(mut self) -> End {
-        // A full queue or a connection that has ended needs no close frame.
+        // If the queue is full or the connection has ended, no close frame is needed.
         let asked = self.commands.queue.try_send(Outgoing::Close(1000));
         if asked.is_ok() {
             let drained = async { while self.frames.recv().await.is_some() {} };
-            // Late or not, dropping the tasks ends it.
+            // If the timeout passes, dropping the tasks ends the connection.
             let _elapsed = timeout(CLOSE_TIMEOUT, drained).await;
         }
         self.reader.abort();
@@ -354,7 +353,7 @@ impl Commands {
             Some(waiting) => waiting.insert(rid, reply),
             None => return Err(CallError::Closed(self.ended())),
         };
-        // When the caller gives up, a late reply comes out with the other frames.
+        // If the caller gives up, a late reply is delivered like other frames.
         let _forget = Forget {
             commands: self,
             rid,
@@ -374,7 +373,7 @@ impl Commands {
         }
     }
 
-    /// Sends `op` with `fields` and does not wait: the reply comes out of [`Connection::next`]. Gives its `rid`.
+    /// Sends `op` with `fields` without waiting: the reply comes out of [`Connection::next`]. Returns its `rid`.
     ///
     /// # Errors
     /// [`CallError::Closed`].
@@ -384,7 +383,7 @@ impl Commands {
         Ok(rid)
     }
 
-    /// Sends any text, also one that is no command.
+    /// Sends any text, even one that is not a command.
     ///
     /// # Errors
     /// [`CallError::Closed`].
@@ -413,7 +412,7 @@ impl Commands {
     }
 }
 
-/// A command as text. `fields` that are no object make a command that the edge refuses, which is what a test may want.
+/// A command as text. If `fields` is not an object, the edge refuses the command, which may be what a test wants.
 fn command(op: &str, rid: u64, fields: &impl Serialize) -> String {
     #[derive(Serialize)]
     struct Command<'a, F> {
@@ -425,7 +424,7 @@ fn command(op: &str, rid: u64, fields: &impl Serialize) -> String {
     serde_json::to_string(&Command { op, rid, fields }).unwrap_or_else(|error| error.to_string())
 }
 
-/// Takes back a claim on a reply.
+/// Removes a call from the waiting ones when it is dropped.
 struct Forget<'a> {
     commands: &'a Commands,
     rid: u64,
@@ -452,7 +451,7 @@ impl Reader {
         let end = self.read().await;
         tracing::debug!(code = end.code, reason = end.reason, "connection ended");
         self.ending.set(end);
-        // `ending` must be dropped before `frames`: who sees the end of the frames may ask how it ended.
+        // `ending` must be dropped before `frames`: a reader that sees the end of the frames may ask for the reason.
         drop(self.ending);
     }
 
@@ -466,12 +465,12 @@ impl Reader {
                 ask_after,
                 answer_within,
             } = self.silence;
-            // The first time-out must not cancel `read_frame` midway; after the second nothing is read any more.
+            // The first timeout must not cancel `read_frame` midway. After the second one nothing is read any more.
             let heard = {
                 let mut reading = pin!(self.socket.read_frame());
                 match timeout(ask_after, reading.as_mut()).await {
                     Err(_elapsed) => {
-                        // Where the queue is full, what fills it asks as well.
+                        // If the queue is full, the edge answers what is in it just as well.
                         let _full_or_closed = self.outgoing.try_send(Outgoing::Ping);
                         timeout(answer_within, reading).await
                     }
@@ -486,7 +485,7 @@ impl Reader {
                 Ok(Err(error)) => return abnormal(error.to_string()),
                 Err(_elapsed) => {
                     let silent = ask_after.saturating_add(answer_within);
-                    return abnormal(format!("nothing was heard for {silent:?}"));
+                    return abnormal(format!("nothing was received for {silent:?}"));
                 }
             };
             match frame.opcode {
@@ -503,7 +502,7 @@ impl Reader {
                     };
                     self.deliver(frame).await;
                 }
-                // Pongs that find no room are not needed: what fills the queue shows that we live.
+                // If the queue is full, the pong is not needed: what fills the queue shows that this side is alive.
                 OpCode::Ping => {
                     let pong = Outgoing::Pong(frame.payload.to_vec());
                     let _full_or_closed = self.outgoing.try_send(pong);
@@ -539,13 +538,13 @@ impl Reader {
             None => Some(frame),
         };
         if let Some(frame) = unclaimed {
-            // Fails only when the connection is being dropped.
+            // Fails only while the connection is being dropped.
             let _dropped = self.frames.send(frame).await;
         }
     }
 }
 
-/// Tells everybody who waits that the connection has ended.
+/// Reports the end of the connection to all waiting callers.
 struct Ending(Arc<Shared>);
 
 impl Ending {
@@ -565,8 +564,8 @@ impl Drop for Ending {
     }
 }
 
-/// Writes what is queued, as much as there is in one go. Ends after a close frame, when the connection is gone, or when
-/// nobody can send any more.
+/// Writes what is queued, as much as possible at once. Ends after a close frame, when the connection is gone, or when
+/// all senders are gone.
 async fn write(mut socket: OwnedWriteHalf, mut queue: mpsc::Receiver<Outgoing>) {
     let mut bytes = Vec::new();
     while let Some(mut next) = queue.recv().await {
@@ -584,7 +583,7 @@ async fn write(mut socket: OwnedWriteHalf, mut queue: mpsc::Receiver<Outgoing>) 
             }
         }
         if let Err(error) = socket.write_all(&bytes).await {
-            // The reader sees the same end of the connection and reports it.
+            // The reader notices the same end of the connection and reports it.
             tracing::debug!(%error, "write failed");
             return;
         }
@@ -604,7 +603,7 @@ fn encode(frame: Outgoing, bytes: &mut Vec<u8>) {
         Outgoing::Close(code) => WireFrame::close(code, b""),
     };
     frame.mask();
-    // Two bytes, eight of length, four of mask.
+    // 2 bytes, 8 of length, 4 of mask.
     let mut head = [0; 14];
     let len = frame.fmt_head(&mut head);
     bytes.extend(head.iter().take(len));

@@ -1,13 +1,13 @@
-//! Where an edge is: `ws://host:port/path`.
+//! The address of an edge: `ws://host:port/path`.
 
 use std::{fmt, str::FromStr};
 
 use hyper::Uri;
 
-/// Path of the WebSocket on an edge, used where a URL has none.
+/// Path of an edge's WebSocket, used if a URL has none.
 const DEFAULT_PATH: &str = "/ws";
 
-/// An edge's WebSocket.
+/// The address of an edge's WebSocket.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Endpoint {
     host: String,
@@ -19,14 +19,14 @@ pub struct Endpoint {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("URL {url:?}: {what}")]
 pub struct BadEndpoint {
-    /// What was given.
+    /// The URL that was given.
     pub url: String,
     /// What is wrong with it.
     pub what: &'static str,
 }
 
 impl Endpoint {
-    /// `host:port` as it stands in the `Host` header and as `TcpStream::connect` takes it.
+    /// `host:port`, in the form of the `Host` header and of `TcpStream::connect`.
     #[must_use]
     pub fn authority(&self) -> String {
         format!("{}:{}", self.host, self.port)
@@ -42,8 +42,8 @@ impl Endpoint {
 impl FromStr for Endpoint {
     type Err = BadEndpoint;
 
-    /// Parses `ws://host[:port][/path]`; without a path it is `/ws`. `http://` is taken as `ws://`, since that is what
-    /// people copy from the address bar.
+    /// Parses `ws://host[:port][/path]`; the default path is `/ws`. `http://` is accepted as `ws://`, because people
+    /// copy it from the address bar.
     fn from_str(url: &str) -> Result<Self, BadEndpoint> {
         let bad = |what| BadEndpoint {
             url: url.to_owned(),

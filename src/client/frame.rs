@@ -4,9 +4,9 @@ use std::{borrow::Cow, fmt, sync::Arc};
 
 use serde::{Deserialize, de::DeserializeOwned};
 
-/// One text frame of an edge: the exact text, and the two fields that say what it is.
+/// One text frame of an edge: the exact text, and the two fields that identify it.
 ///
-/// Cloning is a reference count.
+/// Cloning is cheap.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Frame {
     text: Arc<str>,
@@ -18,7 +18,7 @@ pub struct Frame {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct Refusal {
-    /// Word from the table of error codes.
+    /// Code from the table of error codes.
     pub code: String,
     /// For people.
     #[serde(default)]
@@ -43,7 +43,7 @@ impl Frame {
     /// The text is not a JSON object with a text `op` and, if there is one, a numeric `rid`.
     pub fn parse(text: &str) -> Result<Self, serde_json::Error> {
         let head: Head<'_> = serde_json::from_str(text)?;
-        // Nearly every frame is one of these: no allocation for the name.
+        // Nearly every frame is one of these, which need no allocation for the name.
         let op = match head.op.as_ref() {
             "msg" => Cow::Borrowed("msg"),
             "ack" => Cow::Borrowed("ack"),
@@ -65,7 +65,7 @@ impl Frame {
         &self.text
     }
 
-    /// What it is: `msg`, `ack`, `joined`, …
+    /// Its `op`: `msg`, `ack`, `joined`, …
     #[must_use]
     pub fn op(&self) -> &str {
         &self.op
@@ -77,7 +77,7 @@ impl Frame {
         self.rid
     }
 
-    /// The fields of the frame.
+    /// The fields of the frame, as a `T`.
     ///
     /// # Errors
     /// They don't fit `T`.

@@ -1,4 +1,4 @@
-//! Which edge to connect to next, with which token, and after how long.
+//! Chooses the edge of the next attempt, its token, and the pause before it.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -7,53 +7,53 @@ use super::{
     retry::LATER,
 };
 
-/// A connection that lived this long was a good one: the next loss starts the backoff anew. A shorter life counts as
-/// one more failed attempt, or a client that is closed right after every join would hammer the edges.
+/// A connection that lived this long resets the backoff. A shorter life counts as one more failed attempt: otherwise a
+/// client that is closed right after every join would hammer the edges.
 const HEALTHY: Duration = Duration::from_secs(5);
 
-/// Makes a token when one is needed; the error is a sentence for people.
+/// Makes a token when one is needed. The error is a sentence for people.
 pub type TokenMaker = Arc<dyn Fn() -> Result<String, String> + Send + Sync>;
 
-/// Where tokens come from.
+/// The source of tokens.
 #[derive(Clone)]
 pub enum Token {
-    /// One token; when it expires, that is the end.
+    /// A single token; when it expires, the client stops.
     Fixed(String),
-    /// A new one for each connection, and whenever the edge says that the current one expires.
+    /// A new token for each connection, and when the edge announces that the current one expires.
     Made(TokenMaker),
 }
 
-/// Whom to connect to, and as whom.
+/// The edges and the token to connect with.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// Edges that will do, best first; after a failure it is the next one's turn. At least one.
+    /// Usable edges, the best first; after a failure the next one is tried. At least one.
     pub endpoints: Vec<Endpoint>,
     pub token: Token,
     pub backoff: Backoff,
     pub silence: Silence,
 }
 
-/// Why a client gave up for good.
+/// Why a client gave up permanently.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Stop {
     /// Close code 4001, status 401, or no token could be made.
     #[error("the token was refused or has expired: {0}")]
     Token(String),
-    /// A close code that says "do not come back".
+    /// A close code that forbids reconnecting.
     #[error("closed by the edge: {0}")]
     Closed(End),
-    /// Not an edge, or one that answers this client with an error that will not go away.
+    /// Not an edge, or one that answers this client with a permanent error.
     #[error("{0}")]
     Unusable(String),
     /// The room can't be joined.
     #[error("can't join: {0}")]
     Join(Refusal),
-    /// The room was closed to this session.
+    /// The session was removed from the room.
     #[error("removed from the room: {0}")]
     Kicked(String),
 }
 
-/// What to do after a connection did not come about or ended.
+/// What to do after a connection failed or ended.
 #[derive(Debug)]
 pub(super) enum Lost {
     Retry { why: String, delay: Duration },
@@ -64,16 +64,16 @@ pub(super) enum Lost {
 #[derive(Debug)]
 pub(super) struct Link {
     target: Target,
-    /// Index of the endpoint whose turn it is.
+    /// Index of the current endpoint, modulo their number.
     turn: usize,
     attempt: u32,
-    /// Whether the last connection was accepted with the token it used: only then is a new one worth trying when the
-    /// edge says that it has expired.
+    /// Whether the edge accepted the last token. Only then is a new token tried when the edge reports that the token
+    /// has expired.
     token_was_good: bool,
 }
 
 impl Target {
-    /// One or more edges with one token.
+    /// One or more edges with one source of tokens.
     #[must_use]
     pub fn new(endpoints: Vec<Endpoint>, token: Token) -> Self {
         Self {
@@ -95,7 +95,7 @@ impl Link {
         }
     }
 
-    /// One attempt at the endpoint whose turn it is. Does not wait.
+    /// One attempt at the current endpoint. Does not wait.
     pub(super) async fn connect(&mut self) -> Result<(Endpoint, Connection), Lost> {
         let endpoints = &self.target.endpoints;
         let Some(endpoint) = endpoints.get(self.turn % endpoints.len().max(1)).cloned() else {
@@ -112,7 +112,7 @@ impl Link {
         }
     }
 
-    /// A token to replace the current one; `None` where there is only one.
+    /// A token to replace the current one; `None` if there is only one.
     pub(super) fn new_token(&self) -> Option<String> {
         match &self.target.token {
             Token::Fixed(_) => None,
@@ -120,7 +120,7 @@ impl Link {
         }
     }
 
-    /// The edge took the token and answered.
+    /// The edge accepted the token and answered.
     pub(super) fn on_welcome(&mut self) {
         self.token_was_good = true;
     }
@@ -134,7 +134,7 @@ impl Link {
             ConnectError::BadToken => return Lost::Stop(Stop::Token(why)),
             ConnectError::Refused { status: 401, .. } => return self.on_bad_token(why),
             ConnectError::NotNatter { .. } => return Lost::Stop(Stop::Unusable(why)),
-            // 429 and 5xx pass; any other status is not an edge's, or not for us.
+            // 429 and 5xx are temporary. Any other status does not come from an edge, or is permanent.
             ConnectError::Refused { status, .. } if *status != 429 && *status < 500 => {
                 return Lost::Stop(Stop::Unusable(why));
             }
@@ -146,7 +146,7 @@ impl Link {
         self.retry(why, Duration::ZERO)
     }
 
-    /// A connection that had lived for `lived` has ended.
+    /// A connection has ended after `lived`.
     pub(super) fn on_end(&mut self, end: &End, lived: Duration) -> Lost {
         if lived >= HEALTHY {
             self.attempt = 0;
@@ -159,7 +159,8 @@ impl Link {
         }
     }
 
-    /// The edge asked us to go elsewhere, and the time it gave is over: no need to wait any longer.
+    /// The edge asked the client to reconnect elsewhere, and the time it gave is over: the next attempt is made at
+    /// once.
     pub(super) fn on_moved(&mut self) {
         self.turn = self.turn.wrapping_add(1);
         self.attempt = 0;
@@ -184,10 +185,10 @@ impl Link {
 }
 
 impl Token {
-    /// A token to connect with; the error is a sentence for people.
+    /// A token to connect with. The error is a sentence for people.
     ///
     /// # Errors
-    /// When none can be made.
+    /// When no token can be made.
     pub fn get(&self) -> Result<String, String> {
         match self {
             Self::Fixed(token) => Ok(token.clone()),

@@ -1,15 +1,15 @@
 //! A client of the native protocol (`natter.v1`) over plain `ws://`, for our own tools and tests.
 //!
 //! Two layers:
-//! - [`Connection`]: one WebSocket. Commands go in, frames come out in the order of the wire. It neither reconnects nor
-//!   interprets, so a checker can see exactly what an edge sent.
+//! - [`Connection`]: one WebSocket. Commands go in, frames come out in the order in which they arrived. It neither
+//!   reconnects nor interprets, so a checker can see exactly what an edge sent.
 //! - [`Room`] and [`Publisher`]: what a real client must do on top: reconnect with backoff and jitter, resume by
-//!   cursor, heed close codes, repeat a publish with the same id until it is acknowledged.
+//!   cursor, obey close codes, and repeat a publish with the same id until it is acknowledged.
 //!
-//! It does not do TLS: `wss://` is refused with an error that says so.
+//! TLS is not supported: `wss://` is refused with an error that says so.
 //!
-//! Every queue is bounded. Who does not read their frames or events stops this client from reading the socket, and the
-//! edge closes the session as too slow (4003): back-pressure ends where it was caused.
+//! Every queue is bounded. If frames or events are not taken, this client stops reading the socket, and the edge closes
+//! the session as too slow (4003).
 
 mod connection;
 mod endpoint;

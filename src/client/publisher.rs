@@ -1,4 +1,4 @@
-//! Publishing until it is known to be stored.
+//! Publishing with retries until the message is acknowledged.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,17 +15,17 @@ use super::{
     room::{State, spawn},
 };
 
-/// How long [`Publisher::publish`] tries, unless told otherwise. Far less than the streams' duplicate window: a retry
-/// after that window would be stored twice.
+/// Default timeout of [`Publisher::publish`]. Far less than the streams' duplicate window: a retry after that window
+/// would be stored twice.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Publishes with retries: the same id until it is acknowledged, so that the room shows it once.
+/// Publishes with retries. Each retry has the same id, so that the room shows the message once.
 #[derive(Clone, Debug)]
 pub struct Publisher {
     state: watch::Receiver<State>,
     backoff: Backoff,
     patience: Duration,
-    /// The session, where this publisher has one of its own; it ends with the last clone.
+    /// The task of the session, if this publisher has its own; it ends with the last clone.
     _task: Option<Arc<AbortOnDropHandle<()>>>,
 }
 
@@ -46,7 +46,7 @@ pub struct Draft {
     pub mentions: Vec<String>,
 }
 
-/// The edge has it: stored (durable rooms) or passed on (ephemeral rooms).
+/// The edge has accepted the message: stored it (durable rooms) or passed it on (ephemeral rooms).
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Ack {
     pub id: String,
@@ -56,7 +56,7 @@ pub struct Ack {
     /// Milliseconds since 1970.
     #[serde(default)]
     pub ts: u64,
-    /// Whether an earlier attempt had stored it already.
+    /// Whether an earlier attempt had already stored it.
     #[serde(default)]
     pub dup: bool,
 }
@@ -64,16 +64,16 @@ pub struct Ack {
 /// A message was not acknowledged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
-    /// It will never be accepted as it is.
+    /// The edge will never accept it in this form.
     #[error("refused: {0}")]
     Refused(Refusal),
-    /// The session is over; the message may be stored if it was being sent.
+    /// The client has stopped. The message may be stored if it was being sent.
     #[error("{0}")]
     Stopped(Stop),
-    /// Not acknowledged in time: it may be stored or not. Publish it again with the same id.
+    /// Not acknowledged in time; it may be stored or not. Publish it again with the same id.
     #[error("not acknowledged within {within:?}; last: {last}")]
     GaveUp { within: Duration, last: String },
-    /// The acknowledgement makes no sense.
+    /// The acknowledgement can't be parsed.
     #[error("an answer that is no acknowledgement: {0}")]
     Garbled(String),
 }
@@ -95,7 +95,7 @@ impl Draft {
 }
 
 impl Publisher {
-    /// A session of its own, in no room: it needs only the grant to write.
+    /// A session of its own, in no room: its token needs only the right to write.
     #[must_use]
     pub fn open(target: Target) -> Self {
         let backoff = target.backoff;
@@ -117,14 +117,14 @@ impl Publisher {
         }
     }
 
-    /// Gives up after `patience` instead of the default.
+    /// Sets the timeout of a publish.
     #[must_use]
     pub fn with_patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// Publishes `draft`, again and again with the same id, until the edge acknowledges or refuses it.
+    /// Publishes `draft` repeatedly with the same id, until the edge acknowledges or refuses it.
     ///
     /// # Errors
     /// [`PublishError`].
@@ -139,7 +139,7 @@ impl Publisher {
         }
     }
 
-    /// Why there is no connection at the moment; `None` if there is one, or the first attempt is still under way.
+    /// Why there is currently no connection; `None` if there is one, or the first attempt is still in progress.
     #[must_use]
     pub fn trouble(&self) -> Option<String> {
         match &*self.state.borrow() {
@@ -179,7 +179,7 @@ impl Publisher {
                 }
                 Err(error @ CallError::Closed(_)) => {
                     *last = error.to_string();
-                    // Waits for the next connection above, which has a backoff of its own.
+                    // The loop above waits for the next connection, which has its own backoff.
                     attempt = 0;
                 }
                 Err(error) => *last = error.to_string(),
@@ -189,7 +189,7 @@ impl Publisher {
         }
     }
 
-    /// Says that this user types; lost where there is no connection, and that is fine.
+    /// Sends a typing signal. Without a connection it is lost, which is acceptable.
     pub async fn typing(&self, room: &str) {
         let now = self.state.borrow().clone();
         if let State::Up(commands) = now {

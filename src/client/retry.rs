@@ -1,46 +1,46 @@
-//! When to come back: what close codes advise, and how long to wait. Pure.
+//! When to reconnect: the advice of close codes, and how long to wait. Does no I/O.
 
 use std::time::Duration;
 
 /// What a close code tells a client to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Advice {
-    /// Come back with the cursor, elsewhere if there is an elsewhere.
+    /// Reconnect with the cursor, to another edge if there is one.
     Reconnect,
-    /// Come back, but not before `LATER`.
+    /// Reconnect, but not before `LATER`.
     Later,
-    /// Come back with another token.
+    /// Reconnect with another token.
     NewToken,
-    /// It would end the same way.
+    /// Stop: the next connection would end the same way.
     Never,
 }
 
-/// Shortest wait where the edge said "later".
+/// Shortest pause before a reconnect with [`Advice::Later`].
 pub(super) const LATER: Duration = Duration::from_secs(5);
 
-/// The advice of a close code, as the protocol's documentation gives it.
+/// The advice of a close code, as the documentation of the protocol gives it.
 #[must_use]
 pub fn advice(code: u16) -> Advice {
     match code {
         4001 => Advice::NewToken,
-        // Revoked; or this client breaks the protocol, and would again.
+        // Revoked, or this client violates the protocol and would do so again.
         4002 | 4004 | 1002 | 1003 | 1007 | 1009 => Advice::Never,
-        // 1011 is a fault of the edge: do not press it.
+        // 1011 is a fault of the edge: do not reconnect at once.
         4005 | 1011 => Advice::Later,
-        // 1000 and 1005: this side did not ask for it, so the edge stops. 1001, 1006, 4003, 4010.
+        // 1000 and 1005 without a close of this side mean that the edge stops. 1001, 1006, 4003, 4010.
         1000 | 1001 | 1005 | 1006 | 1012..=1014 | 4003 | 4010 => Advice::Reconnect,
         // A code of a newer edge.
         _ => Advice::Later,
     }
 }
 
-/// Exponential backoff with full jitter: the wait before attempt `n` is uniform between nothing and
-/// `min(cap, base * 2^n)`, so that many clients of one dead edge do not come back in waves.
+/// Exponential backoff with full jitter: the pause before attempt `n` is uniform between zero and `min(cap, base *
+/// 2^n)`, so that the many clients of a dead edge do not reconnect in waves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Backoff {
-    /// Longest wait before the first attempt.
+    /// Longest pause before the first attempt.
     pub base: Duration,
-    /// Longest wait at all.
+    /// Longest pause of any attempt.
     pub cap: Duration,
 }
 
@@ -54,7 +54,7 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// The wait before attempt `attempt` (from 0), with `luck` from 0 to 1.
+    /// The pause before attempt `attempt` (from 0), with `luck` from 0 to 1.
     #[must_use]
     pub fn delay(&self, attempt: u32, luck: f64) -> Duration {
         let longest = self
@@ -64,7 +64,7 @@ impl Backoff {
         longest.mul_f64(luck.clamp(0.0, 1.0))
     }
 
-    /// The same with chance.
+    /// The same with a random number.
     pub(super) fn roll(&self, attempt: u32) -> Duration {
         self.delay(attempt, rand::random())
     }

@@ -1,4 +1,4 @@
-//! One room, followed through reconnects.
+//! Follows one room, across reconnects.
 
 use std::time::Duration;
 
@@ -15,31 +15,31 @@ use super::{
     link::{Link, Lost},
 };
 
-/// Events read ahead of who takes them; when full, the session is not read, and the edge closes it as too slow.
+/// Events that may wait for [`Room::next`]; when full, the session is not read, and the edge closes it as too slow.
 const EVENT_QUEUE: usize = 256;
-/// Longest wait for the answer to a join; edges give up after `rooms.join_timeout`, which is less.
+/// Timeout of the reply to a join; edges give up after `rooms.join_timeout`, which is shorter.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What happens in a followed room.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// In the room. Comes again after each reconnect, before the messages that were missed.
+    /// The session is in the room. Repeated after each reconnect, before the missed messages.
     Joined {
-        /// Where the session stands before the replay; `None` in ephemeral rooms.
+        /// The session's cursor before the replay; `None` in ephemeral rooms.
         cursor: Option<String>,
-        /// How many missed messages follow.
+        /// Number of missed messages that follow.
         replay: u64,
-        /// Why nothing can be replayed, and the session goes on from the newest message: `Some` means that messages
-        /// may have been missed, and are to be found in the history.
+        /// Why nothing can be replayed, so that the session continues with the newest message. `Some` means that
+        /// messages may have been missed; the history has them.
         reset: Option<String>,
     },
     /// A `msg` push.
     Message(Frame),
-    /// Somebody types.
+    /// A user types.
     Typing { user: String },
     /// Any other push.
     Other(Frame),
-    /// The connection was lost or did not come about; the next attempt is made after `retry_in`.
+    /// The connection was lost or not established; the next attempt is made after `retry_in`.
     Disconnected { why: String, retry_in: Duration },
     /// Connected again; `Joined` follows.
     Reconnected { url: String },
@@ -47,11 +47,11 @@ pub enum Event {
     Stopped(Stop),
 }
 
-/// A room that is followed by a task of its own until this is dropped.
+/// A room that is followed by its own task, until this is dropped.
 ///
 /// # Invariants
-/// - The cursor sent at a rejoin is that of the last message handed out by [`next`](Self::next)'s queue: what was
-///   handed out is not asked for again, what was not is.
+/// - A rejoin sends the cursor of the last message put into the queue of [`next`](Self::next): messages before it are
+///   not requested again, messages after it are.
 /// - Events come in the order of the room.
 #[derive(Debug)]
 pub struct Room {
@@ -100,7 +100,7 @@ impl Room {
     }
 }
 
-/// Starts the task that keeps a session: in a room, or in none where it is only published.
+/// Starts the task that keeps a session: in a room, or in none if it is only for publishing.
 pub(super) fn spawn(
     target: Target,
     followed: Option<Followed>,
@@ -126,12 +126,12 @@ pub(super) struct Followed {
     cursor: Option<String>,
 }
 
-/// Nobody reads the events any more.
+/// The receiver of events is gone.
 struct Unheard;
 
 enum Over {
     Ended,
-    /// Told to go elsewhere, and the time for it has come.
+    /// The edge asked for a reconnect elsewhere, and the time for it has come.
     Moved,
     Stop(Stop),
     Unheard,
@@ -143,14 +143,14 @@ impl From<Unheard> for Over {
     }
 }
 
-/// Where a session stands with its room.
+/// The session's state in its room.
 enum Standing {
     /// Waits for the answer to the join with this `rid`.
     Joining {
         rid: u64,
         until: Instant,
     },
-    /// The edge could not carry out the join for now.
+    /// The edge can't execute the join at the moment.
     Waiting {
         until: Instant,
     },
@@ -178,7 +178,7 @@ struct Joined {
     reason: Option<String>,
 }
 
-/// The fields of pushes that matter here.
+/// The fields of pushes that are used here.
 #[derive(Deserialize)]
 struct Push {
     #[serde(default)]
@@ -227,7 +227,7 @@ impl Session {
                 }
                 Lost::Stop(stop) => {
                     self.state.send_replace(State::Stopped(stop.clone()));
-                    // The last event; whether anybody still listens does not matter.
+                    // The last event. Whether it is received does not matter.
                     let _unheard = self.emit(Event::Stopped(stop)).await;
                     return;
                 }
@@ -281,7 +281,7 @@ impl Session {
                 () = at(leave_at) => return Over::Moved,
                 () = at(join_due) => {
                     if matches!(standing, Standing::Joining { .. }) {
-                        // Treated like a lost connection: another edge may do better.
+                        // Treated like a lost connection: another edge may succeed.
                         return Over::Ended;
                     }
                     standing = match self.join(&commands).await {
@@ -327,7 +327,7 @@ impl Session {
         }
     }
 
-    /// Sends the join, where there is a room to join.
+    /// Sends the join, if there is a room to join.
     async fn join(&mut self, commands: &Commands) -> Result<Standing, Over> {
         let Some(followed) = &self.followed else {
             self.link.on_welcome();
@@ -343,18 +343,18 @@ impl Session {
                 rid,
                 until: Instant::now() + JOIN_TIMEOUT,
             }),
-            // The frames say how it ended.
+            // The end of the frames tells the reason.
             Err(_closed) => Err(Over::Ended),
         }
     }
 
-    /// `None`: to be repeated after a while.
+    /// `None`: the join must be repeated later.
     async fn on_join_reply(
         &mut self,
         frame: &Frame,
         commands: &Commands,
     ) -> Result<Option<Standing>, Over> {
-        // An error reply shows as well that the token is good.
+        // Even an error reply shows that the token was accepted.
         self.link.on_welcome();
         if let Some(refusal) = frame.refusal() {
             if refusal.retry {
@@ -366,7 +366,7 @@ impl Session {
         let joined: Joined = match frame.fields() {
             Ok(joined) => joined,
             Err(error) => {
-                let fault = format!("the answer to join makes no sense: {error}");
+                let fault = format!("the answer to join can't be parsed: {error}");
                 return Err(Over::Stop(Stop::Unusable(fault)));
             }
         };
@@ -415,7 +415,7 @@ impl Session {
             }
             "kicked" if ours => {
                 let code = push.code.unwrap_or_default();
-                // The room was made anew: our cursor tells the edge so, and it answers with `reset`.
+                // The room's log was re-created. The old cursor tells the edge so, and it answers with `reset`.
                 if code == "reset" {
                     return Ok(Next::Rejoin);
                 }
@@ -424,7 +424,7 @@ impl Session {
             "reconnect" => return Ok(Next::Leave(Duration::from_millis(push.after_ms))),
             "token_expiring" => {
                 match self.link.new_token() {
-                    // Its reply is not waited for: if it fails, the edge closes with 4001.
+                    // The reply is not awaited: if the refresh fails, the edge closes with 4001.
                     Some(token) => {
                         let _closed = commands.send("refresh", json!({"token": token})).await;
                     }
@@ -445,14 +445,14 @@ impl Session {
     }
 }
 
-/// What follows from a push.
+/// What to do after a push.
 enum Next {
     Go,
     Rejoin,
     Leave(Duration),
 }
 
-/// Sleeps until then, or for ever.
+/// Sleeps until this time, or forever.
 async fn at(instant: Option<Instant>) {
     match instant {
         Some(instant) => sleep_until(instant).await,

@@ -92,7 +92,7 @@ impl FakeSession {
         self.0.write_frame(frame).await.unwrap();
     }
 
-    /// Answers a join as if the room stood at `cursor`, and gives the join.
+    /// Answers a join as if the room were at `cursor`, and returns the join.
     async fn join(&mut self, cursor: &str, replay: u64) -> Value {
         let join = self.command().await;
         assert_eq!(join["op"], "join");
@@ -444,7 +444,7 @@ async fn publish_gives_up_where_retry_is_pointless_or_patience_ends() {
     );
 }
 
-/// The next frame that the client sends, whatever it is; `None` once the connection is cut.
+/// The opcode of the client's next frame; `None` once the connection is cut.
 async fn heard(session: &mut FakeSession) -> Option<OpCode> {
     let frame = timeout(DEADLINE, session.0.read_frame()).await;
     frame
@@ -460,7 +460,7 @@ fn silence_is_noticed_within_forty_seconds_and_an_edge_that_pings_is_not_asked()
         answer_within,
     } = Silence::default();
     assert!(ask_after + answer_within < Duration::from_secs(40));
-    // An edge pings every 25 s, and looks once a second whether it is time.
+    // An edge pings every 25 s, and checks once a second whether a ping is due.
     assert!(ask_after > Duration::from_secs(26));
 }
 

@@ -26,19 +26,19 @@ use crate::model::{MAX_JSON_DEPTH, MAX_REGIONS, Region, is_token};
 /// The commented defaults, as shipped in `config/default.toml`.
 pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
 
-/// Longest a durable publish may wait: clients are promised an answer within 5 s.
+/// Largest timeout of a durable publish: clients are promised an answer within 5 s.
 const MAX_PUBLISH_TIMEOUT: Duration = Duration::from_millis(4900);
 
 /// Shortest lease of an edge.
 const MIN_LEASE: Duration = Duration::from_secs(3);
 
-/// Most rooms of one `unread`.
+/// Maximum number of rooms of one `unread`.
 const MAX_UNREAD_ROOMS: usize = 1000;
 
-/// Most messages of one batch for MongoDB (its own limit of operations in one command).
+/// Maximum number of messages of one batch for MongoDB (its own limit of operations in one command).
 const MAX_BATCH: usize = 100_000;
 
-/// Shortest time after which a message may be given to another worker.
+/// Shortest time after which a message may be redelivered to another worker.
 const MIN_ACK_WAIT: Duration = Duration::from_secs(3);
 
 /// Longest name of a database (MongoDB's own limit).
@@ -47,7 +47,7 @@ const MAX_DATABASE: usize = 63;
 /// Shortest HS256 secret, in bytes (RFC 7518 section 3.2: as long as the hash).
 const MIN_SECRET: usize = 32;
 
-/// All settings of a process. The meaning, unit and default of every key stand in `config/default.toml`.
+/// All settings of a process. `config/default.toml` gives the meaning, unit and default of every key.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -89,7 +89,7 @@ pub struct Nats {
     pub subscription_capacity: usize,
 }
 
-/// `[mirrors]`: how mirrors are helped on after a cut.
+/// `[mirrors]`: how stalled mirrors are restarted after a cut.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mirrors {
@@ -112,7 +112,7 @@ pub struct Streams {
     pub duplicate_window: Duration,
 }
 
-/// `[mongodb]`: where history is kept.
+/// `[mongodb]`: the database of the history.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mongodb {
@@ -151,7 +151,7 @@ pub struct Servers {
     pub mongod: PathBuf,
 }
 
-/// `[doctor]`: who `natter doctor` is to the servers themselves.
+/// `[doctor]`: the user and the servers with which `natter doctor` examines the servers themselves.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Doctor {
@@ -187,7 +187,7 @@ pub struct Http {
     pub body_timeout: Duration,
 }
 
-/// `[auth]`: who may come in.
+/// `[auth]`: which tokens are accepted.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Auth {
@@ -202,7 +202,7 @@ pub struct Auth {
     pub first_frame_timeout: Duration,
 }
 
-/// `[limits]`: what one session may take.
+/// `[limits]`: what one session may use.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
@@ -242,7 +242,7 @@ pub struct Rooms {
     pub causal_max: usize,
 }
 
-/// `[presence]`: leases of edges, and how fast they write who is there.
+/// `[presence]`: leases of edges, and how fast edges write presence.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Presence {
@@ -259,14 +259,14 @@ impl Mirrors {
     }
 }
 
-/// What is told of the users in the rooms of a namespace.
+/// What is shown of the users in the rooms of a namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PresencePolicy {
-    /// Who they are.
+    /// Their names.
     #[default]
     Users,
-    /// How many they are.
+    /// Only their number.
     Counts,
     /// Nothing.
     Off,
@@ -283,7 +283,7 @@ pub struct Telemetry {
     pub otlp_interval: Duration,
 }
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
@@ -316,13 +316,13 @@ pub enum ConfigError {
         path: PathBuf,
         source: std::io::Error,
     },
-    /// Values break rules; all of them, one a line.
+    /// Values break rules; lists all of them, one per line.
     #[error("configuration:\n  {}", .0.join("\n  "))]
     Invalid(Vec<String>),
 }
 
 impl Config {
-    /// Reads the defaults, `file` if there is one, the environment and `overrides` (flags), and checks the result.
+    /// Reads the defaults, `file` if given, the environment and `overrides` (flags), and checks the result.
     ///
     /// # Errors
     /// [`ConfigError`] with every broken rule.
@@ -391,14 +391,14 @@ impl Config {
         Region::parse(&self.region).expect("validated when the configuration was loaded")
     }
 
-    /// All regions of the mesh, validated: `regions`, or the region alone where there are none.
+    /// All regions of the mesh, validated: `regions`, or only the own region if that is empty.
     #[must_use]
     pub fn regions(&self) -> BTreeSet<Region> {
         let named = self.regions.iter().filter_map(|name| Region::parse(name));
         named.chain([self.region()]).collect()
     }
 
-    /// `[nats]` as whoever helps mirrors on: the user of `[mirrors]`, where it names one.
+    /// `[nats]` for the connection that restarts mirrors: with the user of `[mirrors]`, if that is set.
     #[must_use]
     pub fn nats_of_mirrors(&self) -> Nats {
         let mut nats = self.nats.clone();
@@ -421,18 +421,18 @@ impl Config {
         check(
             Region::parse(&self.region).is_some(),
             format!(
-                "region = {:?}: must match [a-z0-9-]{{1,32}}, it stands in cursors",
+                "region = {:?}: must match [a-z0-9-]{{1,32}}, cursors contain it",
                 self.region
             ),
         );
         for (index, name) in self.regions.iter().enumerate() {
             check(
                 Region::parse(name).is_some(),
-                format!("regions: {name:?} must match [a-z0-9-]{{1,32}}, it stands in cursors"),
+                format!("regions: {name:?} must match [a-z0-9-]{{1,32}}, cursors contain it"),
             );
             check(
                 self.regions.iter().position(|other| other == name) == Some(index),
-                format!("regions: {name:?} is there twice"),
+                format!("regions: {name:?} is named twice"),
             );
         }
         check(
@@ -445,7 +445,7 @@ impl Config {
         check(
             self.regions.len() <= MAX_REGIONS,
             format!(
-                "regions: {} of them, at most {MAX_REGIONS}, a cursor names no more",
+                "regions: {} of them, at most {MAX_REGIONS}, the limit of a cursor",
                 self.regions.len()
             ),
         );
@@ -473,7 +473,7 @@ impl Config {
         );
         check(
             !nats.read_timeout.is_zero(),
-            "nats.read_timeout = 0s: must be above 0, or no read succeeds".to_owned(),
+            "nats.read_timeout = 0s: must be above 0, or every read fails".to_owned(),
         );
         check(
             (1..=64).contains(&nats.replay_concurrency),
@@ -511,7 +511,7 @@ impl Config {
         check(
             (1..=5).contains(&self.streams.replicas),
             format!(
-                "streams.replicas = {}: must be 1 to 5, NATS knows no more",
+                "streams.replicas = {}: must be 1 to 5, the limit of NATS",
                 self.streams.replicas
             ),
         );
@@ -531,7 +531,7 @@ impl Config {
             self.streams.max_msgs_per_room == 0
                 || self.streams.max_msgs_per_room > self.rooms.replay_max,
             format!(
-                "streams.max_msgs_per_room = {}: must be 0 or more than rooms.replay_max = {}, or a trimmed room can't be told from a quiet one",
+                "streams.max_msgs_per_room = {}: must be 0 or more than rooms.replay_max = {}, or a trimmed room looks like a quiet one",
                 self.streams.max_msgs_per_room, self.rooms.replay_max
             ),
         );
@@ -568,7 +568,7 @@ impl Config {
         check(
             (1..=MAX_BATCH).contains(&history.batch_messages),
             format!(
-                "history.batch_messages = {}: must be 1 to {MAX_BATCH}, MongoDB takes no larger batch",
+                "history.batch_messages = {}: must be 1 to {MAX_BATCH}, the limit of MongoDB",
                 history.batch_messages
             ),
         );
@@ -596,14 +596,14 @@ impl Config {
         check(
             (1..=MAX_JSON_DEPTH).contains(&limits.json_depth),
             format!(
-                "limits.json_depth = {}: must be 1 to {MAX_JSON_DEPTH}, what is deeper can't be read by many clients",
+                "limits.json_depth = {}: must be 1 to {MAX_JSON_DEPTH}, many clients can't read deeper JSON",
                 limits.json_depth
             ),
         );
         check(
             (1..=MAX_UNREAD_ROOMS).contains(&limits.unread_rooms),
             format!(
-                "limits.unread_rooms = {}: must be 1 to {MAX_UNREAD_ROOMS}, NATS answers no more in one request",
+                "limits.unread_rooms = {}: must be 1 to {MAX_UNREAD_ROOMS}, the limit of one request to NATS",
                 limits.unread_rooms
             ),
         );
@@ -738,7 +738,7 @@ mod tests {
         let many = format!("regions = ['seoul', {}]", many.join(", "));
         for (toml, told) in [
             ("regions = ['frankfurt']", "contain region = \"seoul\""),
-            ("regions = ['seoul', 'seoul']", "\"seoul\" is there twice"),
+            ("regions = ['seoul', 'seoul']", "\"seoul\" is named twice"),
             ("regions = ['seoul', 'F_1']", "\"F_1\" must match"),
             (&*many, "34 of them, at most 32"),
         ] {

@@ -6,13 +6,13 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::ConfigError;
 
-/// The text of a secret; prints and serialises as `***`, or as nothing where it is empty.
+/// The text of a secret; prints and serialises as `***`, or as the empty text if it is empty.
 #[derive(Clone, Default, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
 
 impl Secret {
-    /// What a flag gave.
+    /// A secret given by a flag.
     #[must_use]
     pub fn new(text: String) -> Self {
         Self(text)
@@ -24,7 +24,7 @@ impl Secret {
         &self.0
     }
 
-    /// Replaces the secret by the content of `path` (without white space at its end), unless `path` is empty.
+    /// Replaces the secret by the content of `path` (without trailing white space), unless `path` is empty.
     pub(super) fn read_file(&mut self, key: &'static str, path: &Path) -> Result<(), ConfigError> {
         if !path.as_os_str().is_empty() {
             let text = fs::read_to_string(path).map_err(|source| ConfigError::File {

@@ -33,10 +33,10 @@ const BEARER: &str = "bearer.";
     get,
     path = "/ws",
     responses(
-        (status = 101, description = "Upgraded. A token in the subprotocol list that is not valid is told by the close code 4001"),
+        (status = 101, description = "Upgraded. If a token in the subprotocol list is not valid, the close code 4001 follows"),
         (status = 400, description = "bad_request: the handshake is incomplete"),
         (status = 401, description = "unauthorized: the token in the header is not valid"),
-        (status = 426, description = "bad_request: this is no WebSocket handshake"),
+        (status = 426, description = "bad_request: this is not a WebSocket handshake"),
         (status = 503, description = "unavailable: not ready, or draining"),
     ),
     security((), ("token" = []))

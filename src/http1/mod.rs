@@ -7,12 +7,12 @@
 //!  in all of them: an answer of which the client takes nothing for `stall`: closed
 //! ```
 //!
-//! hyper reads and writes. Of these limits it has one, which begins when a connection is idle: a short one would end idle
-//! connections under the proxies that keep them, and a long one would let a header take that long. So the limits are here, beside
-//! hyper: one timer a connection, set anew when one of its steps changes what is waited for.
+//! hyper reads and writes. It has only one of these limits, which starts when a connection is idle: a short one would
+//! end idle connections of proxies that keep them, and a long one would also apply to headers. So the limits are here:
+//! one timer per connection, set anew when a step of the connection changes what it waits for.
 //!
-//! A client may shut down its side when it has sent everything (`nc -N` does): it gets its answer. One that is gone can't be
-//! told from it before something is written; until then it costs what its request costs, whose handler ends by itself.
+//! A client may shut down its side after it has sent everything (`nc -N` does): it still gets its answer. A client that
+//! is gone looks the same until something is written. Until then it costs one request, whose handler ends by itself.
 
 mod timed;
 
@@ -40,14 +40,14 @@ use tokio::{
 use crate::{config::Config, runtime::Tasks};
 use timed::{Answering, Timed, Timing};
 
-/// What one step of a connection may still take once the process is told to end: the rest of a header or a body, or an answer
-/// that the client does not take.
+/// Time limit of one step of a connection after the process was told to stop: the rest of a header or a body, or an
+/// answer that the client does not read.
 pub const LAST_STEP: Duration = Duration::from_secs(1);
 
-/// Bytes that a connection may hold of what it has read: a header must fit into it (431).
+/// Bytes that a connection may buffer of what it has read. A header must fit into it (431).
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// Pause after accepting failed, usually for want of file descriptors: some may be free by then.
+/// Pause after a failed `accept`, usually for lack of file descriptors: some may be free after it.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Time limits of a connection.
@@ -57,12 +57,12 @@ pub struct Limits {
     pub keep_alive: Duration,
     /// How long the header of a request may take, from its first byte.
     pub header: Duration,
-    /// How long a client may take nothing of an answer.
+    /// How long a client may read nothing of an answer.
     pub stall: Duration,
 }
 
 impl Limits {
-    /// As `[http]` says; a client that does not read is borne as long as a session that does not.
+    /// The limits in `[http]`. A client that does not read gets as much time as a session that does not.
     #[must_use]
     pub fn new(config: &Config) -> Self {
         Self {
@@ -73,8 +73,8 @@ impl Limits {
     }
 }
 
-/// Accepts until `tasks` stops; `service` makes what answers the requests of a peer. Connections then finish the request that
-/// they are at, for at most [`LAST_STEP`] where that waits for the client.
+/// Accepts connections until `tasks` stops; `service` makes the handler of a peer's requests. Connections then finish
+/// their current request, and wait for the client at most [`LAST_STEP`].
 pub async fn serve<S, B>(
     listener: TcpListener,
     limits: Limits,
@@ -106,15 +106,15 @@ pub async fn serve<S, B>(
     }
 }
 
-/// The socket of a connection that was upgraded, and what was read from it behind the handshake. `None`: it is none of
-/// [`serve`].
+/// The socket of an upgraded connection, and what was read from it after the handshake. `None`: the connection is not
+/// one of [`serve`].
 #[must_use]
 pub fn into_stream(upgraded: Upgraded) -> Option<(TcpStream, Bytes)> {
     let parts = upgraded.downcast::<TokioIo<Timed<TcpStream>>>().ok()?;
     Some((parts.io.into_inner().into_inner(), parts.read_buf))
 }
 
-/// Serves one connection until it ends, or breaks a limit.
+/// Serves one connection until it ends or exceeds a limit.
 async fn connection<IO, S, B>(io: IO, service: S, limits: Limits, tasks: Tasks)
 where
     IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -147,7 +147,7 @@ where
         if let Poll::Ready(served) = served.as_mut().poll(cx) {
             return Poll::Ready(Some(served));
         }
-        // Whatever changes the deadline has happened within the poll above.
+        // Everything that changes the deadline has happened in the poll above.
         let Some(deadline) = timing.lock().deadline(&limits, stopped) else {
             return Poll::Pending;
         };
@@ -159,7 +159,7 @@ where
     match ended.await {
         Some(Ok(())) => {}
         Some(Err(error)) => tracing::debug!(%error, "an HTTP connection broke"),
-        None => tracing::debug!("an HTTP connection has taken too long"),
+        None => tracing::debug!("an HTTP connection exceeded a time limit"),
     }
 }
 

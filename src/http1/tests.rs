@@ -16,8 +16,8 @@ const SECOND: Duration = Duration::from_secs(1);
 
 const GET: &[u8] = b"GET /0/3 HTTP/1.1\r\nHost: x\r\n\r\n";
 
-/// The client's side of a connection that holds `buffer` bytes each way. A path says for how many seconds its request is worked
-/// on, and how many bytes the answer has.
+/// The client's side of a connection with a buffer of `buffer` bytes each way. The path gives the seconds for which the
+/// request is processed, and the bytes of the answer.
 fn served(tasks: &Tasks, buffer: usize) -> DuplexStream {
     let service = service_fn(async |request: Request<Incoming>| {
         let path = request.uri().path().to_owned();
@@ -45,7 +45,7 @@ async fn answer(client: &mut DuplexStream) {
     assert!(text.starts_with(b"HTTP/1.1 200"));
 }
 
-/// How long it takes until the connection is closed; nothing may come before.
+/// How long it takes until the connection is closed; nothing may arrive before.
 async fn closed_after(client: &mut DuplexStream) -> Duration {
     let begun = Instant::now();
     let read = timeout(Duration::from_secs(3600), client.read_u8()).await;
@@ -63,7 +63,7 @@ async fn an_idle_connection_is_kept_for_the_next_request_and_not_for_ever() {
         answer(&mut client).await;
     }
     assert_eq!(closed_after(&mut client).await, LIMITS.keep_alive);
-    // One that has never said anything.
+    // A client that never sends anything.
     let mut client = served(&tasks, 4096);
     assert_eq!(closed_after(&mut client).await, LIMITS.keep_alive);
 }
@@ -78,7 +78,7 @@ async fn the_time_for_a_header_counts_from_its_first_byte() {
             answer(&mut client).await;
         }
         sleep(idle * SECOND).await;
-        // A byte a second, which never comes to an end.
+        // One byte a second, never a complete header.
         let begun = Instant::now();
         let mut dripped = 0;
         for byte in b"GET /0/3 HTTP/1.1\r\nHost: "
@@ -94,7 +94,7 @@ async fn the_time_for_a_header_counts_from_its_first_byte() {
         assert!(dripped >= 10, "{before} {idle}: {dripped} bytes");
         assert!(begun.elapsed() <= LIMITS.header + SECOND, "{before} {idle}");
     }
-    // Slow, and in time.
+    // Slow, but in time.
     let mut client = served(&tasks, 4096);
     for part in GET.chunks(GET.len() / 8) {
         client.write_all(part).await.unwrap();
@@ -137,7 +137,7 @@ async fn a_client_that_has_said_everything_gets_its_answers() {
             client.read_to_string(&mut text).await.unwrap();
             let answers = text.matches("200 OK").count();
             assert_eq!(answers, requests.len(), "{requests:?}: {text}");
-            // It is not kept for one who says nothing more.
+            // The connection is not kept for a client that sends nothing more.
             let begun = Instant::now();
             tasks.drain(SECOND).await.unwrap();
             assert_eq!(begun.elapsed(), Duration::ZERO, "{requests:?}");
@@ -185,7 +185,7 @@ async fn a_drain_waits_for_requests_and_not_for_clients() {
         let tasks = Tasks::default();
         let mut client = served(&tasks, 1024);
         client.write_all(sent).await.unwrap();
-        // All that can happen has.
+        // Everything that can happen has happened.
         sleep(Duration::from_millis(1)).await;
         let begun = Instant::now();
         let drained = tasks.drain(60 * SECOND).await;

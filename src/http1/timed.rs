@@ -16,23 +16,23 @@ use tokio::{
 
 use super::{LAST_STEP, Limits};
 
-/// Where a connection is. Only its own task changes it.
+/// The step of a connection. Only its own task changes it.
 #[derive(Debug)]
 pub(super) struct Timing {
     step: Step,
-    /// Since when it is there.
+    /// When this step began.
     since: Instant,
-    /// Since when the client takes nothing of what is there for it.
+    /// Since when the client has read nothing of the data that waits for it.
     stalled: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
-    /// Nothing of a request has come.
+    /// Nothing of a request has arrived.
     Idle,
-    /// A part of its header.
+    /// Part of a header has arrived.
     Header,
-    /// All of its header, and its answer has not been handed over to the end.
+    /// The whole header has arrived, and the answer is not yet handed over completely.
     AtWork,
 }
 
@@ -50,14 +50,14 @@ impl Timing {
         self.since = Instant::now();
     }
 
-    /// When the connection is to be ended if nothing changes until then. `stopped`: when the process was told to end.
+    /// When the connection must end if nothing changes until then. `stopped`: when the process was told to stop.
     pub(super) fn deadline(&self, limits: &Limits, stopped: Option<Instant>) -> Option<Instant> {
         let waits = match self.step {
-            // An answer that was handed over is still being taken: only that it stands still counts.
+            // The client still reads an answer that was handed over: only a standstill counts.
             Step::Idle if self.stalled.is_some() => None,
             Step::Idle => Some((self.since, limits.keep_alive)),
             Step::Header => Some((self.since, limits.header)),
-            // Its handler has deadlines of its own, also for the body.
+            // The handler has its own deadlines, also for the body.
             Step::AtWork => None,
         };
         let stall = self.stalled.map(|since| (since, limits.stall));
@@ -70,7 +70,7 @@ impl Timing {
     }
 }
 
-/// A connection's bytes, with an eye on when they move.
+/// The bytes of a connection; notes when they move.
 #[derive(Debug)]
 pub(super) struct Timed<IO> {
     io: IO,
@@ -94,7 +94,7 @@ impl<IO> Timed<IO> {
             }
             Poll::Ready(_) => {
                 timing.stalled = None;
-                // It is idle when the last of its answer is written, not when that was handed over.
+                // The connection is idle when the last of the answer is written, not when it was handed over.
                 if timing.step == Step::Idle {
                     timing.since = Instant::now();
                 }
@@ -114,8 +114,9 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Timed<IO> {
         let read = Pin::new(&mut self.io).poll_read(cx, buffer);
         if buffer.filled().len() > before {
             let mut timing = self.timing.lock();
-            // While a request is at work these are its body, or one that comes behind it: the beginning of that one is not seen
-            // when its turn comes, and its header has the time of an idle connection until more of it comes.
+            // During a request these bytes are its body, or the beginning of the next request. That beginning is not
+            // noticed when the next request's turn comes: its header has the time of an idle connection until more of
+            // it arrives.
             if timing.step == Step::Idle {
                 timing.enter(Step::Header);
             }
@@ -156,7 +157,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Timed<IO> {
     }
 }
 
-/// A request at work, until its answer is handed over or it is given up.
+/// A request in progress, until its answer is handed over or it is abandoned.
 #[derive(Debug)]
 pub(super) struct Answering(Arc<Mutex<Timing>>);
 
@@ -166,7 +167,7 @@ impl Answering {
         Self(Arc::clone(timing))
     }
 
-    /// The answer's body, which takes the rest of it along.
+    /// The answer's body; the request is in progress until it is dropped.
     pub(super) fn until_end_of<B>(self, body: B) -> Answer<B> {
         Answer {
             body,

@@ -236,8 +236,8 @@ impl<'a> Run<'a> {
                 self.findings.push(Finding::new(
                     Level::Warning,
                     Check::Region,
-                    format!("the streams say that {region} belongs to the mesh, regions does not name it"),
-                    format!("add it to regions, or take it out: natter provision --remove-region {region} --allow-destructive"),
+                    format!("the streams say that {region} belongs to the mesh, but regions does not name it"),
+                    format!("add it to regions, or remove it: natter provision --remove-region {region} --allow-destructive"),
                 ));
             }
         }
@@ -276,8 +276,8 @@ impl<'a> Run<'a> {
                     findings.push(Finding::new(
                         Level::Problem,
                         Check::Region,
-                        format!("nats.url leads to the JetStream domain {domain:?}, and region is {region}"),
-                        "give nats.url the servers of the region, and these jetstream { domain } = its name",
+                        format!("nats.url leads to the JetStream domain {domain:?}, but region is {region}"),
+                        "set nats.url to the servers of the region, and their jetstream { domain } to its name",
                     ).at(region));
                 }
                 findings.extend(streams::account(&account).map(|f| f.at(region)));
@@ -289,8 +289,8 @@ impl<'a> Run<'a> {
                     Finding::new(
                         Level::Note,
                         Check::Region,
-                        format!("not looked at: the user may not publish to {request}"),
-                        "run natter doctor as the user who provisions",
+                        format!("not examined: the user may not publish to {request}"),
+                        "run natter doctor as the user that provisions",
                     )
                     .at(region),
                 );
@@ -298,9 +298,9 @@ impl<'a> Run<'a> {
             }
             Err(error) => {
                 let advice = if here {
-                    "see whether the region's servers run with JetStream, and whether enough of them do for a leader"
+                    "check whether the region's servers run with JetStream, and whether enough of them run to elect a leader"
                 } else {
-                    "see whether its servers run, and the way there: the leaf node to this region's spine, the gateways between the spines, the leaf node there. Each region goes on alone meanwhile"
+                    "check whether its servers run, and the links to it: the leaf node to this region's spine, the gateways between the spines, the leaf node there. Each region continues alone meanwhile"
                 };
                 findings.push(
                     Finding::new(
@@ -351,14 +351,14 @@ impl<'a> Run<'a> {
                 Err(ProvisionError::Denied { .. }) => Finding::new(
                     Level::Note,
                     Check::Stream,
-                    "not looked at: the user may not ask for it".to_owned(),
-                    "run natter doctor as the user who provisions",
+                    "not examined: the user may not ask for it".to_owned(),
+                    "run natter doctor as the user that provisions",
                 ),
                 Err(error) => Finding::new(
                     Level::Problem,
                     Check::Stream,
-                    format!("tells nothing of itself: {}", error.brief()),
-                    "it may have no leader: see whether the servers that hold it run (nats server report jetstream)",
+                    format!("does not report its state: {}", error.brief()),
+                    "it may have no leader: check whether the servers that hold it run (nats server report jetstream)",
                 ),
             };
             self.findings
@@ -420,7 +420,7 @@ impl<'a> Run<'a> {
                     found.push(Finding::new(
                         Level::Problem,
                         Check::Mirror,
-                        format!("missing: what {origin} stores does not come here"),
+                        format!("missing: what {origin} stores does not arrive here"),
                         format!("natter provision --region {origin}"),
                     ));
                 }
@@ -479,10 +479,10 @@ fn clock(ahead: f64, about: f64) -> Option<Finding> {
             Level::Problem,
             Check::Clock,
             format!(
-                "the server's clock is {:.1} s {direction} this machine's: history is ordered by the servers' times, and leases of edges end by them",
+                "the server's clock is {:.1} s {direction} this machine's: history is ordered by the servers' clocks, and leases of edges expire by them",
                 ahead.abs()
             ),
-            "let both keep time with NTP (chrony, systemd-timesyncd)",
+            "synchronise both with NTP (chrony, systemd-timesyncd)",
         )
     })
 }

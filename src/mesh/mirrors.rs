@@ -77,10 +77,10 @@ pub enum NudgeError {
     #[error("{address} can't be reached as a leaf node")]
     Io { address: String, source: io::Error },
     /// The server refuses the connection.
-    #[error("{address} does not take us as a leaf node: {reason}")]
+    #[error("{address} refuses the leaf node: {reason}")]
     Refused { address: String, reason: String },
     /// The credentials can't be used.
-    #[error("{address} can't be told who we are")]
+    #[error("the credentials for {address} can't be used")]
     Identity {
         address: String,
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -258,7 +258,7 @@ async fn run(connection: Connection, region: Region, servers: Servers) {
     let (mut requests, mut answers) = match (requests, answers) {
         (Ok(requests), Ok(answers)) => (requests, answers),
         (Err(error), _) | (_, Err(error)) => {
-            tracing::warn!(%error, "mirrors are left to their server");
+            tracing::warn!(%error, "requests of mirrors can't be received; stalled mirrors recover by themselves, but later");
             return;
         }
     };
@@ -336,14 +336,14 @@ async fn help(asked: &mut Asked, back: &BTreeSet<Region>, servers: &Servers) {
             // The mirrors recover by themselves, later.
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
-                "mirrors were not helped on"
+                "stalled mirrors were not restarted"
             );
             nudged = false;
         }
     }
     // A server that was not reached may still have pausing mirrors, so it is tried again.
     if nudged {
-        tracing::info!(regions = ?back, "mirrors of regions that are back were helped on");
+        tracing::info!(regions = ?back, "regions are back; stalled mirrors were restarted");
         asked.on_nudged(&back);
     }
 }
@@ -353,7 +353,6 @@ async fn help(asked: &mut Asked, back: &BTreeSet<Region>, servers: &Servers) {
 /// have heard nothing for 10 s and are not waiting for an answer. Each server checks the mirrors that it leads.
 ///
 /// # Errors
-/// [`NudgeError`]
 /// [`NudgeError`]
 pub async fn nudge(address: &str, nats: &config::Nats) -> Result<(), NudgeError> {
     let failed = |source| NudgeError::Io {

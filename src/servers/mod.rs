@@ -1,10 +1,10 @@
 //! nats-server and mongod as child processes: found or fetched, started, watched, stopped.
 //!
-//! For `natter up` and the integration tests; a deployment runs its own servers. Nothing here prints: progress goes to
-//! whoever asked.
+//! For `natter up` and the integration tests; a deployment runs its own servers. Nothing here prints: progress is
+//! reported to the caller.
 //!
 //! # Invariants
-//! - A child never outlives this process, also when it is killed with SIGKILL: every child goes through `natter guard`.
+//! - A child never outlives this process, even if it is killed with SIGKILL: every child goes through `natter guard`.
 //! - A handle that is dropped kills its process.
 //! - A restarted server keeps its port and its data.
 

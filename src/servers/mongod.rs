@@ -1,4 +1,4 @@
-//! mongod, as a replica set of one node: majority writes are real.
+//! mongod, as a replica set of one node, so that majority writes work.
 
 use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
@@ -16,42 +16,42 @@ use super::{
 /// Name of the replica set.
 const REPLICA_SET: &str = "natter";
 
-/// Recovery after a kill, and the first election, take seconds on a slow disk.
+/// Timeout of the start. Recovery after a kill, and the first election, take seconds on a slow disk.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 const STOP_WITHIN: Duration = Duration::from_secs(20);
 
-/// How long one command may wait for the server.
+/// Timeout of one command.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Cache of a laptop's database, in GB; the smallest that mongod takes.
+/// Cache of a laptop's database, in GB; the smallest that mongod accepts.
 const CACHE_GB: &str = "0.25";
 
-/// How much of that cache may be changed and not yet written. The index of words is written to in many places at once: with
-/// MongoDB's defaults (5 and 20 % of the cache), made for a large one, each of its pages is written out after a few changes,
-/// and a message costs five times the CPU. The journal has every change, so nothing depends on it but the time a recovery
-/// takes.
+/// How much of that cache may be changed and not yet written. The index of words is written to in many places at once.
+/// MongoDB's defaults (5 and 20 % of the cache) are made for a large cache. With them each page of that index is
+/// written out after a few changes, and a message costs five times the CPU. The journal has every change, so only the
+/// duration of a recovery depends on this.
 const EVICTION: &str = "eviction_dirty_target=60,eviction_dirty_trigger=80,\
                         eviction_updates_target=40,eviction_updates_trigger=60";
 
-/// Size of the replication log, in MB. Nobody replicates from it.
+/// Size of the replication log, in MB. No node replicates from it.
 const OPLOG_MB: &str = "128";
 
-/// How often another port is tried when the chosen one was taken in between.
+/// How many ports are tried when the chosen one was taken meanwhile.
 const PORT_ATTEMPTS: usize = 5;
 
 /// `NotYetInitialized` of MongoDB.
 const NOT_YET_INITIALIZED: i32 = 94;
 
-/// What a mongod on this machine is told.
+/// Options of a mongod on this machine.
 #[derive(Debug, Clone)]
 pub struct MongodOptions {
     /// The program.
     pub binary: PathBuf,
     /// Its data folder.
     pub dir: PathBuf,
-    /// Where its output goes; `None`: `mongod.log` in `dir`.
+    /// The file for its output; `None`: `mongod.log` in `dir`.
     pub log: Option<PathBuf>,
-    /// Port on loopback; 0: any that is free.
+    /// Port on loopback; 0: any free one.
     pub port: u16,
 }
 
@@ -63,8 +63,8 @@ pub struct Mongod {
 }
 
 impl Mongod {
-    /// Starts a server and waits until it is the primary of its replica set, which is created or, when the port has
-    /// changed, corrected.
+    /// Starts a server and waits until it is the primary of its replica set. The replica set is created, or corrected
+    /// if the port has changed.
     ///
     /// # Errors
     /// [`StartError`]
@@ -81,7 +81,7 @@ impl Mongod {
             let mut server = Self::new(launcher.clone(), &options, port)?;
             match server.restart().await {
                 Ok(()) => return Ok(server),
-                // mongod can't be asked for "any port": the one that was free may not be any more.
+                // mongod does not support "any port", and a port that was free may have been taken meanwhile.
                 Err(StartError::Exited { .. }) if options.port == 0 && attempt < PORT_ATTEMPTS => {
                     attempt += 1;
                 }
@@ -113,7 +113,7 @@ impl Mongod {
             "--oplogSize",
             OPLOG_MB,
             "--nounixsocket",
-            // Megabytes of statistics that nobody reads here.
+            // Megabytes of statistics that are not used here.
             "--setParameter",
             "diagnosticDataCollectionEnabled=false",
             "--port",
@@ -145,7 +145,7 @@ impl Mongod {
         })
     }
 
-    /// Starts it (again), after a [`Self::kill`], [`Self::stop`] or end of its own: same port, same data.
+    /// Starts it (again), after a [`Self::kill`], a [`Self::stop`] or its own end: same port, same data.
     ///
     /// # Errors
     /// [`StartError`]
@@ -174,24 +174,24 @@ impl Mongod {
         self.process.pid()
     }
 
-    /// SIGKILL; returns when it is gone.
+    /// Sends SIGKILL, and returns when the process has ended.
     pub async fn kill(&mut self) {
         self.process.kill().await;
     }
 
-    /// SIGTERM; returns when it is gone.
+    /// Sends SIGTERM, and returns when the process has ended.
     pub async fn stop(&mut self) {
         self.process.stop().await;
     }
 
-    /// The process alone, for who supervises it; it restarts with the same port and data.
+    /// The process alone, for supervision; it restarts with the same port and data.
     #[must_use]
     pub fn into_process(self) -> Process {
         self.process
     }
 }
 
-/// Ready is: this node is a primary. The first look at a new node makes it one.
+/// Ready means that this node is a primary. The first check of a new node makes it one.
 fn check(port: u16) -> Result<Check, CheckError> {
     let host = format!("127.0.0.1:{port}");
     let mut options = ClientOptions::builder()
@@ -219,7 +219,7 @@ async fn primary(admin: &Database, host: &str) -> Result<(), CheckError> {
     if hello.contains_key("setName") {
         return Err("it is not the primary yet".into());
     }
-    // No name of a set: the node has no configuration, or one with another port, in which it does not find itself.
+    // Without a set name: the node has no configuration, or one with another port, in which it does not find itself.
     let member = doc! { "_id": 0, "host": host };
     match admin.run_command(doc! { "replSetGetConfig": 1 }).await {
         Ok(answer) => {

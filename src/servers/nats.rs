@@ -16,7 +16,7 @@ use super::{
 };
 use crate::subject::api;
 
-/// Recovering a store of some gigabytes takes seconds.
+/// Timeout of the start. Recovering a store of some gigabytes takes seconds.
 const READY_WITHIN: Duration = Duration::from_secs(30);
 const STOP_WITHIN: Duration = Duration::from_secs(10);
 
@@ -51,7 +51,7 @@ impl Options {
         }
     }
 
-    /// Where the configuration is written to.
+    /// Path of the configuration file.
     fn conf(&self) -> PathBuf {
         match self {
             Self::Region(options) => options.dir.join("server.conf"),
@@ -67,7 +67,7 @@ impl Options {
         }
     }
 
-    /// The one it was told; 0: any.
+    /// The configured port; 0: any.
     fn port(&self) -> u16 {
         match self {
             Self::Region(NatsOptions { port, .. }) | Self::Spine(SpineOptions { port, .. }) => {
@@ -101,7 +101,7 @@ impl NatsServer {
         Self::start_with(launcher, Options::Region(options)).await
     }
 
-    /// Starts a spine and waits until it takes connections. Whether it reaches the others is another question.
+    /// Starts a spine and waits until it accepts connections. It may not have reached the others yet.
     ///
     /// # Errors
     /// [`StartError`]
@@ -148,7 +148,7 @@ impl NatsServer {
         }
     }
 
-    /// Starts it (again), after a [`Self::kill`], [`Self::stop`] or end of its own: same port, same data.
+    /// Starts it (again), after a [`Self::kill`], a [`Self::stop`] or its own end: same port, same data.
     ///
     /// # Errors
     /// [`StartError`]
@@ -159,7 +159,7 @@ impl NatsServer {
         self.write_conf()
             .map_err(|source| self.file_error(source))?;
         self.process.start().await?;
-        // From here on it is told the port it got.
+        // From now on the configuration contains the port that the server got.
         self.write_conf().map_err(|source| self.file_error(source))
     }
 
@@ -204,17 +204,17 @@ impl NatsServer {
         self.process.pid()
     }
 
-    /// SIGKILL; returns when it is gone.
+    /// Sends SIGKILL, and returns when the process has ended.
     pub async fn kill(&mut self) {
         self.process.kill().await;
     }
 
-    /// SIGTERM; returns when it is gone.
+    /// Sends SIGTERM, and returns when the process has ended.
     pub async fn stop(&mut self) {
         self.process.stop().await;
     }
 
-    /// The process alone, for who supervises it; it restarts with the same port and data.
+    /// The process alone, for supervision; it restarts with the same port and data.
     #[must_use]
     pub fn into_process(self) -> Process {
         self.process
@@ -279,11 +279,11 @@ async fn connects(url: &str) -> Result<async_nats::Client, CheckError> {
     Ok(options.max_reconnects(1).connect(url).await?)
 }
 
-/// Connects, and asks a JetStream.
+/// Connects, and sends a request to a JetStream.
 pub(super) async fn asks(url: &str, subject: impl ToSubject) -> Result<(), CheckError> {
     let client = connects(url).await?;
     let answer = client.request(subject, "".into()).await;
-    // Closes the connection now rather than whenever the client's task notices.
+    // Closes the connection now, and not only when the client's task notices.
     drop(client.drain().await);
     let answer: Value = serde_json::from_slice(&answer?.payload)?;
     match answer.get("error") {

@@ -1,4 +1,4 @@
-//! What a nats-server on this machine is told, and the configuration file that says it.
+//! The options of a nats-server on this machine, and its configuration file.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -8,29 +8,29 @@ use crate::{config::Config, model::Region, subject::Subjects};
 /// The configuration of a laptop's server; lines marked `# @name` are replaced.
 const REGION: &str = include_str!("../../nats/server.conf");
 
-/// The configuration of a laptop's spine; `nats/spine.conf` says what each line is for.
+/// The configuration of a laptop's spine; `nats/spine.conf` explains each line.
 const SPINE: &str = include_str!("../../nats/spine.conf");
 
-/// Smallest `max_payload` we set: the server's own default.
+/// Smallest `max_payload`: the server's own default.
 const MIN_MAX_PAYLOAD: u64 = 1024 * 1024;
 
-/// What headers may need on top of the largest body.
+/// Space for headers in addition to the largest body.
 const HEADER_ROOM: u64 = 64 * 1024;
 
-/// What a region's server on this machine is told.
+/// Options of a region's server on this machine.
 #[derive(Debug, Clone)]
 pub struct NatsOptions {
     /// The program.
     pub binary: PathBuf,
     /// Its folder: configuration, JetStream's store, log.
     pub dir: PathBuf,
-    /// Where its output goes; `None`: `nats-server.log` in `dir`.
+    /// The file for its output; `None`: `nats-server.log` in `dir`.
     pub log: Option<PathBuf>,
-    /// Port on loopback; 0: any that is free.
+    /// Port on loopback; 0: any free one.
     pub port: u16,
-    /// Names the server and its JetStream domain.
+    /// Name of the server and of its JetStream domain.
     pub region: Region,
-    /// `None`: the region is alone.
+    /// `None`: there are no other regions.
     pub spine: Option<SpineLink>,
     /// First token of the subjects.
     pub prefix: String,
@@ -42,33 +42,33 @@ pub struct NatsOptions {
     pub max_payload: u64,
 }
 
-/// What joins a region's server to others.
+/// The links of a region's server to other regions.
 #[derive(Debug, Clone)]
 pub struct SpineLink {
-    /// Where the region's spine listens for leaf nodes.
+    /// Address at which the region's spine listens for leaf nodes.
     pub spine: SocketAddr,
-    /// Where the server itself does: `mirrors.leafnodes` of its region.
+    /// Address at which the server itself listens for leaf nodes: `mirrors.leafnodes` of its region.
     pub leafnodes: SocketAddr,
 }
 
-/// What a region's spine on this machine is told.
+/// Options of a region's spine on this machine.
 #[derive(Debug, Clone)]
 pub struct SpineOptions {
     /// The program.
     pub binary: PathBuf,
     /// Its folder: configuration and log.
     pub dir: PathBuf,
-    /// Where its output goes; `None`: `nats-server.log` in `dir`.
+    /// The file for its output; `None`: `nats-server.log` in `dir`.
     pub log: Option<PathBuf>,
-    /// Port on loopback for clients; 0: any that is free.
+    /// Port on loopback for clients; 0: any free one.
     pub port: u16,
-    /// Names the server and its gateway.
+    /// Name of the server and of its gateway.
     pub region: Region,
-    /// Where it listens for the region's own servers.
+    /// Address at which it listens for the region's own servers.
     pub leafnodes: SocketAddr,
-    /// Where it listens for other spines.
+    /// Address at which it listens for other spines.
     pub gateway: SocketAddr,
-    /// Where each spine (its own too) is reached by the others.
+    /// Address at which each spine (this one too) is reached by the others.
     pub gateways: Vec<(Region, SocketAddr)>,
     /// Largest message with its headers, in bytes; the same as in the regions.
     pub max_payload: u64,
@@ -109,7 +109,7 @@ impl SpineOptions {
 }
 
 impl NatsOptions {
-    /// What `config` says about a region's server.
+    /// The options of a region's server according to `config`.
     #[must_use]
     pub fn new(config: &Config, binary: PathBuf, dir: PathBuf, port: u16) -> Self {
         Self {
@@ -135,7 +135,7 @@ impl NatsOptions {
         let subjects = Subjects::new(&self.prefix);
         let region = &self.region;
         let by_hand = subjects.by_hand_durable(region);
-        // -1 lets the server choose; it tells in the ports file.
+        // -1 lets the server choose a port, which it writes to the ports file.
         let port = port.map_or_else(|| "-1".to_owned(), |port| port.to_string());
         let mappings = || {
             let namespaces = self.namespaces.iter().map(|(n, durable)| (&**n, *durable));

@@ -5,12 +5,12 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
 };
 
-/// A port that nobody listens on at this moment, on `ip`: `wanted`, or the next one above it that is free.
+/// A port on `ip` that is free at this moment: `wanted`, or the next free one above it.
 ///
-/// Another process may take it before it is used; whoever starts a server there sees it fail.
+/// Another process may take it before it is used. A server that is started there then fails.
 ///
 /// # Errors
-/// When there is none up to 65535, or sockets can't be opened at all.
+/// If none is free up to 65535, or sockets can't be opened at all.
 pub fn free_port_from(ip: IpAddr, wanted: u16) -> io::Result<u16> {
     if wanted == 0 {
         return free_port_on(ip);
@@ -31,7 +31,7 @@ pub fn free_port_from(ip: IpAddr, wanted: u16) -> io::Result<u16> {
 /// Any port of loopback that is free at this moment.
 ///
 /// # Errors
-/// When sockets can't be opened.
+/// If sockets can't be opened.
 pub fn free_port() -> io::Result<u16> {
     free_port_on(Ipv4Addr::LOCALHOST.into())
 }
@@ -39,10 +39,10 @@ pub fn free_port() -> io::Result<u16> {
 /// `N` different ports of loopback that are free at this moment.
 ///
 /// # Errors
-/// When sockets can't be opened.
+/// If sockets can't be opened.
 pub(super) fn free_ports<const N: usize>() -> io::Result<[u16; N]> {
     let mut ports = [0; N];
-    // Held until all are known: a port that was let go may be given again.
+    // Kept open until all are known: a released port may be given again.
     let mut held = Vec::with_capacity(N);
     for port in &mut ports {
         let listener = TcpListener::bind(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0))?;

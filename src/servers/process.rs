@@ -21,32 +21,33 @@ use tokio::{
 use super::spawner;
 use crate::model::Region;
 
-/// A log file larger than this when the process starts is put aside as `<name>.log.1`, in place of the one before.
+/// A log file that is larger than this when the process starts is renamed to `<name>.log.1`, which replaces an earlier
+/// one.
 const LOG_ROTATE_BYTES: u64 = 10 * 1024 * 1024;
 
-/// How much of the end of a log is shown when a process fails to start.
+/// Number of lines at the end of a log that are shown when a process fails to start.
 const LOG_TAIL_LINES: usize = 15;
 const LOG_TAIL_BYTES: u64 = 8 * 1024;
 
-/// Pause between two looks whether a process is ready.
+/// Pause between two checks whether a process is ready.
 const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How long one look may take.
+/// Timeout of one check.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a check failed.
 pub type CheckError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Looks once whether the process of this id is as it should be. It is dropped when it takes too long.
+/// Checks once whether the process with this id works. It is dropped when it takes too long.
 pub type Check =
     Arc<dyn Fn(u32) -> Pin<Box<dyn Future<Output = Result<(), CheckError>> + Send>> + Send + Sync>;
 
-/// What starts a process so that it can't outlive this one.
+/// Starts processes such that they can't outlive this one.
 #[derive(Debug, Clone)]
 pub struct Launcher {
     /// The natter binary, whose `guard` subcommand every child goes through.
     pub guard: PathBuf,
-    /// Becomes the standard input of every child, so that a lock on it is held until the last of them is gone. It must
+    /// Becomes the standard input of every child, so that a lock on it is held until the last child has ended. It must
     /// be an empty file. `None`: `/dev/null`.
     pub held: Option<Arc<File>>,
 }
@@ -58,22 +59,22 @@ pub struct Spec {
     pub name: String,
     pub program: PathBuf,
     pub args: Vec<OsString>,
-    /// Set on top of this process's environment.
+    /// Variables in addition to this process's environment.
     pub env: Vec<(String, String)>,
-    /// Where its output goes.
+    /// The file for its output.
     pub log: PathBuf,
-    /// Whether it can be used.
+    /// Checks whether it can be used.
     pub ready: Check,
-    /// Whether it still works, once it was ready.
+    /// Checks whether it still works, after it was ready.
     pub alive: Check,
-    /// How long it may take to be ready.
+    /// Timeout of the start until it is ready.
     pub ready_within: Duration,
-    /// How long it may take to end after SIGTERM; then it is killed.
+    /// Time from SIGTERM until it is killed.
     pub stop_within: Duration,
 }
 
 impl fmt::Debug for Spec {
-    /// Without the environment: there are secrets in it.
+    /// Without the environment, which contains secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Spec")
             .field("name", &self.name)
@@ -93,10 +94,10 @@ pub enum StartError {
         path: PathBuf,
         source: io::Error,
     },
-    /// There is no port for it.
+    /// There is no free port for it.
     #[error("{name}: no free port")]
     Port { name: String, source: io::Error },
-    /// It can't be forked.
+    /// It can't be started.
     #[error("{name}: {} can't be started", program.display())]
     Spawn {
         name: String,
@@ -110,7 +111,7 @@ pub enum StartError {
         status: ExitStatus,
         log: LogTail,
     },
-    /// It runs, but is not ready; it was killed.
+    /// It ran, but did not become ready, and was killed.
     #[error("{name} was not ready within {waited:?}{log}")]
     NotReady {
         name: String,
@@ -126,7 +127,7 @@ pub enum StartError {
         waited: Duration,
         source: CheckError,
     },
-    /// Something about its settings can't be used.
+    /// One of its settings can't be used.
     #[error("{name}: its settings can't be used")]
     Settings { name: String, source: CheckError },
 }
@@ -159,7 +160,7 @@ impl Process {
         }
     }
 
-    /// What it runs.
+    /// Its specification.
     #[must_use]
     pub fn spec(&self) -> &Spec {
         &self.spec
@@ -171,11 +172,11 @@ impl Process {
         self.child.as_ref().and_then(Child::id)
     }
 
-    /// Starts it and waits until it is ready. A process that still runs is killed first. When this future is dropped,
-    /// the process may be running: [`Self::stop`] and dropping `self` still end it.
+    /// Starts it and waits until it is ready. A process that still runs is killed first. If this future is dropped, the
+    /// process may be running: [`Self::stop`] and dropping `self` still end it.
     ///
     /// # Errors
-    /// [`StartError`]; the process is dead then.
+    /// [`StartError`]; then the process has ended.
     pub async fn start(&mut self) -> Result<(), StartError> {
         self.kill().await;
         let child = self.spawn().await?;
@@ -237,7 +238,8 @@ impl Process {
             .stdin(stdin)
             .stdout(log)
             .stderr(errors)
-            // A Ctrl-C in the terminal goes to its foreground group: children must not get it, they are stopped in order.
+            // Ctrl-C in the terminal goes to its foreground group. Children must not get it, because they are stopped
+            // in order.
             .process_group(0)
             .kill_on_drop(true);
         spawner::spawn(command)
@@ -245,23 +247,23 @@ impl Process {
             .map_err(|source| spec.spawn_error(source))
     }
 
-    /// Waits until it has ended; at once when it does not run. Cancel-safe.
+    /// Waits until it has ended; returns at once if it does not run. Cancel-safe.
     pub async fn exited(&mut self) -> Option<ExitStatus> {
         let child = self.child.as_mut()?;
-        // An error means that somebody else has reaped it: it is gone all the same.
+        // An error means that its status was already collected elsewhere: it has ended.
         child.wait().await.ok()
     }
 
-    /// Ends it with SIGKILL and waits until it is gone.
+    /// Ends it with SIGKILL, and waits until it has ended.
     pub async fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
-            // Fails only when it has ended.
+            // Fails only if it has already ended.
             drop(child.kill().await);
         }
     }
 
-    /// Ends it with SIGTERM, and with SIGKILL when that takes longer than [`Spec::stop_within`]. Its status, if it ended
-    /// by itself.
+    /// Ends it with SIGTERM, or with SIGKILL if that takes longer than [`Spec::stop_within`]. Returns its status if it
+    /// ended by itself.
     pub async fn stop(&mut self) -> Option<ExitStatus> {
         self.terminate();
         let child = self.child.as_mut()?;
@@ -280,10 +282,10 @@ impl Process {
         }
     }
 
-    /// Looks once whether it works, with a bound in time.
+    /// Checks once whether it works, with a timeout.
     ///
     /// # Errors
-    /// What [`Spec::alive`] says, or that it took too long.
+    /// The error of [`Spec::alive`], or that the check took too long.
     pub fn check_alive(
         &self,
     ) -> impl Future<Output = Result<(), CheckError>> + Send + 'static + use<> {
@@ -304,7 +306,7 @@ impl Spec {
 }
 
 impl LogTail {
-    /// The last lines of a log; none when it can't be read.
+    /// The last lines of a log; none if it can't be read.
     #[must_use]
     pub fn read(path: &Path) -> Self {
         let tail = || -> io::Result<String> {

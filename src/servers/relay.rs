@@ -1,12 +1,12 @@
-//! What the spines of one machine's regions reach each other through: links with a delay, that can be cut and healed.
+//! Links between the spines of one machine's regions, with a delay; links can be cut and healed.
 //!
-//! A region has one *gate*: a port on loopback that stands for its spine. All gateway connections to it go through there,
-//! since it is the only address of it that the others are told. Gateways pass on every address they have heard of, so a
-//! port for each pair would not stay with its pair: which spine has called is read from its greeting (`CONNECT`, which a
-//! gateway sends first, and which names it).
+//! Each region has one *gate*: a port on loopback that stands for its spine. All gateway connections to the spine go
+//! through it, because the others are given no other address. Gateways pass on every address they know, so a port per
+//! pair of regions would be used by other spines too. Therefore the calling spine is read from its greeting (`CONNECT`,
+//! which a gateway sends first, and which contains its name).
 //!
-//! It knows nothing else of what it carries, and holds at most [`MAX_CHUNKS`] chunks of a connection and direction: who sends
-//! faster than the other side reads has to wait, as on any connection.
+//! All other data is passed on unread. At most [`MAX_CHUNKS`] chunks per connection and direction are held: a sender
+//! that is faster than the other side reads has to wait, as on any connection.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,11 +26,11 @@ use tokio::{
 
 use crate::{model::Region, runtime::Tasks};
 
-/// Largest piece that is read, and delayed, at once.
+/// Largest number of bytes that are read, and delayed, at once.
 const CHUNK: usize = 64 * 1024;
 
-/// Chunks of one direction of a connection on their way. With a delay, at most this times [`CHUNK`] a delay get through:
-/// 50 MB/s at 80 ms.
+/// Chunks in transit in one direction of a connection. With a delay, this limits the throughput to this times [`CHUNK`]
+/// per delay: 50 MB/s at 80 ms.
 const MAX_CHUNKS: usize = 64;
 
 /// Longest greeting that is read.
@@ -39,13 +39,13 @@ const GREETING: usize = 16 * 1024;
 /// Pause after a failed `accept`, which fails again at once while there are no file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What a cut does to connections.
+/// The effect of a cut on connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cut {
-    /// Nothing moves any more, and nobody is told: as when the network is gone. What was on its way arrives after the heal,
-    /// unless its connection was given up.
+    /// Nothing is transmitted and neither side is notified, as when the network is gone. Data in transit arrives after
+    /// the heal, unless its connection was given up.
     Stall,
-    /// Connections are closed, and new ones too: as when a firewall answers.
+    /// Connections are closed, also new ones, as by a firewall that rejects them.
     Close,
 }
 
@@ -60,11 +60,11 @@ pub struct Relay {
 /// One direction of the link between two regions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
-    /// Whose spine has called.
+    /// The region whose spine opened the connection.
     pub from: Region,
-    /// Whose spine was called.
+    /// The region to whose spine the connection leads.
     pub to: Region,
-    /// `None`: it is whole.
+    /// `None`: the link is not cut.
     pub cut: Option<Cut>,
 }
 
@@ -78,7 +78,7 @@ struct Gate {
 /// The regions that are cut off.
 type Cuts = Arc<BTreeMap<Region, Cut>>;
 
-/// What one connection is subject to.
+/// The state that one connection depends on.
 #[derive(Debug, Clone)]
 struct Passage {
     /// The regions at its ends, as far as they are known.
@@ -88,10 +88,11 @@ struct Passage {
 }
 
 impl Relay {
-    /// Opens a gate for each of `regions`; nobody gets through before [`Self::lead_to`]. `delay` is that of one direction.
+    /// Opens a gate for each of `regions`. Connections wait until [`Self::lead_to`] is called. `delay` applies to each
+    /// direction.
     ///
     /// # Errors
-    /// When a port of loopback can't be had.
+    /// If a port on loopback can't be opened.
     pub async fn start(regions: &[Region], delay: Duration) -> io::Result<Self> {
         let (cuts, _) = watch::channel(Cuts::default());
         let tasks = Tasks::default();
@@ -115,7 +116,7 @@ impl Relay {
         Ok(Self { gates, cuts, tasks })
     }
 
-    /// Where the others reach the spine of each region: for `SpineOptions::gateways`.
+    /// The address at which the others reach the spine of each region: for `SpineOptions::gateways`.
     #[must_use]
     pub fn gates(&self) -> Vec<(Region, SocketAddr)> {
         self.gates
@@ -124,21 +125,21 @@ impl Relay {
             .collect()
     }
 
-    /// Where the gate of `region` leads to: its spine's own gateway port.
+    /// Sets the target of the gate of `region`: its spine's own gateway port.
     pub fn lead_to(&self, region: &Region, spine: SocketAddr) {
         if let Some(gate) = self.gates.get(region) {
             gate.target.send_replace(Some(spine));
         }
     }
 
-    /// Cuts `region` off from all others, both ways. A region that is cut off is so in the new way then.
+    /// Cuts `region` off from all others, both ways. If it is already cut off, `how` replaces the earlier way.
     pub fn cut(&self, region: &Region, how: Cut) {
         self.cuts.send_modify(|cuts| {
             Arc::make_mut(cuts).insert(region.clone(), how);
         });
     }
 
-    /// Ends the cut of `region`. Its links to others that are cut off stay so.
+    /// Ends the cut of `region`. Its links to other regions that are cut off stay cut.
     pub fn heal(&self, region: &Region) {
         self.cuts.send_modify(|cuts| {
             Arc::make_mut(cuts).remove(region);
@@ -169,7 +170,7 @@ impl Drop for Relay {
     }
 }
 
-/// What holds where any of `ends` may be cut off: the harder way of two.
+/// The cut that applies if any of `ends` is cut off: of two, the stricter one.
 fn cut_of<'a>(
     cuts: &BTreeMap<Region, Cut>,
     ends: impl IntoIterator<Item = &'a Region>,
@@ -185,7 +186,7 @@ fn cut_of<'a>(
 }
 
 impl Passage {
-    /// Returns when nothing is in the way of what has come at `since`, and its delay is over. `None`: the connection is to
+    /// Returns when the delay of data that arrived at `since` is over and no cut stalls it. `None`: the connection must
     /// be closed. Cancel-safe.
     async fn pass(&mut self, since: Instant) -> Option<()> {
         sleep_until(since + self.delay).await;
@@ -201,10 +202,10 @@ impl Passage {
         }
     }
 
-    /// Returns when the connection is to be closed. Cancel-safe.
+    /// Returns when the connection must be closed. Cancel-safe.
     async fn closed(&mut self) {
         let ends = &self.ends;
-        // Fails when the relay is gone: the same.
+        // Fails if the relay is gone, which also closes the connection.
         drop(
             self.cuts
                 .wait_for(|cuts| cut_of(cuts, ends) == Some(Cut::Close))
@@ -213,7 +214,7 @@ impl Passage {
     }
 }
 
-/// Takes the connections of one gate.
+/// Accepts the connections of one gate.
 async fn accept(
     listener: TcpListener,
     targets: watch::Receiver<Option<SocketAddr>>,
@@ -232,7 +233,7 @@ async fn accept(
                     };
                     let Some(target) = target else { return };
                     let mut watched = passage.clone();
-                    // Both branches are cancel-safe enough: whichever ends first ends the connection.
+                    // Both branches may be dropped: whichever ends first ends the connection.
                     let ended = tokio::select! {
                         ended = connect(stream, target, passage, &known) => ended,
                         () = watched.closed() => return,
@@ -259,8 +260,8 @@ async fn connect(
 ) -> io::Result<()> {
     let mut caller = caller;
     caller.set_nodelay(true)?;
-    // Who waits at the gate of a region that is cut off may give up. Nobody speaks before the called side has. Both
-    // branches are cancel-safe.
+    // A caller that waits at the gate of a region that is cut off may give up. The called side always speaks first.
+    // Both branches are cancel-safe.
     let mut early = [0];
     tokio::select! {
         passed = passage.pass(Instant::now()) => if passed.is_none() { return Ok(()) },
@@ -272,7 +273,7 @@ async fn connect(
     let Some(from) = from.filter(|from| known.contains(from)) else {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "a caller that is no spine of this machine",
+            "the caller is not a spine of this machine",
         ));
     };
     passage.ends.insert(from);
@@ -286,8 +287,8 @@ async fn connect(
     }
 }
 
-/// Passes on what the called side says until the caller has sent its greeting: who it is, if it says so, and what it has
-/// sent, which is not passed on yet.
+/// Passes on what the called side sends until the caller has sent its greeting. Returns the caller's region, if the
+/// greeting names it, and what the caller has sent, which is not passed on yet.
 async fn greet(
     caller: &mut TcpStream,
     called: &mut TcpStream,
@@ -321,13 +322,13 @@ async fn greet(
     }
 }
 
-/// The gateway that a line `CONNECT {…}` names.
+/// The gateway named in a line `CONNECT {…}`.
 fn caller_of(greeting: &[u8]) -> Option<Region> {
     let options: Value = serde_json::from_slice(greeting.strip_prefix(b"CONNECT ")?).ok()?;
     Region::parse(options.get("gateway")?.as_str()?)
 }
 
-/// Carries `first` and then what is read from `source` to `sink`, each chunk when it may pass. Returns when all of it has
+/// Carries `first`, then what is read from `source`, to `sink`, each chunk when it may pass. Returns when all of it has
 /// arrived after the end of `source`.
 async fn carry(
     mut source: impl AsyncRead + Unpin,
@@ -421,9 +422,9 @@ mod tests {
         relay.cut(&b, Cut::Stall);
         stream.write_all(b"one").await.unwrap();
         stream.write_all(b"two").await.unwrap();
-        // A caller that comes now hears nothing before the heal.
+        // A caller that connects now receives nothing before the heal.
         let mut waiting = TcpStream::connect(gate(&relay, &b)).await.unwrap();
-        // What goes around through another region's gate is carried meanwhile, so the stall is not just slowness.
+        // Meanwhile a connection through another region's gate is carried, so the stall is not just slowness.
         untouched.write_all(b"here").await.unwrap();
         assert_eq!(take(&mut untouched, 4).await.unwrap(), b"here");
         assert_eq!(

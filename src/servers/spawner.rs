@@ -1,7 +1,8 @@
 //! One thread of this process that forks all children.
 //!
-//! The kernel sends the parent-death signal when the *thread* that forked ends, not the process: a child forked by a
-//! worker of a tokio runtime, or by a test's thread, would be killed with that. So one thread does it that never ends.
+//! The kernel sends the parent-death signal when the *thread* that forked ends, not the process. A child that is forked
+//! by a worker of a tokio runtime, or by a test's thread, would be killed with that thread. So a single thread, which
+//! never ends, forks all children.
 
 use std::{io, sync::mpsc, thread};
 
@@ -12,12 +13,12 @@ use tokio::{
     sync::oneshot,
 };
 
-/// Commands that may wait for the thread; forking takes about a millisecond, more simply wait to be sent.
+/// Commands that may wait for the thread; when full, callers wait. Forking takes about a millisecond.
 const QUEUE: usize = 16;
 
 struct Job {
     command: Command,
-    /// The runtime that is to notice the child's end.
+    /// The runtime that is notified of the child's end.
     runtime: Handle,
     answer: oneshot::Sender<io::Result<Child>>,
 }
@@ -51,7 +52,7 @@ fn sender() -> io::Result<mpsc::SyncSender<Job>> {
         .spawn(move || {
             for mut job in jobs {
                 let _runtime = job.runtime.enter();
-                // Whoever asked may have gone: the child is then killed by its drop.
+                // If the caller has gone, the child is dropped, which kills it.
                 drop(job.answer.send(job.command.spawn()));
             }
         })?;

@@ -1,4 +1,4 @@
-//! What joins the regions of one machine: a spine server each, and the relay between them.
+//! Joins the regions of one machine: one spine server each, and the relay between them.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -20,13 +20,13 @@ use crate::{
     subject::api::{self, in_domain},
 };
 
-/// How often other ports are tried when those of a spine were taken in between.
+/// How many times other ports are tried when those of a spine were taken meanwhile.
 const PORT_ATTEMPTS: usize = 3;
 
-/// How long it may take until every region reaches every other after their start.
+/// Timeout of the wait until every region reaches every other after their start.
 const JOINED_WITHIN: Duration = Duration::from_secs(30);
 
-/// How long one look at another region may take, and the pause after it.
+/// Timeout of one request to another region, and the pause after it.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOOK_PAUSE: Duration = Duration::from_millis(50);
 
@@ -37,7 +37,7 @@ pub struct SpineFiles {
     pub region: Region,
     /// Configuration, and the log unless `log` says otherwise.
     pub dir: PathBuf,
-    /// Where its output goes; `None`: `nats-server.log` in `dir`.
+    /// The file for its output; `None`: `nats-server.log` in `dir`.
     pub log: Option<PathBuf>,
 }
 
@@ -46,7 +46,7 @@ pub struct SpineFiles {
 pub struct Spines {
     /// The links between them.
     pub relay: Relay,
-    /// A spine a region, in the order in which they were asked for.
+    /// One spine per region, in the order of the arguments.
     pub spines: Vec<Spine>,
 }
 
@@ -57,13 +57,13 @@ pub struct Spine {
     pub region: Region,
     /// The server.
     pub server: NatsServer,
-    /// Where the region's own servers reach it: for `NatsOptions::spine`.
+    /// Address for the region's own servers: for `NatsOptions::spine`.
     pub leafnodes: SocketAddr,
 }
 
 impl Spines {
-    /// Starts a spine for each of `files`, with `delay` on the way from each to each. They find each other soon after
-    /// that: [`joined`] waits for it.
+    /// Starts a spine for each of `files`, with `delay` on each link in each direction. They find each other soon
+    /// afterwards; [`joined`] waits for that.
     ///
     /// # Errors
     /// [`StartError`]
@@ -88,7 +88,7 @@ impl Spines {
                 log: files.log,
                 port: 0,
                 region: files.region,
-                // Chosen by the start.
+                // Chosen at the start.
                 leafnodes: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
                 gateway: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
                 gateways: gateways.clone(),
@@ -101,7 +101,7 @@ impl Spines {
     }
 }
 
-/// Starts a spine on ports that are free, and leads its gate there.
+/// Starts a spine on free ports, and leads its gate there.
 async fn start_one(
     launcher: &Launcher,
     mut options: SpineOptions,
@@ -125,7 +125,7 @@ async fn start_one(
                     leafnodes: options.leafnodes,
                 });
             }
-            // Somebody may have taken a port between the look and the start.
+            // Another process may have taken a port after it was found free.
             Err(_taken)
                 if attempt < PORT_ATTEMPTS
                     && [options.leafnodes, options.gateway].iter().any(|address| {
@@ -139,11 +139,11 @@ async fn start_one(
     }
 }
 
-/// Waits until each of `regions`, whose servers clients reach at these URLs, gets an answer of the JetStream of each
-/// other.
+/// Waits until, from each of `regions`, the JetStream of every other region answers. Clients reach the servers of the
+/// regions at these URLs.
 ///
 /// # Errors
-/// [`StartError::Apart`] names the first pair for which it takes too long.
+/// [`StartError::Apart`] names the first pair that takes too long.
 pub async fn joined(regions: &[(Region, String)]) -> Result<(), StartError> {
     let pairs = regions.iter().flat_map(|(from, url)| {
         let others = regions.iter().filter(move |(to, _)| to != from);

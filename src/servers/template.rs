@@ -1,16 +1,16 @@
-//! Configuration files of nats-server made from those in `nats/`, which are valid as they stand.
+//! Makes configuration files of nats-server from those in `nats/`, which are valid by themselves.
 
 use serde_json::Value;
 
-/// What takes the place of what the file says.
+/// A replacement for a part of the file.
 pub(crate) enum Part {
-    /// Of the line marked with `# @name`.
+    /// For the line marked with `# @name`.
     Line(String),
-    /// Of the lines between one that is nothing but `# @name` and the next `# @end`.
+    /// For the lines between a line that is only `# @name` and the next `# @end`.
     Block(Vec<String>),
 }
 
-/// Replaces what `part` knows the name of; all else stays as it is.
+/// Replaces the parts for whose names `part` returns something; all other lines stay as they are.
 pub(crate) fn render(template: &str, part: impl Fn(&str) -> Option<Part>) -> String {
     let mut text = String::with_capacity(template.len());
     let mut replaced = false;

@@ -217,7 +217,7 @@ impl Erasure {
         };
         read().ok_or_else(|| StoreError::Document {
             key: id.clone(),
-            problem: "it is no erasure".to_owned(),
+            problem: "it is not an erasure".to_owned(),
         })
     }
 }

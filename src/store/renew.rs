@@ -168,7 +168,7 @@ impl Store {
                 Ok(new) => new,
                 // Pages report that it can't be read; the others are not affected.
                 Err(error) => {
-                    tracing::warn!(%error, "a document stays as it is");
+                    tracing::warn!(%error, "a document is not rewritten");
                     continue;
                 }
             };
@@ -176,7 +176,7 @@ impl Store {
             if size > MAX_COMMAND {
                 tracing::warn!(
                     key = old.get_str("_id").ok(),
-                    "a large document stays as it is"
+                    "a large document is not rewritten"
                 );
                 continue;
             }
@@ -212,7 +212,7 @@ impl Store {
         }
         // Documents that MongoDB refuses, and documents changed by others, stay as they are.
         if let Some(problem) = refused("writeErrors") {
-            tracing::warn!(problem, "documents stay as they are");
+            tracing::warn!(problem, "documents are not rewritten");
         }
         let written = answer.get_i32("nModified").unwrap_or_default();
         Ok(u64::try_from(written).unwrap_or_default())

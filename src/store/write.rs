@@ -219,7 +219,7 @@ impl Store {
         if updates.is_empty() {
             return Ok(refused);
         }
-        let problem = "documents come and go while they are updated";
+        let problem = "documents keep changing while they are updated";
         Err(StoreError::Unavailable(problem.to_owned()))
     }
 
@@ -240,7 +240,7 @@ impl Store {
         if less {
             folded.truncated = true;
             count(Counter::HistoryTruncated, 1);
-            tracing::warn!(key = group.key, "a full document takes no more in");
+            tracing::warn!(key = group.key, "reactions or annotations were left out");
         }
         Ok(())
     }
@@ -262,7 +262,7 @@ impl Store {
                 match document::read_place(&found) {
                     Ok(place) => drop(known.insert(key.to_owned(), place)),
                     // Pages report this too; the rest of the batch is not affected.
-                    Err(error) => tracing::warn!(key, %error, "nothing is known of a message"),
+                    Err(error) => tracing::warn!(key, %error, "a document can't be read"),
                 }
             }
         }

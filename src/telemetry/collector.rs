@@ -1,4 +1,4 @@
-//! The way to an OTLP collector: HTTP/1.1 without TLS, one connection an export.
+//! The connection to an OTLP collector: HTTP/1.1 without TLS, one connection per export.
 
 use std::{pin::Pin, time::Duration};
 
@@ -13,19 +13,19 @@ use hyper_util::rt::TokioIo;
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
 use tokio::{net::TcpStream, runtime, time::timeout};
 
-/// Most of an answer that is read: who takes an export says next to nothing.
+/// Maximum number of bytes read of an answer; a successful one is nearly empty.
 const MAX_ANSWER: usize = 4 * 1024 * 1024;
 
-/// Port of a URL that names none.
+/// Port of a URL without one.
 const HTTP: u16 = 80;
 
 /// Sends what the SDK exports.
 ///
-/// The SDK's threads have no runtime, so each export makes one and blocks its thread. It must not be used on a thread that has
-/// one.
+/// The SDK's threads have no runtime, so each export makes one and blocks its thread. It must not be used on a thread
+/// of a runtime.
 #[derive(Debug)]
 pub(super) struct Collector {
-    /// How long one export may take.
+    /// Timeout of one export.
     pub(super) within: Duration,
 }
 
@@ -72,7 +72,7 @@ async fn exchange(request: Request<Bytes>) -> Result<Response<Bytes>, HttpError>
         let body = Limited::new(body, MAX_ANSWER).collect().await?;
         Ok(Response::from_parts(head, body.to_bytes()))
     };
-    // The connection ends with the answer; where it ends before, there is none.
+    // The connection ends with the answer. If it ends earlier, there is no answer.
     let (answer, _ended) = join(answer, connection).await;
     answer
 }

@@ -31,12 +31,12 @@ use super::{
 };
 use crate::config;
 
-/// How long one export may take, retries included.
+/// Timeout of one export, retries included.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 static INSTALLED: OnceLock<Metrics> = OnceLock::new();
 
-/// The instruments of the list and who reads them.
+/// The instruments of the list, and their readers.
 pub(super) struct Metrics {
     provider: SdkMeterProvider,
     registry: Registry,
@@ -49,8 +49,8 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// An exporter that says in the log when its collector fails and when it works again: once each, not at every attempt.
-/// (The SDK's own messages are not built in.)
+/// An exporter that logs when its collector fails and when it works again: once each, not at every attempt. (The SDK's
+/// own messages are not compiled in.)
 #[derive(Debug)]
 struct Watched<E> {
     exporter: E,
@@ -117,7 +117,7 @@ impl SpanExport for Watched<SpanExporter> {
     }
 }
 
-/// What [`build`] made, installed nowhere yet.
+/// The exporters that [`build`] made; not installed yet.
 #[derive(Debug)]
 pub(super) struct Built {
     pub(super) metrics: Metrics,
@@ -193,7 +193,7 @@ pub(super) fn build(
             tracer: None,
         });
     }
-    // A URL that can't be reached is the collector's fault and shows in the log; one that can never be is ours.
+    // An unreachable URL is the collector's fault and is logged. An invalid one is an error of the configuration.
     let valid = base
         .strip_prefix("http://")
         .is_some_and(|rest| !rest.starts_with('/') && !rest.is_empty());
@@ -236,7 +236,7 @@ pub(super) fn build(
     })
 }
 
-/// Makes `metrics` those of the process.
+/// Installs `metrics` as those of the process.
 pub(super) fn install(metrics: Metrics) -> Result<(), InitError> {
     INSTALLED.set(metrics).map_err(|_second| InitError::Twice)
 }
@@ -247,8 +247,8 @@ pub(super) fn installed() -> Option<&'static Metrics> {
 
 /// All metrics of this process in Prometheus' text format (version 0.0.4), for `/metrics`.
 ///
-/// Works before [`init`](super::init) too (then without histograms); collecting takes about as long as there are series,
-/// some hundred.
+/// Also works before [`init`](super::init), then without histograms. The time it takes is proportional to the number of
+/// series, some hundred.
 #[must_use]
 pub fn prometheus_text() -> String {
     match installed() {

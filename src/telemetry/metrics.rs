@@ -1,12 +1,12 @@
-//! The closed list of metrics: what is not in [`Counter`], [`Gauge`] or [`Histogram`] is not measured.
+//! The closed list of metrics: only those in [`Counter`], [`Gauge`] and [`Histogram`] are measured.
 //!
-//! A metric is one line below: its doc comment is its help text, its name is dotted lower case by domain, its unit is the
-//! instrument's and not in the name. A label is an enum, so that its values are a closed set: never a room, user or
-//! session. To add a metric, add its line; to add a label, add its enum to `labels!`.
+//! A metric is one line below: its doc comment is the help text, its name is dotted lower case by domain, and the unit
+//! is given to the instrument, not in the name. A label is an enum, so that its values are a closed set: never a room,
+//! user or session. To add a metric, add its line; to add a label, add its enum to `labels!`.
 //!
-//! Counters and gauges are plain atomics, so that the path of a message pays one relaxed addition and no look-up. The
-//! exporters (Prometheus and OTLP) read them through observable instruments when they collect. The values belong to the
-//! process: edges that share one (in tests) share them.
+//! Counters and gauges are plain atomics, so counting a message is one relaxed addition without a lookup. The exporters
+//! (Prometheus and OTLP) read them through observable instruments when they collect. The values belong to the process:
+//! edges in the same process (in tests) share them.
 
 use std::{
     sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed},
@@ -24,11 +24,11 @@ use crate::protocol::{Close, ErrorCode};
 pub trait Label: Copy + 'static {
     /// Name of the label.
     const NAME: &'static str;
-    /// Every value, at the place of its [`index`](Label::index).
+    /// Every value, at its [`index`](Label::index).
     const ALL: &'static [Self];
     /// The value as exported.
     fn value(self) -> &'static str;
-    /// Its place in [`ALL`](Label::ALL).
+    /// Its index in [`ALL`](Label::ALL).
     fn index(self) -> usize;
 }
 
@@ -89,12 +89,12 @@ labels! {
         Presence "presence", Readers "readers", Unread "unread", History "history",
         Refresh "refresh", Ping "ping", Unknown "unknown",
     }
-    /// How a message came in and what became of it: into a stream, or past all streams.
+    /// How a message was published and where it went: into a stream, or past all streams.
     Published "kind" {
         Durable "durable", Ephemeral "ephemeral", HttpDurable "http_durable",
         HttpEphemeral "http_ephemeral",
     }
-    /// Why a publish came to no (or no known) end.
+    /// Why a publish failed, or its outcome is unknown.
     PublishFault "reason" {
         Unavailable "unavailable", UnknownOutcome "unknown_outcome", StreamFull "stream_full",
         Refused "refused",
@@ -103,12 +103,12 @@ labels! {
     Source "source" { Ring "ring", Stream "stream" }
     /// Why a message was not shown again.
     Suppressed "reason" { Old "old", Duplicate "duplicate" }
-    /// Why a message did not reach a session, or nobody at all.
+    /// Why a message did not reach a session, or no session at all.
     Dropped "reason" {
         BadSubject "bad_subject", BadMessage "bad_message", UnknownOrigin "unknown_origin",
         NotStored "not_stored", Trimmed "trimmed", Erased "erased",
     }
-    /// How a join went on: nothing to replay, from memory, from the stream, or from the start.
+    /// The start of a join: nothing to replay, replay from memory or from the stream, or a reset.
     Joined "result" {
         Live "live", Ring "ring", Stream "stream", Ephemeral "ephemeral",
         ResetTrimmed "reset_trimmed", ResetEpoch "reset_epoch", ResetFuture "reset_future",
@@ -118,26 +118,26 @@ labels! {
     GapCause "cause" {
         Sequence "sequence", Reconnect "reconnect", Overflow "overflow", Resync "resync",
     }
-    /// What became of a write of a read marker: somebody else may have written it first; then it is merged and written again.
+    /// The result of writing a read marker. On a conflict with another writer, the marker is merged and written again.
     MarkerWrite "result" { Written "written", Conflict "conflict", Failed "failed" }
-    /// Why a read receipt was not shown: no user or no cursor in it, a room without a log, a cursor of another log, or more
-    /// members that want receipts than `limits.read_push_max`.
+    /// Why a read receipt was not shown: it has no user or no cursor, the room has no log, the cursor belongs to
+    /// another log, or more members want receipts than `limits.read_push_max`.
     ReceiptFault "reason" {
         Malformed "malformed", Ephemeral "ephemeral", Epoch "epoch", PushMax "push_max",
     }
-    /// Why a connection was not taken in.
+    /// Why a connection was refused.
     Admission "reason" {
         Draining "draining", PerUser "per_user", PerAddress "per_address", BadToken "bad_token",
         BadHandshake "bad_handshake", FirstFrame "first_frame",
     }
-    /// What members were told of who is there: a user's coming or going, or how many there are.
+    /// What members were told about presence: that a user came or left, or the number of users.
     PresencePush "kind" { User "user", Count "count" }
-    /// Which lease ended: the edge's own, or another's, as it was seen.
+    /// Which lease ended: the edge's own, or that of another edge.
     LeaseEnd "whose" { Lost "own", Seen "other" }
-    /// What became of a message of a log in history: a document, a change of one, or nothing.
+    /// The effect of a message of a log on the history: a document, a change of one, or nothing.
     HistoryEntry "kind" { Message "message", Change "change", Nothing "nothing" }
-    /// What an answer from history was made of: MongoDB and the streams, only what was at hand of both, the streams alone by
-    /// the edge itself; or nothing.
+    /// What an answer from the history was made of: MongoDB and the streams, only what was available of both, only the
+    /// streams, read by the edge itself; or nothing.
     HistoryAnswer "source" { Full "full", Partial "partial", Streams "streams", Failed "failed" }
     /// How a token was verified.
     TokenCheck "check" { Signature "signature", Cached "cached" }
@@ -185,7 +185,7 @@ impl LabelSet {
     }
 }
 
-/// `Some($x)` of the one repetition there is, or `None`.
+/// `Some($x)` of the only repetition, or `None`.
 macro_rules! optional {
     () => {
         None
@@ -198,7 +198,7 @@ macro_rules! optional {
 /// Declares the counters: doc, `Name(label: Type) = "dotted.name", "unit";`
 macro_rules! counters {
     ($( $(#[doc = $help:literal])+ $name:ident $( ($arg:ident: $label:ty) )? = $dotted:literal, $unit:literal; )+) => {
-        /// What happened, counted since the process started.
+        /// Events, counted since the process started.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum Counter {
             $( $(#[doc = $help])+ $name $( ($label) )? ),+
@@ -206,7 +206,7 @@ macro_rules! counters {
 
         enum CounterPlace { $( $name ),+ }
 
-        /// How many values each counter has: one, or one a label value.
+        /// The number of values of each counter: one, or one per label value.
         const COUNTER_WIDTHS: &[usize] = &[$( 1 $( * <$label as Label>::ALL.len() )? ),+];
 
         impl Counter {
@@ -252,7 +252,7 @@ macro_rules! plain {
 counters! {
     /// Sessions opened: the WebSocket handshake is done.
     SessionOpened = "natter.session.opened", "{session}";
-    /// Sessions that went to the shard of their first room.
+    /// Sessions that were moved to the shard of their first room.
     SessionMoved = "natter.session.moved", "{session}";
     /// Sessions closed, by the reason of the close frame.
     SessionClosed(close: Close) = "natter.session.closed", "{session}";
@@ -268,7 +268,7 @@ counters! {
     CommandRefused(code: ErrorCode) = "natter.command.refused", "{command}";
     /// Messages that clients published, and that were stored or (ephemeral) sent on.
     MessagePublished(kind: Published) = "natter.message.published", "{message}";
-    /// Messages that the stream had already, published again with the same id.
+    /// Messages that were already stored when they were published again with the same id.
     PublishDuplicate = "natter.publish.duplicate", "{message}";
     /// Publishes that failed.
     PublishFailed(reason: PublishFault) = "natter.publish.failed", "{message}";
@@ -278,11 +278,12 @@ counters! {
     MessageReplayed(source: Source) = "natter.message.replayed", "{message}";
     /// Messages received again from NATS and not shown again.
     MessageSuppressed(reason: Suppressed) = "natter.message.suppressed", "{message}";
-    /// Messages dropped; where the room is durable they are replayed later, or the session comes back for them.
+    /// Messages dropped. In a durable room they are replayed later, or the session resumes after them.
     MessageDropped(reason: Dropped) = "natter.message.dropped", "{message}";
-    /// Messages that were shown before something that their sender had seen: it did not come within `rooms.causal_wait`.
+    /// Messages shown before a message that their sender had seen, because that did not arrive within
+    /// `rooms.causal_wait`.
     MessageCausalTimeout = "natter.message.causal_timeout", "{message}";
-    /// Joins answered, by how they went on.
+    /// Joins answered, by how they started.
     JoinResult(result: Joined) = "natter.join.result", "{join}";
     /// Gaps noticed in a room's sequence, or suspected.
     GapDetected(cause: GapCause) = "natter.gap.detected", "{gap}";
@@ -290,19 +291,19 @@ counters! {
     GapFilled = "natter.gap.filled", "{message}";
     /// Requests for a range of a room, read from the stream.
     ReplayRequests = "natter.replay.requests", "{request}";
-    /// Requests for a range that joined one already under way.
+    /// Requests for a range that joined one already in progress.
     ReplayCoalesced = "natter.replay.coalesced", "{request}";
     /// Requests for a range that failed.
     ReplayFailed = "natter.replay.failed", "{request}";
-    /// Times a connection to NATS was established, the first time included.
+    /// Times a connection to NATS was established, including the first time.
     NatsConnects = "natter.nats.connects", "{connection}";
-    /// Times a NATS subscription said that it dropped messages; they are read from the stream.
+    /// Times a NATS subscription reported that it dropped messages; they are read from the stream.
     NatsSlowConsumer = "natter.nats.slow_consumer", "{event}";
     /// Writes of read markers to their bucket.
     MarkerWrites(result: MarkerWrite) = "natter.marker.writes", "{write}";
-    /// Requests for read markers to their bucket: many keys at once.
+    /// Requests for read markers to their bucket, each for many keys.
     MarkerLoads = "natter.marker.loads", "{request}";
-    /// Read markers that were heard of and had not been written: their edge died before it could.
+    /// Read markers written in place of their edge, which died before it could.
     MarkerRepaired = "natter.marker.repaired", "{marker}";
     /// Read receipts published.
     ReceiptPublished = "natter.receipt.published", "{receipt}";
@@ -318,9 +319,9 @@ counters! {
     TypingDelivered = "natter.typing.delivered", "{notice}";
     /// Keys of users in rooms written or removed.
     PresenceWrites = "natter.presence.writes", "{write}";
-    /// Such writes that failed, and were repeated.
+    /// Writes of such keys that failed and were repeated.
     PresenceWriteFailed = "natter.presence.write_failed", "{write}";
-    /// Pushes made of who comes to a room and leaves it, once for all its members.
+    /// Presence pushes made, each counted once for all members of the room.
     PresencePushed(kind: PresencePush) = "natter.presence.pushed", "{push}";
     /// Presence frames handed to sessions.
     PresenceDelivered = "natter.presence.delivered", "{frame}";
@@ -328,46 +329,46 @@ counters! {
     PresenceScans = "natter.presence.scans", "{room}";
     /// Leases of edges that ended.
     LeaseEnded(whose: LeaseEnd) = "natter.lease.ended", "{lease}";
-    /// Messages of the log that are in MongoDB now, and confirmed by its majority.
+    /// Messages of the log written to MongoDB and acknowledged by its majority.
     HistoryWritten(kind: HistoryEntry) = "natter.history.written", "{message}";
     /// Batches written to MongoDB.
     HistoryBatches = "natter.history.batches", "{batch}";
-    /// Batches that MongoDB did not take, and that were repeated.
+    /// Batches that MongoDB did not accept and that were repeated.
     HistoryBatchFailed = "natter.history.batch_failed", "{batch}";
-    /// Messages that MongoDB refused, each time one was given out again.
+    /// Messages that MongoDB refused, counted at each redelivery.
     HistoryRefused = "natter.history.refused", "{message}";
-    /// Documents in which something was left out because more was said about the message than is kept.
+    /// Documents from which reactions or annotations were left out because there are more than are kept.
     HistoryTruncated = "natter.history.truncated", "{message}";
     /// Messages that went to the dead-letter stream.
     HistoryDead = "natter.history.dead", "{message}";
-    /// Questions for pages and searches answered.
+    /// Requests for pages and searches answered.
     HistoryAnswered(source: HistoryAnswer) = "natter.history.answered", "{request}";
     /// Messages erased from MongoDB and the streams.
     HistoryErased = "natter.history.erased", "{message}";
-    /// Messages taken out of the streams: said before under the same id, or erased before.
+    /// Messages removed from the streams: duplicates with the same id, or erased before.
     HistoryRemoved = "natter.history.removed", "{message}";
 }
 
 plain! {
-    /// What is now.
+    /// Current values.
     Gauge;
     /// Sessions that are open.
     SessionActive = "natter.session.active", "{session}";
     /// Rooms with a subscription on this process.
     RoomActive = "natter.room.active", "{room}";
-    /// Memberships: sessions times their rooms.
+    /// Memberships: the sum of the rooms of all sessions.
     MemberActive = "natter.member.active", "{member}";
     /// Sessions that are present in rooms.
     PresenceSessions = "natter.presence.sessions", "{session}";
-    /// Rooms whose users are followed, because somebody looks.
+    /// Rooms whose users are followed, because a session watches their presence.
     RosterActive = "natter.roster.active", "{room}";
     /// Connections to NATS that are up.
     NatsConnected = "natter.nats.connected", "{connection}";
-    /// Bytes that wait for clients to read: outboxes, and replies that are to go there.
+    /// Bytes that wait for clients to read: outboxes, and replies on the way to them.
     OutboxBytes = "natter.outbox.size", "By";
-    /// Bytes of backlog in memory, up to when clients have read it.
+    /// Bytes of backlog in memory, until clients have read them.
     ReplayBytes = "natter.replay.memory", "By";
-    /// Messages that the history service has not confirmed yet.
+    /// Messages that the history service has not acknowledged yet.
     HistoryPending = "natter.history.pending", "{message}";
     /// Age of the oldest of them.
     HistoryLag = "natter.history.lag", "s";
@@ -376,7 +377,7 @@ plain! {
 }
 
 plain! {
-    /// How long things took; for what is rare beside messages: each record takes a lock of the SDK.
+    /// Durations of operations that are rare compared to messages: each record takes a lock of the SDK.
     Histogram;
     /// From a request for a range of a room to its last message.
     ReplayDuration = "natter.replay.duration", "s";
@@ -384,20 +385,20 @@ plain! {
     PublishDuration = "natter.publish.duration", "s";
     /// From a join command to its reply.
     JoinDuration = "natter.join.duration", "s";
-    /// From the last message of a batch to MongoDB's confirmation.
+    /// From the last message of a batch to MongoDB's acknowledgement.
     HistoryBatchDuration = "natter.history.batch_duration", "s";
-    /// From a question for a page or a search to its answer.
+    /// From a request for a page or a search to its answer.
     HistoryReadDuration = "natter.history.read_duration", "s";
 }
 
-/// Bounds of the buckets of every histogram, in seconds: from a local acknowledgement to a client's patience.
+/// Bounds of the buckets of every histogram, in seconds: from a local acknowledgement to a client's timeout.
 const SECONDS: [f64; 14] = [
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
 ];
 
 const COUNTERS: usize = COUNTER_WIDTHS.len();
 
-/// Where each counter's values begin.
+/// The index of each counter's first value.
 const COUNTER_BASES: [usize; COUNTERS] = {
     let mut bases = [0; COUNTERS];
     let mut at = 1;
@@ -410,7 +411,7 @@ const COUNTER_BASES: [usize; COUNTERS] = {
 
 const COUNTER_SLOTS: usize = COUNTER_BASES[COUNTERS - 1] + COUNTER_WIDTHS[COUNTERS - 1];
 
-/// One value alone on its cache lines: shards that count different things don't slow each other down.
+/// One value alone on its cache lines, so that shards that count different things do not slow each other down.
 #[repr(align(128))]
 struct Slot<T>(T);
 
@@ -426,25 +427,25 @@ pub fn count(counter: Counter, n: u64) {
     COUNTER_VALUES[counter.slot()].0.fetch_add(n, Relaxed);
 }
 
-/// What a counter has counted.
+/// The value of a counter.
 #[cfg(test)]
 pub(super) fn counted(counter: Counter) -> u64 {
     COUNTER_VALUES[counter.slot()].0.load(Relaxed)
 }
 
-/// Adds `by` (which may be negative) to a gauge. Where a value has an owner that is dropped, use [`Held`].
+/// Adds `by` (which may be negative) to a gauge. If the counted thing has an owner that is dropped, use [`Held`].
 #[inline]
 pub fn gauge_add(gauge: Gauge, by: i64) {
     GAUGE_VALUES[gauge as usize].0.fetch_add(by, Relaxed);
 }
 
-/// What a gauge stands at.
+/// The value of a gauge.
 #[must_use]
 pub fn gauge(gauge: Gauge) -> i64 {
     GAUGE_VALUES[gauge as usize].0.load(Relaxed)
 }
 
-/// One unit of a gauge, given back when dropped: on every path, panics too.
+/// One unit of a gauge, subtracted when dropped: on every path, panics included.
 #[derive(Debug)]
 pub struct Held(Gauge);
 
@@ -463,7 +464,7 @@ impl Drop for Held {
     }
 }
 
-/// Records a duration. Until telemetry is set up it goes nowhere.
+/// Records a duration. It is discarded until telemetry is set up.
 pub fn record(histogram: Histogram, duration: Duration) {
     if let Some(metrics) = super::exporters::installed() {
         metrics.record(histogram, duration);

@@ -1,9 +1,10 @@
 //! Logs and spans (tracing), metrics (OpenTelemetry), and their exporters.
 //!
-//! Logs go to stderr. Metrics are always there for Prometheus ([`prometheus_text`]); with `telemetry.otlp_endpoint` they
-//! and the spans also go to a collector. Nothing here ever holds a message's body, a token or an address.
+//! Logs go to stderr. Metrics are always available to Prometheus ([`prometheus_text`]); with `telemetry.otlp_endpoint`
+//! metrics and spans also go to a collector. Logs, spans and metrics never contain a message's body, a token or an
+//! address.
 //!
-//! What is measured is decided by a closed list: [`metrics`].
+//! The closed list of metrics is in [`metrics`].
 
 mod collector;
 mod exporters;
@@ -57,23 +58,23 @@ pub enum InitError {
     /// An exporter can't be built.
     #[error("the telemetry exporter can't be built")]
     Exporter(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// A process has one telemetry.
+    /// Telemetry can be set up only once per process.
     #[error("telemetry was set up before in this process")]
     Twice,
 }
 
-/// Telemetry of a process. Ends, and sends what is left, when it is shut down or dropped.
+/// Telemetry of a process. It ends, and sends what is left, when it is shut down or dropped.
 #[derive(Debug)]
 #[must_use = "telemetry ends when this is dropped"]
 pub struct Telemetry {
-    /// Those that send to a collector; none without `telemetry.otlp_endpoint`.
+    /// The providers that send to a collector; none without `telemetry.otlp_endpoint`.
     otlp: Option<(SdkTracerProvider, SdkMeterProvider)>,
 }
 
-/// Sets up logs, metrics and traces of this process. `service` and `instance` name it to a collector.
+/// Sets up logs, metrics and traces of this process. `service` and `instance` identify it to a collector.
 ///
-/// Call it from `main`, before a runtime is built: exporters block, on threads of their own. The standard variables
-/// `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_EXPORTER_OTLP_HEADERS` are heeded.
+/// Call it from `main`, before a runtime is built: exporters block, on their own threads. The standard variables
+/// `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_EXPORTER_OTLP_HEADERS` are used.
 ///
 /// # Errors
 /// [`InitError`]; nothing is set up then.
@@ -141,9 +142,10 @@ where
 }
 
 impl Telemetry {
-    /// Sends what is left and ends; `false` if that was not done within `deadline`. Blocks: not for a runtime's thread.
+    /// Sends what is left and ends. Returns `false` if that was not done within `deadline`. It blocks, so do not call
+    /// it on a thread of a runtime.
     ///
-    /// What is counted afterwards is not exported.
+    /// Whatever is counted afterwards is not exported.
     pub fn shutdown(mut self, deadline: Duration) -> bool {
         self.finish(deadline)
     }

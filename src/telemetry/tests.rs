@@ -126,8 +126,8 @@ fn wrong_settings_are_named() {
     );
 }
 
-/// Takes one request, tells its path and body, and only then answers: who sent it may look for it at once. Whether anybody
-/// listens.
+/// Reads one request, passes on its path and body, and only then answers, since the sender may check for them at once.
+/// Returns whether they are still received.
 fn serve(mut stream: TcpStream, requests: &mpsc::Sender<(String, Vec<u8>)>) -> io::Result<bool> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
@@ -199,7 +199,7 @@ fn metrics_and_spans_reach_a_collector_and_shutdown_sends_the_rest() {
     let telemetry = Telemetry {
         otlp: Some((tracer, built.metrics.provider().clone())),
     };
-    // By interval, with nobody asking for it …
+    // At each interval, without a request for it …
     let (path, body) = received.recv_timeout(PATIENCE).unwrap();
     assert_eq!(path, "/v1/metrics");
     assert!(contains(&body, "natter.message.delivered") && contains(&body, "reset_epoch"));
@@ -233,7 +233,7 @@ fn a_collector_that_never_answers_does_not_hold_up_the_end() {
     };
     let started = Instant::now();
     assert!(!telemetry.shutdown(Duration::from_millis(200)));
-    // Without the deadline of its own, the metrics' export alone takes EXPORT_TIMEOUT.
+    // Without its own deadline, the export of metrics alone takes EXPORT_TIMEOUT.
     assert!(
         started.elapsed() < Duration::from_secs(4),
         "{:?}",
@@ -248,7 +248,7 @@ fn without_exported_spans_there_is_no_traceparent() {
     assert_eq!(current_traceparent(), None);
 }
 
-/// What belongs to a process as a whole needs one of its own: this test runs the next one in it.
+/// Global settings need a process of their own: this test runs the next one in a child process.
 #[test]
 fn a_process_sets_telemetry_up_once_and_ends_it_inside_a_runtime() {
     let child = "telemetry::tests::in_a_process_of_its_own";

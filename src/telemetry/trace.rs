@@ -10,14 +10,15 @@ use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
-/// Whether spans are exported: without that, nobody asks for their context.
+/// Whether spans are exported: otherwise their context is not needed.
 static ON: AtomicBool = AtomicBool::new(false);
 
 pub(super) fn switch(on: bool) {
     ON.store(on, Relaxed);
 }
 
-/// `traceparent` of the current span, to travel with a message; `None`, at the cost of one load, unless spans are exported.
+/// `traceparent` of the current span, to be sent with a message. `None`, for the cost of one load, unless spans are
+/// exported.
 #[must_use]
 pub fn current_traceparent() -> Option<String> {
     if ON.load(Relaxed) {
@@ -27,8 +28,8 @@ pub fn current_traceparent() -> Option<String> {
     }
 }
 
-/// Makes the span that `traceparent` names the parent of `span`, which must not have been entered yet. What is malformed is
-/// ignored: it comes from outside, and a trace is not worth an error.
+/// Makes the span that `traceparent` names the parent of `span`, which must not have been entered yet. A malformed text
+/// is ignored: it comes from outside, and a trace is not worth an error.
 pub fn set_remote_parent(span: &Span, traceparent: &str) {
     if !ON.load(Relaxed) {
         return;

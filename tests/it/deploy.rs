@@ -659,10 +659,7 @@ async fn what_a_mirror_asked_during_a_cut_is_asked_again_by_the_history_service(
         ];
         let found = natter.try_tool_with("admin", &["doctor"], &who).await;
         let found = found.unwrap_err();
-        assert!(
-            found.contains("does not take us as a leaf node"),
-            "{user}: {found}"
-        );
+        assert!(found.contains("refuses the leaf node"), "{user}: {found}");
     }
     // And we send no password to one whose certificate we don't trust.
     let other = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/keys/nats-ca.pem");

@@ -294,7 +294,7 @@ async fn unsynced_writes_and_a_missing_system_account_are_said() {
     };
     assert_eq!(finding.level, Level::Note);
     assert!(
-        finding.what.contains("not looked at: sync_interval"),
+        finding.what.contains("not examined: sync_interval"),
         "{finding:?}"
     );
 
@@ -343,12 +343,12 @@ async fn what_a_user_lacks_for_the_mirrors_of_other_regions_is_named() {
         panic!("{found:#?}")
     };
     assert!(
-        publish.ends_with("what an edge must: $JS.API.STREAM.PURGE.KV_edges_frankfurt"),
+        publish.ends_with("what an edge needs: $JS.API.STREAM.PURGE.KV_edges_frankfurt"),
         "{publish}"
     );
     assert!(
         mirrors_publish.ends_with(
-            "what helping mirrors on takes: $JS.frankfurt.API.CONSUMER.CREATE.ROOMS_frankfurt_0"
+            "what restarting mirrors needs: $JS.frankfurt.API.CONSUMER.CREATE.ROOMS_frankfurt_0"
         ),
         "{mirrors_publish}"
     );
@@ -368,7 +368,7 @@ async fn what_a_user_lacks_for_the_mirrors_of_other_regions_is_named() {
     assert!(nobody, "{found:#?}");
     config.mirrors.password = Secret::new("wrong".to_owned());
     let found = problems(&config, Check::Permission).await;
-    let refused = found.iter().any(|what| what.contains("can't be helped on"));
+    let refused = found.iter().any(|what| what.contains("can't be restarted"));
     assert!(refused, "{found:#?}");
 }
 

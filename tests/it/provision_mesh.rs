@@ -390,7 +390,7 @@ async fn the_mirror_of_an_origin_that_began_anew_is_replaced_only_when_that_is_a
     assert_eq!(count(&provisioned, Action::Create), 2);
     let told = lines(&provisioned);
     assert!(provisioned.is_incomplete());
-    assert_eq!(told.matches("began anew").count(), 2, "{told}");
+    assert_eq!(told.matches("was re-created").count(), 2, "{told}");
     last_seq(&seoul, "frankfurt", "ROOMS_seoul_0", 2).await;
 
     publish(&seoul, "seoul", "anew").await;

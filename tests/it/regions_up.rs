@@ -173,7 +173,7 @@ async fn what_can_not_be_done_is_said() {
 
     let wrong = [
         ("seoul", 1, "at least two"),
-        ("seoul,seoul", 64, "there twice"),
+        ("seoul,seoul", 64, "named twice"),
         ("seoul,Frankfurt", 64, "Frankfurt"),
     ];
     for (regions, code, text) in wrong {

@@ -1,4 +1,4 @@
-//! What `natter dev` asks of a running `natter up --regions`: a socket in its data folder.
+//! The socket in the data folder at which `natter dev` reaches a running `natter up --regions`.
 
 use std::{
     fs, io,
@@ -21,10 +21,10 @@ use crate::{
     servers::{Cut, Relay},
 };
 
-/// How long a client may take to ask and to read the answer.
+/// Timeout of one client, for its request and for reading the answer.
 const TALK_WITHIN: Duration = Duration::from_secs(5);
 
-/// The links between the regions, and the socket at which they are asked for. Both end when it is dropped.
+/// The links between the regions, and the socket that controls them. Both end when this is dropped.
 #[derive(Debug)]
 pub(super) struct Control {
     path: PathBuf,
@@ -35,7 +35,7 @@ impl Control {
     /// Listens in the data folder `data`, which belongs to this process.
     pub(super) fn start(relay: Relay, data: &Path) -> anyhow::Result<Self> {
         let path = socket(data);
-        // One that was killed leaves its socket behind.
+        // A process that was killed leaves its socket behind.
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
             Ok(()) | Err(_) => {}
@@ -56,7 +56,7 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         self.tasks.stop();
-        // If it stays, nobody listens there, which is what it says then.
+        // A socket file that is left behind refuses connections, which is the correct answer then.
         drop(fs::remove_file(&self.path));
     }
 }
@@ -91,7 +91,7 @@ async fn talk(stream: UnixStream, relay: &Relay) -> io::Result<()> {
         .await?;
     let answer = match serde_json::from_str(&line) {
         Ok(request) => answer(request, relay),
-        Err(error) => Answer::Error(format!("the request can't be understood: {error}")),
+        Err(error) => Answer::Error(format!("the request can't be parsed: {error}")),
     };
     let mut text = serde_json::to_string(&answer)?;
     text.push('\n');
@@ -108,7 +108,7 @@ fn answer(request: Request, relay: &Relay) -> Answer {
                 .map(|(region, _)| region.to_string())
                 .collect();
             Answer::Error(format!(
-                "there is no region {name:?}: it runs {}",
+                "there is no region {name:?}: there are {}",
                 known.join(", ")
             ))
         })

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::cli::token::DEV_SECRET_FILE;
 
-/// How long children of an `up` that was killed may take to die; the kernel kills them with it, so this is plenty.
+/// How long children of a killed `up` may take to end. The kernel kills them with it, so this is plenty.
 const ORPHANS_TIMEOUT: Duration = Duration::from_secs(20);
 
 const POLL: Duration = Duration::from_millis(50);
@@ -25,13 +25,14 @@ const SECRET_BYTES: usize = 32;
 
 /// A data folder that belongs to this process until it is dropped.
 ///
-/// Two locks (`flock`, so both vanish with whoever holds them): `lock` is held by this process, and names it to a second
-/// one; `children.lock` is held by this process *and all its children*, whose standard input it is. After a SIGKILL of
-/// `up` the first is free at once, the second only when the last child is gone: only then are ports and files free.
+/// Two locks (`flock`, which ends with the processes that hold it): `lock` is held by this process and contains its
+/// process id; `children.lock` is held by this process *and all its children*, as their standard input. After a SIGKILL
+/// of `up` the first is free at once, the second only when the last child has ended. Only then are ports and files
+/// free.
 #[derive(Debug)]
 pub(super) struct DataDir {
     path: PathBuf,
-    // Held for its lock alone.
+    // Kept only for its lock.
     _lock: File,
     children: Arc<File>,
 }
@@ -51,7 +52,7 @@ pub(super) enum DataDirError {
 }
 
 impl DataDir {
-    /// Makes the folder if there is none, and takes it.
+    /// Creates the folder if it does not exist, and locks it.
     ///
     /// # Errors
     /// [`DataDirError`]
@@ -61,7 +62,7 @@ impl DataDir {
             source,
         };
         fs::create_dir_all(path).map_err(failed)?;
-        // Children may run in other folders.
+        // Absolute, because children may run in other folders.
         let path = fs::canonicalize(path).map_err(failed)?;
         let failed = |source| DataDirError::File {
             path: path.clone(),
@@ -98,17 +99,17 @@ impl DataDir {
         })
     }
 
-    /// The folder, absolute.
+    /// The absolute path of the folder.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What children get as their standard input.
+    /// The file that children get as their standard input.
     pub(super) fn held_by_children(&self) -> Arc<File> {
         Arc::clone(&self.children)
     }
 
-    /// The development secret of this folder; made once, readable by its owner alone.
+    /// The development secret of this folder, made once, readable only by its owner.
     ///
     /// # Errors
     /// [`DataDirError::File`]
@@ -128,9 +129,9 @@ impl DataDir {
         let random: String = (0..SECRET_BYTES)
             .map(|_| format!("{:02x}", rng.random::<u8>()))
             .collect();
-        // Begins with a letter that is no digit: an environment variable that looks like a number is taken for one.
+        // Begins with a letter, because an environment variable that looks like a number is read as one.
         let secret = format!("dev-{random}");
-        // Written aside first, so that a crash leaves no half of it.
+        // Written to another file first, so that a crash does not leave half a secret.
         let aside = self.path.join("dev-secret.new");
         match fs::remove_file(&aside) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -149,16 +150,16 @@ impl DataDir {
 }
 
 impl Drop for DataDir {
-    /// Leaves no lock behind. Both files are still locked here, so nobody else has taken them.
+    /// Removes the lock files. Both are still locked here, so no other process has taken them.
     fn drop(&mut self) {
         for file in [children_file(&self.path), lock_file(&self.path)] {
-            // If it stays, it is an unlocked file: harmless.
+            // If the removal fails, an unlocked file stays: harmless.
             drop(fs::remove_file(file));
         }
     }
 }
 
-/// Locked by the owner of the folder, whose process id it holds.
+/// Locked by the owner of the folder; contains its process id.
 pub(in crate::cli) fn lock_file(path: &Path) -> PathBuf {
     path.join("lock")
 }
@@ -181,8 +182,8 @@ fn try_lock(path: &Path) -> io::Result<Option<File>> {
             Err(TryLockError::WouldBlock) => return Ok(None),
             Err(TryLockError::Error(error)) => return Err(error),
         }
-        // The owner removes the file while it still holds the lock: then we hold a lock on a file that is gone, and the
-        // next process would make, and lock, a new one.
+        // The owner removes the file while it still holds the lock. Then this lock is on a file that is gone, and the
+        // next process would create, and lock, a new one.
         match fs::metadata(path) {
             Ok(there) if there.ino() == file.metadata()?.ino() => return Ok(Some(file)),
             Ok(_) => {}
@@ -216,7 +217,7 @@ mod tests {
             .stdin(first.held_by_children().try_clone().unwrap())
             .spawn()
             .unwrap();
-        // As after a SIGKILL: the locks are given up, the files stay.
+        // As after a SIGKILL: the locks are released, the files stay.
         let (lock, children) = (lock_file(first.path()), children_file(first.path()));
         fs::hard_link(&children, folder.path().join("kept")).unwrap();
         drop(first);

@@ -18,16 +18,16 @@ use crate::{
     servers::{Check, CheckError, Spec},
 };
 
-/// How long an edge may take to be ready.
+/// Timeout of an edge's start until it is ready.
 const READY_WITHIN: Duration = Duration::from_secs(30);
 
-/// What an edge gets on top of its own drain timeout before it is killed.
+/// Time that an edge gets in addition to its own drain timeout before it is killed.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
-/// Most of a health answer that is read; its first line is enough.
+/// Maximum number of bytes read of a health answer; its first line is enough.
 const ANSWER_BYTES: u64 = 1024;
 
-/// What is the same for all edges of one `up`.
+/// What all edges of one `up` have in common.
 #[derive(Debug)]
 pub(super) struct EdgeTemplate<'a> {
     pub binary: &'a Path,
@@ -35,16 +35,16 @@ pub(super) struct EdgeTemplate<'a> {
     /// The file given with `--config`, passed on.
     pub config_file: Option<&'a Path>,
     pub nats_url: &'a str,
-    /// The development secret; `None` where the configuration has one.
+    /// The development secret; `None` if the configuration has a secret.
     pub secret: Option<&'a str>,
     pub logs: PathBuf,
 }
 
 impl EdgeTemplate<'_> {
-    /// The edge of this id that listens on `listen`.
+    /// The edge with this id that listens on `listen`.
     pub(super) fn spec(&self, id: &str, listen: SocketAddr) -> Spec {
         let args = args_of("edge", self.config_file);
-        // Quoted where a name of digits would be read as a number.
+        // Quoted, because a name of digits would be read as a number.
         let mut env = vec![
             ("NATTER__EDGE__LISTEN", listen.to_string()),
             ("NATTER__EDGE__ID", format!("{id:?}")),
@@ -64,7 +64,7 @@ impl EdgeTemplate<'_> {
                 .collect(),
             log: self.logs.join(format!("edge-{id}.log")),
             ready: http_check(reachable, "/readyz"),
-            // Not `/readyz`: an edge that waits for NATS is not ready, and must not be killed for it.
+            // Not `/readyz`: an edge that waits for NATS is not ready, and must not be killed for that.
             alive: http_check(reachable, "/healthz"),
             ready_within: READY_WITHIN,
             stop_within: self.config.edge.drain_timeout + STOP_GRACE,
@@ -81,7 +81,7 @@ pub(super) fn args_of(role: &str, config_file: Option<&Path>) -> Vec<OsString> {
     args
 }
 
-/// What every child is told: which region it is in, and the server that runs here.
+/// Environment of every child: its region, and the server that runs here.
 pub(super) fn common_env(config: &Config, nats_url: &str) -> Vec<(&'static str, String)> {
     vec![
         ("NATTER__NATS__URL", nats_url.to_owned()),
@@ -102,7 +102,7 @@ pub(super) fn common_env(config: &Config, nats_url: &str) -> Vec<(&'static str, 
     ]
 }
 
-/// Where a local client reaches what listens on `listen`, which may be "all addresses".
+/// Address at which a local client reaches a listener on `listen`, which may be "all addresses".
 pub(super) fn reachable(listen: SocketAddr) -> SocketAddr {
     let ip = if listen.ip().is_unspecified() {
         std::net::Ipv4Addr::LOCALHOST.into()

@@ -9,10 +9,10 @@ use std::{
 use super::edge::{args_of, common_env, http_check, reachable};
 use crate::{config::Config, servers::Spec};
 
-/// How long it may take to have prepared MongoDB.
+/// Timeout of the start, in which it prepares MongoDB.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
-/// What it gets to write what is in hand, before it is killed.
+/// Time that it gets to write what it has fetched, before it is killed.
 const STOP_WITHIN: Duration = Duration::from_secs(15);
 
 /// The history service of one `up`.
@@ -53,7 +53,7 @@ impl HistoryTemplate<'_> {
                 .collect(),
             log: self.logs.join(log),
             ready: http_check(reachable, "/readyz"),
-            // Not `/readyz`: one that waits for NATS must not be killed for it.
+            // Not `/readyz`: a service that waits for NATS must not be killed for that.
             alive: http_check(reachable, "/healthz"),
             ready_within: READY_WITHIN,
             stop_within: STOP_WITHIN,

@@ -1,8 +1,8 @@
 //! `natter up`: everything for a laptop.
 //!
-//! nats-server, mongod, the edges and the history service are children, each of which can be killed alone and is started
-//! again. They are stopped in the order that lets them finish: edges first (a drain), then history (which takes what they
-//! still published to MongoDB), then the servers they need.
+//! nats-server, mongod, the edges and the history service are children. Each can be killed alone and is restarted. They
+//! are stopped in this order: the edges (a drain), then history (which writes what they still published to MongoDB),
+//! then the servers that both need.
 
 mod control;
 mod data_dir;
@@ -36,7 +36,7 @@ use self::{
 };
 use crate::config::Config;
 
-/// Events that may wait to be printed; a child that has more to tell waits.
+/// Events that may wait to be printed. When full, the tasks that watch the children wait.
 const EVENT_QUEUE: usize = 64;
 
 /// Flags of `natter up`.
@@ -57,28 +57,28 @@ pub(super) struct Args {
     /// Run without MongoDB.
     #[arg(long)]
     no_mongodb: bool,
-    /// How many edges; of each region, where there are several.
+    /// Number of edges; with --regions, of each region.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(0..=64))]
     edges: u16,
     /// Print one line of JSON when ready, and after every restart of a child; nothing else on stdout.
     #[arg(long)]
     json: bool,
-    /// Leave a child that died dead.
+    /// Do not restart a child that died.
     #[arg(long)]
     no_restart: bool,
-    /// Name of the region, in place of that in the configuration.
+    /// Name of the region, instead of the one in the configuration.
     #[arg(long, value_name = "NAME", conflicts_with = "regions")]
     region: Option<String>,
-    /// Several regions, each with its own nats-server, edges and history service, which go on when they are cut off from
-    /// each other (natter dev cut).
+    /// Several regions, each with its own nats-server, edges and history service, which continue when they are cut off
+    /// from each other (natter dev cut).
     #[arg(long, value_name = "NAME,NAME,…", value_delimiter = ',')]
     regions: Vec<String>,
-    /// How long everything takes from a region to another, one way.
+    /// One-way delay from one region to another.
     #[arg(long, value_name = "TIME", requires = "regions")]
     link_delay: Option<humantime::Duration>,
 }
 
-/// Runs until a signal; exit code 1 when something could not be started.
+/// Runs until a signal. The exit code is 1 if something could not be started.
 pub(super) fn run(args: &Args, config_file: Option<&Path>) -> anyhow::Result<ExitCode> {
     let configs = configs(args, config_file)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -130,7 +130,7 @@ async fn up(
             Ok(())
         }
     };
-    // Children that are being stopped must not wait for somebody who reads their events.
+    // Children that are being stopped must not wait for events to be read.
     drop(incoming);
     if result.is_ok() {
         say("stopping");
@@ -142,7 +142,7 @@ async fn up(
     result.map(|()| ExitCode::SUCCESS)
 }
 
-/// Prints what runs, and goes on doing so after each restart, until a signal comes.
+/// Prints the report, and prints it again after each restart, until a signal arrives.
 async fn watch(
     json: bool,
     mut report: Report,
@@ -161,7 +161,7 @@ async fn watch(
             () = signals.next() => return,
             event = incoming.recv() => event,
         };
-        // The stack holds a sender, so there is always an event to come.
+        // The stack holds a sender, so the channel can't end.
         let Some(Event { child, what }) = event else {
             return signals.next().await;
         };
@@ -187,7 +187,7 @@ async fn watch(
     }
 }
 
-/// Ctrl-C, SIGTERM, and the terminal that goes away.
+/// Ctrl-C, SIGTERM, and SIGHUP (the terminal is gone).
 struct Signals([Signal; 3]);
 
 impl Signals {
@@ -199,7 +199,7 @@ impl Signals {
         ]))
     }
 
-    /// Returns when one of them comes. Cancel-safe.
+    /// Returns when one of them arrives. Cancel-safe.
     async fn next(&mut self) {
         let [interrupt, terminate, hangup] = &mut self.0;
         tokio::select! {
@@ -221,7 +221,7 @@ fn print_json(report: &Report) {
     }
 }
 
-/// Writes to stdout, whose reader may have gone: not a reason to stop.
+/// Writes to stdout. A reader that has gone is not a reason to stop.
 fn print(text: &str) {
     let mut stdout = io::stdout().lock();
     if let Err(error) = stdout

@@ -1,4 +1,4 @@
-//! What `natter up` tells about what runs: a line of JSON for programs, a page for people.
+//! The report of `natter up` about what runs: a line of JSON for programs, a page for people.
 
 use serde::Serialize;
 
@@ -8,9 +8,9 @@ pub(super) struct Report {
     pub regions: Vec<RegionReport>,
     pub mongodb: Option<String>,
     pub mongod_pid: Option<u32>,
-    /// A development token: everything in every room.
+    /// A development token for every room, with every right but moderate.
     pub token: String,
-    /// `natter up` itself.
+    /// Process id of `natter up` itself.
     pub pid: u32,
 }
 
@@ -19,7 +19,7 @@ pub(super) struct RegionReport {
     pub name: String,
     pub nats: String,
     pub nats_pid: Option<u32>,
-    /// What joins it to the others, where there are several regions.
+    /// The spine, which connects it to the others, if there are several regions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spine_pid: Option<u32>,
     pub edges: Vec<EdgeReport>,
@@ -37,12 +37,12 @@ pub(super) struct EdgeReport {
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct HistoryReport {
     pub pid: Option<u32>,
-    /// Where it answers `/healthz`, `/readyz` and `/metrics`.
+    /// URL of `/healthz`, `/readyz` and `/metrics`.
     pub http: String,
 }
 
 impl Report {
-    /// For a person who has just started it.
+    /// The text for a person who has just started it.
     pub(super) fn for_people(&self) -> String {
         let mut text = String::from("\nnatter is up.\n\n");
         let mut line = |what: &str, value: &str| {
@@ -63,7 +63,7 @@ impl Report {
         }
         line("MongoDB", self.mongodb.as_deref().unwrap_or("not running"));
         text.push_str(
-            "\nA development token, valid for 30 days, for everything in every room:\n\n  ",
+            "\nA development token, valid for 30 days, for every room, with every right but moderate:\n\n  ",
         );
         text.push_str(&self.token);
         text.push_str("\n\n");

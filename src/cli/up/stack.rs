@@ -13,7 +13,7 @@ use super::{
 };
 use crate::servers::Process;
 
-/// Which child; a region is named by its place in the report.
+/// Identifies a child; a region is given by its index in the report.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Role {
     Spine { region: usize },
@@ -66,7 +66,7 @@ impl Layer {
     }
 }
 
-/// All children that were ready once, each with the task that watches it.
+/// All children that were ready at least once, each with the task that watches it.
 #[derive(Debug)]
 pub(super) struct Stack {
     restart: bool,
@@ -77,9 +77,9 @@ pub(super) struct Stack {
     mongod: Layer,
     nats: Layer,
     spines: Layer,
-    /// The links between regions, where there are several.
+    /// The links between regions, if there are several.
     pub control: Option<Control>,
-    /// Locked for other `up`s until the children above are gone: fields are dropped in this order.
+    /// Keeps other `up`s out until the children above are gone: fields are dropped in this order.
     pub data: Option<Arc<DataDir>>,
 }
 

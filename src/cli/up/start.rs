@@ -30,10 +30,10 @@ use crate::{
     },
 };
 
-/// Where the programs that were fetched are kept, whatever the data folder is.
+/// Folder of downloaded programs, independent of the data folder.
 const BINARIES: &str = ".natter/bin";
 
-/// How often another port is tried when the chosen one was taken in between.
+/// How many ports are tried when the chosen one was taken meanwhile.
 const PORT_ATTEMPTS: usize = 3;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -46,14 +46,14 @@ struct Region {
     spine_pid: Option<u32>,
 }
 
-/// The next port of each kind; each region's come after those of the one before.
+/// The next port of each kind. Ports of a region follow those of the region before.
 struct Ports {
     edges: u16,
     history: u16,
 }
 
-/// Starts everything, in order. What was ready once is in `stack`, also when this fails or is dropped; the rest is killed
-/// then. `configs` has one configuration a region.
+/// Starts everything, in order. Children that were ready once are in `stack`, even if this fails or is dropped; all
+/// others are killed then. `configs` has one configuration per region.
 pub(super) async fn start(
     args: &Args,
     configs: &[Config],
@@ -159,7 +159,7 @@ pub(super) async fn start(
     Ok(report)
 }
 
-/// The nats-servers of all regions, and what joins them where there are several; killed when it is dropped.
+/// The nats-servers of all regions, and their spines if there are several; killed when this is dropped.
 struct StartedNats {
     spines: Option<Spines>,
     servers: Vec<NatsServer>,
@@ -232,7 +232,7 @@ async fn start_all_nats(
     })
 }
 
-/// Hands the servers over to those who watch them.
+/// Hands the servers over to the tasks that watch them.
 fn keep_all_nats(
     started: StartedNats,
     configs: &[Config],
@@ -276,7 +276,7 @@ async fn start_nats(launcher: &Launcher, options: NatsOptions) -> anyhow::Result
         let port = options.port;
         match NatsServer::start(launcher.clone(), options).await {
             Ok(server) => return Ok(server),
-            // Somebody may have taken the port between the look and the start.
+            // Another process may have taken the port after it was found free.
             Err(_taken) if attempt < PORT_ATTEMPTS && is_taken(port) => attempt += 1,
             Err(error) => return Err(error.into()),
         }
@@ -340,7 +340,7 @@ async fn start_edges(
         let id = format!("{}-{number}", template.config.region);
         let port = loop {
             let port = choose_port(&format!("edge {id}"), listen.ip(), ports.edges)?;
-            // Any free port may be given twice, as long as nobody listens there.
+            // With port 0 the same port may be found twice, as long as nothing listens on it.
             if !taken.contains(&port) {
                 break port;
             }
@@ -381,7 +381,7 @@ async fn start_edges(
     }
 }
 
-/// Starts the history service of a region on the next free port; on any where the edges have any.
+/// Starts the history service of a region on the next free port, or on any port if the edges use any.
 async fn start_history(
     region: usize,
     ports: &mut Ports,
@@ -405,14 +405,14 @@ async fn start_history(
                 ports.history = following(ports.history, port)?;
                 return Ok(report);
             }
-            // Somebody may have taken the port between the look and the start.
+            // Another process may have taken the port after it was found free.
             Err(_taken) if attempt < PORT_ATTEMPTS && is_taken(port) => attempt += 1,
             Err(error) => return Err(error.into()),
         }
     }
 }
 
-/// The port to begin with after `port` was found for `wanted`; any where any is wanted.
+/// The port to begin with after `port` was found for `wanted`; 0 (any) stays 0.
 fn following(wanted: u16, port: u16) -> anyhow::Result<u16> {
     if wanted == 0 {
         return Ok(0);
@@ -420,7 +420,7 @@ fn following(wanted: u16, port: u16) -> anyhow::Result<u16> {
     port.checked_add(1).context("ports end at 65535")
 }
 
-/// `wanted`, or the next free port, and says so.
+/// `wanted`, or the next free port, which is then printed.
 fn choose_port(name: &str, ip: IpAddr, wanted: u16) -> anyhow::Result<u16> {
     let port =
         free_port_from(ip, wanted).with_context(|| format!("{name}: no port from {wanted} on"))?;

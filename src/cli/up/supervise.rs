@@ -10,17 +10,18 @@ use tokio_util::sync::CancellationToken;
 
 use crate::servers::{Process, StartError};
 
-/// Pause before a child that died is started again; doubled while it keeps dying, up to [`BACKOFF_MAX`].
+/// Pause before a child that died is restarted; doubled while it keeps dying, up to [`BACKOFF_MAX`].
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 
 /// A child that ran this long has recovered: the next pause is [`BACKOFF_MIN`] again.
 const STABLE_AFTER: Duration = Duration::from_secs(30);
 
-/// How often a running child is looked at.
+/// Interval of health checks of a running child.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A child that was never well for this long hangs, and is killed. Well above what a busy laptop, or a debugger, causes.
+/// A child without a successful check for this long hangs, and is killed. Longer than what a busy laptop, or a
+/// debugger, causes.
 const HUNG_AFTER: Duration = Duration::from_secs(45);
 
 /// What happened to a child.
@@ -37,7 +38,7 @@ pub(super) enum What {
     Died(Option<ExitStatus>),
     /// It does not answer, and is killed.
     Hung(String),
-    /// It runs again, and is ready.
+    /// It was restarted, and is ready.
     Restarted { pid: u32 },
     /// It did not become ready; the next attempt follows after the pause.
     RestartFailed { error: StartError, pause: Duration },
@@ -71,7 +72,7 @@ impl Backoff {
 /// Watches a child that is ready, restarts it when it ends or hangs (unless `restart` is off), and stops it when `stop`
 /// is cancelled; returns when it is gone.
 ///
-/// `events` is small; a reader that does not read delays restarts, never [`CancellationToken::cancelled`].
+/// `events` is small. A reader that does not read delays restarts, but never [`CancellationToken::cancelled`].
 pub(super) async fn supervise(
     child: usize,
     mut process: Process,
@@ -93,7 +94,7 @@ async fn keep_running(
     events: &mpsc::Sender<Event>,
 ) {
     let tell = |what| async move {
-        // Nobody listens any more only while everything is being stopped.
+        // The receiver is gone only while everything is being stopped.
         drop(events.send(Event { child, what }).await);
     };
     let mut backoff = Backoff::new();
@@ -128,7 +129,7 @@ async fn keep_running(
     }
 }
 
-/// Returns when the process has ended or has been found hanging.
+/// Returns when the process has ended or hangs.
 async fn wait_for_end(process: &mut Process) -> What {
     let mut last_well = Instant::now();
     loop {
@@ -137,7 +138,7 @@ async fn wait_for_end(process: &mut Process) -> What {
             sleep(HEALTH_INTERVAL).await;
             check.await
         };
-        // Both branches are cancel-safe: waiting for an end can be repeated, and a check has no state.
+        // Both branches are cancel-safe: waiting for the end can be repeated, and a check has no state.
         tokio::select! {
             status = process.exited() => return What::Died(status),
             result = check => match result {

@@ -38,7 +38,7 @@ type Erased = Result<(StatusCode, Json<EraseReply>), HttpError>;
 
 /// Erase everything that was sent to a room until now. Needs `moderate` there.
 ///
-/// The messages are removed from MongoDB and from the streams of all regions. The members are told by a message of kind
+/// The messages are removed from MongoDB and from the streams of all regions. The members get a message of kind
 /// `erase`.
 #[utoipa::path(
     delete,
@@ -46,7 +46,7 @@ type Erased = Result<(StatusCode, Json<EraseReply>), HttpError>;
     params(("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby")),
     responses(
         (status = 200, body = EraseReply, description = "Erased"),
-        (status = 202, body = EraseReply, description = "Written down, and being carried out"),
+        (status = 202, body = EraseReply, description = "Recorded, and being carried out"),
         (status = 400, body = ErrorBody, description = "bad_room, bad_request (the room keeps no log)"),
         (status = 401, body = ErrorBody, description = "unauthorized"),
         (status = 403, body = ErrorBody, description = "forbidden"),
@@ -81,7 +81,7 @@ pub(super) async fn room(
 /// Erase everything that a user has sent until now, in all rooms where the token has `moderate`.
 ///
 /// This includes the user's messages, edits, reactions and annotations, and the events of others that refer to the
-/// user's messages. They are removed from MongoDB and from the streams of all regions. The rooms are told by a message
+/// user's messages. They are removed from MongoDB and from the streams of all regions. The rooms get a message
 /// of kind `erase`. Messages of others stay, even if they quote or mention the user.
 #[utoipa::path(
     delete,
@@ -89,10 +89,10 @@ pub(super) async fn room(
     params(("user" = String, Path, description = "The user, percent-encoded")),
     responses(
         (status = 200, body = EraseReply, description = "Erased"),
-        (status = 202, body = EraseReply, description = "Written down, and being carried out"),
+        (status = 202, body = EraseReply, description = "Recorded, and being carried out"),
         (status = 400, body = ErrorBody, description = "bad_request"),
         (status = 401, body = ErrorBody, description = "unauthorized"),
-        (status = 403, body = ErrorBody, description = "forbidden: moderate nowhere"),
+        (status = 403, body = ErrorBody, description = "forbidden: the token grants moderate nowhere"),
         (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
         (status = 503, body = ErrorBody, description = "unavailable: the history service, MongoDB or NATS is away"),
     ),

@@ -91,12 +91,12 @@ pub(super) struct PageQuery {
     params(
         ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
         PageQuery,
-        ("if-none-match" = Option<String>, Header, description = "The ETag of an earlier answer to the same question"),
+        ("if-none-match" = Option<String>, Header, description = "The ETag of an earlier answer to the same request"),
     ),
     responses(
         (status = 200, body = HistoryReply, description = "With an ETag, unless it is partial"),
-        (status = 304, description = "Nothing was said or changed in the room since then"),
-        (status = 400, body = ErrorBody, description = "bad_room, bad_request (also: no history is kept there), bad_cursor, bad_id (also: there is no such message)"),
+        (status = 304, description = "No message was sent or changed in the room since then"),
+        (status = 400, body = ErrorBody, description = "bad_room, bad_request (also: the room keeps no history), bad_cursor, bad_id (also: there is no such message)"),
         (status = 401, body = ErrorBody, description = "unauthorized"),
         (status = 403, body = ErrorBody, description = "forbidden"),
         (status = 404, body = ErrorBody, description = "unknown_namespace"),
@@ -210,7 +210,7 @@ pub(super) struct SearchQuery {
     ),
     responses(
         (status = 200, body = SearchReply),
-        (status = 400, body = ErrorBody, description = "bad_room, bad_request (also: nothing is searched for; no history is kept there), bad_cursor, bad_id"),
+        (status = 400, body = ErrorBody, description = "bad_room, bad_request (also: nothing to search for; the room keeps no history), bad_cursor, bad_id"),
         (status = 401, body = ErrorBody, description = "unauthorized"),
         (status = 403, body = ErrorBody, description = "forbidden"),
         (status = 404, body = ErrorBody, description = "unknown_namespace"),
@@ -248,7 +248,7 @@ pub(super) async fn search_room(
     params(SearchQuery),
     responses(
         (status = 200, body = SearchReply),
-        (status = 400, body = ErrorBody, description = "bad_request (also: nothing is searched for), bad_cursor"),
+        (status = 400, body = ErrorBody, description = "bad_request (also: nothing to search for), bad_cursor"),
         (status = 401, body = ErrorBody, description = "unauthorized"),
         (status = 403, body = ErrorBody, description = "forbidden: the token grants history nowhere"),
         (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),

@@ -44,7 +44,7 @@ impl ListQuery {
     params(("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"), ListQuery),
     responses(
         (status = 200, body = PresenceReply),
-        (status = 400, body = ErrorBody, description = "bad_room, bad_request; also where presence is off"),
+        (status = 400, body = ErrorBody, description = "bad_room, bad_request; also if presence is off"),
         (status = 401, body = ErrorBody, description = "unauthorized"),
         (status = 403, body = ErrorBody, description = "forbidden"),
         (status = 404, body = ErrorBody, description = "unknown_namespace"),

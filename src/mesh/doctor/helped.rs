@@ -16,7 +16,7 @@ pub(super) async fn examine(config: &Config, regions: &BTreeSet<Region>) -> Vec<
     let problem = |check, error: &dyn Error, advice| {
         let cause = error.source().map(|cause| format!(": {cause}"));
         let cause = cause.unwrap_or_default();
-        let what = format!("mirrors can't be helped on after a cut: {error}{cause}");
+        let what = format!("mirrors can't be restarted after a cut: {error}{cause}");
         Finding::new(Level::Problem, check, what, advice)
     };
     let mut findings = match permissions::examine_mirrors(config, regions).await {

@@ -32,8 +32,8 @@ pub(super) async fn examine(
     regions: &BTreeSet<Region>,
 ) -> Result<Vec<Finding>, ProvisionError> {
     let whose = Whose {
-        what: "what an edge must",
-        advice: "allow it to the user, if edges use this one (docs/operate.md, Permissions)",
+        what: "what an edge needs",
+        advice: "allow it for this user, if edges use it (docs/operate.md, Permissions)",
     };
     compare(&config.nats, Needs::of_edges(config, regions), &whose).await
 }
@@ -46,8 +46,8 @@ pub(super) async fn examine_mirrors(
     let nats = config.nats_of_mirrors();
     let needs = Needs::of_mirrors(&nats, &config.region(), regions);
     let whose = Whose {
-        what: "what helping mirrors on takes",
-        advice: "allow it to mirrors.user, or to that of nats where there is none (docs/operate.md, Permissions)",
+        what: "what restarting mirrors needs",
+        advice: "allow it for mirrors.user, or for nats.user if that is empty (docs/operate.md, Permissions)",
     };
     compare(&nats, needs, &whose).await
 }
@@ -77,7 +77,7 @@ async fn compare(
             denied.extend(published.filter(|s| !may_publish(&info, s)).cloned());
         }
         None => findings.push(unchecked(&format!(
-            "{} is not answered, so what it may publish is not known",
+            "{} is not answered, so the allowed publishes are not known",
             api::USER_INFO
         ))),
     }
@@ -103,8 +103,8 @@ fn unchecked(why: &str) -> Finding {
     Finding::new(
         Level::Note,
         Check::Permission,
-        format!("not looked at, what the user may do: {why}"),
-        "look at the server's log, and at the user's permissions",
+        format!("not examined: permissions of the user: {why}"),
+        "check the server's log and the user's permissions",
     )
 }
 

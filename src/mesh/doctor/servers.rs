@@ -1,4 +1,4 @@
-//! What only the system account is told: whether writes are synced, gateways, and the clock of each server.
+//! Checks that need the system account: whether writes are synced, gateways, and the clock of each server.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,8 +29,8 @@ pub(super) async fn examine(config: &Config, regions: &BTreeSet<Region>) -> (usi
         let unchecked = Finding::new(
             Level::Note,
             Check::Durability,
-            "not looked at: sync_interval, gateways and the clock of each server, which only the system account is told".to_owned(),
-            "name a user of it: --sys-user, --sys-password (doctor.sys_user, doctor.sys_password)",
+            "not examined: sync_interval, gateways and the clock of each server, which only the system account can see".to_owned(),
+            "name a user of that account: --sys-user, --sys-password (doctor.sys_user, doctor.sys_password)",
         );
         return (0, vec![unchecked]);
     }
@@ -62,7 +62,7 @@ pub(super) async fn examine(config: &Config, regions: &BTreeSet<Region>) -> (usi
     let servers = match ask(&client, "VARZ", quiet).await {
         Ok(servers) if servers.is_empty() => {
             let what = format!(
-                "no server answers {} as it answers the system account",
+                "no server answers {} with the reports of the system account",
                 doctor.sys_user
             );
             return (0, vec![refused(what)]);
@@ -115,7 +115,7 @@ fn unheard(servers: &Answers, regions: &BTreeSet<Region>) -> Vec<Finding> {
         Finding::new(
             Level::Note,
             Check::Durability,
-            "not looked at: sync_interval and the clocks of its servers, of which none answers the system account that was asked".to_owned(),
+            "not examined: sync_interval and the clocks of its servers: none of them answers this system account".to_owned(),
             "run natter doctor with that region as region too",
         )
         .at(region)
@@ -167,7 +167,7 @@ fn sync(varz: &Value, replicas: usize) -> Option<Finding> {
         .and_then(Value::as_u64)
         .unwrap_or(0);
     let interval = humantime::format_duration(Duration::from_nanos(interval));
-    let advice = "set jetstream { sync_interval: always } where that must not be; it costs about four fifths of the throughput";
+    let advice = "set jetstream { sync_interval: always } if that is not acceptable; it costs about four fifths of the throughput";
     Some(if replicas == 1 {
         Finding::new(
             Level::Warning,
@@ -216,7 +216,7 @@ fn links(varz: &Value, gatewayz: Option<&Value>) -> Vec<Finding> {
             Level::Note,
             Check::Gateway,
             format!(
-                "{}: not looked at: it did not say which gateways it is connected to",
+                "{}: not examined: it did not report its connected gateways",
                 name(varz)
             ),
             "run natter doctor again, or with --sys-url of a server that is nearer",
@@ -236,10 +236,10 @@ fn links(varz: &Value, gatewayz: Option<&Value>) -> Vec<Finding> {
                 Level::Problem,
                 Check::Gateway,
                 format!(
-                    "{}: no connection to the gateway {gateway}: nothing comes from there",
+                    "{}: no connection to the gateway {gateway}: nothing arrives from there",
                     name(varz)
                 ),
-                "see whether that spine runs, and whether its gateway port is reached from here",
+                "check whether that spine runs, and whether its gateway port is reachable from here",
             )
         })
         .collect()

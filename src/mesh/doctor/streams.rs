@@ -43,7 +43,7 @@ pub(super) fn account(account: &Value) -> Option<Finding> {
             Level::Problem,
             Check::Limit,
             format!(
-                "the account holds {} of the {} that it may: at the end publishes fail with stream_full",
+                "the account holds {} of at most {}: when it is full, publishes fail with stream_full",
                 bytesize::ByteSize(used),
                 bytesize::ByteSize(limit)
             ),
@@ -85,8 +85,8 @@ pub(super) fn mirror(
         findings.push(Finding::new(
             Level::Problem,
             Check::Mirror,
-            format!("stands still: {}", text.unwrap_or("no reason given")),
-            format!("see whether the stream is there in {from}, and whether the account may read it from here"),
+            format!("is stalled: {}", text.unwrap_or("no reason given")),
+            format!("check whether the stream exists in {from}, and whether the account may read it from here"),
         ));
     }
     // While the origin does not answer, a silent mirror is normal.
@@ -99,11 +99,11 @@ pub(super) fn mirror(
             Level::Problem,
             Check::Mirror,
             format!(
-                "has the epoch {}, and its origin in {from} {}: that began anew, and nothing new comes here",
+                "has the epoch {}, but its origin in {from} has {}: the origin was re-created, and nothing new arrives here",
                 epoch(info).unwrap_or("unset"),
                 epoch(origin).unwrap_or("unset")
             ),
-            "natter provision --allow-destructive replaces it; what only it holds is lost",
+            "natter provision --allow-destructive replaces it; what only the mirror holds is lost",
         ));
         return findings;
     }
@@ -112,7 +112,7 @@ pub(super) fn mirror(
             Level::Problem,
             Check::Mirror,
             format!(
-                "is ahead of its origin ({} and {}): the store in {from} was set back, and nothing new comes here until it has caught up",
+                "is ahead of its origin ({} and {}): the store in {from} was reset to an older state, and nothing new arrives here until the origin has caught up",
                 last(info),
                 last(origin)
             ),
@@ -129,17 +129,17 @@ pub(super) fn mirror(
         Err(_never) if age(info).is_some_and(|age| age < SILENT) => findings.push(Finding::new(
             Level::Note,
             Check::Mirror,
-            "is new and has not heard of its origin yet".to_owned(),
-            "look again in half a minute",
+            "is new and has not heard from its origin yet".to_owned(),
+            "run natter doctor again in half a minute",
         )),
         silent => findings.push(Finding::new(
             Level::Problem,
             Check::Mirror,
             match silent {
-                Ok(silent) => format!("has heard nothing of its origin for {} s", silent.as_secs()),
-                Err(_never) => "has never heard of its origin".to_owned(),
+                Ok(silent) => format!("has heard nothing from its origin for {} s", silent.as_secs()),
+                Err(_never) => "has never heard from its origin".to_owned(),
             },
-            format!("{from} answers from here, so see whether it may send to here: the account's permissions, and the log of the server that leads the mirror"),
+            format!("{from} answers requests from here, so check whether it may send here: the account's permissions, and the log of the server that leads the mirror"),
         )),
     }
     let told = number(info, "/mirror/lag").unwrap_or(0);
@@ -148,8 +148,8 @@ pub(super) fn mirror(
         findings.push(Finding::new(
             Level::Warning,
             Check::Mirror,
-            format!("is {lag} messages behind: what is said in {from} comes late here"),
-            "wait, if it was cut off or is new; else see whether the link carries what is published",
+            format!("is {lag} messages behind: messages of {from} arrive late here"),
+            "wait, if it was cut off or is new; otherwise check whether the link is fast enough",
         ));
     }
     findings
@@ -181,7 +181,7 @@ pub(super) fn regions(
         Finding::new(
             Level::Problem,
             Check::Mirror,
-            format!("does not name {region}, which is there: edges here show nothing of it"),
+            format!("does not name {region}, which is mirrored: edges here show nothing of it"),
             format!("natter provision --region {region}"),
         )
     });
@@ -189,7 +189,7 @@ pub(super) fn regions(
         Finding::new(
             Level::Warning,
             Check::Region,
-            format!("names {region}, of which the region one is connected to knows nothing"),
+            format!("names {region}, which the connected region does not know"),
             format!("natter provision --region {region}, or --remove-region {region}"),
         )
     });
@@ -212,10 +212,10 @@ fn as_defined(definition: &Definition, info: &Value) -> Vec<Finding> {
             Level::Problem,
             Check::Stream,
             format!(
-                "was made for {} partitions, and nats.partitions is {wanted}: rooms would be in other streams",
+                "was created for {} partitions, but nats.partitions is {wanted}: rooms would be in other streams",
                 metadata(existing, PARTITIONS_METADATA).unwrap_or("an unknown number of")
             ),
-            "set nats.partitions to what the mesh was made with",
+            "set nats.partitions to the number that the mesh was created with",
         ));
     }
     let (outcome, _) = plan_stream(&definition, existing, false);
@@ -225,7 +225,7 @@ fn as_defined(definition: &Definition, info: &Value) -> Vec<Finding> {
             "republish" => Finding::new(
                 Level::Problem,
                 Check::Stream,
-                format!("RePublish is {old}, and must be {new}: edges are not told of what is stored"),
+                format!("RePublish is {old}, but must be {new}: edges do not receive what is stored"),
                 PROVISION,
             ),
             "allow_direct" => Finding::new(
@@ -237,20 +237,20 @@ fn as_defined(definition: &Definition, info: &Value) -> Vec<Finding> {
             "mirror" => Finding::new(
                 Level::Problem,
                 Check::Mirror,
-                format!("mirror is {old}, and must be {new}: what it should hold does not come here"),
+                format!("mirror is {old}, but must be {new}: what it should hold does not arrive here"),
                 "if nothing in it is needed, delete it (nats stream rm), then natter provision",
             ),
             "num_replicas" => replicas(&definition, existing),
             _ => Finding::new(
                 Level::Warning,
                 Check::Stream,
-                format!("{field} is {old}, and {new} in the configuration"),
+                format!("{field} is {old}, but {new} in the configuration"),
                 match change.verdict {
                     Verdict::Apply => PROVISION.to_owned(),
                     Verdict::Destructive(harm) => {
                         format!("natter provision --allow-destructive ({harm}), or change the configuration")
                     }
-                    Verdict::Fixed => "it can't be changed on an existing stream; change the configuration, or make the stream anew".to_owned(),
+                    Verdict::Fixed => "it can't be changed on an existing stream; change the configuration, or re-create the stream".to_owned(),
                 },
             ),
         };
@@ -274,17 +274,17 @@ fn replicas(definition: &Definition, existing: &Map<String, Value>) -> Finding {
             Level::Problem,
             Check::Replicas,
             format!(
-                "has {have} of {wanted} copies (streams.replicas): what it holds is gone with {have} disk{}",
+                "has {have} of {wanted} copies (streams.replicas): what it holds is lost with {have} disk{}",
                 if have == 1 { "" } else { "s" }
             ),
-            "natter provision adds the others, where the cluster has as many servers",
+            "natter provision adds the others, if the cluster has enough servers",
         )
     } else {
         Finding::new(
             Level::Warning,
             Check::Replicas,
-            format!("has {have} copies, and streams.replicas is {wanted}"),
-            "natter provision --allow-destructive gives the others up, or change the configuration",
+            format!("has {have} copies, but streams.replicas is {wanted}"),
+            "natter provision --allow-destructive removes the others; or change the configuration",
         )
     }
 }
@@ -297,11 +297,11 @@ fn limits(existing: &Map<String, Value>, info: &Value) -> Vec<Finding> {
     let drops_old = existing.get("discard").and_then(Value::as_str) != Some("new");
     let (consequence, advice) = if drops_old {
         (
-            "the oldest messages go, and who comes back after that gets reset",
-            "raise streams.max_bytes, or let it be if that is what you want",
+            "the oldest messages are dropped, and clients that come back after that get reset",
+            "raise streams.max_bytes, or leave it if that is intended",
         )
     } else {
-        ("it takes no more when it is full", "raise its limit")
+        ("it accepts nothing more when it is full", "raise its limit")
     };
     let checked = [
         ("max_bytes", "/state/bytes"),
@@ -340,7 +340,7 @@ fn copies(info: &Value) -> Vec<Finding> {
             Level::Problem,
             Check::Replicas,
             "has no leader: publishes fail".to_owned(),
-            "see how many of its servers run: more than half must",
+            "check how many of its servers run: more than half must",
         ));
         // Without a leader the state of the others is not known.
         return findings;
@@ -361,15 +361,15 @@ fn copies(info: &Value) -> Vec<Finding> {
             findings.push(Finding::new(
                 Level::Problem,
                 Check::Replicas,
-                format!("its copy on {name} takes no part: the server is down or cut off"),
-                "start that server, or give its place to another (nats server cluster peer-remove)",
+                format!("its copy on {name} is out of service: the server is down or cut off"),
+                "start that server, or replace it by another (nats server cluster peer-remove)",
             ));
         } else if !current || lag >= BEHIND {
             findings.push(Finding::new(
                 Level::Warning,
                 Check::Replicas,
                 format!("its copy on {name} is behind by {lag} operations"),
-                "wait, if that server was restarted; else see its disk and its network",
+                "wait, if that server was restarted; otherwise check its disk and its network",
             ));
         }
     }
@@ -447,7 +447,7 @@ mod tests {
         only(
             &of(5000, silent),
             Level::Problem,
-            "nothing of its origin for 35 s",
+            "nothing from its origin for 35 s",
         );
         only(
             &of(5000, json!({ "active": -1 })),
@@ -479,7 +479,7 @@ mod tests {
         only(
             &of(5000, failed),
             Level::Problem,
-            "stands still: stream not found",
+            "is stalled: stream not found",
         );
         // The origin's region is away, which is reported once: the silence is not a further finding.
         let here = info(
@@ -499,7 +499,7 @@ mod tests {
         only(
             &super::mirror(&definition, &here, Some(&anew)),
             Level::Problem,
-            "began anew",
+            "was re-created",
         );
     }
 
@@ -528,7 +528,7 @@ mod tests {
             only(
                 &with(peers(dead)),
                 Level::Problem,
-                "copy on c3 takes no part",
+                "copy on c3 is out of service",
             );
         }
         let behind = json!({ "name": "c3", "current": false, "active": 1, "lag": 7 });

@@ -175,10 +175,10 @@ fn verdict(field: &str, have: &Value, wanted: &Value) -> Verdict {
             Verdict::Destructive("a publish retried later than that is stored twice")
         }
         "num_replicas" if number(wanted) < number(have) => {
-            Verdict::Destructive("copies are given up")
+            Verdict::Destructive("copies are removed")
         }
         "subjects" => {
-            Verdict::Destructive("what is stored under the old subjects is not found any more")
+            Verdict::Destructive("messages under the old subjects are not found any more")
         }
         _ => Verdict::Apply,
     }

@@ -200,7 +200,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The reason why a region can't be reached although the connection leads to it: its domain has another name.
+    /// Why a region can't be reached although the connection leads to it: its domain has another name.
     async fn because_of_its_domain(&self, region: &Region) -> Option<ProvisionError> {
         if !self.several || *region != self.config.region() {
             return None;
@@ -367,7 +367,7 @@ impl<'a> Run<'a> {
                 Verdict::Apply
             } else {
                 Verdict::Destructive(
-                    "the origin began anew, and what is mirrored of the stream before would be lost",
+                    "the origin was re-created, and what is mirrored of its former stream would be lost",
                 )
             },
         });
