@@ -117,5 +117,5 @@ pub mod telemetry {
 }
 
 pub mod wire {
-    pub use crate::wire::{Conn, ConnLimits, MAX_FRAGMENTS, Outlet};
+    pub use crate::wire::{Conn, ConnSettings, MAX_FRAGMENTS, Outlet};
 }

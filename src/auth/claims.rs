@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::Grant;
 
 /// The last second of the year 9999: a later time is not in seconds.
-const LAST_SECOND: u64 = 253_402_300_799;
+pub(crate) const LAST_SECOND: u64 = 253_402_300_799;
 
 /// The claims of a token, as they are written there: their types are checked, their meaning is not yet.
 ///
@@ -38,6 +38,12 @@ pub struct Claims {
     pub info: Option<Map<String, Value>>,
     /// Its permissions; empty: none.
     pub grants: Vec<Grant>,
+    /// Rooms that the session joins when it connects; only in Centrifugo's protocol.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub channels: Vec<String>,
+    /// The only room that the token is for, in the token of a subscription; only in Centrifugo's protocol.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub channel: Option<String>,
 }
 
 /// A claim that is missing or has the wrong shape.
@@ -70,6 +76,8 @@ impl Claims {
             jti: None,
             info: None,
             grants: Vec::new(),
+            channels: Vec::new(),
+            channel: None,
         }
     }
 }
@@ -84,7 +92,10 @@ impl TryFrom<Map<String, Value>> for Claims {
             sub: text("sub", take("sub"))?.ok_or(BadClaim::Missing("sub"))?,
             exp: time("exp", take("exp"))?.ok_or(BadClaim::Missing("exp"))?,
             iss: text("iss", take("iss"))?,
-            aud: audience(take("aud"))?,
+            aud: texts("aud", take("aud"))?,
+            // Issuers of natter's own tokens may use these names for something else.
+            channels: texts("channels", take("channels")).unwrap_or_default(),
+            channel: text("channel", take("channel")).unwrap_or_default(),
             nbf: time("nbf", take("nbf"))?,
             iat: time("iat", take("iat"))?,
             jti: text("jti", take("jti"))?,
@@ -148,12 +159,12 @@ fn time(claim: &'static str, value: Option<Value>) -> Result<Option<u64>, BadCla
     Ok(Some(seconds))
 }
 
-fn audience(value: Option<Value>) -> Result<Vec<String>, BadClaim> {
+fn texts(claim: &'static str, value: Option<Value>) -> Result<Vec<String>, BadClaim> {
     match value {
         None => Ok(Vec::new()),
         Some(Value::String(one)) => Ok(vec![one]),
         Some(value) => serde_json::from_value(value)
-            .map_err(|_echoes_the_value| wrong("aud", "must be a string or a list of strings")),
+            .map_err(|_echoes_the_value| wrong(claim, "must be a string or a list of strings")),
     }
 }
 

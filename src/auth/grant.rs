@@ -237,6 +237,11 @@ mod tests {
     }
 
     #[test]
+    fn the_configuration_knows_every_right() {
+        assert_eq!(Right::ALL.map(Right::as_str), crate::config::RIGHTS);
+    }
+
+    #[test]
     fn malformed_patterns_are_refused() {
         for pattern in [
             "",

@@ -19,6 +19,7 @@ mod revoked;
 mod test_keys;
 mod verifier;
 
+pub(crate) use claims::LAST_SECOND;
 pub use claims::{BadClaim, Claims};
 pub use grant::{BadPattern, Grant, Right};
 pub use revoked::{Block, Revocation, Revocations, Whose};

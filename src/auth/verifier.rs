@@ -8,13 +8,14 @@ use serde::Deserialize;
 use serde_json::{Map, Value, value::RawValue};
 
 use super::{
-    BadClaim, BadPattern, Claims, Revocations, Right,
+    BadClaim, BadPattern, Claims, Grant, Revocations, Right,
     cache::Cache,
+    claims::LAST_SECOND,
     grant::{Allowed, Rooms},
     key::Key,
 };
 use crate::{
-    config,
+    config::{self, Config},
     model::{MAX_USER, RoomId, RoomScope, json_flaw},
     telemetry::metrics::{Counter, TokenCheck, TokenFault, count},
 };
@@ -41,6 +42,14 @@ pub struct Identity {
     pub jti: Option<Box<str>>,
     /// A JSON object for presence, if the token has one.
     pub info: Option<Arc<RawValue>>,
+    /// Rooms that the session joins when it connects; only in Centrifugo's protocol.
+    pub channels: Box<[String]>,
+    /// The room that a subscription is for whose token this is; only in Centrifugo's protocol.
+    channel: Option<String>,
+    /// Whether the token is for nothing else.
+    is_for_subscription: bool,
+    /// Whether the user has no token, and a name that nobody has again.
+    pub is_anonymous: bool,
     allowed: Box<[Allowed]>,
 }
 
@@ -122,6 +131,10 @@ impl Identity {
             iat: claims.iat,
             jti: claims.jti.as_deref().map(Box::from),
             info: info.map(Arc::from),
+            channels: claims.channels.as_slice().into(),
+            channel: claims.channel.clone(),
+            is_for_subscription: false,
+            is_anonymous: false,
             allowed,
         })
     }
@@ -137,6 +150,12 @@ pub struct Verifier {
     leeway_s: u64,
     cache: Cache,
     revocations: Arc<Revocations>,
+    /// What every user may do.
+    everybody: Vec<Grant>,
+    /// Whether a token may be without an end.
+    may_not_end: bool,
+    /// For the tokens of a Centrifugo back end.
+    centrifugal: Option<Box<Self>>,
 }
 
 impl fmt::Debug for Verifier {
@@ -266,6 +285,28 @@ pub enum IssueError {
     Sign(#[source] jsonwebtoken::errors::Error),
 }
 
+/// The result of a check, and how it was made.
+type Checked = Result<(Arc<Identity>, TokenCheck), AuthError>;
+
+/// Refuses the token of a subscription: it is for nothing else.
+fn for_connections(checked: (Arc<Identity>, TokenCheck)) -> Checked {
+    let rule = "names the room of a subscription: the token is not for a connection";
+    let claim = "channel";
+    match checked.0.is_for_subscription {
+        true => Err(BadClaim::Wrong { claim, rule }.into()),
+        false => Ok(checked),
+    }
+}
+
+/// Counts the result of a check.
+fn counted(result: Checked) -> Result<Arc<Identity>, AuthError> {
+    match &result {
+        Ok((_, check)) => count(Counter::TokenVerified(*check), 1),
+        Err(error) => count(Counter::TokenRefused(error.fault()), 1),
+    }
+    result.map(|(identity, _)| identity)
+}
+
 /// The fields of a token's header that are used here.
 #[derive(Deserialize)]
 struct TokenHeader {
@@ -310,7 +351,44 @@ impl Verifier {
             leeway_s: config.leeway.as_secs(),
             cache: Cache::new(CACHE),
             revocations: Arc::new(Revocations::new(config.leeway)),
+            everybody: Vec::new(),
+            may_not_end: false,
+            centrifugal: None,
         })
+    }
+
+    /// The verifier of an edge: of `[auth]`, with what `namespaces.<name>.everybody` gives to every user. In Centrifugo's
+    /// protocol it also accepts tokens that are signed with `centrifugal.hs256_secret`.
+    ///
+    /// # Errors
+    /// [`AuthConfigError`] if the public key can't be used.
+    pub fn of_edge(config: &Config) -> Result<Self, AuthConfigError> {
+        let namespaces = config.namespaces.iter();
+        let open = namespaces.filter(|(_, namespace)| !namespace.everybody.is_empty());
+        let grant = |(name, namespace): (&String, &config::Namespace)| Grant {
+            rooms: format!("{name}:*"),
+            can: namespace.everybody.clone(),
+        };
+        let mut verifier = Self::from_config(&config.auth)?;
+        verifier.everybody = open.map(grant).collect();
+        let secret = config.centrifugal.hs256_secret.expose();
+        if !secret.is_empty() {
+            let key = Key::hs256(secret);
+            verifier.centrifugal = Some(Box::new(Self {
+                algorithms: key.name().to_owned(),
+                keys: vec![key],
+                // Such tokens name neither.
+                issuer: String::new(),
+                audience: String::new(),
+                leeway_s: verifier.leeway_s,
+                cache: Cache::new(CACHE),
+                revocations: Arc::clone(&verifier.revocations),
+                everybody: verifier.everybody.clone(),
+                may_not_end: true,
+                centrifugal: None,
+            }));
+        }
+        Ok(verifier)
     }
 
     /// The identity of the bearer of `token`. `now_s`: unix seconds.
@@ -321,17 +399,81 @@ impl Verifier {
     /// # Errors
     /// [`AuthError`], counted with its reason.
     pub fn verify(&self, token: &str, now_s: u64) -> Result<Arc<Identity>, AuthError> {
-        let result = self.check(token, now_s).and_then(|(identity, check)| {
+        counted(self.check_all(token, now_s).and_then(for_connections))
+    }
+
+    /// The identity of the bearer of `token` in Centrifugo's protocol. `now_s`: unix seconds.
+    ///
+    /// # Errors
+    /// [`AuthError`], counted with its reason.
+    pub fn verify_centrifugal(&self, token: &str, now_s: u64) -> Result<Arc<Identity>, AuthError> {
+        let checked = self.check_centrifugal(token, now_s);
+        counted(checked.and_then(for_connections))
+    }
+
+    /// The identity of the bearer of the token of a subscription: it must be for this user and channel. `now_s`: unix
+    /// seconds.
+    ///
+    /// # Errors
+    /// [`AuthError`], counted with its reason.
+    pub fn verify_subscription(
+        &self,
+        token: &str,
+        (user, channel): (&str, &str),
+        now_s: u64,
+    ) -> Result<Arc<Identity>, AuthError> {
+        counted(self.check_centrifugal(token, now_s).and_then(|checked| {
+            let identity = &checked.0;
+            let wrong = |claim, rule| Err(BadClaim::Wrong { claim, rule }.into());
+            match &identity.channel {
+                _ if *identity.user != *user => wrong("sub", "is not the user of the connection"),
+                Some(its) if its == channel => Ok(checked),
+                Some(_) => wrong("channel", "is not the channel of the subscription"),
+                None => Err(BadClaim::Missing("channel").into()),
+            }
+        }))
+    }
+
+    /// A user without a token, who may do what everybody may. `now_s`: unix seconds.
+    ///
+    /// # Errors
+    /// [`AuthError`] if `name` is not a user.
+    pub fn without_token(
+        &self,
+        name: &str,
+        is_anonymous: bool,
+        now_s: u64,
+    ) -> Result<Arc<Identity>, AuthError> {
+        let mut claims = Claims::new(name, LAST_SECOND);
+        claims.grants.clone_from(&self.everybody);
+        // A revocation of the user's tokens is for those that were before it; a block is for all.
+        claims.iat = Some(now_s);
+        let mut identity = Identity::from_claims(&claims)?;
+        identity.is_anonymous = is_anonymous;
+        match self.is_revoked(&identity, now_s) {
+            true => Err(AuthError::Revoked),
+            false => Ok(Arc::new(identity)),
+        }
+    }
+
+    fn check_centrifugal(&self, token: &str, now_s: u64) -> Checked {
+        match (self.check_all(token, now_s), &self.centrifugal) {
+            (
+                Err(AuthError::Signature | AuthError::NoKey | AuthError::Algorithm { .. }),
+                Some(centrifugal),
+            ) => centrifugal.check_all(token, now_s),
+            (checked, _) => checked,
+        }
+    }
+
+    /// Everything, revocations included.
+    fn check_all(&self, token: &str, now_s: u64) -> Checked {
+        self.check(token, now_s).and_then(|(identity, check)| {
             match self.is_revoked(&identity, now_s) {
                 true => Err(AuthError::Revoked),
                 false => Ok((identity, check)),
             }
-        });
-        match &result {
-            Ok((_, check)) => count(Counter::TokenVerified(*check), 1),
-            Err(error) => count(Counter::TokenRefused(error.fault()), 1),
-        }
-        result.map(|(identity, _)| identity)
+        })
     }
 
     /// The revocations. Whoever learns of new ones adds them here.
@@ -352,7 +494,7 @@ impl Verifier {
         identity.exp.saturating_add(self.leeway_s)
     }
 
-    fn check(&self, token: &str, now_s: u64) -> Result<(Arc<Identity>, TokenCheck), AuthError> {
+    fn check(&self, token: &str, now_s: u64) -> Checked {
         if self.keys.is_empty() {
             return Err(AuthError::NoKey);
         }
@@ -369,7 +511,7 @@ impl Verifier {
             }
             return Ok((identity, TokenCheck::Cached));
         }
-        let claims = self.open(token)?;
+        let mut claims = self.open(token)?;
         self.check_times(claims.exp, claims.iat, now_s)?;
         if let Some(nbf) = claims.nbf
             && nbf > now_s.saturating_add(self.leeway_s)
@@ -382,7 +524,11 @@ impl Verifier {
         if !self.audience.is_empty() && !claims.aud.contains(&self.audience) {
             return Err(AuthError::Audience);
         }
-        let identity = Arc::new(Identity::from_claims(&claims)?);
+        let is_for_subscription = claims.channel.is_some() && claims.grants.is_empty();
+        claims.grants.extend_from_slice(&self.everybody);
+        let mut identity = Identity::from_claims(&claims)?;
+        identity.is_for_subscription = is_for_subscription;
+        let identity = Arc::new(identity);
         if let Some(digest) = digest {
             self.cache.insert(digest, Arc::clone(&identity));
         }
@@ -434,8 +580,15 @@ impl Verifier {
         let payload = URL_SAFE_NO_PAD
             .decode(payload)
             .map_err(|_detail| AuthError::Malformed("its payload is not base64url"))?;
-        let claims: Map<String, Value> = serde_json::from_slice(&payload)
+        let mut claims: Map<String, Value> = serde_json::from_slice(&payload)
             .map_err(|_detail| AuthError::Malformed("its payload is not a JSON object"))?;
+        if self.may_not_end {
+            // As in Centrifugo, where 0 means that nothing is said.
+            let said = claims.get("exp").filter(|exp| !exp.is_null() && **exp != 0);
+            if said.is_none() {
+                claims.insert("exp".to_owned(), LAST_SECOND.into());
+            }
+        }
         Ok(Claims::try_from(claims)?)
     }
 }

@@ -79,7 +79,7 @@ mod tests {
     fn every_close_code_has_its_advice() {
         for close in Close::ALL {
             let expected = match close {
-                Close::BadToken => Advice::NewToken,
+                Close::BadToken | Close::Expired | Close::Stale => Advice::NewToken,
                 Close::Revoked
                 | Close::ClientProtocol
                 | Close::Protocol

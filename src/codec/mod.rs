@@ -2,25 +2,30 @@
 //!
 //! A codec decodes what a client sends into [`Request`]s, and encodes replies, events and messages into frames that are
 //! ready for the connection. It knows nothing of sessions and rooms. A protocol is one module here and one variant of
-//! [`Codec`]. The edge selects it by the WebSocket subprotocol. Dispatch is a `match`: there is no trait object on the
+//! [`Codec`]. The edge selects it by the path and the WebSocket subprotocol. Dispatch is a `match`: there is no trait object on the
 //! path of a message.
 //!
 //! What is the same for all receivers of a protocol is encoded once: see [`Frames`].
 
 #![warn(missing_docs, clippy::indexing_slicing)]
 
+pub mod centrifugal;
 #[cfg(test)]
 #[path = "../../tests/codec/lines.rs"]
 mod lines;
+mod names;
 pub mod native;
+pub mod stomp;
 
-use std::{cell::OnceCell, ops::Range};
+use std::{cell::OnceCell, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 
+pub use names::Names;
+
 use crate::{
-    protocol::{Command, Event, MessagePush, Refused, Reply},
-    wire::ping_frame,
+    protocol::{Close, Command, ErrorCode, Event, Label, MessagePush, Refused, Reply},
+    wire::{close_frame, ping_frame},
 };
 
 /// A client protocol.
@@ -29,18 +34,30 @@ pub enum Codec {
     /// `natter.v1`: JSON objects in WebSocket text frames.
     #[default]
     Native,
+    /// Centrifugo's client protocol: JSON in WebSocket text frames.
+    CentrifugalJson,
+    /// Centrifugo's client protocol: Protobuf in WebSocket binary frames.
+    CentrifugalProtobuf,
+    /// STOMP 1.2.
+    Stomp,
+    /// STOMP 1.1 and 1.0, whose headers are written in another way.
+    StompOld,
     /// A second protocol for tests.
     #[cfg(test)]
     Lines,
 }
 
 /// What a protocol needs to know of a command to answer it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Tag {
     /// The number of the command could not be read.
     None,
     /// The client's number of the command.
     Number(u64),
+    /// A command of Centrifugo's protocol.
+    Call(centrifugal::Call),
+    /// A frame of STOMP.
+    Stomp(Arc<stomp::Asked>),
 }
 
 /// A command that was read, or the reason why it could not be read.
@@ -61,67 +78,225 @@ pub struct Encoded {
     pub body: Option<Range<usize>>,
 }
 
+/// What reads the messages of one client.
+#[derive(Debug)]
+pub enum Reader {
+    /// Each message is read by itself.
+    Plain(Codec),
+    /// Frames may span messages, and subscriptions have names.
+    Stomp(Box<stomp::Reader>),
+}
+
+impl Reader {
+    /// A reader for messages of up to `most` bytes.
+    #[must_use]
+    pub fn new(codec: Codec, most: usize) -> Self {
+        match codec {
+            Codec::Stomp | Codec::StompOld => Self::Stomp(Box::new(stomp::Reader::new(most))),
+            codec => Self::Plain(codec),
+        }
+    }
+
+    /// Reads the commands in one text message. Calls `each` once for each command, in order.
+    pub fn text(&mut self, text: &str, each: impl FnMut(Request)) {
+        match self {
+            Self::Plain(codec) => codec.decode(text, each),
+            Self::Stomp(reader) => reader.read(text.as_bytes(), each),
+        }
+    }
+
+    /// Reads the commands in one binary message.
+    pub fn binary(&mut self, message: &[u8], each: impl FnMut(Request)) {
+        match self {
+            Self::Plain(codec) => codec.decode_binary(message, each),
+            Self::Stomp(reader) => reader.read(message, each),
+        }
+    }
+}
+
+/// Most commands in one message. A client that subscribes to many rooms at once sends one for each.
+const MAX_COMMANDS: usize = 1000;
+
+impl Request {
+    /// What is not a command.
+    fn unreadable(what: &str) -> Self {
+        let text = format!("{what} is not a command");
+        Self {
+            tag: Tag::None,
+            command: Err(Refused::new(ErrorCode::BadRequest, text)),
+        }
+    }
+}
+
 impl Codec {
     /// Every codec; [`Frames`] has a slot for each.
     pub const ALL: &[Self] = &[
         Self::Native,
+        Self::CentrifugalJson,
+        Self::CentrifugalProtobuf,
+        Self::Stomp,
+        Self::StompOld,
         #[cfg(test)]
         Self::Lines,
     ];
 
-    /// The codec of a WebSocket subprotocol.
+    /// The codecs that are served at the same path: a client selects one by its subprotocol.
     #[must_use]
-    pub fn of(subprotocol: &str) -> Option<Self> {
-        let mut all = Self::ALL.iter().copied();
-        all.find(|codec| codec.subprotocol() == subprotocol)
-    }
-
-    /// Its WebSocket subprotocol.
-    #[must_use]
-    pub fn subprotocol(self) -> &'static str {
+    pub fn at_the_same_path(self) -> &'static [Self] {
         match self {
-            Self::Native => native::SUBPROTOCOL,
+            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
+                &[Self::CentrifugalJson, Self::CentrifugalProtobuf]
+            }
+            Self::Stomp | Self::StompOld => &[Self::Stomp],
+            #[cfg(not(test))]
+            Self::Native => &[Self::Native],
             #[cfg(test)]
-            Self::Lines => lines::SUBPROTOCOL,
+            Self::Native | Self::Lines => &[Self::Native, Self::Lines],
         }
     }
 
-    /// Decodes the commands in one text message. Calls `each` once for each command, in order.
+    /// Its WebSocket subprotocols.
+    #[must_use]
+    pub fn subprotocols(self) -> &'static [&'static str] {
+        match self {
+            Self::Native => &[native::SUBPROTOCOL],
+            Self::CentrifugalJson => &[],
+            Self::CentrifugalProtobuf => &[centrifugal::SUBPROTOCOL],
+            Self::Stomp | Self::StompOld => stomp::SUBPROTOCOLS,
+            #[cfg(test)]
+            Self::Lines => &[lines::SUBPROTOCOL],
+        }
+    }
+
+    /// Whether the first subprotocol is better than the second.
+    #[must_use]
+    pub fn prefers(self, first: &str, second: &str) -> bool {
+        let mut names = self.subprotocols().iter();
+        let best = names.find(|name| **name == first || **name == second);
+        best == Some(&first) && first != second
+    }
+
+    /// Whether clients send binary messages.
+    #[must_use]
+    pub fn is_binary(self) -> bool {
+        match self {
+            Self::CentrifugalProtobuf | Self::Stomp | Self::StompOld => true,
+            Self::Native | Self::CentrifugalJson => false,
+            #[cfg(test)]
+            Self::Lines => false,
+        }
+    }
+
+    /// Whether a refusal ends the session.
+    #[must_use]
+    pub fn refusal_is_final(self) -> bool {
+        self.is_stomp()
+    }
+
+    /// Whether it is STOMP.
+    #[must_use]
+    pub fn is_stomp(self) -> bool {
+        matches!(self, Self::Stomp | Self::StompOld)
+    }
+
+    /// The codec after the version was agreed on.
+    #[must_use]
+    pub fn agreed(self, tag: &Tag) -> Self {
+        match tag {
+            Tag::Stomp(asked) if asked.is_old() => Self::StompOld,
+            _ => self,
+        }
+    }
+
+    /// Whether a client is closed at once if it sends what can't be read, or a command that the protocol does not allow
+    /// at that point. Otherwise the command is refused.
+    #[must_use]
+    pub fn is_strict(self) -> bool {
+        match self {
+            Self::CentrifugalJson | Self::CentrifugalProtobuf => true,
+            Self::Native | Self::Stomp | Self::StompOld => false,
+            #[cfg(test)]
+            Self::Lines => false,
+        }
+    }
+
+    /// Decodes the commands in one text message, in a protocol whose messages are each decoded by themselves. Calls `each`
+    /// once for each command, in order.
     pub fn decode(self, text: &str, mut each: impl FnMut(Request)) {
         match self {
+            Self::Stomp | Self::StompOld => {
+                each(Request::unreadable("a message without its reader"))
+            }
             Self::Native => each(native::decode(text)),
+            Self::CentrifugalJson => centrifugal::decode_json(text, each),
+            Self::CentrifugalProtobuf => each(Request::unreadable("a text message")),
             #[cfg(test)]
             Self::Lines => lines::decode(text, each),
         }
     }
 
-    /// The frame of a reply.
-    #[must_use]
-    pub fn reply(self, tag: Tag, reply: &Reply) -> Bytes {
+    /// Decodes the commands in one binary message.
+    pub fn decode_binary(self, message: &[u8], mut each: impl FnMut(Request)) {
         match self {
-            Self::Native => native::reply(tag, reply),
+            Self::CentrifugalProtobuf => centrifugal::decode_protobuf(message, each),
+            Self::Native | Self::CentrifugalJson | Self::Stomp | Self::StompOld => {
+                each(Request::unreadable("a binary message"));
+            }
             #[cfg(test)]
-            Self::Lines => lines::reply(tag, reply),
+            Self::Lines => each(Request::unreadable("a binary message")),
         }
     }
 
-    /// The frame that tells a client that its command was refused.
+    /// The frame of a reply; `None` if the client asked for none.
     #[must_use]
-    pub fn refusal(self, tag: Tag, refused: &Refused) -> Bytes {
+    pub fn reply(self, tag: &Tag, reply: &Reply) -> Option<Bytes> {
         match self {
-            Self::Native => native::refusal(tag, refused),
+            Self::Native => Some(native::reply(tag, reply)),
+            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
+                Some(centrifugal::reply(self.is_binary(), tag, reply))
+            }
+            Self::Stomp | Self::StompOld => stomp::reply(self, tag, reply),
             #[cfg(test)]
-            Self::Lines => lines::refusal(tag, refused),
+            Self::Lines => Some(lines::reply(tag, reply)),
         }
     }
 
-    /// The frame of an event.
+    /// The frame that tells a client that its command was refused; `None` if the protocol has no reply to the command.
     #[must_use]
-    pub fn event(self, event: &Event) -> Bytes {
+    pub fn refusal(self, tag: &Tag, refused: &Refused) -> Option<Bytes> {
         match self {
-            Self::Native => native::event(event),
+            Self::Stomp | Self::StompOld => Some(stomp::refusal(self, tag, refused)),
+            Self::Native => Some(native::refusal(tag, refused)),
+            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
+                centrifugal::refusal(self.is_binary(), tag, refused)
+            }
             #[cfg(test)]
-            Self::Lines => lines::event(event),
+            Self::Lines => Some(lines::refusal(tag, refused)),
+        }
+    }
+
+    /// The frame of an event; `None` if the protocol has no such event.
+    #[must_use]
+    pub fn event(self, event: &Event) -> Option<Bytes> {
+        match self {
+            Self::Stomp | Self::StompOld => stomp::event(self, event),
+            Self::Native => Some(native::event(event)),
+            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
+                centrifugal::event(self.is_binary(), event)
+            }
+            #[cfg(test)]
+            Self::Lines => Some(lines::event(event)),
+        }
+    }
+
+    /// What is sent before each frame of a subscription, in a protocol that has several for one room.
+    #[must_use]
+    pub fn head(self, label: &Label) -> Bytes {
+        match self {
+            Self::Stomp | Self::StompOld => stomp::head(self, label),
+            Self::Native | Self::CentrifugalJson | Self::CentrifugalProtobuf => Bytes::new(),
+            #[cfg(test)]
+            Self::Lines => Bytes::new(),
         }
     }
 
@@ -129,7 +304,11 @@ impl Codec {
     #[must_use]
     pub fn message(self, message: &MessagePush<'_>) -> Encoded {
         match self {
+            Self::Stomp | Self::StompOld => stomp::message(self, message),
             Self::Native => native::message(message),
+            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
+                centrifugal::message(self.is_binary(), message)
+            }
             #[cfg(test)]
             Self::Lines => lines::message(message),
         }
@@ -139,23 +318,49 @@ impl Codec {
     #[must_use]
     pub fn ping(self) -> Bytes {
         match self {
-            Self::Native => ping_frame(),
+            Self::Native | Self::Stomp | Self::StompOld => ping_frame(),
+            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
+                centrifugal::ping(self.is_binary())
+            }
             #[cfg(test)]
             Self::Lines => ping_frame(),
+        }
+    }
+
+    /// Makes the close frame of a reason.
+    #[must_use]
+    pub fn close_frame(self) -> fn(Close) -> Bytes {
+        match self {
+            Self::CentrifugalJson | Self::CentrifugalProtobuf => centrifugal::close,
+            Self::Native | Self::Stomp | Self::StompOld => {
+                |close| close_frame(close.code(), close.reason())
+            }
+            #[cfg(test)]
+            Self::Lines => |close| close_frame(close.code(), close.reason()),
         }
     }
 }
 
 /// One thing encoded for several receivers: one value for each codec, made when the first receiver needs it.
 #[derive(Debug)]
-pub struct PerCodec<T>([OnceCell<T>; Codec::ALL.len()]);
+pub struct PerCodec<T> {
+    native: OnceCell<T>,
+    /// One for each of the others. Apart, because most messages have no receiver of another protocol.
+    others: OnceCell<Box<[OnceCell<T>; OTHERS]>>,
+}
+
+/// The number of codecs besides [`Codec::Native`].
+const OTHERS: usize = Codec::ALL.len() - 1;
 
 /// The frames of one thing.
 pub type Frames = PerCodec<Bytes>;
 
 impl<T> Default for PerCodec<T> {
     fn default() -> Self {
-        Self(std::array::from_fn(|_| OnceCell::new()))
+        Self {
+            native: OnceCell::new(),
+            others: OnceCell::new(),
+        }
     }
 }
 
@@ -163,11 +368,20 @@ impl<T> PerCodec<T> {
     /// The value for `codec`. The first call makes it with `encode`.
     #[expect(clippy::indexing_slicing, reason = "a slot for each codec")]
     pub fn get(&self, codec: Codec, encode: impl FnOnce() -> T) -> &T {
-        self.0[codec as usize].get_or_init(encode)
+        match (codec as usize).checked_sub(1) {
+            None => self.native.get_or_init(encode),
+            Some(other) => {
+                let new = || Box::new(std::array::from_fn(|_| OnceCell::new()));
+                self.others.get_or_init(new)[other].get_or_init(encode)
+            }
+        }
     }
 
     /// The values that were made so far.
     pub fn made(&self) -> impl Iterator<Item = &T> {
-        self.0.iter().filter_map(OnceCell::get)
+        let others = self.others.get().into_iter().flat_map(|all| all.iter());
+        std::iter::once(&self.native)
+            .chain(others)
+            .filter_map(OnceCell::get)
     }
 }

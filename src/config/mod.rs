@@ -47,6 +47,12 @@ const MAX_DATABASE: usize = 63;
 /// Shortest HS256 secret, in bytes (RFC 7518 section 3.2: as long as the hash).
 const MIN_SECRET: usize = 32;
 
+/// The rights that `everybody` of a namespace may have.
+pub const RIGHTS: [&str; 5] = ["read", "write", "presence", "history", "moderate"];
+
+/// Shortest password of STOMP's fixed login, in bytes.
+const MIN_PASSCODE: usize = 16;
+
 /// All settings of a process. `config/default.toml` gives the meaning, unit and default of every key.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -63,6 +69,8 @@ pub struct Config {
     pub edge: Edge,
     pub http: Http,
     pub auth: Auth,
+    pub centrifugal: Centrifugal,
+    pub stomp: Stomp,
     pub limits: Limits,
     pub rooms: Rooms,
     pub presence: Presence,
@@ -202,6 +210,26 @@ pub struct Auth {
     pub first_frame_timeout: Duration,
 }
 
+/// `[centrifugal]`: clients of Centrifugo's protocol.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Centrifugal {
+    pub hs256_secret: Secret,
+    pub hs256_secret_file: PathBuf,
+    pub default_namespace: String,
+    pub anonymous: bool,
+}
+
+/// `[stomp]`: clients of STOMP.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stomp {
+    pub login: String,
+    pub passcode: Secret,
+    pub passcode_file: PathBuf,
+    pub default_namespace: String,
+}
+
 /// `[limits]`: what one session may use.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -301,6 +329,8 @@ pub struct Namespace {
     pub history: bool,
     #[serde(default)]
     pub presence: PresencePolicy,
+    #[serde(default)]
+    pub everybody: Vec<String>,
 }
 
 /// The configuration can't be used.
@@ -373,6 +403,15 @@ impl Config {
             .auth
             .hs256_secret
             .read_file("auth.hs256_secret_file", &config.auth.hs256_secret_file)?;
+        config
+            .stomp
+            .passcode
+            .read_file("stomp.passcode_file", &config.stomp.passcode_file)?;
+        let file = &config.centrifugal.hs256_secret_file;
+        config
+            .centrifugal
+            .hs256_secret
+            .read_file("centrifugal.hs256_secret_file", file)?;
         config
             .mongodb
             .url
@@ -549,14 +588,55 @@ impl Config {
                 self.edge.drain_spread, self.edge.drain_timeout
             ),
         );
-        let secret = self.auth.hs256_secret.expose();
+        for (key, secret) in [
+            ("auth", &self.auth.hs256_secret),
+            ("centrifugal", &self.centrifugal.hs256_secret),
+        ] {
+            let bytes = secret.expose().len();
+            check(
+                bytes == 0 || bytes >= MIN_SECRET,
+                format!("{key}.hs256_secret = ***: {bytes} bytes, must be at least {MIN_SECRET}"),
+            );
+        }
+        for (key, default) in [
+            ("centrifugal", &self.centrifugal.default_namespace),
+            ("stomp", &self.stomp.default_namespace),
+        ] {
+            check(
+                default.is_empty() || self.namespaces.contains_key(default),
+                format!("{key}.default_namespace = {default:?}: there is no such namespace"),
+            );
+        }
+        let secrets = (&self.auth.hs256_secret, &self.centrifugal.hs256_secret);
         check(
-            secret.is_empty() || secret.len() >= MIN_SECRET,
-            format!(
-                "auth.hs256_secret = ***: {} bytes, must be at least {MIN_SECRET}",
-                secret.len()
-            ),
+            secrets.0.expose().is_empty() || !secrets.0.is(secrets.1.expose()),
+            "centrifugal.hs256_secret = ***: must not be auth.hs256_secret, whose tokens are checked in another way"
+                .to_owned(),
         );
+        let login = &self.stomp.login;
+        check(
+            !login.contains(char::is_control) && login.trim() == login && !login.starts_with('$'),
+            format!("stomp.login = {login:?}: must be a user name without spaces around it"),
+        );
+        let passcode = self.stomp.passcode.expose();
+        check(
+            !passcode.contains(char::is_control) && passcode.trim() == passcode,
+            "stomp.passcode = ***: must not have spaces around it, or control characters"
+                .to_owned(),
+        );
+        let passcode = passcode.len();
+        check(
+            self.stomp.login.is_empty() || passcode >= MIN_PASSCODE,
+            format!("stomp.passcode = ***: {passcode} bytes, must be at least {MIN_PASSCODE}"),
+        );
+        for (name, namespace) in &self.namespaces {
+            for right in &namespace.everybody {
+                check(
+                    RIGHTS.contains(&&**right),
+                    format!("namespaces.{name}.everybody: there is no right {right:?}"),
+                );
+            }
+        }
         check(
             self.presence.lease >= MIN_LEASE,
             format!(

@@ -24,6 +24,15 @@ impl Secret {
         &self.0
     }
 
+    /// Whether `given` is the secret. Takes as long wherever they differ.
+    #[must_use]
+    pub fn is(&self, given: &str) -> bool {
+        let (its, given) = (self.0.as_bytes(), given.as_bytes());
+        let pairs = its.iter().zip(given);
+        let differences = pairs.fold(0, |all, (a, b)| all | (a ^ b));
+        its.len() == given.len() && differences == 0
+    }
+
     /// Replaces the secret by the content of `path` (without trailing white space), unless `path` is empty.
     pub(super) fn read_file(&mut self, key: &'static str, path: &Path) -> Result<(), ConfigError> {
         if !path.as_os_str().is_empty() {

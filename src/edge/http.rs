@@ -41,7 +41,7 @@ use crate::{
 #[openapi(
     info(title = "natter edge", description = "Rooms over plain HTTP. WebSocket clients connect to /ws."),
     paths(
-        upgrade::websocket, publish, history::messages, history::search_room, history::search,
+        upgrade::websocket, upgrade::centrifugal, upgrade::stomp, publish, history::messages, history::search_room, history::search,
         erase::room, erase::user, presence::presence, read::readers, read::read, read::unread,
         healthz, readyz, metrics, openapi,
     ),
@@ -78,6 +78,8 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
     let page = shared.config.edge.web_page;
     let router = Router::new()
         .route("/ws", get(upgrade::websocket))
+        .route("/connection/websocket", get(upgrade::centrifugal))
+        .route("/stomp", get(upgrade::stomp))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
@@ -184,7 +186,7 @@ async fn publish_to(
         id: &id,
     };
     let (publisher, markers) = (&ready.publisher, &ready.markers);
-    let published = answers::publish(publisher, markers, &outgoing, durable, |_seq| None);
+    let published = answers::publish(publisher, Some(&**markers), &outgoing, durable, |_seq| None);
     let published = published.await.map_err(Refused::from)?;
     let way = if durable {
         Published::HttpDurable

@@ -143,8 +143,13 @@ impl Edge {
             "" => format!("e{}", ulid::Ulid::new().random() & 0xffff_ffff),
             id => id.to_owned(),
         };
+        if config.centrifugal.anonymous && config.limits.sessions_per_ip == 0 {
+            tracing::warn!(
+                "centrifugal.anonymous without limits.sessions_per_ip: anybody may open any number of sessions"
+            );
+        }
         let shared = Arc::new(Shared {
-            verifier: Arc::new(Verifier::from_config(&config.auth)?),
+            verifier: Arc::new(Verifier::of_edge(&config)?),
             remembered: Arc::default(),
             admission: Arc::new(Admission::new(&config.limits)),
             id: id.into(),

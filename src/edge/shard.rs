@@ -32,6 +32,7 @@ use tracing::Instrument as _;
 use super::{EdgeError, Shared};
 use crate::{
     bus::{ConnectError, Connection, Line, Origins, Publisher, Reader},
+    codec::{Codec, Names, PerCodec},
     config::Config,
     history,
     model::{RoomId, partition_of},
@@ -43,7 +44,7 @@ use crate::{
     session::{Carried, Context, Departure, Home, Session, UserSlot},
     subject::Subjects,
     telemetry::metrics::{Gauge, gauge_add},
-    wire::{Conn, ConnLimits},
+    wire::{Conn, ConnSettings},
 };
 
 /// Capacity of a shard's queue of new connections. If it is full, a handover waits for up to [`TAKE_WITHIN`].
@@ -387,7 +388,9 @@ pub(super) async fn hand_over(shard: ToShard, session: NewSession) -> bool {
 /// What a shard owns.
 struct Shard {
     context: Rc<Context>,
-    limits: Rc<ConnLimits>,
+    /// For connections of the default protocol.
+    settings: ConnSettings,
+    settings_of: PerCodec<Rc<ConnSettings>>,
     sessions: RefCell<HashMap<u64, Rc<Session>>>,
     number: u64,
     made: Cell<u64>,
@@ -407,6 +410,9 @@ async fn run(
     started: oneshot::Sender<Started>,
 ) {
     let part = common.part.clone();
+    let config = &common.shared.config;
+    Names::Centrifugal.set_default(&config.centrifugal.default_namespace);
+    Names::Stomp.set_default(&config.stomp.default_namespace);
     let (shard, live, replay) = match Shard::open(common).await {
         Ok(parts) => parts,
         Err(error) => {
@@ -506,7 +512,8 @@ impl Shard {
             &shared.id,
         );
         let admission = Arc::clone(&shared.admission);
-        let limits = ConnLimits {
+        let settings = ConnSettings {
+            close_frame: Codec::default().close_frame(),
             outbox_bytes: usize::try_from(config.limits.outbox.as_u64()).unwrap_or(usize::MAX),
             stall: config.limits.outbox_stall,
         };
@@ -529,7 +536,8 @@ impl Shard {
         };
         let shard = Rc::new(Self {
             context: Rc::new(context),
-            limits: Rc::new(limits),
+            settings,
+            settings_of: PerCodec::default(),
             sessions: RefCell::default(),
             number: number as u64,
             made: Cell::new(0),
@@ -544,7 +552,14 @@ impl Shard {
             Ok(stream) => stream,
             Err(error) => return tracing::debug!(%error, "a connection was lost"),
         };
-        let conn = Conn::new(stream, Rc::clone(&self.limits));
+        let codec = new.carried.codec();
+        let settings = || {
+            Rc::new(ConnSettings {
+                close_frame: codec.close_frame(),
+                ..self.settings
+            })
+        };
+        let conn = Conn::new(stream, Rc::clone(self.settings_of.get(codec, settings)));
         if let Some(close) = new.close {
             spawn_local(async move {
                 conn.close(close);

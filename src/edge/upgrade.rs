@@ -21,7 +21,7 @@ use crate::{
     http1,
     protocol::{Close, ErrorCode},
     runtime::unix_s,
-    session::{Carried, UserSlot},
+    session::{Carried, UserSlot, answers::refusal_of},
     telemetry::metrics::{self, Counter, count},
 };
 
@@ -44,12 +44,68 @@ const BEARER: &str = "bearer.";
 pub(super) async fn websocket(
     State(shared): State<Arc<Shared>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    mut request: Request,
+    request: Request,
 ) -> Response {
+    connect(&shared, peer, request, Codec::Native)
+}
+
+/// Connect a WebSocket, with Centrifugo's client protocol.
+///
+/// JSON, or Protobuf with the subprotocol `centrifuge-protobuf`. The token is sent in the command `connect`.
+#[utoipa::path(
+    get,
+    path = "/connection/websocket",
+    responses(
+        (status = 101, description = "Upgraded"),
+        (status = 400, description = "bad_request: the handshake is incomplete"),
+        (status = 426, description = "bad_request: this is no WebSocket handshake"),
+        (status = 503, description = "unavailable: not ready, or draining"),
+    ),
+    security(())
+)]
+pub(super) async fn centrifugal(
+    State(shared): State<Arc<Shared>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    request: Request,
+) -> Response {
+    connect(&shared, peer, request, Codec::CentrifugalJson)
+}
+
+/// Connect a WebSocket, with STOMP 1.2, 1.1 or 1.0.
+///
+/// The token is sent as the passcode of the frame CONNECT, or in the header of the handshake.
+#[utoipa::path(
+    get,
+    path = "/stomp",
+    responses(
+        (status = 101, description = "Upgraded"),
+        (status = 400, description = "bad_request: the handshake is incomplete"),
+        (status = 401, description = "unauthorized: the token in the header is not valid"),
+        (status = 426, description = "bad_request: this is no WebSocket handshake"),
+        (status = 503, description = "unavailable: not ready, or draining"),
+    ),
+    security((), ("token" = []))
+)]
+pub(super) async fn stomp(
+    State(shared): State<Arc<Shared>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    request: Request,
+) -> Response {
+    connect(&shared, peer, request, Codec::Stomp)
+}
+
+/// Upgrades a connection. Its protocol is `usual`, unless the client offers the subprotocol of another one that is served
+/// at the same path.
+fn connect(shared: &Arc<Shared>, peer: SocketAddr, mut request: Request, usual: Codec) -> Response {
     let refused = |reason| count(Counter::SessionRefused(reason), 1);
     if !is_upgrade_request(&request) {
         refused(metrics::Admission::BadHandshake);
-        let text = "this is a WebSocket endpoint: upgrade with the subprotocol natter.v1";
+        let text = match usual.subprotocols().first() {
+            Some(name) => {
+                &format!("this is a WebSocket endpoint: upgrade with the subprotocol {name}")
+            }
+            None => "this is a WebSocket endpoint",
+        };
         return HttpError::with_status(StatusCode::UPGRADE_REQUIRED, ErrorCode::BadRequest, text)
             .into_response();
     }
@@ -57,9 +113,9 @@ pub(super) async fn websocket(
         refused(metrics::Admission::Draining);
         return HttpError::not_ready().into_response();
     };
-    let offered = Offered::read(request.headers());
+    let offered = Offered::read(request.headers(), usual);
     let mut close = None;
-    let identity = match token(&shared, request.headers(), &offered) {
+    let identity = match token(shared, request.headers(), &offered, usual) {
         Ok(identity) => identity,
         Err((Carrier::Header, error)) => {
             refused(metrics::Admission::BadToken);
@@ -68,7 +124,7 @@ pub(super) async fn websocket(
         Err((Carrier::Subprotocol, error)) => {
             // A script in a browser can't see the status of a handshake, but it can see a close code.
             refused(metrics::Admission::BadToken);
-            close = Some(refusal(&error));
+            close = Some(refusal_of(&error));
             None
         }
     };
@@ -86,14 +142,13 @@ pub(super) async fn websocket(
             return HttpError::new(ErrorCode::BadRequest, error.to_string()).into_response();
         }
     };
-    if let Some(codec) = offered.codec {
+    if let Some(name) = offered.name {
         response.headers_mut().insert(
             header::SEC_WEBSOCKET_PROTOCOL,
-            HeaderValue::from_static(codec.subprotocol()),
+            HeaderValue::from_static(name),
         );
     }
-    // A client that offers no known protocol is taken to speak `natter.v1`.
-    let codec = offered.codec.unwrap_or_default();
+    let codec = offered.codec.unwrap_or(usual);
     let shard = ready.shards.next();
     let user = user.flatten().map(|place| Box::new(place) as UserSlot);
     let address = address.map(|place| Box::new(place) as UserSlot);
@@ -123,14 +178,6 @@ pub(super) async fn websocket(
     response
 }
 
-/// The close reason for a connection whose token is refused.
-fn refusal(error: &AuthError) -> Close {
-    match error {
-        AuthError::Revoked => Close::Revoked,
-        _ => Close::BadToken,
-    }
-}
-
 /// How the token was sent.
 enum Carrier {
     Header,
@@ -142,11 +189,13 @@ enum Carrier {
 struct Offered {
     /// The first known protocol.
     codec: Option<Codec>,
+    /// Its subprotocol.
+    name: Option<&'static str>,
     token: Option<String>,
 }
 
 impl Offered {
-    fn read(headers: &HeaderMap) -> Self {
+    fn read(headers: &HeaderMap, usual: Codec) -> Self {
         let mut offered = Self::default();
         let lists = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL);
         let words = lists
@@ -157,7 +206,17 @@ impl Offered {
             if let Some(token) = word.strip_prefix(BEARER) {
                 offered.token = Some(token.to_owned());
             } else {
-                offered.codec = offered.codec.or_else(|| Codec::of(word));
+                let known = usual.at_the_same_path().iter();
+                let mut names = known.filter_map(|codec| {
+                    let mut names = codec.subprotocols().iter();
+                    Some((*codec, *names.find(|name| **name == word)?))
+                });
+                if let Some((codec, name)) = names.next()
+                    && offered.codec.is_none_or(|it| it == codec)
+                    && offered.name.is_none_or(|it| codec.prefers(name, it))
+                {
+                    (offered.codec, offered.name) = (Some(codec), Some(name));
+                }
             }
         }
         offered
@@ -169,8 +228,19 @@ fn token(
     shared: &Shared,
     headers: &HeaderMap,
     offered: &Offered,
+    codec: Codec,
 ) -> Result<Option<Arc<Identity>>, (Carrier, AuthError)> {
-    let verify = |token: &str| shared.verifier.verify(token, unix_s()).map(Some);
+    if codec.is_strict() {
+        // The token comes with the first command.
+        return Ok(None);
+    }
+    let verify = |token: &str| {
+        let verified = match codec {
+            Codec::Native => shared.verifier.verify(token, unix_s()),
+            _ => shared.verifier.verify_centrifugal(token, unix_s()),
+        };
+        verified.map(Some)
+    };
     if let Some(token) = bearer(headers) {
         return verify(token).map_err(|error| (Carrier::Header, error));
     }

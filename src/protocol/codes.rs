@@ -175,8 +175,12 @@ pub enum Close {
     TooBig,
     /// An internal fault of natter.
     Internal,
-    /// Bad or expired token: reconnect with a new one.
+    /// Bad token: reconnect with another one.
     BadToken,
+    /// The token has expired: reconnect with a new one.
+    Expired,
+    /// No token came in time: reconnect, and send one.
+    Stale,
     /// Token revoked: do not reconnect.
     Revoked,
     /// The client reads too slowly: reconnect with the cursor.
@@ -193,7 +197,7 @@ pub enum Close {
 
 impl Close {
     /// Every reason.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Normal,
         Self::GoingAway,
         Self::Protocol,
@@ -202,6 +206,8 @@ impl Close {
         Self::TooBig,
         Self::Internal,
         Self::BadToken,
+        Self::Expired,
+        Self::Stale,
         Self::Revoked,
         Self::TooSlow,
         Self::ClientProtocol,
@@ -221,7 +227,7 @@ impl Close {
             Self::InvalidUtf8 => 1007,
             Self::TooBig => 1009,
             Self::Internal => 1011,
-            Self::BadToken => 4001,
+            Self::BadToken | Self::Expired | Self::Stale => 4001,
             Self::Revoked => 4002,
             Self::TooSlow => 4003,
             Self::ClientProtocol => 4004,
@@ -241,7 +247,9 @@ impl Close {
             Self::InvalidUtf8 => "invalid_utf8",
             Self::TooBig => "frame_too_big",
             Self::Internal => "internal",
-            Self::BadToken => "bad_or_expired_token",
+            Self::BadToken => "bad_token",
+            Self::Expired => "token_expired",
+            Self::Stale => "no_token",
             Self::Revoked => "revoked",
             Self::TooSlow => "too_slow",
             Self::ClientProtocol => "protocol_error",

@@ -1,24 +1,50 @@
 //! The commands of clients.
 
+use std::time::Duration;
+
 use super::{ErrorCode, Publication, Refused};
-use crate::model::RoomId;
+use crate::model::{Region, RoomId};
 
 /// A command.
 #[derive(Debug)]
 pub enum Command {
     /// Present a token, as the first command.
     Auth {
-        /// The JWT.
-        token: String,
+        /// The JWT; `None` for a user without a name.
+        token: Option<String>,
+        /// A login that goes with the token, if the token is a password.
+        login: Option<String>,
+        /// How often both sides give a sign of life, if the client wants that.
+        beats: Beats,
+        /// Where the client stands in rooms that its token subscribes it to.
+        since: Vec<(RoomId, Since)>,
     },
     /// Become a member of a room.
     Join {
         /// The room.
         room: RoomId,
-        /// The client's last cursor, not yet parsed.
-        since: Option<String>,
+        /// Where the client stands; `None` if it only wants what comes from now on.
+        since: Option<Since>,
         /// What the member wants to be told besides messages.
         wants: Wants,
+        /// A token for this room only.
+        token: Option<String>,
+        /// The subscription that the member gets messages or events under, in a protocol that has several for one room.
+        label: Option<Label>,
+    },
+    /// End one subscription of a room. With the last one, the session leaves the room.
+    Unlabel {
+        /// The room.
+        room: RoomId,
+        /// The name of the subscription.
+        id: Box<str>,
+    },
+    /// Replace the token of a join.
+    RefreshJoin {
+        /// The room.
+        room: RoomId,
+        /// The new JWT.
+        token: String,
     },
     /// Stop being a member.
     Leave {
@@ -27,6 +53,8 @@ pub enum Command {
     },
     /// Publish a message.
     Send(Box<Publication>),
+    /// Check whether a message could be published.
+    Check(Box<Publication>),
     /// Show that the user is typing.
     Typing {
         /// The room.
@@ -70,13 +98,81 @@ pub enum Command {
         /// The new JWT.
         token: String,
     },
+    /// End the session, after everything before it was carried out.
+    End,
     /// Check that the server is there.
     Ping,
+    /// The answer to a ping of the server, in a protocol whose pings are not those of WebSocket.
+    Pong,
+}
+
+/// Where a client stands in a room.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Since {
+    /// The place.
+    pub place: Place,
+    /// If set, the client has followed only the messages of this origin. It may have got later messages of other origins
+    /// than the cursor says, so it can't resume if there are any.
+    pub only: Option<Region>,
+    /// Whether a join that can't resume is refused. If not, the session joins with what comes from now on.
+    pub or_refuse: bool,
+}
+
+impl From<Place> for Since {
+    fn from(place: Place) -> Self {
+        Self {
+            place,
+            only: None,
+            or_refuse: false,
+        }
+    }
+}
+
+/// A place in a room's log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// After the message with this cursor, which is not yet parsed.
+    Cursor(String),
+    /// Before the first message that there was.
+    Beginning,
+    /// Before the oldest message that there still is.
+    Oldest,
+}
+
+/// How often each side gives a sign of life; `None`: it does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Beats {
+    /// The server.
+    pub server: Option<Duration>,
+    /// The client.
+    pub client: Option<Duration>,
+}
+
+/// One of several subscriptions of a session to a room.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Label {
+    /// Its name, which the client chose.
+    pub id: Box<str>,
+    /// What it gets.
+    pub of: Labelled,
+}
+
+/// What a subscription gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Labelled {
+    /// The messages of the room.
+    Messages,
+    /// Who is typing.
+    Typing,
+    /// Who joins and leaves.
+    Presence,
 }
 
 /// What a member wants to be told besides messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wants {
+    /// Who is typing.
+    pub typing: bool,
     /// Who joins and leaves.
     pub presence: bool,
     /// Who has read up to where.
@@ -113,7 +209,7 @@ impl PageOf {
 pub struct HistoryOf {
     /// Which part.
     pub anchor: Anchor,
-    /// At most this many messages.
+    /// At most this many messages. 0: the client only asks where the room stands.
     pub limit: usize,
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::value::RawValue;
 
-use crate::model::{Cursor, RoomId};
+use crate::model::{Cursor, Position, RoomId};
 
 /// What clients are told besides messages.
 #[derive(Debug, Clone)]
@@ -108,6 +108,8 @@ pub struct MessagePush<'a> {
     pub ts: u64,
     /// The receiver's cursor after it; `None` in ephemeral rooms.
     pub cursor: Option<&'a Cursor>,
+    /// If it was published in the region of the edge: the component of the cursor for that region.
+    pub place: Option<&'a Position>,
     /// The body: valid JSON text.
     pub body: &'a [u8],
     /// Its kind; `None` for a plain message.

@@ -5,6 +5,8 @@
 
 #![warn(missing_docs, clippy::indexing_slicing)]
 
+use std::time::Duration;
+
 mod codes;
 mod command;
 mod event;
@@ -12,10 +14,15 @@ mod publication;
 mod reply;
 
 pub use codes::{Close, ErrorCode, Refused};
-pub use command::{Anchor, Command, HistoryOf, PageOf, Wants};
+pub use command::{
+    Anchor, Beats, Command, HistoryOf, Label, Labelled, PageOf, Place, Since, Wants,
+};
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
 pub use publication::{Draft, Publication};
 pub use reply::{
-    HistoryReply, JoinReply, MessageBody, PresenceReply, PresentUser, PublishReply, ReadReply,
-    ReaderBody, ReadersReply, Reply, SearchReply, UnreadBody, UnreadReply,
+    AuthReply, HistoryReply, JoinReply, MessageBody, PresenceReply, PresentUser, PublishReply,
+    ReadReply, ReaderBody, ReadersReply, Reply, SearchReply, UnreadBody, UnreadReply, Validity,
 };
+
+/// How often a client is pinged.
+pub const PING_EVERY: Duration = Duration::from_secs(25);

@@ -6,7 +6,7 @@ use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
-use crate::model::{Cursor, RoomId};
+use crate::model::{Cursor, Region, RoomId};
 
 /// The reply to a command that was carried out.
 #[derive(Debug)]
@@ -16,17 +16,9 @@ pub enum Reply {
     /// The command was carried out, and there is nothing else to say.
     Done,
     /// The session is authenticated.
-    Authed {
-        /// The user.
-        user: Arc<str>,
-        /// When the token expires, in seconds since 1970.
-        exp: u64,
-    },
-    /// The token of the session was replaced.
-    Refreshed {
-        /// When the token expires, in seconds since 1970.
-        exp: u64,
-    },
+    Authed(Box<AuthReply>),
+    /// The token of the session, or of a join, was replaced. This long the new one is valid.
+    Refreshed(Validity),
     /// The session is a member of the room. The backlog follows.
     Joined(JoinReply),
     /// The session is not a member of the room any more.
@@ -46,6 +38,53 @@ pub enum Reply {
     Unread(UnreadReply),
     /// A page of a room's history.
     History(HistoryReply),
+}
+
+impl Reply {
+    /// The fields of the reply over HTTP and in `natter.v1`, as a JSON object.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        let json = match self {
+            Self::Pong | Self::Done => serde_json::to_vec(&serde_json::Map::new()),
+            Self::Authed(authed) => serde_json::to_vec(authed),
+            Self::Refreshed(validity) => serde_json::to_vec(validity),
+            Self::Joined(joined) => serde_json::to_vec(joined),
+            Self::Left { room } => serde_json::to_vec(&serde_json::json!({ "room": room })),
+            Self::Published(published) => serde_json::to_vec(published),
+            Self::Read(read) => serde_json::to_vec(read),
+            Self::Presence(presence) => serde_json::to_vec(presence),
+            Self::Readers(readers) => serde_json::to_vec(readers),
+            Self::Unread(unread) => serde_json::to_vec(unread),
+            Self::History(page) => serde_json::to_vec(page),
+        };
+        json.expect("writing plain data to memory")
+    }
+}
+
+/// The reply to a token.
+#[derive(Debug, Serialize)]
+pub struct AuthReply {
+    /// The user.
+    pub user: Arc<str>,
+    /// How long the token is valid.
+    #[serde(flatten)]
+    pub validity: Validity,
+    /// A name of the session that no other has.
+    #[serde(skip)]
+    pub session: String,
+    /// The rooms that the token has subscribed the session to, and for each whether the client asked to resume.
+    #[serde(skip)]
+    pub joined: Vec<(JoinReply, bool)>,
+}
+
+/// How long a token is valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Validity {
+    /// When it expires, in seconds since 1970.
+    pub exp: u64,
+    /// How long that is from now, in seconds; `None` if it does not expire.
+    #[serde(skip)]
+    pub ttl: Option<u64>,
 }
 
 /// The reply to a join.
@@ -70,6 +109,12 @@ pub struct JoinReply {
     /// The user's read marker.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "text")]
     pub marker: Option<Cursor>,
+    /// The region of the edge: the origin of what is published here.
+    #[serde(skip)]
+    pub own: Region,
+    /// How long the token is valid that the join came with, if it came with one.
+    #[serde(skip)]
+    pub validity: Option<Validity>,
 }
 
 /// The answer to a publish.
@@ -199,6 +244,28 @@ pub struct HistoryReply {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     #[schema(required = false)]
     pub partial: bool,
+    /// The room's head, if the session is in the room; only for client protocols.
+    #[serde(skip)]
+    pub head: Option<Cursor>,
+    /// The region of the edge; only for client protocols.
+    #[serde(skip)]
+    pub own: Option<Region>,
+}
+
+impl HistoryReply {
+    /// A page without messages.
+    #[must_use]
+    pub fn empty(room: RoomId) -> Self {
+        Self {
+            room,
+            messages: Vec::new(),
+            prev: None,
+            next: None,
+            partial: false,
+            head: None,
+            own: None,
+        }
+    }
 }
 
 /// A message in its current state.

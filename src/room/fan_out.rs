@@ -14,7 +14,7 @@ use super::{
 use crate::{
     codec::{Codec, PerCodec},
     model::RoomId,
-    protocol::{Close, Event},
+    protocol::{Close, Event, Labelled},
     telemetry::metrics::{Counter, count},
 };
 
@@ -81,7 +81,7 @@ impl Rooms {
 }
 
 impl Hub {
-    /// Sends a typing event to all members except the user's own sessions.
+    /// Sends a typing event to the members that want it, except the user's own sessions.
     pub(super) fn push_typing(&self, user: &str) {
         let event = Event::Typing {
             room: self.room.clone(),
@@ -93,7 +93,7 @@ impl Hub {
             .members
             .borrow()
             .values()
-            .filter(|member| &*member.user != user)
+            .filter(|member| member.wants.get().typing && &*member.user != user)
         {
             news.tell(member);
             told += 1;
@@ -182,12 +182,10 @@ impl Hub {
             };
             let skip = usize::try_from(skip).unwrap_or(messages.len());
             if let Some(its_own) = pass.for_one_ahead(self, member, skip) {
-                member.outlet.send(&its_own);
-                delivered += its_own.len() as u64;
+                delivered += member.send(Labelled::Messages, &its_own);
             } else {
                 let rest = &pass.frames(member.codec)[skip..];
-                member.outlet.send(rest);
-                delivered += rest.len() as u64;
+                delivered += member.send(Labelled::Messages, rest);
             }
             member.next.set(target);
         }

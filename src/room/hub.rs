@@ -28,7 +28,7 @@ use super::{
 use crate::{
     bus::{Arrival, ReadError, Record, Streams},
     model::{Cursor, Kind, RoomId, partition_of},
-    protocol::Event,
+    protocol::{Close, Event},
     runtime::unix_ms,
     subject::{FROM_NATTER, KIND_READ, KIND_TYPING, header},
     telemetry::metrics::{Counter, Dropped, GapCause, Suppressed, count},
@@ -266,8 +266,13 @@ impl Hub {
         let news = News::of(kicked.as_slice());
         for member in members.values() {
             member.left.set(true);
-            if kicked.is_some() {
-                news.tell(member);
+            match &kicked {
+                Some(kicked) if member.codec.event(kicked).is_none() => {
+                    // The client has to come back to be in the room again.
+                    member.outlet.close(Close::Draining);
+                }
+                Some(_) => news.tell(member),
+                None => {}
             }
         }
     }

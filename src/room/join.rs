@@ -23,8 +23,8 @@ use super::{
 };
 use crate::{
     codec::Codec,
-    model::{Class, Cursor, Fingerprint, RoomId},
-    protocol::{Close, Wants},
+    model::{Class, Cursor, Fingerprint, Region, RoomId},
+    protocol::{Close, Labelled, Wants},
     runtime::unix_ms,
     telemetry::metrics::{self, Counter, Histogram, Source, count},
     wire::Outlet,
@@ -103,6 +103,14 @@ impl Drop for Membership {
 }
 
 impl Hub {
+    /// Whether `missed` has messages to show besides those of the own origin, or `only` is not the own origin and there
+    /// are any.
+    fn has_more_than(&self, only: &Region, missed: &Missed) -> bool {
+        let is_own = self.sources[0].streams.origin() == only;
+        let mut shown = missed.steps.iter().filter(|step| step.is_shown);
+        shown.any(|step| !is_own || step.message.track() != 0)
+    }
+
     /// How a session that stands at `since` in a track can resume.
     fn resume(&self, track: usize, since: (u64, Fingerprint)) -> Resume {
         let (seq, fingerprint) = since;
@@ -124,7 +132,8 @@ impl Rooms {
         self.hub(room, durable);
     }
 
-    /// Joins a room. `reply` makes the frame of the reply. The reply is sent, followed by the backlog, in the same
+    /// Joins a room. `only`: see [`Since::only`](crate::protocol::Since::only). `reply` makes the frame of the reply, if
+    /// there is one. The reply is sent, followed by the backlog, in the same
     /// synchronous step that starts the membership, so there is neither a gap nor a repeat between backlog and live
     /// messages. A large backlog is sent by a task, and the member goes live after it.
     ///
@@ -135,14 +144,15 @@ impl Rooms {
         room: &RoomId,
         durable: bool,
         since: Option<Cursor>,
+        only: Option<Region>,
         who: NewMember,
-        reply: impl FnOnce(Joined) -> Bytes,
+        reply: impl FnOnce(Joined) -> Option<Bytes>,
     ) -> Result<Membership, JoinError> {
         let started = Instant::now();
         let deadline = started + self.config.join_timeout;
         let prepared = timeout_at(deadline, self.prepare(room, durable, since)).await;
         let (hub, plan) = prepared.map_err(|_elapsed| JoinError::Unavailable)??;
-        let membership = self.begin(hub, plan, who, reply);
+        let membership = self.begin(hub, plan, only.as_ref(), who, reply);
         metrics::record(Histogram::JoinDuration, started.elapsed());
         Ok(membership)
     }
@@ -190,7 +200,13 @@ impl Rooms {
                     return Ok((hub, Plan::Reset(ResetReason::Epoch)));
                 }
             };
-            if since.elsewhere.len() == cursor.positions().len() {
+            let named = cursor.positions().len();
+            let cursor = match named {
+                // Before the first message.
+                0 => &hub.log.borrow().cursor_of(&since.positions, &[]),
+                _ => cursor,
+            };
+            if named > 0 && since.elsewhere.len() == named {
                 // The cursor names no origin that this region sees.
                 return Ok((hub, Plan::Reset(ResetReason::Epoch)));
             }
@@ -262,8 +278,9 @@ impl Rooms {
         self: &Rc<Self>,
         hub: Rc<Hub>,
         plan: Plan,
+        only: Option<&Region>,
         who: NewMember,
-        reply: impl FnOnce(Joined) -> Bytes,
+        reply: impl FnOnce(Joined) -> Option<Bytes>,
     ) -> Membership {
         let outlet = who.outlet.clone();
         // A message that the session has seen elsewhere may be a copy of one that is delivered here. So the mirrors are
@@ -272,8 +289,21 @@ impl Rooms {
             Plan::Fresh | Plan::Reset(_) => false,
             Plan::Memory(_, since) | Plan::Backlog(_, since, _) => hub.log.borrow().lags(since),
         };
-        let (missed, joined, from, since, result) = {
+        let (missed, joined, from, since, result, is_blind) = {
             let log = hub.log.borrow();
+            let missed = match &plan {
+                Plan::Memory(_, since) if !lags => log.after(since, 0),
+                Plan::Backlog(_, since, backlogs) if !lags => {
+                    hub.last_missed.find(&log, since, backlogs)
+                }
+                _ => Missed::default(),
+            };
+            let is_blind = match &plan {
+                Plan::Memory(..) | Plan::Backlog(..) => {
+                    only.is_some_and(|only| lags || hub.has_more_than(only, &missed))
+                }
+                Plan::Fresh | Plan::Reset(_) => false,
+            };
             let head = || hub.durable.then(|| log.cursor());
             let here = || Since {
                 positions: log.positions(),
@@ -303,43 +333,53 @@ impl Rooms {
                 };
                 (joined, since)
             };
-            match plan {
+            let (missed, joined, from, since, result) = match plan {
+                Plan::Memory(cursor, since) | Plan::Backlog(cursor, since, _) if is_blind => {
+                    // It does not get what it has seen of the origin that it followed once more.
+                    let none = Missed::default();
+                    let (resumed, upto) = resumed(cursor, &since, &none);
+                    let reason = ResetReason::OtherOrigin;
+                    let joined = joined(resumed.head, Some(reason));
+                    (none, joined, upto.clone(), upto, reason.result())
+                }
                 Plan::Memory(cursor, since) | Plan::Backlog(cursor, since, _) if lags => {
-                    let missed = Missed::default();
                     let (joined, _) = resumed(cursor, &since, &missed);
                     let from = since.clone();
                     (missed, joined, from, since, metrics::Joined::Stream)
                 }
                 Plan::Fresh => (
-                    Missed::default(),
+                    missed,
                     joined(head(), None),
                     here(),
                     here(),
                     metrics::Joined::Live,
                 ),
                 Plan::Reset(reason) => (
-                    Missed::default(),
+                    missed,
                     joined(head(), Some(reason)),
                     here(),
                     here(),
                     reason.result(),
                 ),
                 Plan::Memory(cursor, since) => {
-                    let missed = log.after(&since, 0);
                     count(Counter::MessageReplayed(Source::Ring), missed.len() as u64);
                     let (joined, upto) = resumed(cursor, &since, &missed);
                     (missed, joined, since, upto, metrics::Joined::Ring)
                 }
-                Plan::Backlog(cursor, since, backlogs) => {
-                    let missed = hub.last_missed.find(&log, &since, &backlogs);
+                Plan::Backlog(cursor, since, _) => {
                     count(Counter::MessageReplayed(Source::Stream), missed.read as u64);
                     let (joined, upto) = resumed(cursor, &since, &missed);
                     (missed, joined, since, upto, metrics::Joined::Stream)
                 }
-            }
+            };
+            (missed, joined, from, since, result, is_blind)
         };
+        // Such a member begins with what comes from now on.
+        let lags = lags && !is_blind;
         count(Counter::JoinResult(result), 1);
-        outlet.send(&[reply(joined)]);
+        if let Some(reply) = reply(joined) {
+            outlet.send(&[reply]);
+        }
         let head = hub.log.borrow().head_index();
         let bytes = missed.frame_bytes();
         // A client that joins many rooms at once gets their backlogs one after the other, not all at once into its
@@ -354,8 +394,10 @@ impl Rooms {
         let mut behind = Behind::new(&self.memory, missed, (from, since), head);
         if seems_to_fit {
             let frames = behind.piece(&hub, member.codec, piece);
-            count(Counter::MessageDelivered, frames.len() as u64);
-            outlet.send(&frames);
+            count(
+                Counter::MessageDelivered,
+                member.send(Labelled::Messages, &frames),
+            );
         }
         if seems_to_fit && behind.is_done() {
             member.go_live(head);
@@ -421,8 +463,8 @@ impl Rooms {
                     (behind.next, behind.at) = reached;
                     break;
                 }
-                outlet.send(&part);
-                count(Counter::MessageDelivered, part.len() as u64);
+                let sent = member.send(Labelled::Messages, &part);
+                count(Counter::MessageDelivered, sent);
             }
             let (since, index) = match given_up {
                 true => match behind.reached(&hub.log.borrow()) {
@@ -456,8 +498,8 @@ impl Rooms {
                     let mut behind = Behind::new(&self.memory, missed, (since, upto), head);
                     if seems_little {
                         let frames = behind.piece(hub, member.codec, piece);
-                        count(Counter::MessageDelivered, frames.len() as u64);
-                        outlet.send(&frames);
+                        let sent = member.send(Labelled::Messages, &frames);
+                        count(Counter::MessageDelivered, sent);
                         if behind.is_done() {
                             member.set_ahead(ahead);
                             member.go_live(head);

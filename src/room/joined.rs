@@ -26,6 +26,8 @@ pub enum ResetReason {
     Future,
     /// There are more messages or bytes after the cursor than are replayed.
     ReplayMax,
+    /// The client can't know which messages of other origins it has got, and there may be some.
+    OtherOrigin,
     /// The room keeps no log.
     Ephemeral,
 }
@@ -39,6 +41,7 @@ impl ResetReason {
             Self::Epoch => "epoch",
             Self::Future => "future",
             Self::ReplayMax => "replay_max",
+            Self::OtherOrigin => "other_origin",
             Self::Ephemeral => "ephemeral",
         }
     }
@@ -50,6 +53,7 @@ impl ResetReason {
             Self::Epoch => metrics::Joined::ResetEpoch,
             Self::Future => metrics::Joined::ResetFuture,
             Self::ReplayMax => metrics::Joined::ResetReplayMax,
+            Self::OtherOrigin => metrics::Joined::ResetOtherOrigin,
             Self::Ephemeral => metrics::Joined::Ephemeral,
         }
     }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use crate::{
     codec::{Codec, PerCodec},
     model::{Cursor, Position},
-    protocol::{Event, Wants},
+    protocol::{Event, Label, Labelled, Wants},
     telemetry::metrics::{Gauge, Held},
     wire::Outlet,
 };
@@ -28,6 +28,8 @@ pub struct NewMember {
     pub codec: Codec,
     /// What it wants to be told besides messages.
     pub wants: Wants,
+    /// Its subscription, in a protocol that has several for one room.
+    pub label: Option<Label>,
 }
 
 /// A session's membership in one room.
@@ -46,6 +48,9 @@ pub struct Member {
     /// Positions that the member has seen in another region and this room has not delivered yet. Messages up to them
     /// are withheld from this member, and its cursors contain them already.
     pub(super) ahead: RefCell<Vec<Position>>,
+    /// What its subscription gets, and what is sent before each frame; `None` in a protocol that has one subscription for
+    /// a room.
+    label: Option<(Labelled, Bytes)>,
     _active: Held,
 }
 
@@ -61,6 +66,7 @@ impl Member {
             next: Cell::new(next),
             left: Cell::new(false),
             ahead: RefCell::default(),
+            label: who.label.map(|label| (label.of, who.codec.head(&label))),
             _active: Held::new(Gauge::MemberActive),
         }
     }
@@ -69,6 +75,21 @@ impl Member {
     #[must_use]
     pub fn has_left(&self) -> bool {
         self.left.get()
+    }
+
+    /// Sends frames of one kind: with the head of its subscription, if that is for this kind. Returns how many it sent.
+    pub(super) fn send(&self, of: Labelled, frames: &[Bytes]) -> u64 {
+        match &self.label {
+            None => self.outlet.send(frames),
+            Some((its, head)) if *its == of => {
+                let pairs = frames
+                    .iter()
+                    .flat_map(|frame| [head.clone(), frame.clone()]);
+                self.outlet.send(&pairs.collect::<Vec<_>>());
+            }
+            Some(_) => return 0,
+        }
+        frames.len() as u64
     }
 
     pub(super) fn go_live(&self, next: u64) {
@@ -101,11 +122,22 @@ impl<'a> News<'a> {
         }
     }
 
-    /// Sends the events to a member.
+    /// Sends the events, which are all of one kind, to a member.
     pub(super) fn tell(&self, member: &Member) {
         let codec = member.codec;
-        let encode = || self.events.iter().map(|event| codec.event(event)).collect();
-        member.outlet.send(self.frames.get(codec, encode));
+        let encode = || {
+            let frames = self.events.iter().filter_map(|event| codec.event(event));
+            frames.collect()
+        };
+        let frames = self.frames.get(codec, encode);
+        let of = match self.events.first() {
+            Some(Event::Typing { .. }) => Labelled::Typing,
+            Some(Event::Presence { .. }) => Labelled::Presence,
+            _ => Labelled::Messages,
+        };
+        if !frames.is_empty() {
+            member.send(of, frames);
+        }
     }
 }
 

@@ -235,6 +235,10 @@ impl Message {
             from: &self.from,
             ts: self.ts,
             cursor,
+            place: cursor.and_then(|cursor| match (self.at.track, &self.of.origin) {
+                (0, Some((own, _))) => cursor.get(own),
+                _ => None,
+            }),
             body: &body,
             kind: self.kind,
             target: more.and_then(|more| more.target.as_deref()),

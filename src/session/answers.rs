@@ -6,15 +6,16 @@
 use std::sync::Arc;
 
 use crate::{
-    auth::{Identity, Right},
+    auth::{AuthError, Identity, Right},
     bus::{Outgoing, PublishError, Publisher},
     config::{Config, Namespace, PresencePolicy},
     history::{self, PageRequest},
     model::{BadCursor, Cursor, Kind, RoomId, json_flaw},
     presence::Presence,
     protocol::{
-        ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser, Publication,
-        PublishReply, ReadReply, ReaderBody, ReadersReply, Refused, UnreadBody, UnreadReply,
+        Close, ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser,
+        Publication, PublishReply, ReadReply, ReaderBody, ReadersReply, Refused, UnreadBody,
+        UnreadReply,
     },
     read_marker::Markers,
 };
@@ -25,6 +26,15 @@ pub(crate) fn namespace<'c>(config: &'c Config, room: &RoomId) -> Result<&'c Nam
         let text = format!("there is no namespace {:?}", room.namespace());
         Refused::new(ErrorCode::UnknownNamespace, text)
     })
+}
+
+/// Why a connection is closed whose token was refused.
+pub(crate) fn refusal_of(error: &AuthError) -> Close {
+    match error {
+        AuthError::Revoked => Close::Revoked,
+        AuthError::Expired { .. } => Close::Expired,
+        _ => Close::BadToken,
+    }
 }
 
 /// Checks that a token grants a right on a room.
@@ -82,14 +92,14 @@ pub(crate) fn check_publication(
     Ok(durable)
 }
 
-/// Publishes a publication that was checked. `known_time` returns the time of a stored message by its sequence, if it
+/// Publishes a publication that was checked. `markers`: where the marker of the user is moved, if it is. `known_time` returns the time of a stored message by its sequence, if it
 /// is in memory.
 ///
 /// # Errors
 /// [`PublishError`].
 pub(crate) async fn publish(
     publisher: &Publisher,
-    markers: &Markers,
+    markers: Option<&Markers>,
     outgoing: &Outgoing<'_>,
     durable: bool,
     known_time: impl Fn(u64) -> Option<u64>,
@@ -97,7 +107,9 @@ pub(crate) async fn publish(
     let Publication { room, kind, .. } = outgoing.publication;
     let (cursor, ts, dup) = if durable {
         let acked = publisher.durable(outgoing, known_time).await?;
-        if *kind == Kind::Message {
+        if *kind == Kind::Message
+            && let Some(markers) = markers
+        {
             markers.sent(room, outgoing.user, &acked.cursor);
         }
         (Some(acked.cursor), acked.ts, acked.duplicate)
@@ -176,6 +188,9 @@ pub(crate) async fn read(
     head: Option<Cursor>,
 ) -> Result<ReadReply, Refused> {
     may_see_markers(config, identity, room)?;
+    if identity.is_anonymous {
+        return Err(bad("users without a token have no read markers".to_owned()));
+    }
     let cursor = cursor_of(cursor)?;
     let marker = markers
         .read(room, &identity.user, &cursor, head.as_ref())
@@ -264,10 +279,10 @@ pub(crate) async fn history(
 ) -> Result<HistoryReply, Refused> {
     let answer = history.page(request).await?;
     Ok(HistoryReply {
-        room: request.room.clone(),
         messages: answer.messages,
         prev: answer.prev,
         next: answer.next,
         partial: answer.partial,
+        ..HistoryReply::empty(request.room.clone())
     })
 }

@@ -1,51 +1,69 @@
 //! What each command does.
 
-use std::{rc::Rc, sync::Arc};
+use std::{rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::task::spawn_local;
+use tokio::{
+    task::spawn_local,
+    time::{sleep, timeout},
+};
 use tracing::Instrument as _;
 
 use super::{
-    MAX_RATE_STRIKES, MAX_UNDECODABLE, Seat, Session,
-    answers::{self, cursor_of, granted, may_see_presence, namespace},
+    MAX_RATE_STRIKES, MAX_UNDECODABLE, Session,
+    answers::{self, cursor_of, granted, namespace, refusal_of},
     replies::MAX_WAITING_BYTES,
 };
 use crate::{
-    auth::{AuthError, Identity, Right},
+    auth::{AuthError, Identity, LAST_SECOND, Right},
     bus::{Outgoing, PublishError},
-    codec::{Request, Tag},
+    codec::{Codec, Request, Tag},
     history::PageRequest,
-    model::{Cursor, RoomId},
+    model::{Cursor, Position, RoomId},
     protocol::{
-        Close, Command, ErrorCode, Event, HistoryOf, JoinReply, PageOf, Publication, PublishReply,
-        Refused, Reply, Wants,
+        Anchor, AuthReply, Beats, Close, Command, ErrorCode, Event, HistoryOf, HistoryReply,
+        PageOf, Publication, PublishReply, Refused, Reply, Since, Validity,
     },
-    room::{Joined, NewMember, ResetReason},
     runtime::unix_s,
     telemetry::metrics::{self, Counter, Label as _, Published, count},
-    wire::Outlet,
+    wire::Held,
 };
 
 /// What a page of history counts against [`MAX_WAITING_BYTES`]: half of it, so that at most two pages are read at once.
 const PAGE_WEIGHT: usize = MAX_WAITING_BYTES / 2;
 
+/// Within this time a client of Centrifugo's protocol is answered. Its SDKs give up after 5 s.
+pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(4);
+
+/// How long a client that acknowledges too fast is held up at once.
+const PACE_WAIT: Duration = Duration::from_millis(20);
+
+/// How long before the end of its session a client is made to refresh its token.
+const REFRESH_MARGIN: Duration = Duration::from_secs(10);
+
 /// When a command is answered.
-enum Answer {
+pub(super) enum Answer {
     Now(Reply),
     /// The reply was sent already, or will be sent when its turn comes.
     Apart,
 }
 
-type Answered = Result<Answer, Refused>;
+pub(super) type Answered = Result<Answer, Refused>;
 
-fn now(reply: Reply) -> Answered {
+pub(super) fn now(reply: Reply) -> Answered {
     Ok(Answer::Now(reply))
 }
 
 impl Session {
     /// Carries out a command and makes sure that it is answered.
     pub(super) async fn on_request(self: &Rc<Self>, request: Request) {
+        if matches!(request.command, Ok(Command::Pong)) {
+            match self.pinged.get().checked_sub(1) {
+                Some(rest) => self.pinged.set(rest),
+                None => self.conn.close(Close::ClientProtocol),
+            }
+            return;
+        }
         let op = match &request.command {
             Ok(command) => label(command),
             Err(_) => metrics::Op::Unknown,
@@ -62,51 +80,118 @@ impl Session {
         }
         let command = match command {
             Ok(command) => command,
-            Err(refused) => return self.on_undecodable(tag, &refused),
+            Err(refused) => return self.on_undecodable(&tag, &refused),
         };
         self.undecodable.set(0);
-        if !self.within_pace() {
-            self.rate_strikes.set(self.rate_strikes.get() + 1);
+        // A client that leaves takes it as done, whatever the answer is.
+        let leaves = matches!(command, Command::Leave { .. } | Command::Unlabel { .. });
+        // An acknowledgement can't be refused without the end of the session, so the client is slowed down.
+        let is_ack = self.codec.get().is_stomp() && matches!(command, Command::Read { .. });
+        let is_paid = matches!(&tag, Tag::Stomp(asked) if asked.is_paid());
+        let mut within = is_paid || self.within_pace();
+        while is_ack && !within && !self.conn.is_over() {
+            sleep(PACE_WAIT).await;
+            within = self.within_pace();
+        }
+        if !within && leaves {
+            self.strike();
+        } else if !within {
             let limit = self.context.config.limits.commands_per_second;
             let text = format!("more than {limit} commands per second");
-            self.refuse(tag, &Refused::new(ErrorCode::RateLimited, text));
-            if self.rate_strikes.get() >= MAX_RATE_STRIKES {
-                self.conn.close(Close::TooMany);
-            }
-            return;
+            self.refuse(&tag, &Refused::new(ErrorCode::RateLimited, text));
+            return self.strike();
         }
-        self.rate_strikes.set(0);
-        match self.carry_out(tag, command).await {
-            Ok(Answer::Now(reply)) => self.replies.now(self.codec.reply(tag, &reply)),
+        if within {
+            self.rate_strikes.set(0);
+        }
+        match self.carry_out(tag.clone(), command).await {
+            Ok(Answer::Now(reply)) => self.reply(&tag, &reply),
             Ok(Answer::Apart) => {}
-            Err(refused) => self.refuse(tag, &refused),
+            // Without the message there is nothing to move a marker to.
+            Err(_) if is_ack => self.reply(&tag, &Reply::Done),
+            Err(refused) => self.refuse(&tag, &refused),
         }
     }
 
     async fn carry_out(self: &Rc<Self>, tag: Tag, command: Command) -> Answered {
         let Some(identity) = self.identity.borrow().clone() else {
             return match command {
-                Command::Auth { token } => self.auth(tag, &token),
-                _ => Err(Refused::new(
-                    ErrorCode::Unauthorized,
-                    "the first command must be auth",
-                )),
+                Command::Auth {
+                    token,
+                    login,
+                    beats,
+                    since,
+                } => {
+                    self.agree(&tag, beats);
+                    let login = login.as_deref();
+                    self.auth(tag, (login, token.as_deref()), since).await
+                }
+                _ => self.not_now(ErrorCode::Unauthorized, "the first command must be auth"),
             };
         };
         let (context, config) = (&*self.context, &*self.context.config);
         // Large futures are boxed, so that the others stay small.
         match command {
+            Command::Auth {
+                token,
+                login,
+                beats,
+                ..
+            } if self.codec.get().is_stomp() => {
+                self.agree(&tag, beats);
+                // A token came with the handshake, too.
+                let again = token.map(|token| self.identify(login.as_deref(), Some(&token)));
+                match again.transpose() {
+                    Ok(None) => {}
+                    Ok(Some(again)) if again.user == identity.user => {
+                        *self.identity.borrow_mut() = Some(again);
+                    }
+                    Ok(Some(_)) => {
+                        let text = "the token of the handshake is of another user";
+                        return Err(Refused::new(ErrorCode::Forbidden, text));
+                    }
+                    Err(error) => {
+                        return Err(Refused::new(ErrorCode::Unauthorized, error.to_string()));
+                    }
+                }
+                now(Reply::Authed(Box::new(self.authed(&identity))))
+            }
             Command::Auth { .. } => {
                 let text = "auth is only for the first frame; refresh replaces a token";
-                Err(Refused::new(ErrorCode::BadRequest, text))
+                self.not_now(ErrorCode::BadRequest, text)
             }
-            Command::Ping => now(Reply::Pong),
+            Command::Ping | Command::Pong => now(Reply::Pong),
             Command::Refresh { token } => self.refresh(tag, &identity, &token),
-            Command::Join { room, since, wants } => {
-                Box::pin(self.join(tag, &identity, room, since, wants)).await
+            Command::Join {
+                room,
+                since,
+                wants,
+                token,
+                label,
+            } => {
+                let of = (since, wants, token, label);
+                Box::pin(self.join(tag, &identity, room, of)).await
             }
+            Command::Unlabel { room, id } => Ok(self.unlabel(&room, &id)),
+            Command::End => {
+                self.replies.idle().await;
+                if self.draining.get() {
+                    // A refusal came before it, which ends the session.
+                    return Ok(Answer::Apart);
+                }
+                if let Some(frame) = self.codec.get().reply(&tag, &Reply::Done) {
+                    self.conn.send(&[frame]);
+                }
+                self.conn.close(Close::Normal);
+                Ok(Answer::Apart)
+            }
+            Command::RefreshJoin { room, token } => self.refresh_join(&identity, &room, &token),
             Command::Leave { room } => self.leave(room),
             Command::Send(publication) => self.send(tag, identity, *publication).await,
+            Command::Check(publication) => {
+                answers::check_publication(config, &identity, &publication)?;
+                now(Reply::Done)
+            }
             Command::Typing { room } => self.typing(&identity, &room),
             Command::Read { room, cursor } => {
                 let markers = &context.markers;
@@ -127,9 +212,28 @@ impl Session {
         }
     }
 
-    fn on_undecodable(&self, tag: Tag, refused: &Refused) {
+    /// A command that is not allowed at this point.
+    fn not_now(&self, code: ErrorCode, text: &str) -> Answered {
+        if self.codec.get().is_strict() {
+            self.conn.close(Close::ClientProtocol);
+            return Ok(Answer::Apart);
+        }
+        Err(Refused::new(code, text))
+    }
+
+    fn on_undecodable(self: &Rc<Self>, tag: &Tag, refused: &Refused) {
         self.refuse(tag, refused);
-        let strikes = if self.within_pace() && tag != Tag::None {
+        if self.codec.get().is_strict() {
+            if *tag == Tag::None || self.identity.borrow().is_none() {
+                self.conn.close(Close::ClientProtocol);
+            }
+            // Otherwise it is a command that can be answered. Their number is limited by their rate.
+            if !self.within_pace() {
+                self.strike();
+            }
+            return;
+        }
+        let strikes = if self.within_pace() && *tag != Tag::None {
             0
         } else {
             self.undecodable.get() + 1
@@ -140,28 +244,104 @@ impl Session {
         }
     }
 
-    fn refuse(&self, tag: Tag, refused: &Refused) {
-        self.replies.now(self.refusal(tag, refused));
+    /// Counts a command that came too early. Closes the connection of a client that does not stop.
+    fn strike(&self) {
+        self.rate_strikes.set(self.rate_strikes.get() + 1);
+        if self.rate_strikes.get() >= MAX_RATE_STRIKES {
+            self.conn.close(Close::TooMany);
+        }
     }
 
-    fn refusal(&self, tag: Tag, refused: &Refused) -> Bytes {
+    fn reply(&self, tag: &Tag, reply: &Reply) {
+        if let Some(frame) = self.codec.get().reply(tag, reply) {
+            self.replies.now(frame);
+        }
+    }
+
+    fn refuse(self: &Rc<Self>, tag: &Tag, refused: &Refused) {
+        if let Some(frame) = self.refusal(tag, refused) {
+            self.replies.now(frame);
+        }
+        self.end_if_final(refused, None);
+    }
+
+    /// Closes the connection after a refusal and the replies before it, if the protocol wants that. What the client has
+    /// sent after it is not carried out, or not answered. `ticket`: that of the refusal, if it is not the last reply.
+    fn end_if_final(self: &Rc<Self>, refused: &Refused, ticket: Option<u64>) {
+        if !self.codec.get().refusal_is_final() || self.draining.replace(true) {
+            return;
+        }
+        self.replies.seal(ticket);
+        let close = match refused.code {
+            ErrorCode::RateLimited | ErrorCode::Limit => Close::TooMany,
+            code if code.retry() => Close::Internal,
+            _ => Close::ClientProtocol,
+        };
+        let session = Rc::clone(self);
+        spawn_local(async move {
+            session.replies.idle().await;
+            session.conn.close(close);
+        });
+    }
+
+    /// Sets what the first command says of the protocol.
+    fn agree(&self, tag: &Tag, beats: Beats) {
+        self.codec.set(self.codec.get().agreed(tag));
+        self.beats.set(beats);
+    }
+
+    /// The frame of a refusal, if there is one.
+    pub(super) fn refusal(&self, tag: &Tag, refused: &Refused) -> Option<Bytes> {
         count(Counter::CommandRefused(refused.code), 1);
-        self.codec.refusal(tag, refused)
+        self.codec.get().refusal(tag, refused)
     }
 
-    fn auth(self: &Rc<Self>, tag: Tag, token: &str) -> Answered {
+    /// The user of the first command. `login`: the name that goes with a password.
+    fn identify(
+        &self,
+        login: Option<&str>,
+        token: Option<&str>,
+    ) -> Result<Arc<Identity>, AuthError> {
+        let (verifier, config) = (&self.context.verifier, &self.context.config);
+        match token {
+            Some(passcode)
+                if self.codec.get().is_stomp()
+                    && login.is_some_and(|login| config.stomp.login == login)
+                    && config.stomp.passcode.is(passcode) =>
+            {
+                verifier.without_token(&config.stomp.login, false, unix_s())
+            }
+            Some(token) if self.codec.get() != Codec::Native => {
+                verifier.verify_centrifugal(token, unix_s())
+            }
+            Some(token) => verifier.verify(token, unix_s()),
+            None if self.codec.get().is_strict() && config.centrifugal.anonymous => {
+                let name = format!("anon-{}", ulid::Ulid::new());
+                verifier.without_token(&name, true, unix_s())
+            }
+            None => Err(AuthError::Malformed("there is none")),
+        }
+    }
+
+    /// Opens the session, and joins the rooms that its token names. Their messages begin after the reply.
+    async fn auth(
+        self: &Rc<Self>,
+        tag: Tag,
+        (login, token): (Option<&str>, Option<&str>),
+        since: Vec<(RoomId, Since)>,
+    ) -> Answered {
         let refuse = |code, text: String, close| {
-            self.refuse(tag, &Refused::new(code, text));
+            // A strict protocol has only the close for it, but for a token that has expired.
+            if !self.codec.get().is_strict() || close == Close::Expired {
+                self.refuse(&tag, &Refused::new(code, text));
+            }
             self.conn.close(close);
             Ok(Answer::Apart)
         };
-        let identity = match self.context.verifier.verify(token, unix_s()) {
+        let identity = match self.identify(login, token) {
             Ok(identity) => identity,
             Err(error) => {
-                let close = match error {
-                    AuthError::Revoked => Close::Revoked,
-                    _ => Close::BadToken,
-                };
+                let close = refusal_of(&error);
                 return refuse(ErrorCode::Unauthorized, error.to_string(), close);
             }
         };
@@ -170,35 +350,72 @@ impl Session {
             return refuse(ErrorCode::Limit, text, Close::TooMany);
         };
         *self.user_slot.borrow_mut() = Some(slot);
-        let authed = Reply::Authed {
-            user: Arc::clone(&identity.user),
-            exp: identity.exp,
-        };
-        self.replies.now(self.codec.reply(tag, &authed));
+        let mut authed = self.authed(&identity);
+        if identity.channels.is_empty() || !self.codec.get().is_strict() {
+            self.reply(&tag, &Reply::Authed(Box::new(authed)));
+        } else {
+            self.connecting.set(true);
+            let held = Held::new(Rc::clone(&self.conn));
+            let joined = self.join_channels(&identity, since, &held);
+            let late = |_elapsed| {
+                let text = "the rooms of the token can't be joined now";
+                Err(Refused::new(ErrorCode::Unavailable, text))
+            };
+            let joined = timeout(ANSWER_WITHIN, Box::pin(joined)).await;
+            match joined.unwrap_or_else(late) {
+                Ok(joined) => authed.joined = joined,
+                Err(refused) => {
+                    // The client connects again. It must not get less than it asks for without being told.
+                    self.rooms.borrow_mut().clear();
+                    self.refuse(&tag, &refused);
+                    self.conn.close(Close::Internal);
+                    return Ok(Answer::Apart);
+                }
+            }
+            // Channels are those of a protocol in which this is the first command: there are no earlier replies.
+            let authed = Reply::Authed(Box::new(authed));
+            held.open(self.codec.get().reply(&tag, &authed));
+        }
         *self.identity.borrow_mut() = Some(identity);
         self.tell_expiry(unix_s());
         Ok(Answer::Apart)
     }
 
+    /// How long a token is valid that expires at `exp`, in seconds since 1970.
+    pub(super) fn validity(&self, exp: u64) -> Validity {
+        // Clients ask for a new token at the end of this time. They must have it before the session ends.
+        let leeway = self.context.config.auth.leeway;
+        let margin = REFRESH_MARGIN.saturating_sub(leeway).as_secs();
+        let left = exp.saturating_sub(unix_s()).saturating_sub(margin);
+        let ttl = (exp < LAST_SECOND).then_some(left.max(1));
+        Validity { exp, ttl }
+    }
+
+    fn authed(&self, identity: &Identity) -> AuthReply {
+        AuthReply {
+            user: Arc::clone(&identity.user),
+            validity: self.validity(identity.exp),
+            session: ulid::Ulid::new().to_string(),
+            joined: Vec::new(),
+        }
+    }
+
     fn refresh(&self, tag: Tag, old: &Arc<Identity>, token: &str) -> Answered {
         let new = self
-            .context
-            .verifier
-            .verify(token, unix_s())
+            .identify(None, Some(token))
             .map_err(|error| Refused::new(ErrorCode::Unauthorized, error.to_string()))?;
         if new.user != old.user {
             let text = "the new token is of another user";
             return Err(Refused::new(ErrorCode::Forbidden, text));
         }
-        let refreshed = Reply::Refreshed { exp: new.exp };
-        self.replies.now(self.codec.reply(tag, &refreshed));
+        self.reply(&tag, &Reply::Refreshed(self.validity(new.exp)));
         // Leave the rooms that the new token does not cover.
         let lost: Vec<RoomId> = {
             let rooms = self.rooms.borrow();
             rooms
-                .keys()
-                .filter(|room| !new.may(Right::Read, room))
-                .cloned()
+                .iter()
+                .filter(|(room, seat)| seat.token.borrow().is_none() && !new.may(Right::Read, room))
+                .map(|(room, _)| room.clone())
                 .collect()
         };
         for room in lost {
@@ -216,90 +433,6 @@ impl Session {
         self.expiry_told.set(false);
         self.tell_expiry(unix_s());
         Ok(Answer::Apart)
-    }
-
-    /// Joins a room. The room sends the reply, followed by the backlog, in the same step that starts the membership.
-    async fn join(
-        self: &Rc<Self>,
-        tag: Tag,
-        identity: &Identity,
-        room: RoomId,
-        since: Option<String>,
-        wants: Wants,
-    ) -> Answered {
-        let config = &self.context.config;
-        let durable = namespace(config, &room)?.durable;
-        granted(identity, Right::Read, &room)?;
-        if wants.presence {
-            may_see_presence(config, identity, &room)?;
-        }
-        let since = since.as_deref().map(cursor_of).transpose()?;
-        let limit = config.limits.rooms_per_session;
-        {
-            let mut rooms = self.rooms.borrow_mut();
-            rooms.retain(|_, seat| !seat.membership.has_ended());
-            if rooms.len() >= limit && !rooms.contains_key(&room) {
-                let text = format!("a session may be in {limit} rooms");
-                return Err(Refused::new(ErrorCode::Limit, text));
-            }
-        }
-        self.context.rooms.open(&room, durable);
-        // Replies are sent in order, so the acks of earlier publishes come first. Those publishes also move the marker.
-        self.replies.idle().await;
-        let marker = if durable {
-            let markers = &self.context.markers;
-            markers.for_join(&room, &identity.user).await
-        } else {
-            None
-        };
-        let who = NewMember {
-            session: self.id,
-            user: Arc::clone(&identity.user),
-            outlet: Outlet::Socket(Rc::clone(&self.conn)),
-            codec: self.codec,
-            wants,
-        };
-        let reply = |joined: Joined| {
-            let joined = JoinReply {
-                room: room.clone(),
-                cursor: joined.cursor,
-                head: joined.head,
-                replay: joined.replay,
-                reset: joined.reset.is_some(),
-                reason: joined.reset.map(ResetReason::as_str),
-                marker,
-            };
-            self.codec.reply(tag, &Reply::Joined(joined))
-        };
-        let membership = self
-            .context
-            .rooms
-            .join(&room, durable, since, who, reply)
-            .await
-            .map_err(|error| {
-                count(Counter::JoinResult(metrics::Joined::Unavailable), 1);
-                Refused::new(ErrorCode::Unavailable, error.to_string())
-            })?;
-        // Enter before the replaced seat is dropped: a user who joins again must not be shown as having left.
-        let presence = &self.context.presence;
-        let seat = Seat {
-            membership,
-            _present: presence.enter(&room, &identity.user, identity.info.as_ref()),
-            watch: wants
-                .presence
-                .then(|| presence.watch(&room, self.context.shard)),
-        };
-        let replaced = self.rooms.borrow_mut().insert(room, seat);
-        drop(replaced);
-        Ok(Answer::Apart)
-    }
-
-    fn leave(&self, room: RoomId) -> Answered {
-        let seat = self.rooms.borrow_mut().remove(&room);
-        if seat.is_none_or(|seat| seat.membership.has_ended()) {
-            return Err(not_joined(&room));
-        }
-        now(Reply::Left { room })
     }
 
     fn typing(&self, identity: &Identity, room: &RoomId) -> Answered {
@@ -347,6 +480,21 @@ impl Session {
         page: HistoryOf,
     ) -> Answered {
         answers::may_read_history(&self.context.config, identity, &room)?;
+        // A client of this protocol is told where the room stands.
+        let head = match self.codec.get().is_strict() {
+            true => Some(self.head_of(&room).await?),
+            false => None,
+        };
+        if let Some(head) = &head {
+            check_epochs(&page.anchor, head)?;
+            if page.limit == 0 {
+                return now(Reply::History(HistoryReply {
+                    head: Some(head.clone()),
+                    own: Some(self.context.config.region()),
+                    ..HistoryReply::empty(room)
+                }));
+            }
+        }
         let request = PageRequest::new(room, &identity.user, page)?;
         self.replies.room_for_one().await;
         let ticket = self.replies.promise_in_order(PAGE_WEIGHT);
@@ -354,13 +502,29 @@ impl Session {
         let read = async move {
             let history = Arc::clone(&session.context.history);
             let reply = match answers::history(&history, &request).await {
-                Ok(page) => session.codec.reply(tag, &Reply::History(page)),
-                Err(refused) => session.refusal(tag, &refused),
+                Ok(page) => {
+                    let own = head.as_ref().map(|_| session.context.config.region());
+                    let page = HistoryReply { head, own, ..page };
+                    session.codec.get().reply(&tag, &Reply::History(page))
+                }
+                Err(refused) => session.refusal(&tag, &refused),
             };
             session.replies.keep(ticket, reply);
         };
         spawn_local(read.in_current_span());
         Ok(Answer::Apart)
+    }
+
+    /// The head of a room, whether the session is in it or not.
+    async fn head_of(&self, room: &RoomId) -> Result<Cursor, Refused> {
+        if let Some(head) = self.head(room) {
+            return Ok(head);
+        }
+        let head = timeout(ANSWER_WITHIN, self.context.rooms.head(room)).await;
+        head.ok().flatten().ok_or_else(|| {
+            let text = "the room's stream can't be read now";
+            Refused::new(ErrorCode::Unavailable, text)
+        })
     }
 
     /// Publishes in the background, so that the session can process its next commands. The ack is sent when its turn
@@ -381,8 +545,16 @@ impl Session {
         // in the order in which they were received.
         let publish = async move {
             let reply = match session.publish(&identity, &publication, durable).await {
-                Ok(published) => session.codec.reply(tag, &Reply::Published(published)),
-                Err(error) => session.refusal(tag, &error.into()),
+                Ok(published) => session
+                    .codec
+                    .get()
+                    .reply(&tag, &Reply::Published(published)),
+                Err(error) => {
+                    let refused = error.into();
+                    let (frame, number) = (session.refusal(&tag, &refused), ticket.number);
+                    session.replies.keep(ticket, frame);
+                    return session.end_if_final(&refused, Some(number));
+                }
             };
             session.replies.keep(ticket, reply);
         };
@@ -431,6 +603,8 @@ impl Session {
                     rooms.get(&publication.room)?.membership.time_of(seq)
                 };
                 let (publisher, markers) = (&self.context.publisher, &self.context.markers);
+                // A user that nobody is again has no marker.
+                let markers = (!identity.is_anonymous).then_some(&**markers);
                 answers::publish(publisher, markers, &outgoing, durable, known_time).await?
             }
         };
@@ -460,7 +634,27 @@ impl Session {
     }
 }
 
-fn not_joined(room: &RoomId) -> Refused {
+/// Checks that a cursor in `anchor` is of the log that `head` is of.
+fn check_epochs(anchor: &Anchor, head: &Cursor) -> Result<(), Refused> {
+    let (Anchor::Before(text) | Anchor::After(text) | Anchor::Around(text)) = anchor else {
+        return Ok(());
+    };
+    if text.is_empty() {
+        return Ok(());
+    }
+    let cursor = cursor_of(text)?;
+    let is_known = |at: &Position| {
+        let its = head.get(&at.origin);
+        its.is_some_and(|its| its.epoch == at.epoch)
+    };
+    if cursor.positions().iter().all(is_known) {
+        return Ok(());
+    }
+    let text = "the position is of another log";
+    Err(Refused::new(ErrorCode::BadCursor, text))
+}
+
+pub(super) fn not_joined(room: &RoomId) -> Refused {
     let text = format!("this session is not in {room}");
     Refused::new(ErrorCode::NotJoined, text)
 }
@@ -470,14 +664,15 @@ fn label(command: &Command) -> metrics::Op {
         Command::Auth { .. } => metrics::Op::Auth,
         Command::Join { .. } => metrics::Op::Join,
         Command::Leave { .. } => metrics::Op::Leave,
-        Command::Send(_) => metrics::Op::Send,
+        Command::Send(_) | Command::Check(_) => metrics::Op::Send,
         Command::Typing { .. } => metrics::Op::Typing,
         Command::Read { .. } => metrics::Op::Read,
         Command::Presence { .. } => metrics::Op::Presence,
         Command::Readers { .. } => metrics::Op::Readers,
         Command::Unread { .. } => metrics::Op::Unread,
         Command::History { .. } => metrics::Op::History,
-        Command::Refresh { .. } => metrics::Op::Refresh,
-        Command::Ping => metrics::Op::Ping,
+        Command::Refresh { .. } | Command::RefreshJoin { .. } => metrics::Op::Refresh,
+        Command::Ping | Command::Pong => metrics::Op::Ping,
+        Command::Unlabel { .. } | Command::End => metrics::Op::Leave,
     }
 }

@@ -21,6 +21,7 @@
 
 pub(crate) mod answers;
 mod commands;
+mod join;
 mod replies;
 
 use std::{
@@ -34,11 +35,11 @@ use std::{
 use crate::{
     auth::{Identity, Verifier},
     bus::Publisher,
-    codec::{Codec, Request},
+    codec::{Codec, Reader, Request, stomp},
     config::Config,
     model::RoomId,
     presence::{Presence, Present, Watch},
-    protocol::{Close, Command, Event},
+    protocol::{Beats, Close, Command, Event, PING_EVERY},
     read_marker::Markers,
     room::{Membership, Rooms},
     runtime::{Pace, unix_s},
@@ -47,11 +48,14 @@ use crate::{
 };
 use replies::Replies;
 
-/// How often a peer is pinged.
-const PING_EVERY: Duration = Duration::from_secs(25);
-
 /// A peer that was silent for this long is closed. With the grace time of a close, it is gone within 60 s.
 const DEAD_AFTER: Duration = Duration::from_secs(45);
+
+/// How much earlier than agreed the server may give a sign of life: it looks about once a second.
+const BEAT_TOLERANCE: Duration = Duration::from_millis(500);
+
+/// How much longer than twice the agreed time a client may be silent.
+const BEAT_GRACE: Duration = Duration::from_secs(2);
 
 /// How long before its end the expiry of a token is announced to the client, in seconds.
 const EXPIRY_NOTICE_S: u64 = 60;
@@ -115,13 +119,22 @@ pub struct Carried {
     user_slot: Option<UserSlot>,
     address_slot: Option<UserSlot>,
     decoder: Decoder,
+    reader: Reader,
     inbox: VecDeque<Inbound>,
+    beats: Beats,
+    pinged: u8,
     expiry_told: bool,
     /// Whether it has moved from another shard. Then it stays.
     moved: bool,
 }
 
 impl Carried {
+    /// The protocol of the client.
+    #[must_use]
+    pub fn codec(&self) -> Codec {
+        self.codec
+    }
+
     /// The state of a new connection: its protocol, and the identity if a token came with the handshake.
     #[must_use]
     pub fn new(
@@ -137,8 +150,11 @@ impl Carried {
             identity,
             user_slot,
             address_slot,
-            decoder: Decoder::new(limit),
+            decoder: Decoder::new(limit, codec.is_binary()),
+            reader: Reader::new(codec, limit),
             inbox: VecDeque::new(),
+            beats: Beats::default(),
+            pinged: 0,
             expiry_told: false,
             moved: false,
         }
@@ -150,7 +166,7 @@ pub struct Session {
     id: u64,
     context: Rc<Context>,
     conn: Rc<Conn>,
-    codec: Codec,
+    codec: Cell<Codec>,
     identity: RefCell<Option<Arc<Identity>>>,
     user_slot: RefCell<Option<UserSlot>>,
     address_slot: RefCell<Option<UserSlot>>,
@@ -168,6 +184,13 @@ pub struct Session {
     rate_strikes: Cell<u32>,
     undecodable: Cell<u32>,
     draining: Cell<bool>,
+    /// How many pings of the protocol are not answered yet.
+    pinged: Cell<u8>,
+    /// Whether the first command has come, and its rooms are being joined.
+    connecting: Cell<bool>,
+    /// The signs of life that were agreed on.
+    beats: Cell<Beats>,
+    next_beat: Cell<Instant>,
     _active: Held,
 }
 
@@ -183,15 +206,22 @@ impl std::fmt::Debug for Session {
 #[derive(Debug)]
 struct Seat {
     membership: Membership,
+    /// The name of its subscription, in a protocol that has several for one room.
+    label: Option<Box<str>>,
+    /// The other subscriptions of the room.
+    more: Vec<(Box<str>, Membership)>,
     /// The user is shown as present as long as this is held.
     _present: Option<Present>,
     watch: Option<Watch>,
+    /// The token of the join, if it came with one.
+    token: RefCell<Option<Arc<Identity>>>,
 }
 
 /// What a session has read and not processed yet.
 #[derive(Debug)]
 pub struct Work {
     decoder: Decoder,
+    reader: Reader,
     inbox: VecDeque<Inbound>,
 }
 
@@ -217,7 +247,10 @@ impl Session {
             user_slot,
             address_slot,
             decoder,
+            reader,
             inbox,
+            beats,
+            pinged,
             expiry_told,
             moved,
         } = carried;
@@ -232,7 +265,7 @@ impl Session {
             id,
             replies: Replies::new(Outlet::Socket(Rc::clone(&conn))),
             conn,
-            codec,
+            codec: Cell::new(codec),
             identity: RefCell::new(identity),
             user_slot: RefCell::new(user_slot),
             address_slot: RefCell::new(address_slot),
@@ -247,10 +280,19 @@ impl Session {
             rate_strikes: Cell::new(0),
             undecodable: Cell::new(0),
             draining: Cell::new(false),
+            pinged: Cell::new(pinged),
+            connecting: Cell::new(false),
+            beats: Cell::new(beats),
+            next_beat: Cell::new(now),
             context,
             _active: Held::new(Gauge::SessionActive),
         });
-        (session, Work { decoder, inbox })
+        let work = Work {
+            decoder,
+            reader,
+            inbox,
+        };
+        (session, work)
     }
 
     /// Serves the connection until it is gone, or moves to another shard. `first` are bytes that came with the
@@ -258,10 +300,13 @@ impl Session {
     pub async fn run(self: Rc<Self>, work: Work, mut first: Vec<u8>) {
         let Work {
             mut decoder,
+            mut reader,
             mut inbox,
         } = work;
         self.tell_expiry(unix_s());
-        let mut violation = self.take_in(&mut decoder, &mut inbox, &mut first).err();
+        let mut violation = self
+            .take_in(&mut decoder, &mut reader, &mut inbox, &mut first)
+            .err();
         drop(first);
         loop {
             while self.conn.closing().is_none()
@@ -274,7 +319,12 @@ impl Session {
                             && let Some(stream) = self.conn.release()
                         {
                             inbox.push_front(Inbound::Request(request));
-                            return departure(stream, self.carried(Work { decoder, inbox }));
+                            let work = Work {
+                                decoder,
+                                reader,
+                                inbox,
+                            };
+                            return departure(stream, self.carried(work));
                         }
                         // Boxed, so that an idle session does not take up the memory of a command.
                         Box::pin(self.on_request(request)).await;
@@ -290,7 +340,7 @@ impl Session {
             }
             self.last_seen.set(Some(Instant::now()));
             let read = self.conn.read_with(&self.context.buffer, |bytes| {
-                self.take_in(&mut decoder, &mut inbox, bytes)
+                self.take_in(&mut decoder, &mut reader, &mut inbox, bytes)
             });
             let read = read.await;
             self.last_seen.set(None);
@@ -303,7 +353,8 @@ impl Session {
                 }
             };
         }
-        // Leave the rooms at once, however long the connection takes to end.
+        // What was not processed is dropped, and the rooms are left, however long the connection takes to end.
+        drop((decoder, reader, inbox));
         self.rooms.borrow_mut().clear();
         self.user_slot.borrow_mut().take();
         self.conn.close(Close::Normal);
@@ -324,6 +375,7 @@ impl Session {
         let may_go = !self.settled.replace(true)
             && !self.draining.get()
             && self.identity.borrow().is_some()
+            && self.rooms.borrow().is_empty()
             && self.replies.is_idle();
         if !may_go {
             return None;
@@ -333,14 +385,22 @@ impl Session {
         (self.context.home)(room)
     }
 
-    fn carried(&self, Work { decoder, inbox }: Work) -> Carried {
+    fn carried(&self, work: Work) -> Carried {
+        let Work {
+            decoder,
+            reader,
+            inbox,
+        } = work;
         Carried {
-            codec: self.codec,
+            codec: self.codec.get(),
             identity: self.identity.take(),
             user_slot: self.user_slot.take(),
             address_slot: self.address_slot.take(),
             decoder,
+            reader,
             inbox,
+            beats: self.beats.get(),
+            pinged: self.pinged.get(),
             expiry_told: self.expiry_told.get(),
             moved: true,
         }
@@ -350,13 +410,18 @@ impl Session {
     fn take_in(
         &self,
         decoder: &mut Decoder,
+        reader: &mut Reader,
         inbox: &mut VecDeque<Inbound>,
         bytes: &mut [u8],
     ) -> Result<(), Close> {
         decoder.feed(bytes, |incoming| match incoming {
             Incoming::Text(text) => {
-                let codec = self.codec;
-                codec.decode(text, |request| inbox.push_back(Inbound::Request(request)));
+                reader.text(text, |request| inbox.push_back(Inbound::Request(request)));
+            }
+            Incoming::Binary(message) => {
+                reader.binary(message, |request| {
+                    inbox.push_back(Inbound::Request(request))
+                });
             }
             Incoming::Ping(payload) => {
                 if self.within_pace() {
@@ -388,19 +453,34 @@ impl Session {
         }
         self.conn.check_stall(now);
         let first_frame = self.context.config.auth.first_frame_timeout;
-        if self.identity.borrow().is_none() && now.duration_since(self.opened) >= first_frame {
+        if self.identity.borrow().is_none()
+            && !self.connecting.get()
+            && now.duration_since(self.opened) >= first_frame
+        {
             count(Counter::SessionRefused(metrics::Admission::FirstFrame), 1);
-            return self.conn.close(Close::BadToken);
+            return self.conn.close(Close::Stale);
         }
         let last_seen = self.last_seen.get();
-        if last_seen.is_some_and(|seen| now.duration_since(seen) >= DEAD_AFTER) {
+        let Beats { server, client } = self.beats.get();
+        // Clients look at the time only now and then.
+        let dead_after =
+            client.map_or(DEAD_AFTER, |every| (2 * every + BEAT_GRACE).min(DEAD_AFTER));
+        if last_seen.is_some_and(|seen| now.duration_since(seen) >= dead_after) {
             return self.conn.close(Close::PingTimeout);
         }
         if now >= self.next_ping.get() {
             self.next_ping.set(now + PING_EVERY);
-            self.conn.send(&[self.codec.ping()]);
+            self.pinged.set(self.pinged.get().saturating_add(1));
+            self.conn.send(&[self.codec.get().ping()]);
+        }
+        if let Some(every) = server
+            && now + BEAT_TOLERANCE >= self.next_beat.get()
+        {
+            self.next_beat.set(now + every);
+            self.conn.send(&[stomp::sign_of_life()]);
         }
         self.tell_expiry(unix_s());
+        self.end_expired(unix_s());
         // Give up the places in rooms that have ended the membership: a client that has not joined again is not present
         // there.
         self.rooms
@@ -418,6 +498,7 @@ impl Session {
         if revoked {
             self.conn.close(Close::Revoked);
         }
+        self.end_expired(unix_s());
     }
 
     /// Tells the client when its token is about to expire. Closes the connection when the token has expired or is
@@ -430,10 +511,31 @@ impl Session {
             // The session may have moved to this shard after the revocation was announced.
             self.conn.close(Close::Revoked);
         } else if now_s >= self.context.verifier.deadline(&identity) {
-            self.conn.close(Close::BadToken);
+            self.conn.close(Close::Expired);
         } else if !self.expiry_told.get() && now_s + EXPIRY_NOTICE_S >= identity.exp {
             self.expiry_told.set(true);
             self.push(&Event::TokenExpiring { exp: identity.exp });
+        }
+    }
+
+    /// Leaves the rooms that the session joined with a token which has expired or is revoked.
+    fn end_expired(&self, now_s: u64) {
+        let verifier = &self.context.verifier;
+        let is_over = |seat: &Seat| {
+            let token = seat.token.borrow();
+            token.as_ref().is_some_and(|token| {
+                now_s >= verifier.deadline(token) || verifier.is_revoked(token, now_s)
+            })
+        };
+        let over: Vec<RoomId> = {
+            let rooms = self.rooms.borrow();
+            let over = rooms.iter().filter(|(_, seat)| is_over(seat));
+            over.map(|(room, _)| room.clone()).collect()
+        };
+        for room in over {
+            self.rooms.borrow_mut().remove(&room);
+            let code = "expired";
+            self.push(&Event::Kicked { room, code });
         }
     }
 
@@ -456,6 +558,8 @@ impl Session {
     }
 
     fn push(&self, event: &Event) {
-        self.conn.send(&[self.codec.event(event)]);
+        if let Some(frame) = self.codec.get().event(event) {
+            self.conn.send(&[frame]);
+        }
     }
 }

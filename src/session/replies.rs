@@ -41,6 +41,8 @@ pub(super) struct Replies {
     pacing: Cell<bool>,
     /// Whether the session ends: replies no longer wait for the client to read.
     hurried: Cell<bool>,
+    /// The number of the last slot whose reply is sent. Those after it are dropped.
+    last: Cell<Option<u64>>,
     changed: Notify,
 }
 
@@ -71,7 +73,7 @@ enum Reply {
 #[derive(Debug)]
 #[must_use = "a command without a reply holds up all later ones"]
 pub(super) struct Ticket {
-    number: u64,
+    pub(super) number: u64,
     bytes: usize,
 }
 
@@ -111,6 +113,7 @@ impl Replies {
             held: Cell::new(0),
             pacing: Cell::new(false),
             hurried: Cell::new(false),
+            last: Cell::new(None),
             changed: Notify::new(),
         })
     }
@@ -136,16 +139,47 @@ impl Replies {
         Ticket { number, bytes }
     }
 
-    /// Sends the promised reply as soon as it is its turn.
-    pub(super) fn keep(self: &Rc<Self>, ticket: Ticket, reply: Bytes) {
+    /// The reply that was given last, or that of `ticket`, is the last one that is sent.
+    pub(super) fn seal(&self, ticket: Option<u64>) {
+        let mut state = self.state.borrow_mut();
+        let State { slots, base, held } = &mut *state;
+        let end = *base + slots.len() as u64;
+        // If it was sent already, no slot is left that may be.
+        let last = ticket.unwrap_or_else(|| end.saturating_sub(1));
+        self.last.set(Some(last));
+        for (number, slot) in (*base..)
+            .zip(slots.iter_mut())
+            .filter(|(number, _)| *number > last)
+        {
+            debug_assert!(number > last, "they are behind it");
+            if let Reply::Held(reply) = std::mem::replace(&mut slot.reply, Reply::Sent) {
+                self.held.set(self.held.get() - weight(&reply));
+                *held -= 1;
+            }
+        }
+    }
+
+    fn is_sealed(&self, number: u64) -> bool {
+        self.last.get().is_some_and(|last| number > last)
+    }
+
+    /// Sends the promised reply as soon as it is its turn. `None`: the command has no reply.
+    pub(super) fn keep(self: &Rc<Self>, ticket: Ticket, reply: Option<Bytes>) {
         self.promised.set(self.promised.get() - ticket.bytes);
+        let reply = reply.filter(|_| !self.is_sealed(ticket.number));
         {
             let mut state = self.state.borrow_mut();
             let at = usize::try_from(ticket.number - state.base).unwrap_or(usize::MAX);
             if let Some(slot) = state.slots.get_mut(at) {
-                self.held.set(self.held.get() + weight(&reply));
-                slot.reply = Reply::Held(reply);
-                state.held += 1;
+                self.held
+                    .set(self.held.get() + reply.as_ref().map_or(0, weight));
+                match reply {
+                    Some(reply) => {
+                        slot.reply = Reply::Held(reply);
+                        state.held += 1;
+                    }
+                    None => slot.reply = Reply::Sent,
+                }
             }
         }
         self.release();
@@ -154,6 +188,9 @@ impl Replies {
 
     /// Replies to a command that is done: at once, or after the acks of earlier publishes.
     pub(super) fn now(self: &Rc<Self>, reply: Bytes) {
+        if self.last.get().is_some() {
+            return;
+        }
         self.held.set(self.held.get() + weight(&reply));
         {
             let mut state = self.state.borrow_mut();
@@ -326,7 +363,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::wire::{Conn, ConnLimits};
+    use crate::{
+        codec::Codec,
+        wire::{Conn, ConnSettings},
+    };
 
     fn room(name: &str) -> RoomId {
         RoomId::parse(name).unwrap()
@@ -339,13 +379,14 @@ mod tests {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                 let peer = TcpStream::connect(listener.local_addr().unwrap());
                 let (peer, accepted) = tokio::join!(peer, listener.accept());
-                let limits = ConnLimits {
+                let settings = ConnSettings {
                     outbox_bytes: 1 << 20,
                     stall: Duration::from_secs(30),
+                    close_frame: Codec::Native.close_frame(),
                 };
                 let replies = Replies::new(Outlet::Socket(Conn::new(
                     accepted.unwrap().0,
-                    Rc::new(limits),
+                    Rc::new(settings),
                 )));
                 script(&replies);
                 let mut read = vec![0; count];
@@ -364,11 +405,11 @@ mod tests {
             replies.now(Bytes::from_static(b"P"));
             let b2 = replies.promise(room("chat:b"), 1);
             let c1 = replies.promise(room("chat:c"), 1);
-            replies.keep(c1, Bytes::from_static(b"c")); // behind P: waits
-            replies.keep(a2, Bytes::from_static(b"2")); // behind a1: waits
-            replies.keep(b1, Bytes::from_static(b"b")); // overtakes a1
-            replies.keep(a1, Bytes::from_static(b"1")); // then a2, P, and c1 overtakes b2
-            replies.keep(b2, Bytes::from_static(b"B"));
+            replies.keep(c1, Some(Bytes::from_static(b"c"))); // behind P: waits
+            replies.keep(a2, Some(Bytes::from_static(b"2"))); // behind a1: waits
+            replies.keep(b1, Some(Bytes::from_static(b"b"))); // overtakes a1
+            replies.keep(a1, Some(Bytes::from_static(b"1"))); // then a2, P, and c1 overtakes b2
+            replies.keep(b2, Some(Bytes::from_static(b"B")));
         })
         .await;
         assert_eq!(order, "b12PcB");
@@ -381,9 +422,9 @@ mod tests {
             let page = replies.promise_in_order(1);
             let b = replies.promise(room("chat:b"), 1);
             replies.now(Bytes::from_static(b"P"));
-            replies.keep(b, Bytes::from_static(b"b"));
-            replies.keep(page, Bytes::from_static(b"H"));
-            replies.keep(a, Bytes::from_static(b"a"));
+            replies.keep(b, Some(Bytes::from_static(b"b")));
+            replies.keep(page, Some(Bytes::from_static(b"H")));
+            replies.keep(a, Some(Bytes::from_static(b"a")));
         })
         .await;
         assert_eq!(order, "aHbP");
@@ -403,11 +444,12 @@ mod tests {
                 let listener = listener.listen(1).unwrap();
                 let peer = peer.connect(listener.local_addr().unwrap());
                 let (peer, accepted) = tokio::join!(peer, listener.accept());
-                let limits = ConnLimits {
+                let settings = ConnSettings {
                     outbox_bytes: OUTBOX,
                     stall: Duration::from_secs(30),
+                    close_frame: Codec::Native.close_frame(),
                 };
-                let conn = Conn::new(accepted.unwrap().0, Rc::new(limits));
+                let conn = Conn::new(accepted.unwrap().0, Rc::new(settings));
                 script(Replies::new(Outlet::Socket(conn)), peer.unwrap()).await;
             })
             .await;
@@ -468,7 +510,7 @@ mod tests {
                 (OUTBOX / 2..OUTBOX / 2 + 2 * 5064).contains(&held),
                 "{held}"
             );
-            replies.keep(page, reply(b'H', OUTBOX));
+            replies.keep(page, Some(reply(b'H', OUTBOX)));
             assert!(replies.room_for_replies().now_or_never().is_none());
             let mut read = vec![0; expected.len()];
             peer.read_exact(&mut read).await.unwrap();
@@ -486,7 +528,7 @@ mod tests {
             let ack = replies.promise(room("chat:a"), 1);
             assert!(replies.idle().now_or_never().is_none());
             replies.hurry();
-            replies.keep(ack, reply(b'a', 100));
+            replies.keep(ack, Some(reply(b'a', 100)));
             assert!(replies.idle().now_or_never().is_some());
             assert_eq!(replies.held_bytes(), 0);
             drop(peer);
@@ -503,7 +545,7 @@ mod tests {
             replies.outlet.close(crate::protocol::Close::TooSlow);
             // Nothing waits forever, and promised replies are dropped.
             replies.room_for_replies().await;
-            replies.keep(page, reply(b'H', 10));
+            replies.keep(page, Some(reply(b'H', 10)));
             replies.idle().await;
             assert_eq!(replies.held_bytes(), 0);
             drop(peer);

@@ -112,7 +112,8 @@ labels! {
     Joined "result" {
         Live "live", Ring "ring", Stream "stream", Ephemeral "ephemeral",
         ResetTrimmed "reset_trimmed", ResetEpoch "reset_epoch", ResetFuture "reset_future",
-        ResetReplayMax "reset_replay_max", Unavailable "unavailable",
+        ResetReplayMax "reset_replay_max", ResetOtherOrigin "reset_other_origin",
+        Unavailable "unavailable",
     }
     /// How a gap was noticed.
     GapCause "cause" {

@@ -38,7 +38,6 @@ use std::{
 use bytes::{Buf, Bytes};
 use tokio::{io::AsyncWrite, net::TcpStream};
 
-use super::close_frame;
 use crate::protocol::Close;
 
 /// Time limit of a close: flushing the queue, the close frame, and the peer's end. After that the socket is reset.
@@ -46,7 +45,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// Maximum number of frames in a vectored write. More don't make it cheaper, and the slices are on the stack.
 const MAX_SLICES: usize = 64;
 /// Cost of a queued frame besides its bytes: its slot in the queue, and the overhead of the allocator and of `Bytes`.
-/// It is counted against [`ConnLimits::outbox_bytes`]. Otherwise a peer that only sends pings and never reads could
+/// It is counted against [`ConnSettings::outbox_bytes`]. Otherwise a peer that only sends pings and never reads could
 /// make the queue hold many times the limit in pongs of two bytes.
 pub(crate) const FRAME_COST: usize = 64;
 /// Size that [`Conn::read_with`] gives to an empty buffer.
@@ -54,14 +53,16 @@ const READ_BYTES: usize = 64 * 1024;
 /// Size of the stack buffer for what a peer still sends during a close.
 const DISCARD_BYTES: usize = 2048;
 
-/// Bounds of a connection's queue, the same for all connections of a shard.
+/// What all connections of one client protocol on a shard have in common.
 #[derive(Debug, Clone, Copy)]
-pub struct ConnLimits {
+pub struct ConnSettings {
     /// Queued bytes, plus a fixed cost for each frame, above which the peer is too slow. A frame is always accepted if
     /// the queue is empty, whatever its size. So the queue holds at most this much, or one frame.
     pub outbox_bytes: usize,
     /// How long queued bytes may wait without any progress before the peer is too slow.
     pub stall: Duration,
+    /// The close frame of the protocol.
+    pub close_frame: fn(Close) -> Bytes,
 }
 
 /// The read and write sides of one connection. See the top of `conn.rs` for states and invariants.
@@ -82,7 +83,7 @@ pub struct Conn {
     writer: Cell<Option<Waker>>,
     /// Tasks in [`drained`](Self::drained) and [`closed`](Self::closed). Woken on any progress and any change of state.
     waiters: RefCell<Vec<Waker>>,
-    limits: Rc<ConnLimits>,
+    settings: Rc<ConnSettings>,
 }
 
 /// What is unwritten. Never empty.
@@ -119,9 +120,9 @@ impl Outbox {
         self.bytes.saturating_add(cost)
     }
 
-    fn exceeds(&self, limits: &ConnLimits, frame: &Bytes) -> bool {
+    fn exceeds(&self, settings: &ConnSettings, frame: &Bytes) -> bool {
         let weight = self.weight().saturating_add(FRAME_COST);
-        weight.saturating_add(frame.len()) > limits.outbox_bytes
+        weight.saturating_add(frame.len()) > settings.outbox_bytes
     }
 
     /// Drops everything except the rest of a frame whose beginning was written.
@@ -161,7 +162,7 @@ enum Flush {
 impl Conn {
     /// Takes over a socket on which the handshake is done and `TCP_NODELAY` is set.
     #[must_use]
-    pub fn new(stream: TcpStream, limits: Rc<ConnLimits>) -> Rc<Self> {
+    pub fn new(stream: TcpStream, settings: Rc<ConnSettings>) -> Rc<Self> {
         Rc::new(Self {
             stream: RefCell::new(Some(stream)),
             outbox: RefCell::new(None),
@@ -170,12 +171,12 @@ impl Conn {
             reader: Cell::new(None),
             writer: Cell::new(None),
             waiters: RefCell::new(Vec::new()),
-            limits,
+            settings,
         })
     }
 
     /// Sends complete frames, in order. Writes them at once as far as the socket accepts them, and queues the rest. If
-    /// the queue exceeds [`ConnLimits::outbox_bytes`], the connection closes with [`Close::TooSlow`]. To send a lot,
+    /// the queue exceeds [`ConnSettings::outbox_bytes`], the connection closes with [`Close::TooSlow`]. To send a lot,
     /// wait for [`drained`](Self::drained) between parts.
     ///
     /// A socket does not count as writable until the runtime has seen its first event, one turn of the shard after
@@ -216,7 +217,7 @@ impl Conn {
     /// The bound of the queue, in bytes.
     #[must_use]
     pub fn outbox_bytes(&self) -> usize {
-        self.limits.outbox_bytes
+        self.settings.outbox_bytes
     }
 
     /// Whether the connection is closing or dead, and so accepts no more frames.
@@ -335,10 +336,10 @@ impl Conn {
     }
 
     /// Called from the shard's tick. Closes with [`Close::TooSlow`] if bytes are queued and there was no progress for
-    /// [`ConnLimits::stall`].
+    /// [`ConnSettings::stall`].
     pub fn check_stall(self: &Rc<Self>, now: Instant) {
         let moved_at = self.outbox.borrow().as_ref().map(|outbox| outbox.moved_at);
-        if moved_at.is_some_and(|at| now.saturating_duration_since(at) >= self.limits.stall) {
+        if moved_at.is_some_and(|at| now.saturating_duration_since(at) >= self.settings.stall) {
             self.close(Close::TooSlow);
         }
     }
@@ -429,7 +430,7 @@ impl Conn {
             }
             match slot.as_mut() {
                 None => *slot = Some(Outbox::boxed(frame, written > 0)),
-                Some(outbox) if outbox.exceeds(&self.limits, &frame) => return false,
+                Some(outbox) if outbox.exceeds(&self.settings, &frame) => return false,
                 Some(outbox) => outbox.push(frame),
             }
         }
@@ -504,7 +505,7 @@ impl Conn {
             {
                 outbox.keep_torn_frame();
             }
-            let frame = close_frame(reason);
+            let frame = (self.settings.close_frame)(reason);
             match slot.as_mut() {
                 None => *slot = Some(Outbox::boxed(frame, false)),
                 Some(outbox) => outbox.push(frame),

@@ -27,6 +27,8 @@ const MAX_HEADER: usize = 14;
 pub enum Incoming<'a> {
     /// A whole text message.
     Text(&'a str),
+    /// A whole binary message.
+    Binary(&'a [u8]),
     /// To be answered by [`pong_frame`](super::pong_frame) with the same bytes, at most 125.
     Ping(&'a [u8]),
     /// A pong. Its payload is not needed.
@@ -49,17 +51,21 @@ pub enum Incoming<'a> {
 /// - Control frames are not counted here. The caller that answers pings limits their rate.
 pub struct Decoder {
     max_message: usize,
+    /// Whether binary messages are accepted.
+    binary: bool,
     unfinished: Option<Box<Unfinished>>,
     /// Whether a close frame or a violation was seen. The rest of the stream is ignored.
     ended: bool,
 }
 
 impl Decoder {
-    /// A message, whole or as the sum of its fragments, may have up to `max_message` bytes.
+    /// A message, whole or as the sum of its fragments, may have up to `max_message` bytes. Unless `binary`, a binary
+    /// message is refused with [`Close::Unsupported`].
     #[must_use]
-    pub fn new(max_message: usize) -> Self {
+    pub fn new(max_message: usize, binary: bool) -> Self {
         Self {
             max_message,
+            binary,
             unfinished: None,
             ended: false,
         }
@@ -79,10 +85,11 @@ impl Decoder {
         mut on: impl FnMut(Incoming<'_>),
     ) -> Result<(), Close> {
         let mut input = input;
+        let accepts = self.accepts();
         while !self.ended && !input.is_empty() {
             let step = match &mut self.unfinished {
-                None => whole_frame(&mut input, self.max_message, &mut on),
-                Some(unfinished) => unfinished.advance(&mut input, self.max_message, &mut on),
+                None => whole_frame(&mut input, accepts, &mut on),
+                Some(unfinished) => unfinished.advance(&mut input, accepts, &mut on),
             };
             match step {
                 Ok(Step::Between) => self.unfinished = None,
@@ -105,6 +112,13 @@ impl Decoder {
         self.unfinished.as_ref().map_or(0, |unfinished| {
             mem::size_of::<Unfinished>() + unfinished.message.capacity()
         })
+    }
+
+    fn accepts(&self) -> Accepts {
+        Accepts {
+            bytes: self.max_message,
+            binary: self.binary,
+        }
     }
 
     fn end(&mut self) {
@@ -134,6 +148,15 @@ enum Step {
     Closed,
 }
 
+/// The messages that are accepted.
+#[derive(Clone, Copy)]
+struct Accepts {
+    /// Up to this length.
+    bytes: usize,
+    /// Binary ones too.
+    binary: bool,
+}
+
 #[derive(Clone, Copy)]
 struct Header {
     opcode: OpCode,
@@ -150,7 +173,7 @@ impl Header {
     fn parse(
         bytes: &[u8],
         message: Option<usize>,
-        max_message: usize,
+        accepts: Accepts,
     ) -> Result<Option<(Self, usize)>, Close> {
         let Some(&first) = bytes.first() else {
             return Ok(None);
@@ -165,6 +188,7 @@ impl Header {
         let control = match (opcode, message) {
             (OpCode::Close | OpCode::Ping | OpCode::Pong, _) => true,
             (OpCode::Continuation, Some(_)) | (OpCode::Text, None) => false,
+            (OpCode::Binary, None) if accepts.binary => false,
             (OpCode::Binary, None) => return Err(Close::Unsupported),
             (OpCode::Continuation, None) | (OpCode::Text | OpCode::Binary, Some(_)) => {
                 return Err(Close::Protocol);
@@ -208,7 +232,7 @@ impl Header {
         let Ok(payload) = usize::try_from(declared) else {
             return Err(Close::TooBig);
         };
-        if !control && payload > max_message.saturating_sub(message.unwrap_or(0)) {
+        if !control && payload > accepts.bytes.saturating_sub(message.unwrap_or(0)) {
             return Err(Close::TooBig);
         }
 
@@ -229,10 +253,10 @@ impl Header {
 /// unfinished. Anything else is left for [`Unfinished::advance`].
 fn whole_frame(
     input: &mut &mut [u8],
-    max_message: usize,
+    accepts: Accepts,
     on: &mut impl FnMut(Incoming<'_>),
 ) -> Result<Step, Close> {
-    let Some((header, at)) = Header::parse(input, None, max_message)? else {
+    let Some((header, at)) = Header::parse(input, None, accepts)? else {
         return Ok(Step::Within);
     };
     if !header.fin || input.len() - at < header.payload {
@@ -242,8 +266,12 @@ fn whole_frame(
     let payload = &mut frame[at..];
     unmask(payload, header.mask);
     match header.opcode {
-        OpCode::Text | OpCode::Binary | OpCode::Continuation => {
+        OpCode::Text | OpCode::Continuation => {
             pass_text(payload, on)?;
+            Ok(Step::Between)
+        }
+        OpCode::Binary => {
+            on(Incoming::Binary(payload));
             Ok(Step::Between)
         }
         OpCode::Close | OpCode::Ping | OpCode::Pong => {
@@ -262,6 +290,8 @@ struct Unfinished {
     frame: Option<Header>,
     /// Number of fragments of the current message whose header was seen; 0 between messages.
     fragments: u16,
+    /// Whether the current message is binary.
+    binary: bool,
     /// The message so far, unmasked.
     message: Vec<u8>,
     /// The control frame so far, unmasked. Separate from `message`, since a control frame may come between two
@@ -277,6 +307,7 @@ impl Default for Unfinished {
             head_len: 0,
             frame: None,
             fragments: 0,
+            binary: false,
             message: Vec::new(),
             control: [0; MAX_CONTROL],
             control_len: 0,
@@ -289,12 +320,12 @@ impl Unfinished {
     fn advance(
         &mut self,
         input: &mut &mut [u8],
-        max_message: usize,
+        accepts: Accepts,
         on: &mut impl FnMut(Incoming<'_>),
     ) -> Result<Step, Close> {
         let mut frame = match self.frame.take() {
             Some(frame) => frame,
-            None => match self.read_header(input, max_message)? {
+            None => match self.read_header(input, accepts)? {
                 Some(frame) => frame,
                 None => return Ok(Step::Within),
             },
@@ -310,7 +341,7 @@ impl Unfinished {
                 let most = if frame.fin {
                     self.message.len() + part.len() + frame.payload
                 } else {
-                    max_message
+                    accepts.bytes
                 };
                 append(&mut self.message, part, most);
                 if frame.payload > 0 {
@@ -320,7 +351,10 @@ impl Unfinished {
                 if !frame.fin {
                     return Ok(Step::Within);
                 }
-                pass_text(&self.message, on)?;
+                match self.binary {
+                    true => on(Incoming::Binary(&self.message)),
+                    false => pass_text(&self.message, on)?,
+                }
                 Ok(Step::Between)
             }
             OpCode::Close | OpCode::Ping | OpCode::Pong => {
@@ -345,13 +379,13 @@ impl Unfinished {
     fn read_header(
         &mut self,
         input: &mut &mut [u8],
-        max_message: usize,
+        accepts: Accepts,
     ) -> Result<Option<Header>, Close> {
         let had = self.head_len;
         let more = input.len().min(MAX_HEADER - had);
         self.head[had..had + more].copy_from_slice(&input[..more]);
         let message = (self.fragments > 0).then_some(self.message.len());
-        match Header::parse(&self.head[..had + more], message, max_message)? {
+        match Header::parse(&self.head[..had + more], message, accepts)? {
             None => {
                 // There are fewer than `MAX_HEADER` bytes so far, so all of the input fitted into `head`.
                 self.head_len = had + more;
@@ -366,6 +400,9 @@ impl Unfinished {
                     OpCode::Text | OpCode::Binary | OpCode::Continuation => {
                         if self.fragments == MAX_FRAGMENTS {
                             return Err(Close::TooBig);
+                        }
+                        if self.fragments == 0 {
+                            self.binary = matches!(header.opcode, OpCode::Binary);
                         }
                         self.fragments += 1;
                     }

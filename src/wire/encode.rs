@@ -4,9 +4,11 @@ use std::io;
 
 use bytes::{Buf, Bytes};
 
-use crate::protocol::Close;
-
 const TEXT: u8 = 0x81;
+const BINARY: u8 = 0x82;
+/// The first fragment of a text message, and the last one.
+const TEXT_BEGIN: u8 = 0x01;
+const END: u8 = 0x80;
 const CLOSE: u8 = 0x88;
 const PING: u8 = 0x89;
 const PONG: u8 = 0x8A;
@@ -51,13 +53,10 @@ pub fn pong_frame(payload: &[u8]) -> Bytes {
     control_frame(PONG, &[payload])
 }
 
-/// A close frame with the code and the reason of `close`.
+/// A close frame. Of the reason, what does not fit into a control frame is cut off.
 #[must_use]
-pub fn close_frame(close: Close) -> Bytes {
-    control_frame(
-        CLOSE,
-        &[&close.code().to_be_bytes(), close.reason().as_bytes()],
-    )
+pub fn close_frame(code: u16, reason: &str) -> Bytes {
+    control_frame(CLOSE, &[&code.to_be_bytes(), reason.as_bytes()])
 }
 
 fn control_frame(first: u8, parts: &[&[u8]]) -> Bytes {
@@ -73,24 +72,48 @@ fn control_frame(first: u8, parts: &[&[u8]]) -> Bytes {
     Bytes::from(frame)
 }
 
-/// A text frame whose payload is written in place. Space for the header is left in front, and [`finish`](Self::finish)
+/// A text or binary frame whose payload is written in place. Space for the header is left in front, and [`finish`](Self::finish)
 /// fills it in. So the payload is never copied, unless it outgrows its capacity.
 ///
 /// Append with [`put`](Self::put) or [`io::Write`] (`write!`, `serde_json::to_writer`), which never fails. The header
-/// can't be changed. The caller must make sure that the whole payload is UTF-8.
+/// can't be changed. The caller must make sure that the whole payload of a text frame is UTF-8.
 #[derive(Debug)]
 pub struct FrameBuilder {
     /// Always at least [`HEADER_ROOM`] long.
     bytes: Vec<u8>,
+    /// The first byte of the header.
+    first: u8,
 }
 
 impl FrameBuilder {
-    /// A frame with room for a payload of `payload` bytes.
+    /// A text frame with room for a payload of `payload` bytes.
     #[must_use]
     pub fn with_capacity(payload: usize) -> Self {
+        Self::new(TEXT, payload)
+    }
+
+    /// A binary frame with room for a payload of `payload` bytes.
+    #[must_use]
+    pub fn binary(payload: usize) -> Self {
+        Self::new(BINARY, payload)
+    }
+
+    /// The first fragment of a text message. It must be sent together with one [`Self::last_fragment`].
+    #[must_use]
+    pub fn first_fragment(payload: usize) -> Self {
+        Self::new(TEXT_BEGIN, payload)
+    }
+
+    /// The last fragment of a text message that began with a [`Self::first_fragment`].
+    #[must_use]
+    pub fn last_fragment(payload: usize) -> Self {
+        Self::new(END, payload)
+    }
+
+    fn new(first: u8, payload: usize) -> Self {
         let mut bytes = Vec::with_capacity(HEADER_ROOM + payload);
         bytes.resize(HEADER_ROOM, 0);
-        Self { bytes }
+        Self { bytes, first }
     }
 
     /// Appends to the payload.
@@ -112,21 +135,21 @@ impl FrameBuilder {
     /// The frame: header and payload.
     #[must_use]
     pub fn finish(self) -> Bytes {
-        let length = self.len();
+        let (length, first) = (self.len(), self.first);
         let mut bytes = self.bytes;
         if bytes.capacity() - bytes.len() > MOST_SPARE {
             // A frame may be kept for long, and its length is what is counted for it.
             bytes.shrink_to_fit();
         }
         let header = if let Ok(short @ 0..=125) = u8::try_from(length) {
-            bytes[8..10].copy_from_slice(&[TEXT, short]);
+            bytes[8..10].copy_from_slice(&[first, short]);
             2
         } else if let Ok(medium) = u16::try_from(length) {
-            bytes[6..8].copy_from_slice(&[TEXT, 126]);
+            bytes[6..8].copy_from_slice(&[first, 126]);
             bytes[8..10].copy_from_slice(&medium.to_be_bytes());
             4
         } else {
-            bytes[..2].copy_from_slice(&[TEXT, 127]);
+            bytes[..2].copy_from_slice(&[first, 127]);
             // A length in memory is below 2^63, so the top bit is clear as the RFC requires.
             bytes[2..10].copy_from_slice(&(length as u64).to_be_bytes());
             10
@@ -196,17 +219,22 @@ mod tests {
     }
 
     #[test]
+    fn binary_frames() {
+        let mut frame = FrameBuilder::binary(3);
+        frame.put(&[0, 255, 7]);
+        assert_eq!(&frame.finish()[..], [0x82, 3, 0, 255, 7]);
+    }
+
+    #[test]
     fn control_frames() {
         assert_eq!(&ping_frame()[..], [0x89, 0]);
         assert_eq!(&pong_frame(b"ab")[..], b"\x8A\x02ab");
         assert_eq!(pong_frame(&[7; 125]).len(), 127);
         assert_eq!(pong_frame(&[7; 126])[1], 125);
-        for close in Close::ALL {
-            let frame = close_frame(close);
-            assert_eq!(frame[0], 0x88);
-            assert_eq!(usize::from(frame[1]), frame.len() - 2);
-            assert_eq!(frame[2..4], close.code().to_be_bytes());
-            assert_eq!(&frame[4..], close.reason().as_bytes());
-        }
+        let frame = close_frame(4001, "token_expired_or_bad");
+        assert_eq!(frame[..2], [0x88, 22]);
+        assert_eq!(frame[2..4], 4001_u16.to_be_bytes());
+        assert_eq!(&frame[4..], b"token_expired_or_bad");
+        assert_eq!(close_frame(1000, &"r".repeat(200))[1], 125);
     }
 }

@@ -12,9 +12,9 @@ mod encode;
 mod outlet;
 
 pub(crate) use conn::FRAME_COST;
-pub use conn::{Conn, ConnLimits};
+pub use conn::{Conn, ConnSettings};
 pub use decode::{Decoder, Incoming, MAX_FRAGMENTS};
 pub use encode::{FrameBuilder, close_frame, ping_frame, pong_frame};
 #[cfg(test)]
 pub use encode::{text_frame, text_of};
-pub use outlet::Outlet;
+pub use outlet::{Held, Outlet};

@@ -9,7 +9,9 @@ use serde_json::{Value, json, value::RawValue};
 use super::{Encoded, Request, Tag};
 use crate::{
     model::RoomId,
-    protocol::{Command, Draft, ErrorCode, Event, MessagePush, Publication, Refused, Reply, Wants},
+    protocol::{
+        Command, Draft, ErrorCode, Event, MessagePush, Place, Publication, Refused, Reply, Wants,
+    },
     wire::text_frame,
 };
 
@@ -20,10 +22,10 @@ fn line(value: &Value) -> Bytes {
     text_frame(format!("{value}\n").as_bytes())
 }
 
-fn number(tag: Tag) -> Option<u64> {
+fn number(tag: &Tag) -> Option<u64> {
     match tag {
-        Tag::Number(number) => Some(number),
-        Tag::None => None,
+        Tag::Number(number) => Some(*number),
+        Tag::None | Tag::Call(_) | Tag::Stomp(_) => None,
     }
 }
 
@@ -47,8 +49,12 @@ fn command(line: &Value) -> Result<Command, Refused> {
     match line["do"].as_str() {
         Some("enter") => Ok(Command::Join {
             room: room()?,
-            since: line["from"].as_str().map(str::to_owned),
+            since: line["from"]
+                .as_str()
+                .map(|from| Place::Cursor(from.to_owned()).into()),
             wants: Wants::default(),
+            token: None,
+            label: None,
         }),
         Some("say") => {
             let body = RawValue::from_string(line["what"].to_string());
@@ -69,7 +75,7 @@ fn command(line: &Value) -> Result<Command, Refused> {
     }
 }
 
-pub(super) fn reply(tag: Tag, reply: &Reply) -> Bytes {
+pub(super) fn reply(tag: &Tag, reply: &Reply) -> Bytes {
     let n = number(tag);
     line(&match reply {
         Reply::Joined(joined) => {
@@ -85,7 +91,7 @@ pub(super) fn reply(tag: Tag, reply: &Reply) -> Bytes {
     })
 }
 
-pub(super) fn refusal(tag: Tag, refused: &Refused) -> Bytes {
+pub(super) fn refusal(tag: &Tag, refused: &Refused) -> Bytes {
     line(&json!({"n": number(tag), "no": refused.code.as_str(), "why": refused.message}))
 }
 

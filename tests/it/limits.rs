@@ -199,11 +199,14 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
         assert_eq!(answer.header("allow"), Some(allowed), "{method} {path}");
         assert_eq!(answer.json()["code"], "bad_request", "{method} {path}");
     }
-    let plain = request(address, "GET", "/ws", &token, "").await;
-    assert_eq!(
-        (plain.status, &plain.json()["code"]),
-        (426, &json!("bad_request"))
-    );
+    for path in ["/ws", "/connection/websocket", "/stomp"] {
+        let plain = request(address, "GET", path, &token, "").await;
+        assert_eq!(
+            (plain.status, &plain.json()["code"]),
+            (426, &json!("bad_request")),
+            "{path}"
+        );
+    }
     for path in ["/healthz", "/readyz"] {
         let answer = request(address, "GET", path, "", "").await;
         assert_eq!(answer.status, 200, "{path}: {}", answer.body);
@@ -217,9 +220,11 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
     assert_eq!(
         paths,
         [
+            "/connection/websocket",
             "/healthz",
             "/metrics",
             "/readyz",
+            "/stomp",
             "/v1/openapi.json",
             "/v1/rooms/{room}",
             "/v1/rooms/{room}/messages",

@@ -10,6 +10,7 @@
 mod acks;
 mod alone;
 mod architecture;
+mod centrifugal;
 mod codes;
 mod deploy;
 mod docs;

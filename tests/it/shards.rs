@@ -11,7 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use natter::testing::{
     bus::{Connection, Line, Origins, Publisher, Reader},
     codec::Codec,
@@ -21,7 +20,7 @@ use natter::testing::{
     read_marker::Markers,
     room::{JoinError, NewMember, Rooms},
     subject::Subjects,
-    wire::{Conn, ConnLimits, Outlet},
+    wire::{Conn, ConnSettings, Outlet},
 };
 use serde_json::json;
 use tokio::{
@@ -163,9 +162,10 @@ async fn member() -> NewMember {
     let stream = TcpStream::connect(listener.local_addr().unwrap())
         .await
         .unwrap();
-    let limits = ConnLimits {
+    let limits = ConnSettings {
         outbox_bytes: 1 << 20,
         stall: LONG,
+        close_frame: Codec::Native.close_frame(),
     };
     NewMember {
         session: 1,
@@ -173,6 +173,7 @@ async fn member() -> NewMember {
         outlet: Outlet::Socket(Conn::new(stream, Rc::new(limits))),
         codec: Codec::Native,
         wants: Wants::default(),
+        label: None,
     }
 }
 
@@ -192,7 +193,7 @@ async fn a_room_on_a_line_that_has_ended_refuses_joins_and_does_not_spin() {
             for (room, durable) in [("chat:a", true), ("live:a", false)] {
                 let room = RoomId::parse(room).unwrap();
                 for _ in 0..3 {
-                    let joined = rooms.join(&room, durable, None, member().await, |_| Bytes::new());
+                    let joined = rooms.join(&room, durable, None, None, member().await, |_| None);
                     assert_eq!(joined.await.err(), Some(JoinError::Unavailable), "{room}");
                     // What the join has begun has its turn.
                     for _ in 0..100 {

@@ -117,7 +117,7 @@ async fn a_token_comes_in_the_header_the_subprotocols_or_the_first_frame() {
     assert_eq!(kim.header("sec-websocket-protocol"), Some("natter.v1"));
     assert_eq!(
         kim.until_close().await,
-        (vec![], 4001, "bad_or_expired_token".to_owned())
+        (vec![], 4001, "bad_token".to_owned())
     );
 
     // In the first frame.
@@ -161,7 +161,7 @@ async fn a_token_comes_in_the_header_the_subprotocols_or_the_first_frame() {
     let mut silent = dial(address, "").await;
     assert_eq!(
         silent.until_close().await,
-        (vec![], 4001, "bad_or_expired_token".to_owned())
+        (vec![], 4001, "no_token".to_owned())
     );
     let late = mesh
         .metric(0, "natter_session_refused_total", "first_frame")

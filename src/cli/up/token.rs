@@ -25,6 +25,8 @@ pub(super) fn development(auth: &Auth, secret: &str) -> anyhow::Result<String> {
         iat: None,
         jti: None,
         info: None,
+        channels: Vec::new(),
+        channel: None,
     };
     Ok(issue(&claims, secret)?)
 }

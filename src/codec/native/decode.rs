@@ -8,7 +8,9 @@ use serde_json::value::RawValue;
 use crate::{
     codec::{Request, Tag},
     model::{RoomId, without_mark},
-    protocol::{Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, Wants},
+    protocol::{
+        Beats, Command, Draft, ErrorCode, HistoryOf, PageOf, Place, Publication, Refused, Wants,
+    },
 };
 
 /// Length in characters to which a parser's error message is cut for the client: it may quote input of any length.
@@ -93,6 +95,16 @@ pub fn decode(text: &str) -> Request {
     }
 }
 
+/// Decodes a command that is named apart from its fields.
+///
+/// # Errors
+/// The refusal for the client.
+pub fn decode_command(op: &str, fields: &str) -> Result<Command, Refused> {
+    let mut fields: Fields<'_> = serde_json::from_str(fields).map_err(|it| json_refusal(&it))?;
+    fields.op = Some(op.into());
+    command(fields)
+}
+
 /// Decodes the body of an HTTP publish to `room`: the fields of a `send` without `op`, `rid` and `room`.
 ///
 /// # Errors
@@ -127,12 +139,22 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
     Ok(match fields.op.as_deref() {
         None => return Err(missing("op")),
         Some("ping") => Command::Ping,
-        Some("auth") => Command::Auth { token: token()? },
+        Some("auth") => Command::Auth {
+            token: Some(token()?),
+            login: None,
+            beats: Beats::default(),
+            since: Vec::new(),
+        },
         Some("refresh") => Command::Refresh { token: token()? },
         Some("join") => Command::Join {
             room: room()?,
-            since: fields.since.map(Cow::into_owned),
+            since: fields
+                .since
+                .map(|cursor| Place::Cursor(cursor.into_owned()).into()),
+            token: None,
+            label: None,
             wants: Wants {
+                typing: true,
                 presence: fields.presence.unwrap_or_default(),
                 read: fields.read.unwrap_or_default(),
             },

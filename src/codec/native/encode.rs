@@ -34,11 +34,11 @@ impl Writer {
     }
 
     /// Begins a reply.
-    fn reply(op: &str, tag: Tag) -> Self {
+    fn reply(op: &str, tag: &Tag) -> Self {
         let mut writer = Self::new(op, SMALL);
         match tag {
-            Tag::Number(rid) => writer.number("rid", rid),
-            Tag::None => writer.raw("rid", b"null"),
+            Tag::Number(rid) => writer.number("rid", *rid),
+            Tag::None | Tag::Call(_) | Tag::Stomp(_) => writer.raw("rid", b"null"),
         };
         writer
     }
@@ -132,21 +132,13 @@ impl io::Write for Spliced<'_> {
 }
 
 /// The frame of a reply.
-pub(in crate::codec) fn reply(tag: Tag, reply: &Reply) -> Bytes {
+pub(in crate::codec) fn reply(tag: &Tag, reply: &Reply) -> Bytes {
     let begin = |op| Writer::reply(op, tag);
     match reply {
         Reply::Pong => begin("pong").end(),
         Reply::Done => begin("ok").end(),
-        Reply::Authed { user, exp } => {
-            let mut writer = begin("authed");
-            writer.string("user", user).number("exp", *exp);
-            writer.end()
-        }
-        Reply::Refreshed { exp } => {
-            let mut writer = begin("refreshed");
-            writer.number("exp", *exp);
-            writer.end()
-        }
+        Reply::Authed(authed) => begin("authed").end_with(authed),
+        Reply::Refreshed(validity) => begin("refreshed").end_with(validity),
         Reply::Left { room } => {
             let mut writer = begin("left");
             writer.string("room", room.as_str());
@@ -163,7 +155,7 @@ pub(in crate::codec) fn reply(tag: Tag, reply: &Reply) -> Bytes {
 }
 
 /// An `error` reply.
-pub(in crate::codec) fn refusal(tag: Tag, refused: &Refused) -> Bytes {
+pub(in crate::codec) fn refusal(tag: &Tag, refused: &Refused) -> Bytes {
     let mut writer = Writer::reply("error", tag);
     writer
         .string("code", refused.code.as_str())

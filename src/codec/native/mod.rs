@@ -6,6 +6,7 @@
 mod decode;
 mod encode;
 
+pub(super) use decode::decode_command;
 pub use decode::{decode, decode_publication, decode_read, decode_unread};
 pub(super) use encode::{event, message, refusal, reply};
 

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::*;
 use crate::{
     codec::{Encoded, Request, Tag},
-    model::{Cursor, RoomId},
+    model::{Cursor, Region, RoomId},
     protocol::*,
     wire::text_of,
 };
@@ -23,6 +23,7 @@ fn refused(text: &str) -> (Option<u64>, &'static str) {
     let rid = match tag {
         Tag::None => None,
         Tag::Number(rid) => Some(rid),
+        Tag::Call(_) | Tag::Stomp(_) => panic!("a tag of another protocol"),
     };
     (rid, command.expect_err(text).code.as_str())
 }
@@ -276,18 +277,25 @@ fn replies_are_what_they_always_were_to_the_letter() {
         since: 5,
         state,
     };
+    let validity = Validity {
+        exp: 9,
+        ttl: Some(1),
+    };
+    let own = Region::parse("seoul").unwrap();
     for (told, expected) in [
         (Reply::Pong, r#"{"op":"pong","rid":7}"#),
         (Reply::Done, r#"{"op":"ok","rid":7}"#),
         (
-            Reply::Authed {
+            Reply::Authed(Box::new(AuthReply {
                 user: "a\"b".into(),
-                exp: 9,
-            },
+                validity,
+                session: "s".to_owned(),
+                joined: Vec::new(),
+            })),
             r#"{"op":"authed","rid":7,"user":"a\"b","exp":9}"#,
         ),
         (
-            Reply::Refreshed { exp: 9 },
+            Reply::Refreshed(validity),
             r#"{"op":"refreshed","rid":7,"exp":9}"#,
         ),
         (
@@ -303,6 +311,8 @@ fn replies_are_what_they_always_were_to_the_letter() {
                 reset: false,
                 reason: None,
                 marker: Some(one()),
+                own: own.clone(),
+                validity: Some(validity),
             }),
             r#"{"op":"joined","rid":7,"room":"chat:a","cursor":"seoul.k3.7.a1","head":"mars.q.2.b_seoul.k3.8.c","replay":1,"marker":"seoul.k3.7.a1"}"#,
         ),
@@ -315,6 +325,8 @@ fn replies_are_what_they_always_were_to_the_letter() {
                 reset: true,
                 reason: Some("ephemeral"),
                 marker: None,
+                own: own.clone(),
+                validity: None,
             }),
             r#"{"op":"joined","rid":7,"room":"chat:a","replay":0,"reset":true,"reason":"ephemeral"}"#,
         ),
@@ -360,11 +372,13 @@ fn replies_are_what_they_always_were_to_the_letter() {
                 prev: Some("p".to_owned()),
                 next: None,
                 partial: true,
+                head: Some(one()),
+                own: Some(own.clone()),
             }),
             r#"{"op":"history","rid":7,"room":"chat:a","messages":[{"id": 1},{}],"prev":"p","partial":true}"#,
         ),
     ] {
-        let frame = reply(Tag::Number(7), &told);
+        let frame = reply(&Tag::Number(7), &told);
         assert_eq!(std::str::from_utf8(text_of(&frame)), Ok(expected));
     }
 }
@@ -440,17 +454,17 @@ proptest! {
         let json = |frame: &Bytes| -> serde_json::Value { serde_json::from_slice(text_of(frame)).unwrap() };
         let room = RoomId::parse("chat:x").unwrap();
         let refused = Refused::new(ErrorCode::BadRequest, text.clone());
-        let error = json(&refusal(Tag::Number(number), &refused));
+        let error = json(&refusal(&Tag::Number(number), &refused));
         let expected = json!({"op": "error", "rid": number, "code": "bad_request", "message": text, "retry": false});
         prop_assert_eq!(error, expected);
-        let error = json(&refusal(Tag::None, &refused));
+        let error = json(&refusal(&Tag::None, &refused));
         prop_assert_eq!(&error["rid"], &serde_json::Value::Null);
         let typing = json(&event(&Event::Typing { room: room.clone(), user: text.clone() }));
         prop_assert_eq!(typing, json!({"op": "typing", "room": "chat:x", "user": text}));
         let unread: Vec<UnreadBody> = (0..rooms)
             .map(|_| UnreadBody { room: room.clone(), count: number, capped: number % 2 == 0 })
             .collect();
-        let unread = json(&reply(Tag::Number(number), &Reply::Unread(UnreadReply { rooms: unread })));
+        let unread = json(&reply(&Tag::Number(number), &Reply::Unread(UnreadReply { rooms: unread })));
         prop_assert_eq!(unread["rid"].as_u64(), Some(number));
         prop_assert_eq!(unread["op"].as_str(), Some("unread"));
         let list = unread["rooms"].as_array().unwrap();
@@ -466,6 +480,7 @@ proptest! {
             from: &text,
             ts: number,
             cursor: None,
+            place: None,
             body: &body,
             kind: None,
             target: Some(&text),

@@ -8,7 +8,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::wire::{ping_frame, pong_frame, text_frame};
+use crate::wire::{close_frame, ping_frame, pong_frame, text_frame};
 
 /// Time limit of each test: it detects a hang, and measures nothing.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -25,15 +25,16 @@ fn on_shard<T>(test: impl Future<Output = T>) -> T {
         .expect("the test hangs")
 }
 
-fn limits(outbox_bytes: usize) -> Rc<ConnLimits> {
-    Rc::new(ConnLimits {
+fn settings(outbox_bytes: usize) -> Rc<ConnSettings> {
+    Rc::new(ConnSettings {
         outbox_bytes,
         stall: Duration::from_secs(30),
+        close_frame: |close| close_frame(close.code(), close.reason()),
     })
 }
 
 /// A connection and its peer. The socket buffers are as small as the kernel allows, so that a few KiB block.
-async fn pair(limits: Rc<ConnLimits>) -> (Rc<Conn>, TcpStream) {
+async fn pair(settings: Rc<ConnSettings>) -> (Rc<Conn>, TcpStream) {
     let listener = TcpSocket::new_v4().unwrap();
     // Accepted sockets inherit this.
     listener.set_send_buffer_size(1).unwrap();
@@ -52,7 +53,7 @@ async fn pair(limits: Rc<ConnLimits>) -> (Rc<Conn>, TcpStream) {
     // A socket does not count as writable until the runtime has seen it. Without this, the first write would not be
     // attempted.
     stream.writable().await.unwrap();
-    (Conn::new(stream, limits), peer.unwrap())
+    (Conn::new(stream, settings), peer.unwrap())
 }
 
 /// `n`, padded with zeros up to `length`.
@@ -157,7 +158,7 @@ fn idle_connection_is_small() {
 #[test]
 fn direct_writes_leave_no_queue_and_no_task() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         conn.send(&[]);
         conn.send(&[frame(0, 10)]);
         conn.send(&[frame(1, 10), frame(2, 10), ping_frame(), Bytes::new()]);
@@ -176,7 +177,7 @@ fn direct_writes_leave_no_queue_and_no_task() {
 fn many_frames_complete_in_order_through_the_queue() {
     for (count, length) in [(64, 200), (65, 200), (129, 10), (1500, 100), (3, 100_000)] {
         on_shard(async {
-            let (conn, mut peer) = pair(limits(1 << 20)).await;
+            let (conn, mut peer) = pair(settings(1 << 20)).await;
             let frames: Vec<Bytes> = (0..count).map(|n| frame(n, length)).collect();
             let (first, second) = frames.split_at(count / 2);
             conn.send(first);
@@ -208,7 +209,7 @@ fn torn_at_every_byte_the_stream_stays_whole() {
     let cases = (0..LENGTH + 2).flat_map(|n| [(n, Close::Draining), (n, Close::TooSlow)]);
     for (shift, reason) in cases {
         let at = on_shard(async {
-            let (conn, mut peer) = pair(limits(1 << 20)).await;
+            let (conn, mut peer) = pair(settings(1 << 20)).await;
             let shifted = text_frame(&vec![b'0'; shift]);
             // In one vectored write: the kernel takes a separate small write either whole or not at all.
             let batch: Vec<Bytes> = std::iter::once(shifted.clone())
@@ -257,7 +258,7 @@ fn peer_that_never_reads_is_too_slow_at_the_byte_bound() {
     const LENGTH: usize = 1000;
     for outbox_bytes in [0, 500, 5000, 100_000] {
         on_shard(async {
-            let (conn, mut peer) = pair(limits(outbox_bytes)).await;
+            let (conn, mut peer) = pair(settings(outbox_bytes)).await;
             let mut sent = 0;
             let mut most = 0;
             while conn.closing().is_none() {
@@ -291,7 +292,7 @@ fn peer_that_never_reads_is_too_slow_at_the_byte_bound() {
 fn tiny_frames_are_bounded_by_what_they_cost() {
     on_shard(async {
         let outbox_bytes = 10_000;
-        let (conn, _peer) = pair(limits(outbox_bytes)).await;
+        let (conn, _peer) = pair(settings(outbox_bytes)).await;
         fill(&conn, 100);
         let mut pongs = 0;
         while conn.closing().is_none() {
@@ -305,7 +306,7 @@ fn tiny_frames_are_bounded_by_what_they_cost() {
 #[test]
 fn one_large_frame_is_taken_whatever_the_bound() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(100)).await;
+        let (conn, mut peer) = pair(settings(100)).await;
         conn.send(&[frame(0, 300_000)]);
         assert!(conn.queued_bytes() > 100);
         assert_eq!(conn.closing(), None);
@@ -320,8 +321,8 @@ fn one_large_frame_is_taken_whatever_the_bound() {
 #[test]
 fn no_progress_for_the_stall_time_is_too_slow() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
-        let stall = conn.limits.stall;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
+        let stall = conn.settings.stall;
         conn.check_stall(Instant::now() + 10 * stall);
         assert_eq!(conn.closing(), None, "nothing queued is no stall");
 
@@ -341,7 +342,7 @@ fn no_progress_for_the_stall_time_is_too_slow() {
 #[test]
 fn progress_puts_the_stall_off() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         conn.send(&[frame(0, 500_000)]);
         let queued = conn.queued_bytes();
         assert!(queued > 0);
@@ -352,7 +353,7 @@ fn progress_puts_the_stall_off() {
             peer.read_exact(&mut piece[..64]).await.unwrap();
             tokio::task::yield_now().await;
         }
-        conn.check_stall(began + conn.limits.stall);
+        conn.check_stall(began + conn.settings.stall);
         assert_eq!(conn.closing(), None);
     });
 }
@@ -361,7 +362,7 @@ fn progress_puts_the_stall_off() {
 fn other_reasons_flush_the_queue_before_the_close_frame() {
     for reason in [Close::Draining, Close::Normal, Close::BadToken] {
         on_shard(async {
-            let (conn, mut peer) = pair(limits(1 << 20)).await;
+            let (conn, mut peer) = pair(settings(1 << 20)).await;
             let sent = fill(&conn, 1000);
             let more: Vec<Bytes> = (sent..sent + 300).map(|n| frame(n, 1000)).collect();
             conn.send(&more);
@@ -389,7 +390,7 @@ fn other_reasons_flush_the_queue_before_the_close_frame() {
 #[test]
 fn close_finishes_without_any_handle() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         let sent = fill(&conn, 1000);
         conn.close(Close::GoingAway);
         let gone = Rc::downgrade(&conn);
@@ -405,7 +406,7 @@ fn close_finishes_without_any_handle() {
 #[test]
 fn dropping_an_open_connection_drops_the_socket_and_ends_the_writer() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         let sent = fill(&conn, 1000);
         conn.send(&[frame(sent, 1000), frame(sent + 1, 1000)]);
         // Takes the place of the writer that `send` started, so that the test can wait for it.
@@ -425,7 +426,7 @@ fn dropping_an_open_connection_drops_the_socket_and_ends_the_writer() {
 #[test]
 fn peer_reset_during_a_queued_write_wakes_everybody() {
     on_shard(async {
-        let (conn, peer) = pair(limits(1 << 20)).await;
+        let (conn, peer) = pair(settings(1 << 20)).await;
         fill(&conn, 1000);
         let waiting: Vec<_> = (0..2)
             .map(|_| {
@@ -465,14 +466,14 @@ fn peer_reset_during_a_queued_write_wakes_everybody() {
 #[test]
 fn reset_with_nothing_queued_is_seen_by_the_next_send_or_read() {
     on_shard(async {
-        let (conn, peer) = pair(limits(1 << 20)).await;
+        let (conn, peer) = pair(settings(1 << 20)).await;
         peer.set_zero_linger().unwrap();
         drop(peer);
         let buffer = RefCell::new(Vec::new());
         assert!(conn.read_with(&buffer, |_| ()).await.is_err());
         conn.closed().await;
 
-        let (conn, peer) = pair(limits(1 << 20)).await;
+        let (conn, peer) = pair(settings(1 << 20)).await;
         peer.set_zero_linger().unwrap();
         drop(peer);
         while !conn.is_dead() {
@@ -486,7 +487,7 @@ fn reset_with_nothing_queued_is_seen_by_the_next_send_or_read() {
 #[test]
 fn drained_resolves_at_its_mark() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         let frames: Vec<Bytes> = (0..500).map(|n| frame(n, 1000)).collect();
         conn.send(&frames);
         let total = conn.queued_bytes();
@@ -505,7 +506,7 @@ fn drained_resolves_at_its_mark() {
 #[test]
 fn drained_resolves_when_the_connection_closes() {
     on_shard(async {
-        let (conn, _peer) = pair(limits(1 << 20)).await;
+        let (conn, _peer) = pair(settings(1 << 20)).await;
         fill(&conn, 1000);
         let task = {
             let conn = Rc::clone(&conn);
@@ -524,7 +525,7 @@ fn sessions_share_a_read_buffer() {
         let buffer = Rc::new(RefCell::new(Vec::new()));
         let mut peers = Vec::new();
         for n in 0..3_u8 {
-            let (conn, mut peer) = pair(limits(1 << 20)).await;
+            let (conn, mut peer) = pair(settings(1 << 20)).await;
             let buffer = Rc::clone(&buffer);
             let session = spawn_local(async move {
                 let mut got = Vec::new();
@@ -568,7 +569,7 @@ fn sessions_share_a_read_buffer() {
 #[test]
 fn a_read_that_is_given_up_loses_nothing() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         let buffer = RefCell::new(vec![0; 16]);
         let write = spawn_local(async move {
             for byte in 0..200_u8 {
@@ -595,7 +596,7 @@ fn a_read_that_is_given_up_loses_nothing() {
 #[test]
 fn close_ends_a_waiting_reader() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         let reader = {
             let conn = Rc::clone(&conn);
             spawn_local(async move {
@@ -619,7 +620,7 @@ fn close_ends_a_waiting_reader() {
 #[test]
 fn peer_that_keeps_sending_still_gets_the_close_frame() {
     on_shard(async {
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         let sent = fill(&conn, 1000);
         // More than the buffers hold. The peer reads nothing before it has sent all of it.
         peer.try_write(&[1; 1000]).unwrap();
@@ -639,14 +640,14 @@ fn peer_that_keeps_sending_still_gets_the_close_frame() {
 fn grace_bounds_a_close_that_the_peer_does_not_follow() {
     on_shard(async {
         // A peer that reads nothing,
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         fill(&conn, 1000);
         conn.close_within(Close::Draining, Duration::from_millis(20));
         conn.closed().await;
         assert_eq!(conn.queued_bytes(), 0);
         assert!(!read_all(&mut peer).await.1, "reset");
         // a peer that reads and never ends,
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         conn.close_within(Close::Draining, Duration::from_millis(20));
         conn.closed().await;
         let mut bytes = Vec::new();
@@ -655,7 +656,7 @@ fn grace_bounds_a_close_that_the_peer_does_not_follow() {
             assert_eq!(parse(&bytes).close, Some(4010));
         }
         // and a peer that never stops sending.
-        let (conn, mut peer) = pair(limits(1 << 20)).await;
+        let (conn, mut peer) = pair(settings(1 << 20)).await;
         let flood = spawn_local(async move { while peer.write_all(&[0; 10_000]).await.is_ok() {} });
         conn.close_within(Close::TooSlow, Duration::from_millis(20));
         conn.closed().await;
@@ -703,7 +704,7 @@ proptest! {
         pieces in prop::collection::vec(1_usize..3000, 1..20),
     ) {
         on_shard(async {
-            let (conn, mut peer) = pair(limits(16 << 20)).await;
+            let (conn, mut peer) = pair(settings(16 << 20)).await;
             let read = spawn_local(async move {
                 let mut bytes = Vec::new();
                 let mut piece = vec![0; 3000];

@@ -10,6 +10,7 @@ use super::*;
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Got {
     Text(String),
+    Binary(Vec<u8>),
     Ping(Vec<u8>),
     Pong,
     Close(Option<u16>),
@@ -19,6 +20,7 @@ impl From<Incoming<'_>> for Got {
     fn from(incoming: Incoming<'_>) -> Self {
         match incoming {
             Incoming::Text(text) => Self::Text(text.to_owned()),
+            Incoming::Binary(message) => Self::Binary(message.to_vec()),
             Incoming::Ping(payload) => Self::Ping(payload.to_vec()),
             Incoming::Pong => Self::Pong,
             Incoming::Close { code } => Self::Close(code),
@@ -52,6 +54,41 @@ fn frame(first: u8, mask: [u8; 4], payload: &[u8]) -> Vec<u8> {
     out
 }
 
+#[test]
+fn binary_messages_are_passed_on_where_they_are_accepted() {
+    let pieces = [
+        f(0x82, &[0, 255, 7]),
+        f(0x02, &[1, 2]),
+        f(0x89, b"p"),
+        f(0x80, &[3]),
+        f(0x81, b"t"),
+        f(0x01, b"a"),
+        f(0x80, b"b"),
+        f(0x82, &[]),
+    ];
+    let bytes = pieces.concat();
+    for size in [1, 2, 5, bytes.len()] {
+        let mut decoder = Decoder::new(MAX, true);
+        let mut got: Vec<Got> = Vec::new();
+        for chunk in bytes.chunks(size) {
+            let fed = decoder.feed(&mut chunk.to_vec(), |incoming| got.push(incoming.into()));
+            fed.unwrap();
+        }
+        let expected = [
+            Got::Binary(vec![0, 255, 7]),
+            Got::Ping(b"p".to_vec()),
+            Got::Binary(vec![1, 2, 3]),
+            text("t"),
+            text("ab"),
+            Got::Binary(vec![]),
+        ];
+        assert_eq!(got, expected, "{size}");
+    }
+    let too_big = f(0x82, &vec![0; MAX + 1]);
+    let fed = Decoder::new(MAX, true).feed(&mut too_big.clone(), |_| panic!("too big"));
+    assert_eq!(fed, Err(Close::TooBig));
+}
+
 fn f(first: u8, payload: &[u8]) -> Vec<u8> {
     frame(first, MASK, payload)
 }
@@ -60,7 +97,7 @@ fn decode_chunks<'a>(
     max: usize,
     chunks: impl IntoIterator<Item = &'a [u8]>,
 ) -> (Vec<Got>, Result<(), Close>, Decoder) {
-    let mut decoder = Decoder::new(max);
+    let mut decoder = Decoder::new(max, false);
     let mut got = Vec::new();
     for chunk in chunks {
         let result = decoder.feed(&mut chunk.to_vec(), |incoming| got.push(incoming.into()));
@@ -341,7 +378,7 @@ fn memory_grows_with_what_came_and_not_with_what_was_announced() {
     let (_, _, decoder) = decode_chunks(max, [&bytes[..1000]]);
     assert!(decoder.held_bytes() < 2000, "{}", decoder.held_bytes());
 
-    let mut decoder = Decoder::new(max);
+    let mut decoder = Decoder::new(max, false);
     for (i, chunk) in bytes.chunks(1000).enumerate() {
         decoder.feed(&mut chunk.to_vec(), |_| ()).unwrap();
         let small = size_of::<Unfinished>() + 1000;
@@ -502,13 +539,14 @@ proptest! {
         lengths in chunk_lengths(),
     ) {
         let bytes = parts.concat();
-        let mut decoder = Decoder::new(max);
+        let mut decoder = Decoder::new(max, false);
         let mut ended = false;
         for chunk in chunks(&bytes, &lengths) {
             let result = decoder.feed(&mut chunk.to_vec(), |incoming| {
                 assert!(!ended, "something after the end");
                 match incoming {
                     Incoming::Text(text) => assert!(text.len() <= max),
+                    Incoming::Binary(_) => panic!("not accepted"),
                     Incoming::Ping(payload) => assert!(payload.len() <= MAX_CONTROL),
                     Incoming::Pong => {}
                     Incoming::Close { .. } => ended = true,

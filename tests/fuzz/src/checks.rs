@@ -10,8 +10,9 @@ use crate::{
         line::protocol::{Op, next_op},
     },
     codec::{
-        Codec, Request,
+        Codec, Request, Tag,
         native::{decode, decode_publication, decode_read, decode_unread},
+        stomp::Reader,
     },
     model::{
         Class, Cursor, Epoch, Flaw, MAX_JSON_DEPTH, Reference, RoomId, header_escape,
@@ -33,7 +34,7 @@ fn cuts(length: usize) -> impl Iterator<Item = usize> {
 pub fn decoder(data: &[u8]) {
     const MOST: usize = 4096;
     let run = |pieces: &[&[u8]]| {
-        let mut decoder = Decoder::new(MOST);
+        let mut decoder = Decoder::new(MOST, false);
         let mut seen = Vec::new();
         for piece in pieces {
             let fed = decoder.feed(&mut piece.to_vec(), |incoming| {
@@ -136,12 +137,77 @@ pub fn native(data: &[u8]) {
         Ok(Command::Send(publication)) => check(*publication),
         Ok(_) => {}
         Err(refusal) => {
-            let frame = Codec::Native.refusal(tag, &refusal);
+            let frame = Codec::Native.refusal(&tag, &refusal).expect("a frame");
             let begin = frame.windows(6).position(|window| window == b"{\"op\":");
             let payload = &frame[begin.expect("a frame of natter.v1")..];
             assert!(serde_json::from_slice::<Value>(payload).is_ok());
             short(refusal);
         }
+    }
+}
+
+/// What a request of any protocol is: a command with the client's JSON in it, or a short refusal with a frame.
+fn sound(codec: Codec, Request { tag, command }: Request) {
+    match command {
+        Ok(Command::Send(publication)) => {
+            let body = publication.body.get();
+            assert!(serde_json::from_str::<serde::de::IgnoredAny>(body).is_ok());
+        }
+        Ok(_) => {}
+        Err(refused) => {
+            assert!(refused.message.len() < 1000, "{refused:?}");
+            if let Some(frame) = codec.refusal(&tag, &refused) {
+                assert!(frame.len() < 8000, "{refused:?}");
+            }
+        }
+    }
+}
+
+/// Any message is commands or refused, in text and in binary. A refusal without a number is the last.
+pub fn centrifugal(data: &[u8]) {
+    let mut seen = Vec::new();
+    Codec::CentrifugalProtobuf.decode_binary(data, |request| seen.push(request));
+    all_sound(Codec::CentrifugalProtobuf, seen.drain(..));
+    if let Ok(text) = std::str::from_utf8(data) {
+        Codec::CentrifugalJson.decode(text, |request| seen.push(request));
+        all_sound(Codec::CentrifugalJson, seen.drain(..));
+    }
+}
+
+/// Requests of which one that can't be answered is the last.
+fn all_sound(codec: Codec, requests: impl Iterator<Item = Request>) {
+    let mut is_over = false;
+    for request in requests {
+        assert!(!is_over, "something after the end");
+        is_over = request.tag == Tag::None && request.command.is_err();
+        sound(codec, request);
+    }
+}
+
+/// Commands are the same wherever messages cut the stream, and a refusal is the last.
+pub fn stomp(data: &[u8]) {
+    let run = |pieces: &[&[u8]]| {
+        let mut reader = Reader::new(4096);
+        let mut seen = Vec::new();
+        let mut is_over = false;
+        for piece in pieces {
+            reader.read(piece, |request| {
+                assert!(!is_over, "something after the end");
+                is_over = request.command.is_err();
+                seen.push(format!("{request:?}"));
+                sound(Codec::Stomp, request);
+            });
+        }
+        seen
+    };
+    let whole = run(&[data]);
+    // A message is refused for the number of its frames, and a body for what has come of it.
+    if whole.len() > 900 || data.len() > 4096 {
+        return;
+    }
+    for at in cuts(data.len()) {
+        let (first, second) = data.split_at(at);
+        assert_eq!(run(&[first, second]), whole, "cut at {at}");
     }
 }
 
@@ -286,7 +352,9 @@ mod tests {
 
     type Check = fn(&[u8]);
 
-    const CHECKS: [(&str, Check); 7] = [
+    const CHECKS: [(&str, Check); 9] = [
+        ("centrifugal", centrifugal),
+        ("stomp", stomp),
         ("decoder", decoder),
         ("line", line),
         ("native", native),

@@ -93,14 +93,26 @@ pub(crate) struct Raw {
 }
 
 /// How to connect.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Dial<'a> {
+    pub(crate) path: &'a str,
     /// Whole header lines with their ends.
     pub(crate) headers: &'a str,
     /// Address to come from.
     pub(crate) from: Option<SocketAddr>,
     /// Size of the socket's receive buffer.
     pub(crate) receive_buffer: Option<u32>,
+}
+
+impl Default for Dial<'_> {
+    fn default() -> Self {
+        Self {
+            path: "/ws",
+            headers: "",
+            from: None,
+            receive_buffer: None,
+        }
+    }
 }
 
 impl Raw {
@@ -127,9 +139,9 @@ impl Raw {
         }
         let mut stream = socket.connect(address).await.unwrap();
         stream.set_nodelay(true).unwrap();
-        let Dial { headers, .. } = dial;
+        let Dial { headers, path, .. } = dial;
         let text = format!(
-            "GET /ws HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+            "GET {path} HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
              Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n{headers}\r\n"
         );
         stream.write_all(text.as_bytes()).await.unwrap();

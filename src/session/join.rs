@@ -1,0 +1,358 @@
+//! Joining and leaving rooms.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+use tokio::time::timeout;
+
+use super::{
+    Seat, Session,
+    answers::{cursor_of, granted, may_see_presence, namespace},
+    commands::{ANSWER_WITHIN, Answer, Answered, not_joined, now},
+};
+use crate::{
+    auth::{AuthError, Identity, Right},
+    codec::{Names, Tag},
+    model::{Cursor, RoomId},
+    protocol::{ErrorCode, JoinReply, Label, Place, Refused, Reply, Since, Wants},
+    room::{Joined, NewMember, ResetReason},
+    runtime::unix_s,
+    telemetry::metrics::{self, Counter, count},
+    wire::{Held, Outlet},
+};
+
+/// Rooms of a token that are joined at once.
+const JOINS_AT_ONCE: usize = 16;
+
+/// Subscriptions of one room, in a protocol that has several: each gets a copy of every message.
+const MAX_LABELS: usize = 16;
+
+/// How a session joins a room.
+struct Joining {
+    since: Option<Since>,
+    wants: Wants,
+    outlet: Outlet,
+    /// The token of the join, if it came with one.
+    token: Option<Arc<Identity>>,
+    /// The subscription, in a protocol that has several for one room.
+    label: Option<Label>,
+}
+
+impl Session {
+    /// Joins the rooms that the token names, several at once. Rooms that the user may not join, or that do not exist, are
+    /// left out.
+    pub(super) async fn join_channels(
+        self: &Rc<Self>,
+        identity: &Identity,
+        mut since: Vec<(RoomId, Since)>,
+        held: &Rc<Held>,
+    ) -> Result<Vec<(JoinReply, bool)>, Refused> {
+        let mut rooms = Vec::new();
+        for channel in &identity.channels {
+            match Names::Centrifugal.room(channel) {
+                Ok(room) => rooms.push(room),
+                Err(refused) => {
+                    tracing::debug!(session.id = self.id, channel, %refused, "not joined");
+                }
+            }
+        }
+        rooms.sort_unstable();
+        rooms.dedup();
+        let mut all = Vec::with_capacity(rooms.len());
+        for group in rooms.chunks(JOINS_AT_ONCE) {
+            let joins = group.iter().map(|room| {
+                let asked = since.iter().position(|(named, _)| named == room);
+                let since = asked.map(|at| since.swap_remove(at).1);
+                self.join_channel(identity, room.clone(), since, held)
+            });
+            let joins: Vec<_> = joins.collect();
+            all.extend(try_join_all(joins).await?.into_iter().flatten());
+            if self.conn.is_over() {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Joins a room that the token names. Returns the reply, and whether the client asked to resume.
+    async fn join_channel(
+        self: &Rc<Self>,
+        identity: &Identity,
+        room: RoomId,
+        since: Option<Since>,
+        held: &Rc<Held>,
+    ) -> Result<Option<(JoinReply, bool)>, Refused> {
+        let recovers = since.is_some();
+        let joining = Joining {
+            since,
+            wants: Wants::default(),
+            outlet: Outlet::Held(Rc::clone(held)),
+            token: None,
+            label: None,
+        };
+        let mut reply = None;
+        let entered = self.enter(identity, room.clone(), joining, |joined| {
+            reply = Some((joined, recovers));
+            None
+        });
+        match entered.await {
+            Ok(()) => Ok(reply),
+            Err(refused) if refused.code.retry() => Err(refused),
+            Err(refused) => {
+                tracing::debug!(session.id = self.id, room.id = %room, %refused, "not joined");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Checks the token of a join.
+    fn check_subscription(
+        &self,
+        identity: &Identity,
+        room: &RoomId,
+        token: &str,
+    ) -> Result<Arc<Identity>, Refused> {
+        let of = (&*identity.user, Names::Centrifugal.name(room));
+        let checked = self
+            .context
+            .verifier
+            .verify_subscription(token, of, unix_s());
+        checked.map_err(|error| {
+            // For an expired one, the client gets a new one.
+            let code = match error {
+                AuthError::Expired { .. } => ErrorCode::Unauthorized,
+                _ => ErrorCode::Forbidden,
+            };
+            Refused::new(code, error.to_string())
+        })
+    }
+
+    pub(super) fn refresh_join(&self, identity: &Identity, room: &RoomId, token: &str) -> Answered {
+        let token = self.check_subscription(identity, room, token)?;
+        let rooms = self.rooms.borrow();
+        let seat = rooms.get(room).filter(|seat| !seat.membership.has_ended());
+        let seat = seat.ok_or_else(|| not_joined(room))?;
+        let validity = self.validity(token.exp);
+        *seat.token.borrow_mut() = Some(token);
+        now(Reply::Refreshed(validity))
+    }
+
+    /// Joins a room. The room sends the reply, followed by the backlog, in the same step that starts the membership.
+    pub(super) async fn join(
+        self: &Rc<Self>,
+        tag: Tag,
+        identity: &Identity,
+        room: RoomId,
+        (since, mut wants, token, label): (Option<Since>, Wants, Option<String>, Option<Label>),
+    ) -> Answered {
+        let check = |token: &String| self.check_subscription(identity, &room, token);
+        let token = token.as_ref().map(check).transpose()?;
+        if self.codec.get().is_strict() {
+            // In this protocol it is a wish.
+            wants.presence &= may_see_presence(&self.context.config, identity, &room).is_ok();
+        }
+        let or_refuse = since.as_ref().is_some_and(|since| since.or_refuse);
+        let joining = Joining {
+            since,
+            wants,
+            outlet: Outlet::Socket(Rc::clone(&self.conn)),
+            token,
+            label,
+        };
+        let reply = |joined: JoinReply| {
+            if or_refuse && joined.reset {
+                let text = "the messages since then can't be sent";
+                return self.refusal(&tag, &Refused::new(ErrorCode::BadCursor, text));
+            }
+            self.codec.get().reply(&tag, &Reply::Joined(joined))
+        };
+        let entered = self.enter(identity, room, joining, reply);
+        if self.codec.get().is_strict() {
+            let entered = timeout(ANSWER_WITHIN, Box::pin(entered)).await;
+            entered.unwrap_or_else(|_elapsed| {
+                let text = "the room can't be joined now";
+                Err(Refused::new(ErrorCode::Unavailable, text))
+            })?;
+        } else {
+            entered.await?;
+        }
+        Ok(Answer::Apart)
+    }
+
+    /// The number of a member. A session is in a room once, but for a protocol that has several subscriptions of a room:
+    /// there the others have numbers that no session has.
+    fn member_id(&self, room: &RoomId) -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(1 << 63);
+        let rooms = self.rooms.borrow();
+        match rooms.get(room).is_some_and(|seat| seat.label.is_some()) {
+            true => NEXT.fetch_add(1, Ordering::Relaxed),
+            false => self.id,
+        }
+    }
+
+    async fn oldest(&self, room: &RoomId) -> Result<Cursor, Refused> {
+        let oldest = timeout(ANSWER_WITHIN, self.context.rooms.oldest(room)).await;
+        oldest.ok().flatten().ok_or_else(|| {
+            let text = "the room's stream can't be read now";
+            Refused::new(ErrorCode::Unavailable, text)
+        })
+    }
+
+    /// Ends a subscription, and leaves the room with the last one.
+    pub(super) fn unlabel(&self, room: &RoomId, id: &str) -> Answer {
+        let mut rooms = self.rooms.borrow_mut();
+        if let Some(seat) = rooms.get_mut(room) {
+            seat.more.retain(|(its, _)| **its != *id);
+            if seat.label.as_deref() == Some(id) {
+                match seat.more.pop() {
+                    Some((label, membership)) => {
+                        seat.label = Some(label);
+                        seat.membership = membership;
+                    }
+                    None => drop(rooms.remove(room)),
+                }
+            }
+        }
+        Answer::Now(Reply::Done)
+    }
+
+    /// Becomes a member of a room. `reply` makes the frame that is sent before the backlog.
+    async fn enter(
+        self: &Rc<Self>,
+        identity: &Identity,
+        room: RoomId,
+        joining: Joining,
+        reply: impl FnOnce(JoinReply) -> Option<Bytes>,
+    ) -> Result<(), Refused> {
+        let Joining {
+            since,
+            wants,
+            outlet,
+            token,
+            label,
+        } = joining;
+        let config = &self.context.config;
+        let durable = namespace(config, &room)?.durable;
+        if token.is_none() {
+            granted(identity, Right::Read, &room)?;
+        }
+        if wants.presence {
+            may_see_presence(config, identity, &room)?;
+        }
+        let or_refuse = since.as_ref().is_some_and(|since| since.or_refuse);
+        let (since, only) = match since {
+            None => (None, None),
+            Some(since) => {
+                let cursor = match &since.place {
+                    Place::Cursor(text) => cursor_of(text)?,
+                    Place::Beginning => Cursor::default(),
+                    Place::Oldest if durable => self.oldest(&room).await?,
+                    Place::Oldest => Cursor::default(),
+                };
+                (Some(cursor), since.only)
+            }
+        };
+        let limit = config.limits.rooms_per_session;
+        {
+            let mut rooms = self.rooms.borrow_mut();
+            rooms.retain(|_, seat| !seat.membership.has_ended());
+            let more = rooms.get(&room).map_or(0, |seat| seat.more.len() + 1);
+            if label.is_some() && more >= MAX_LABELS {
+                let text = format!("a session may have {MAX_LABELS} subscriptions of a room");
+                return Err(Refused::new(ErrorCode::Limit, text));
+            }
+            if rooms.len() >= limit && !rooms.contains_key(&room) {
+                let text = format!("a session may be in {limit} rooms");
+                return Err(Refused::new(ErrorCode::Limit, text));
+            }
+        }
+        self.context.rooms.open(&room, durable);
+        // Replies are sent in order, so the acks of earlier publishes come first. Those publishes also move the marker.
+        self.replies.idle().await;
+        let marker = if durable {
+            let markers = &self.context.markers;
+            markers.for_join(&room, &identity.user).await
+        } else {
+            None
+        };
+        let name = label.as_ref().map(|label| label.id.clone());
+        let who = NewMember {
+            session: self.member_id(&room),
+            user: Arc::clone(&identity.user),
+            outlet,
+            codec: self.codec.get(),
+            wants,
+            label,
+        };
+        let refused = Cell::new(false);
+        let validity = token.as_ref().map(|token| self.validity(token.exp));
+        let reply = |joined: Joined| {
+            refused.set(or_refuse && joined.reset.is_some());
+            reply(JoinReply {
+                room: room.clone(),
+                cursor: joined.cursor,
+                head: joined.head,
+                replay: joined.replay,
+                reset: joined.reset.is_some(),
+                reason: joined.reset.map(ResetReason::as_str),
+                marker,
+                own: config.region(),
+                validity,
+            })
+        };
+        let rooms = &self.context.rooms;
+        let membership = rooms
+            .join(&room, durable, since, only, who, reply)
+            .await
+            .map_err(|error| {
+                count(Counter::JoinResult(metrics::Joined::Unavailable), 1);
+                Refused::new(ErrorCode::Unavailable, error.to_string())
+            })?;
+        if refused.get() {
+            // Before the user is shown as present. A membership that it has replaced is over.
+            self.rooms.borrow_mut().remove(&room);
+            return Ok(());
+        }
+        if let Some(name) = &name
+            && let Some(seat) = self.rooms.borrow_mut().get_mut(&room)
+            && !seat.membership.has_ended()
+        {
+            seat.more.push((name.clone(), membership));
+            if wants.presence && seat.watch.is_none() {
+                seat.watch = Some(self.context.presence.watch(&room, self.context.shard));
+            }
+            return Ok(());
+        }
+        // Enter before the replaced seat is dropped: a user who joins again must not be shown as having left.
+        let presence = &self.context.presence;
+        let seat = Seat {
+            membership,
+            label: name,
+            more: Vec::new(),
+            _present: presence.enter(&room, &identity.user, identity.info.as_ref()),
+            watch: wants
+                .presence
+                .then(|| presence.watch(&room, self.context.shard)),
+            token: RefCell::new(token),
+        };
+        let replaced = self.rooms.borrow_mut().insert(room, seat);
+        drop(replaced);
+        Ok(())
+    }
+
+    pub(super) fn leave(&self, room: RoomId) -> Answered {
+        let seat = self.rooms.borrow_mut().remove(&room);
+        if seat.is_none_or(|seat| seat.membership.has_ended()) {
+            return Err(not_joined(&room));
+        }
+        now(Reply::Left { room })
+    }
+}

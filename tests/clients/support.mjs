@@ -1,0 +1,378 @@
+// What the tests of clients share, centrifugal/ and stomp/: packages, waits, `natter up`, tokens, a relay that can be cut,
+// plain WebSocket connections, and a load of messages that can be checked.
+
+import assert from "node:assert/strict";
+import { spawn, spawnSync } from "node:child_process";
+import { createHmac, randomBytes } from "node:crypto";
+import { once } from "node:events";
+import fs from "node:fs";
+import { createRequire } from "node:module";
+import net from "node:net";
+import os from "node:os";
+import path from "node:path";
+import { createInterface } from "node:readline";
+import { fileURLToPath } from "node:url";
+
+const HERE = path.dirname(fileURLToPath(import.meta.url));
+const ROOT = path.resolve(HERE, "../..");
+
+/** Milliseconds for what should take a few of them. */
+export const DEADLINE = 15_000;
+/** `natter up` may have to fetch its servers. */
+const START_DEADLINE = 180_000;
+const STOP_DEADLINE = 40_000;
+
+// Packages ------------------------------------------------------------------------------------------------------------
+
+/** Where the packages of a folder of this one are installed. */
+function modulesOf(folder) {
+  return path.join(ROOT, ".natter/clients", folder);
+}
+
+/** Installs the packages of a folder's package-lock.json, if others are there, and gives a `require` for them. */
+export function packages(folder) {
+  const modules = modulesOf(folder);
+  fs.mkdirSync(modules, { recursive: true });
+  const lock = fs.readFileSync(path.join(HERE, folder, "package-lock.json"));
+  const installed = path.join(modules, "installed.json");
+  if (!fs.existsSync(installed) || !fs.readFileSync(installed).equals(lock)) {
+    for (const file of ["package.json", "package-lock.json"]) {
+      fs.copyFileSync(path.join(HERE, folder, file), path.join(modules, file));
+    }
+    const args = ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"];
+    const npm = spawnSync("npm", args, { cwd: modules, stdio: "inherit", timeout: START_DEADLINE });
+    if (npm.status !== 0) throw new Error(`npm ci ended with ${npm.status ?? npm.error}`);
+    fs.writeFileSync(installed, lock);
+  }
+  return createRequire(path.join(modules, "package.json"));
+}
+
+/** The first example in a language of the page docs/FOLDER.md, as it stands there. */
+export function exampleOf(folder, language) {
+  const page = fs.readFileSync(path.join(ROOT, `docs/${folder}.md`), "utf8");
+  const [, text] = page.match(new RegExp(`^\`\`\`${language}\\n(.*?)^\`\`\`$`, "ms"));
+  return text;
+}
+
+/** Runs the JavaScript example of docs/FOLDER.md as it stands there, at another address; the process. */
+export function runExample(folder, address, token) {
+  const file = path.join(modulesOf(folder), "example.mjs"); // beside the packages
+  fs.writeFileSync(file, exampleOf(folder, "js").replaceAll("127.0.0.1:8080", address));
+  return spawn(process.execPath, [file], { env: { ...process.env, TOKEN: token }, stdio: ["ignore", "pipe", "inherit"] });
+}
+
+// Waits ---------------------------------------------------------------------------------------------------------------
+
+/** The value of a promise, or an error that names what was waited for. */
+export async function within(promise, what, deadline = DEADLINE) {
+  let timer;
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`${what}: not within ${deadline} ms`)), deadline);
+  });
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Waits until a condition gives something true, and gives it back. `last` may describe the state for the message. */
+export async function until(what, condition, { deadline = DEADLINE, last = () => "" } = {}) {
+  const end = Date.now() + deadline;
+  for (;;) {
+    const got = await condition();
+    if (got) return got;
+    if (Date.now() > end) throw new Error(`${what}: not within ${deadline} ms ${last()}`);
+    await new Promise((resolve) => setTimeout(resolve, 5));
+  }
+}
+
+// natter --------------------------------------------------------------------------------------------------------------
+
+/** A `natter up` with data of its own on free ports. */
+export class Up {
+  /** Starts it with a configuration, and waits until it is ready. */
+  static async start(binary, { config = "", edges = 1 } = {}) {
+    const up = new Up();
+    up.data = fs.mkdtempSync(path.join(os.tmpdir(), "natter-clients-"));
+    const file = path.join(up.data, "config.toml");
+    fs.writeFileSync(file, config);
+    const args = ["up", "--config", file, "--edges", String(edges), "--no-mongodb", "--json"];
+    args.push("--port", "0", "--nats-port", "0", "--data", path.join(up.data, "up"));
+    // Nothing of what a person's machine says to natter.
+    const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("NATTER__")));
+    up.log = path.join(up.data, "up.log");
+    up.process = spawn(path.resolve(binary), args, {
+      cwd: ROOT, // where .natter/bin is
+      env,
+      detached: true, // a process group of its own, so that all of it can be ended
+      stdio: ["ignore", "pipe", fs.openSync(up.log, "w")],
+    });
+    // Its group gets no signal of this one's terminal.
+    for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => up.stop().finally(() => process.exit(130)));
+    up.exited = new Promise((resolve) => up.process.once("exit", (code, signal) => resolve(code ?? signal)));
+    up.lines = [];
+    createInterface({ input: up.process.stdout }).on("line", (line) => up.lines.push(JSON.parse(line)));
+    try {
+      await up.line(1, START_DEADLINE);
+    } catch (error) {
+      await up.stop();
+      throw error;
+    }
+    return up;
+  }
+
+  /** Waits for the line with this number; `natter up` prints one when it is ready, and one after each restart of a child. */
+  async line(number, deadline = 60_000) {
+    const ended = this.exited.then((code) => {
+      throw new Error(`natter up ended with ${code}: ${fs.readFileSync(this.log, "utf8").slice(-2000)}`);
+    });
+    ended.catch(() => {}); // it may end later, and then nobody waits for it
+    await Promise.race([until(`line ${number} of natter up`, () => this.lines.length >= number, { deadline }), ended]);
+  }
+
+  edge(number) {
+    return this.lines.at(-1).regions[0].edges[number];
+  }
+
+  /** host:port of an edge. */
+  address(number) {
+    return new URL(this.edge(number).http).host;
+  }
+
+  /** Kills an edge, and waits until `natter up` has started it again on its port. */
+  async killEdge(number) {
+    const before = this.lines.length;
+    process.kill(this.edge(number).pid, "SIGKILL");
+    await this.line(before + 1);
+  }
+
+  /** Does something while NATS stands still. What it gives is called when NATS runs again, and awaited. */
+  async withFrozenNats(deed) {
+    const pid = this.lines.at(-1).regions[0].nats_pid;
+    process.kill(pid, "SIGSTOP");
+    let after;
+    try {
+      after = await deed();
+    } finally {
+      process.kill(pid, "SIGCONT");
+    }
+    await after();
+  }
+
+  secret() {
+    return fs.readFileSync(path.join(this.data, "up/dev-secret"), "utf8").trim();
+  }
+
+  async stop() {
+    if (this.process.exitCode === null && this.process.signalCode === null) {
+      this.process.kill("SIGTERM");
+      try {
+        await within(this.exited, "the end of natter up", STOP_DEADLINE);
+      } catch {
+        process.kill(-this.process.pid, "SIGKILL");
+        await this.exited;
+      }
+    }
+    fs.rmSync(this.data, { recursive: true, force: true });
+  }
+}
+
+/** A JWT with HS256. */
+export function jwt(claims, secret) {
+  const part = (value) => Buffer.from(JSON.stringify(value)).toString("base64url");
+  const signed = `${part({ alg: "HS256", typ: "JWT" })}.${part(claims)}`;
+  return `${signed}.${createHmac("sha256", secret).update(signed).digest("base64url")}`;
+}
+
+export function nowSeconds() {
+  return Math.floor(Date.now() / 1000);
+}
+
+export function newName(prefix = "") {
+  return prefix + randomBytes(6).toString("hex");
+}
+
+// Relay ---------------------------------------------------------------------------------------------------------------
+
+/** Passes connections on to an address. All of them can be cut at once, and new ones refused until it is opened again. */
+export class Relay {
+  static async start(target) {
+    const relay = new Relay();
+    relay.target = target;
+    relay.refusing = false;
+    relay.sockets = new Set();
+    relay.server = net.createServer((inner) => relay.#accept(inner)).listen(0, "127.0.0.1");
+    await within(once(relay.server, "listening"), "the relay");
+    relay.address = `127.0.0.1:${relay.server.address().port}`;
+    return relay;
+  }
+
+  #accept(inner) {
+    if (this.refusing) {
+      inner.destroy();
+      return;
+    }
+    const [host, port] = this.target.split(":");
+    const outer = net.connect({ host, port: Number(port) });
+    for (const [socket, other] of [[inner, outer], [outer, inner]]) {
+      this.sockets.add(socket);
+      socket.setNoDelay(true);
+      socket.on("error", () => other.destroy());
+      socket.on("close", () => {
+        this.sockets.delete(socket);
+        other.destroy();
+      });
+      socket.pipe(other);
+    }
+  }
+
+  /** Ends all connections without a close frame. No new ones are accepted until `open`. */
+  cut() {
+    this.refusing = true;
+    for (const socket of this.sockets) socket.destroy();
+  }
+
+  open(target = this.target) {
+    this.target = target;
+    this.refusing = false;
+  }
+
+  close() {
+    this.cut();
+    this.server.close();
+  }
+}
+
+// Plain WebSocket connections -----------------------------------------------------------------------------------------
+
+/** A connection of the package `ws`, with its frames in order and how it ended. */
+export class Raw {
+  static async open(WebSocket, url, subprotocols = [], options = {}) {
+    const raw = new Raw();
+    raw.frames = [];
+    raw.closed = null;
+    raw.socket = new WebSocket(url, subprotocols, { handshakeTimeout: DEADLINE, ...options });
+    raw.socket.on("message", (data, binary) => raw.frames.push(binary ? data : data.toString()));
+    raw.socket.on("close", (code, reason) => (raw.closed = { code, reason: reason.toString() }));
+    raw.socket.on("error", (error) => (raw.error = error));
+    await until(`connection to ${url}`, () => {
+      if (raw.error) throw raw.error;
+      return raw.socket.readyState === WebSocket.OPEN;
+    });
+    return raw;
+  }
+
+  send(data) {
+    this.socket.send(data);
+  }
+
+  /** Waits for a frame that `pick` gives something true for, and gives that. */
+  async frame(what, pick) {
+    let at = 0;
+    return until(
+      what,
+      () => {
+        for (; at < this.frames.length; at++) {
+          const got = pick(this.frames[at]);
+          if (got) return got;
+        }
+        if (this.closed) throw new Error(`${what}: closed with ${JSON.stringify(this.closed)}`);
+        return null;
+      },
+      { last: () => `(frames: ${this.frames.slice(-5).map(String).join(" ").slice(0, 500)})` },
+    );
+  }
+
+  async end(what) {
+    return until(`the close of ${what}`, () => this.closed, { last: () => `(frames: ${this.frames.slice(-3)})` });
+  }
+
+  close() {
+    this.socket.terminate();
+  }
+}
+
+/** The protocol natter.v1: commands with a number, replies matched by it, pushes kept in order. */
+export class Native {
+  static async open(WebSocket, address, token) {
+    const native = new Native();
+    const options = { headers: { authorization: `Bearer ${token}` } };
+    native.rid = 0;
+    native.replies = new Map();
+    native.pushes = [];
+    native.raw = await Raw.open(WebSocket, `ws://${address}/ws`, ["natter.v1"], options);
+    native.raw.socket.on("message", (data) => {
+      const frame = JSON.parse(data.toString());
+      if (frame.rid === undefined) native.pushes.push(frame);
+      else native.replies.set(frame.rid, frame);
+    });
+    return native;
+  }
+
+  async call(op, fields = {}) {
+    const rid = ++this.rid;
+    this.raw.send(JSON.stringify({ op, rid, ...fields }));
+    const reply = await until(`the reply to ${op}`, () => this.replies.get(rid));
+    this.replies.delete(rid);
+    if (reply.op === "error") throw new Error(`${op}: ${JSON.stringify(reply)}`);
+    return reply;
+  }
+
+  /** The first push that `pick` gives something true for. */
+  push(what, pick) {
+    return until(what, () => this.pushes.find(pick), {
+      last: () => `(pushes: ${JSON.stringify(this.pushes.slice(-5))})`,
+    });
+  }
+
+  close() {
+    this.raw.close();
+  }
+}
+
+// Load ----------------------------------------------------------------------------------------------------------------
+
+/** Writers that send without end, each one message after the other. */
+export class Load {
+  /** `ways` has a function per writer that sends the message with a number, and resolves when it is stored. */
+  constructor(ways) {
+    this.sent = Object.fromEntries(Object.keys(ways).map((from) => [from, 0]));
+    this.running = Object.entries(ways).map(([from, send]) => this.#run(from, send));
+  }
+
+  async #run(from, send) {
+    while (!this.stopped) {
+      await within(send(this.sent[from]), `message ${this.sent[from]} of ${from}`);
+      this.sent[from] += 1;
+      // The pace of the load, below the limits of a session.
+      await new Promise((resolve) => setTimeout(resolve, 4));
+    }
+  }
+
+  total() {
+    return Object.values(this.sent).reduce((sum, count) => sum + count);
+  }
+
+  /** Waits until so many more messages were acknowledged. */
+  async more(count) {
+    const goal = this.total() + count;
+    await Promise.race([until(`${count} more messages`, () => this.total() >= goal), ...this.running]);
+  }
+
+  async stop() {
+    this.stopped = true;
+    await Promise.all(this.running);
+  }
+
+  /** Waits until all messages were received: each exactly once, those of a writer in its order. `values` are `{from, number}`. */
+  async check(values) {
+    await until("all messages", () => values().length >= this.total(), {
+      last: () => `(${values().length} of ${this.total()})`,
+    });
+    for (const from of Object.keys(this.sent)) {
+      const got = values().filter((value) => value.from === from).map((value) => value.number);
+      assert.deepEqual(got, [...Array(this.sent[from]).keys()], `the messages of ${from}`);
+    }
+  }
+}
