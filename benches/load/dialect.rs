@@ -41,7 +41,15 @@ pub(crate) enum Seen<'a> {
 pub(crate) trait Dialect {
     /// Path and headers of the handshake.
     fn handshake(&self, user: &str) -> (&str, String);
-    /// What enters a room, after the handshake; `since`: after that place.
+    /// What begins a session, after the handshake.
+    fn hello(&self, _user: &str) -> Vec<u8> {
+        Vec::new()
+    }
+    /// What a client that enters no room sends before it publishes, if it has to wait for the answer.
+    fn alone(&self) -> Option<Vec<u8>> {
+        None
+    }
+    /// What enters a room; `since`: after that place.
     fn enter(&self, room: &str, since: Option<&str>) -> Vec<u8>;
     /// What says `body` in a room.
     fn publish(&self, room: &str, rid: u64, body: &[u8]) -> Vec<u8>;
@@ -118,6 +126,11 @@ impl Dialect for Nats {
         ("/", String::new())
     }
 
+    fn alone(&self) -> Option<Vec<u8>> {
+        // NATS wants its greeting; nobody says anything in this room.
+        Some(self.enter("nothing.at.all", None))
+    }
+
     fn enter(&self, room: &str, _since: Option<&str>) -> Vec<u8> {
         format!(
             "CONNECT {{\"verbose\":false,\"pedantic\":false,\"headers\":true}}\r\nSUB {room} 1\r\nPING\r\n"
@@ -170,5 +183,189 @@ impl Dialect for Nats {
             rest = after;
         }
         carry.extend_from_slice(rest);
+    }
+}
+
+/// Where a body begins.
+const BEGIN: &[u8] = br#"{"p":""#;
+
+/// The message whose body is somewhere in `payload`.
+fn message_in(payload: &[u8]) -> Seen<'_> {
+    let body = find(payload, BEGIN).and_then(|at| payload.get(at..at + BODY));
+    match body.and_then(tail) {
+        Some((t, n)) => Seen::Message(t, n, None),
+        None => Seen::Refused(payload),
+    }
+}
+
+/// Centrifugo's protocol in JSON.
+pub(crate) struct CentrifugalJson;
+
+impl Dialect for CentrifugalJson {
+    fn handshake(&self, _user: &str) -> (&str, String) {
+        ("/connection/websocket", String::new())
+    }
+
+    fn hello(&self, user: &str) -> Vec<u8> {
+        format!(r#"{{"id":1,"connect":{{"token":"{}"}}}}"#, token(user)).into_bytes()
+    }
+
+    fn enter(&self, room: &str, _since: Option<&str>) -> Vec<u8> {
+        format!(r#"{{"id":2,"subscribe":{{"channel":"{room}","flag":1}}}}"#).into_bytes()
+    }
+
+    fn publish(&self, room: &str, rid: u64, body: &[u8]) -> Vec<u8> {
+        let mut out = format!(
+            r#"{{"id":{},"publish":{{"channel":"{room}","data":"#,
+            rid + 3
+        )
+        .into_bytes();
+        out.extend_from_slice(body);
+        out.extend_from_slice(b"}}");
+        out
+    }
+
+    fn is_text(&self) -> bool {
+        true
+    }
+
+    fn take(&self, payload: &[u8], _carry: &mut Vec<u8>, seen: &mut dyn FnMut(Seen<'_>)) {
+        if payload.starts_with(br#"{"push":"#) {
+            seen(message_in(payload));
+        } else if payload == b"{}" {
+            seen(Seen::Answer(b"{}"));
+        } else if find(payload, br#""publish":{}"#).is_some() {
+            seen(Seen::Acked);
+        } else if find(payload, br#""subscribe":{"#).is_some() {
+            seen(Seen::Joined);
+        } else if find(payload, br#""connect":{"#).is_none() {
+            seen(Seen::Refused(payload));
+        }
+    }
+}
+
+/// Centrifugo's protocol in Protobuf.
+pub(crate) struct CentrifugalProtobuf;
+
+fn varint(mut number: u64, out: &mut Vec<u8>) {
+    while number >= 0x80 {
+        out.push((number & 0x7f) as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
+}
+
+/// A field of bytes.
+fn field(number: u8, bytes: &[u8], out: &mut Vec<u8>) {
+    out.push(number << 3 | 2);
+    varint(bytes.len() as u64, out);
+    out.extend_from_slice(bytes);
+}
+
+/// A command, after its length.
+fn protobuf(id: u64, method: u8, fields: &[(u8, &[u8])]) -> Vec<u8> {
+    let mut request = Vec::new();
+    for (number, bytes) in fields {
+        field(*number, bytes, &mut request);
+    }
+    let mut command = vec![1 << 3];
+    varint(id, &mut command);
+    field(method, &request, &mut command);
+    let mut out = Vec::new();
+    varint(command.len() as u64, &mut out);
+    out.extend(command);
+    out
+}
+
+impl Dialect for CentrifugalProtobuf {
+    fn handshake(&self, _user: &str) -> (&str, String) {
+        let protocol = "Sec-WebSocket-Protocol: centrifuge-protobuf\r\n";
+        ("/connection/websocket", protocol.to_owned())
+    }
+
+    fn hello(&self, user: &str) -> Vec<u8> {
+        protobuf(1, 4, &[(1, token(user).as_bytes())])
+    }
+
+    fn enter(&self, room: &str, _since: Option<&str>) -> Vec<u8> {
+        protobuf(2, 5, &[(1, room.as_bytes())])
+    }
+
+    fn publish(&self, room: &str, rid: u64, body: &[u8]) -> Vec<u8> {
+        protobuf(rid + 3, 7, &[(1, room.as_bytes()), (2, body)])
+    }
+
+    fn is_text(&self) -> bool {
+        false
+    }
+
+    fn take(&self, payload: &[u8], _carry: &mut Vec<u8>, seen: &mut dyn FnMut(Seen<'_>)) {
+        if payload == [0] {
+            return seen(Seen::Answer(&[0]));
+        }
+        // Two bytes of length, if it is above 127.
+        let reply = &payload[if payload[0] < 0x80 { 1 } else { 2 }..];
+        if reply[0] == 4 << 3 | 2 {
+            return seen(message_in(payload));
+        }
+        // An id, and then the field of the method.
+        let id = reply[1..]
+            .iter()
+            .position(|byte| *byte < 0x80)
+            .unwrap_or_default();
+        match reply.get(id + 2).map(|tag| tag >> 3) {
+            Some(5) => {}
+            Some(6) => seen(Seen::Joined),
+            Some(8) => seen(Seen::Acked),
+            _ => seen(Seen::Refused(payload)),
+        }
+    }
+}
+
+/// STOMP 1.2.
+pub(crate) struct Stomp;
+
+impl Dialect for Stomp {
+    fn handshake(&self, _user: &str) -> (&str, String) {
+        ("/stomp", "Sec-WebSocket-Protocol: v12.stomp\r\n".to_owned())
+    }
+
+    fn hello(&self, user: &str) -> Vec<u8> {
+        format!(
+            "CONNECT\naccept-version:1.2\npasscode:{}\n\n\0",
+            token(user)
+        )
+        .into_bytes()
+    }
+
+    fn enter(&self, room: &str, _since: Option<&str>) -> Vec<u8> {
+        format!("SUBSCRIBE\nid:sub-0\ndestination:/topic/{room}\nreceipt:in\n\n\0").into_bytes()
+    }
+
+    fn publish(&self, room: &str, rid: u64, body: &[u8]) -> Vec<u8> {
+        let length = body.len();
+        let mut out =
+            format!("SEND\ndestination:/topic/{room}\nreceipt:{rid}\ncontent-length:{length}\n\n")
+                .into_bytes();
+        out.extend_from_slice(body);
+        out.push(0);
+        out
+    }
+
+    fn is_text(&self) -> bool {
+        true
+    }
+
+    fn take(&self, payload: &[u8], _carry: &mut Vec<u8>, seen: &mut dyn FnMut(Seen<'_>)) {
+        // A message comes as two fragments: its subscription, and the rest.
+        if payload.starts_with(b"destination:") {
+            seen(message_in(payload));
+        } else if payload.starts_with(b"RECEIPT\nreceipt-id:in") {
+            seen(Seen::Joined);
+        } else if payload.starts_with(b"RECEIPT\n") {
+            seen(Seen::Acked);
+        } else if !payload.starts_with(b"MESSAGE\n") && !payload.starts_with(b"CONNECTED\n") {
+            seen(Seen::Refused(payload));
+        }
     }
 }

@@ -37,6 +37,7 @@ type Scenario = fn(&mut Bench) -> Table;
 pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("fan-out", fan_out),
     ("saturated", saturated),
+    ("protocols", protocols),
     ("idle", idle),
     ("handshakes", handshakes),
     ("publish", publish),
@@ -67,16 +68,30 @@ enum Peer {
     Ephemeral,
     /// natter, rooms with one.
     Durable,
+    /// The same, with other client protocols.
+    CentrifugalJson,
+    CentrifugalProtobuf,
+    Stomp,
 }
 
 impl Peer {
     const ALL: [Self; 3] = [Self::Nats, Self::Ephemeral, Self::Durable];
+
+    const PROTOCOLS: [Self; 4] = [
+        Self::Durable,
+        Self::CentrifugalJson,
+        Self::CentrifugalProtobuf,
+        Self::Stomp,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::Nats => "nats-server",
             Self::Ephemeral => "natter, ephemeral",
             Self::Durable => "natter, durable",
+            Self::CentrifugalJson => "the same, Centrifugo's JSON",
+            Self::CentrifugalProtobuf => "the same, Centrifugo's Protobuf",
+            Self::Stomp => "the same, STOMP",
         }
     }
 }
@@ -98,11 +113,14 @@ impl Target {
         let name = |room| match self.peer {
             Peer::Nats => format!("bench.r{room}"),
             Peer::Ephemeral => format!("eph:r{room}"),
-            Peer::Durable => format!("log:r{room}"),
+            _ => format!("log:r{room}"),
         };
         let dialect: Box<dyn dialect::Dialect> = match self.peer {
             Peer::Nats => Box::new(dialect::Nats),
             Peer::Ephemeral | Peer::Durable => Box::new(dialect::Natter),
+            Peer::CentrifugalJson => Box::new(dialect::CentrifugalJson),
+            Peer::CentrifugalProtobuf => Box::new(dialect::CentrifugalProtobuf),
+            Peer::Stomp => Box::new(dialect::Stomp),
         };
         Swarm::new(dialect, self.addresses[0], (0..rooms).map(name).collect())
     }
@@ -142,7 +160,7 @@ impl Bench {
         self.runtime.block_on(async {
             match peer {
                 Peer::Nats => nats_websocket().await,
-                Peer::Ephemeral | Peer::Durable => self.natter(peer, 1, "").await,
+                _ => self.natter(peer, 1, "").await,
             }
         })
     }
@@ -352,22 +370,64 @@ fn saturated(bench: &mut Bench) -> Table {
     }
 }
 
+/// Bytes of the edge for each of `count` idle members of a room.
+fn idle_bytes(bench: &Bench, peer: Peer, count: usize) -> f64 {
+    let target = bench.target(peer);
+    let mut swarm = target.swarm(1);
+    // What the first connections bring with them is not theirs.
+    swarm.connect((0..100).map(|_| Some(0)));
+    let (before, _) = target.edge().memory();
+    swarm.connect((100..count).map(|_| Some(0)));
+    let (after, _) = target.edge().memory();
+    after.saturating_sub(before) as f64 / (count - 100) as f64
+}
+
+fn protocols(bench: &mut Bench) -> Table {
+    let mut runs = Peer::PROTOCOLS.map(|_| [Runs::default(), Runs::default(), Runs::default()]);
+    // In turn, so that all of them meet the same noise.
+    for _ in 0..bench.runs {
+        for (peer, runs) in Peer::PROTOCOLS.into_iter().zip(&mut runs) {
+            for (load, runs) in [(1, 1000, 100.0), (100, 20, 10.0)]
+                .into_iter()
+                .zip(runs.iter_mut())
+            {
+                let (rooms, members, rate) = load;
+                let load = Load {
+                    rooms,
+                    members,
+                    rate,
+                };
+                let figures = bench.load(&format!("{rooms} x {members}"), peer, load);
+                runs.add(figures[..1].to_vec());
+            }
+            runs[2].add(vec![idle_bytes(bench, peer, 5000)]);
+        }
+    }
+    let rows = Peer::PROTOCOLS.into_iter().zip(&runs).map(|(peer, runs)| {
+        let figures = runs.iter().flat_map(Runs::columns);
+        std::iter::once(peer.name().to_owned())
+            .chain(figures)
+            .collect()
+    });
+    Table {
+        title: "Client protocols, durable rooms",
+        columns: &[
+            "server",
+            "1 x 1,000 at 100/s: edge, µs a delivery",
+            "100 x 20 at 10/s: edge, µs a delivery",
+            "5,000 idle members: bytes each",
+        ],
+        rows: rows.collect(),
+    }
+}
+
 fn idle(bench: &mut Bench) -> Table {
     let mut rows = Vec::new();
     for peer in Peer::ALL {
         for count in [10_000_usize, 19_000] {
             let mut runs = Runs::default();
             for _ in 0..bench.runs {
-                let target = bench.target(peer);
-                let mut swarm = target.swarm(1);
-                // What the first connections bring with them is not theirs.
-                swarm.connect((0..100).map(|_| Some(0)));
-                let (before, _) = target.edge().memory();
-                swarm.connect((100..count).map(|_| Some(0)));
-                let (after, _) = target.edge().memory();
-                runs.add(vec![
-                    (after.saturating_sub(before)) as f64 / (count - 100) as f64,
-                ]);
+                runs.add(vec![idle_bytes(bench, peer, count)]);
             }
             rows.push(row(&[peer.name(), &count.to_string()], &runs));
         }

@@ -462,18 +462,19 @@ impl Swarm {
             at = head + 4;
             let client = &mut self.clients[index];
             client.stage = Stage::Joining;
+            let hello = self.dialect.hello(&client.user);
+            self.send(index, &hello);
+            let client = &mut self.clients[index];
             match client.room {
                 Some(room) => {
                     let since = (!client.cursor.is_empty()).then_some(client.cursor.as_str());
                     let enter = self.dialect.enter(&self.rooms[room], since);
                     self.send(index, &enter);
                 }
-                None if self.dialect.is_text() => client.stage = Stage::In,
-                None => {
-                    // NATS wants its greeting; nobody says anything in this room.
-                    let enter = self.dialect.enter("nothing.at.all", None);
-                    self.send(index, &enter);
-                }
+                None => match self.dialect.alone() {
+                    None => client.stage = Stage::In,
+                    Some(alone) => self.send(index, &alone),
+                },
             }
         }
         let now = self.epoch.elapsed().as_micros() as u64;
@@ -482,7 +483,8 @@ impl Swarm {
             at = payload.end;
             let payload = &mut buffer[payload];
             match opcode {
-                1 | 2 => self.on_payload(index, payload, now),
+                // Fragments are looked at one by one.
+                0..=2 => self.on_payload(index, payload, now),
                 8 => self.over(index),
                 9 => {
                     let pong = masked(0x8a, payload);
