@@ -33,7 +33,7 @@ pub mod edge {
 }
 
 pub mod history {
-    pub use crate::history::{At, Lies, PageRequest, Pages, Status, entry, status};
+    pub use crate::history::{At, PageAnchor, PageRequest, Pages, Status, entry, status};
 }
 
 pub mod mesh {

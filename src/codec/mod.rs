@@ -24,7 +24,7 @@ use bytes::Bytes;
 pub use names::Names;
 
 use crate::{
-    protocol::{Close, Command, ErrorCode, Event, Label, MessagePush, Refused, Reply},
+    protocol::{Close, Command, ErrorCode, Event, RoomSubscription, MessagePush, Refused, Reply},
     wire::{close_frame, ping_frame},
 };
 
@@ -80,19 +80,19 @@ pub struct Encoded {
 
 /// What reads the messages of one client.
 #[derive(Debug)]
-pub enum Reader {
+pub enum CommandReader {
     /// Each message is read by itself.
     Plain(Codec),
     /// Frames may span messages, and subscriptions have names.
-    Stomp(Box<stomp::Reader>),
+    Stomp(Box<stomp::FrameReader>),
 }
 
-impl Reader {
+impl CommandReader {
     /// A reader for messages of up to `most` bytes.
     #[must_use]
     pub fn new(codec: Codec, most: usize) -> Self {
         match codec {
-            Codec::Stomp | Codec::StompOld => Self::Stomp(Box::new(stomp::Reader::new(most))),
+            Codec::Stomp | Codec::StompOld => Self::Stomp(Box::new(stomp::FrameReader::new(most))),
             codec => Self::Plain(codec),
         }
     }
@@ -291,9 +291,9 @@ impl Codec {
 
     /// What is sent before each frame of a subscription, in a protocol that has several for one room.
     #[must_use]
-    pub fn head(self, label: &Label) -> Bytes {
+    pub fn head(self, subscription: &RoomSubscription) -> Bytes {
         match self {
-            Self::Stomp | Self::StompOld => stomp::head(self, label),
+            Self::Stomp | Self::StompOld => stomp::head(self, subscription),
             Self::Native | Self::CentrifugalJson | Self::CentrifugalProtobuf => Bytes::new(),
             #[cfg(test)]
             Self::Lines => Bytes::new(),

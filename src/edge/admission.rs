@@ -12,12 +12,12 @@ use crate::{
 /// Counts sessions by user and by address.
 #[derive(Debug)]
 pub(super) struct Admission {
-    users: Arc<Places<String>>,
-    addresses: Arc<Places<IpAddr>>,
+    users: Arc<Slots<String>>,
+    addresses: Arc<Slots<IpAddr>>,
 }
 
 #[derive(Debug)]
-struct Places<K> {
+struct Slots<K> {
     /// 0 means no limit; then nothing is counted.
     limit: usize,
     taken: Mutex<HashMap<K, usize>>,
@@ -25,34 +25,34 @@ struct Places<K> {
 
 /// One counted session; given back when dropped.
 #[derive(Debug)]
-pub(super) struct Place<K: Eq + Hash>(Option<(Arc<Places<K>>, K)>);
+pub(super) struct Slot<K: Eq + Hash>(Option<(Arc<Slots<K>>, K)>);
 
 impl Admission {
     pub(super) fn new(limits: &config::Limits) -> Self {
         Self {
-            users: Arc::new(Places::new(limits.sessions_per_user)),
-            addresses: Arc::new(Places::new(limits.sessions_per_ip)),
+            users: Arc::new(Slots::new(limits.sessions_per_user)),
+            addresses: Arc::new(Slots::new(limits.sessions_per_ip)),
         }
     }
 
-    pub(super) fn user(&self, user: &str) -> Option<Place<String>> {
-        let place = take(&self.users, || user.to_owned());
-        if place.is_none() {
+    pub(super) fn user(&self, user: &str) -> Option<Slot<String>> {
+        let slot = take(&self.users, || user.to_owned());
+        if slot.is_none() {
             count(Counter::SessionRefused(metrics::Admission::PerUser), 1);
         }
-        place
+        slot
     }
 
-    pub(super) fn address(&self, address: IpAddr) -> Option<Place<IpAddr>> {
-        let place = take(&self.addresses, || address);
-        if place.is_none() {
+    pub(super) fn address(&self, address: IpAddr) -> Option<Slot<IpAddr>> {
+        let slot = take(&self.addresses, || address);
+        if slot.is_none() {
             count(Counter::SessionRefused(metrics::Admission::PerAddress), 1);
         }
-        place
+        slot
     }
 }
 
-impl<K> Places<K> {
+impl<K> Slots<K> {
     fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -62,26 +62,26 @@ impl<K> Places<K> {
 }
 
 fn take<K: Eq + Hash + Clone>(
-    places: &Arc<Places<K>>,
+    slots: &Arc<Slots<K>>,
     key: impl FnOnce() -> K,
-) -> Option<Place<K>> {
-    if places.limit == 0 {
-        return Some(Place(None));
+) -> Option<Slot<K>> {
+    if slots.limit == 0 {
+        return Some(Slot(None));
     }
     let key = key();
-    let mut taken = places.taken.lock();
+    let mut taken = slots.taken.lock();
     let count = taken.entry(key.clone()).or_default();
-    if *count >= places.limit {
+    if *count >= slots.limit {
         return None;
     }
     *count += 1;
-    Some(Place(Some((Arc::clone(places), key))))
+    Some(Slot(Some((Arc::clone(slots), key))))
 }
 
-impl<K: Eq + Hash> Drop for Place<K> {
+impl<K: Eq + Hash> Drop for Slot<K> {
     fn drop(&mut self) {
-        if let Some((places, key)) = self.0.take() {
-            let mut taken = places.taken.lock();
+        if let Some((slots, key)) = self.0.take() {
+            let mut taken = slots.taken.lock();
             if let Some(count) = taken.get_mut(&key) {
                 *count -= 1;
                 if *count == 0 {
@@ -97,14 +97,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_given_back() {
-        let places = Arc::new(Places::new(2));
-        let first = take(&places, || "kim").unwrap();
-        let _second = take(&places, || "kim").unwrap();
-        assert!(take(&places, || "kim").is_none());
-        assert!(take(&places, || "lee").is_some());
+    fn slots_are_given_back() {
+        let slots = Arc::new(Slots::new(2));
+        let first = take(&slots, || "kim").unwrap();
+        let _second = take(&slots, || "kim").unwrap();
+        assert!(take(&slots, || "kim").is_none());
+        assert!(take(&slots, || "lee").is_some());
         drop(first);
-        assert!(take(&places, || "kim").is_some());
-        assert_eq!(places.taken.lock().len(), 1);
+        assert!(take(&slots, || "kim").is_some());
+        assert_eq!(slots.taken.lock().len(), 1);
     }
 }

@@ -530,7 +530,7 @@ impl Shard {
             admit_user: Box::new(move |user| {
                 admission
                     .user(user)
-                    .map(|place| Box::new(place) as UserSlot)
+                    .map(|slot| Box::new(slot) as UserSlot)
             }),
             home: way_home(Arc::clone(&neighbours), number),
         };

@@ -150,8 +150,8 @@ fn connect(shared: &Arc<Shared>, peer: SocketAddr, mut request: Request, usual: 
     }
     let codec = offered.codec.unwrap_or(usual);
     let shard = ready.shards.next();
-    let user = user.flatten().map(|place| Box::new(place) as UserSlot);
-    let address = address.map(|place| Box::new(place) as UserSlot);
+    let user = user.flatten().map(|slot| Box::new(slot) as UserSlot);
+    let address = address.map(|slot| Box::new(slot) as UserSlot);
     let carried = Carried::new(&shared.config, codec, identity, user, address);
     tokio::spawn(async move {
         let upgraded = match upgraded.await {

@@ -20,14 +20,14 @@ pub(super) struct Figures(Mutex<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    shown: Shown,
+    shown: ShownFigures,
     /// The words of the lasting problem, and when it was last logged.
     trouble: Option<(BTreeSet<String>, Instant)>,
 }
 
 /// The figures as they are shown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub(super) struct Shown {
+pub(super) struct ShownFigures {
     /// Batches that MongoDB has acknowledged.
     pub batches: u64,
     /// Messages in them.
@@ -87,7 +87,7 @@ impl Figures {
     }
 
     /// The current figures.
-    pub(super) fn shown(&self) -> Shown {
+    pub(super) fn shown(&self) -> ShownFigures {
         self.0.lock().shown.clone()
     }
 

@@ -43,7 +43,7 @@ pub use dead::{Retried, dead_letters, retry};
 pub use entry::{entry, key_of};
 pub use erase::{EraseRequest, EraseWhat};
 pub use pages::Pages;
-pub use question::{At, Lies, PageRequest, SearchRequest};
+pub use question::{At, PageAnchor, PageRequest, SearchRequest};
 pub use status::{Status, instances, status};
 
 /// Timeout for writing the batches in hand when the process shuts down.

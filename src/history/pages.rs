@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{
     merge::{Ask, Side, Tail, Told},
-    question::{At, Lies, PageAnswer, PageRequest, SearchAnswer, SearchRequest},
+    question::{At, PageAnchor, PageAnswer, PageRequest, SearchAnswer, SearchRequest},
     show,
     tail::{Log, Part, RoomLog, Tails},
 };
@@ -215,13 +215,13 @@ impl Pages {
         asked: Option<Asked<'_>>,
     ) -> Result<Split, Failed> {
         let limit = request.limit;
-        let (at, left, right) = match &request.lies {
-            Lies::Newest => (None, limit, 0),
-            Lies::Oldest => (None, 0, limit),
-            Lies::Before(at) => (Some(at), limit, 0),
-            Lies::After(at) => (Some(at), 0, limit),
+        let (at, left, right) = match &request.anchor {
+            PageAnchor::Newest => (None, limit, 0),
+            PageAnchor::Oldest => (None, 0, limit),
+            PageAnchor::Before(at) => (Some(at), limit, 0),
+            PageAnchor::After(at) => (Some(at), 0, limit),
             // If one side has less than its half, the other side fills the page.
-            Lies::Around(at) => (Some(at), limit, limit),
+            PageAnchor::Around(at) => (Some(at), limit, limit),
         };
         let Some(at) = at else {
             return Ok(Split {
@@ -232,7 +232,7 @@ impl Pages {
                 is_right: false,
             });
         };
-        let is_after = matches!(request.lies, Lies::After(_));
+        let is_after = matches!(request.anchor, PageAnchor::After(_));
         let (mut place, is_message) = match at {
             At::Key(key) => (
                 self.place_of(key, &request.room, log, tail, asked).await?,

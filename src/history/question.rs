@@ -27,7 +27,9 @@ pub struct PageRequest {
     /// The room.
     pub room: RoomId,
     /// The position of the page in it.
-    pub lies: Lies,
+    // The name is that of earlier versions, which may run in the mesh.
+    #[serde(rename = "lies")]
+    pub anchor: PageAnchor,
     /// At most this many messages.
     pub limit: usize,
 }
@@ -35,7 +37,7 @@ pub struct PageRequest {
 /// The position of a page.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Lies {
+pub enum PageAnchor {
     /// The end of the log.
     Newest,
     /// The beginning of the log.
@@ -111,16 +113,16 @@ impl PageRequest {
     /// `bad_id` or `bad_cursor` when the anchor is neither a cursor nor a reference.
     pub fn new(room: RoomId, user: &str, page: HistoryOf) -> Result<Self, Refused> {
         let at = |text: &str| At::parse(&room, user, text);
-        let lies = match page.anchor {
-            Anchor::Newest => Lies::Newest,
-            Anchor::After(text) if text.is_empty() => Lies::Oldest,
-            Anchor::Before(text) => Lies::Before(at(&text)?),
-            Anchor::After(text) => Lies::After(at(&text)?),
-            Anchor::Around(text) => Lies::Around(at(&text)?),
+        let anchor = match page.anchor {
+            Anchor::Newest => PageAnchor::Newest,
+            Anchor::After(text) if text.is_empty() => PageAnchor::Oldest,
+            Anchor::Before(text) => PageAnchor::Before(at(&text)?),
+            Anchor::After(text) => PageAnchor::After(at(&text)?),
+            Anchor::Around(text) => PageAnchor::Around(at(&text)?),
         };
         Ok(Self {
             room,
-            lies,
+            anchor,
             limit: page.limit,
         })
     }

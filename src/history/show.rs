@@ -24,7 +24,7 @@ const MAX_ANNOTATIONS: usize = 256 << 10;
 const MAX_BYTES: usize = 900 * 1024;
 
 #[derive(Serialize)]
-struct Shown<'a> {
+struct ShownMessage<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     room: Option<&'a RoomId>,
     id: &'a str,
@@ -69,7 +69,7 @@ pub(super) fn message(
 ) -> serde_json::Result<Box<RawValue>> {
     let (reactions, more_reactions) = reactions(folded);
     let (annotations, more_annotations) = annotations(folded);
-    let mut shown = Shown {
+    let mut shown = ShownMessage {
         room,
         id: &base.said.id,
         from: &base.from,

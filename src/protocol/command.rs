@@ -30,10 +30,10 @@ pub enum Command {
         /// A token for this room only.
         token: Option<String>,
         /// The subscription that the member gets messages or events under, in a protocol that has several for one room.
-        label: Option<Label>,
+        subscription: Option<RoomSubscription>,
     },
     /// End one subscription of a room. With the last one, the session leaves the room.
-    Unlabel {
+    Unsubscribe {
         /// The room.
         room: RoomId,
         /// The name of the subscription.
@@ -110,7 +110,7 @@ pub enum Command {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Since {
     /// The place.
-    pub place: Place,
+    pub at: ResumeAt,
     /// If set, the client has followed only the messages of this origin. It may have got later messages of other origins
     /// than the cursor says, so it can't resume if there are any.
     pub only: Option<Region>,
@@ -118,10 +118,10 @@ pub struct Since {
     pub or_refuse: bool,
 }
 
-impl From<Place> for Since {
-    fn from(place: Place) -> Self {
+impl From<ResumeAt> for Since {
+    fn from(at: ResumeAt) -> Self {
         Self {
-            place,
+            at,
             only: None,
             or_refuse: false,
         }
@@ -130,7 +130,7 @@ impl From<Place> for Since {
 
 /// A place in a room's log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum ResumeAt {
     /// After the message with this cursor, which is not yet parsed.
     Cursor(String),
     /// Before the first message that there was.
@@ -150,16 +150,16 @@ pub struct Beats {
 
 /// One of several subscriptions of a session to a room.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Label {
+pub struct RoomSubscription {
     /// Its name, which the client chose.
     pub id: Box<str>,
     /// What it gets.
-    pub of: Labelled,
+    pub of: SubscribedTo,
 }
 
 /// What a subscription gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Labelled {
+pub enum SubscribedTo {
     /// The messages of the room.
     Messages,
     /// Who is typing.

@@ -15,7 +15,7 @@ mod reply;
 
 pub use codes::{Close, ErrorCode, Refused};
 pub use command::{
-    Anchor, Beats, Command, HistoryOf, Label, Labelled, PageOf, Place, Since, Wants,
+    Anchor, Beats, Command, HistoryOf, RoomSubscription, SubscribedTo, PageOf, ResumeAt, Since, Wants,
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
 pub use publication::{Draft, Publication};

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     codec::{Codec, PerCodec},
     model::RoomId,
-    protocol::{Close, Event, Labelled},
+    protocol::{Close, Event, SubscribedTo},
     telemetry::metrics::{Counter, count},
 };
 
@@ -182,10 +182,10 @@ impl Hub {
             };
             let skip = usize::try_from(skip).unwrap_or(messages.len());
             if let Some(its_own) = pass.for_one_ahead(self, member, skip) {
-                delivered += member.send(Labelled::Messages, &its_own);
+                delivered += member.send(SubscribedTo::Messages, &its_own);
             } else {
                 let rest = &pass.frames(member.codec)[skip..];
-                delivered += member.send(Labelled::Messages, rest);
+                delivered += member.send(SubscribedTo::Messages, rest);
             }
             member.next.set(target);
         }

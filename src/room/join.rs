@@ -24,7 +24,7 @@ use super::{
 use crate::{
     codec::Codec,
     model::{Class, Cursor, Fingerprint, Region, RoomId},
-    protocol::{Close, Labelled, Wants},
+    protocol::{Close, SubscribedTo, Wants},
     runtime::unix_ms,
     telemetry::metrics::{self, Counter, Histogram, Source, count},
     wire::Outlet,
@@ -396,7 +396,7 @@ impl Rooms {
             let frames = behind.piece(&hub, member.codec, piece);
             count(
                 Counter::MessageDelivered,
-                member.send(Labelled::Messages, &frames),
+                member.send(SubscribedTo::Messages, &frames),
             );
         }
         if seems_to_fit && behind.is_done() {
@@ -463,7 +463,7 @@ impl Rooms {
                     (behind.next, behind.at) = reached;
                     break;
                 }
-                let sent = member.send(Labelled::Messages, &part);
+                let sent = member.send(SubscribedTo::Messages, &part);
                 count(Counter::MessageDelivered, sent);
             }
             let (since, index) = match given_up {
@@ -498,7 +498,7 @@ impl Rooms {
                     let mut behind = Behind::new(&self.memory, missed, (since, upto), head);
                     if seems_little {
                         let frames = behind.piece(hub, member.codec, piece);
-                        let sent = member.send(Labelled::Messages, &frames);
+                        let sent = member.send(SubscribedTo::Messages, &frames);
                         count(Counter::MessageDelivered, sent);
                         if behind.is_done() {
                             member.set_ahead(ahead);

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use crate::{
     codec::{Codec, PerCodec},
     model::{Cursor, Position},
-    protocol::{Event, Label, Labelled, Wants},
+    protocol::{Event, RoomSubscription, SubscribedTo, Wants},
     telemetry::metrics::{Gauge, Held},
     wire::Outlet,
 };
@@ -29,7 +29,7 @@ pub struct NewMember {
     /// What it wants to be told besides messages.
     pub wants: Wants,
     /// Its subscription, in a protocol that has several for one room.
-    pub label: Option<Label>,
+    pub subscription: Option<RoomSubscription>,
 }
 
 /// A session's membership in one room.
@@ -50,7 +50,7 @@ pub struct Member {
     pub(super) ahead: RefCell<Vec<Position>>,
     /// What its subscription gets, and what is sent before each frame; `None` in a protocol that has one subscription for
     /// a room.
-    label: Option<(Labelled, Bytes)>,
+    subscription: Option<(SubscribedTo, Bytes)>,
     _active: Held,
 }
 
@@ -66,7 +66,7 @@ impl Member {
             next: Cell::new(next),
             left: Cell::new(false),
             ahead: RefCell::default(),
-            label: who.label.map(|label| (label.of, who.codec.head(&label))),
+            subscription: who.subscription.map(|subscription| (subscription.of, who.codec.head(&subscription))),
             _active: Held::new(Gauge::MemberActive),
         }
     }
@@ -78,8 +78,8 @@ impl Member {
     }
 
     /// Sends frames of one kind: with the head of its subscription, if that is for this kind. Returns how many it sent.
-    pub(super) fn send(&self, of: Labelled, frames: &[Bytes]) -> u64 {
-        match &self.label {
+    pub(super) fn send(&self, of: SubscribedTo, frames: &[Bytes]) -> u64 {
+        match &self.subscription {
             None => self.outlet.send(frames),
             Some((its, head)) if *its == of => {
                 let pairs = frames
@@ -131,9 +131,9 @@ impl<'a> News<'a> {
         };
         let frames = self.frames.get(codec, encode);
         let of = match self.events.first() {
-            Some(Event::Typing { .. }) => Labelled::Typing,
-            Some(Event::Presence { .. }) => Labelled::Presence,
-            _ => Labelled::Messages,
+            Some(Event::Typing { .. }) => SubscribedTo::Typing,
+            Some(Event::Presence { .. }) => SubscribedTo::Presence,
+            _ => SubscribedTo::Messages,
         };
         if !frames.is_empty() {
             member.send(of, frames);

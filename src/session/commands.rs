@@ -26,7 +26,7 @@ use crate::{
     },
     runtime::unix_s,
     telemetry::metrics::{self, Counter, Label as _, Published, count},
-    wire::Held,
+    wire::Gate,
 };
 
 /// What a page of history counts against [`MAX_WAITING_BYTES`]: half of it, so that at most two pages are read at once.
@@ -84,7 +84,7 @@ impl Session {
         };
         self.undecodable.set(0);
         // A client that leaves takes it as done, whatever the answer is.
-        let leaves = matches!(command, Command::Leave { .. } | Command::Unlabel { .. });
+        let leaves = matches!(command, Command::Leave { .. } | Command::Unsubscribe { .. });
         // An acknowledgement can't be refused without the end of the session, so the client is slowed down.
         let is_ack = self.codec.get().is_stomp() && matches!(command, Command::Read { .. });
         let is_paid = matches!(&tag, Tag::Stomp(asked) if asked.is_paid());
@@ -167,12 +167,12 @@ impl Session {
                 since,
                 wants,
                 token,
-                label,
+                subscription,
             } => {
-                let of = (since, wants, token, label);
+                let of = (since, wants, token, subscription);
                 Box::pin(self.join(tag, &identity, room, of)).await
             }
-            Command::Unlabel { room, id } => Ok(self.unlabel(&room, &id)),
+            Command::Unsubscribe { room, id } => Ok(self.unsubscribe(&room, &id)),
             Command::End => {
                 self.replies.idle().await;
                 if self.draining.get() {
@@ -355,8 +355,8 @@ impl Session {
             self.reply(&tag, &Reply::Authed(Box::new(authed)));
         } else {
             self.connecting.set(true);
-            let held = Held::new(Rc::clone(&self.conn));
-            let joined = self.join_channels(&identity, since, &held);
+            let gate = Gate::new(Rc::clone(&self.conn));
+            let joined = self.join_channels(&identity, since, &gate);
             let late = |_elapsed| {
                 let text = "the rooms of the token can't be joined now";
                 Err(Refused::new(ErrorCode::Unavailable, text))
@@ -374,7 +374,7 @@ impl Session {
             }
             // Channels are those of a protocol in which this is the first command: there are no earlier replies.
             let authed = Reply::Authed(Box::new(authed));
-            held.open(self.codec.get().reply(&tag, &authed));
+            gate.open(self.codec.get().reply(&tag, &authed));
         }
         *self.identity.borrow_mut() = Some(identity);
         self.tell_expiry(unix_s());
@@ -673,6 +673,6 @@ fn label(command: &Command) -> metrics::Op {
         Command::History { .. } => metrics::Op::History,
         Command::Refresh { .. } | Command::RefreshJoin { .. } => metrics::Op::Refresh,
         Command::Ping | Command::Pong => metrics::Op::Ping,
-        Command::Unlabel { .. } | Command::End => metrics::Op::Leave,
+        Command::Unsubscribe { .. } | Command::End => metrics::Op::Leave,
     }
 }

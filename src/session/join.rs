@@ -22,18 +22,18 @@ use crate::{
     auth::{AuthError, Identity, Right},
     codec::{Names, Tag},
     model::{Cursor, RoomId},
-    protocol::{ErrorCode, JoinReply, Label, Place, Refused, Reply, Since, Wants},
+    protocol::{ErrorCode, JoinReply, RoomSubscription, ResumeAt, Refused, Reply, Since, Wants},
     room::{Joined, NewMember, ResetReason},
     runtime::unix_s,
     telemetry::metrics::{self, Counter, count},
-    wire::{Held, Outlet},
+    wire::{Gate, Outlet},
 };
 
 /// Rooms of a token that are joined at once.
 const JOINS_AT_ONCE: usize = 16;
 
 /// Subscriptions of one room, in a protocol that has several: each gets a copy of every message.
-const MAX_LABELS: usize = 16;
+const MAX_SUBSCRIPTIONS: usize = 16;
 
 /// How a session joins a room.
 struct Joining {
@@ -43,7 +43,7 @@ struct Joining {
     /// The token of the join, if it came with one.
     token: Option<Arc<Identity>>,
     /// The subscription, in a protocol that has several for one room.
-    label: Option<Label>,
+    subscription: Option<RoomSubscription>,
 }
 
 impl Session {
@@ -53,7 +53,7 @@ impl Session {
         self: &Rc<Self>,
         identity: &Identity,
         mut since: Vec<(RoomId, Since)>,
-        held: &Rc<Held>,
+        gate: &Rc<Gate>,
     ) -> Result<Vec<(JoinReply, bool)>, Refused> {
         let mut rooms = Vec::new();
         for channel in &identity.channels {
@@ -71,7 +71,7 @@ impl Session {
             let joins = group.iter().map(|room| {
                 let asked = since.iter().position(|(named, _)| named == room);
                 let since = asked.map(|at| since.swap_remove(at).1);
-                self.join_channel(identity, room.clone(), since, held)
+                self.join_channel(identity, room.clone(), since, gate)
             });
             let joins: Vec<_> = joins.collect();
             all.extend(try_join_all(joins).await?.into_iter().flatten());
@@ -88,15 +88,15 @@ impl Session {
         identity: &Identity,
         room: RoomId,
         since: Option<Since>,
-        held: &Rc<Held>,
+        gate: &Rc<Gate>,
     ) -> Result<Option<(JoinReply, bool)>, Refused> {
         let recovers = since.is_some();
         let joining = Joining {
             since,
             wants: Wants::default(),
-            outlet: Outlet::Held(Rc::clone(held)),
+            outlet: Outlet::Gate(Rc::clone(gate)),
             token: None,
-            label: None,
+            subscription: None,
         };
         let mut reply = None;
         let entered = self.enter(identity, room.clone(), joining, |joined| {
@@ -151,7 +151,7 @@ impl Session {
         tag: Tag,
         identity: &Identity,
         room: RoomId,
-        (since, mut wants, token, label): (Option<Since>, Wants, Option<String>, Option<Label>),
+        (since, mut wants, token, subscription): (Option<Since>, Wants, Option<String>, Option<RoomSubscription>),
     ) -> Answered {
         let check = |token: &String| self.check_subscription(identity, &room, token);
         let token = token.as_ref().map(check).transpose()?;
@@ -165,7 +165,7 @@ impl Session {
             wants,
             outlet: Outlet::Socket(Rc::clone(&self.conn)),
             token,
-            label,
+            subscription,
         };
         let reply = |joined: JoinReply| {
             if or_refuse && joined.reset {
@@ -192,7 +192,7 @@ impl Session {
     fn member_id(&self, room: &RoomId) -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(1 << 63);
         let rooms = self.rooms.borrow();
-        match rooms.get(room).is_some_and(|seat| seat.label.is_some()) {
+        match rooms.get(room).is_some_and(|seat| seat.subscription.is_some()) {
             true => NEXT.fetch_add(1, Ordering::Relaxed),
             false => self.id,
         }
@@ -207,14 +207,14 @@ impl Session {
     }
 
     /// Ends a subscription, and leaves the room with the last one.
-    pub(super) fn unlabel(&self, room: &RoomId, id: &str) -> Answer {
+    pub(super) fn unsubscribe(&self, room: &RoomId, id: &str) -> Answer {
         let mut rooms = self.rooms.borrow_mut();
         if let Some(seat) = rooms.get_mut(room) {
             seat.more.retain(|(its, _)| **its != *id);
-            if seat.label.as_deref() == Some(id) {
+            if seat.subscription.as_deref() == Some(id) {
                 match seat.more.pop() {
-                    Some((label, membership)) => {
-                        seat.label = Some(label);
+                    Some((subscription, membership)) => {
+                        seat.subscription = Some(subscription);
                         seat.membership = membership;
                     }
                     None => drop(rooms.remove(room)),
@@ -237,7 +237,7 @@ impl Session {
             wants,
             outlet,
             token,
-            label,
+            subscription,
         } = joining;
         let config = &self.context.config;
         let durable = namespace(config, &room)?.durable;
@@ -251,11 +251,11 @@ impl Session {
         let (since, only) = match since {
             None => (None, None),
             Some(since) => {
-                let cursor = match &since.place {
-                    Place::Cursor(text) => cursor_of(text)?,
-                    Place::Beginning => Cursor::default(),
-                    Place::Oldest if durable => self.oldest(&room).await?,
-                    Place::Oldest => Cursor::default(),
+                let cursor = match &since.at {
+                    ResumeAt::Cursor(text) => cursor_of(text)?,
+                    ResumeAt::Beginning => Cursor::default(),
+                    ResumeAt::Oldest if durable => self.oldest(&room).await?,
+                    ResumeAt::Oldest => Cursor::default(),
                 };
                 (Some(cursor), since.only)
             }
@@ -265,8 +265,8 @@ impl Session {
             let mut rooms = self.rooms.borrow_mut();
             rooms.retain(|_, seat| !seat.membership.has_ended());
             let more = rooms.get(&room).map_or(0, |seat| seat.more.len() + 1);
-            if label.is_some() && more >= MAX_LABELS {
-                let text = format!("a session may have {MAX_LABELS} subscriptions of a room");
+            if subscription.is_some() && more >= MAX_SUBSCRIPTIONS {
+                let text = format!("a session may have {MAX_SUBSCRIPTIONS} subscriptions of a room");
                 return Err(Refused::new(ErrorCode::Limit, text));
             }
             if rooms.len() >= limit && !rooms.contains_key(&room) {
@@ -283,14 +283,14 @@ impl Session {
         } else {
             None
         };
-        let name = label.as_ref().map(|label| label.id.clone());
+        let name = subscription.as_ref().map(|subscription| subscription.id.clone());
         let who = NewMember {
             session: self.member_id(&room),
             user: Arc::clone(&identity.user),
             outlet,
             codec: self.codec.get(),
             wants,
-            label,
+            subscription,
         };
         let refused = Cell::new(false);
         let validity = token.as_ref().map(|token| self.validity(token.exp));
@@ -335,7 +335,7 @@ impl Session {
         let presence = &self.context.presence;
         let seat = Seat {
             membership,
-            label: name,
+            subscription: name,
             more: Vec::new(),
             _present: presence.enter(&room, &identity.user, identity.info.as_ref()),
             watch: wants

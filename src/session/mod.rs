@@ -35,7 +35,7 @@ use std::{
 use crate::{
     auth::{Identity, Verifier},
     bus::Publisher,
-    codec::{Codec, Reader, Request, stomp},
+    codec::{Codec, CommandReader, Request, stomp},
     config::Config,
     model::RoomId,
     presence::{Presence, Present, Watch},
@@ -119,7 +119,7 @@ pub struct Carried {
     user_slot: Option<UserSlot>,
     address_slot: Option<UserSlot>,
     decoder: Decoder,
-    reader: Reader,
+    reader: CommandReader,
     inbox: VecDeque<Inbound>,
     beats: Beats,
     pinged: u8,
@@ -151,7 +151,7 @@ impl Carried {
             user_slot,
             address_slot,
             decoder: Decoder::new(limit, codec.is_binary()),
-            reader: Reader::new(codec, limit),
+            reader: CommandReader::new(codec, limit),
             inbox: VecDeque::new(),
             beats: Beats::default(),
             pinged: 0,
@@ -207,7 +207,7 @@ impl std::fmt::Debug for Session {
 struct Seat {
     membership: Membership,
     /// The name of its subscription, in a protocol that has several for one room.
-    label: Option<Box<str>>,
+    subscription: Option<Box<str>>,
     /// The other subscriptions of the room.
     more: Vec<(Box<str>, Membership)>,
     /// The user is shown as present as long as this is held.
@@ -221,7 +221,7 @@ struct Seat {
 #[derive(Debug)]
 pub struct Work {
     decoder: Decoder,
-    reader: Reader,
+    reader: CommandReader,
     inbox: VecDeque<Inbound>,
 }
 
@@ -410,7 +410,7 @@ impl Session {
     fn take_in(
         &self,
         decoder: &mut Decoder,
-        reader: &mut Reader,
+        reader: &mut CommandReader,
         inbox: &mut VecDeque<Inbound>,
         bytes: &mut [u8],
     ) -> Result<(), Close> {

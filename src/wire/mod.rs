@@ -17,4 +17,4 @@ pub use decode::{Decoder, Incoming, MAX_FRAGMENTS};
 pub use encode::{FrameBuilder, close_frame, ping_frame, pong_frame};
 #[cfg(test)]
 pub use encode::{text_frame, text_of};
-pub use outlet::{Held, Outlet};
+pub use outlet::{Gate, Outlet};

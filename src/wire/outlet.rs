@@ -14,20 +14,20 @@ pub enum Outlet {
     /// A WebSocket connection.
     Socket(Rc<Conn>),
     /// A WebSocket connection whose frames wait until a first frame was sent.
-    Held(Rc<Held>),
+    Gate(Rc<Gate>),
 }
 
 /// Frames that wait for a frame which must come first. After that, frames go straight to the connection. If more waits
 /// than the connection's queue may hold, the connection closes with [`Close::TooSlow`].
 #[derive(Debug)]
-pub struct Held {
+pub struct Gate {
     conn: Rc<Conn>,
     /// `None` after the first frame.
     waiting: RefCell<Option<Vec<Bytes>>>,
     opened: Notify,
 }
 
-impl Held {
+impl Gate {
     /// Begins to hold frames for `conn`.
     #[must_use]
     pub fn new(conn: Rc<Conn>) -> Rc<Self> {
@@ -90,7 +90,7 @@ impl Outlet {
     fn conn(&self) -> &Rc<Conn> {
         match self {
             Self::Socket(conn) => conn,
-            Self::Held(held) => &held.conn,
+            Self::Gate(gate) => &gate.conn,
         }
     }
 
@@ -98,7 +98,7 @@ impl Outlet {
     pub fn send(&self, frames: &[Bytes]) {
         match self {
             Self::Socket(conn) => conn.send(frames),
-            Self::Held(held) => held.send(frames),
+            Self::Gate(gate) => gate.send(frames),
         }
     }
 
@@ -111,7 +111,7 @@ impl Outlet {
     pub async fn drained(&self, below: usize) {
         match self {
             Self::Socket(conn) => conn.drained(below).await,
-            Self::Held(held) => held.drained(below).await,
+            Self::Gate(gate) => gate.drained(below).await,
         }
     }
 
@@ -120,7 +120,7 @@ impl Outlet {
     pub fn queued_bytes(&self) -> usize {
         match self {
             Self::Socket(conn) => conn.queued_bytes(),
-            Self::Held(held) => held.conn.queued_bytes().saturating_add(held.bytes()),
+            Self::Gate(gate) => gate.conn.queued_bytes().saturating_add(gate.bytes()),
         }
     }
 

@@ -10,7 +10,7 @@ use super::{Encoded, Request, Tag};
 use crate::{
     model::RoomId,
     protocol::{
-        Command, Draft, ErrorCode, Event, MessagePush, Place, Publication, Refused, Reply, Wants,
+        Command, Draft, ErrorCode, Event, MessagePush, ResumeAt, Publication, Refused, Reply, Wants,
     },
     wire::text_frame,
 };
@@ -51,10 +51,10 @@ fn command(line: &Value) -> Result<Command, Refused> {
             room: room()?,
             since: line["from"]
                 .as_str()
-                .map(|from| Place::Cursor(from.to_owned()).into()),
+                .map(|from| ResumeAt::Cursor(from.to_owned()).into()),
             wants: Wants::default(),
             token: None,
-            label: None,
+            subscription: None,
         }),
         Some("say") => {
             let body = RawValue::from_string(line["what"].to_string());

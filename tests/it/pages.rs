@@ -14,7 +14,7 @@ use futures_util::StreamExt as _;
 use natter::testing::{
     auth::{Grant, Right},
     bus::{Connection, Origins, Reader, Streams, consumer_state},
-    history::{At, Lies, PageRequest, Pages, entry},
+    history::{At, PageAnchor, PageRequest, Pages, entry},
     mesh::provision::connect,
     model::{Class, Region, RoomId},
     store::{Entry, Store},
@@ -374,10 +374,10 @@ impl Hand {
         Pages::new(reader, origins, store, &self.mesh.config)
     }
 
-    fn ask(&self, lies: Lies, limit: usize) -> PageRequest {
+    fn ask(&self, anchor: PageAnchor, limit: usize) -> PageRequest {
         PageRequest {
             room: self.room.clone(),
-            lies,
+            anchor,
             limit,
         }
     }
@@ -420,24 +420,24 @@ async fn whatever_of_the_log_is_in_mongodb_the_pages_are_the_same() {
     assert_eq!(hand.store.write(&written).await.unwrap(), []);
     let pages = hand.pages(Some(hand.store.clone()));
     let last = MESSAGES - 1;
-    for (lies, limit, expected, ends) in [
-        (Lies::Newest, 5, 55..60, (true, false)),
-        (Lies::Newest, 60, 0..60, (false, false)),
-        (Lies::Newest, 200, 0..60, (false, false)),
-        (Lies::Oldest, 25, 0..25, (false, true)),
-        (Lies::Oldest, 60, 0..60, (false, false)),
-        (Lies::Before(hand.at(30)), 20, 10..30, (true, true)),
-        (Lies::Before(hand.at(10)), 20, 0..10, (false, true)),
-        (Lies::Before(hand.at(0)), 20, 0..0, (false, false)),
-        (Lies::After(hand.at(15)), 20, 16..36, (true, true)),
-        (Lies::After(hand.at(50)), 20, 51..60, (true, false)),
-        (Lies::After(hand.at(last)), 20, 0..0, (false, false)),
-        (Lies::Around(hand.at(20)), 11, 15..26, (true, true)),
-        (Lies::Around(hand.at(1)), 10, 0..10, (false, true)),
-        (Lies::Around(hand.at(58)), 10, 50..60, (true, false)),
-        (Lies::Around(hand.at(30)), 1, 30..31, (true, true)),
+    for (anchor, limit, expected, ends) in [
+        (PageAnchor::Newest, 5, 55..60, (true, false)),
+        (PageAnchor::Newest, 60, 0..60, (false, false)),
+        (PageAnchor::Newest, 200, 0..60, (false, false)),
+        (PageAnchor::Oldest, 25, 0..25, (false, true)),
+        (PageAnchor::Oldest, 60, 0..60, (false, false)),
+        (PageAnchor::Before(hand.at(30)), 20, 10..30, (true, true)),
+        (PageAnchor::Before(hand.at(10)), 20, 0..10, (false, true)),
+        (PageAnchor::Before(hand.at(0)), 20, 0..0, (false, false)),
+        (PageAnchor::After(hand.at(15)), 20, 16..36, (true, true)),
+        (PageAnchor::After(hand.at(50)), 20, 51..60, (true, false)),
+        (PageAnchor::After(hand.at(last)), 20, 0..0, (false, false)),
+        (PageAnchor::Around(hand.at(20)), 11, 15..26, (true, true)),
+        (PageAnchor::Around(hand.at(1)), 10, 0..10, (false, true)),
+        (PageAnchor::Around(hand.at(58)), 10, 50..60, (true, false)),
+        (PageAnchor::Around(hand.at(30)), 1, 30..31, (true, true)),
     ] {
-        let request = hand.ask(lies, limit);
+        let request = hand.ask(anchor, limit);
         let (found, partial, prev, next) = numbers(&pages, &request).await;
         assert_eq!(found, expected.collect::<Vec<_>>(), "{request:?}");
         assert!(!partial, "{request:?}");
@@ -445,18 +445,18 @@ async fn whatever_of_the_log_is_in_mongodb_the_pages_are_the_same() {
     }
     // What was just stored is there, without anybody having written it.
     hand.publish(60..61).await;
-    let (found, partial, ..) = numbers(&pages, &hand.ask(Lies::Newest, 2)).await;
+    let (found, partial, ..) = numbers(&pages, &hand.ask(PageAnchor::Newest, 2)).await;
     assert_eq!((found, partial), (vec![59, 60], false));
     // The stream alone tells the same, and that it may lack something.
     let alone = hand.pages(None);
-    for (lies, limit, expected) in [
-        (Lies::Newest, 5, 56..61),
-        (Lies::Oldest, 5, 0..5),
-        (Lies::Before(hand.at(30)), 5, 25..30),
-        (Lies::After(hand.at(30)), 5, 31..36),
-        (Lies::Around(hand.at(30)), 5, 28..33),
+    for (anchor, limit, expected) in [
+        (PageAnchor::Newest, 5, 56..61),
+        (PageAnchor::Oldest, 5, 0..5),
+        (PageAnchor::Before(hand.at(30)), 5, 25..30),
+        (PageAnchor::After(hand.at(30)), 5, 31..36),
+        (PageAnchor::Around(hand.at(30)), 5, 28..33),
     ] {
-        let request = hand.ask(lies, limit);
+        let request = hand.ask(anchor, limit);
         let (found, partial, ..) = numbers(&alone, &request).await;
         assert_eq!((found, partial), (expected.collect(), true), "{request:?}");
     }
@@ -474,32 +474,32 @@ async fn far_behind_pages_are_partial_and_have_no_seam() {
     let stream = client.get_stream(hand.stream()).await.unwrap();
     stream.purge().sequence(200).await.unwrap();
     let pages = hand.pages(Some(hand.store.clone()));
-    let mut request = hand.ask(Lies::Newest, 200);
+    let mut request = hand.ask(PageAnchor::Newest, 200);
     let mut all: Vec<usize> = Vec::new();
     loop {
         let (found, partial, prev, _) = numbers(&pages, &request).await;
         assert!(partial);
         all.splice(0..0, found);
         let Some(prev) = prev else { break };
-        request.lies = Lies::Before(At::Cursor(prev));
+        request.anchor = PageAnchor::Before(At::Cursor(prev));
     }
     assert_eq!(all, (0..MESSAGES).collect::<Vec<_>>());
-    for (lies, expected) in [
-        (Lies::Oldest, 0..200),
-        (Lies::After(hand.at(250)), 251..451),
-        (Lies::After(hand.at(2000)), 2001..2201),
-        (Lies::After(hand.at(5500)), 5501..5600),
-        (Lies::Around(hand.at(3000)), 2900..3100),
-        (Lies::Around(hand.at(300)), 200..400),
+    for (anchor, expected) in [
+        (PageAnchor::Oldest, 0..200),
+        (PageAnchor::After(hand.at(250)), 251..451),
+        (PageAnchor::After(hand.at(2000)), 2001..2201),
+        (PageAnchor::After(hand.at(5500)), 5501..5600),
+        (PageAnchor::Around(hand.at(3000)), 2900..3100),
+        (PageAnchor::Around(hand.at(300)), 200..400),
     ] {
         // A message that is in neither part is found by its cursor.
-        let request = hand.ask(lies, 200);
-        let lies = match request.lies {
-            Lies::After(At::Key(key)) => Lies::After(cursor_of(&entries, &key)),
-            Lies::Around(At::Key(key)) => Lies::Around(cursor_of(&entries, &key)),
+        let request = hand.ask(anchor, 200);
+        let anchor = match request.anchor {
+            PageAnchor::After(At::Key(key)) => PageAnchor::After(cursor_of(&entries, &key)),
+            PageAnchor::Around(At::Key(key)) => PageAnchor::Around(cursor_of(&entries, &key)),
             other => other,
         };
-        let request = hand.ask(lies, 200);
+        let request = hand.ask(anchor, 200);
         let (found, partial, ..) = numbers(&pages, &request).await;
         assert_eq!((found, partial), (expected.collect(), true), "{request:?}");
     }

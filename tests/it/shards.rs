@@ -173,7 +173,7 @@ async fn member() -> NewMember {
         outlet: Outlet::Socket(Conn::new(stream, Rc::new(limits))),
         codec: Codec::Native,
         wants: Wants::default(),
-        label: None,
+        subscription: None,
     }
 }
 

@@ -201,7 +201,7 @@ fn subscribe(request: SubscribeRequest) -> Result<Command, Refused> {
             read: options.read,
         },
         token: Some(request.token).filter(|token| !token.is_empty()),
-        label: None,
+        subscription: None,
     })
 }
 

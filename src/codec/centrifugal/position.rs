@@ -11,7 +11,7 @@
 
 use crate::{
     model::{Cursor, Epoch, Fingerprint, Position, Region},
-    protocol::{Place, Since},
+    protocol::{ResumeAt, Since},
 };
 
 /// Bits of an offset that hold the fingerprint.
@@ -64,15 +64,15 @@ pub(super) fn since(offset: u64, epoch: &str, or_refuse: bool) -> Since {
         }
         Some((Cursor::of(positions).to_string(), position.origin))
     };
-    let (place, only) = match (offset, epoch) {
-        (0, "") => (Place::Beginning, None),
+    let (at, only) = match (offset, epoch) {
+        (0, "") => (ResumeAt::Beginning, None),
         _ => match read() {
-            Some((cursor, origin)) => (Place::Cursor(cursor), Some(origin)),
-            None => (Place::Cursor(NOWHERE.to_owned()), None),
+            Some((cursor, origin)) => (ResumeAt::Cursor(cursor), Some(origin)),
+            None => (ResumeAt::Cursor(NOWHERE.to_owned()), None),
         },
     };
     Since {
-        place,
+        at,
         only,
         or_refuse,
     }
@@ -104,7 +104,7 @@ mod tests {
             let (offset, epoch) = of_cursor(&cursor(text), &own).unwrap();
             assert!(offset < MAX_OFFSET, "{text}");
             let back = since(offset, &epoch, true);
-            assert_eq!(back.place, Place::Cursor(text.to_owned()));
+            assert_eq!(back.at, ResumeAt::Cursor(text.to_owned()));
             assert_eq!(back.only, Some(own));
             assert!(back.or_refuse);
         }
@@ -119,8 +119,8 @@ mod tests {
         assert_eq!(of_cursor(&far, &own), None);
     }
 
-    fn nowhere() -> Place {
-        Place::Cursor(NOWHERE.to_owned())
+    fn nowhere() -> ResumeAt {
+        ResumeAt::Cursor(NOWHERE.to_owned())
     }
 
     #[test]
@@ -136,11 +136,11 @@ mod tests {
             ".",
         ] {
             let since = since(7, epoch, false);
-            assert_eq!(since.place, nowhere(), "{epoch}");
+            assert_eq!(since.at, nowhere(), "{epoch}");
             assert_eq!(since.only, None, "{epoch}");
         }
-        assert_eq!(since(7, "", false).place, nowhere());
-        assert_eq!(since(0, "", false).place, Place::Beginning);
+        assert_eq!(since(7, "", false).at, nowhere());
+        assert_eq!(since(0, "", false).at, ResumeAt::Beginning);
         assert!(NOWHERE.parse::<Cursor>().is_ok());
     }
 }

@@ -568,7 +568,7 @@ fn protobuf_commands_mean_the_same_as_json() {
         panic!("{:?}", text[1]);
     };
     let since = since.as_ref().unwrap();
-    assert_eq!(since.place, Place::Cursor("seoul.k3.1.1".to_owned()));
+    assert_eq!(since.at, ResumeAt::Cursor("seoul.k3.1.1".to_owned()));
     assert_eq!(since.only, Region::parse("seoul"));
     assert!(since.or_refuse && wants.typing && wants.presence && !wants.read);
 }

@@ -9,7 +9,7 @@ use crate::{
     codec::{Request, Tag},
     model::{RoomId, without_mark},
     protocol::{
-        Beats, Command, Draft, ErrorCode, HistoryOf, PageOf, Place, Publication, Refused, Wants,
+        Beats, Command, Draft, ErrorCode, HistoryOf, PageOf, ResumeAt, Publication, Refused, Wants,
     },
 };
 
@@ -150,9 +150,9 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
             room: room()?,
             since: fields
                 .since
-                .map(|cursor| Place::Cursor(cursor.into_owned()).into()),
+                .map(|cursor| ResumeAt::Cursor(cursor.into_owned()).into()),
             token: None,
-            label: None,
+            subscription: None,
             wants: Wants {
                 typing: true,
                 presence: fields.presence.unwrap_or_default(),

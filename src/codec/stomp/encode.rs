@@ -13,7 +13,7 @@ use super::{
 use crate::{
     codec::{Codec, Encoded, Names, Tag},
     model::RoomId,
-    protocol::{Event, JoinReply, Label, Labelled, MessagePush, PresenceChange, Refused, Reply},
+    protocol::{Event, JoinReply, RoomSubscription, SubscribedTo, MessagePush, PresenceChange, Refused, Reply},
     wire::FrameBuilder,
 };
 
@@ -122,15 +122,15 @@ pub(in crate::codec) fn refusal(codec: Codec, tag: &Tag, refused: &Refused) -> B
 }
 
 /// The first fragment of a MESSAGE: what is a subscription's own.
-pub(in crate::codec) fn head(codec: Codec, label: &Label) -> Bytes {
+pub(in crate::codec) fn head(codec: Codec, subscription: &RoomSubscription) -> Bytes {
     let out = FrameBuilder::first_fragment(64);
     let mut lines = Lines::command(codec, out, "MESSAGE");
-    lines.header("subscription", &label.id);
+    lines.header("subscription", &subscription.id);
     lines.out.finish()
 }
 
 /// The rest of a MESSAGE, without its end.
-fn rest(codec: Codec, room: &RoomId, of: Labelled, room_for: usize) -> Lines {
+fn rest(codec: Codec, room: &RoomId, of: SubscribedTo, room_for: usize) -> Lines {
     let out = FrameBuilder::last_fragment(HEADERS + room_for);
     let mut lines = Lines::of(codec, out);
     let name = Names::Stomp.name(room);
@@ -141,7 +141,7 @@ fn rest(codec: Codec, room: &RoomId, of: Labelled, room_for: usize) -> Lines {
 /// The rest of the MESSAGE of an event, if there are subscriptions for it.
 pub(in crate::codec) fn event(codec: Codec, event: &Event) -> Option<Bytes> {
     let (room, of, body) = match event {
-        Event::Typing { room, user } => (room, Labelled::Typing, json!({ "user": user })),
+        Event::Typing { room, user } => (room, SubscribedTo::Typing, json!({ "user": user })),
         Event::Presence { room, change } => {
             let body = match change {
                 PresenceChange::Count(count) => json!({ "count": count }),
@@ -152,7 +152,7 @@ pub(in crate::codec) fn event(codec: Codec, event: &Event) -> Option<Bytes> {
                     at,
                 } => json!({ "user": user, "state": state.as_str(), "info": info, "at": at }),
             };
-            (room, Labelled::Presence, body)
+            (room, SubscribedTo::Presence, body)
         }
         Event::Read { .. }
         | Event::Kicked { .. }
@@ -178,7 +178,7 @@ pub(in crate::codec) fn message(codec: Codec, message: &MessagePush<'_>) -> Enco
         Some(text) => (TEXT, Cow::Owned(text.into_bytes())),
         None => (JSON, Cow::Borrowed(message.body)),
     };
-    let mut lines = rest(codec, message.room, Labelled::Messages, body.len());
+    let mut lines = rest(codec, message.room, SubscribedTo::Messages, body.len());
     let id = format!("{}/{}", message.from, message.id);
     match message.cursor {
         Some(cursor) => {

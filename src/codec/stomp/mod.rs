@@ -11,11 +11,11 @@ mod encode;
 mod frame;
 mod read;
 
-use crate::protocol::Labelled;
+use crate::protocol::SubscribedTo;
 
 pub use encode::sign_of_life;
 pub(super) use encode::{event, head, message, refusal, reply};
-pub use read::Reader;
+pub use read::FrameReader;
 
 use frame::Version;
 
@@ -64,11 +64,11 @@ impl Asked {
 const TOPIC: &str = "/topic/";
 
 /// The end of a destination for events.
-fn suffix(of: Labelled) -> &'static str {
+fn suffix(of: SubscribedTo) -> &'static str {
     match of {
-        Labelled::Messages => "",
-        Labelled::Typing => ".typing",
-        Labelled::Presence => ".presence",
+        SubscribedTo::Messages => "",
+        SubscribedTo::Typing => ".typing",
+        SubscribedTo::Presence => ".presence",
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
     codec::{MAX_COMMANDS, Names, Request, Tag},
     model::RoomId,
     protocol::{
-        Beats, Command, Draft, ErrorCode, Label, Labelled, Place, Publication, Refused, Since,
+        Beats, Command, Draft, ErrorCode, RoomSubscription, SubscribedTo, ResumeAt, Publication, Refused, Since,
         Wants,
     },
 };
@@ -34,11 +34,11 @@ const SHORTEST_BEAT: Duration = Duration::from_secs(1);
 /// Reads the frames of one client: cuts them out of its messages, and keeps the names of its subscriptions and its open
 /// transactions.
 #[derive(Debug)]
-pub struct Reader {
+pub struct FrameReader {
     frames: Frames,
     /// The version that was agreed on.
     version: Option<Version>,
-    subscriptions: HashMap<Box<str>, (RoomId, Labelled)>,
+    subscriptions: HashMap<Box<str>, (RoomId, SubscribedTo)>,
     /// What open transactions will do.
     transactions: HashMap<String, Vec<Command>>,
     /// How many those are, and their bytes.
@@ -53,7 +53,7 @@ fn bad(text: impl Into<String>) -> Refused {
     Refused::new(ErrorCode::BadRequest, text)
 }
 
-impl Reader {
+impl FrameReader {
     /// A reader for bodies of up to `most` bytes.
     #[must_use]
     pub fn new(most: usize) -> Self {
@@ -228,15 +228,15 @@ impl Reader {
         }
         let (room, of) = room_of(destination)?;
         let since = match (frame.get("cursor"), frame.get("x-stream-offset")) {
-            (Some(cursor), _) => Some(Since::from(Place::Cursor(cursor.to_owned()))),
+            (Some(cursor), _) => Some(Since::from(ResumeAt::Cursor(cursor.to_owned()))),
             (None, None | Some("next")) => None,
-            (None, Some("first")) => Some(Since::from(Place::Oldest)),
+            (None, Some("first")) => Some(Since::from(ResumeAt::Oldest)),
             (None, Some(offset)) => match offset.strip_prefix("cursor=") {
-                Some(cursor) => Some(Since::from(Place::Cursor(cursor.to_owned()))),
+                Some(cursor) => Some(Since::from(ResumeAt::Cursor(cursor.to_owned()))),
                 None => return Err(bad("x-stream-offset is not next, first or cursor=…")),
             },
         };
-        if since.is_some() && of != Labelled::Messages {
+        if since.is_some() && of != SubscribedTo::Messages {
             return Err(bad("only messages can be resumed"));
         }
         self.subscriptions.insert(id.clone(), (room.clone(), of));
@@ -248,12 +248,12 @@ impl Reader {
             room,
             since,
             wants: Wants {
-                typing: of == Labelled::Typing,
-                presence: of == Labelled::Presence,
+                typing: of == SubscribedTo::Typing,
+                presence: of == SubscribedTo::Presence,
                 read: false,
             },
             token: None,
-            label: Some(Label { id, of }),
+            subscription: Some(RoomSubscription { id, of }),
         };
         Ok((what, command))
     }
@@ -263,7 +263,7 @@ impl Reader {
         let id = frame.get("id").or_else(|| frame.get("destination"));
         let known = id.and_then(|id| self.subscriptions.remove_entry(id));
         match known {
-            Some((id, (room, _))) => Command::Unlabel { room, id },
+            Some((id, (room, _))) => Command::Unsubscribe { room, id },
             None => Command::Ping,
         }
     }
@@ -399,7 +399,7 @@ fn destination(frame: &Frame) -> Result<&str, Refused> {
 }
 
 /// The room of a destination, and what of it.
-fn room_of(destination: &str) -> Result<(RoomId, Labelled), Refused> {
+fn room_of(destination: &str) -> Result<(RoomId, SubscribedTo), Refused> {
     let bad = |text: String| Refused::new(ErrorCode::BadRoom, text);
     let Some(name) = destination.strip_prefix(TOPIC) else {
         let shown: String = destination.chars().take(100).collect();
@@ -407,9 +407,9 @@ fn room_of(destination: &str) -> Result<(RoomId, Labelled), Refused> {
             "{shown:?} is not /topic/ and the name of a room"
         )));
     };
-    let events = [Labelled::Typing, Labelled::Presence].into_iter();
+    let events = [SubscribedTo::Typing, SubscribedTo::Presence].into_iter();
     let mut events = events.filter_map(|of| Some((name.strip_suffix(suffix(of))?, of)));
-    let (name, of) = events.next().unwrap_or((name, Labelled::Messages));
+    let (name, of) = events.next().unwrap_or((name, SubscribedTo::Messages));
     // Brokers separate words by dots, which are not in names of rooms.
     let name = match (name.contains(':'), name.split_once('.')) {
         (false, Some((namespace, name))) => Cow::Owned(format!("{namespace}:{name}")),
@@ -421,9 +421,9 @@ fn room_of(destination: &str) -> Result<(RoomId, Labelled), Refused> {
 fn send(frame: &Frame) -> Read {
     let (room, of) = room_of(destination(frame)?)?;
     match of {
-        Labelled::Messages => {}
-        Labelled::Typing => return Ok(Command::Typing { room }),
-        Labelled::Presence => return Err(bad("presence can't be sent")),
+        SubscribedTo::Messages => {}
+        SubscribedTo::Typing => return Ok(Command::Typing { room }),
+        SubscribedTo::Presence => return Err(bad("presence can't be sent")),
     }
     let text = std::str::from_utf8(&frame.body).map_err(|_at| bad("the body is not UTF-8"))?;
     let is_text = frame

@@ -12,22 +12,22 @@ use crate::{
 const MOST: usize = 1 << 20;
 const CONNECT: &str = "CONNECT\naccept-version:1.2\nhost:x\n\n\0";
 
-fn read(reader: &mut Reader, bytes: &[u8]) -> Vec<Request> {
+fn read(reader: &mut FrameReader, bytes: &[u8]) -> Vec<Request> {
     let mut all = Vec::new();
     reader.read(bytes, |request| all.push(request));
     all
 }
 
 /// A reader that is connected with a version.
-fn connected(version: &str) -> Reader {
-    let mut reader = Reader::new(MOST);
+fn connected(version: &str) -> FrameReader {
+    let mut reader = FrameReader::new(MOST);
     let connect = format!("CONNECT\naccept-version:{version}\n\n\0");
     let all = read(&mut reader, connect.as_bytes());
     assert!(all[0].command.is_ok(), "{all:?}");
     reader
 }
 
-fn one(reader: &mut Reader, frame: &str) -> Result<Command, Refused> {
+fn one(reader: &mut FrameReader, frame: &str) -> Result<Command, Refused> {
     let mut all = read(reader, frame.as_bytes());
     assert_eq!(all.len(), 1, "{frame:?}");
     all.remove(0).command
@@ -38,7 +38,7 @@ fn refused(frame: &str) -> ErrorCode {
     command.expect_err(frame).code
 }
 
-fn sent(reader: &mut Reader, frame: &str) -> Publication {
+fn sent(reader: &mut FrameReader, frame: &str) -> Publication {
     match one(reader, frame) {
         Ok(Command::Send(publication)) => *publication,
         other => panic!("{frame:?}: {other:?}"),
@@ -55,12 +55,12 @@ fn frames_may_be_cut_anywhere_and_several_may_come_at_once() {
         "DISCONNECT\nreceipt:r\n\n\0",
     )
     .replace("\"\0\"", "123");
-    let whole = format!("{:?}", read(&mut Reader::new(MOST), bytes.as_bytes()));
+    let whole = format!("{:?}", read(&mut FrameReader::new(MOST), bytes.as_bytes()));
     assert_eq!(whole.matches("Request {").count(), 5, "{whole}");
     // The password is not unescaped, and ends with its line.
     assert!(whole.contains("a:b\\\\n"), "{whole}");
     for size in 1..40 {
-        let mut reader = Reader::new(MOST);
+        let mut reader = FrameReader::new(MOST);
         let all = bytes
             .as_bytes()
             .chunks(size)
@@ -152,11 +152,11 @@ fn what_can_not_be_read_is_refused_and_ends_the_reading() {
         assert!(after.is_empty(), "{frame:?}");
     }
     let first = one(
-        &mut Reader::new(MOST),
+        &mut FrameReader::new(MOST),
         "SEND\ndestination:/topic/chat:a\n\n1\0",
     );
     assert_eq!(first.unwrap_err().code, ErrorCode::Unauthorized);
-    let old = one(&mut Reader::new(MOST), "CONNECT\naccept-version:0.9\n\n\0");
+    let old = one(&mut FrameReader::new(MOST), "CONNECT\naccept-version:0.9\n\n\0");
     assert!(old.unwrap_err().message.contains("1.0,1.1,1.2"));
 }
 
@@ -228,7 +228,7 @@ fn subscriptions_have_names_and_acknowledgements_move_markers() {
     let subscribe =
         |id: &str, more: &str| format!("SUBSCRIBE\nid:{id}\ndestination:/topic/chat:a{more}\n\n\0");
     let Ok(Command::Join {
-        label,
+        subscription,
         wants,
         since,
         ..
@@ -236,16 +236,16 @@ fn subscriptions_have_names_and_acknowledgements_move_markers() {
     else {
         panic!("a join");
     };
-    assert_eq!(label.unwrap().of, Labelled::Messages);
+    assert_eq!(subscription.unwrap().of, SubscribedTo::Messages);
     assert_eq!(
-        (since.unwrap().place, wants),
-        (Place::Cursor("c".to_owned()), Wants::default())
+        (since.unwrap().at, wants),
+        (ResumeAt::Cursor("c".to_owned()), Wants::default())
     );
     let Ok(Command::Join { wants, .. }) = one(reader, &subscribe("b", ".typing")) else {
         panic!("a join");
     };
     assert!(wants.typing);
-    let Ok(Command::Unlabel { room, id }) = one(reader, "UNSUBSCRIBE\nid:b\n\n\0") else {
+    let Ok(Command::Unsubscribe { room, id }) = one(reader, "UNSUBSCRIBE\nid:b\n\n\0") else {
         panic!("an end");
     };
     assert_eq!((room.as_str(), &*id), ("chat:a", "b"));
@@ -275,7 +275,7 @@ fn signs_of_life_are_what_both_sides_want() {
         (" 2000 , 3000 ", seconds(2), seconds(3)),
     ] {
         let frame = format!("CONNECT\naccept-version:1.2\nheart-beat:{text}\n\n\0");
-        match one(&mut Reader::new(MOST), &frame) {
+        match one(&mut FrameReader::new(MOST), &frame) {
             Ok(Command::Auth { beats, .. }) => {
                 assert_eq!((beats.client, beats.server), (client, server))
             }
@@ -284,7 +284,7 @@ fn signs_of_life_are_what_both_sides_want() {
     }
     for text in ["", "1", "x,y", "-1,0"] {
         let frame = format!("CONNECT\naccept-version:1.2\nheart-beat:{text}\n\n\0");
-        assert!(one(&mut Reader::new(MOST), &frame).is_err(), "{text}");
+        assert!(one(&mut FrameReader::new(MOST), &frame).is_err(), "{text}");
     }
 }
 
@@ -316,15 +316,15 @@ fn pushed(codec: Codec, body: &str) -> Bytes {
 
 #[test]
 fn a_message_is_two_fragments() {
-    let label = Label {
+    let subscription = RoomSubscription {
         id: "s:1".into(),
-        of: Labelled::Messages,
+        of: SubscribedTo::Messages,
     };
-    let head = Codec::Stomp.head(&label);
+    let head = Codec::Stomp.head(&subscription);
     assert_eq!(head[0], 0x01);
     assert_eq!(shown(&head), "MESSAGE\nsubscription:s\\c1\n");
     assert_eq!(
-        shown(&Codec::StompOld.head(&label)),
+        shown(&Codec::StompOld.head(&subscription)),
         "MESSAGE\nsubscription:s:1\n"
     );
     let rest = pushed(Codec::Stomp, "{\"x\":1}");

@@ -12,7 +12,7 @@ use crate::{
     codec::{
         Codec, Request, Tag,
         native::{decode, decode_publication, decode_read, decode_unread},
-        stomp::Reader,
+        stomp::FrameReader,
     },
     model::{
         Class, Cursor, Epoch, Flaw, MAX_JSON_DEPTH, Reference, RoomId, header_escape,
@@ -187,7 +187,7 @@ fn all_sound(codec: Codec, requests: impl Iterator<Item = Request>) {
 /// Commands are the same wherever messages cut the stream, and a refusal is the last.
 pub fn stomp(data: &[u8]) {
     let run = |pieces: &[&[u8]]| {
-        let mut reader = Reader::new(4096);
+        let mut reader = FrameReader::new(4096);
         let mut seen = Vec::new();
         let mut is_over = false;
         for piece in pieces {
