@@ -24,7 +24,7 @@ use bytes::Bytes;
 pub use names::Names;
 
 use crate::{
-    protocol::{Close, Command, ErrorCode, Event, RoomSubscription, MessagePush, Refused, Reply},
+    protocol::{Close, Command, ErrorCode, Event, MessagePush, Refused, Reply, RoomSubscription},
     wire::{close_frame, ping_frame},
 };
 

@@ -61,10 +61,7 @@ impl<K> Slots<K> {
     }
 }
 
-fn take<K: Eq + Hash + Clone>(
-    slots: &Arc<Slots<K>>,
-    key: impl FnOnce() -> K,
-) -> Option<Slot<K>> {
+fn take<K: Eq + Hash + Clone>(slots: &Arc<Slots<K>>, key: impl FnOnce() -> K) -> Option<Slot<K>> {
     if slots.limit == 0 {
         return Some(Slot(None));
     }

@@ -528,9 +528,7 @@ impl Shard {
             config,
             buffer: RefCell::default(),
             admit_user: Box::new(move |user| {
-                admission
-                    .user(user)
-                    .map(|slot| Box::new(slot) as UserSlot)
+                admission.user(user).map(|slot| Box::new(slot) as UserSlot)
             }),
             home: way_home(Arc::clone(&neighbours), number),
         };

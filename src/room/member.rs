@@ -66,7 +66,9 @@ impl Member {
             next: Cell::new(next),
             left: Cell::new(false),
             ahead: RefCell::default(),
-            subscription: who.subscription.map(|subscription| (subscription.of, who.codec.head(&subscription))),
+            subscription: who
+                .subscription
+                .map(|subscription| (subscription.of, who.codec.head(&subscription))),
             _active: Held::new(Gauge::MemberActive),
         }
     }

@@ -22,7 +22,7 @@ use crate::{
     auth::{AuthError, Identity, Right},
     codec::{Names, Tag},
     model::{Cursor, RoomId},
-    protocol::{ErrorCode, JoinReply, RoomSubscription, ResumeAt, Refused, Reply, Since, Wants},
+    protocol::{ErrorCode, JoinReply, Refused, Reply, ResumeAt, RoomSubscription, Since, Wants},
     room::{Joined, NewMember, ResetReason},
     runtime::unix_s,
     telemetry::metrics::{self, Counter, count},
@@ -151,7 +151,12 @@ impl Session {
         tag: Tag,
         identity: &Identity,
         room: RoomId,
-        (since, mut wants, token, subscription): (Option<Since>, Wants, Option<String>, Option<RoomSubscription>),
+        (since, mut wants, token, subscription): (
+            Option<Since>,
+            Wants,
+            Option<String>,
+            Option<RoomSubscription>,
+        ),
     ) -> Answered {
         let check = |token: &String| self.check_subscription(identity, &room, token);
         let token = token.as_ref().map(check).transpose()?;
@@ -192,7 +197,10 @@ impl Session {
     fn member_id(&self, room: &RoomId) -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(1 << 63);
         let rooms = self.rooms.borrow();
-        match rooms.get(room).is_some_and(|seat| seat.subscription.is_some()) {
+        match rooms
+            .get(room)
+            .is_some_and(|seat| seat.subscription.is_some())
+        {
             true => NEXT.fetch_add(1, Ordering::Relaxed),
             false => self.id,
         }
@@ -266,7 +274,8 @@ impl Session {
             rooms.retain(|_, seat| !seat.membership.has_ended());
             let more = rooms.get(&room).map_or(0, |seat| seat.more.len() + 1);
             if subscription.is_some() && more >= MAX_SUBSCRIPTIONS {
-                let text = format!("a session may have {MAX_SUBSCRIPTIONS} subscriptions of a room");
+                let text =
+                    format!("a session may have {MAX_SUBSCRIPTIONS} subscriptions of a room");
                 return Err(Refused::new(ErrorCode::Limit, text));
             }
             if rooms.len() >= limit && !rooms.contains_key(&room) {
@@ -283,7 +292,9 @@ impl Session {
         } else {
             None
         };
-        let name = subscription.as_ref().map(|subscription| subscription.id.clone());
+        let name = subscription
+            .as_ref()
+            .map(|subscription| subscription.id.clone());
         let who = NewMember {
             session: self.member_id(&room),
             user: Arc::clone(&identity.user),

@@ -147,14 +147,15 @@ impl Replies {
         // If it was sent already, no slot is left that may be.
         let last = ticket.unwrap_or_else(|| end.saturating_sub(1));
         self.last.set(Some(last));
-        for (number, slot) in (*base..)
-            .zip(slots.iter_mut())
-            .filter(|(number, _)| *number > last)
-        {
-            debug_assert!(number > last, "they are behind it");
-            if let Reply::Held(reply) = std::mem::replace(&mut slot.reply, Reply::Sent) {
-                self.held.set(self.held.get() - weight(&reply));
-                *held -= 1;
+        let numbered = (*base..).zip(slots.iter_mut());
+        for (_, slot) in numbered.filter(|(number, _)| *number > last) {
+            // One that is awaited is dropped when it comes.
+            match std::mem::replace(&mut slot.reply, Reply::Sent) {
+                Reply::Held(reply) => {
+                    self.held.set(self.held.get() - weight(&reply));
+                    *held -= 1;
+                }
+                kept @ (Reply::Awaited | Reply::Sent) => slot.reply = kept,
             }
         }
     }
@@ -534,6 +535,42 @@ mod tests {
             drop(peer);
         })
         .await;
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn nothing_is_sent_after_the_last_reply() {
+        // Behind an awaited one, a refusal that is the last, and replies to what was sent after it.
+        let order = sent(3, |replies| {
+            let a = replies.promise(room("chat:a"), 1);
+            let b = replies.promise(room("chat:b"), 1);
+            let c = replies.promise_in_order(1);
+            replies.now(Bytes::from_static(b"X"));
+            let number = b.number;
+            replies.keep(b, Some(Bytes::from_static(b"b")));
+            replies.seal(Some(number));
+            replies.now(Bytes::from_static(b"Y"));
+            replies.keep(c, Some(Bytes::from_static(b"c")));
+            replies.keep(a, Some(Bytes::from_static(b"a")));
+            assert_eq!(replies.held_bytes(), 0);
+            let peer = &replies.outlet;
+            peer.send(&[Bytes::from_static(b"!")]);
+        })
+        .await;
+        assert_eq!(order, "ba!");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_comes_before_the_last_reply_is_sent() {
+        let order = sent(3, |replies| {
+            let page = replies.promise_in_order(1);
+            replies.now(Bytes::from_static(b"E"));
+            replies.seal(None);
+            replies.now(Bytes::from_static(b"x"));
+            replies.keep(page, Some(Bytes::from_static(b"p")));
+            replies.outlet.send(&[Bytes::from_static(b"!")]);
+        })
+        .await;
+        assert_eq!(order, "pE!");
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -10,7 +10,7 @@ use super::{Encoded, Request, Tag};
 use crate::{
     model::RoomId,
     protocol::{
-        Command, Draft, ErrorCode, Event, MessagePush, ResumeAt, Publication, Refused, Reply, Wants,
+        Command, Draft, ErrorCode, Event, MessagePush, Publication, Refused, Reply, ResumeAt, Wants,
     },
     wire::text_frame,
 };

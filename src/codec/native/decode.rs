@@ -9,7 +9,7 @@ use crate::{
     codec::{Request, Tag},
     model::{RoomId, without_mark},
     protocol::{
-        Beats, Command, Draft, ErrorCode, HistoryOf, PageOf, ResumeAt, Publication, Refused, Wants,
+        Beats, Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, ResumeAt, Wants,
     },
 };
 

@@ -13,7 +13,10 @@ use super::{
 use crate::{
     codec::{Codec, Encoded, Names, Tag},
     model::RoomId,
-    protocol::{Event, JoinReply, RoomSubscription, SubscribedTo, MessagePush, PresenceChange, Refused, Reply},
+    protocol::{
+        Event, JoinReply, MessagePush, PresenceChange, Refused, Reply, RoomSubscription,
+        SubscribedTo,
+    },
     wire::FrameBuilder,
 };
 

@@ -13,8 +13,8 @@ use crate::{
     codec::{MAX_COMMANDS, Names, Request, Tag},
     model::RoomId,
     protocol::{
-        Beats, Command, Draft, ErrorCode, RoomSubscription, SubscribedTo, ResumeAt, Publication, Refused, Since,
-        Wants,
+        Beats, Command, Draft, ErrorCode, Publication, Refused, ResumeAt, RoomSubscription, Since,
+        SubscribedTo, Wants,
     },
 };
 

@@ -156,7 +156,10 @@ fn what_can_not_be_read_is_refused_and_ends_the_reading() {
         "SEND\ndestination:/topic/chat:a\n\n1\0",
     );
     assert_eq!(first.unwrap_err().code, ErrorCode::Unauthorized);
-    let old = one(&mut FrameReader::new(MOST), "CONNECT\naccept-version:0.9\n\n\0");
+    let old = one(
+        &mut FrameReader::new(MOST),
+        "CONNECT\naccept-version:0.9\n\n\0",
+    );
     assert!(old.unwrap_err().message.contains("1.0,1.1,1.2"));
 }
 
