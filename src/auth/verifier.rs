@@ -45,7 +45,7 @@ pub struct Identity {
     /// Rooms that the session joins when it connects; only in Centrifugo's protocol.
     pub channels: Box<[String]>,
     /// The room that a subscription is for whose token this is; only in Centrifugo's protocol.
-    channel: Option<String>,
+    channel: Option<Box<str>>,
     /// Whether the token is for nothing else.
     is_for_subscription: bool,
     /// Whether the user has no token, and a name that nobody has again.
@@ -132,7 +132,7 @@ impl Identity {
             jti: claims.jti.as_deref().map(Box::from),
             info: info.map(Arc::from),
             channels: claims.channels.as_slice().into(),
-            channel: claims.channel.clone(),
+            channel: claims.channel.as_deref().map(Box::from),
             is_for_subscription: false,
             is_anonymous: false,
             allowed,
@@ -427,7 +427,7 @@ impl Verifier {
             let wrong = |claim, rule| Err(BadClaim::Wrong { claim, rule }.into());
             match &identity.channel {
                 _ if *identity.user != *user => wrong("sub", "is not the user of the connection"),
-                Some(its) if its == channel => Ok(checked),
+                Some(its) if **its == *channel => Ok(checked),
                 Some(_) => wrong("channel", "is not the channel of the subscription"),
                 None => Err(BadClaim::Missing("channel").into()),
             }

@@ -13,9 +13,9 @@ pub enum Command {
         /// The JWT; `None` for a user without a name.
         token: Option<String>,
         /// A login that goes with the token, if the token is a password.
-        login: Option<String>,
+        login: Option<Box<str>>,
         /// How often both sides give a sign of life, if the client wants that.
-        beats: Beats,
+        beats: Option<Box<Beats>>,
         /// Where the client stands in rooms that its token subscribes it to.
         since: Vec<(RoomId, Since)>,
     },
@@ -24,13 +24,13 @@ pub enum Command {
         /// The room.
         room: RoomId,
         /// Where the client stands; `None` if it only wants what comes from now on.
-        since: Option<Since>,
+        since: Option<Box<Since>>,
         /// What the member wants to be told besides messages.
         wants: Wants,
         /// A token for this room only.
-        token: Option<String>,
+        token: Option<Box<str>>,
         /// The subscription that the member gets messages or events under, in a protocol that has several for one room.
-        subscription: Option<RoomSubscription>,
+        subscription: Option<Box<RoomSubscription>>,
     },
     /// End one subscription of a room. With the last one, the session leaves the room.
     Unsubscribe {

@@ -29,7 +29,7 @@ pub struct NewMember {
     /// What it wants to be told besides messages.
     pub wants: Wants,
     /// Its subscription, in a protocol that has several for one room.
-    pub subscription: Option<RoomSubscription>,
+    pub subscription: Option<Box<RoomSubscription>>,
 }
 
 /// A session's membership in one room.
@@ -50,7 +50,7 @@ pub struct Member {
     pub(super) ahead: RefCell<Vec<Position>>,
     /// What its subscription gets, and what is sent before each frame; `None` in a protocol that has one subscription for
     /// a room.
-    subscription: Option<(SubscribedTo, Bytes)>,
+    subscription: Option<Box<(SubscribedTo, Bytes)>>,
     _active: Held,
 }
 
@@ -68,7 +68,7 @@ impl Member {
             ahead: RefCell::default(),
             subscription: who
                 .subscription
-                .map(|subscription| (subscription.of, who.codec.head(&subscription))),
+                .map(|subscription| Box::new((subscription.of, who.codec.head(&subscription)))),
             _active: Held::new(Gauge::MemberActive),
         }
     }
@@ -81,7 +81,7 @@ impl Member {
 
     /// Sends frames of one kind: with the head of its subscription, if that is for this kind. Returns how many it sent.
     pub(super) fn send(&self, of: SubscribedTo, frames: &[Bytes]) -> u64 {
-        match &self.subscription {
+        match self.subscription.as_deref() {
             None => self.outlet.send(frames),
             Some((its, head)) if *its == of => {
                 let pairs = frames

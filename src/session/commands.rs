@@ -1,6 +1,10 @@
 //! What each command does.
 
-use std::{rc::Rc, sync::Arc, time::Duration};
+use std::{
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use tokio::{
@@ -10,7 +14,7 @@ use tokio::{
 use tracing::Instrument as _;
 
 use super::{
-    MAX_RATE_STRIKES, MAX_UNDECODABLE, Session,
+    Beating, MAX_RATE_STRIKES, MAX_UNDECODABLE, Session,
     answers::{self, cursor_of, granted, namespace, refusal_of},
     replies::MAX_WAITING_BYTES,
 };
@@ -285,9 +289,13 @@ impl Session {
     }
 
     /// Sets what the first command says of the protocol.
-    fn agree(&self, tag: &Tag, beats: Beats) {
+    fn agree(&self, tag: &Tag, beats: Option<Box<Beats>>) {
         self.codec.set(self.codec.get().agreed(tag));
-        self.beats.set(beats);
+        if let Some(beats) = beats {
+            // There is one first command.
+            self.beats
+                .get_or_init(|| Box::new(Beating::new(*beats, Instant::now())));
+        }
     }
 
     /// The frame of a refusal, if there is one.

@@ -35,15 +35,23 @@ const JOINS_AT_ONCE: usize = 16;
 /// Subscriptions of one room, in a protocol that has several: each gets a copy of every message.
 const MAX_SUBSCRIPTIONS: usize = 16;
 
+/// The fields of a join: where the client stands, what it wants, a token for the room, and the name of its subscription.
+type Wanted = (
+    Option<Box<Since>>,
+    Wants,
+    Option<Box<str>>,
+    Option<Box<RoomSubscription>>,
+);
+
 /// How a session joins a room.
 struct Joining {
-    since: Option<Since>,
+    since: Option<Box<Since>>,
     wants: Wants,
     outlet: Outlet,
     /// The token of the join, if it came with one.
     token: Option<Arc<Identity>>,
     /// The subscription, in a protocol that has several for one room.
-    subscription: Option<RoomSubscription>,
+    subscription: Option<Box<RoomSubscription>>,
 }
 
 impl Session {
@@ -92,7 +100,7 @@ impl Session {
     ) -> Result<Option<(JoinReply, bool)>, Refused> {
         let recovers = since.is_some();
         let joining = Joining {
-            since,
+            since: since.map(Box::new),
             wants: Wants::default(),
             outlet: Outlet::Gate(Rc::clone(gate)),
             token: None,
@@ -151,15 +159,10 @@ impl Session {
         tag: Tag,
         identity: &Identity,
         room: RoomId,
-        (since, mut wants, token, subscription): (
-            Option<Since>,
-            Wants,
-            Option<String>,
-            Option<RoomSubscription>,
-        ),
+        (since, mut wants, token, subscription): Wanted,
     ) -> Answered {
-        let check = |token: &String| self.check_subscription(identity, &room, token);
-        let token = token.as_ref().map(check).transpose()?;
+        let check = |token: &str| self.check_subscription(identity, &room, token);
+        let token = token.as_deref().map(check).transpose()?;
         if self.codec.get().is_strict() {
             // In this protocol it is a wish.
             wants.presence &= may_see_presence(&self.context.config, identity, &room).is_ok();
@@ -344,7 +347,7 @@ impl Session {
         }
         // Enter before the replaced seat is dropped: a user who joins again must not be shown as having left.
         let presence = &self.context.presence;
-        let seat = Seat {
+        let seat = Box::new(Seat {
             membership,
             subscription: name,
             more: Vec::new(),
@@ -353,7 +356,7 @@ impl Session {
                 .presence
                 .then(|| presence.watch(&room, self.context.shard)),
             token: RefCell::new(token),
-        };
+        });
         let replaced = self.rooms.borrow_mut().insert(room, seat);
         drop(replaced);
         Ok(())

@@ -25,7 +25,7 @@ mod join;
 mod replies;
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     collections::{HashMap, VecDeque},
     rc::Rc,
     sync::Arc,
@@ -121,7 +121,7 @@ pub struct Carried {
     decoder: Decoder,
     reader: CommandReader,
     inbox: VecDeque<Inbound>,
-    beats: Beats,
+    beats: Option<Beats>,
     pinged: u8,
     expiry_told: bool,
     /// Whether it has moved from another shard. Then it stays.
@@ -153,7 +153,7 @@ impl Carried {
             decoder: Decoder::new(limit, codec.is_binary()),
             reader: CommandReader::new(codec, limit),
             inbox: VecDeque::new(),
-            beats: Beats::default(),
+            beats: None,
             pinged: 0,
             expiry_told: false,
             moved: false,
@@ -172,7 +172,7 @@ pub struct Session {
     address_slot: RefCell<Option<UserSlot>>,
     /// Whether the session stays on this shard: it has moved here for a room, or has tried to join one.
     settled: Cell<bool>,
-    rooms: RefCell<HashMap<RoomId, Seat>>,
+    rooms: RefCell<HashMap<RoomId, Box<Seat>>>,
     replies: Rc<Replies>,
     opened: Instant,
     /// When the session began to wait for input; `None` while it does not. Whether the client reads is checked by the
@@ -189,8 +189,7 @@ pub struct Session {
     /// Whether the first command has come, and its rooms are being joined.
     connecting: Cell<bool>,
     /// The signs of life that were agreed on.
-    beats: Cell<Beats>,
-    next_beat: Cell<Instant>,
+    beats: OnceCell<Box<Beating>>,
     _active: Held,
 }
 
@@ -199,6 +198,35 @@ impl std::fmt::Debug for Session {
         f.debug_struct("Session")
             .field("id", &self.id)
             .finish_non_exhaustive()
+    }
+}
+
+/// The signs of life that were agreed on.
+#[derive(Debug)]
+struct Beating {
+    beats: Beats,
+    /// When the server gives the next one.
+    next: Cell<Instant>,
+}
+
+impl Beating {
+    fn new(beats: Beats, now: Instant) -> Self {
+        Self {
+            beats,
+            next: Cell::new(now),
+        }
+    }
+
+    /// Whether the server has to give a sign of life now.
+    fn is_due(&self, now: Instant) -> bool {
+        let due = |every: &Duration| {
+            let is_due = now + BEAT_TOLERANCE >= self.next.get();
+            if is_due {
+                self.next.set(now + *every);
+            }
+            is_due
+        };
+        self.beats.server.as_ref().is_some_and(due)
     }
 }
 
@@ -282,8 +310,10 @@ impl Session {
             draining: Cell::new(false),
             pinged: Cell::new(pinged),
             connecting: Cell::new(false),
-            beats: Cell::new(beats),
-            next_beat: Cell::new(now),
+            beats: match beats {
+                Some(beats) => OnceCell::from(Box::new(Beating::new(beats, now))),
+                None => OnceCell::new(),
+            },
             context,
             _active: Held::new(Gauge::SessionActive),
         });
@@ -399,7 +429,7 @@ impl Session {
             decoder,
             reader,
             inbox,
-            beats: self.beats.get(),
+            beats: self.beats.get().map(|beating| beating.beats),
             pinged: self.pinged.get(),
             expiry_told: self.expiry_told.get(),
             moved: true,
@@ -461,7 +491,8 @@ impl Session {
             return self.conn.close(Close::Stale);
         }
         let last_seen = self.last_seen.get();
-        let Beats { server, client } = self.beats.get();
+        let beating = self.beats.get();
+        let client = beating.and_then(|beating| beating.beats.client);
         // Clients look at the time only now and then.
         let dead_after =
             client.map_or(DEAD_AFTER, |every| (2 * every + BEAT_GRACE).min(DEAD_AFTER));
@@ -473,10 +504,7 @@ impl Session {
             self.pinged.set(self.pinged.get().saturating_add(1));
             self.conn.send(&[self.codec.get().ping()]);
         }
-        if let Some(every) = server
-            && now + BEAT_TOLERANCE >= self.next_beat.get()
-        {
-            self.next_beat.set(now + every);
+        if beating.is_some_and(|beating| beating.is_due(now)) {
             self.conn.send(&[stomp::sign_of_life()]);
         }
         self.tell_expiry(unix_s());

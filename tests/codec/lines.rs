@@ -51,7 +51,7 @@ fn command(line: &Value) -> Result<Command, Refused> {
             room: room()?,
             since: line["from"]
                 .as_str()
-                .map(|from| ResumeAt::Cursor(from.to_owned()).into()),
+                .map(|from| Box::new(ResumeAt::Cursor(from.to_owned()).into())),
             wants: Wants::default(),
             token: None,
             subscription: None,

@@ -12,9 +12,7 @@ use super::{
 use crate::{
     codec::{MAX_COMMANDS, Names, Request, Tag, native},
     model::RoomId,
-    protocol::{
-        Anchor, Beats, Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, Wants,
-    },
+    protocol::{Anchor, Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, Wants},
 };
 
 /// The bit of `flag` in a subscribe that asks for an error if the position can't be recovered.
@@ -111,7 +109,7 @@ fn meaning(command: proto::Command) -> Option<(Method, Result<Command, Refused>)
         let command = Command::Auth {
             token: Some(connect.token).filter(|token| !token.is_empty()),
             login: None,
-            beats: Beats::default(),
+            beats: None,
             since: since.collect(),
         };
         return Some((Method::Connect, Ok(command)));
@@ -194,13 +192,15 @@ fn subscribe(request: SubscribeRequest) -> Result<Command, Refused> {
     let since = request.recover;
     Ok(Command::Join {
         room: room(&request.channel)?,
-        since: since.then(|| position::since(request.offset, &request.epoch, or_refuse)),
+        since: since.then(|| Box::new(position::since(request.offset, &request.epoch, or_refuse))),
         wants: Wants {
             typing: options.typing,
             presence: request.join_leave,
             read: options.read,
         },
-        token: Some(request.token).filter(|token| !token.is_empty()),
+        token: Some(request.token)
+            .filter(|token| !token.is_empty())
+            .map(Into::into),
         subscription: None,
     })
 }

@@ -9,7 +9,7 @@ use crate::{
     codec::{Request, Tag},
     model::{RoomId, without_mark},
     protocol::{
-        Beats, Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, ResumeAt, Wants,
+        Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, ResumeAt, Wants,
     },
 };
 
@@ -142,7 +142,7 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
         Some("auth") => Command::Auth {
             token: Some(token()?),
             login: None,
-            beats: Beats::default(),
+            beats: None,
             since: Vec::new(),
         },
         Some("refresh") => Command::Refresh { token: token()? },
@@ -150,7 +150,7 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
             room: room()?,
             since: fields
                 .since
-                .map(|cursor| ResumeAt::Cursor(cursor.into_owned()).into()),
+                .map(|cursor| Box::new(ResumeAt::Cursor(cursor.into_owned()).into())),
             token: None,
             subscription: None,
             wants: Wants {

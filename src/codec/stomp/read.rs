@@ -199,8 +199,8 @@ impl FrameReader {
         };
         let command = Command::Auth {
             token: passcode.or_else(authorization),
-            login: frame.get("login").and_then(given),
-            beats,
+            login: frame.get("login").and_then(given).map(Into::into),
+            beats: (beats != Beats::default()).then(|| Box::new(beats)),
             since: Vec::new(),
         };
         Ok((What::Connect { version }, command))
@@ -246,14 +246,14 @@ impl FrameReader {
         };
         let command = Command::Join {
             room,
-            since,
+            since: since.map(Box::new),
             wants: Wants {
                 typing: of == SubscribedTo::Typing,
                 presence: of == SubscribedTo::Presence,
                 read: false,
             },
             token: None,
-            subscription: Some(RoomSubscription { id, of }),
+            subscription: Some(Box::new(RoomSubscription { id, of })),
         };
         Ok((what, command))
     }
