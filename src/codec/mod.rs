@@ -25,7 +25,7 @@ pub use names::Names;
 
 use crate::{
     protocol::{Close, Command, ErrorCode, Event, MessagePush, Refused, Reply, RoomSubscription},
-    wire::{close_frame, ping_frame},
+    wire::{FrameBuilder, close_frame, ping_frame},
 };
 
 /// A client protocol.
@@ -332,12 +332,26 @@ impl Codec {
     pub fn close_frame(self) -> fn(Close) -> Bytes {
         match self {
             Self::CentrifugalJson | Self::CentrifugalProtobuf => centrifugal::close,
-            Self::Native | Self::Stomp | Self::StompOld => {
-                |close| close_frame(close.code(), close.reason())
-            }
+            Self::Native | Self::Stomp | Self::StompOld => plain_close,
             #[cfg(test)]
-            Self::Lines => |close| close_frame(close.code(), close.reason()),
+            Self::Lines => plain_close,
         }
+    }
+}
+
+/// The close frame of a protocol that has no codes of its own.
+fn plain_close(close: Close) -> Bytes {
+    close_frame(close.code(), close.reason())
+}
+
+/// Writes a text as a JSON string.
+fn put_json_string(out: &mut FrameBuilder, value: &str) {
+    if value.bytes().all(|b| b >= 0x20 && b != b'"' && b != b'\\') {
+        out.put_u8(b'"');
+        out.put(value.as_bytes());
+        out.put_u8(b'"');
+    } else {
+        serde_json::to_writer(out, value).expect("writing a string to memory");
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use super::{
     Seat, Session,
     answers::{cursor_of, granted, may_see_presence, namespace},
-    commands::{ANSWER_WITHIN, Answer, Answered, not_joined, now},
+    commands::{ANSWER_WITHIN, Answer, Answered, not_joined, now, of_stream},
 };
 use crate::{
     auth::{AuthError, Identity, Right},
@@ -33,7 +33,7 @@ use crate::{
 const JOINS_AT_ONCE: usize = 16;
 
 /// Subscriptions of one room, in a protocol that has several: each gets a copy of every message.
-const MAX_SUBSCRIPTIONS: usize = 16;
+const MAX_SUBSCRIPTIONS_OF_ROOM: usize = 16;
 
 /// The fields of a join: where the client stands, what it wants, a token for the room, and the name of its subscription.
 type Wanted = (
@@ -209,14 +209,6 @@ impl Session {
         }
     }
 
-    async fn oldest(&self, room: &RoomId) -> Result<Cursor, Refused> {
-        let oldest = timeout(ANSWER_WITHIN, self.context.rooms.oldest(room)).await;
-        oldest.ok().flatten().ok_or_else(|| {
-            let text = "the room's stream can't be read now";
-            Refused::new(ErrorCode::Unavailable, text)
-        })
-    }
-
     /// Ends a subscription, and leaves the room with the last one.
     pub(super) fn unsubscribe(&self, room: &RoomId, id: &str) -> Answer {
         let mut rooms = self.rooms.borrow_mut();
@@ -265,7 +257,9 @@ impl Session {
                 let cursor = match &since.at {
                     ResumeAt::Cursor(text) => cursor_of(text)?,
                     ResumeAt::Beginning => Cursor::default(),
-                    ResumeAt::Oldest if durable => self.oldest(&room).await?,
+                    ResumeAt::Oldest if durable => {
+                        of_stream(self.context.rooms.oldest(&room)).await?
+                    }
                     ResumeAt::Oldest => Cursor::default(),
                 };
                 (Some(cursor), since.only)
@@ -276,9 +270,10 @@ impl Session {
             let mut rooms = self.rooms.borrow_mut();
             rooms.retain(|_, seat| !seat.membership.has_ended());
             let more = rooms.get(&room).map_or(0, |seat| seat.more.len() + 1);
-            if subscription.is_some() && more >= MAX_SUBSCRIPTIONS {
-                let text =
-                    format!("a session may have {MAX_SUBSCRIPTIONS} subscriptions of a room");
+            if subscription.is_some() && more >= MAX_SUBSCRIPTIONS_OF_ROOM {
+                let text = format!(
+                    "a session may have {MAX_SUBSCRIPTIONS_OF_ROOM} subscriptions of a room"
+                );
                 return Err(Refused::new(ErrorCode::Limit, text));
             }
             if rooms.len() >= limit && !rooms.contains_key(&room) {

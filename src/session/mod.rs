@@ -507,8 +507,9 @@ impl Session {
         if beating.is_some_and(|beating| beating.is_due(now)) {
             self.conn.send(&[stomp::sign_of_life()]);
         }
-        self.tell_expiry(unix_s());
-        self.end_expired(unix_s());
+        let now_s = unix_s();
+        self.tell_expiry(now_s);
+        self.end_expired(now_s);
         // Give up the places in rooms that have ended the membership: a client that has not joined again is not present
         // there.
         self.rooms
@@ -518,15 +519,16 @@ impl Session {
 
     /// Closes the connection if its token is revoked.
     pub(crate) fn close_if_revoked(&self) {
+        let now_s = unix_s();
         let revoked = self
             .identity
             .borrow()
             .as_ref()
-            .is_some_and(|identity| self.context.verifier.is_revoked(identity, unix_s()));
+            .is_some_and(|identity| self.context.verifier.is_revoked(identity, now_s));
         if revoked {
             self.conn.close(Close::Revoked);
         }
-        self.end_expired(unix_s());
+        self.end_expired(now_s);
     }
 
     /// Tells the client when its token is about to expire. Closes the connection when the token has expired or is

@@ -16,7 +16,7 @@ use super::{
     },
 };
 use crate::{
-    codec::{Encoded, Names, Tag},
+    codec::{Encoded, Names, Tag, put_json_string},
     model::{Cursor, Region, RoomId},
     protocol::{
         Close, ErrorCode, Event, HistoryReply, JoinReply, MessagePush, PING_EVERY, PresenceChange,
@@ -477,7 +477,7 @@ fn json_message(message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
     }
     let body_end = out.len();
     out.put(br#","info":{"user":"#);
-    string(&mut out, message.from);
+    put_json_string(&mut out, message.from);
     out.put(br#","client":""}"#);
     if let Some(offset) = offset {
         out.put(br#","offset":"#);
@@ -490,7 +490,7 @@ fn json_message(message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
             out.put(if first { b"\"" } else { b",\"" });
             out.put(name.as_bytes());
             out.put(b"\":");
-            string(&mut out, &value);
+            put_json_string(&mut out, &value);
             first = false;
         }
     }
@@ -503,16 +503,5 @@ fn json_message(message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
     Encoded {
         body: is_plain.then(|| header + body_at..header + body_end),
         frame,
-    }
-}
-
-/// Writes a text as a JSON string.
-fn string(out: &mut FrameBuilder, value: &str) {
-    if value.bytes().all(|b| b >= 0x20 && b != b'"' && b != b'\\') {
-        out.put_u8(b'"');
-        out.put(value.as_bytes());
-        out.put_u8(b'"');
-    } else {
-        serde_json::to_writer(out, value).expect("writing a string to memory");
     }
 }

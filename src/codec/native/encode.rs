@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use crate::{
-    codec::{Encoded, Tag},
+    codec::{Encoded, Tag, put_json_string},
     model::Cursor,
     protocol::{Event, MessagePush, PresenceChange, Refused, Reply},
     wire::FrameBuilder,
@@ -59,13 +59,7 @@ impl Writer {
     /// A text, escaped.
     fn string(&mut self, key: &str, value: &str) -> &mut Self {
         self.key(key);
-        if value.bytes().all(|b| b >= 0x20 && b != b'"' && b != b'\\') {
-            self.out.put_u8(b'"');
-            self.out.put(value.as_bytes());
-            self.out.put_u8(b'"');
-        } else {
-            serde_json::to_writer(&mut self.out, value).expect("writing a string to memory");
-        }
+        put_json_string(&mut self.out, value);
         self
     }
 

@@ -55,7 +55,7 @@ pub(in crate::codec) fn reply(codec: Codec, tag: &Tag, reply: &Reply) -> Option<
                 .header("session", &authed.session)
                 .header("server", concat!("natter/", env!("CARGO_PKG_VERSION")))
                 .header("user-name", &authed.user)
-                .body(b"");
+                .end();
             Some(lines.out.finish())
         }
         (What::Subscribe { id, resumes: true }, Reply::Joined(joined)) if joined.reset => {
@@ -63,12 +63,21 @@ pub(in crate::codec) fn reply(codec: Codec, tag: &Tag, reply: &Reply) -> Option<
         }
         (What::Committed, _) => None,
         _ => {
-            let receipt = asked.receipt.as_deref()?;
-            let mut lines = begin(codec, "RECEIPT");
-            lines.header("receipt-id", receipt).body(b"");
-            Some(lines.out.finish())
+            let out = FrameBuilder::with_capacity(HEADERS);
+            Some(receipt(codec, out, asked.receipt.as_deref()?, None).finish())
         }
     }
+}
+
+/// Writes a RECEIPT. `reset`: why the subscription could not resume.
+fn receipt(codec: Codec, out: FrameBuilder, id: &str, reset: Option<&str>) -> FrameBuilder {
+    let mut lines = Lines::command(codec, out, "RECEIPT");
+    lines.header("receipt-id", id);
+    if let Some(reason) = reset {
+        lines.header("event", "reset").header("reason", reason);
+    }
+    lines.end();
+    lines.out
 }
 
 /// Tells a subscription that it could not resume: in the receipt, if one was asked for, and as a message without an id of
@@ -77,13 +86,7 @@ fn reset(codec: Codec, asked: &Asked, id: &str, joined: &JoinReply) -> Bytes {
     let reason = joined.reason.unwrap_or_default();
     let mut out = FrameBuilder::with_capacity(HEADERS);
     if let Some(receipt) = &asked.receipt {
-        let mut lines = Lines::command(codec, out, "RECEIPT");
-        lines
-            .header("receipt-id", receipt)
-            .header("event", "reset")
-            .header("reason", reason)
-            .body(b"");
-        out = lines.out;
+        out = self::receipt(codec, out, receipt, Some(reason));
     }
     let mut lines = Lines::command(codec, out, "MESSAGE");
     let destination = format!("{TOPIC}{}", Names::Stomp.name(&joined.room));
@@ -93,9 +96,7 @@ fn reset(codec: Codec, asked: &Asked, id: &str, joined: &JoinReply) -> Bytes {
         .header("destination", &destination)
         .header("message-id", &event_id())
         .header("event", "reset")
-        .header("content-type", JSON)
-        .number("content-length", body.len() as u64)
-        .body(body.as_bytes());
+        .body(JSON, body.as_bytes());
     lines.out.finish()
 }
 
@@ -118,9 +119,7 @@ pub(in crate::codec) fn refusal(codec: Codec, tag: &Tag, refused: &Refused) -> B
     let body = refused.to_string();
     lines
         .header("message", refused.code.as_str())
-        .header("content-type", TEXT)
-        .number("content-length", body.len() as u64)
-        .body(body.as_bytes());
+        .body(TEXT, body.as_bytes());
     lines.out.finish()
 }
 
@@ -166,9 +165,7 @@ pub(in crate::codec) fn event(codec: Codec, event: &Event) -> Option<Bytes> {
     let mut lines = rest(codec, room, of, body.len());
     lines
         .header("message-id", &event_id())
-        .header("content-type", JSON)
-        .number("content-length", body.len() as u64)
-        .body(body.as_bytes());
+        .body(JSON, body.as_bytes());
     Some(lines.out.finish())
 }
 
@@ -177,7 +174,7 @@ pub(in crate::codec) fn message(codec: Codec, message: &MessagePush<'_>) -> Enco
     // A text is a JSON string; see `read::send`.
     let text = message.body.first() == Some(&b'"');
     let text = text.then(|| serde_json::from_slice::<String>(message.body).ok());
-    let (kind_of_body, body) = match text.flatten() {
+    let (content_type, body) = match text.flatten() {
         Some(text) => (TEXT, Cow::Owned(text.into_bytes())),
         None => (JSON, Cow::Borrowed(message.body)),
     };
@@ -214,10 +211,7 @@ pub(in crate::codec) fn message(codec: Codec, message: &MessagePush<'_>) -> Enco
             lines.header(name, value);
         }
     }
-    let range = lines
-        .header("content-type", kind_of_body)
-        .number("content-length", body.len() as u64)
-        .body(&body);
+    let range = lines.body(content_type, &body);
     let payload = lines.out.len();
     let frame = lines.out.finish();
     let header = frame.len() - payload;

@@ -353,8 +353,15 @@ impl Lines {
         self.header(name, itoa::Buffer::new().format(value))
     }
 
-    /// Ends the frame with a body. Returns where the body is in what was written.
-    pub(super) fn body(&mut self, body: &[u8]) -> std::ops::Range<usize> {
+    /// Ends the frame without a body.
+    pub(super) fn end(&mut self) {
+        self.out.put(b"\n\0");
+    }
+
+    /// Ends the frame with a body of a type. Returns where the body is in what was written.
+    pub(super) fn body(&mut self, content_type: &str, body: &[u8]) -> std::ops::Range<usize> {
+        self.header("content-type", content_type)
+            .number("content-length", body.len() as u64);
         self.out.put_u8(b'\n');
         let at = self.out.len();
         self.out.put(body);

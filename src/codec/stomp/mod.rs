@@ -35,6 +35,11 @@ impl Asked {
     pub(super) fn is_old(&self) -> bool {
         matches!(self.what, What::Connect { version, .. } if version < Version::V1_2)
     }
+
+    /// Whether it was counted against the rate of commands before.
+    pub(crate) fn is_paid(&self) -> bool {
+        self.what == What::Committed
+    }
 }
 
 /// The frame that is answered.
@@ -51,13 +56,6 @@ enum What {
     /// A frame of a transaction: only its refusal is told.
     Committed,
     Other,
-}
-
-impl Asked {
-    /// Whether it was counted against the rate of commands before.
-    pub(crate) fn is_paid(&self) -> bool {
-        self.what == What::Committed
-    }
 }
 
 /// Beginning of a destination.

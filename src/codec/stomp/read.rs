@@ -38,7 +38,7 @@ pub struct FrameReader {
     frames: Frames,
     /// The version that was agreed on.
     version: Option<Version>,
-    subscriptions: HashMap<Box<str>, (RoomId, SubscribedTo)>,
+    subscriptions: HashMap<Box<str>, RoomId>,
     /// What open transactions will do.
     transactions: HashMap<String, Vec<Command>>,
     /// How many those are, and their bytes.
@@ -117,7 +117,6 @@ impl FrameReader {
             }
         }
         let receipt = frame.get("receipt").map(str::to_owned);
-        let tag = |receipt: Option<String>, what| Tag::Stomp(Arc::new(Asked { receipt, what }));
         let is_connect = matches!(&*frame.command, "CONNECT" | "STOMP");
         if self.version.is_none() != is_connect {
             let text = match is_connect {
@@ -239,7 +238,7 @@ impl FrameReader {
         if since.is_some() && of != SubscribedTo::Messages {
             return Err(bad("only messages can be resumed"));
         }
-        self.subscriptions.insert(id.clone(), (room.clone(), of));
+        self.subscriptions.insert(id.clone(), room.clone());
         let what = What::Subscribe {
             id: id.clone(),
             resumes: since.is_some(),
@@ -263,7 +262,7 @@ impl FrameReader {
         let id = frame.get("id").or_else(|| frame.get("destination"));
         let known = id.and_then(|id| self.subscriptions.remove_entry(id));
         match known {
-            Some((id, (room, _))) => Command::Unsubscribe { room, id },
+            Some((id, room)) => Command::Unsubscribe { room, id },
             None => Command::Ping,
         }
     }
@@ -318,27 +317,28 @@ impl FrameReader {
 
     /// Passes on what a transaction does, and then the answer.
     fn commit(&mut self, name: &str, receipt: Option<String>, each: &mut impl FnMut(Request)) {
-        let tag = |what| {
-            let receipt = receipt.clone();
-            Tag::Stomp(Arc::new(Asked { receipt, what }))
-        };
         match self.end(name) {
             Ok(commands) => {
                 // If one of them is refused, the refusal is the answer.
                 for command in commands {
                     each(Request {
-                        tag: tag(What::Committed),
+                        tag: tag(receipt.clone(), What::Committed),
                         command: Ok(command),
                     });
                 }
                 each(Request {
-                    tag: tag(What::Other),
+                    tag: tag(receipt, What::Other),
                     command: Ok(Command::Ping),
                 });
             }
-            Err(refused) => self.refuse(tag(What::Other), refused, each),
+            Err(refused) => self.refuse(tag(receipt, What::Other), refused, each),
         }
     }
+}
+
+/// What the answer to a frame needs to know of it.
+fn tag(receipt: Option<String>, what: What) -> Tag {
+    Tag::Stomp(Arc::new(Asked { receipt, what }))
 }
 
 /// Bytes of memory that a command takes, about.
