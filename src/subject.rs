@@ -210,6 +210,18 @@ impl Subjects {
         format!("{}.dead.{origin}.>", self.prefix)
     }
 
+    /// Subject on which an edge takes commands for its sessions from other edges. `None`: no edge has this name.
+    #[must_use]
+    pub fn commands_of(&self, edge: &str) -> Option<String> {
+        is_token(edge).then(|| format!("{}.edge.commands.{edge}", self.prefix))
+    }
+
+    /// Subject on which an edge tells other edges what its tickets stand for. `None`: no edge has this name.
+    #[must_use]
+    pub fn tickets_of(&self, edge: &str) -> Option<String> {
+        is_token(edge).then(|| format!("{}.edge.tickets.{edge}", self.prefix))
+    }
+
     /// A subject without subscribers: the server reports "no responders" at once.
     #[must_use]
     pub fn nobody(&self) -> String {

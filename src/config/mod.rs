@@ -208,6 +208,8 @@ pub struct Auth {
     pub leeway: Duration,
     #[serde(with = "humantime_serde")]
     pub first_frame_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    pub ticket_ttl: Duration,
 }
 
 /// `[centrifugal]`: clients of Centrifugo's protocol.
@@ -733,6 +735,7 @@ impl Config {
             ("rooms.join_timeout", self.rooms.join_timeout),
             ("rooms.resync", self.rooms.resync),
             ("auth.first_frame_timeout", self.auth.first_frame_timeout),
+            ("auth.ticket_ttl", self.auth.ticket_ttl),
             ("telemetry.otlp_interval", self.telemetry.otlp_interval),
             ("mongodb.read_timeout", self.mongodb.read_timeout),
             ("mongodb.write_timeout", self.mongodb.write_timeout),

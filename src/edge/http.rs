@@ -4,6 +4,7 @@ mod erase;
 mod history;
 mod presence;
 mod read;
+mod streams;
 
 use std::sync::Arc;
 
@@ -42,7 +43,8 @@ use crate::{
     info(title = "natter edge", description = "Rooms over plain HTTP. WebSocket clients connect to /ws."),
     paths(
         upgrade::websocket, upgrade::centrifugal, upgrade::stomp, publish, history::messages, history::search_room, history::search,
-        erase::room, erase::user, presence::presence, read::readers, read::read, read::unread,
+        streams::events_of_room, streams::events, streams::poll, streams::ticket, streams::http_stream, streams::sse,
+        streams::emulation, erase::room, erase::user, presence::presence, read::readers, read::read, read::unread,
         healthz, readyz, metrics, openapi,
     ),
     components(schemas(PublishRequest, PublishReply, PresenceReply, MessageBody, ErrorBody)),
@@ -79,6 +81,9 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
     let router = Router::new()
         .route("/ws", get(upgrade::websocket))
         .route("/connection/websocket", get(upgrade::centrifugal))
+        .route("/connection/http_stream", post(streams::http_stream))
+        .route("/connection/sse", get(streams::sse))
+        .route("/emulation", post(streams::emulation))
         .route("/stomp", get(upgrade::stomp))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
@@ -95,7 +100,11 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/rooms/{room}/presence", get(presence::presence))
         .route("/v1/rooms/{room}/readers", get(read::readers))
         .route("/v1/rooms/{room}/read", put(read::read))
-        .route("/v1/unread", post(read::unread));
+        .route("/v1/unread", post(read::unread))
+        .route("/v1/rooms/{room}/events", get(streams::events_of_room))
+        .route("/v1/rooms/{room}/poll", get(streams::poll))
+        .route("/v1/events", get(streams::events))
+        .route("/v1/tickets", post(streams::ticket));
     let router = if page { web::routes(router) } else { router };
     router
         .fallback(not_found)

@@ -14,6 +14,7 @@ mod control;
 mod http;
 mod request;
 mod shard;
+mod streams;
 mod upgrade;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -43,6 +44,7 @@ use crate::{
 use admission::Admission;
 use control::Control;
 use shard::{Drained, Shards};
+use streams::Streams;
 
 /// How long the shards may take to close their NATS connections at the end of a drain.
 const CLOSE_WITHIN: Duration = Duration::from_millis(1500);
@@ -67,6 +69,7 @@ struct Shared {
     remembered: Arc<Remembered>,
     lifecycle: Lifecycle,
     admission: Arc<Admission>,
+    streams: Arc<Streams>,
     /// The parts that need NATS. Set when the edge becomes ready.
     ready: tokio::sync::OnceCell<Ready>,
 }
@@ -152,6 +155,7 @@ impl Edge {
             verifier: Arc::new(Verifier::of_edge(&config)?),
             remembered: Arc::default(),
             admission: Arc::new(Admission::new(&config.limits)),
+            streams: Arc::default(),
             id: id.into(),
             lifecycle: Lifecycle::default(),
             ready: tokio::sync::OnceCell::new(),
@@ -328,6 +332,14 @@ async fn make_ready(
     let name = format!("natter edge {} questions", shared.id);
     let questions = Connection::open(&config.nats, &name).await?;
     keep_connected(&questions, tasks);
+    match streams::hear(shared, &questions).await {
+        Some(asked) => {
+            let streams = Arc::clone(&shared.streams);
+            let answers = streams::answer(streams, questions.clone(), asked);
+            tasks.keep_running("answer other edges", answers);
+        }
+        None => tasks.fail("other edges can't be heard"),
+    }
     let ask = || Reader::new(questions.clone(), &config.nats);
     let markers = Markers::new(&state_reader, ask(), &origins, config, publisher.clone());
     tasks.keep_running("keep read markers", Arc::clone(&markers).keep());

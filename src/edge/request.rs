@@ -129,11 +129,20 @@ pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
+/// Checks the token in the header of a request.
 pub(super) fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>, HttpError> {
-    let unauthorized = |message: String| HttpError::new(ErrorCode::Unauthorized, message);
     let token = bearer(headers).ok_or_else(|| {
         unauthorized("the header Authorization: Bearer <token> is missing".into())
     })?;
+    admit(api, token)
+}
+
+fn unauthorized(message: String) -> HttpError {
+    HttpError::new(ErrorCode::Unauthorized, message)
+}
+
+/// Checks a token, and that its user does not send more requests than allowed.
+pub(super) fn admit(api: &Api, token: &str) -> Result<Arc<Identity>, HttpError> {
     let identity = api
         .shared
         .verifier

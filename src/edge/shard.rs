@@ -37,11 +37,11 @@ use crate::{
     history,
     model::{RoomId, partition_of},
     presence::{Presence, Push},
-    protocol::Close,
+    protocol::{Close, PollReply, Refused},
     read_marker::Markers,
     room::Rooms,
     runtime::{Tasks, on_panic},
-    session::{Carried, Context, Departure, Home, Session, UserSlot},
+    session::{Carried, Context, Departure, Home, Poll, Session, UserSlot},
     subject::Subjects,
     telemetry::metrics::{Gauge, gauge_add},
     wire::{Conn, ConnSettings},
@@ -78,8 +78,17 @@ pub(super) struct NewSession {
     pub(super) carried: Carried,
 }
 
-/// The queue of a shard's new connections.
-pub(super) type ToShard = mpsc::Sender<NewSession>;
+/// What a shard is given.
+#[derive(Debug)]
+pub(super) enum Arrival {
+    /// A connection.
+    Session(Box<NewSession>),
+    /// A poll, and where its answer goes.
+    Poll(Box<Poll>, oneshot::Sender<Result<PollReply, Refused>>),
+}
+
+/// The queue of what a shard is given.
+pub(super) type ToShard = mpsc::Sender<Arrival>;
 
 /// All shards of an edge.
 #[derive(Debug)]
@@ -131,7 +140,7 @@ struct Neighbour {
 }
 
 impl Neighbour {
-    fn new() -> (Self, mpsc::Receiver<NewSession>) {
+    fn new() -> (Self, mpsc::Receiver<Arrival>) {
         let (sessions, new_sessions) = mpsc::channel(WAITING);
         let neighbour = Self {
             sessions,
@@ -175,16 +184,21 @@ fn home(
     neighbours: &[Neighbour],
     here: usize,
     room: &RoomId,
-) -> Option<mpsc::OwnedPermit<NewSession>> {
+) -> Option<mpsc::OwnedPermit<Arrival>> {
+    let (there, neighbour) = of_room(neighbours, room)?;
+    let neighbour = Some(neighbour).filter(|_| there != here)?;
+    neighbour.sessions.clone().try_reserve_owned().ok()
+}
+
+/// The shard of a room and its number. `None` if it is silent or has many more sessions than the others.
+fn of_room<'n>(neighbours: &'n [Neighbour], room: &RoomId) -> Option<(usize, &'n Neighbour)> {
     let shards = u16::try_from(neighbours.len()).ok()?;
     let there = usize::from(partition_of(room, shards));
     let load = |neighbour: &Neighbour| neighbour.load.load(Ordering::Relaxed);
     let total: usize = neighbours.iter().map(load).sum();
-    let neighbour = neighbours.get(there).filter(|_| there != here)?;
-    if neighbour.is_silent() || load(neighbour) > fair_share(total, neighbours.len()) {
-        return None;
-    }
-    neighbour.sessions.clone().try_reserve_owned().ok()
+    let neighbour = neighbours.get(there)?;
+    let takes = !neighbour.is_silent() && load(neighbour) <= fair_share(total, neighbours.len());
+    takes.then_some((there, neighbour))
 }
 
 /// Moves sessions from the shard `here` to the shards of their rooms.
@@ -192,12 +206,12 @@ fn way_home(neighbours: Arc<[Neighbour]>, here: usize) -> Home {
     Box::new(move |room| {
         let place = home(&neighbours, here, room)?;
         let go = move |stream, carried| {
-            place.send(NewSession {
+            place.send(Arrival::Session(Box::new(NewSession {
                 stream,
                 first: Bytes::new(),
                 close: None,
                 carried,
-            });
+            })));
         };
         Some(Box::new(go) as Departure)
     })
@@ -287,7 +301,7 @@ impl Shards {
         let mut shards = Vec::new();
         let (ways, arrivals): (Vec<_>, Vec<_>) = pushes.iter().map(|_| Neighbour::new()).unzip();
         let neighbours: Arc<[Neighbour]> = ways.into();
-        for (number, (pushes, new_sessions)) in pushes.into_iter().zip(arrivals).enumerate() {
+        for (number, (pushes, new)) in pushes.into_iter().zip(arrivals).enumerate() {
             let (drain, drains) = mpsc::channel(1);
             let (started, start) = oneshot::channel();
             let common = Common {
@@ -303,7 +317,7 @@ impl Shards {
                 },
             };
             start_thread(common.part.clone(), move || {
-                run(common, pushes, new_sessions, drains, started)
+                run(common, pushes, new, drains, started)
             })
             .map_err(EdgeError::Shard)?;
             let ended = |_dropped| EdgeError::Shard(io::Error::other("the thread ended"));
@@ -335,6 +349,14 @@ impl Shards {
             .find(|neighbour| !neighbour.is_silent());
         let chosen = living.unwrap_or(&self.neighbours[turn]);
         chosen.sessions.clone()
+    }
+
+    /// The shard for a session or poll whose first room this is.
+    pub(super) fn of_room(&self, room: &RoomId) -> ToShard {
+        match of_room(&self.neighbours, room) {
+            Some((_, neighbour)) => neighbour.sessions.clone(),
+            None => self.next(),
+        }
     }
 
     /// The reason why clients can't be served now, if a shard can't serve them.
@@ -379,10 +401,10 @@ impl Shards {
     }
 }
 
-/// Hands a connection over to a shard. Returns whether the shard has accepted it. If not, the shard is draining or
-/// hangs. The connection is then dropped, which closes it.
-pub(super) async fn hand_over(shard: ToShard, session: NewSession) -> bool {
-    shard.send_timeout(session, TAKE_WITHIN).await.is_ok()
+/// Hands something over to a shard. Returns whether the shard has accepted it. If not, the shard is draining or
+/// hangs. It is then dropped, which closes a connection.
+pub(super) async fn hand_over(shard: ToShard, arrival: Arrival) -> bool {
+    shard.send_timeout(arrival, TAKE_WITHIN).await.is_ok()
 }
 
 /// What a shard owns.
@@ -405,7 +427,7 @@ type Started = Result<(Line, Connection), EdgeError>;
 async fn run(
     common: Common,
     mut pushes: mpsc::Receiver<Push>,
-    mut new_sessions: mpsc::Receiver<NewSession>,
+    mut arrivals: mpsc::Receiver<Arrival>,
     mut drains: mpsc::Receiver<Drain>,
     started: oneshot::Sender<Started>,
 ) {
@@ -439,7 +461,7 @@ async fn run(
     let drain = loop {
         tokio::select! {
             // All branches are cancel-safe.
-            Some(new) = new_sessions.recv() => shard.open_session(new),
+            Some(arrival) = arrivals.recv() => shard.take(arrival),
             _ = tick.tick() => shard.tick(),
             // Revoked sessions are closed without waiting for the tick. The sender lives as long as the verifier.
             Ok(()) = revoked.changed() => shard.close_revoked(),
@@ -453,9 +475,9 @@ async fn run(
         _ended,
     }) = drain
     {
-        new_sessions.close();
-        while let Some(late) = new_sessions.recv().await {
-            shard.open_session(late);
+        arrivals.close();
+        while let Some(late) = arrivals.recv().await {
+            shard.take(late);
         }
         let left = shard.drain(spread, deadline).await;
         // The edge may have stopped waiting.
@@ -543,6 +565,20 @@ impl Shard {
             queued: Cell::new(0),
         });
         Ok((shard, live, replay))
+    }
+
+    fn take(self: &Rc<Self>, arrival: Arrival) {
+        match arrival {
+            Arrival::Session(new) => self.open_session(*new),
+            Arrival::Poll(poll, answer) => {
+                let context = Rc::clone(&self.context);
+                spawn_local(async move {
+                    let answered = context.poll(*poll).await;
+                    // Nobody waits for it in a drain.
+                    let _gone = answer.send(answered);
+                });
+            }
+        }
     }
 
     fn open_session(self: &Rc<Self>, new: NewSession) {

@@ -21,8 +21,9 @@ pub use command::{
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
 pub use publication::{Draft, Publication};
 pub use reply::{
-    AuthReply, HistoryReply, JoinReply, MessageBody, PresenceReply, PresentUser, PublishReply,
-    ReadReply, ReaderBody, ReadersReply, Reply, SearchReply, UnreadBody, UnreadReply, Validity,
+    AuthReply, HistoryReply, JoinReply, MessageBody, PollReply, PresenceReply, PresentUser,
+    PublishReply, ReadReply, ReaderBody, ReadersReply, Reply, SearchReply, StreamAddress,
+    UnreadBody, UnreadReply, Validity,
 };
 
 /// How often a client is pinged.

@@ -38,7 +38,7 @@ pub(crate) fn refusal_of(error: &AuthError) -> Close {
 }
 
 /// Checks that a token grants a right on a room.
-pub(super) fn granted(identity: &Identity, right: Right, room: &RoomId) -> Result<(), Refused> {
+pub(crate) fn granted(identity: &Identity, right: Right, room: &RoomId) -> Result<(), Refused> {
     if identity.may(right, room) {
         return Ok(());
     }
@@ -51,7 +51,7 @@ fn bad(text: String) -> Refused {
 }
 
 /// Parses a cursor from a client.
-pub(super) fn cursor_of(text: &str) -> Result<Cursor, Refused> {
+pub(crate) fn cursor_of(text: &str) -> Result<Cursor, Refused> {
     text.parse()
         .map_err(|error: BadCursor| Refused::new(ErrorCode::BadCursor, error.to_string()))
 }
@@ -126,7 +126,7 @@ pub(crate) async fn publish(
 }
 
 /// Checks that a user may see who is in a room.
-pub(super) fn may_see_presence(
+pub(crate) fn may_see_presence(
     config: &Config,
     identity: &Identity,
     room: &RoomId,

@@ -404,6 +404,7 @@ impl Session {
             user: Arc::clone(&identity.user),
             validity: self.validity(identity.exp),
             session: ulid::Ulid::new().to_string(),
+            stream: self.address(),
             joined: Vec::new(),
         }
     }

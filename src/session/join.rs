@@ -54,6 +54,12 @@ struct Joining {
     subscription: Option<Box<RoomSubscription>>,
 }
 
+/// A number for a member that is not a session. No session and no other member has it.
+pub(super) fn lone_member() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1 << 63);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 impl Session {
     /// Joins the rooms that the token names, several at once. Rooms that the user may not join, or that do not exist, are
     /// left out.
@@ -171,7 +177,7 @@ impl Session {
         let joining = Joining {
             since,
             wants,
-            outlet: Outlet::Socket(Rc::clone(&self.conn)),
+            outlet: self.outlet_of(&room),
             token,
             subscription,
         };
@@ -198,13 +204,12 @@ impl Session {
     /// The number of a member. A session is in a room once, but for a protocol that has several subscriptions of a room:
     /// there the others have numbers that no session has.
     fn member_id(&self, room: &RoomId) -> u64 {
-        static NEXT: AtomicU64 = AtomicU64::new(1 << 63);
         let rooms = self.rooms.borrow();
         match rooms
             .get(room)
             .is_some_and(|seat| seat.subscription.is_some())
         {
-            true => NEXT.fetch_add(1, Ordering::Relaxed),
+            true => lone_member(),
             false => self.id,
         }
     }

@@ -17,6 +17,7 @@ mod docs;
 mod doctor;
 mod drain;
 mod erase;
+mod events;
 mod frames;
 mod frozen;
 mod history;
