@@ -24,7 +24,9 @@ use bytes::Bytes;
 pub use names::Names;
 
 use crate::{
-    protocol::{Close, Command, ErrorCode, Event, MessagePush, Refused, Reply, RoomSubscription},
+    protocol::{
+        Close, Command, ErrorCode, Event, MessagePush, Obeyed, Refused, Reply, RoomSubscription,
+    },
     wire::{close_frame, ping_frame},
 };
 
@@ -286,6 +288,20 @@ impl Codec {
             }
             #[cfg(test)]
             Self::Lines => Some(lines::event(event)),
+        }
+    }
+
+    /// The frame that tells a client what its back end did to its session; `None` if the protocol has none for it. For a
+    /// disconnect it is the close frame.
+    #[must_use]
+    pub fn obeyed(self, obeyed: &Obeyed<'_>) -> Option<Bytes> {
+        match self {
+            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
+                Some(centrifugal::obeyed(self.is_binary(), obeyed))
+            }
+            Self::Native | Self::Stomp | Self::StompOld => None,
+            #[cfg(test)]
+            Self::Lines => None,
         }
     }
 

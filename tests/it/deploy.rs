@@ -393,12 +393,14 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         "$JS.API.STREAM.PURGE.KV_presence_local",
         "natter.in.local.0.chat.lobby.msg",
         "natter.eph.chat.lobby",
+        "natter.edge.orders",
         "$KV.presence_local.x",
     ]);
     denied(&servers, &url, "history", &tried, &rooms).await;
     let mut tried = with(&[
         "natter.in.local.0.chat.lobby.msg",
         "natter.eph.chat.lobby",
+        "natter.edge.orders",
         "$KV.presence_local.x",
     ]);
     tried.push(&own);
@@ -410,6 +412,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         "$JS.API.CONSUMER.MSG.NEXT.ROOMS_local_0.history",
         "natter.in.local.0.chat.lobby.msg",
         "natter.eph.chat.lobby",
+        "natter.edge.orders",
         "$KV.presence_local.x",
         "$JS.ACK.ROOMS_local_0.history.1.1.1.1.1",
     ]);
@@ -428,6 +431,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         "$JS.API.CONSUMER.MSG.NEXT.ROOMS_local_0.history",
         "natter.in.local.0.chat.lobby.msg",
         "natter.eph.chat.lobby",
+        "natter.edge.orders",
         "$KV.presence_local.x",
         "$JSC.R.x",
         "_INBOX.mirrors.x",

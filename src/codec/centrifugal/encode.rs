@@ -11,16 +11,16 @@ use super::{
     Call, Method, position,
     proto::{
         self, ClientInfo, ConnectResult, Empty, HistoryResult, InfoPush, PresenceResult,
-        PresenceStatsResult, Publication, Push, RefreshResult, RpcResult, SubRefreshResult,
-        SubscribeResult, UnsubscribePush,
+        PresenceStatsResult, Publication, Push, RefreshPush, RefreshResult, RpcResult,
+        SubRefreshResult, SubscribePush, SubscribeResult, UnsubscribePush,
     },
 };
 use crate::{
     codec::{Encoded, Names, Tag},
     model::{Cursor, Region, RoomId},
     protocol::{
-        Close, ErrorCode, Event, HistoryReply, JoinReply, MessagePush, PING_EVERY, PresenceChange,
-        PresenceReply, PresenceState, Refused, Reply, Validity,
+        Close, ErrorCode, Event, HistoryReply, JoinReply, MessagePush, Obeyed, OrderKind,
+        PING_EVERY, PresenceChange, PresenceReply, PresenceState, Refused, Reply, Validity,
     },
     wire::{FrameBuilder, close_frame},
 };
@@ -129,12 +129,8 @@ pub(in crate::codec) fn reply(binary: bool, tag: &Tag, reply: &Reply) -> Bytes {
         (Method::Presence, Reply::Presence(presence)) => {
             answer.presence = Some(presence_result(presence));
         }
-        (Method::PresenceStats, Reply::Presence(PresenceReply { count, .. })) => {
-            let users = u32::try_from(*count).unwrap_or(u32::MAX);
-            answer.presence_stats = Some(PresenceStatsResult {
-                num_clients: users,
-                num_users: users,
-            });
+        (Method::PresenceStats, Reply::Presence(presence)) => {
+            answer.presence_stats = Some(presence_stats_result(presence));
         }
         (Method::History { reverse }, Reply::History(page)) => {
             answer.history = Some(Box::new(history_result(page, reverse)));
@@ -148,6 +144,52 @@ pub(in crate::codec) fn reply(binary: bool, tag: &Tag, reply: &Reply) -> Bytes {
         }
     }
     frame(binary, &answer)
+}
+
+/// The frame that tells a client what its back end did to its session.
+pub(in crate::codec) fn obeyed(binary: bool, obeyed: &Obeyed<'_>) -> Bytes {
+    match obeyed {
+        Obeyed::Disconnected(code, reason) => close_frame(*code, reason),
+        Obeyed::Joined(joined, data) => {
+            let SubscribeResult {
+                recoverable,
+                epoch,
+                offset,
+                positioned,
+                ..
+            } = subscribe_result(joined, false);
+            let data = data.map_or_else(Bytes::new, |data| {
+                Bytes::copy_from_slice(data.get().as_bytes())
+            });
+            let subscribe = Some(Box::new(SubscribePush {
+                recoverable,
+                epoch,
+                offset,
+                positioned,
+                data,
+            }));
+            let channel = Names::Centrifugal.name(&joined.room).to_owned();
+            push(
+                binary,
+                Push {
+                    channel,
+                    subscribe,
+                    ..Push::default()
+                },
+            )
+        }
+        Obeyed::Extended(of) => {
+            let (expires, ttl) = validity(*of);
+            let refresh = Some(RefreshPush { expires, ttl });
+            push(
+                binary,
+                Push {
+                    refresh,
+                    ..Push::default()
+                },
+            )
+        }
+    }
 }
 
 fn subscribe_result(joined: &JoinReply, recovers: bool) -> SubscribeResult {
@@ -173,13 +215,22 @@ fn subscribe_result(joined: &JoinReply, recovers: bool) -> SubscribeResult {
 }
 
 /// Who is in a room. Users have no connections there, so the name of the user stands for both.
-fn presence_result(presence: &PresenceReply) -> PresenceResult {
+pub(super) fn presence_result(presence: &PresenceReply) -> PresenceResult {
     let users = presence.users.iter().map(|present| {
         let info = info(&present.user, present.info.as_deref());
         (present.user.to_string(), info)
     });
     PresenceResult {
         presence: users.collect(),
+    }
+}
+
+/// How many are in a room. For the same reason the numbers are the same.
+pub(super) fn presence_stats_result(presence: &PresenceReply) -> PresenceStatsResult {
+    let users = u32::try_from(presence.count).unwrap_or(u32::MAX);
+    PresenceStatsResult {
+        num_clients: users,
+        num_users: users,
     }
 }
 
@@ -207,7 +258,7 @@ struct Past<'a> {
     mentions: Option<&'a RawValue>,
 }
 
-fn history_result(page: &HistoryReply, reverse: bool) -> HistoryResult {
+pub(super) fn history_result(page: &HistoryReply, reverse: bool) -> HistoryResult {
     let past = page.messages.iter().filter_map(|message| {
         let past = serde_json::from_str::<Past<'_>>(message.get());
         past.inspect_err(|error| tracing::error!(%error, "a message of the history can't be read"))
@@ -274,7 +325,7 @@ pub(in crate::codec) fn refusal(binary: bool, tag: &Tag, refused: &Refused) -> O
 }
 
 /// The error of a refusal. A client tries again later if it is temporary, and with a new token after 109.
-fn error(method: Method, refused: &Refused) -> proto::Error {
+pub(super) fn error(method: Method, refused: &Refused) -> proto::Error {
     let (code, temporary) = match refused.code {
         ErrorCode::BadCursor if is_of_positions(method) => (112, false),
         ErrorCode::Unauthorized if is_expired(method) => (109, false),
@@ -330,7 +381,7 @@ pub(in crate::codec) fn close(close: Close) -> Bytes {
             (3501, "bad request")
         }
         Close::Stale => (3502, "stale"),
-        Close::Revoked => (3503, "force disconnect"),
+        Close::Revoked | Close::Disconnected => OrderKind::DISCONNECT,
         Close::TooBig => (1009, "message size limit"),
         // Of the codes that Centrifugo leaves to applications.
         Close::TooMany => (4005, "too many sessions or commands"),
@@ -379,7 +430,7 @@ pub(in crate::codec) fn event(binary: bool, event: &Event) -> Option<Bytes> {
         }
         Event::Kicked { room, code } => {
             let code_of = match *code {
-                "forbidden" => UNSUBSCRIBED,
+                "forbidden" | "removed" => UNSUBSCRIBED,
                 "expired" => EXPIRED,
                 _ => RESUBSCRIBE,
             };
