@@ -92,7 +92,8 @@ async fn there_is_an_api_only_with_its_key() {
         let answer = post(&with, "/api/publish", headers, &body).await;
         assert_eq!(answer.status, 200, "{headers}: {}", answer.body);
     }
-    let nearly = &key()[1..];
+    let key_of_api = key();
+    let nearly = key_of_api.strip_prefix("a").unwrap();
     for headers in [
         String::new(),
         "X-API-Key: \r\n".to_owned(),

@@ -487,3 +487,103 @@ impl Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(name: &str, json: &str) -> String {
+        let call = decode(method(name).unwrap(), json.as_bytes()).unwrap();
+        call.map(|call| panic!("{name} {json}: {call:?}"))
+            .unwrap_err()
+            .to_string()
+    }
+
+    fn order_of(name: &str, json: &str) -> OrderKind {
+        match decode(method(name).unwrap(), json.as_bytes()) {
+            Ok(Ok(Call::Order(order))) => order.what,
+            other => panic!("{name} {json}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn nothing_and_null_are_the_same() {
+        let null = r#"{"user":"kim","channel":"a:b","client":null,"session":null,"expire_at":null,"data":null,"disconnect":null,"expired":null,"whitelist":null}"#;
+        for json in [null, r#"{"user":"kim","channel":"a:b"}"#] {
+            let what = order_of("subscribe", json);
+            let OrderKind::Join { until, data, .. } = what else {
+                panic!("{what:?}")
+            };
+            assert_eq!((until, data.is_none()), (LAST_SECOND, true));
+            let what = order_of("refresh", json);
+            assert!(matches!(what, OrderKind::Extend { exp: LAST_SECOND }));
+            let what = order_of("disconnect", json);
+            assert!(matches!(what, OrderKind::Disconnect { code: 3503, .. }));
+        }
+    }
+
+    #[test]
+    fn codes_and_reasons_fit_into_a_close_frame() {
+        let json = |code: u16, reason: &str| {
+            format!(r#"{{"user":"kim","disconnect":{{"code":{code},"reason":"{reason}"}}}}"#)
+        };
+        for code in [0, 1000, 2999, 5000, u16::MAX] {
+            assert!(refusal("disconnect", &json(code, "x")).contains("3000 to 4999"));
+        }
+        let longest = "x".repeat(MAX_REASON);
+        for (code, given, expected) in [(3000, "", "disconnected"), (4999, &*longest, &*longest)] {
+            let what = order_of("disconnect", &json(code, given));
+            let OrderKind::Disconnect { code: its, reason } = what else {
+                panic!("{what:?}")
+            };
+            assert_eq!((its, &*reason), (code, expected));
+        }
+        assert!(refusal("disconnect", &json(4000, &format!("{longest}x"))).contains("123"));
+    }
+
+    #[test]
+    fn times_before_1970_and_after_9999_are_the_first_and_the_last() {
+        for (given, exp) in [(-1, 0), (7, 7), (i64::MAX, LAST_SECOND)] {
+            let json = format!(r#"{{"user":"kim","expire_at":{given}}}"#);
+            let what = order_of("refresh", &json);
+            assert!(
+                matches!(what, OrderKind::Extend { exp: its } if its == exp),
+                "{what:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_batch_has_a_limit() {
+        let json = |count: usize| {
+            let commands = vec![r#"{"publish":{}}"#; count].join(",");
+            format!(r#"{{"commands":[{commands}]}}"#)
+        };
+        assert!(refusal("batch", &json(MAX_AT_ONCE + 1)).contains("1000"));
+        let Ok(Ok(Call::Batch { calls, parallel })) = decode("batch", json(MAX_AT_ONCE).as_bytes())
+        else {
+            panic!("it is refused")
+        };
+        assert_eq!((calls.len(), parallel), (MAX_AT_ONCE, false));
+        assert!(
+            calls
+                .iter()
+                .all(|(method, call)| *method == "publish" && call.is_err())
+        );
+    }
+
+    #[test]
+    fn data_is_what_was_sent() {
+        let body = r#"{ "b" :1.0, "a":12345678901234567890 }"#;
+        let json = format!(r#"{{"channel":"a:b","data":{body}}}"#);
+        let Ok(Ok(Call::Publish { channel, post })) = decode("publish", json.as_bytes()) else {
+            panic!("it is refused")
+        };
+        assert_eq!(post.to(&channel).unwrap().body.get(), body);
+        assert!(
+            decode("publish", br#"{"channel":"a:b","data":null}"#)
+                .unwrap()
+                .is_ok()
+        );
+    }
+}
