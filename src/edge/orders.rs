@@ -149,6 +149,12 @@ impl Orders {
             given.sessions += sessions;
         }
         given.missing = edges.saturating_sub(given.edges);
+        let Given {
+            sessions,
+            edges,
+            missing,
+        } = given;
+        tracing::debug!(sessions, edges, missing, "an order to sessions was given");
         if given.edges == 0 {
             let text =
                 "no edge has answered, not even this one: natter doctor looks at the permissions";

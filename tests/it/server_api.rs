@@ -63,6 +63,20 @@ async fn refused(address: SocketAddr, method: &str, body: Value, code: u32, said
     assert!(message.contains(said), "{method} {body}: {message}");
 }
 
+/// Waits until an edge knows of so many edges: only then it waits for what they answer.
+async fn knows(address: SocketAddr, edges: u64) {
+    let expected = json!({ "sessions": 0, "edges": edges, "missing": 0 });
+    eventually("the edges know of each other", LONG, async || {
+        let path = "/v1/users/nobody/sessions";
+        let answer = ask(address, ("DELETE", path), &token("root"), &Value::Null).await;
+        match answer == (200, expected.clone()) {
+            true => Ok(()),
+            false => Err(format!("{answer:?}")),
+        }
+    })
+    .await;
+}
+
 /// The next push of a kind, with its channel. What comes before it is dropped.
 async fn push(client: &mut Client, kind: &str) -> (Value, Value) {
     loop {
@@ -365,6 +379,7 @@ async fn orders_reach_the_sessions_of_a_user_on_every_edge_and_shard() {
     let toml = format!("edge.shards = 3\n{}", toml());
     let mesh = Mesh::start(support::nats_url(), 2, &toml).await;
     let address = mesh.edges[0].address;
+    knows(address, 2).await;
     let kim = foreign(json!({ "sub": "kim" }));
     let mut clients = Vec::new();
     for edge in [0, 0, 1, 1] {
@@ -698,15 +713,7 @@ async fn a_token_with_the_right_does_the_same() {
             "{path}: {answer}"
         );
     }
-    eventually("both edges know of each other", LONG, async || {
-        let (status, answer) = delete("/v1/users/nobody/sessions", &admin).await;
-        assert_eq!(status, 200, "{answer}");
-        match answer == json!({ "sessions": 0, "edges": 2, "missing": 0 }) {
-            true => Ok(()),
-            false => Err(answer.to_string()),
-        }
-    })
-    .await;
+    knows(address, 2).await;
     let (status, answer) = delete("/v1/rooms/closed:a/sessions/kim", &of_room).await;
     assert_eq!(
         (status, answer),
@@ -746,34 +753,104 @@ async fn orders_reach_other_regions_unless_they_are_cut_off() {
         assert_eq!(status, 200, "{answer}");
         answer
     };
-    let known = async |edges: u64| {
-        eventually(
-            "the edges of the regions that are there",
-            LONG,
-            async || {
-                let answer = end("nobody").await;
-                match answer == json!({ "sessions": 0, "edges": edges, "missing": 0 }) {
-                    true => Ok(()),
-                    false => Err(answer.to_string()),
-                }
-            },
-        )
-        .await;
-    };
-    known(2).await;
+    knows(seoul, 2).await;
     let (client, _) = Client::connect(regions.at("virginia"), 0, &kim).await;
     assert_eq!(end("kim").await["sessions"], 1);
     assert_eq!(client.end().await, 3503);
     let (mut client, _) = Client::connect(regions.at("virginia"), 0, &kim).await;
     regions.cut("virginia");
-    known(1).await;
+    knows(seoul, 1).await;
     // It goes on there, and can be reached when the region is back.
     let published = client
         .call("publish", json!({ "channel": "a", "data": 1 }))
         .await;
     assert!(published["error"].is_null(), "{published}");
     regions.heal("virginia");
-    known(2).await;
+    knows(seoul, 2).await;
     assert_eq!(end("kim").await["sessions"], 1);
     assert_eq!(client.end().await, 3503);
+}
+
+#[tokio::test]
+async fn without_nats_nobody_hears_an_order_and_the_caller_is_told() {
+    let mut nats = support::dedicated_nats().await;
+    let mesh = Mesh::start(&nats.url(), 1, &toml()).await;
+    let address = mesh.edges[0].address;
+    let (mut client, _) = Client::connect(&mesh, 0, &foreign(json!({ "sub": "kim" }))).await;
+    nats.server.kill().await;
+    let root = token("root");
+    eventually("the edge knows it", LONG, async || {
+        let ready = request(address, "GET", "/readyz", "", "").await;
+        match ready.status {
+            503 => Ok(()),
+            other => Err(other.to_string()),
+        }
+    })
+    .await;
+    let path = "/v1/users/kim/sessions";
+    let (status, answer) = ask(address, ("DELETE", path), &root, &Value::Null).await;
+    assert_eq!(
+        (status, &answer["code"]),
+        (503, &json!("unavailable")),
+        "{answer}"
+    );
+    refused(
+        address,
+        "disconnect",
+        json!({ "user": "kim" }),
+        100,
+        "unavailable",
+    )
+    .await;
+    refused(
+        address,
+        "publish",
+        json!({ "channel": "a", "data": 1 }),
+        100,
+        "",
+    )
+    .await;
+    nats.server.restart().await.unwrap();
+    // What was refused is not made up for.
+    eventually("orders are heard again", LONG, async || {
+        let path = "/v1/users/nobody/sessions";
+        let (status, answer) = ask(address, ("DELETE", path), &root, &Value::Null).await;
+        match status {
+            200 => Ok(()),
+            _ => Err(answer.to_string()),
+        }
+    })
+    .await;
+    let stats = client
+        .call("presence_stats", json!({ "channel": "a" }))
+        .await;
+    assert!(stats["error"].is_null(), "{stats}");
+    let (status, answer) = ask(address, ("DELETE", path), &root, &Value::Null).await;
+    assert_eq!((status, &answer["sessions"]), (200, &json!(1)), "{answer}");
+    assert_eq!(client.end().await, 3503);
+}
+
+#[tokio::test]
+async fn each_of_many_messages_counts_as_a_command() {
+    let toml = format!(
+        "limits.commands_per_second = 1\nlimits.commands_burst = 3\n{}",
+        toml()
+    );
+    let mesh = Mesh::start(support::nats_url(), 1, &toml).await;
+    let address = mesh.edges[0].address;
+    let messages = vec![json!({ "room": "brief:a", "body": 1 }); 100];
+    let body = json!({ "messages": messages });
+    let (status, answer) = ask(address, ("POST", "/v1/messages"), &token("kim"), &body).await;
+    assert_eq!(status, 200, "{answer}");
+    let results = answer["results"].as_array().unwrap();
+    assert!(
+        results[..3].iter().all(|one| one["id"].is_string()),
+        "{answer}"
+    );
+    let last = &results[99]["error"];
+    assert_eq!(
+        (&last["code"], &last["retry"]),
+        (&json!("rate_limited"), &json!(true)),
+        "{answer}"
+    );
 }

@@ -69,7 +69,7 @@ pub(super) async fn call(
     }
     let Some(method) = server::method(&method) else {
         let text = "there is no such method";
-        let code = ErrorCode::UnknownOp;
+        let code = ErrorCode::BadRequest;
         return Err(HttpError::with_status(StatusCode::NOT_FOUND, code, text));
     };
     let ready = shared.ready.get().ok_or_else(HttpError::not_ready)?;
