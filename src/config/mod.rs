@@ -654,7 +654,7 @@ impl Config {
             for right in &namespace.everybody {
                 check(
                     RIGHTS.contains(&&**right),
-                    format!("namespaces.{name}.everybody: there is no right {right:?}"),
+                    format!("namespaces.{name}.everybody: {right:?} is not one of {RIGHTS:?}"),
                 );
             }
         }
@@ -846,6 +846,20 @@ mod tests {
             let error = regions(toml).unwrap_err().to_string();
             assert!(error.contains(told), "{toml}: {error}");
         }
+    }
+
+    #[test]
+    fn nobody_may_act_as_others_without_a_token_and_a_short_key_opens_no_api() {
+        let toml = "[namespaces.chat]\neverybody = ['admin']\n[centrifugal]\napi_key = 'too short'";
+        let error = load(toml).unwrap_err().to_string();
+        for told in [
+            "chat.everybody: \"admin\"",
+            "api_key = ***: 9 bytes",
+            "ASCII",
+        ] {
+            assert!(error.contains(told), "{told} is missing in: {error}");
+        }
+        assert!(!error.contains("too short"), "a secret is printed: {error}");
     }
 
     #[test]
