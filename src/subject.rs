@@ -65,6 +65,9 @@ pub const KIND_READ: &str = "read";
 /// Sender of natter's own messages in a room. No token can have it, since a `sub` must not begin with `$`.
 pub const FROM_NATTER: &str = "$natter";
 
+/// Sender of what a back end publishes with the key of the API in its own name. No token can have it either.
+pub const FROM_API: &str = "$api";
+
 /// Name of the history service, as `nats micro ls` shows it.
 pub const HISTORY_SERVICE: &str = "natter-history";
 
@@ -182,6 +185,18 @@ impl Subjects {
     #[must_use]
     pub fn history(&self, region: &Region, endpoint: &str) -> String {
         format!("{}.svc.history.{region}.{endpoint}", self.prefix)
+    }
+
+    /// Subject on which all edges of all regions are told what to do with their sessions.
+    #[must_use]
+    pub fn orders(&self) -> String {
+        format!("{}.edge.orders", self.prefix)
+    }
+
+    /// Subject of the answers to the orders of one edge. `edge` is a name that no other edge has.
+    #[must_use]
+    pub fn order_answers(&self, edge: &str) -> String {
+        format!("{}.edge.answers.{edge}", self.prefix)
     }
 
     /// All subjects of a partition's rooms: a filter for a read of the whole stream. The room's tokens are wildcards.

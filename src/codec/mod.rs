@@ -27,7 +27,9 @@ pub use names::Names;
 use centrifugal::Form;
 
 use crate::{
-    protocol::{Close, Command, ErrorCode, Event, MessagePush, Refused, Reply, RoomSubscription},
+    protocol::{
+        Close, Command, ErrorCode, Event, MessagePush, Obeyed, Refused, Reply, RoomSubscription,
+    },
     wire::{FrameBuilder, Framing, close_frame, ping_frame},
 };
 
@@ -325,6 +327,18 @@ impl Codec {
         }
     }
 
+    /// The frame that tells a client what its back end did to its session; `None` if the protocol has none for it. For a
+    /// disconnect it is the close frame.
+    #[must_use]
+    pub fn obeyed(self, obeyed: &Obeyed<'_>) -> Option<Bytes> {
+        match self {
+            Self::Centrifugal(form) => Some(centrifugal::obeyed(form, obeyed)),
+            Self::Native | Self::Stomp | Self::StompOld | Self::Events | Self::Poll => None,
+            #[cfg(test)]
+            Self::Lines => None,
+        }
+    }
+
     /// What is sent before each frame of a subscription, in a protocol that has several for one room.
     #[must_use]
     pub fn head(self, subscription: &RoomSubscription) -> Bytes {
@@ -366,14 +380,15 @@ impl Codec {
     #[must_use]
     pub fn close_frame(self) -> fn(Close) -> Bytes {
         match self {
-            Self::Centrifugal(Form::Json | Form::Protobuf) => centrifugal::close,
+            Self::Centrifugal(Form::Json) => |close| centrifugal::close(Form::Json, close),
+            Self::Centrifugal(Form::Protobuf) => |close| centrifugal::close(Form::Protobuf, close),
             Self::Centrifugal(Form::JsonStream) => {
-                |close| centrifugal::disconnect(Form::JsonStream, close)
+                |close| centrifugal::close(Form::JsonStream, close)
             }
             Self::Centrifugal(Form::ProtobufStream) => {
-                |close| centrifugal::disconnect(Form::ProtobufStream, close)
+                |close| centrifugal::close(Form::ProtobufStream, close)
             }
-            Self::Centrifugal(Form::Events) => |close| centrifugal::disconnect(Form::Events, close),
+            Self::Centrifugal(Form::Events) => |close| centrifugal::close(Form::Events, close),
             Self::Events | Self::Poll => events::close,
             Self::Native | Self::Stomp | Self::StompOld => plain_close,
             #[cfg(test)]

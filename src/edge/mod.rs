@@ -12,6 +12,7 @@
 mod admission;
 mod control;
 mod http;
+mod orders;
 mod request;
 mod shard;
 mod streams;
@@ -39,10 +40,11 @@ use crate::{
     presence::Presence,
     read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},
-    subject::bucket,
+    subject::{Subjects, bucket},
 };
 use admission::Admission;
 use control::Control;
+use orders::Orders;
 use shard::{Drained, Shards};
 use streams::Streams;
 
@@ -79,7 +81,7 @@ struct Shared {
 struct Ready {
     connection: Connection,
     line: Line,
-    /// For presence and read markers, so that no message waits behind them.
+    /// For presence, read markers and orders, so that no message waits behind them.
     state: Connection,
     /// For unread counts and history, which take long, so that presence and markers don't wait for them.
     questions: Connection,
@@ -90,6 +92,7 @@ struct Ready {
     markers: Arc<Markers>,
     history: Arc<history::Client>,
     shards: Shards,
+    orders: Arc<Orders>,
 }
 
 /// The edge can't start.
@@ -349,6 +352,12 @@ async fn make_ready(
     let history = history::Client::new(&ask(), &origins, config);
     let presences = (&presence, pushes);
     let shards = Shards::start(tasks, shared, &origins, presences, &markers, &history).await?;
+    let orders = Arc::new(Orders::new(
+        state.clone(),
+        Subjects::new(&config.nats.prefix),
+    ));
+    // Subscribed before the first session, so that none misses an order.
+    let heard = orders.hear().await;
     // Nothing else sets this.
     let set = shared.ready.set(Ready {
         connection,
@@ -361,8 +370,16 @@ async fn make_ready(
         markers,
         history,
         shards,
+        orders,
     });
     debug_assert!(set.is_ok(), "an edge is made ready once");
+    match heard {
+        Some(heard) => {
+            let listen = orders::listen(Arc::clone(shared), heard, tasks.clone());
+            tasks.keep_running("follow orders", listen);
+        }
+        None => tasks.fail("orders can't be followed"),
+    }
     shared.lifecycle.advance(Phase::Ready);
     tracing::info!(edge.id = %shared.id, "edge ready");
     Ok(())

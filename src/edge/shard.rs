@@ -20,11 +20,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use tokio::{
     runtime::Builder,
     sync::{mpsc, oneshot},
     task::{JoinHandle, LocalSet, spawn_local},
-    time::{MissedTickBehavior, interval, sleep, timeout_at},
+    time::{MissedTickBehavior, interval, sleep, timeout, timeout_at},
 };
 
 use tracing::Instrument as _;
@@ -35,9 +36,9 @@ use crate::{
     codec::{Codec, Names, PerCodec},
     config::Config,
     history,
-    model::{RoomId, partition_of},
+    model::{Cursor, RoomId, partition_of},
     presence::{Presence, Push},
-    protocol::{Close, PollReply, Refused},
+    protocol::{Close, Order, PollReply, Refused},
     read_marker::Markers,
     room::Rooms,
     runtime::{Tasks, on_panic},
@@ -47,7 +48,8 @@ use crate::{
     wire::{Conn, ConnSettings},
 };
 
-/// Capacity of a shard's queue of new connections. If it is full, a handover waits for up to [`TAKE_WITHIN`].
+/// Capacity of a shard's queues of new connections and of questions. If one is full, a handover waits for up to
+/// [`TAKE_WITHIN`].
 const WAITING: usize = 1024;
 
 /// How often a shard checks its sessions, and how often the shards are checked.
@@ -65,6 +67,9 @@ const ANSWER_WITHIN: Duration = Duration::from_millis(200);
 
 /// How long a shard may take to accept a connection. After that the connection is dropped.
 const TAKE_WITHIN: Duration = Duration::from_secs(5);
+
+/// How long the head of a room may take to be read.
+const HEAD_WITHIN: Duration = Duration::from_secs(4);
 
 /// A connection on its way to a shard.
 #[derive(Debug)]
@@ -101,8 +106,18 @@ pub(super) struct Shards {
 #[derive(Debug)]
 struct Handle {
     drain: mpsc::Sender<Drain>,
+    asks: mpsc::Sender<Ask>,
     live: Line,
     replay: Connection,
+}
+
+/// What a shard is asked for, and where it answers.
+#[derive(Debug)]
+enum Ask {
+    /// To give an order to the sessions of a user. The answer is the number of those that had something to do.
+    Order(Arc<Order>, oneshot::Sender<usize>),
+    /// For the head of a durable room, `None` if it can't be read now.
+    Head(RoomId, oneshot::Sender<Option<Cursor>>),
 }
 
 /// The order to drain.
@@ -303,6 +318,7 @@ impl Shards {
         let neighbours: Arc<[Neighbour]> = ways.into();
         for (number, (pushes, new)) in pushes.into_iter().zip(arrivals).enumerate() {
             let (drain, drains) = mpsc::channel(1);
+            let (asks, asked) = mpsc::channel(WAITING);
             let (started, start) = oneshot::channel();
             let common = Common {
                 neighbours: Arc::clone(&neighbours),
@@ -317,13 +333,14 @@ impl Shards {
                 },
             };
             start_thread(common.part.clone(), move || {
-                run(common, pushes, new, drains, started)
+                run(common, pushes, (new, asked), drains, started)
             })
             .map_err(EdgeError::Shard)?;
             let ended = |_dropped| EdgeError::Shard(io::Error::other("the thread ended"));
             let (live, replay) = start.await.map_err(ended)??;
             shards.push(Handle {
                 drain,
+                asks,
                 live,
                 replay,
             });
@@ -367,6 +384,30 @@ impl Shards {
         }
         let up = |shard: &Handle| shard.live.is_up() && shard.replay.is_up();
         (!self.shards.iter().all(up)).then(|| "NATS is away".to_owned())
+    }
+
+    /// Gives an order to all shards. Each will answer with the number of its sessions that had something to do.
+    pub(super) async fn order(&self, order: &Arc<Order>) -> Vec<oneshot::Receiver<usize>> {
+        let mut waits = Vec::with_capacity(self.shards.len());
+        for shard in &self.shards {
+            let (done, wait) = oneshot::channel();
+            let ask = Ask::Order(Arc::clone(order), done);
+            // A shard that does not take it has ended, or is about to be ended.
+            if shard.asks.send_timeout(ask, TAKE_WITHIN).await.is_ok() {
+                waits.push(wait);
+            }
+        }
+        waits
+    }
+
+    /// The head of a durable room; `None` if it can't be read now. Its own shard is asked, which may know it.
+    pub(super) async fn head(&self, room: &RoomId) -> Option<Cursor> {
+        let shards = u16::try_from(self.shards.len()).ok()?;
+        let shard = self.shards.get(usize::from(partition_of(room, shards)))?;
+        let (answer, head) = oneshot::channel();
+        let ask = Ask::Head(room.clone(), answer);
+        shard.asks.send_timeout(ask, TAKE_WITHIN).await.ok()?;
+        head.await.ok().flatten()
     }
 
     /// Drains all shards. Does not wait for a shard that has not answered [`ANSWER_WITHIN`] after the deadline.
@@ -427,7 +468,7 @@ type Started = Result<(Line, Connection), EdgeError>;
 async fn run(
     common: Common,
     mut pushes: mpsc::Receiver<Push>,
-    mut arrivals: mpsc::Receiver<Arrival>,
+    (mut arrivals, mut asks): (mpsc::Receiver<Arrival>, mpsc::Receiver<Ask>),
     mut drains: mpsc::Receiver<Drain>,
     started: oneshot::Sender<Started>,
 ) {
@@ -462,6 +503,13 @@ async fn run(
         tokio::select! {
             // All branches are cancel-safe.
             Some(arrival) = arrivals.recv() => shard.take(arrival),
+            Some(ask) = asks.recv() => {
+                // An order is for the sessions that are on their way here, too.
+                while let Ok(arrival) = arrivals.try_recv() {
+                    shard.take(arrival);
+                }
+                shard.on_ask(ask);
+            }
             _ = tick.tick() => shard.tick(),
             // Revoked sessions are closed without waiting for the tick. The sender lives as long as the verifier.
             Ok(()) = revoked.changed() => shard.close_revoked(),
@@ -645,6 +693,31 @@ impl Shard {
         }
     }
 
+    /// Answers in the background.
+    fn on_ask(&self, ask: Ask) {
+        match ask {
+            Ask::Order(order, done) => {
+                let sessions = self.sessions.borrow();
+                let of_user = sessions.values().filter(|it| it.is_of(&order.user));
+                let of_user: Vec<_> = of_user.cloned().collect();
+                spawn_local(async move {
+                    let all = of_user.into_iter().map(|it| it.follow(&order.what));
+                    let obeyed = join_all(all).await;
+                    let count = obeyed.into_iter().filter(|obeyed| *obeyed).count();
+                    // The edge may have stopped waiting.
+                    let _gave_up = done.send(count);
+                });
+            }
+            Ask::Head(room, answer) => {
+                let rooms = Rc::clone(&self.context.rooms);
+                spawn_local(async move {
+                    let head = timeout(HEAD_WITHIN, rooms.head(&room)).await;
+                    let _gave_up = answer.send(head.ok().flatten());
+                });
+            }
+        }
+    }
+
     /// Tells the sessions to reconnect elsewhere, spread over time, and waits until they are gone. Returns how many are
     /// left at the deadline.
     async fn drain(self: &Rc<Self>, spread: Duration, deadline: tokio::time::Instant) -> usize {
@@ -673,10 +746,8 @@ impl Shard {
 mod tests {
     use std::future::pending;
 
-    use figment::providers::{Format as _, Toml};
-    use tokio::time::timeout;
-
     use super::*;
+    use figment::providers::{Format as _, Toml};
 
     const LONG: Duration = Duration::from_secs(60);
 
@@ -776,10 +847,12 @@ mod tests {
         let mut orders = Vec::new();
         for _ in 0..4 {
             let (drain, drains) = mpsc::channel(1);
+            let (asks, _asked) = mpsc::channel(1);
             let (live, _driver) = Line::new(&config.nats, "live").unwrap();
             let replay = Connection::open(&config.nats, "replay").await.unwrap();
             handles.push(Handle {
                 drain,
+                asks,
                 live,
                 replay,
             });

@@ -10,6 +10,7 @@ use std::time::Duration;
 mod codes;
 mod command;
 mod event;
+mod order;
 mod publication;
 mod reply;
 
@@ -19,6 +20,7 @@ pub use command::{
     Wants,
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
+pub use order::{Obeyed, Order, OrderKind};
 pub use publication::{Draft, Publication};
 pub use reply::{
     AuthReply, HistoryReply, JoinReply, MessageBody, PollReply, PresenceReply, PresentUser,

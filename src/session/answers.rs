@@ -10,10 +10,10 @@ use crate::{
     bus::{Outgoing, PublishError, Publisher},
     config::{Config, Namespace, PresencePolicy},
     history::{self, PageRequest},
-    model::{BadCursor, Cursor, Kind, RoomId, json_flaw},
+    model::{BadCursor, Cursor, Kind, Position, RoomId, json_flaw},
     presence::Presence,
     protocol::{
-        Close, ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser,
+        Anchor, Close, ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser,
         Publication, PublishReply, ReadReply, ReaderBody, ReadersReply, Refused, UnreadBody,
         UnreadReply,
     },
@@ -54,6 +54,26 @@ fn bad(text: String) -> Refused {
 pub(crate) fn cursor_of(text: &str) -> Result<Cursor, Refused> {
     text.parse()
         .map_err(|error: BadCursor| Refused::new(ErrorCode::BadCursor, error.to_string()))
+}
+
+/// Checks that a cursor in `anchor` is of the log that `head` is of.
+pub(crate) fn check_epochs(anchor: &Anchor, head: &Cursor) -> Result<(), Refused> {
+    let (Anchor::Before(text) | Anchor::After(text) | Anchor::Around(text)) = anchor else {
+        return Ok(());
+    };
+    if text.is_empty() {
+        return Ok(());
+    }
+    let cursor = cursor_of(text)?;
+    let is_known = |at: &Position| {
+        let its = head.get(&at.origin);
+        its.is_some_and(|its| its.epoch == at.epoch)
+    };
+    if cursor.positions().iter().all(is_known) {
+        return Ok(());
+    }
+    let text = "the position is of another log";
+    Err(Refused::new(ErrorCode::BadCursor, text))
 }
 
 /// Checks a publication against grants, namespace and limits. Returns whether its room keeps a log.

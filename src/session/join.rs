@@ -362,6 +362,45 @@ impl Session {
         Ok(())
     }
 
+    /// Joins a room for the back end, until the time `until` (seconds since 1970). `tell` makes the frame that is sent
+    /// before the messages. Returns whether the session has joined: not if it is in the room already.
+    pub(super) async fn join_for_back_end(
+        self: &Rc<Self>,
+        identity: &Identity,
+        room: RoomId,
+        until: u64,
+        tell: impl FnOnce(JoinReply) -> Option<Bytes>,
+    ) -> Result<bool, Refused> {
+        let is_in = |seat: &Seat| !seat.membership.has_ended();
+        if self
+            .rooms
+            .borrow()
+            .get(&room)
+            .is_some_and(|seat| is_in(seat))
+        {
+            return Ok(false);
+        }
+        // The seat has a token of its own, so that what the session's own token allows does not matter.
+        let verifier = &self.context.verifier;
+        let token = verifier.without_token(&identity.user, identity.is_anonymous, unix_s());
+        let token =
+            token.map_err(|error| Refused::new(ErrorCode::Unauthorized, error.to_string()))?;
+        let joining = Joining {
+            since: None,
+            wants: Wants::default(),
+            outlet: Outlet::Socket(Rc::clone(&self.conn)),
+            token: Some(Arc::new(token.until(until))),
+            subscription: None,
+        };
+        let entered = self.enter(identity, room, joining, tell);
+        let late = |_elapsed| {
+            let text = "the room can't be joined now";
+            Err(Refused::new(ErrorCode::Unavailable, text))
+        };
+        let entered = timeout(ANSWER_WITHIN, Box::pin(entered)).await;
+        entered.unwrap_or_else(late).map(|()| true)
+    }
+
     pub(super) fn leave(&self, room: RoomId) -> Answered {
         let seat = self.rooms.borrow_mut().remove(&room);
         if seat.is_none_or(|seat| seat.membership.has_ended()) {

@@ -22,6 +22,7 @@
 pub(crate) mod answers;
 mod commands;
 mod join;
+mod orders;
 mod poll;
 mod replies;
 mod stream;

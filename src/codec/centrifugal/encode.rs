@@ -11,16 +11,16 @@ use super::{
     Call, Form, Method, position,
     proto::{
         self, ClientInfo, ConnectResult, DisconnectPush, Empty, HistoryResult, InfoPush,
-        PresenceResult, PresenceStatsResult, Publication, Push, RefreshResult, RpcResult,
-        SubRefreshResult, SubscribeResult, UnsubscribePush,
+        PresenceResult, PresenceStatsResult, Publication, Push, RefreshPush, RefreshResult,
+        RpcResult, SubRefreshResult, SubscribePush, SubscribeResult, UnsubscribePush,
     },
 };
 use crate::{
     codec::{Encoded, Names, Tag, put_json_string},
     model::{Cursor, Region, RoomId},
     protocol::{
-        Close, ErrorCode, Event, HistoryReply, JoinReply, MessagePush, PING_EVERY, PresenceChange,
-        PresenceReply, PresenceState, Refused, Reply, Validity,
+        Close, ErrorCode, Event, HistoryReply, JoinReply, MessagePush, Obeyed, OrderKind,
+        PING_EVERY, PresenceChange, PresenceReply, PresenceState, Refused, Reply, Validity,
     },
     wire::{FrameBuilder, close_frame},
 };
@@ -137,12 +137,8 @@ pub(in crate::codec) fn reply(form: Form, tag: &Tag, reply: &Reply) -> Bytes {
         (Method::Presence, Reply::Presence(presence)) => {
             answer.presence = Some(presence_result(presence));
         }
-        (Method::PresenceStats, Reply::Presence(PresenceReply { count, .. })) => {
-            let users = u32::try_from(*count).unwrap_or(u32::MAX);
-            answer.presence_stats = Some(PresenceStatsResult {
-                num_clients: users,
-                num_users: users,
-            });
+        (Method::PresenceStats, Reply::Presence(presence)) => {
+            answer.presence_stats = Some(presence_stats_result(presence));
         }
         (Method::History { reverse }, Reply::History(page)) => {
             answer.history = Some(Box::new(history_result(page, reverse)));
@@ -156,6 +152,52 @@ pub(in crate::codec) fn reply(form: Form, tag: &Tag, reply: &Reply) -> Bytes {
         }
     }
     frame(form, &answer)
+}
+
+/// The frame that tells a client what its back end did to its session.
+pub(in crate::codec) fn obeyed(form: Form, obeyed: &Obeyed<'_>) -> Bytes {
+    match obeyed {
+        Obeyed::Disconnected(code, reason) => end(form, *code, reason),
+        Obeyed::Joined(joined, data) => {
+            let SubscribeResult {
+                recoverable,
+                epoch,
+                offset,
+                positioned,
+                ..
+            } = subscribe_result(joined, false);
+            let data = data.map_or_else(Bytes::new, |data| {
+                Bytes::copy_from_slice(data.get().as_bytes())
+            });
+            let subscribe = Some(Box::new(SubscribePush {
+                recoverable,
+                epoch,
+                offset,
+                positioned,
+                data,
+            }));
+            let channel = Names::Centrifugal.name(&joined.room).to_owned();
+            push(
+                form,
+                Push {
+                    channel,
+                    subscribe,
+                    ..Push::default()
+                },
+            )
+        }
+        Obeyed::Extended(of) => {
+            let (expires, ttl) = validity(*of);
+            let refresh = Some(RefreshPush { expires, ttl });
+            push(
+                form,
+                Push {
+                    refresh,
+                    ..Push::default()
+                },
+            )
+        }
+    }
 }
 
 fn subscribe_result(joined: &JoinReply, recovers: bool) -> SubscribeResult {
@@ -181,13 +223,22 @@ fn subscribe_result(joined: &JoinReply, recovers: bool) -> SubscribeResult {
 }
 
 /// Who is in a room. Users have no connections there, so the name of the user stands for both.
-fn presence_result(presence: &PresenceReply) -> PresenceResult {
+pub(super) fn presence_result(presence: &PresenceReply) -> PresenceResult {
     let users = presence.users.iter().map(|present| {
         let info = info(&present.user, present.info.as_deref());
         (present.user.to_string(), info)
     });
     PresenceResult {
         presence: users.collect(),
+    }
+}
+
+/// How many are in a room. For the same reason the numbers are the same.
+pub(super) fn presence_stats_result(presence: &PresenceReply) -> PresenceStatsResult {
+    let users = u32::try_from(presence.count).unwrap_or(u32::MAX);
+    PresenceStatsResult {
+        num_clients: users,
+        num_users: users,
     }
 }
 
@@ -215,7 +266,7 @@ struct Past<'a> {
     mentions: Option<&'a RawValue>,
 }
 
-fn history_result(page: &HistoryReply, reverse: bool) -> HistoryResult {
+pub(super) fn history_result(page: &HistoryReply, reverse: bool) -> HistoryResult {
     let past = page.messages.iter().filter_map(|message| {
         let past = serde_json::from_str::<Past<'_>>(message.get());
         past.inspect_err(|error| tracing::error!(%error, "a message of the history can't be read"))
@@ -282,7 +333,7 @@ pub(in crate::codec) fn refusal(form: Form, tag: &Tag, refused: &Refused) -> Opt
 }
 
 /// The error of a refusal. A client tries again later if it is temporary, and with a new token after 109.
-fn error(method: Method, refused: &Refused) -> proto::Error {
+pub(super) fn error(method: Method, refused: &Refused) -> proto::Error {
     let (code, temporary) = match refused.code {
         ErrorCode::BadCursor if is_of_positions(method) => (112, false),
         ErrorCode::Unauthorized if is_expired(method) => (109, false),
@@ -338,31 +389,36 @@ fn close_code(close: Close) -> (u16, &'static str) {
             (3501, "bad request")
         }
         Close::Stale => (3502, "stale"),
-        Close::Revoked => (3503, "force disconnect"),
+        Close::Revoked | Close::Disconnected => OrderKind::DISCONNECT,
         Close::TooBig => (1009, "message size limit"),
         // Of the codes that Centrifugo leaves to applications.
         Close::TooMany => (4005, "too many sessions or commands"),
     }
 }
 
-/// The WebSocket close frame of a reason.
-pub(in crate::codec) fn close(close: Close) -> Bytes {
+/// What a session ends with.
+pub(in crate::codec) fn close(form: Form, close: Close) -> Bytes {
     let (code, reason) = close_code(close);
-    close_frame(code, reason)
+    end(form, code, reason)
 }
 
-/// What a stream ends with instead of a close frame.
-pub(in crate::codec) fn disconnect(form: Form, close: Close) -> Bytes {
-    let (code, reason) = close_code(close);
-    let pushed = Push {
-        disconnect: Some(DisconnectPush {
-            code: u32::from(code),
-            reason: reason.to_owned(),
-            reconnect: false,
-        }),
-        ..Push::default()
-    };
-    push(form, pushed)
+/// A WebSocket close frame. A stream ends with a push.
+fn end(form: Form, code: u16, reason: &str) -> Bytes {
+    if matches!(form, Form::Json | Form::Protobuf) {
+        return close_frame(code, reason);
+    }
+    let disconnect = Some(DisconnectPush {
+        code: u32::from(code),
+        reason: reason.to_owned(),
+        reconnect: false,
+    });
+    push(
+        form,
+        Push {
+            disconnect,
+            ..Push::default()
+        },
+    )
 }
 
 /// The frame of an event. `None` if the protocol has no such push.
@@ -406,7 +462,7 @@ pub(in crate::codec) fn event(form: Form, event: &Event) -> Option<Bytes> {
         }
         Event::Kicked { room, code } => {
             let code_of = match *code {
-                "forbidden" => UNSUBSCRIBED,
+                "forbidden" | "removed" => UNSUBSCRIBED,
                 "expired" => EXPIRED,
                 _ => RESUBSCRIBE,
             };

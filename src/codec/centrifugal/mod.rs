@@ -2,7 +2,7 @@
 //!
 //! Which room a channel is: [`Names`](super::Names). One WebSocket message has one or more commands, or replies and pushes: JSON
 //! objects in lines, or Protobuf messages after their lengths. How positions are expressed: [`position`]. What an SDK
-//! needs of each reply, and what differs from Centrifugo, is in `docs/centrifugal.md`.
+//! needs of each reply, and what differs from Centrifugo, is in `docs/centrifugal.md`. The API for back ends: [`server`].
 //!
 //! Source: `client.proto` and the SDKs at github.com/centrifugal.
 
@@ -10,11 +10,12 @@ mod decode;
 mod encode;
 mod position;
 mod proto;
+pub mod server;
 
 use crate::wire::Framing;
 
 pub(super) use decode::{decode_json, decode_protobuf};
-pub(super) use encode::{close, disconnect, event, message, ping, refusal, reply};
+pub(super) use encode::{close, event, message, obeyed, ping, refusal, reply};
 pub(crate) use proto::EmulationRequest;
 
 /// The WebSocket subprotocol for Protobuf. JSON has none.

@@ -283,9 +283,15 @@ pub(super) struct Push {
     #[prost(message, optional, tag = "7")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) unsubscribe: Option<UnsubscribePush>,
+    #[prost(message, optional, boxed, tag = "9")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) subscribe: Option<Box<SubscribePush>>,
     #[prost(message, optional, tag = "11")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) disconnect: Option<DisconnectPush>,
+    #[prost(message, optional, tag = "12")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) refresh: Option<RefreshPush>,
 }
 
 #[derive(Clone, PartialEq, prost::Message, Serialize)]
@@ -359,6 +365,35 @@ pub(crate) struct EmulationRequest {
     #[prost(bytes = "bytes", tag = "3")]
     #[serde(default, deserialize_with = "read_text")]
     pub(crate) data: Bytes,
+}
+
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub(super) struct SubscribePush {
+    #[prost(bool, tag = "1")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) recoverable: bool,
+    #[prost(string, tag = "4")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) epoch: String,
+    #[prost(uint64, tag = "5")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) offset: u64,
+    #[prost(bool, tag = "6")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) positioned: bool,
+    #[prost(bytes = "bytes", tag = "7")]
+    #[serde(skip_serializing_if = "Bytes::is_empty", serialize_with = "write_json")]
+    pub(super) data: Bytes,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message, Serialize)]
+pub(super) struct RefreshPush {
+    #[prost(bool, tag = "1")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) expires: bool,
+    #[prost(uint32, tag = "2")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) ttl: u32,
 }
 
 #[derive(Clone, PartialEq, prost::Message, Serialize)]

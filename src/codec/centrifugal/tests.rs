@@ -455,6 +455,7 @@ fn every_close_has_a_reason_that_is_no_json_and_the_code_says_whether_to_come_ba
             | Close::ClientProtocol
             | Close::Stale
             | Close::Revoked
+            | Close::Disconnected
             | Close::TooBig => true,
             Close::Normal
             | Close::GoingAway

@@ -7,9 +7,11 @@ import { DEADLINE, Load, Native, Raw, Relay, jwt, newName, nowSeconds, packages,
 
 const CENTRIFUGAL_SECRET = "a secret of Centrifugo's own tokens, 32 bytes or more";
 const ALL = ["read", "write", "presence", "history"];
+export const API_KEY = "a-key-of-the-server-api";
 export const CONFIG = `
 [centrifugal]
 hs256_secret = "${CENTRIFUGAL_SECRET}"
+api_key = "${API_KEY}"
 default_namespace = "main"
 anonymous = true
 
