@@ -15,8 +15,8 @@ mod reply;
 
 pub use codes::{Close, ErrorCode, Refused};
 pub use command::{
-    Anchor, Beats, Command, HistoryOf, PageOf, ResumeAt, RoomSubscription, Since, SubscribedTo,
-    Wants,
+    Anchor, Beats, Command, First, HistoryOf, PageOf, ResumeAt, RoomSubscription, Since,
+    SubscribedTo, Wants,
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
 pub use publication::{Draft, Publication};

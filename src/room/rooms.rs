@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::try_join_all;
 use tokio::{
     sync::oneshot,
     task::spawn_local,
@@ -26,7 +25,7 @@ use crate::{
         Streams,
     },
     config::{self, Config},
-    model::{Class, Cursor, Fingerprint, RoomId},
+    model::{Class, Cursor, RoomId},
     read_marker::Markers,
     subject::Subjects,
     telemetry::metrics::{Gauge, gauge_add},
@@ -142,24 +141,6 @@ impl Rooms {
         let hub = self.hub(room, true);
         let is_open = hub.started().await != Phase::Gone;
         is_open.then(|| hub.log.borrow().cursor())
-    }
-
-    /// The place before the oldest messages of a durable room that its streams still have. `None` if that is not known
-    /// now.
-    pub async fn oldest(self: &Rc<Self>, room: &RoomId) -> Option<Cursor> {
-        let hub = self.hub(room, true);
-        if hub.started().await == Phase::Gone {
-            return None;
-        }
-        let states = hub
-            .sources
-            .iter()
-            .map(|source| source.streams.fetch(hub.part));
-        let states = try_join_all(states).await.ok()?;
-        let before =
-            |state: &StreamState| (state.first_seq.saturating_sub(1), Fingerprint::default());
-        let places = states.iter().map(before).collect();
-        Some(hub.log.borrow().cursor_of(&places, &[]))
     }
 
     /// The listener for what arrives over the line.

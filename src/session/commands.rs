@@ -528,7 +528,11 @@ impl Session {
         if let Some(head) = self.head(room) {
             return Ok(head);
         }
-        of_stream(self.context.rooms.head(room)).await
+        let head = timeout(ANSWER_WITHIN, self.context.rooms.head(room)).await;
+        head.ok().flatten().ok_or_else(|| {
+            let text = "the room's stream can't be read now";
+            Refused::new(ErrorCode::Unavailable, text)
+        })
     }
 
     /// Publishes in the background, so that the session can process its next commands. The ack is sent when its turn
@@ -656,15 +660,6 @@ fn check_epochs(anchor: &Anchor, head: &Cursor) -> Result<(), Refused> {
     }
     let text = "the position is of another log";
     Err(Refused::new(ErrorCode::BadCursor, text))
-}
-
-/// Waits for what is read from the streams of a room.
-pub(super) async fn of_stream<T>(read: impl Future<Output = Option<T>>) -> Result<T, Refused> {
-    let read = timeout(ANSWER_WITHIN, read).await;
-    read.ok().flatten().ok_or_else(|| {
-        let text = "the room's stream can't be read now";
-        Refused::new(ErrorCode::Unavailable, text)
-    })
 }
 
 pub(super) fn not_joined(room: &RoomId) -> Refused {

@@ -44,6 +44,7 @@ mod roaming;
 mod servers;
 mod shards;
 mod slow;
+mod stomp;
 mod store;
 mod storm;
 mod support;

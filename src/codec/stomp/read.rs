@@ -13,8 +13,8 @@ use crate::{
     codec::{MAX_COMMANDS, Names, Request, Tag},
     model::RoomId,
     protocol::{
-        Beats, Command, Draft, ErrorCode, Publication, Refused, ResumeAt, RoomSubscription, Since,
-        SubscribedTo, Wants,
+        Beats, Command, Draft, ErrorCode, First, Publication, Refused, ResumeAt, RoomSubscription,
+        Since, SubscribedTo, Wants,
     },
 };
 
@@ -227,14 +227,10 @@ impl FrameReader {
         }
         let (room, of) = room_of(destination)?;
         let since = match (frame.get("cursor"), frame.get("x-stream-offset")) {
-            (Some(cursor), _) => Some(Since::from(ResumeAt::Cursor(cursor.to_owned()))),
-            (None, None | Some("next")) => None,
-            (None, Some("first")) => Some(Since::from(ResumeAt::Oldest)),
-            (None, Some(offset)) => match offset.strip_prefix("cursor=") {
-                Some(cursor) => Some(Since::from(ResumeAt::Cursor(cursor.to_owned()))),
-                None => return Err(bad("x-stream-offset is not next, first or cursor=…")),
-            },
+            (Some(cursor), _) => Some(ResumeAt::Cursor(cursor.to_owned())),
+            (None, offset) => begins(offset.unwrap_or("next"))?,
         };
+        let since = since.map(Since::from);
         if since.is_some() && of != SubscribedTo::Messages {
             return Err(bad("only messages can be resumed"));
         }
@@ -391,6 +387,32 @@ fn beats(text: &str) -> Option<Beats> {
         client: every(gives)?,
         server: every(wants)?,
     })
+}
+
+/// Where a subscription begins, in the words of `x-stream-offset`. `None`: with the next message.
+fn begins(offset: &str) -> Result<Option<ResumeAt>, Refused> {
+    let number = |text: &str| {
+        text.parse::<u64>()
+            .map_err(|_detail| bad(format!("x-stream-offset: {offset:?} has no number")))
+    };
+    let (word, value) = match offset.split_once('=') {
+        Some((word, value)) => (word.trim(), Some(value.trim())),
+        None => (offset, None),
+    };
+    let first = match (word, value) {
+        ("next", None) => return Ok(None),
+        ("cursor", Some(cursor)) => return Ok(Some(ResumeAt::Cursor(cursor.to_owned()))),
+        ("first", None) => First::Oldest,
+        ("last", None) => First::Last,
+        ("offset", Some(seq)) => First::Sequence(number(seq)?),
+        ("timestamp", Some(seconds)) => First::Time(number(seconds)?.saturating_mul(1000)),
+        _ => {
+            return Err(bad(
+                "x-stream-offset is not next, first, last, offset=…, timestamp=… or cursor=…",
+            ));
+        }
+    };
+    Ok(Some(ResumeAt::Before(first)))
 }
 
 fn destination(frame: &Frame) -> Result<&str, Refused> {
