@@ -128,7 +128,8 @@ impl Session {
         room: &RoomId,
         token: &str,
     ) -> Result<Arc<Identity>, Refused> {
-        let of = (&*identity.user, Names::Centrifugal.name(room));
+        let channel = Names::Centrifugal.name(room);
+        let of = (&*identity.user, &*channel);
         let checked = self
             .context
             .verifier

@@ -432,7 +432,15 @@ fn room_of(destination: &str) -> Result<(RoomId, SubscribedTo), Refused> {
     let events = [SubscribedTo::Typing, SubscribedTo::Presence].into_iter();
     let mut events = events.filter_map(|of| Some((name.strip_suffix(suffix(of))?, of)));
     let (name, of) = events.next().unwrap_or((name, SubscribedTo::Messages));
-    // Brokers separate words by dots, which are not in names of rooms.
+    let is_wildcard = |word: &str| {
+        let mut chars = word.chars().peekable();
+        chars.peek().is_some() && chars.all(|char| "*#>".contains(char))
+    };
+    if name.split(['.', '/', ':']).any(is_wildcard) {
+        let shown: String = destination.chars().take(100).collect();
+        return Err(bad(format!("{shown:?} is a pattern, not one room")));
+    }
+    // Brokers separate words by dots. The first word is the namespace, if there is no colon.
     let name = match (name.contains(':'), name.split_once('.')) {
         (false, Some((namespace, name))) => Cow::Owned(format!("{namespace}:{name}")),
         _ => Cow::Borrowed(name),
