@@ -275,7 +275,7 @@ impl Rooms {
         });
         let backlogs = try_join_all(reads).await?;
         let messages = backlogs.iter().flatten().map(|read| read.entries().len());
-        if messages.sum::<usize>() as u64 > self.config.replay_max {
+        if messages.sum::<usize>() as u64 > hub.replay_max {
             return Err(NoBacklog::Reset(ResetReason::ReplayMax));
         }
         Ok(backlogs)
@@ -428,7 +428,7 @@ impl Rooms {
 
     /// Sends a large backlog at the pace at which the client reads. Then sends what has come to the room meanwhile,
     /// from memory, or from the streams if memory does not reach back far enough. Repeats this until nothing is left,
-    /// and then the member goes live. A client that falls further behind than `rooms.replay_max` is closed as too slow.
+    /// and then the member goes live. A client that falls further behind than `replay_max` is closed as too slow.
     ///
     /// If others wait for memory, a backlog that was read for a slow client is dropped. The rest is read again later,
     /// in parts, from where the client has got to.

@@ -54,6 +54,8 @@ pub struct Rooms {
     pub(super) streams: Arc<Streams>,
     pub(super) subjects: Subjects,
     pub(super) config: config::Rooms,
+    /// By namespace: how many messages a join replays at most.
+    replay_max: HashMap<String, u64>,
     pub(super) markers: Arc<Markers>,
     /// Number of members that want receipts in a room, above which none of them gets any.
     pub(super) read_push_max: usize,
@@ -93,6 +95,9 @@ impl Rooms {
         let retried_within = config.streams.duplicate_window;
         let elections = (0..streams.partitions()).map(|part| origins.elections(part));
         let elections = RefCell::new(elections.collect());
+        let names = config.namespaces.keys();
+        let replay_max = names.map(|name| (name.clone(), config.replay_max(name)));
+        let replay_max = replay_max.collect();
         let config = config.rooms.clone();
         let memory = usize::try_from(config.replay_memory.as_u64()).unwrap_or(usize::MAX);
         Rc::new(Self {
@@ -110,6 +115,7 @@ impl Rooms {
             streams,
             subjects,
             config,
+            replay_max,
             markers,
             read_push_max,
             hubs: RefCell::default(),
@@ -134,6 +140,12 @@ impl Rooms {
         gauge_add(Gauge::RoomActive, 1);
         spawn_local(Rc::clone(&hub).start(Rc::clone(self)));
         hub
+    }
+
+    /// How many messages a join of `room` replays at most.
+    pub(super) fn replay_max(&self, room: &RoomId) -> u64 {
+        let of_namespace = self.replay_max.get(room.namespace());
+        of_namespace.copied().unwrap_or(self.config.replay_max)
     }
 
     /// The head of a durable room, which is opened for this if nobody is in it. `None` if it could not be opened.
