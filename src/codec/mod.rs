@@ -21,31 +21,13 @@ use std::{cell::OnceCell, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 
+pub use crate::protocol::Codec;
 pub use names::Names;
 
 use crate::{
     protocol::{Close, Command, ErrorCode, Event, MessagePush, Refused, Reply, RoomSubscription},
     wire::{FrameBuilder, close_frame, ping_frame},
 };
-
-/// A client protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Codec {
-    /// `natter.v1`: JSON objects in WebSocket text frames.
-    #[default]
-    Native,
-    /// Centrifugo's client protocol: JSON in WebSocket text frames.
-    CentrifugalJson,
-    /// Centrifugo's client protocol: Protobuf in WebSocket binary frames.
-    CentrifugalProtobuf,
-    /// STOMP 1.2.
-    Stomp,
-    /// STOMP 1.1 and 1.0, whose headers are written in another way.
-    StompOld,
-    /// A second protocol for tests.
-    #[cfg(test)]
-    Lines,
-}
 
 /// What a protocol needs to know of a command to answer it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,17 +111,6 @@ impl Request {
 }
 
 impl Codec {
-    /// Every codec; [`Frames`] has a slot for each.
-    pub const ALL: &[Self] = &[
-        Self::Native,
-        Self::CentrifugalJson,
-        Self::CentrifugalProtobuf,
-        Self::Stomp,
-        Self::StompOld,
-        #[cfg(test)]
-        Self::Lines,
-    ];
-
     /// The codecs that are served at the same path: a client selects one by its subprotocol.
     #[must_use]
     pub fn at_the_same_path(self) -> &'static [Self] {

@@ -7,12 +7,14 @@
 
 use std::time::Duration;
 
+mod codec;
 mod codes;
 mod command;
 mod event;
 mod publication;
 mod reply;
 
+pub use codec::Codec;
 pub use codes::{Close, ErrorCode, Refused};
 pub use command::{
     Anchor, Beats, Command, First, HistoryOf, PageOf, ResumeAt, RoomSubscription, Since,

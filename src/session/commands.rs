@@ -29,7 +29,7 @@ use crate::{
         PageOf, Publication, PublishReply, Refused, Reply, Since, Validity,
     },
     runtime::unix_s,
-    telemetry::metrics::{self, Counter, Label as _, Published, count},
+    telemetry::metrics::{self, Counter, Gauge, Held, Label as _, Published, count},
     wire::Gate,
 };
 
@@ -290,7 +290,10 @@ impl Session {
 
     /// Sets what the first command says of the protocol.
     fn agree(&self, tag: &Tag, beats: Option<Box<Beats>>) {
-        self.codec.set(self.codec.get().agreed(tag));
+        let codec = self.codec.get().agreed(tag);
+        if codec != self.codec.replace(codec) {
+            self.active.set(Held::new(Gauge::SessionActive(codec)));
+        }
         if let Some(beats) = beats {
             // There is one first command.
             self.beats

@@ -190,7 +190,8 @@ pub struct Session {
     connecting: Cell<bool>,
     /// The signs of life that were agreed on.
     beats: OnceCell<Box<Beating>>,
-    _active: Held,
+    /// Counts the session under its protocol.
+    active: Cell<Held>,
 }
 
 impl std::fmt::Debug for Session {
@@ -285,7 +286,7 @@ impl Session {
         let opened = if moved {
             Counter::SessionMoved
         } else {
-            Counter::SessionOpened
+            Counter::SessionOpened(codec)
         };
         count(opened, 1);
         let now = Instant::now();
@@ -315,7 +316,7 @@ impl Session {
                 None => OnceCell::new(),
             },
             context,
-            _active: Held::new(Gauge::SessionActive),
+            active: Cell::new(Held::new(Gauge::SessionActive(codec))),
         });
         let work = Work {
             decoder,

@@ -240,6 +240,33 @@ async fn a_subscription_begins_where_rabbitmqs_words_say() {
 }
 
 #[tokio::test]
+async fn sessions_are_counted_by_their_protocol() {
+    let mesh = Mesh::start(support::nats_url(), 1, "").await;
+    let counts = async |opened: bool| {
+        let name = if opened { "opened_total" } else { "active" };
+        let name = format!("natter_session_{name}");
+        let mut counts = Vec::new();
+        for protocol in ["natter.v1", "stomp\"", "stomp-old"] {
+            counts.push(mesh.metric(0, &name, protocol).await);
+        }
+        (counts, mesh.metric(0, &name, "").await)
+    };
+    let native = mesh.connect(0, "kim").await;
+    let stomp = Client::connect(&mesh, 0).await;
+    // A session of an old version is one from its CONNECT on.
+    assert_eq!(counts(true).await, (vec![1, 1, 0], 2));
+    assert_eq!(counts(false).await, (vec![1, 0, 1], 2));
+    drop((native, stomp));
+    eventually("both are gone", LONG, async || {
+        let active = counts(false).await;
+        (active == (vec![0, 0, 0], 0))
+            .then_some(())
+            .ok_or_else(|| format!("{active:?}"))
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_sequence_is_of_the_own_region_and_a_time_of_all() {
     let names = ["seoul", "virginia"];
     let mut regions = Regions::start_with(&names, "nats.partitions = 1", Duration::ZERO).await;
