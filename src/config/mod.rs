@@ -245,6 +245,7 @@ pub struct Limits {
     pub commands_burst: u32,
     pub sessions_per_user: usize,
     pub sessions_per_ip: usize,
+    pub bad_logins_per_second: u32,
     pub presence_push_max: usize,
     pub read_push_max: usize,
     pub unread_rooms: usize,

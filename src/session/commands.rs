@@ -42,6 +42,9 @@ pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(4);
 /// How long a client that acknowledges too fast is held up at once.
 const PACE_WAIT: Duration = Duration::from_millis(20);
 
+/// How often it is looked whether a client whose login was bad is still there.
+const LOGIN_STEP: Duration = Duration::from_millis(200);
+
 /// How long before the end of its session a client is made to refresh its token.
 const REFRESH_MARGIN: Duration = Duration::from_secs(10);
 
@@ -352,6 +355,9 @@ impl Session {
         let identity = match self.identify(login, token) {
             Ok(identity) => identity,
             Err(error) => {
+                if self.codec.get().is_stomp() {
+                    self.hold_up().await;
+                }
                 let close = refusal_of(&error);
                 return refuse(ErrorCode::Unauthorized, error.to_string(), close);
             }
@@ -390,6 +396,20 @@ impl Session {
         *self.identity.borrow_mut() = Some(identity);
         self.tell_expiry(unix_s());
         Ok(Answer::Apart)
+    }
+
+    /// Makes a client wait whose login was bad, if there were many from its address: its library logs in again as soon as
+    /// it is answered.
+    async fn hold_up(&self) {
+        let Some(address) = self.conn.peer() else {
+            return;
+        };
+        let end = Instant::now() + (self.context.bad_login)(address);
+        // It is not late with its first command.
+        self.connecting.set(true);
+        while Instant::now() < end && !self.conn.is_over() && !self.draining.get() {
+            sleep(LOGIN_STEP).await;
+        }
     }
 
     /// How long a token is valid that expires at `exp`, in seconds since 1970.

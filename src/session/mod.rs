@@ -88,6 +88,8 @@ pub struct Context {
     pub buffer: RefCell<Vec<u8>>,
     /// Takes one of a user's places; `None` if the user has too many sessions.
     pub admit_user: AdmitUser,
+    /// How long the answer to a bad login waits.
+    pub bad_login: BadLogin,
     /// Returns the shard to which a session with this first room should move, if it is another one.
     pub home: Home,
 }
@@ -100,6 +102,9 @@ impl std::fmt::Debug for Context {
 
 /// Gives a user a place, if one is left.
 pub type AdmitUser = Box<dyn Fn(&str) -> Option<UserSlot>>;
+
+/// Counts a bad login from an address, and returns how long its answer waits.
+pub type BadLogin = Box<dyn Fn(std::net::IpAddr) -> Duration>;
 
 /// One of the places of a user (`limits.sessions_per_user`) or of an address (`limits.sessions_per_ip`). Given back
 /// when dropped.

@@ -279,6 +279,8 @@ counted! {
     SessionClosed(close: Close) = "natter.session.closed", "{session}";
     /// Connections that did not become sessions with a user.
     SessionRefused(reason: Admission) = "natter.session.refused", "{session}";
+    /// Bad logins of STOMP whose answer waited, because there were more than `limits.bad_logins_per_second`.
+    LoginDelayed = "natter.session.login_delayed", "{login}";
     /// Tokens accepted.
     TokenVerified(check: TokenCheck) = "natter.token.verified", "{token}";
     /// Tokens refused.

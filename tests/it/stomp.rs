@@ -8,7 +8,7 @@ use natter::testing::runtime::unix_s;
 use crate::support::{
     self, LONG, eventually,
     mesh::{Mesh, token},
-    raw::{CLOSE, Dial, FIN, PING, Raw, bearer},
+    raw::{CLOSE, Dial, FIN, PING, Raw, TEXT, bearer},
     regions::Regions,
 };
 
@@ -264,6 +264,50 @@ async fn sessions_are_counted_by_their_protocol() {
             .ok_or_else(|| format!("{active:?}"))
     })
     .await;
+}
+
+#[tokio::test]
+async fn bad_logins_wait_and_good_ones_do_not() {
+    let toml = "limits.bad_logins_per_second = 1";
+    let mesh = Mesh::start(support::nats_url(), 1, toml).await;
+    let address = mesh.edges[0].address;
+    let login = async || {
+        let dial = Dial {
+            path: "/stomp",
+            ..Dial::default()
+        };
+        let mut raw = Raw::dial(address, dial).await;
+        raw.text("CONNECT\naccept-version:1.2\npasscode:nonsense\n\n\0")
+            .await;
+        raw
+    };
+    let delayed = async || {
+        mesh.metric(0, "natter_session_login_delayed_total", "")
+            .await
+    };
+    let refused = async |mut raw: Raw| loop {
+        let (first, payload) = raw.frame().await.expect("an answer");
+        if first == FIN | TEXT {
+            return String::from_utf8(payload).unwrap();
+        }
+    };
+    for _ in 0..20 {
+        assert!(refused(login().await).await.starts_with("ERROR\n"));
+    }
+    assert_eq!(delayed().await, 0);
+    let mut waiting = Vec::new();
+    eventually("one waits", LONG, async || {
+        waiting.push(login().await);
+        let count = delayed().await;
+        (count > 0).then_some(()).ok_or_else(|| count.to_string())
+    })
+    .await;
+    // Somebody with the same address.
+    let mut kim = Client::connect(&mesh, 0).await;
+    kim.say("chat:a", "hello").await;
+    for raw in waiting {
+        assert!(refused(raw).await.contains("message:unauthorized\n"));
+    }
 }
 
 #[tokio::test]
