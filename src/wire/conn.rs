@@ -45,6 +45,8 @@ use crate::protocol::Close;
 const GRACE: Duration = Duration::from_secs(10);
 /// Maximum number of frames in a vectored write. More don't make it cheaper, and the slices are on the stack.
 const MAX_SLICES: usize = 64;
+/// Frames of up to this many bytes together are copied and written as one piece: that is cheaper than a vectored write.
+const COPIED: usize = 1024;
 /// Cost of a queued frame besides its bytes: its slot in the queue, and the overhead of the allocator and of `Bytes`.
 /// It is counted against [`ConnSettings::outbox_bytes`]. Otherwise a peer that only sends pings and never reads could
 /// make the queue hold many times the limit in pongs of two bytes.
@@ -410,27 +412,38 @@ impl Conn {
 
     /// One write call with up to [`MAX_SLICES`] of `frames`. After [`io::ErrorKind::WouldBlock`] the caller can wait
     /// and retry; every other error is final.
-    fn try_write<'a>(&self, frames: impl Iterator<Item = &'a Bytes>) -> io::Result<usize> {
+    fn try_write<'a>(&self, mut frames: impl Iterator<Item = &'a Bytes>) -> io::Result<usize> {
         let stream = self.stream.borrow();
         let Some(stream) = stream.as_ref() else {
             return Err(io::ErrorKind::NotConnected.into());
         };
+        let Some(first) = frames.next() else {
+            return Ok(0);
+        };
+        // By far the most common case: nothing to gather.
+        let Some(second) = frames.next() else {
+            return write_with(|| stream.try_write(first));
+        };
         let mut slices = [IoSlice::new(&[]); MAX_SLICES];
         let mut used = 0;
-        for (slice, frame) in slices.iter_mut().zip(frames) {
+        let all = [first, second].into_iter().chain(frames);
+        for (slice, frame) in slices.iter_mut().zip(all) {
             *slice = IoSlice::new(frame);
             used += 1;
         }
-        loop {
-            let result = match &slices[..used] {
-                [one] => stream.try_write(one),
-                many => stream.try_write_vectored(many),
-            };
-            match result {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return result,
-            }
+        let slices = &slices[..used];
+        let length: usize = slices.iter().map(|slice| slice.len()).sum();
+        if length > COPIED {
+            return write_with(|| stream.try_write_vectored(slices));
         }
+        let mut copy = [0; COPIED];
+        let mut rest = &mut copy[..];
+        for slice in slices {
+            let (place, after) = rest.split_at_mut(slice.len());
+            place.copy_from_slice(slice);
+            rest = after;
+        }
+        write_with(|| stream.try_write(&copy[..length]))
     }
 
     /// Queues `frames`. The first `written` bytes of the first frame are already on the wire. Returns `false` if the
@@ -660,6 +673,16 @@ async fn write_queue(conn: Weak<Conn>) {
         flushed
     })
     .await;
+}
+
+/// Writes, and once more if a signal interrupts it.
+fn write_with(mut write: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match write() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
 }
 
 /// Whether a read should be retried, after waiting if it would block.
