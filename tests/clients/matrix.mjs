@@ -19,7 +19,7 @@ import net from "node:net";
 
 import { PROTOCOLS, Test as Centrifugal } from "./centrifugal/clients.mjs";
 import { Test as Stomp, topic } from "./stomp/clients.mjs";
-import { Up, newName, packages, until, within } from "./support.mjs";
+import { Results, Up, newName, packages, until, within } from "./support.mjs";
 
 const WebSocket = packages("centrifugal")("ws");
 const EDGES = [0, 1];
@@ -418,24 +418,8 @@ async function main() {
     console.error("usage: node matrix.mjs NATTER");
     return 64;
   }
-  let passed = 0;
-  let failed = 0;
-  const check = async (name, deed) => {
-    try {
-      await within((async () => deed())(), name, ROUND_DEADLINE);
-      console.log(`ok    ${name}`);
-      passed += 1;
-    } catch (error) {
-      console.log(`FAIL  ${name}: ${error?.stack ?? JSON.stringify(error)}`);
-      failed += 1;
-    }
-  };
-  // For example of a message that fails after another one did.
-  process.on("unhandledRejection", (error) => {
-    console.log(`FAIL  an unhandled rejection: ${error?.stack ?? JSON.stringify(error)}`);
-    failed += 1;
-  });
-
+  const results = new Results();
+  const check = (name, deed) => results.run(name, deed, ROUND_DEADLINE);
   const up = await Up.start(binary, { edges: EDGES.length });
   const room = newName("chat:matrix-");
   const [centrifugal, stomp] = [new Centrifugal(up, PROTOCOLS.json), new Stomp(up)];
@@ -455,7 +439,7 @@ async function main() {
       await each(SENDERS, "writer", senders);
       senders.push(await natsSender(all));
     });
-    if (failed === 0) {
+    if (results.failed === 0) {
       for (const round of ROUNDS) {
         await check(`${round.name}: all is sent and has come`, async () => {
           await round.send(senders);
@@ -487,8 +471,7 @@ async function main() {
     stomp.close();
     await up.stop();
   }
-  console.log(`${passed} passed, ${failed} failed`);
-  return failed ? 1 : 0;
+  return results.sum();
 }
 
 process.exit(await main());

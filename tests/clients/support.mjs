@@ -18,6 +18,8 @@ const ROOT = path.resolve(HERE, "../..");
 
 /** Milliseconds for what should take a few of them. */
 export const DEADLINE = 15_000;
+/** Milliseconds for a scenario, which waits for several of them. */
+const SCENARIO_DEADLINE = 10 * DEADLINE;
 /** `natter up` may have to fetch its servers. */
 const START_DEADLINE = 180_000;
 const STOP_DEADLINE = 40_000;
@@ -87,7 +89,54 @@ export async function until(what, condition, { deadline = DEADLINE, last = () =>
   }
 }
 
+// Results -------------------------------------------------------------------------------------------------------------
+
+/** Runs scenarios one by one or at once, prints how each ended, and counts them. */
+export class Results {
+  constructor() {
+    this.passed = 0;
+    this.failed = 0;
+    // The exception of a handler of an SDK, or a promise of a scenario that failed earlier.
+    process.on("unhandledRejection", (error) => this.#fail("an unhandled rejection", error));
+  }
+
+  #fail(name, error) {
+    console.log(`FAIL  ${name}: ${error?.stack ?? JSON.stringify(error)}`);
+    this.failed += 1;
+  }
+
+  async run(name, deed, deadline = SCENARIO_DEADLINE) {
+    try {
+      await within((async () => deed())(), name, deadline);
+      console.log(`ok    ${name}`);
+      this.passed += 1;
+    } catch (error) {
+      this.#fail(name, error);
+    }
+  }
+
+  /** Prints the sum; the exit code. */
+  sum() {
+    console.log(`${this.passed} passed, ${this.failed} failed`);
+    return this.failed ? 1 : 0;
+  }
+}
+
 // natter --------------------------------------------------------------------------------------------------------------
+
+/** A secret for tokens in Centrifugo's form. */
+export const CENTRIFUGAL_SECRET = "a secret of Centrifugo's own tokens, 32 bytes or more";
+/** All rights in a room. */
+export const ALL = ["read", "write", "presence", "history"];
+/** Configuration of a namespace in which everybody may do everything: what a token in Centrifugo's form allows. */
+export const MAIN_NAMESPACE = `
+[namespaces.main]
+durable = true
+typing = true
+history = true
+presence = "users"
+everybody = ${JSON.stringify(ALL)}
+`;
 
 /** A `natter up` with data of its own on free ports. */
 export class Up {

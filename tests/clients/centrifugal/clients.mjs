@@ -3,23 +3,29 @@
 
 import assert from "node:assert/strict";
 
-import { DEADLINE, Load, Native, Raw, Relay, jwt, newName, nowSeconds, packages, until, within } from "../support.mjs";
+import {
+  ALL,
+  CENTRIFUGAL_SECRET,
+  DEADLINE,
+  Load,
+  MAIN_NAMESPACE,
+  Native,
+  Raw,
+  Relay,
+  jwt,
+  newName,
+  nowSeconds,
+  packages,
+  until,
+  within,
+} from "../support.mjs";
 
-const CENTRIFUGAL_SECRET = "a secret of Centrifugo's own tokens, 32 bytes or more";
-const ALL = ["read", "write", "presence", "history"];
 export const CONFIG = `
 [centrifugal]
 hs256_secret = "${CENTRIFUGAL_SECRET}"
 default_namespace = "main"
 anonymous = true
-
-[namespaces.main]
-durable = true
-typing = true
-history = true
-presence = "users"
-everybody = ["read", "write", "presence", "history"]
-`;
+${MAIN_NAMESPACE}`;
 const require = packages("centrifugal");
 const WebSocket = require("ws");
 export const PROTOCOLS = {

@@ -26,7 +26,7 @@ import {
   repliesTo,
   startLoad,
 } from "./clients.mjs";
-import { DEADLINE, Up, jwt, newName, nowSeconds, runExample, until, within } from "../support.mjs";
+import { Results, Up, jwt, newName, nowSeconds, runExample, until, within } from "../support.mjs";
 
 const CUTS = 20;
 const KILLS = 3;
@@ -698,53 +698,31 @@ async function main() {
     return 64;
   }
   const wanted = (scenario) => names.length === 0 || names.some((name) => scenario.name.includes(name));
-  let passed = 0;
-  let failed = 0;
-  const run = async (name, test, promise) => {
-    try {
-      await within(promise, name, 10 * DEADLINE);
-      console.log(`ok    ${name}`);
-      passed += 1;
-    } catch (error) {
-      console.log(`FAIL  ${name}: ${error?.stack ?? JSON.stringify(error)}`);
-      failed += 1;
-    } finally {
-      test.close();
-    }
+  const results = new Results();
+  const run = async (up, protocol, scenario, name = `${protocol.name}: ${scenario.name}`) => {
+    const test = new Test(up, protocol);
+    await results.run(name, () => scenario(test));
+    test.close();
   };
-  // The SDK reports the exception of a handler as an unhandled rejection: it is a failure of the scenario that runs.
-  process.on("unhandledRejection", (error) => {
-    console.log(`FAIL  an unhandled rejection: ${error?.stack ?? JSON.stringify(error)}`);
-    failed += 1;
-  });
   const up = await Up.start(binary, { config: CONFIG, edges: 2 });
   try {
     const waiting = [];
     for (const protocol of Object.values(PROTOCOLS)) {
       if (!wanted(pings)) continue;
-      const test = new Test(up, protocol);
-      waiting.push(run(`${protocol.name}: pings`, test, pings(test)));
+      waiting.push(run(up, protocol, pings));
     }
     for (const protocol of Object.values(PROTOCOLS)) {
-      for (const scenario of SCENARIOS.filter(wanted)) {
-        const test = new Test(up, protocol);
-        await run(`${protocol.name}: ${scenario.name}`, test, scenario(test));
-      }
+      for (const scenario of SCENARIOS.filter(wanted)) await run(up, protocol, scenario);
     }
-    for (const scenario of ONCE.filter(wanted)) {
-      const test = new Test(up, PROTOCOLS.json);
-      await run(scenario.name, test, scenario(test));
-    }
+    for (const scenario of ONCE.filter(wanted)) await run(up, PROTOCOLS.json, scenario, scenario.name);
     await Promise.all(waiting);
   } finally {
     await up.stop();
   }
   if (wanted(nobody_is_anonymous_by_default)) {
-    const { name } = nobody_is_anonymous_by_default;
-    await run(name, { close() {} }, nobody_is_anonymous_by_default(binary));
+    await results.run(nobody_is_anonymous_by_default.name, () => nobody_is_anonymous_by_default(binary));
   }
-  console.log(`${passed} passed, ${failed} failed`);
-  return failed ? 1 : 0;
+  return results.sum();
 }
 
 /** With the defaults a connect without a token is refused for good. */
