@@ -143,6 +143,7 @@ export class Up {
   /** Starts it with a configuration, and waits until it is ready. */
   static async start(binary, { config = "", edges = 1 } = {}) {
     const up = new Up();
+    up.binary = path.resolve(binary);
     up.data = fs.mkdtempSync(path.join(os.tmpdir(), "natter-clients-"));
     const file = path.join(up.data, "config.toml");
     fs.writeFileSync(file, config);
@@ -151,7 +152,7 @@ export class Up {
     // Nothing of what a person's machine says to natter.
     const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("NATTER__")));
     up.log = path.join(up.data, "up.log");
-    up.process = spawn(path.resolve(binary), args, {
+    up.process = spawn(up.binary, args, {
       cwd: ROOT, // where .natter/bin is
       env,
       detached: true, // a process group of its own, so that all of it can be ended
@@ -189,11 +190,19 @@ export class Up {
     return new URL(this.edge(number).http).host;
   }
 
-  /** Kills an edge, and waits until `natter up` has started it again on its port. */
-  async killEdge(number) {
+  /** Ends an edge, and waits until `natter up` has started it again on its port. With SIGTERM it drains. */
+  async killEdge(number, signal = "SIGKILL") {
     const before = this.lines.length;
-    process.kill(this.edge(number).pid, "SIGKILL");
+    process.kill(this.edge(number).pid, signal);
     await this.line(before + 1);
+  }
+
+  /** `natter revoke` with these arguments. */
+  async revoke(...args) {
+    const env = { ...process.env, NATTER__NATS__URL: this.lines.at(-1).regions[0].nats };
+    const revoke = spawn(this.binary, ["revoke", ...args], { env, stdio: ["ignore", "ignore", "inherit"] });
+    const [code] = await within(once(revoke, "exit"), "natter revoke");
+    assert.equal(code, 0, `natter revoke ${args.join(" ")}`);
   }
 
   /** Does something while NATS stands still. What it gives is called when NATS runs again, and awaited. */

@@ -394,7 +394,7 @@ async function what_is_not_allowed_is_refused(t) {
 
 // Recovery ------------------------------------------------------------------------------------------------------------
 
-async function comesBack(feed, times, what) {
+export async function comesBack(feed, times, what) {
   const { recovered, wasRecovering } = await until(`${what}: subscribed again`, () => feed.subscribed[times], {
     last: () => `(${JSON.stringify(feed.client.heard.slice(-4))})`,
   });
