@@ -14,12 +14,10 @@
 
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { once } from "node:events";
-import net from "node:net";
 
 import { PROTOCOLS, Test as Centrifugal } from "./centrifugal/clients.mjs";
 import { Test as Stomp, topic } from "./stomp/clients.mjs";
-import { Results, Up, newName, packages, until, within } from "./support.mjs";
+import { Nats, Results, Up, newName, packages, until, within } from "./support.mjs";
 
 const WebSocket = packages("centrifugal")("ws");
 const EDGES = [0, 1];
@@ -84,61 +82,6 @@ function brief(text) {
   if (text.length <= 120) return text;
   const hash = createHash("sha256").update(text).digest("hex").slice(0, 16);
   return `${text.slice(0, 40)}… (${text.length} characters, sha256 ${hash}…)`;
-}
-
-// Plain NATS ----------------------------------------------------------------------------------------------------------
-
-/** As much of the protocol of NATS as a publisher needs that wants to know that its messages are stored. */
-class Nats {
-  static async connect(url) {
-    const nats = new Nats();
-    const { hostname, port } = new URL(url);
-    nats.inbox = newName("_INBOX.");
-    nats.count = 0;
-    nats.replies = new Map();
-    nats.bytes = Buffer.alloc(0);
-    nats.socket = net.connect({ host: hostname, port: Number(port) });
-    nats.socket.on("error", (error) => (nats.failed = error));
-    nats.socket.on("data", (data) => nats.#on(data));
-    await within(once(nats.socket, "connect"), `the connection to ${url}`);
-    nats.socket.write(`CONNECT {"verbose":false,"pedantic":false}\r\nSUB ${nats.inbox}.* 1\r\n`);
-    return nats;
-  }
-
-  #on(data) {
-    this.bytes = Buffer.concat([this.bytes, data]);
-    for (;;) {
-      const end = this.bytes.indexOf("\r\n");
-      if (end < 0) return;
-      const [verb, ...args] = this.bytes.subarray(0, end).toString().split(" ");
-      let next = end + 2;
-      if (verb === "MSG") {
-        next += Number(args.at(-1)) + 2;
-        if (this.bytes.length < next) return;
-        this.replies.set(args[0], JSON.parse(this.bytes.subarray(end + 2, next - 2).toString()));
-      } else if (verb === "PING") {
-        this.socket.write("PONG\r\n");
-      } else if (verb === "-ERR") {
-        this.failed = new Error(`NATS: ${args.join(" ")}`);
-      }
-      this.bytes = this.bytes.subarray(next);
-    }
-  }
-
-  /** Publishes, and waits until a stream has stored it. */
-  async publish(subject, text) {
-    const inbox = `${this.inbox}.${++this.count}`;
-    this.socket.write(`PUB ${subject} ${inbox} ${Buffer.byteLength(text)}\r\n${text}\r\n`);
-    const reply = await until(`the reply to a publish to ${subject}`, () => {
-      if (this.failed) throw this.failed;
-      return this.replies.get(inbox);
-    });
-    assert.ok(reply.seq > 0, JSON.stringify(reply));
-  }
-
-  close() {
-    this.socket.destroy();
-  }
 }
 
 // Senders -------------------------------------------------------------------------------------------------------------
@@ -210,7 +153,7 @@ const SENDERS = {
 };
 
 async function natsSender({ up, room, closing }) {
-  const nats = await Nats.connect(up.lines.at(-1).regions[0].nats);
+  const nats = await Nats.connect(up.nats());
   closing.push(() => nats.close());
   const send = (text) => nats.publish(`natter.pub.${room.replace(":", ".")}`, text);
   return new Sender("NATS", "$nats", send, { plain: true });

@@ -1,5 +1,5 @@
-// What the tests of clients share, centrifugal/ and stomp/: packages, waits, `natter up`, tokens, a relay that can be cut,
-// plain WebSocket connections, and a load of messages that can be checked.
+// What the tests of clients share: packages, waits, results, `natter up`, tokens, a relay that can be cut, plain connections by
+// WebSocket and to NATS, and a load of messages that can be checked.
 
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
@@ -197,12 +197,16 @@ export class Up {
     await this.line(before + 1);
   }
 
-  /** `natter revoke` with these arguments. */
-  async revoke(...args) {
-    const env = { ...process.env, NATTER__NATS__URL: this.lines.at(-1).regions[0].nats };
-    const revoke = spawn(this.binary, ["revoke", ...args], { env, stdio: ["ignore", "ignore", "inherit"] });
-    const [code] = await within(once(revoke, "exit"), "natter revoke");
-    assert.equal(code, 0, `natter revoke ${args.join(" ")}`);
+  nats() {
+    return this.lines.at(-1).regions[0].nats;
+  }
+
+  /** Another natter with these arguments, for example `revoke`. */
+  async run(...args) {
+    const env = { ...process.env, NATTER__NATS__URL: this.nats() };
+    const command = spawn(this.binary, args, { env, stdio: ["ignore", "ignore", "inherit"] });
+    const [code] = await within(once(command, "exit"), `natter ${args[0]}`);
+    assert.equal(code, 0, `natter ${args.join(" ")}`);
   }
 
   /** Does something while NATS stands still. What it gives is called when NATS runs again, and awaited. */
@@ -386,6 +390,66 @@ export class Native {
 
   close() {
     this.raw.close();
+  }
+}
+
+// Plain NATS ----------------------------------------------------------------------------------------------------------
+
+/** As much of the protocol of NATS as requests need. */
+export class Nats {
+  static async connect(url) {
+    const nats = new Nats();
+    const { hostname, port } = new URL(url);
+    nats.inbox = newName("_INBOX.");
+    nats.count = 0;
+    nats.replies = new Map();
+    nats.bytes = Buffer.alloc(0);
+    nats.socket = net.connect({ host: hostname, port: Number(port) });
+    nats.socket.on("error", (error) => (nats.failed = error));
+    nats.socket.on("data", (data) => nats.#on(data));
+    await within(once(nats.socket, "connect"), `the connection to ${url}`);
+    nats.socket.write(`CONNECT {"verbose":false,"pedantic":false}\r\nSUB ${nats.inbox}.* 1\r\n`);
+    return nats;
+  }
+
+  #on(data) {
+    this.bytes = Buffer.concat([this.bytes, data]);
+    for (;;) {
+      const end = this.bytes.indexOf("\r\n");
+      if (end < 0) return;
+      const [verb, ...args] = this.bytes.subarray(0, end).toString().split(" ");
+      let next = end + 2;
+      if (verb === "MSG") {
+        next += Number(args.at(-1)) + 2;
+        if (this.bytes.length < next) return;
+        this.replies.set(args[0], JSON.parse(this.bytes.subarray(end + 2, next - 2).toString()));
+      } else if (verb === "PING") {
+        this.socket.write("PONG\r\n");
+      } else if (verb === "-ERR") {
+        this.failed = new Error(`NATS: ${args.join(" ")}`);
+      }
+      this.bytes = this.bytes.subarray(next);
+    }
+  }
+
+  /** Sends a request, and gives the value of the JSON in its answer. */
+  async request(subject, text = "") {
+    const inbox = `${this.inbox}.${++this.count}`;
+    this.socket.write(`PUB ${subject} ${inbox} ${Buffer.byteLength(text)}\r\n${text}\r\n`);
+    return until(`the answer to ${subject}`, () => {
+      if (this.failed) throw this.failed;
+      return this.replies.get(inbox);
+    });
+  }
+
+  /** Publishes, and waits until a stream has stored it. */
+  async publish(subject, text) {
+    const reply = await this.request(subject, text);
+    assert.ok(reply.seq > 0, JSON.stringify(reply));
+  }
+
+  close() {
+    this.socket.destroy();
   }
 }
 

@@ -73,7 +73,7 @@ async function writes_under_load(t) {
 async function revoked_tokens_end_it(t) {
   const user = `revoked-${t.protocol.transport}-${t.protocol.name}`;
   const client = await t.client({ user }).ready();
-  await t.up.revoke("--user", user);
+  await t.up.run("revoke", "--user", user);
   assert.equal((await client.event("disconnected")).code, 3503);
 }
 
