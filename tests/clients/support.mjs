@@ -49,17 +49,17 @@ export function packages(folder) {
   return createRequire(path.join(modules, "package.json"));
 }
 
-/** The first example in a language of the page docs/FOLDER.md, as it stands there. */
-export function exampleOf(folder, language) {
+/** The first example in a language of the page docs/FOLDER.md, or of what follows a heading there, as it stands there. */
+export function exampleOf(folder, language, heading = "# ") {
   const page = fs.readFileSync(path.join(ROOT, `docs/${folder}.md`), "utf8");
-  const [, text] = page.match(new RegExp(`^\`\`\`${language}\\n(.*?)^\`\`\`$`, "ms"));
+  const [, text] = page.slice(page.indexOf(heading)).match(new RegExp(`^\`\`\`${language}\\n(.*?)^\`\`\`$`, "ms"));
   return text;
 }
 
-/** Runs the JavaScript example of docs/FOLDER.md as it stands there, at another address; the process. */
-export function runExample(folder, address, token) {
+/** Runs a JavaScript example of docs/FOLDER.md as it stands there, at another address; the process. */
+export function runExample(folder, address, token, heading) {
   const file = path.join(modulesOf(folder), "example.mjs"); // beside the packages
-  fs.writeFileSync(file, exampleOf(folder, "js").replaceAll("127.0.0.1:8080", address));
+  fs.writeFileSync(file, exampleOf(folder, "js", heading).replaceAll("127.0.0.1:8080", address));
   return spawn(process.execPath, [file], { env: { ...process.env, TOKEN: token }, stdio: ["ignore", "pipe", "inherit"] });
 }
 

@@ -7,11 +7,12 @@
 
 import assert from "node:assert/strict";
 import { once } from "node:events";
+import http from "node:http";
 import net from "node:net";
 
 import { CONFIG, FALLBACKS, PROTOCOLS, Test, checkLoad, connectFrame, endpoint, newRoom } from "./clients.mjs";
 import { SCENARIOS, comesBack } from "./scenarios.mjs";
-import { Load, Results, Up, until, within } from "../support.mjs";
+import { Load, Results, Up, runExample, until, within } from "../support.mjs";
 
 /** A client is pinged every 25 s, and is dead after 45 s. */
 const PING_DEADLINE = 40_000;
@@ -149,6 +150,40 @@ async function who_does_not_answer_is_closed(t) {
 
 // Once ----------------------------------------------------------------------------------------------------------------
 
+/** First with a WebSocket, then where none passes. */
+async function the_example_of_the_documents_runs(t) {
+  const token = t.token("kim", { rooms: "chat:*" });
+  for (const [transport, address] of [["websocket", t.up.address(0)], ["http_stream", await withoutUpgrades(t)]]) {
+    const example = runExample("centrifugal", address, token, "## Without a WebSocket");
+    t.closing.push(() => example.kill());
+    let said = "";
+    example.stdout.on("data", (data) => (said += data));
+    const expected = `connected by ${transport}\nkim { text: 'hello' }\n`;
+    await until(`the lines of the example over ${transport}`, () => said === expected, { last: () => said });
+  }
+}
+
+/** The address of a proxy that knows no upgrade. */
+async function withoutUpgrades(t) {
+  const target = new URL(`http://${t.up.address(0)}`);
+  const proxy = http.createServer((request, response) => {
+    const { method, url, headers } = request;
+    const passed = http.request({ host: target.hostname, port: target.port, method, path: url, headers }, (answer) => {
+      response.writeHead(answer.statusCode, answer.headers);
+      response.flushHeaders();
+      answer.pipe(response);
+    });
+    passed.on("error", () => response.destroy());
+    response.on("close", () => passed.destroy());
+    request.pipe(passed);
+  });
+  proxy.on("upgrade", (_, socket) => socket.end("HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\n"));
+  proxy.listen(0, "127.0.0.1");
+  t.closing.push(() => proxy.close());
+  await within(once(proxy, "listening"), "the proxy");
+  return `127.0.0.1:${proxy.address().port}`;
+}
+
 async function requests_that_mean_nothing_are_refused(t) {
   const base = `http://${t.up.address(0)}`;
   const ask = async (method, path, body, type) => {
@@ -241,6 +276,7 @@ const OWN = [
 ];
 const LONG = [pings_are_answered, who_does_not_answer_is_closed];
 const ONCE = [
+  the_example_of_the_documents_runs,
   requests_that_mean_nothing_are_refused,
   what_is_no_command_ends_the_stream,
   slow_readers_are_closed,
