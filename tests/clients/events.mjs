@@ -94,6 +94,15 @@ class Test {
     return JSON.parse(text);
   }
 
+  /** A connection to the first edge. */
+  async socket() {
+    const [host, port] = this.up.address(0).split(":");
+    const socket = net.connect({ host, port: Number(port) });
+    this.closing.push(() => socket.destroy());
+    await within(once(socket, "connect"), "a connection");
+    return socket;
+  }
+
   /** A poll over this edge. */
   poll(room, since, { edge = 0, user = "kim", more = "" } = {}) {
     const query = since === undefined ? "" : `?since=${encodeURIComponent(since)}${more}`;
@@ -375,6 +384,22 @@ async function a_user_has_so_many_sessions(t) {
   })).status === 204);
 }
 
+/** At the latest when its time is over. */
+async function a_poll_that_is_given_up_leaves_its_place(t) {
+  const room = newRoom();
+  const user = newName("user-");
+  const { cursor } = await t.poll(room);
+  const url = t.url(`/v1/rooms/${room}/poll`);
+  const given = new AbortController();
+  const [headers, { signal }] = [{ authorization: `Bearer ${t.token(user)}` }, given];
+  const waiting = [...Array(SESSIONS)].map(() => fetch(`${url}?since=${cursor}&wait=3s`, { headers, signal }));
+  const ended = Promise.allSettled(waiting);
+  await until("all places are taken", async () => (await fetch(url, { headers })).status === 429);
+  given.abort();
+  for (const { reason } of await within(ended, "the end of the polls")) assert.equal(reason?.name, "AbortError");
+  await until("free places", async () => (await fetch(url, { headers })).status === 204);
+}
+
 async function a_room_that_can_not_be_joined_is_refused(t) {
   const room = newRoom();
   await t.up.withFrozenNats(async () => {
@@ -387,6 +412,8 @@ async function a_room_that_can_not_be_joined_is_refused(t) {
       assert.deepEqual([code, retry], ["unavailable", true]);
       assert.equal((await stream.over()).name, "close");
     }
+    // A room that is not known here: it can't be joined either.
+    assert.deepEqual(await refusal(t.url(`/v1/rooms/${newRoom()}/poll`), t.token("kim")), [503, "unavailable"]);
     return () => {};
   });
   await until("NATS is back", async () => (await fetch(t.url("/readyz"))).status === 200);
@@ -419,14 +446,39 @@ async function expired_tokens_end_it(t) {
   assert.deepEqual((await stream.over()).data, { op: "close", code: 4001, reason: "token_expired" });
 }
 
+/** Nothing is expected on the connection after the request. */
+async function what_comes_after_the_request_ends_it(t) {
+  const socket = await t.socket();
+  let said = "";
+  socket.on("data", (data) => (said += data));
+  const request = `GET /v1/rooms/${newRoom()}/events HTTP/1.1\r\nHost: natter\r\nAuthorization: Bearer ${t.token("kim")}\r\n\r\n`;
+  socket.write(request);
+  await until("the first event", () => said.includes("event: joined\n"), { last: () => said });
+  socket.write(request);
+  await within(once(socket, "end"), "the end");
+  assert.match(said, /event: close\ndata: \{"op":"close","code":4004,"reason":"protocol_error"\}\n\n$/);
+}
+
+async function a_stream_outlives_a_pause_of_nats(t) {
+  const room = newRoom();
+  const native = await t.native();
+  const events = await t.events(`/v1/rooms/${room}/events`);
+  await events.event("joined");
+  const { cursor } = await t.poll(room);
+  const waiting = t.poll(room, cursor);
+  await t.up.withFrozenNats(async () => {
+    const sent = native.call("send", { room, body: "late" });
+    return async () => sent;
+  });
+  assert.deepEqual(bodies(await events.untilMessages(1)), ["late"]);
+  assert.deepEqual(bodies((await waiting).messages), ["late"]);
+}
+
 async function slow_readers_are_closed(t) {
   const room = newRoom();
   const user = newName("slow-");
   const native = await t.native();
-  const [host, port] = t.up.address(0).split(":");
-  const socket = net.connect({ host, port: Number(port) });
-  t.closing.push(() => socket.destroy());
-  await within(once(socket, "connect"), "a connection");
+  const socket = await t.socket();
   socket.write(`GET /v1/rooms/${room}/events HTTP/1.1\r\nHost: natter\r\nAuthorization: Bearer ${t.token(user)}\r\n\r\n`);
   const there = async () => (await native.call("presence", { room })).users.some((one) => one.user === user);
   await until("the slow reader in the room", there);
@@ -609,7 +661,10 @@ const SCENARIOS = [
   a_ticket_stands_for_the_token,
   what_is_not_allowed_is_refused,
   a_user_has_so_many_sessions,
+  a_poll_that_is_given_up_leaves_its_place,
   a_room_that_can_not_be_joined_is_refused,
+  a_stream_outlives_a_pause_of_nats,
+  what_comes_after_the_request_ends_it,
   revoked_tokens_end_it,
   expired_tokens_end_it,
   slow_readers_are_closed,

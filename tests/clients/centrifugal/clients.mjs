@@ -201,7 +201,8 @@ export class Test {
 
   client({ user = "kim", edge = 0, address = this.up.address(edge), protocol = this.protocol, ...options } = {}) {
     if (!("token" in options) && !options.getToken) options.token = this.token(user);
-    options.emulation ??= this.up.address(1 - edge); // so that its commands pass from one edge to the other
+    // So that its commands pass from one edge to the other.
+    if (protocol.transport) options.emulation ??= this.up.address(1 - edge);
     const client = new Client(protocol, address, options);
     this.closing.push(() => client.sdk.disconnect());
     return client;
