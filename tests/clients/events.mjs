@@ -384,20 +384,34 @@ async function a_user_has_so_many_sessions(t) {
   })).status === 204);
 }
 
+/** All places of a user but one are taken by streams, the last one by a poll; resolves when that waits. */
+async function waitingPoll(t, user, room, paths, { wait, signal }) {
+  const streams = [];
+  for (let number = 1; number < SESSIONS; number++) streams.push(await t.events(paths[number % paths.length], { user }));
+  for (const stream of streams) await stream.event("joined");
+  const { cursor } = await t.poll(room, undefined, { user });
+  const url = t.url(`/v1/rooms/${room}/poll`);
+  const headers = { authorization: `Bearer ${t.token(user)}` };
+  // It may find its place taken by one of those that look whether it waits.
+  const answer = until("the answer of the waiting poll", async () => {
+    const got = await fetch(`${url}?since=${cursor}&wait=${wait}`, { headers, signal });
+    return got.status !== 429 && got;
+  });
+  answer.catch(() => {}); // awaited later
+  const isFree = async () => (await fetch(url, { headers })).status !== 429;
+  await until("the waiting poll", async () => !(await isFree()));
+  return { streams, cursor, answer, isFree };
+}
+
 /** At the latest when its time is over. */
 async function a_poll_that_is_given_up_leaves_its_place(t) {
   const room = newRoom();
-  const user = newName("user-");
-  const { cursor } = await t.poll(room);
-  const url = t.url(`/v1/rooms/${room}/poll`);
   const given = new AbortController();
-  const [headers, { signal }] = [{ authorization: `Bearer ${t.token(user)}` }, given];
-  const waiting = [...Array(SESSIONS)].map(() => fetch(`${url}?since=${cursor}&wait=3s`, { headers, signal }));
-  const ended = Promise.allSettled(waiting);
-  await until("all places are taken", async () => (await fetch(url, { headers })).status === 429);
+  const paths = [`/v1/rooms/${room}/events`];
+  const { answer, isFree } = await waitingPoll(t, newName("user-"), room, paths, { wait: "8s", signal: given.signal });
   given.abort();
-  for (const { reason } of await within(ended, "the end of the polls")) assert.equal(reason?.name, "AbortError");
-  await until("free places", async () => (await fetch(url, { headers })).status === 204);
+  await assert.rejects(answer, { name: "AbortError" });
+  await until("a free place", isFree);
 }
 
 async function a_room_that_can_not_be_joined_is_refused(t) {
@@ -446,17 +460,25 @@ async function expired_tokens_end_it(t) {
   assert.deepEqual((await stream.over()).data, { op: "close", code: 4001, reason: "token_expired" });
 }
 
-/** Nothing is expected on the connection after the request. */
-async function what_comes_after_the_request_ends_it(t) {
-  const socket = await t.socket();
-  let said = "";
-  socket.on("data", (data) => (said += data));
-  const request = `GET /v1/rooms/${newRoom()}/events HTTP/1.1\r\nHost: natter\r\nAuthorization: Bearer ${t.token("kim")}\r\n\r\n`;
-  socket.write(request);
-  await until("the first event", () => said.includes("event: joined\n"), { last: () => said });
-  socket.write(request);
-  await within(once(socket, "end"), "the end");
-  assert.match(said, /event: close\ndata: \{"op":"close","code":4004,"reason":"protocol_error"\}\n\n$/);
+/** A request may come right after another one, and nothing comes after it. */
+async function a_stream_is_the_last_answer_of_its_connection(t) {
+  const head = `Host: natter\r\nAuthorization: Bearer ${t.token("kim")}\r\n\r\n`;
+  const request = `GET /v1/rooms/${newRoom()}/events HTTP/1.1\r\n${head}`;
+  for (const [deed, code, reason] of [
+    [(socket) => socket.write(request), 4004, "protocol_error"],
+    [(socket) => socket.end(), 1000, "closed"],
+  ]) {
+    const socket = await t.socket();
+    let said = "";
+    socket.on("data", (data) => (said += data));
+    socket.write(`GET /healthz HTTP/1.1\r\n${head}${request}`);
+    await until("the first event", () => said.includes("event: joined\n"), { last: () => said });
+    assert.match(said, /^HTTP\/1.1 200 OK\r\n.*ok\nHTTP\/1.1 200 OK\r\n.*text\/event-stream/s);
+    deed(socket);
+    await within(once(socket, "end"), "the end");
+    const last = `event: close\ndata: {"op":"close","code":${code},"reason":"${reason}"}\n\n`;
+    assert.ok(said.endsWith(last), said);
+  }
 }
 
 async function a_stream_outlives_a_pause_of_nats(t) {
@@ -492,28 +514,16 @@ async function slow_readers_are_closed(t) {
 
 async function an_edge_that_drains_says_so(t) {
   const room = newRoom();
-  const user = newName("user-");
-  const streams = [];
-  // The waiting poll has the last place of the user, which shows when it waits.
-  for (let number = 1; number < SESSIONS; number++) {
-    streams.push(await t.events(number % 2 ? `/v1/rooms/${room}/events` : manyRooms([room, newRoom()]), { user }));
-  }
-  for (const stream of streams) await stream.event("joined");
-  const { cursor } = await t.poll(room, undefined, { user });
-  // It may find its place taken by one of those that look for it.
-  const waiting = until("the answer of the waiting poll", () =>
-    t.poll(room, cursor, { user, more: "&wait=60s" }).catch((error) => {
-      if (!error.message.includes("429")) throw error;
-    }));
-  const headers = { authorization: `Bearer ${t.token(user)}` };
-  await until("the waiting poll", async () => (await fetch(t.url(`/v1/rooms/${room}/poll`), { headers })).status === 429);
+  const paths = [`/v1/rooms/${room}/events`, manyRooms([room, newRoom()])];
+  const { streams, cursor, answer } = await waitingPoll(t, newName("user-"), room, paths, { wait: "60s" });
   await t.up.killEdge(0, "SIGTERM");
   for (const stream of streams) {
     const reconnect = await stream.event("reconnect");
     assert.ok(Number.isInteger(reconnect.after_ms), JSON.stringify(reconnect));
     assert.deepEqual((await stream.over()).data, { op: "close", code: 4010, reason: "draining" });
   }
-  assert.deepEqual(await waiting, { cursor, messages: [] });
+  const { status, headers } = await answer;
+  assert.deepEqual([status, headers.get("cursor")], [204, cursor]);
 }
 
 /** The streams of NATS are lost, and made again. */
@@ -664,7 +674,7 @@ const SCENARIOS = [
   a_poll_that_is_given_up_leaves_its_place,
   a_room_that_can_not_be_joined_is_refused,
   a_stream_outlives_a_pause_of_nats,
-  what_comes_after_the_request_ends_it,
+  a_stream_is_the_last_answer_of_its_connection,
   revoked_tokens_end_it,
   expired_tokens_end_it,
   slow_readers_are_closed,
