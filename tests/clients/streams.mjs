@@ -1,9 +1,13 @@
 // Readers of rooms without a WebSocket, by plain fetch: `text/event-stream` and polls. Those that come back do it as a browser
-// does: after any end, from where they stand.
+// does: after any end, from where they stand. And what a scenario of events.mjs is given, with a load of messages.
 
 import assert from "node:assert/strict";
+import { once } from "node:events";
+import net from "node:net";
 
-import { until, within } from "./support.mjs";
+import { ALL, Load, Native, Relay, jwt, newName, nowSeconds, packages, until, within } from "./support.mjs";
+
+const WebSocket = packages("centrifugal")("ws");
 
 const RETRY = 20;
 
@@ -198,4 +202,135 @@ export class Poller {
     this.closed = true;
     this.given.abort();
   }
+}
+
+// What a scenario is given --------------------------------------------------------------------------------------------
+
+/** What a scenario is given; whatever it opens is closed at its end. */
+export class Test {
+  constructor(up) {
+    this.up = up;
+    this.closing = [];
+  }
+
+  token(user, { can = ALL, rooms = "*:*", ttl = 3600 } = {}) {
+    const now = nowSeconds();
+    return jwt({ sub: user, iat: now, exp: now + ttl, grants: [{ rooms, can }] }, this.up.secret());
+  }
+
+  url(path, edge = 0) {
+    return `http://${this.up.address(edge)}${path}`;
+  }
+
+  async events(path, { edge = 0, user = "kim", token = this.token(user), last } = {}) {
+    const events = await Events.open(this.url(path, edge), { token, last });
+    this.closing.push(() => events.abort());
+    return events;
+  }
+
+  async native({ user = "ann", edge = 1 } = {}) {
+    const native = await Native.open(WebSocket, this.up.address(edge), this.token(user));
+    this.closing.push(() => native.close());
+    return native;
+  }
+
+  async relay() {
+    const relay = await Relay.start(this.up.address(0));
+    this.closing.push(() => relay.close());
+    return relay;
+  }
+
+  async ticket({ edge = 0, token = this.token("kim") } = {}) {
+    const headers = { authorization: `Bearer ${token}` };
+    const answer = await within(fetch(this.url("/v1/tickets", edge), { method: "POST", headers }), "a ticket");
+    const text = await within(answer.text(), "the text of a ticket");
+    assert.equal(answer.status, 200, text);
+    return JSON.parse(text);
+  }
+
+  /** A connection to the first edge. */
+  async socket() {
+    const [host, port] = this.up.address(0).split(":");
+    const socket = net.connect({ host, port: Number(port) });
+    this.closing.push(() => socket.destroy());
+    await within(once(socket, "connect"), "a connection");
+    return socket;
+  }
+
+  /** A poll over this edge. */
+  poll(room, since, { edge = 0, user = "kim", more = "" } = {}) {
+    const query = since === undefined ? "" : `?since=${encodeURIComponent(since)}${more}`;
+    return within(poll(this.url(`/v1/rooms/${room}/poll${query}`, edge), this.token(user)), "the answer to a poll");
+  }
+
+  close() {
+    for (const close of this.closing.reverse()) close();
+  }
+}
+
+export function newRoom() {
+  return newName("chat:events-");
+}
+
+export function bodies(messages) {
+  return messages.map(({ body }) => body);
+}
+
+export function manyRooms(rooms) {
+  return `/v1/events?${rooms.map((room) => `room=${room}`).join("&")}`;
+}
+
+// Load ----------------------------------------------------------------------------------------------------------------
+
+/** Writers on the second edge: two for each room. `from` names the writer and the room. */
+export async function startLoad(t, rooms) {
+  const ways = {};
+  for (const [at, room] of rooms.entries()) {
+    for (const user of ["native-1", "native-2"]) {
+      const from = `${user} in ${at}`;
+      const native = await t.native({ user: `${user}-${at}` });
+      ways[from] = (number) => native.call("send", { room, body: { from, number } });
+    }
+  }
+  return new Load(ways);
+}
+
+/** Each message exactly once, those of a writer in its order. */
+export async function checkLoad(load, reader) {
+  await load.check(() => bodies(reader.messages()));
+  const cursors = reader.messages().map(({ room, cursor }) => `${room} ${cursor}`);
+  assert.equal(new Set(cursors).size, cursors.length, "a cursor that is there twice");
+  for (const joined of reader.joins?.() ?? []) assert.equal(joined.reset, undefined, JSON.stringify(joined));
+}
+
+/** The three ways to read without a WebSocket; `start` begins one, at an address that may change. */
+export const READERS = {
+  "events of a room": {
+    rooms: 1,
+    start: async (t, address, [room]) =>
+      ready(new Follower(() => `http://${address()}/v1/rooms/${room}/events`, t.token("kim")), 1),
+  },
+  "events of several rooms": {
+    rooms: 3,
+    start: async (t, address, rooms) => ready(new Follower(() => `http://${address()}${manyRooms(rooms)}`, t.token("kim")), 3),
+  },
+  polls: {
+    rooms: 1,
+    start: (t, address, [room]) => Poller.start(() => `http://${address()}/v1/rooms/${room}/poll`, t.token("kim")),
+  },
+};
+
+async function ready(follower, rooms) {
+  await until("all rooms are joined", () => follower.joins().length >= rooms);
+  return follower;
+}
+
+/** How often a reader had to come back. */
+export function returns(reader) {
+  return reader.opened ? reader.opened - 1 : reader.failed;
+}
+
+export async function more(reader, count, what) {
+  const goal = reader.messages().length + count;
+  await until(what, () => reader.messages().length >= goal, { last: () => `(${reader.messages().length} of ${goal})` });
 }

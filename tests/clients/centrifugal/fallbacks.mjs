@@ -221,7 +221,8 @@ async function requests_that_mean_nothing_are_refused(t) {
 
 async function what_is_no_command_ends_the_stream(t) {
   const url = `http://${t.up.address(0)}/connection/http_stream`;
-  for (const body of ["garbage", '{"id":1,"presence":{"channel":"chat:lobby"}}', `${connectFrame(PROTOCOLS.json, t.token("kim"))}\n{`]) {
+  const connect = connectFrame(PROTOCOLS.json, t.token("kim"));
+  for (const body of ["garbage", '{"id":1,"presence":{"channel":"chat:lobby"}}', `${connect}\n{`]) {
     const answer = await within(fetch(url, { method: "POST", body }), "the head of the answer");
     assert.equal(answer.status, 200);
     const lines = (await within(answer.text(), "the end of the answer")).trimEnd().split("\n");
