@@ -65,6 +65,9 @@ pub const KIND_READ: &str = "read";
 /// Sender of natter's own messages in a room. No token can have it, since a `sub` must not begin with `$`.
 pub const FROM_NATTER: &str = "$natter";
 
+/// Sender of what a back end publishes with the key of the API in its own name. No token can have it either.
+pub const FROM_API: &str = "$api";
+
 /// Name of the history service, as `nats micro ls` shows it.
 pub const HISTORY_SERVICE: &str = "natter-history";
 
@@ -184,6 +187,18 @@ impl Subjects {
         format!("{}.svc.history.{region}.{endpoint}", self.prefix)
     }
 
+    /// Subject on which all edges of all regions are told what to do with their sessions.
+    #[must_use]
+    pub fn orders(&self) -> String {
+        format!("{}.edge.orders", self.prefix)
+    }
+
+    /// Subject of the answers to the orders of one edge. `edge` is a name that no other edge has.
+    #[must_use]
+    pub fn order_answers(&self, edge: &str) -> String {
+        format!("{}.edge.answers.{edge}", self.prefix)
+    }
+
     /// All subjects of a partition's rooms: a filter for a read of the whole stream. The room's tokens are wildcards.
     #[must_use]
     pub fn stored_any(&self, origin: &Region, part: u16) -> String {
@@ -208,6 +223,18 @@ impl Subjects {
     #[must_use]
     pub fn dead_all(&self, origin: &Region) -> String {
         format!("{}.dead.{origin}.>", self.prefix)
+    }
+
+    /// Subject on which an edge takes commands for its sessions from other edges. `None`: no edge has this name.
+    #[must_use]
+    pub fn commands_of(&self, edge: &str) -> Option<String> {
+        is_token(edge).then(|| format!("{}.edge.commands.{edge}", self.prefix))
+    }
+
+    /// Subject on which an edge tells other edges what its tickets stand for. `None`: no edge has this name.
+    #[must_use]
+    pub fn tickets_of(&self, edge: &str) -> Option<String> {
+        is_token(edge).then(|| format!("{}.edge.tickets.{edge}", self.prefix))
     }
 
     /// A subject without subscribers: the server reports "no responders" at once.

@@ -17,7 +17,7 @@ const LISTED = 1_000; // people, and readers: the first page of the list, which 
 
 // What close codes advise (1006 and unknown ones below 4000: come back).
 const NEW_TOKEN = 4001;
-const NEVER = new Set([1002, 1003, 1007, 1009, 4002, 4004]);
+const NEVER = new Set([1002, 1003, 1007, 1009, 4002, 4004, 4006]);
 const LATER = new Set([1011, 4005]);
 const REASONS = new Map([
   [4001, "the token is not valid or has expired"],
@@ -25,6 +25,7 @@ const REASONS = new Map([
   [4003, "this tab read too slowly"],
   [4004, "protocol error"],
   [4005, "too many sessions or commands"],
+  [4006, "the session was ended by the service"],
   [4010, "the edge is shutting down"],
 ]);
 

@@ -41,6 +41,11 @@ pub(crate) enum Seen<'a> {
 pub(crate) trait Dialect {
     /// Path and headers of the handshake.
     fn handshake(&self, user: &str) -> (&str, String);
+    /// The request of a member whose messages come in the response, and what ends each piece of it. `None`: they come over a
+    /// WebSocket. A client that enters no room has a WebSocket in any case.
+    fn stream(&self, _user: &str, _room: &str) -> Option<(String, &'static [u8])> {
+        None
+    }
     /// What begins a session, after the handshake.
     fn hello(&self, _user: &str) -> Vec<u8> {
         Vec::new()
@@ -115,7 +120,8 @@ fn cursor(payload: &[u8]) -> Option<&str> {
 }
 
 fn find(text: &[u8], what: &[u8]) -> Option<usize> {
-    text.windows(what.len()).position(|window| window == what)
+    // Fast, so that the clients take little of the cores that the servers are measured on.
+    memchr::memmem::find(text, what)
 }
 
 /// NATS' own protocol over nats-server's WebSocket.
@@ -319,6 +325,86 @@ impl Dialect for CentrifugalProtobuf {
             Some(8) => seen(Seen::Acked),
             _ => seen(Seen::Refused(payload)),
         }
+    }
+}
+
+/// `text/event-stream`. Publishers speak natter's own protocol.
+pub(crate) struct Events;
+
+impl Dialect for Events {
+    fn stream(&self, user: &str, room: &str) -> Option<(String, &'static [u8])> {
+        let token = token(user);
+        let text = format!(
+            "GET /v1/rooms/{room}/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
+        );
+        Some((text, b"\n\n"))
+    }
+
+    fn handshake(&self, user: &str) -> (&str, String) {
+        Natter.handshake(user)
+    }
+
+    fn enter(&self, room: &str, since: Option<&str>) -> Vec<u8> {
+        Natter.enter(room, since)
+    }
+
+    fn publish(&self, room: &str, rid: u64, body: &[u8]) -> Vec<u8> {
+        Natter.publish(room, rid, body)
+    }
+
+    fn is_text(&self) -> bool {
+        true
+    }
+
+    fn take(&self, payload: &[u8], carry: &mut Vec<u8>, seen: &mut dyn FnMut(Seen<'_>)) {
+        // An event ends with its data; the comment of a ping and the time to wait before a retry have none.
+        let mark = b"data: ";
+        match find(payload, mark) {
+            Some(at) => Natter.take(&payload[at + mark.len()..], carry, seen),
+            None if payload.starts_with(b"{") => Natter.take(payload, carry, seen),
+            None => {}
+        }
+    }
+}
+
+/// Centrifugo's transport `http_stream` in JSON. Publishers have a WebSocket.
+pub(crate) struct CentrifugalStream;
+
+impl Dialect for CentrifugalStream {
+    fn stream(&self, user: &str, room: &str) -> Option<(String, &'static [u8])> {
+        let mut body = CentrifugalJson.hello(user);
+        body.push(b'\n');
+        body.extend(CentrifugalJson.enter(room, None));
+        let body = String::from_utf8(body).unwrap();
+        let text = format!(
+            "POST /connection/http_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        Some((text, b"\n"))
+    }
+
+    fn handshake(&self, user: &str) -> (&str, String) {
+        CentrifugalJson.handshake(user)
+    }
+
+    fn hello(&self, user: &str) -> Vec<u8> {
+        CentrifugalJson.hello(user)
+    }
+
+    fn enter(&self, room: &str, since: Option<&str>) -> Vec<u8> {
+        CentrifugalJson.enter(room, since)
+    }
+
+    fn publish(&self, room: &str, rid: u64, body: &[u8]) -> Vec<u8> {
+        CentrifugalJson.publish(room, rid, body)
+    }
+
+    fn is_text(&self) -> bool {
+        true
+    }
+
+    fn take(&self, payload: &[u8], carry: &mut Vec<u8>, seen: &mut dyn FnMut(Seen<'_>)) {
+        CentrifugalJson.take(payload, carry, seen);
     }
 }
 

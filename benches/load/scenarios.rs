@@ -72,16 +72,20 @@ enum Peer {
     CentrifugalJson,
     CentrifugalProtobuf,
     Stomp,
+    Events,
+    CentrifugalStream,
 }
 
 impl Peer {
     const ALL: [Self; 3] = [Self::Nats, Self::Ephemeral, Self::Durable];
 
-    const PROTOCOLS: [Self; 4] = [
+    const PROTOCOLS: [Self; 6] = [
         Self::Durable,
         Self::CentrifugalJson,
         Self::CentrifugalProtobuf,
         Self::Stomp,
+        Self::Events,
+        Self::CentrifugalStream,
     ];
 
     fn name(self) -> &'static str {
@@ -92,6 +96,8 @@ impl Peer {
             Self::CentrifugalJson => "the same, Centrifugo's JSON",
             Self::CentrifugalProtobuf => "the same, Centrifugo's Protobuf",
             Self::Stomp => "the same, STOMP",
+            Self::Events => "the same, text/event-stream",
+            Self::CentrifugalStream => "the same, Centrifugo's http_stream",
         }
     }
 }
@@ -121,6 +127,8 @@ impl Target {
             Peer::CentrifugalJson => Box::new(dialect::CentrifugalJson),
             Peer::CentrifugalProtobuf => Box::new(dialect::CentrifugalProtobuf),
             Peer::Stomp => Box::new(dialect::Stomp),
+            Peer::Events => Box::new(dialect::Events),
+            Peer::CentrifugalStream => Box::new(dialect::CentrifugalStream),
         };
         Swarm::new(dialect, self.addresses[0], (0..rooms).map(name).collect())
     }

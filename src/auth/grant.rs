@@ -22,16 +22,19 @@ pub enum Right {
     History,
     /// Edit, delete and annotate messages of others.
     Moderate,
+    /// Publish as others, and end their sessions.
+    Admin,
 }
 
 impl Right {
     /// Every right.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Read,
         Self::Write,
         Self::Presence,
         Self::History,
         Self::Moderate,
+        Self::Admin,
     ];
 
     /// Its name in a token's `can`.
@@ -43,6 +46,7 @@ impl Right {
             Self::Presence => "presence",
             Self::History => "history",
             Self::Moderate => "moderate",
+            Self::Admin => "admin",
         }
     }
 
@@ -144,6 +148,14 @@ impl Allowed {
         })
     }
 
+    /// Every right in every room.
+    pub(super) fn everything() -> Self {
+        Self {
+            rooms: Rooms::All,
+            rights: Right::ALL.into_iter().collect(),
+        }
+    }
+
     /// The rooms that it covers, if it gives `right`.
     pub(super) fn rooms_with(&self, right: Right) -> Option<&Rooms> {
         self.rights.contains(right).then_some(&self.rooms)
@@ -238,7 +250,10 @@ mod tests {
 
     #[test]
     fn the_configuration_knows_every_right() {
-        assert_eq!(Right::ALL.map(Right::as_str), crate::config::RIGHTS);
+        // But for the one that nobody has without a token.
+        let names = Right::ALL.map(Right::as_str);
+        assert_eq!(names[..5], crate::config::RIGHTS);
+        assert_eq!(names[5..], ["admin"]);
     }
 
     #[test]
@@ -285,6 +300,6 @@ mod tests {
             assert_eq!(Right::parse(right.as_str()), Some(right));
         }
         let all: Rights = Right::ALL.into_iter().collect();
-        assert_eq!(all.0.count_ones(), 5);
+        assert_eq!(all.0.count_ones(), 6);
     }
 }

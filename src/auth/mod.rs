@@ -23,4 +23,4 @@ pub(crate) use claims::LAST_SECOND;
 pub use claims::{BadClaim, Claims};
 pub use grant::{BadPattern, Grant, Right};
 pub use revoked::{Block, Revocation, Revocations, Whose};
-pub use verifier::{AuthConfigError, AuthError, Identity, MAX_TOKEN, Verifier, issue};
+pub use verifier::{AuthConfigError, AuthError, Identity, MAX_TOKEN, Verifier, issue, user_flaw};

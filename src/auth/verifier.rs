@@ -30,7 +30,7 @@ const MAX_INFO_DEPTH: usize = 64;
 const CACHE: usize = 10_000;
 
 /// The user of a verified token, and their permissions.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Identity {
     /// The user: any text of 1 to [`MAX_USER`] bytes that does not begin with `$`.
     pub user: Arc<str>,
@@ -83,22 +83,49 @@ impl Identity {
         scope
     }
 
+    /// `user` with the permissions of this identity. Nothing else of it remains.
+    #[must_use]
+    pub fn acting_as(&self, user: &str) -> Self {
+        Self {
+            user: Arc::from(user),
+            info: None,
+            ..self.clone()
+        }
+    }
+
+    /// The same identity with another end of validity, in unix seconds.
+    #[must_use]
+    pub fn until(&self, exp: u64) -> Self {
+        Self {
+            exp,
+            ..self.clone()
+        }
+    }
+
+    /// `user` as seen by a back end that may do everything everywhere.
+    #[must_use]
+    pub fn of_back_end(user: &str) -> Self {
+        Self {
+            user: Arc::from(user),
+            exp: LAST_SECOND,
+            iat: None,
+            jti: None,
+            info: None,
+            channels: Box::default(),
+            channel: None,
+            is_for_subscription: false,
+            is_anonymous: false,
+            allowed: Box::new([Allowed::everything()]),
+        }
+    }
+
     /// The meaning of `claims`. Times, issuer and audience are not checked.
     ///
     /// # Errors
     /// The claim that breaks a rule.
     pub(super) fn from_claims(claims: &Claims) -> Result<Self, AuthError> {
-        let rule = match claims.sub.as_str() {
-            "" => Some("must not be empty"),
-            user if user.len() > MAX_USER => Some("must be at most 256 bytes"),
-            user if user.starts_with('$') => {
-                Some("must not begin with `$`, which is reserved for the mesh")
-            }
-            _ => None,
-        };
-        if let Some(rule) = rule {
-            return Err(BadClaim::Wrong { claim: "sub", rule }.into());
-        }
+        user_flaw(&claims.sub)
+            .map_or(Ok(()), |rule| Err(BadClaim::Wrong { claim: "sub", rule }))?;
         let allowed = claims
             .grants
             .iter()
@@ -137,6 +164,19 @@ impl Identity {
             is_anonymous: false,
             allowed,
         })
+    }
+}
+
+/// What is wrong with the name of a user, if anything is.
+#[must_use]
+pub fn user_flaw(user: &str) -> Option<&'static str> {
+    match user {
+        "" => Some("must not be empty"),
+        user if user.len() > MAX_USER => Some("must be at most 256 bytes"),
+        user if user.starts_with('$') => {
+            Some("must not begin with `$`, which is reserved for the mesh")
+        }
+        _ => None,
     }
 }
 

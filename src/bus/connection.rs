@@ -114,6 +114,11 @@ pub enum ConnectError {
     },
 }
 
+/// A message was not published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("NATS is not reachable")]
+pub struct NotSent;
+
 impl Connection {
     /// Opens a connection. If the server does not answer, it keeps retrying in the background.
     ///
@@ -203,6 +208,31 @@ impl Connection {
             .await
             .is_ok();
         tracing::trace!(answered, "round trip");
+    }
+
+    /// Publishes a message that nobody acknowledges; `reply`: where the answers to it go.
+    ///
+    /// # Errors
+    /// [`NotSent`].
+    pub async fn publish(
+        &self,
+        subject: String,
+        reply: Option<String>,
+        payload: bytes::Bytes,
+    ) -> Result<(), NotSent> {
+        // Otherwise the client would keep it, and send it when it is up again.
+        if !self.is_up() {
+            return Err(NotSent);
+        }
+        let sent = match reply {
+            Some(reply) => {
+                self.client
+                    .publish_with_reply(subject, reply, payload)
+                    .await
+            }
+            None => self.client.publish(subject, payload).await,
+        };
+        sent.map_err(|_closed| NotSent)
     }
 
     /// Flushes the client's buffer and ends the connection. While the connection is down, nothing is flushed.

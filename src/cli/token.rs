@@ -35,7 +35,7 @@ pub(super) struct Token {
     /// Rooms of the token: ns:name, ns:* or *:*, where {sub} stands for the user; may be repeated.
     #[arg(long, value_name = "PATTERN", default_value = "*:*")]
     rooms: Vec<String>,
-    /// Rights in those rooms: read, write, presence, history, moderate.
+    /// Rights in those rooms: read, write, presence, history, moderate, admin.
     #[arg(
         long,
         value_name = "RIGHTS",
@@ -187,7 +187,8 @@ mod tests {
     fn the_defaults_allow_everything_but_moderation_for_an_hour() {
         let token = make(&["--user", "kim", "--secret", SECRET]).unwrap();
         for right in Right::ALL {
-            assert_eq!(may(&token, right, "any:room"), right != Right::Moderate);
+            let by_default = ![Right::Moderate, Right::Admin].contains(&right);
+            assert_eq!(may(&token, right, "any:room"), by_default);
         }
         let identity = verifier().verify(&token, unix_s()).unwrap();
         assert!((3590..=3600).contains(&(identity.exp - unix_s())));

@@ -23,8 +23,8 @@ pub(super) const LATER: Duration = Duration::from_secs(5);
 pub fn advice(code: u16) -> Advice {
     match code {
         4001 => Advice::NewToken,
-        // Revoked, or this client violates the protocol and would do so again.
-        4002 | 4004 | 1002 | 1003 | 1007 | 1009 => Advice::Never,
+        // Revoked, ended by a back end, or this client violates the protocol and would do so again.
+        4002 | 4004 | 4006 | 1002 | 1003 | 1007 | 1009 => Advice::Never,
         // 1011 is a fault of the edge: do not reconnect at once.
         4005 | 1011 => Advice::Later,
         // 1000 and 1005 without a close of this side mean that the edge stops. 1001, 1006, 4003, 4010.
@@ -81,6 +81,7 @@ mod tests {
             let expected = match close {
                 Close::BadToken | Close::Expired | Close::Stale => Advice::NewToken,
                 Close::Revoked
+                | Close::Disconnected
                 | Close::ClientProtocol
                 | Close::Protocol
                 | Close::Unsupported

@@ -10,6 +10,7 @@
 #![warn(missing_docs, clippy::indexing_slicing)]
 
 pub mod centrifugal;
+pub mod events;
 #[cfg(test)]
 #[path = "../../tests/codec/lines.rs"]
 mod lines;
@@ -23,9 +24,13 @@ use bytes::Bytes;
 
 pub use names::Names;
 
+use centrifugal::Form;
+
 use crate::{
-    protocol::{Close, Command, ErrorCode, Event, MessagePush, Refused, Reply, RoomSubscription},
-    wire::{FrameBuilder, close_frame, ping_frame},
+    protocol::{
+        Close, Command, ErrorCode, Event, MessagePush, Obeyed, Refused, Reply, RoomSubscription,
+    },
+    wire::{FrameBuilder, Framing, close_frame, ping_frame},
 };
 
 /// A client protocol.
@@ -34,14 +39,16 @@ pub enum Codec {
     /// `natter.v1`: JSON objects in WebSocket text frames.
     #[default]
     Native,
-    /// Centrifugo's client protocol: JSON in WebSocket text frames.
-    CentrifugalJson,
-    /// Centrifugo's client protocol: Protobuf in WebSocket binary frames.
-    CentrifugalProtobuf,
+    /// Centrifugo's client protocol.
+    Centrifugal(centrifugal::Form),
     /// STOMP 1.2.
     Stomp,
     /// STOMP 1.1 and 1.0, whose headers are written in another way.
     StompOld,
+    /// The pushes of `natter.v1` in an HTTP response, as `text/event-stream`.
+    Events,
+    /// The messages of `natter.v1` that a poll collects.
+    Poll,
     /// A second protocol for tests.
     #[cfg(test)]
     Lines,
@@ -132,22 +139,43 @@ impl Codec {
     /// Every codec; [`Frames`] has a slot for each.
     pub const ALL: &[Self] = &[
         Self::Native,
-        Self::CentrifugalJson,
-        Self::CentrifugalProtobuf,
+        Self::Centrifugal(Form::Json),
+        Self::Centrifugal(Form::Protobuf),
+        Self::Centrifugal(Form::JsonStream),
+        Self::Centrifugal(Form::ProtobufStream),
+        Self::Centrifugal(Form::Events),
         Self::Stomp,
         Self::StompOld,
+        Self::Events,
+        Self::Poll,
         #[cfg(test)]
         Self::Lines,
     ];
+
+    /// Its number among the codecs besides [`Codec::Native`], in the order of [`Codec::ALL`].
+    fn slot(self) -> Option<usize> {
+        match self {
+            Self::Native => None,
+            Self::Centrifugal(form) => Some(form as usize),
+            Self::Stomp => Some(5),
+            Self::StompOld => Some(6),
+            Self::Events => Some(7),
+            Self::Poll => Some(8),
+            #[cfg(test)]
+            Self::Lines => Some(9),
+        }
+    }
 
     /// The codecs that are served at the same path: a client selects one by its subprotocol.
     #[must_use]
     pub fn at_the_same_path(self) -> &'static [Self] {
         match self {
-            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
-                &[Self::CentrifugalJson, Self::CentrifugalProtobuf]
-            }
+            Self::Centrifugal(_) => &[
+                Self::Centrifugal(Form::Json),
+                Self::Centrifugal(Form::Protobuf),
+            ],
             Self::Stomp | Self::StompOld => &[Self::Stomp],
+            Self::Events | Self::Poll => &[],
             #[cfg(not(test))]
             Self::Native => &[Self::Native],
             #[cfg(test)]
@@ -160,8 +188,8 @@ impl Codec {
     pub fn subprotocols(self) -> &'static [&'static str] {
         match self {
             Self::Native => &[native::SUBPROTOCOL],
-            Self::CentrifugalJson => &[],
-            Self::CentrifugalProtobuf => &[centrifugal::SUBPROTOCOL],
+            Self::Centrifugal(Form::Protobuf) => &[centrifugal::SUBPROTOCOL],
+            Self::Centrifugal(_) | Self::Events | Self::Poll => &[],
             Self::Stomp | Self::StompOld => stomp::SUBPROTOCOLS,
             #[cfg(test)]
             Self::Lines => &[lines::SUBPROTOCOL],
@@ -180,8 +208,9 @@ impl Codec {
     #[must_use]
     pub fn is_binary(self) -> bool {
         match self {
-            Self::CentrifugalProtobuf | Self::Stomp | Self::StompOld => true,
-            Self::Native | Self::CentrifugalJson => false,
+            Self::Centrifugal(form) => form.is_protobuf(),
+            Self::Stomp | Self::StompOld => true,
+            Self::Native | Self::Events | Self::Poll => false,
             #[cfg(test)]
             Self::Lines => false,
         }
@@ -190,7 +219,8 @@ impl Codec {
     /// Whether a refusal ends the session.
     #[must_use]
     pub fn refusal_is_final(self) -> bool {
-        self.is_stomp()
+        // A stream of events is joined by its request.
+        self.is_stomp() || self == Self::Events
     }
 
     /// Whether it is STOMP.
@@ -213,8 +243,8 @@ impl Codec {
     #[must_use]
     pub fn is_strict(self) -> bool {
         match self {
-            Self::CentrifugalJson | Self::CentrifugalProtobuf => true,
-            Self::Native | Self::Stomp | Self::StompOld => false,
+            Self::Centrifugal(_) => true,
+            Self::Native | Self::Stomp | Self::StompOld | Self::Events | Self::Poll => false,
             #[cfg(test)]
             Self::Lines => false,
         }
@@ -228,8 +258,9 @@ impl Codec {
                 each(Request::unreadable("a message without its reader"))
             }
             Self::Native => each(native::decode(text)),
-            Self::CentrifugalJson => centrifugal::decode_json(text, each),
-            Self::CentrifugalProtobuf => each(Request::unreadable("a text message")),
+            Self::Centrifugal(form) if !form.is_protobuf() => centrifugal::decode_json(text, each),
+            Self::Centrifugal(_) => each(Request::unreadable("a text message")),
+            Self::Events | Self::Poll => each(Request::unreadable("what comes after the request")),
             #[cfg(test)]
             Self::Lines => lines::decode(text, each),
         }
@@ -238,8 +269,15 @@ impl Codec {
     /// Decodes the commands in one binary message.
     pub fn decode_binary(self, message: &[u8], mut each: impl FnMut(Request)) {
         match self {
-            Self::CentrifugalProtobuf => centrifugal::decode_protobuf(message, each),
-            Self::Native | Self::CentrifugalJson | Self::Stomp | Self::StompOld => {
+            Self::Centrifugal(form) if form.is_protobuf() => {
+                centrifugal::decode_protobuf(message, each);
+            }
+            Self::Native
+            | Self::Centrifugal(_)
+            | Self::Stomp
+            | Self::StompOld
+            | Self::Events
+            | Self::Poll => {
                 each(Request::unreadable("a binary message"));
             }
             #[cfg(test)]
@@ -251,10 +289,10 @@ impl Codec {
     #[must_use]
     pub fn reply(self, tag: &Tag, reply: &Reply) -> Option<Bytes> {
         match self {
-            Self::Native => Some(native::reply(tag, reply)),
-            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
-                Some(centrifugal::reply(self.is_binary(), tag, reply))
-            }
+            Self::Native => Some(native::reply(Framing::Text, tag, reply)),
+            Self::Centrifugal(form) => Some(centrifugal::reply(form, tag, reply)),
+            Self::Events => Some(events::reply(reply)),
+            Self::Poll => None,
             Self::Stomp | Self::StompOld => stomp::reply(self, tag, reply),
             #[cfg(test)]
             Self::Lines => Some(lines::reply(tag, reply)),
@@ -266,10 +304,10 @@ impl Codec {
     pub fn refusal(self, tag: &Tag, refused: &Refused) -> Option<Bytes> {
         match self {
             Self::Stomp | Self::StompOld => Some(stomp::refusal(self, tag, refused)),
-            Self::Native => Some(native::refusal(tag, refused)),
-            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
-                centrifugal::refusal(self.is_binary(), tag, refused)
-            }
+            Self::Native => Some(native::refusal(Framing::Text, tag, refused)),
+            Self::Centrifugal(form) => centrifugal::refusal(form, tag, refused),
+            Self::Events => Some(events::refusal(refused)),
+            Self::Poll => None,
             #[cfg(test)]
             Self::Lines => Some(lines::refusal(tag, refused)),
         }
@@ -280,12 +318,24 @@ impl Codec {
     pub fn event(self, event: &Event) -> Option<Bytes> {
         match self {
             Self::Stomp | Self::StompOld => stomp::event(self, event),
-            Self::Native => Some(native::event(event)),
-            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
-                centrifugal::event(self.is_binary(), event)
-            }
+            Self::Native => Some(native::event(Framing::Text, event)),
+            Self::Centrifugal(form) => centrifugal::event(form, event),
+            Self::Events => Some(events::event(event)),
+            Self::Poll => None,
             #[cfg(test)]
             Self::Lines => Some(lines::event(event)),
+        }
+    }
+
+    /// The frame that tells a client what its back end did to its session; `None` if the protocol has none for it. For a
+    /// disconnect it is the close frame.
+    #[must_use]
+    pub fn obeyed(self, obeyed: &Obeyed<'_>) -> Option<Bytes> {
+        match self {
+            Self::Centrifugal(form) => Some(centrifugal::obeyed(form, obeyed)),
+            Self::Native | Self::Stomp | Self::StompOld | Self::Events | Self::Poll => None,
+            #[cfg(test)]
+            Self::Lines => None,
         }
     }
 
@@ -294,7 +344,7 @@ impl Codec {
     pub fn head(self, subscription: &RoomSubscription) -> Bytes {
         match self {
             Self::Stomp | Self::StompOld => stomp::head(self, subscription),
-            Self::Native | Self::CentrifugalJson | Self::CentrifugalProtobuf => Bytes::new(),
+            Self::Native | Self::Centrifugal(_) | Self::Events | Self::Poll => Bytes::new(),
             #[cfg(test)]
             Self::Lines => Bytes::new(),
         }
@@ -305,10 +355,10 @@ impl Codec {
     pub fn message(self, message: &MessagePush<'_>) -> Encoded {
         match self {
             Self::Stomp | Self::StompOld => stomp::message(self, message),
-            Self::Native => native::message(message),
-            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
-                centrifugal::message(self.is_binary(), message)
-            }
+            Self::Native => native::message(Framing::Text, message),
+            Self::Centrifugal(form) => centrifugal::message(form, message),
+            Self::Events => events::message(message),
+            Self::Poll => events::polled(message),
             #[cfg(test)]
             Self::Lines => lines::message(message),
         }
@@ -319,19 +369,27 @@ impl Codec {
     pub fn ping(self) -> Bytes {
         match self {
             Self::Native | Self::Stomp | Self::StompOld => ping_frame(),
-            Self::CentrifugalJson | Self::CentrifugalProtobuf => {
-                centrifugal::ping(self.is_binary())
-            }
+            Self::Centrifugal(form) => centrifugal::ping(form),
+            Self::Events | Self::Poll => events::ping(),
             #[cfg(test)]
             Self::Lines => ping_frame(),
         }
     }
 
-    /// Makes the close frame of a reason.
+    /// Makes the close frame of a reason, or what a stream ends with in its place.
     #[must_use]
     pub fn close_frame(self) -> fn(Close) -> Bytes {
         match self {
-            Self::CentrifugalJson | Self::CentrifugalProtobuf => centrifugal::close,
+            Self::Centrifugal(Form::Json) => |close| centrifugal::close(Form::Json, close),
+            Self::Centrifugal(Form::Protobuf) => |close| centrifugal::close(Form::Protobuf, close),
+            Self::Centrifugal(Form::JsonStream) => {
+                |close| centrifugal::close(Form::JsonStream, close)
+            }
+            Self::Centrifugal(Form::ProtobufStream) => {
+                |close| centrifugal::close(Form::ProtobufStream, close)
+            }
+            Self::Centrifugal(Form::Events) => |close| centrifugal::close(Form::Events, close),
+            Self::Events | Self::Poll => events::close,
             Self::Native | Self::Stomp | Self::StompOld => plain_close,
             #[cfg(test)]
             Self::Lines => plain_close,
@@ -382,7 +440,7 @@ impl<T> PerCodec<T> {
     /// The value for `codec`. The first call makes it with `encode`.
     #[expect(clippy::indexing_slicing, reason = "a slot for each codec")]
     pub fn get(&self, codec: Codec, encode: impl FnOnce() -> T) -> &T {
-        match (codec as usize).checked_sub(1) {
+        match codec.slot() {
             None => self.native.get_or_init(encode),
             Some(other) => {
                 let new = || Box::new(std::array::from_fn(|_| OnceCell::new()));
@@ -397,5 +455,17 @@ impl<T> PerCodec<T> {
         std::iter::once(&self.native)
             .chain(others)
             .filter_map(OnceCell::get)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_codec_has_a_slot_of_its_own() {
+        let slots: Vec<Option<usize>> = Codec::ALL.iter().map(|codec| codec.slot()).collect();
+        let all: Vec<Option<usize>> = (0..Codec::ALL.len()).map(|at| at.checked_sub(1)).collect();
+        assert_eq!(slots, all);
     }
 }

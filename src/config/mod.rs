@@ -47,6 +47,9 @@ const MAX_DATABASE: usize = 63;
 /// Shortest HS256 secret, in bytes (RFC 7518 section 3.2: as long as the hash).
 const MIN_SECRET: usize = 32;
 
+/// Shortest key of the server API, in bytes.
+const MIN_API_KEY: usize = 16;
+
 /// The rights that `everybody` of a namespace may have.
 pub const RIGHTS: [&str; 5] = ["read", "write", "presence", "history", "moderate"];
 
@@ -208,6 +211,8 @@ pub struct Auth {
     pub leeway: Duration,
     #[serde(with = "humantime_serde")]
     pub first_frame_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    pub ticket_ttl: Duration,
 }
 
 /// `[centrifugal]`: clients of Centrifugo's protocol.
@@ -218,6 +223,8 @@ pub struct Centrifugal {
     pub hs256_secret_file: PathBuf,
     pub default_namespace: String,
     pub anonymous: bool,
+    pub api_key: Secret,
+    pub api_key_file: PathBuf,
 }
 
 /// `[stomp]`: clients of STOMP.
@@ -412,6 +419,11 @@ impl Config {
             .centrifugal
             .hs256_secret
             .read_file("centrifugal.hs256_secret_file", file)?;
+        let file = &config.centrifugal.api_key_file;
+        config
+            .centrifugal
+            .api_key
+            .read_file("centrifugal.api_key_file", file)?;
         config
             .mongodb
             .url
@@ -598,6 +610,17 @@ impl Config {
                 format!("{key}.hs256_secret = ***: {bytes} bytes, must be at least {MIN_SECRET}"),
             );
         }
+        let key = self.centrifugal.api_key.expose();
+        let bytes = key.len();
+        check(
+            bytes == 0 || bytes >= MIN_API_KEY,
+            format!("centrifugal.api_key = ***: {bytes} bytes, must be at least {MIN_API_KEY}"),
+        );
+        check(
+            key.bytes().all(|byte| byte.is_ascii_graphic()),
+            "centrifugal.api_key = ***: must be ASCII without spaces, or no header can have it"
+                .to_owned(),
+        );
         for (key, default) in [
             ("centrifugal", &self.centrifugal.default_namespace),
             ("stomp", &self.stomp.default_namespace),
@@ -633,7 +656,7 @@ impl Config {
             for right in &namespace.everybody {
                 check(
                     RIGHTS.contains(&&**right),
-                    format!("namespaces.{name}.everybody: there is no right {right:?}"),
+                    format!("namespaces.{name}.everybody: {right:?} is not one of {RIGHTS:?}"),
                 );
             }
         }
@@ -733,6 +756,7 @@ impl Config {
             ("rooms.join_timeout", self.rooms.join_timeout),
             ("rooms.resync", self.rooms.resync),
             ("auth.first_frame_timeout", self.auth.first_frame_timeout),
+            ("auth.ticket_ttl", self.auth.ticket_ttl),
             ("telemetry.otlp_interval", self.telemetry.otlp_interval),
             ("mongodb.read_timeout", self.mongodb.read_timeout),
             ("mongodb.write_timeout", self.mongodb.write_timeout),
@@ -825,6 +849,20 @@ mod tests {
             let error = regions(toml).unwrap_err().to_string();
             assert!(error.contains(told), "{toml}: {error}");
         }
+    }
+
+    #[test]
+    fn nobody_may_act_as_others_without_a_token_and_a_short_key_opens_no_api() {
+        let toml = "[namespaces.chat]\neverybody = ['admin']\n[centrifugal]\napi_key = 'too short'";
+        let error = load(toml).unwrap_err().to_string();
+        for told in [
+            "chat.everybody: \"admin\"",
+            "api_key = ***: 9 bytes",
+            "ASCII",
+        ] {
+            assert!(error.contains(told), "{told} is missing in: {error}");
+        }
+        assert!(!error.contains("too short"), "a secret is printed: {error}");
     }
 
     #[test]

@@ -12,8 +12,10 @@
 mod admission;
 mod control;
 mod http;
+mod orders;
 mod request;
 mod shard;
+mod streams;
 mod upgrade;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -38,11 +40,13 @@ use crate::{
     presence::Presence,
     read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},
-    subject::bucket,
+    subject::{Subjects, bucket},
 };
 use admission::Admission;
 use control::Control;
+use orders::Orders;
 use shard::{Drained, Shards};
+use streams::Streams;
 
 /// How long the shards may take to close their NATS connections at the end of a drain.
 const CLOSE_WITHIN: Duration = Duration::from_millis(1500);
@@ -67,6 +71,7 @@ struct Shared {
     remembered: Arc<Remembered>,
     lifecycle: Lifecycle,
     admission: Arc<Admission>,
+    streams: Arc<Streams>,
     /// The parts that need NATS. Set when the edge becomes ready.
     ready: tokio::sync::OnceCell<Ready>,
 }
@@ -76,7 +81,7 @@ struct Shared {
 struct Ready {
     connection: Connection,
     line: Line,
-    /// For presence and read markers, so that no message waits behind them.
+    /// For presence, read markers and orders, so that no message waits behind them.
     state: Connection,
     /// For unread counts and history, which take long, so that presence and markers don't wait for them.
     questions: Connection,
@@ -87,6 +92,7 @@ struct Ready {
     markers: Arc<Markers>,
     history: Arc<history::Client>,
     shards: Shards,
+    orders: Arc<Orders>,
 }
 
 /// The edge can't start.
@@ -152,6 +158,7 @@ impl Edge {
             verifier: Arc::new(Verifier::of_edge(&config)?),
             remembered: Arc::default(),
             admission: Arc::new(Admission::new(&config.limits)),
+            streams: Arc::default(),
             id: id.into(),
             lifecycle: Lifecycle::default(),
             ready: tokio::sync::OnceCell::new(),
@@ -328,6 +335,14 @@ async fn make_ready(
     let name = format!("natter edge {} questions", shared.id);
     let questions = Connection::open(&config.nats, &name).await?;
     keep_connected(&questions, tasks);
+    match streams::hear(shared, &questions).await {
+        Some(asked) => {
+            let streams = Arc::clone(&shared.streams);
+            let answers = streams::answer(streams, questions.clone(), asked);
+            tasks.keep_running("answer other edges", answers);
+        }
+        None => tasks.fail("other edges can't be heard"),
+    }
     let ask = || Reader::new(questions.clone(), &config.nats);
     let markers = Markers::new(&state_reader, ask(), &origins, config, publisher.clone());
     tasks.keep_running("keep read markers", Arc::clone(&markers).keep());
@@ -337,6 +352,12 @@ async fn make_ready(
     let history = history::Client::new(&ask(), &origins, config);
     let presences = (&presence, pushes);
     let shards = Shards::start(tasks, shared, &origins, presences, &markers, &history).await?;
+    let orders = Arc::new(Orders::new(
+        state.clone(),
+        Subjects::new(&config.nats.prefix),
+    ));
+    // Subscribed before the first session, so that none misses an order.
+    let heard = orders.hear().await;
     // Nothing else sets this.
     let set = shared.ready.set(Ready {
         connection,
@@ -349,8 +370,16 @@ async fn make_ready(
         markers,
         history,
         shards,
+        orders,
     });
     debug_assert!(set.is_ok(), "an edge is made ready once");
+    match heard {
+        Some(heard) => {
+            let listen = orders::listen(Arc::clone(shared), heard, tasks.clone());
+            tasks.keep_running("follow orders", listen);
+        }
+        None => tasks.fail("orders can't be followed"),
+    }
     shared.lifecycle.advance(Phase::Ready);
     tracing::info!(edge.id = %shared.id, "edge ready");
     Ok(())

@@ -32,6 +32,9 @@ use crate::{
 /// Maximum size of an HTTP publish besides its body, for ids and mentions; also of other small request bodies.
 pub(super) const ENVELOPE_BYTES: u64 = 64 * 1024;
 
+/// Maximum size of a request with many messages.
+pub(super) const MANY_BYTES: u64 = 4 * 1024 * 1024;
+
 /// Number of users with a remembered request rate, at which the idle ones are forgotten.
 const MAX_PACES: usize = 10_000;
 
@@ -87,6 +90,16 @@ impl HttpError {
         }
     }
 
+    /// The body of the answer. The refusal is counted.
+    pub(super) fn into_body(self) -> ErrorBody {
+        count(Counter::CommandRefused(self.code), 1);
+        ErrorBody {
+            code: self.code.as_str(),
+            message: self.message,
+            retry: self.code.retry(),
+        }
+    }
+
     pub(super) fn not_ready() -> Self {
         Self::new(ErrorCode::Unavailable, "this edge is not ready")
     }
@@ -100,18 +113,13 @@ impl From<Refused> for HttpError {
 
 impl IntoResponse for HttpError {
     fn into_response(self) -> Response {
-        count(Counter::CommandRefused(self.code), 1);
-        let body = ErrorBody {
-            code: self.code.as_str(),
-            message: self.message,
-            retry: self.code.retry(),
-        };
-        let mut response = (self.status, Json(body)).into_response();
+        let (status, code) = (self.status, self.code);
+        let mut response = (status, Json(self.into_body())).into_response();
         let headers = response.headers_mut();
-        if self.code.retry() {
+        if code.retry() {
             headers.insert(header::RETRY_AFTER, header::HeaderValue::from(1));
         }
-        if self.code == ErrorCode::Timeout {
+        if code == ErrorCode::Timeout {
             // The rest of the request may still arrive, so the connection can't be used again.
             headers.insert(
                 header::CONNECTION,
@@ -129,16 +137,31 @@ pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
+/// Checks the token in the header of a request.
 pub(super) fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>, HttpError> {
-    let unauthorized = |message: String| HttpError::new(ErrorCode::Unauthorized, message);
     let token = bearer(headers).ok_or_else(|| {
         unauthorized("the header Authorization: Bearer <token> is missing".into())
     })?;
+    admit(api, token)
+}
+
+fn unauthorized(message: String) -> HttpError {
+    HttpError::new(ErrorCode::Unauthorized, message)
+}
+
+/// Checks a token, and that its user does not send more requests than allowed.
+pub(super) fn admit(api: &Api, token: &str) -> Result<Arc<Identity>, HttpError> {
     let identity = api
         .shared
         .verifier
         .verify(token, unix_s())
         .map_err(|error| unauthorized(error.to_string()))?;
+    within_pace(api, &identity.user)?;
+    Ok(identity)
+}
+
+/// Counts one more command of a user.
+pub(super) fn within_pace(api: &Api, user: &Arc<str>) -> Result<(), Refused> {
     let limits = &api.shared.config.limits;
     let now = Instant::now();
     let mut paces = api.paces.lock();
@@ -146,15 +169,14 @@ pub(super) fn authorize(api: &Api, headers: &HeaderMap) -> Result<Arc<Identity>,
         paces.retain(|_, pace| !pace.is_idle(now));
     }
     let pace = paces
-        .entry(Arc::clone(&identity.user))
+        .entry(Arc::clone(user))
         .or_insert_with(|| Pace::new(now));
     if !pace.take(now, limits.commands_per_second, limits.commands_burst) {
         let limit = limits.commands_per_second;
         let text = format!("more than {limit} requests per second");
-        return Err(HttpError::new(ErrorCode::RateLimited, text));
+        return Err(Refused::new(ErrorCode::RateLimited, text));
     }
-    drop(paces);
-    Ok(identity)
+    Ok(())
 }
 
 /// The span of one request. It continues the client's trace.

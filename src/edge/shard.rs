@@ -20,11 +20,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use tokio::{
     runtime::Builder,
     sync::{mpsc, oneshot},
     task::{JoinHandle, LocalSet, spawn_local},
-    time::{MissedTickBehavior, interval, sleep, timeout_at},
+    time::{MissedTickBehavior, interval, sleep, timeout, timeout_at},
 };
 
 use tracing::Instrument as _;
@@ -35,19 +36,20 @@ use crate::{
     codec::{Codec, Names, PerCodec},
     config::Config,
     history,
-    model::{RoomId, partition_of},
+    model::{Cursor, RoomId, partition_of},
     presence::{Presence, Push},
-    protocol::Close,
+    protocol::{Close, Order, PollReply, Refused},
     read_marker::Markers,
     room::Rooms,
     runtime::{Tasks, on_panic},
-    session::{Carried, Context, Departure, Home, Session, UserSlot},
+    session::{Carried, Context, Departure, Home, Poll, Session, UserSlot},
     subject::Subjects,
     telemetry::metrics::{Gauge, gauge_add},
     wire::{Conn, ConnSettings},
 };
 
-/// Capacity of a shard's queue of new connections. If it is full, a handover waits for up to [`TAKE_WITHIN`].
+/// Capacity of a shard's queues of new connections and of questions. If one is full, a handover waits for up to
+/// [`TAKE_WITHIN`].
 const WAITING: usize = 1024;
 
 /// How often a shard checks its sessions, and how often the shards are checked.
@@ -66,6 +68,9 @@ const ANSWER_WITHIN: Duration = Duration::from_millis(200);
 /// How long a shard may take to accept a connection. After that the connection is dropped.
 const TAKE_WITHIN: Duration = Duration::from_secs(5);
 
+/// How long the head of a room may take to be read.
+const HEAD_WITHIN: Duration = Duration::from_secs(4);
+
 /// A connection on its way to a shard.
 #[derive(Debug)]
 pub(super) struct NewSession {
@@ -78,8 +83,17 @@ pub(super) struct NewSession {
     pub(super) carried: Carried,
 }
 
-/// The queue of a shard's new connections.
-pub(super) type ToShard = mpsc::Sender<NewSession>;
+/// What a shard is given.
+#[derive(Debug)]
+pub(super) enum Arrival {
+    /// A connection.
+    Session(Box<NewSession>),
+    /// A poll, and where its answer goes.
+    Poll(Box<Poll>, oneshot::Sender<Result<PollReply, Refused>>),
+}
+
+/// The queue of what a shard is given.
+pub(super) type ToShard = mpsc::Sender<Arrival>;
 
 /// All shards of an edge.
 #[derive(Debug)]
@@ -92,8 +106,18 @@ pub(super) struct Shards {
 #[derive(Debug)]
 struct Handle {
     drain: mpsc::Sender<Drain>,
+    asks: mpsc::Sender<Ask>,
     live: Line,
     replay: Connection,
+}
+
+/// What a shard is asked for, and where it answers.
+#[derive(Debug)]
+enum Ask {
+    /// To give an order to the sessions of a user. The answer is the number of those that had something to do.
+    Order(Arc<Order>, oneshot::Sender<usize>),
+    /// For the head of a durable room, `None` if it can't be read now.
+    Head(RoomId, oneshot::Sender<Option<Cursor>>),
 }
 
 /// The order to drain.
@@ -131,7 +155,7 @@ struct Neighbour {
 }
 
 impl Neighbour {
-    fn new() -> (Self, mpsc::Receiver<NewSession>) {
+    fn new() -> (Self, mpsc::Receiver<Arrival>) {
         let (sessions, new_sessions) = mpsc::channel(WAITING);
         let neighbour = Self {
             sessions,
@@ -175,16 +199,21 @@ fn home(
     neighbours: &[Neighbour],
     here: usize,
     room: &RoomId,
-) -> Option<mpsc::OwnedPermit<NewSession>> {
+) -> Option<mpsc::OwnedPermit<Arrival>> {
+    let (there, neighbour) = of_room(neighbours, room)?;
+    let neighbour = Some(neighbour).filter(|_| there != here)?;
+    neighbour.sessions.clone().try_reserve_owned().ok()
+}
+
+/// The shard of a room and its number. `None` if it is silent or has many more sessions than the others.
+fn of_room<'n>(neighbours: &'n [Neighbour], room: &RoomId) -> Option<(usize, &'n Neighbour)> {
     let shards = u16::try_from(neighbours.len()).ok()?;
     let there = usize::from(partition_of(room, shards));
     let load = |neighbour: &Neighbour| neighbour.load.load(Ordering::Relaxed);
     let total: usize = neighbours.iter().map(load).sum();
-    let neighbour = neighbours.get(there).filter(|_| there != here)?;
-    if neighbour.is_silent() || load(neighbour) > fair_share(total, neighbours.len()) {
-        return None;
-    }
-    neighbour.sessions.clone().try_reserve_owned().ok()
+    let neighbour = neighbours.get(there)?;
+    let takes = !neighbour.is_silent() && load(neighbour) <= fair_share(total, neighbours.len());
+    takes.then_some((there, neighbour))
 }
 
 /// Moves sessions from the shard `here` to the shards of their rooms.
@@ -192,12 +221,12 @@ fn way_home(neighbours: Arc<[Neighbour]>, here: usize) -> Home {
     Box::new(move |room| {
         let place = home(&neighbours, here, room)?;
         let go = move |stream, carried| {
-            place.send(NewSession {
+            place.send(Arrival::Session(Box::new(NewSession {
                 stream,
                 first: Bytes::new(),
                 close: None,
                 carried,
-            });
+            })));
         };
         Some(Box::new(go) as Departure)
     })
@@ -287,8 +316,9 @@ impl Shards {
         let mut shards = Vec::new();
         let (ways, arrivals): (Vec<_>, Vec<_>) = pushes.iter().map(|_| Neighbour::new()).unzip();
         let neighbours: Arc<[Neighbour]> = ways.into();
-        for (number, (pushes, new_sessions)) in pushes.into_iter().zip(arrivals).enumerate() {
+        for (number, (pushes, new)) in pushes.into_iter().zip(arrivals).enumerate() {
             let (drain, drains) = mpsc::channel(1);
+            let (asks, asked) = mpsc::channel(WAITING);
             let (started, start) = oneshot::channel();
             let common = Common {
                 neighbours: Arc::clone(&neighbours),
@@ -303,13 +333,14 @@ impl Shards {
                 },
             };
             start_thread(common.part.clone(), move || {
-                run(common, pushes, new_sessions, drains, started)
+                run(common, pushes, (new, asked), drains, started)
             })
             .map_err(EdgeError::Shard)?;
             let ended = |_dropped| EdgeError::Shard(io::Error::other("the thread ended"));
             let (live, replay) = start.await.map_err(ended)??;
             shards.push(Handle {
                 drain,
+                asks,
                 live,
                 replay,
             });
@@ -337,6 +368,14 @@ impl Shards {
         chosen.sessions.clone()
     }
 
+    /// The shard for a session or poll whose first room this is.
+    pub(super) fn of_room(&self, room: &RoomId) -> ToShard {
+        match of_room(&self.neighbours, room) {
+            Some((_, neighbour)) => neighbour.sessions.clone(),
+            None => self.next(),
+        }
+    }
+
     /// The reason why clients can't be served now, if a shard can't serve them.
     pub(super) fn trouble(&self) -> Option<String> {
         let silent = self.neighbours.iter().position(Neighbour::is_silent);
@@ -345,6 +384,30 @@ impl Shards {
         }
         let up = |shard: &Handle| shard.live.is_up() && shard.replay.is_up();
         (!self.shards.iter().all(up)).then(|| "NATS is away".to_owned())
+    }
+
+    /// Gives an order to all shards. Each will answer with the number of its sessions that had something to do.
+    pub(super) async fn order(&self, order: &Arc<Order>) -> Vec<oneshot::Receiver<usize>> {
+        let mut waits = Vec::with_capacity(self.shards.len());
+        for shard in &self.shards {
+            let (done, wait) = oneshot::channel();
+            let ask = Ask::Order(Arc::clone(order), done);
+            // A shard that does not take it has ended, or is about to be ended.
+            if shard.asks.send_timeout(ask, TAKE_WITHIN).await.is_ok() {
+                waits.push(wait);
+            }
+        }
+        waits
+    }
+
+    /// The head of a durable room; `None` if it can't be read now. Its own shard is asked, which may know it.
+    pub(super) async fn head(&self, room: &RoomId) -> Option<Cursor> {
+        let shards = u16::try_from(self.shards.len()).ok()?;
+        let shard = self.shards.get(usize::from(partition_of(room, shards)))?;
+        let (answer, head) = oneshot::channel();
+        let ask = Ask::Head(room.clone(), answer);
+        shard.asks.send_timeout(ask, TAKE_WITHIN).await.ok()?;
+        head.await.ok().flatten()
     }
 
     /// Drains all shards. Does not wait for a shard that has not answered [`ANSWER_WITHIN`] after the deadline.
@@ -379,10 +442,10 @@ impl Shards {
     }
 }
 
-/// Hands a connection over to a shard. Returns whether the shard has accepted it. If not, the shard is draining or
-/// hangs. The connection is then dropped, which closes it.
-pub(super) async fn hand_over(shard: ToShard, session: NewSession) -> bool {
-    shard.send_timeout(session, TAKE_WITHIN).await.is_ok()
+/// Hands something over to a shard. Returns whether the shard has accepted it. If not, the shard is draining or
+/// hangs. It is then dropped, which closes a connection.
+pub(super) async fn hand_over(shard: ToShard, arrival: Arrival) -> bool {
+    shard.send_timeout(arrival, TAKE_WITHIN).await.is_ok()
 }
 
 /// What a shard owns.
@@ -405,7 +468,7 @@ type Started = Result<(Line, Connection), EdgeError>;
 async fn run(
     common: Common,
     mut pushes: mpsc::Receiver<Push>,
-    mut new_sessions: mpsc::Receiver<NewSession>,
+    (mut arrivals, mut asks): (mpsc::Receiver<Arrival>, mpsc::Receiver<Ask>),
     mut drains: mpsc::Receiver<Drain>,
     started: oneshot::Sender<Started>,
 ) {
@@ -439,7 +502,14 @@ async fn run(
     let drain = loop {
         tokio::select! {
             // All branches are cancel-safe.
-            Some(new) = new_sessions.recv() => shard.open_session(new),
+            Some(arrival) = arrivals.recv() => shard.take(arrival),
+            Some(ask) = asks.recv() => {
+                // An order is for the sessions that are on their way here, too.
+                while let Ok(arrival) = arrivals.try_recv() {
+                    shard.take(arrival);
+                }
+                shard.on_ask(ask);
+            }
             _ = tick.tick() => shard.tick(),
             // Revoked sessions are closed without waiting for the tick. The sender lives as long as the verifier.
             Ok(()) = revoked.changed() => shard.close_revoked(),
@@ -453,9 +523,9 @@ async fn run(
         _ended,
     }) = drain
     {
-        new_sessions.close();
-        while let Some(late) = new_sessions.recv().await {
-            shard.open_session(late);
+        arrivals.close();
+        while let Some(late) = arrivals.recv().await {
+            shard.take(late);
         }
         let left = shard.drain(spread, deadline).await;
         // The edge may have stopped waiting.
@@ -545,6 +615,20 @@ impl Shard {
         Ok((shard, live, replay))
     }
 
+    fn take(self: &Rc<Self>, arrival: Arrival) {
+        match arrival {
+            Arrival::Session(new) => self.open_session(*new),
+            Arrival::Poll(poll, answer) => {
+                let context = Rc::clone(&self.context);
+                spawn_local(async move {
+                    let answered = context.poll(*poll).await;
+                    // Nobody waits for it in a drain.
+                    let _gone = answer.send(answered);
+                });
+            }
+        }
+    }
+
     fn open_session(self: &Rc<Self>, new: NewSession) {
         let stream = match tokio::net::TcpStream::from_std(new.stream) {
             Ok(stream) => stream,
@@ -609,6 +693,31 @@ impl Shard {
         }
     }
 
+    /// Answers in the background.
+    fn on_ask(&self, ask: Ask) {
+        match ask {
+            Ask::Order(order, done) => {
+                let sessions = self.sessions.borrow();
+                let of_user = sessions.values().filter(|it| it.is_of(&order.user));
+                let of_user: Vec<_> = of_user.cloned().collect();
+                spawn_local(async move {
+                    let all = of_user.into_iter().map(|it| it.follow(&order.what));
+                    let obeyed = join_all(all).await;
+                    let count = obeyed.into_iter().filter(|obeyed| *obeyed).count();
+                    // The edge may have stopped waiting.
+                    let _gave_up = done.send(count);
+                });
+            }
+            Ask::Head(room, answer) => {
+                let rooms = Rc::clone(&self.context.rooms);
+                spawn_local(async move {
+                    let head = timeout(HEAD_WITHIN, rooms.head(&room)).await;
+                    let _gave_up = answer.send(head.ok().flatten());
+                });
+            }
+        }
+    }
+
     /// Tells the sessions to reconnect elsewhere, spread over time, and waits until they are gone. Returns how many are
     /// left at the deadline.
     async fn drain(self: &Rc<Self>, spread: Duration, deadline: tokio::time::Instant) -> usize {
@@ -637,10 +746,8 @@ impl Shard {
 mod tests {
     use std::future::pending;
 
-    use figment::providers::{Format as _, Toml};
-    use tokio::time::timeout;
-
     use super::*;
+    use figment::providers::{Format as _, Toml};
 
     const LONG: Duration = Duration::from_secs(60);
 
@@ -740,10 +847,12 @@ mod tests {
         let mut orders = Vec::new();
         for _ in 0..4 {
             let (drain, drains) = mpsc::channel(1);
+            let (asks, _asked) = mpsc::channel(1);
             let (live, _driver) = Line::new(&config.nats, "live").unwrap();
             let replay = Connection::open(&config.nats, "replay").await.unwrap();
             handles.push(Handle {
                 drain,
+                asks,
                 live,
                 replay,
             });

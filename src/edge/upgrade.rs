@@ -13,11 +13,11 @@ use fastwebsockets::upgrade::{is_upgrade_request, upgrade};
 use super::{
     Shared,
     request::{HttpError, bearer},
-    shard::{NewSession, hand_over},
+    shard::{Arrival, NewSession, hand_over},
 };
 use crate::{
     auth::{AuthError, Identity},
-    codec::Codec,
+    codec::{Codec, centrifugal::Form},
     http1,
     protocol::{Close, ErrorCode},
     runtime::unix_s,
@@ -68,7 +68,7 @@ pub(super) async fn centrifugal(
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     request: Request,
 ) -> Response {
-    connect(&shared, peer, request, Codec::CentrifugalJson)
+    connect(&shared, peer, request, Codec::Centrifugal(Form::Json))
 }
 
 /// Connect a WebSocket, with STOMP 1.2, 1.1 or 1.0.
@@ -165,13 +165,13 @@ fn connect(shared: &Arc<Shared>, peer: SocketAddr, mut request: Request, usual: 
             Ok(stream) => stream,
             Err(error) => return tracing::debug!(%error, "a connection was lost"),
         };
-        let session = NewSession {
+        let session = Box::new(NewSession {
             stream,
             first,
             close,
             carried,
-        };
-        if !hand_over(shard, session).await {
+        });
+        if !hand_over(shard, Arrival::Session(session)).await {
             count(Counter::SessionRefused(metrics::Admission::Draining), 1);
         }
     });

@@ -38,6 +38,7 @@ use tokio::{
 };
 
 use crate::{config::Config, runtime::Tasks};
+pub use timed::Takeover;
 use timed::{Answering, Timed, Timing};
 
 /// Time limit of one step of a connection after the process was told to stop: the rest of a header or a body, or an
@@ -111,10 +112,11 @@ pub async fn serve<S, B>(
 #[must_use]
 pub fn into_stream(upgraded: Upgraded) -> Option<(TcpStream, Bytes)> {
     let parts = upgraded.downcast::<TokioIo<Timed<TcpStream>>>().ok()?;
-    Some((parts.io.into_inner().into_inner(), parts.read_buf))
+    Some((parts.io.into_inner().into_inner()?, parts.read_buf))
 }
 
-/// Serves one connection until it ends or exceeds a limit.
+/// Serves one connection until it ends, exceeds a limit, or is taken over: each request has a [`Takeover`] among its
+/// extensions.
 async fn connection<IO, S, B>(io: IO, service: S, limits: Limits, tasks: Tasks)
 where
     IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -123,9 +125,13 @@ where
     B: Body<Error: Into<Box<dyn Error + Send + Sync>>> + Unpin + 'static,
 {
     let timing = Arc::new(Mutex::new(Timing::new(Instant::now())));
-    let io = TokioIo::new(Timed::new(io, Arc::clone(&timing)));
+    let io = Timed::new(io, Arc::clone(&timing));
+    let takeover = io.takeover();
+    let io = TokioIo::new(io);
     let at_work = Arc::clone(&timing);
-    let service = service_fn(move |request| {
+    let offered = takeover.clone();
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(offered.clone());
         let answering = Answering::begin(&at_work);
         let answer = service.call(request);
         async move { Ok::<_, Infallible>(answer.await?.map(|body| answering.until_end_of(body))) }
@@ -146,6 +152,9 @@ where
         }
         if let Poll::Ready(served) = served.as_mut().poll(cx) {
             return Poll::Ready(Some(served));
+        }
+        if takeover.is_taken() {
+            return Poll::Ready(Some(Ok(())));
         }
         // Everything that changes the deadline has happened in the poll above.
         let Some(deadline) = timing.lock().deadline(&limits, stopped) else {

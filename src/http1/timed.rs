@@ -11,6 +11,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    task::yield_now,
     time::Instant,
 };
 
@@ -73,17 +74,65 @@ impl Timing {
 /// The bytes of a connection; notes when they move.
 #[derive(Debug)]
 pub(super) struct Timed<IO> {
-    io: IO,
+    io: Shared<IO>,
     timing: Arc<Mutex<Timing>>,
+}
+
+/// The socket of a connection, which a handler may take over. `None`: it was taken.
+type Shared<IO> = Arc<Mutex<Option<IO>>>;
+
+/// Takes over the connection of a request: what is written to it is then not HTTP/1.1 as hyper does it.
+#[derive(Debug)]
+pub struct Takeover<IO> {
+    io: Shared<IO>,
+    timing: Arc<Mutex<Timing>>,
+}
+
+impl<IO> Clone for Takeover<IO> {
+    fn clone(&self) -> Self {
+        Self {
+            io: Arc::clone(&self.io),
+            timing: Arc::clone(&self.timing),
+        }
+    }
+}
+
+impl<IO> Takeover<IO> {
+    /// The socket. The handler of the request is dropped when it waits next, so it must have handed the socket over by
+    /// then, or do so in a task. `None` if the client has not read the answers to earlier requests.
+    pub async fn take(&self) -> Option<IO> {
+        // Until the connection has tried to write what it has buffered of an earlier answer.
+        yield_now().await;
+        if self.timing.lock().stalled.is_some() {
+            return None;
+        }
+        self.io.lock().take()
+    }
+
+    pub(super) fn is_taken(&self) -> bool {
+        self.io.lock().is_none()
+    }
+}
+
+fn gone() -> io::Error {
+    io::ErrorKind::NotConnected.into()
 }
 
 impl<IO> Timed<IO> {
     pub(super) fn new(io: IO, timing: Arc<Mutex<Timing>>) -> Self {
+        let io = Arc::new(Mutex::new(Some(io)));
         Self { io, timing }
     }
 
-    pub(super) fn into_inner(self) -> IO {
-        self.io
+    pub(super) fn takeover(&self) -> Takeover<IO> {
+        Takeover {
+            io: Arc::clone(&self.io),
+            timing: Arc::clone(&self.timing),
+        }
+    }
+
+    pub(super) fn into_inner(self) -> Option<IO> {
+        self.io.lock().take()
     }
 
     fn written(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -106,12 +155,15 @@ impl<IO> Timed<IO> {
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Timed<IO> {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        let read = Pin::new(&mut self.io).poll_read(cx, buffer);
+        let read = match self.io.lock().as_mut() {
+            Some(io) => Pin::new(io).poll_read(cx, buffer),
+            None => return Poll::Ready(Err(gone())),
+        };
         if buffer.filled().len() > before {
             let mut timing = self.timing.lock();
             // During a request these bytes are its body, or the beginning of the next request. That beginning is not
@@ -127,33 +179,48 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Timed<IO> {
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Timed<IO> {
     fn poll_write(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.io).poll_write(cx, bytes);
+        let written = match self.io.lock().as_mut() {
+            Some(io) => Pin::new(io).poll_write(cx, bytes),
+            None => return Poll::Ready(Err(gone())),
+        };
         self.written(written)
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.io).poll_write_vectored(cx, slices);
+        let written = match self.io.lock().as_mut() {
+            Some(io) => Pin::new(io).poll_write_vectored(cx, slices),
+            None => return Poll::Ready(Err(gone())),
+        };
         self.written(written)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
+        self.io
+            .lock()
+            .as_ref()
+            .is_some_and(AsyncWrite::is_write_vectored)
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.io.lock().as_mut() {
+            Some(io) => Pin::new(io).poll_flush(cx),
+            None => Poll::Ready(Err(gone())),
+        }
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.io.lock().as_mut() {
+            Some(io) => Pin::new(io).poll_shutdown(cx),
+            None => Poll::Ready(Ok(())),
+        }
     }
 }
 

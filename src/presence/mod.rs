@@ -369,6 +369,12 @@ impl Presence {
         self.renewed.lock().elapsed() > 2 * lease::renewed_every(self.config.presence.lease)
     }
 
+    /// The number of edges that are known to live, in all regions that can be reached, with this one.
+    #[must_use]
+    pub fn edges(&self) -> usize {
+        self.alive.borrow().alive.len()
+    }
+
     fn is_own(&self, lease: &str) -> bool {
         self.own.lock().iter().any(|own| **own == *lease)
     }

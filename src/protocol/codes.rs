@@ -189,6 +189,8 @@ pub enum Close {
     ClientProtocol,
     /// Too many sessions or commands: reconnect later.
     TooMany,
+    /// A back end ended the session: do not reconnect by itself.
+    Disconnected,
     /// The edge drains: reconnect now, elsewhere.
     Draining,
     /// The peer was silent despite pings. It may not get the close frame.
@@ -197,7 +199,7 @@ pub enum Close {
 
 impl Close {
     /// Every reason.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Normal,
         Self::GoingAway,
         Self::Protocol,
@@ -212,6 +214,7 @@ impl Close {
         Self::TooSlow,
         Self::ClientProtocol,
         Self::TooMany,
+        Self::Disconnected,
         Self::Draining,
         Self::PingTimeout,
     ];
@@ -232,6 +235,7 @@ impl Close {
             Self::TooSlow => 4003,
             Self::ClientProtocol => 4004,
             Self::TooMany => 4005,
+            Self::Disconnected => 4006,
             Self::Draining => 4010,
         }
     }
@@ -254,6 +258,7 @@ impl Close {
             Self::TooSlow => "too_slow",
             Self::ClientProtocol => "protocol_error",
             Self::TooMany => "too_many",
+            Self::Disconnected => "disconnected",
             Self::Draining => "draining",
             Self::PingTimeout => "ping_timeout",
         }

@@ -51,6 +51,21 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// The name of the event, in the protocols that name events.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Typing { .. } => "typing",
+            Self::Read { .. } => "read",
+            Self::Presence { .. } => "presence",
+            Self::Kicked { .. } => "kicked",
+            Self::TokenExpiring { .. } => "token_expiring",
+            Self::Reconnect { .. } => "reconnect",
+        }
+    }
+}
+
 /// How the users of a room have changed.
 #[derive(Debug, Clone)]
 pub enum PresenceChange {

@@ -10,6 +10,7 @@ use std::time::Duration;
 mod codes;
 mod command;
 mod event;
+mod order;
 mod publication;
 mod reply;
 
@@ -19,10 +20,12 @@ pub use command::{
     Wants,
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
+pub use order::{Obeyed, Order, OrderKind};
 pub use publication::{Draft, Publication};
 pub use reply::{
-    AuthReply, HistoryReply, JoinReply, MessageBody, PresenceReply, PresentUser, PublishReply,
-    ReadReply, ReaderBody, ReadersReply, Reply, SearchReply, UnreadBody, UnreadReply, Validity,
+    AuthReply, HistoryReply, JoinReply, MessageBody, PollReply, PresenceReply, PresentUser,
+    PublishReply, ReadReply, ReaderBody, ReadersReply, Reply, SearchReply, StreamAddress,
+    UnreadBody, UnreadReply, Validity,
 };
 
 /// How often a client is pinged.

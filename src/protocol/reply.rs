@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
+use super::{ErrorCode, Refused};
 use crate::model::{Cursor, Region, RoomId};
 
 /// The reply to a command that was carried out.
@@ -72,9 +74,64 @@ pub struct AuthReply {
     /// A name of the session that no other has.
     #[serde(skip)]
     pub session: String,
+    /// Where the client sends further commands, if the session is the stream of an HTTP response.
+    #[serde(skip)]
+    pub stream: Option<StreamAddress>,
     /// The rooms that the token has subscribed the session to, and for each whether the client asked to resume.
     #[serde(skip)]
     pub joined: Vec<(JoinReply, bool)>,
+}
+
+/// The answer to a poll.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PollReply {
+    /// The room.
+    #[schema(value_type = String)]
+    pub room: RoomId,
+    /// The messages after the cursor of the request, the oldest first, as `msg` pushes.
+    #[schema(value_type = Vec<Object>)]
+    pub messages: Vec<Box<RawValue>>,
+    /// The cursor for the next poll.
+    pub cursor: Option<String>,
+    /// Set if the messages after the cursor of the request can't be had: load history.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub reset: bool,
+    /// Why, if `reset` is set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<&'static str>,
+}
+
+impl PollReply {
+    /// An answer with these messages, which are JSON.
+    ///
+    /// # Errors
+    /// A message is not JSON, which is a bug.
+    pub fn new(
+        room: RoomId,
+        messages: impl Iterator<Item = Bytes>,
+        cursor: Option<String>,
+        reason: Option<&'static str>,
+    ) -> Result<Self, Refused> {
+        let messages = messages.map(|message| serde_json::from_slice(&message));
+        let messages: Result<_, _> = messages.collect();
+        Ok(Self {
+            room,
+            messages: messages
+                .map_err(|error| Refused::new(ErrorCode::Internal, error.to_string()))?,
+            cursor,
+            reset: reason.is_some(),
+            reason,
+        })
+    }
+}
+
+/// Where the commands of a session are sent whose frames go into an HTTP response.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamAddress {
+    /// The edge.
+    pub node: Arc<str>,
+    /// The secret name of the session there.
+    pub session: Arc<str>,
 }
 
 /// How long a token is valid.

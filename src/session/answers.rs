@@ -10,10 +10,10 @@ use crate::{
     bus::{Outgoing, PublishError, Publisher},
     config::{Config, Namespace, PresencePolicy},
     history::{self, PageRequest},
-    model::{BadCursor, Cursor, Kind, RoomId, json_flaw},
+    model::{BadCursor, Cursor, Kind, Position, RoomId, json_flaw},
     presence::Presence,
     protocol::{
-        Close, ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser,
+        Anchor, Close, ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser,
         Publication, PublishReply, ReadReply, ReaderBody, ReadersReply, Refused, UnreadBody,
         UnreadReply,
     },
@@ -38,7 +38,7 @@ pub(crate) fn refusal_of(error: &AuthError) -> Close {
 }
 
 /// Checks that a token grants a right on a room.
-pub(super) fn granted(identity: &Identity, right: Right, room: &RoomId) -> Result<(), Refused> {
+pub(crate) fn granted(identity: &Identity, right: Right, room: &RoomId) -> Result<(), Refused> {
     if identity.may(right, room) {
         return Ok(());
     }
@@ -51,9 +51,29 @@ fn bad(text: String) -> Refused {
 }
 
 /// Parses a cursor from a client.
-pub(super) fn cursor_of(text: &str) -> Result<Cursor, Refused> {
+pub(crate) fn cursor_of(text: &str) -> Result<Cursor, Refused> {
     text.parse()
         .map_err(|error: BadCursor| Refused::new(ErrorCode::BadCursor, error.to_string()))
+}
+
+/// Checks that a cursor in `anchor` is of the log that `head` is of.
+pub(crate) fn check_epochs(anchor: &Anchor, head: &Cursor) -> Result<(), Refused> {
+    let (Anchor::Before(text) | Anchor::After(text) | Anchor::Around(text)) = anchor else {
+        return Ok(());
+    };
+    if text.is_empty() {
+        return Ok(());
+    }
+    let cursor = cursor_of(text)?;
+    let is_known = |at: &Position| {
+        let its = head.get(&at.origin);
+        its.is_some_and(|its| its.epoch == at.epoch)
+    };
+    if cursor.positions().iter().all(is_known) {
+        return Ok(());
+    }
+    let text = "the position is of another log";
+    Err(Refused::new(ErrorCode::BadCursor, text))
 }
 
 /// Checks a publication against grants, namespace and limits. Returns whether its room keeps a log.
@@ -126,7 +146,7 @@ pub(crate) async fn publish(
 }
 
 /// Checks that a user may see who is in a room.
-pub(super) fn may_see_presence(
+pub(crate) fn may_see_presence(
     config: &Config,
     identity: &Identity,
     room: &RoomId,

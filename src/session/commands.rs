@@ -15,7 +15,7 @@ use tracing::Instrument as _;
 
 use super::{
     Beating, MAX_RATE_STRIKES, MAX_UNDECODABLE, Session,
-    answers::{self, cursor_of, granted, namespace, refusal_of},
+    answers::{self, check_epochs, granted, namespace, refusal_of},
     replies::MAX_WAITING_BYTES,
 };
 use crate::{
@@ -23,10 +23,10 @@ use crate::{
     bus::{Outgoing, PublishError},
     codec::{Codec, Request, Tag},
     history::PageRequest,
-    model::{Cursor, Position, RoomId},
+    model::{Cursor, RoomId},
     protocol::{
-        Anchor, AuthReply, Beats, Close, Command, ErrorCode, Event, HistoryOf, HistoryReply,
-        PageOf, Publication, PublishReply, Refused, Reply, Since, Validity,
+        AuthReply, Beats, Close, Command, ErrorCode, Event, HistoryOf, HistoryReply, PageOf,
+        Publication, PublishReply, Refused, Reply, Since, Validity,
     },
     runtime::unix_s,
     telemetry::metrics::{self, Counter, Label as _, Published, count},
@@ -262,7 +262,7 @@ impl Session {
         }
     }
 
-    fn refuse(self: &Rc<Self>, tag: &Tag, refused: &Refused) {
+    pub(super) fn refuse(self: &Rc<Self>, tag: &Tag, refused: &Refused) {
         if let Some(frame) = self.refusal(tag, refused) {
             self.replies.now(frame);
         }
@@ -404,6 +404,7 @@ impl Session {
             user: Arc::clone(&identity.user),
             validity: self.validity(identity.exp),
             session: ulid::Ulid::new().to_string(),
+            stream: self.address(),
             joined: Vec::new(),
         }
     }
@@ -636,26 +637,6 @@ impl Session {
         count(Counter::PublishDuplicate, 1);
         Some(found)
     }
-}
-
-/// Checks that a cursor in `anchor` is of the log that `head` is of.
-fn check_epochs(anchor: &Anchor, head: &Cursor) -> Result<(), Refused> {
-    let (Anchor::Before(text) | Anchor::After(text) | Anchor::Around(text)) = anchor else {
-        return Ok(());
-    };
-    if text.is_empty() {
-        return Ok(());
-    }
-    let cursor = cursor_of(text)?;
-    let is_known = |at: &Position| {
-        let its = head.get(&at.origin);
-        its.is_some_and(|its| its.epoch == at.epoch)
-    };
-    if cursor.positions().iter().all(is_known) {
-        return Ok(());
-    }
-    let text = "the position is of another log";
-    Err(Refused::new(ErrorCode::BadCursor, text))
 }
 
 /// Waits for what is read from the streams of a room.

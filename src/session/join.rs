@@ -54,6 +54,12 @@ struct Joining {
     subscription: Option<Box<RoomSubscription>>,
 }
 
+/// A number for a member that is not a session. No session and no other member has it.
+pub(super) fn lone_member() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1 << 63);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 impl Session {
     /// Joins the rooms that the token names, several at once. Rooms that the user may not join, or that do not exist, are
     /// left out.
@@ -171,7 +177,7 @@ impl Session {
         let joining = Joining {
             since,
             wants,
-            outlet: Outlet::Socket(Rc::clone(&self.conn)),
+            outlet: self.outlet_of(&room),
             token,
             subscription,
         };
@@ -198,13 +204,12 @@ impl Session {
     /// The number of a member. A session is in a room once, but for a protocol that has several subscriptions of a room:
     /// there the others have numbers that no session has.
     fn member_id(&self, room: &RoomId) -> u64 {
-        static NEXT: AtomicU64 = AtomicU64::new(1 << 63);
         let rooms = self.rooms.borrow();
         match rooms
             .get(room)
             .is_some_and(|seat| seat.subscription.is_some())
         {
-            true => NEXT.fetch_add(1, Ordering::Relaxed),
+            true => lone_member(),
             false => self.id,
         }
     }
@@ -355,6 +360,45 @@ impl Session {
         let replaced = self.rooms.borrow_mut().insert(room, seat);
         drop(replaced);
         Ok(())
+    }
+
+    /// Joins a room for the back end, until the time `until` (seconds since 1970). `tell` makes the frame that is sent
+    /// before the messages. Returns whether the session has joined: not if it is in the room already.
+    pub(super) async fn join_for_back_end(
+        self: &Rc<Self>,
+        identity: &Identity,
+        room: RoomId,
+        until: u64,
+        tell: impl FnOnce(JoinReply) -> Option<Bytes>,
+    ) -> Result<bool, Refused> {
+        let is_in = |seat: &Seat| !seat.membership.has_ended();
+        if self
+            .rooms
+            .borrow()
+            .get(&room)
+            .is_some_and(|seat| is_in(seat))
+        {
+            return Ok(false);
+        }
+        // The seat has a token of its own, so that what the session's own token allows does not matter.
+        let verifier = &self.context.verifier;
+        let token = verifier.without_token(&identity.user, identity.is_anonymous, unix_s());
+        let token =
+            token.map_err(|error| Refused::new(ErrorCode::Unauthorized, error.to_string()))?;
+        let joining = Joining {
+            since: None,
+            wants: Wants::default(),
+            outlet: Outlet::Socket(Rc::clone(&self.conn)),
+            token: Some(Arc::new(token.until(until))),
+            subscription: None,
+        };
+        let entered = self.enter(identity, room, joining, tell);
+        let late = |_elapsed| {
+            let text = "the room can't be joined now";
+            Err(Refused::new(ErrorCode::Unavailable, text))
+        };
+        let entered = timeout(ANSWER_WITHIN, Box::pin(entered)).await;
+        entered.unwrap_or_else(late).map(|()| true)
     }
 
     pub(super) fn leave(&self, room: RoomId) -> Answered {

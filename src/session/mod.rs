@@ -22,7 +22,10 @@
 pub(crate) mod answers;
 mod commands;
 mod join;
+mod orders;
+mod poll;
 mod replies;
+mod stream;
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
@@ -31,6 +34,9 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
 
 use crate::{
     auth::{Identity, Verifier},
@@ -46,7 +52,10 @@ use crate::{
     telemetry::metrics::{self, Counter, Gauge, Held, count},
     wire::{Conn, Decoder, Incoming, Outlet, pong_frame},
 };
+pub use poll::Poll;
 use replies::Replies;
+pub use stream::Stream;
+use stream::Streamed;
 
 /// A peer that was silent for this long is closed. With the grace time of a close, it is gone within 60 s.
 const DEAD_AFTER: Duration = Duration::from_secs(45);
@@ -126,6 +135,8 @@ pub struct Carried {
     expiry_told: bool,
     /// Whether it has moved from another shard. Then it stays.
     moved: bool,
+    /// Set if its frames go into the response of an HTTP request. Then it stays, too.
+    stream: Option<Box<Stream>>,
 }
 
 impl Carried {
@@ -157,6 +168,7 @@ impl Carried {
             pinged: 0,
             expiry_told: false,
             moved: false,
+            stream: None,
         }
     }
 }
@@ -190,6 +202,7 @@ pub struct Session {
     connecting: Cell<bool>,
     /// The signs of life that were agreed on.
     beats: OnceCell<Box<Beating>>,
+    streamed: Option<Box<Streamed>>,
     _active: Held,
 }
 
@@ -251,6 +264,8 @@ pub struct Work {
     decoder: Decoder,
     reader: CommandReader,
     inbox: VecDeque<Inbound>,
+    /// Further commands of a session whose frames go into the response of an HTTP request.
+    commands: Option<Box<mpsc::Receiver<Bytes>>>,
 }
 
 /// Something that was read and waits to be processed.
@@ -281,7 +296,15 @@ impl Session {
             pinged,
             expiry_told,
             moved,
+            stream,
         } = carried;
+        let (streamed, commands) = match stream {
+            Some(stream) => {
+                let (streamed, commands) = Streamed::new(*stream, &conn);
+                (Some(Box::new(streamed)), Some(Box::new(commands)))
+            }
+            None => (None, None),
+        };
         let opened = if moved {
             Counter::SessionMoved
         } else {
@@ -297,7 +320,7 @@ impl Session {
             identity: RefCell::new(identity),
             user_slot: RefCell::new(user_slot),
             address_slot: RefCell::new(address_slot),
-            settled: Cell::new(moved),
+            settled: Cell::new(moved || streamed.is_some()),
             rooms: RefCell::default(),
             opened: now,
             last_seen: Cell::new(None),
@@ -314,6 +337,7 @@ impl Session {
                 Some(beats) => OnceCell::from(Box::new(Beating::new(beats, now))),
                 None => OnceCell::new(),
             },
+            streamed,
             context,
             _active: Held::new(Gauge::SessionActive),
         });
@@ -321,6 +345,7 @@ impl Session {
             decoder,
             reader,
             inbox,
+            commands,
         };
         (session, work)
     }
@@ -332,6 +357,7 @@ impl Session {
             mut decoder,
             mut reader,
             mut inbox,
+            mut commands,
         } = work;
         self.tell_expiry(unix_s());
         let mut violation = self
@@ -353,6 +379,7 @@ impl Session {
                                 decoder,
                                 reader,
                                 inbox,
+                                commands,
                             };
                             return departure(stream, self.carried(work));
                         }
@@ -368,11 +395,20 @@ impl Session {
             if self.conn.closing().is_some() {
                 break;
             }
-            self.last_seen.set(Some(Instant::now()));
-            let read = self.conn.read_with(&self.context.buffer, |bytes| {
-                self.take_in(&mut decoder, &mut reader, &mut inbox, bytes)
-            });
-            let read = read.await;
+            if self.codec.get() != Codec::Events {
+                // From that one nothing is expected.
+                self.last_seen.set(Some(Instant::now()));
+            }
+            let read = match &mut commands {
+                // Boxed, so that it takes up no memory in other sessions.
+                Some(more) => Box::pin(self.further(more, &mut reader, &mut inbox)).await,
+                None => {
+                    let read = self.conn.read_with(&self.context.buffer, |bytes| {
+                        self.take_in(&mut decoder, &mut reader, &mut inbox, bytes)
+                    });
+                    read.await
+                }
+            };
             self.last_seen.set(None);
             violation = match read {
                 Ok(Some(fed)) => fed.err(),
@@ -420,6 +456,7 @@ impl Session {
             decoder,
             reader,
             inbox,
+            commands: _,
         } = work;
         Carried {
             codec: self.codec.get(),
@@ -433,6 +470,8 @@ impl Session {
             pinged: self.pinged.get(),
             expiry_told: self.expiry_told.get(),
             moved: true,
+            // One with a stream does not move.
+            stream: None,
         }
     }
 
@@ -512,9 +551,13 @@ impl Session {
         self.end_expired(now_s);
         // Give up the places in rooms that have ended the membership: a client that has not joined again is not present
         // there.
-        self.rooms
-            .borrow_mut()
-            .retain(|_, seat| !seat.membership.has_ended());
+        let mut rooms = self.rooms.borrow_mut();
+        let before = rooms.len();
+        rooms.retain(|_, seat| !seat.membership.has_ended());
+        if rooms.len() < before && self.codec.get() == Codec::Events {
+            // The client joins with a request only.
+            self.conn.close(Close::GoingAway);
+        }
     }
 
     /// Closes the connection if its token is revoked.

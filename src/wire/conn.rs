@@ -252,6 +252,11 @@ impl Conn {
         self.close_within(reason, GRACE);
     }
 
+    /// The same with a close frame of the caller.
+    pub fn close_with(self: &Rc<Self>, reason: Close, frame: Bytes) {
+        self.begin_close(reason, frame, GRACE);
+    }
+
     /// Gives the socket away, to continue elsewhere. This connection is then dead. Returns `None` if something is
     /// unwritten, or the connection is closing or dead.
     #[must_use]
@@ -491,6 +496,10 @@ impl Conn {
     }
 
     fn close_within(self: &Rc<Self>, reason: Close, grace: Duration) {
+        self.begin_close(reason, (self.settings.close_frame)(reason), grace);
+    }
+
+    fn begin_close(self: &Rc<Self>, reason: Close, frame: Bytes, grace: Duration) {
         if self.closing.get().is_some() {
             return;
         }
@@ -505,7 +514,6 @@ impl Conn {
             {
                 outbox.keep_torn_frame();
             }
-            let frame = (self.settings.close_frame)(reason);
             match slot.as_mut() {
                 None => *slot = Some(Outbox::boxed(frame, false)),
                 Some(outbox) => outbox.push(frame),

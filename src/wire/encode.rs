@@ -1,4 +1,5 @@
-//! Server frames of RFC 6455: unmasked, never fragmented, each in one `Bytes` that all its receivers share.
+//! What is written to a connection, in pieces that all receivers share: server frames of RFC 6455, which are unmasked,
+//! and what the stream of an HTTP response has in their place.
 
 use std::io;
 
@@ -15,6 +16,8 @@ const PONG: u8 = 0x8A;
 
 /// The longest header of a server frame: two bytes and eight of extended length.
 const HEADER_ROOM: usize = 10;
+/// Where the data of an event begins.
+const EVENT_DATA: &[u8] = b"data: ";
 /// Most bytes of capacity that a finished frame may keep beyond its length.
 const MOST_SPARE: usize = 64;
 /// Payload of a control frame, RFC 6455 section 5.5.
@@ -72,7 +75,48 @@ fn control_frame(first: u8, parts: &[&[u8]]) -> Bytes {
     Bytes::from(frame)
 }
 
-/// A text or binary frame whose payload is written in place. Space for the header is left in front, and [`finish`](Self::finish)
+/// What stands around a payload on a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// A WebSocket text frame.
+    Text,
+    /// A WebSocket binary frame.
+    Binary,
+    /// The first fragment of a WebSocket text message. It must be sent together with one [`Self::LastFragment`].
+    FirstFragment,
+    /// The last fragment of a WebSocket text message that began with a [`Self::FirstFragment`].
+    LastFragment,
+    /// A line of a stream. The payload has no line break.
+    Line,
+    /// An event of `text/event-stream` without a name. The payload has no line break.
+    Event,
+    /// Nothing.
+    Bare,
+}
+
+impl Framing {
+    /// The first byte of a WebSocket frame.
+    fn opcode(self) -> Option<u8> {
+        match self {
+            Self::Text => Some(TEXT),
+            Self::Binary => Some(BINARY),
+            Self::FirstFragment => Some(TEXT_BEGIN),
+            Self::LastFragment => Some(END),
+            Self::Line | Self::Event | Self::Bare => None,
+        }
+    }
+
+    /// What follows the payload.
+    fn end(self) -> &'static [u8] {
+        match self {
+            Self::Line => b"\n",
+            Self::Event => b"\n\n",
+            _ => b"",
+        }
+    }
+}
+
+/// A frame whose payload is written in place. Space for the header is left in front, and [`finish`](Self::finish)
 /// fills it in. So the payload is never copied, unless it outgrows its capacity.
 ///
 /// Append with [`put`](Self::put) or [`io::Write`] (`write!`, `serde_json::to_writer`), which never fails. The header
@@ -81,39 +125,22 @@ fn control_frame(first: u8, parts: &[&[u8]]) -> Bytes {
 pub struct FrameBuilder {
     /// Always at least [`HEADER_ROOM`] long.
     bytes: Vec<u8>,
-    /// The first byte of the header.
-    first: u8,
+    framing: Framing,
 }
 
 impl FrameBuilder {
     /// A text frame with room for a payload of `payload` bytes.
     #[must_use]
     pub fn with_capacity(payload: usize) -> Self {
-        Self::new(TEXT, payload)
+        Self::new(Framing::Text, payload)
     }
 
-    /// A binary frame with room for a payload of `payload` bytes.
+    /// A frame with room for a payload of `payload` bytes.
     #[must_use]
-    pub fn binary(payload: usize) -> Self {
-        Self::new(BINARY, payload)
-    }
-
-    /// The first fragment of a text message. It must be sent together with one [`Self::last_fragment`].
-    #[must_use]
-    pub fn first_fragment(payload: usize) -> Self {
-        Self::new(TEXT_BEGIN, payload)
-    }
-
-    /// The last fragment of a text message that began with a [`Self::first_fragment`].
-    #[must_use]
-    pub fn last_fragment(payload: usize) -> Self {
-        Self::new(END, payload)
-    }
-
-    fn new(first: u8, payload: usize) -> Self {
-        let mut bytes = Vec::with_capacity(HEADER_ROOM + payload);
+    pub fn new(framing: Framing, payload: usize) -> Self {
+        let mut bytes = Vec::with_capacity(HEADER_ROOM + payload + framing.end().len());
         bytes.resize(HEADER_ROOM, 0);
-        Self { bytes, first }
+        Self { bytes, framing }
     }
 
     /// Appends to the payload.
@@ -132,28 +159,51 @@ impl FrameBuilder {
         self.bytes.len() - HEADER_ROOM
     }
 
+    /// The length of the header that the frame gets.
+    #[must_use]
+    pub fn header_len(&self) -> usize {
+        match self.framing {
+            Framing::Event => EVENT_DATA.len(),
+            Framing::Line | Framing::Bare => 0,
+            _ => match self.len() {
+                0..=125 => 2,
+                126..=0xffff => 4,
+                _ => 10,
+            },
+        }
+    }
+
     /// The frame: header and payload.
     #[must_use]
     pub fn finish(self) -> Bytes {
-        let (length, first) = (self.len(), self.first);
+        let (length, header, framing) = (self.len(), self.header_len(), self.framing);
         let mut bytes = self.bytes;
+        bytes.extend_from_slice(framing.end());
         if bytes.capacity() - bytes.len() > MOST_SPARE {
             // A frame may be kept for long, and its length is what is counted for it.
             bytes.shrink_to_fit();
         }
-        let header = if let Ok(short @ 0..=125) = u8::try_from(length) {
-            bytes[8..10].copy_from_slice(&[first, short]);
-            2
-        } else if let Ok(medium) = u16::try_from(length) {
-            bytes[6..8].copy_from_slice(&[first, 126]);
-            bytes[8..10].copy_from_slice(&medium.to_be_bytes());
-            4
-        } else {
-            bytes[..2].copy_from_slice(&[first, 127]);
-            // A length in memory is below 2^63, so the top bit is clear as the RFC requires.
-            bytes[2..10].copy_from_slice(&(length as u64).to_be_bytes());
-            10
-        };
+        let place = &mut bytes[HEADER_ROOM - header..HEADER_ROOM];
+        match (framing, framing.opcode()) {
+            (Framing::Event, _) => place.copy_from_slice(EVENT_DATA),
+            (_, None) => {}
+            (_, Some(first)) => {
+                place[0] = first;
+                // A length in memory is below 2^63, so the top bit is clear as the RFC requires.
+                let length = (length as u64).to_be_bytes();
+                match header {
+                    2 => place[1] = length[7],
+                    4 => {
+                        place[1] = 126;
+                        place[2..].copy_from_slice(&length[6..]);
+                    }
+                    _ => {
+                        place[1] = 127;
+                        place[2..].copy_from_slice(&length);
+                    }
+                }
+            }
+        }
         let mut frame = Bytes::from(bytes);
         frame.advance(HEADER_ROOM - header);
         frame
@@ -220,9 +270,21 @@ mod tests {
 
     #[test]
     fn binary_frames() {
-        let mut frame = FrameBuilder::binary(3);
+        let mut frame = FrameBuilder::new(Framing::Binary, 3);
         frame.put(&[0, 255, 7]);
         assert_eq!(&frame.finish()[..], [0x82, 3, 0, 255, 7]);
+    }
+
+    #[test]
+    fn streams() {
+        let of = |framing| {
+            let mut frame = FrameBuilder::new(framing, 2);
+            frame.put(b"{}");
+            frame.finish()
+        };
+        assert_eq!(&of(Framing::Line)[..], b"{}\n");
+        assert_eq!(&of(Framing::Event)[..], b"data: {}\n\n");
+        assert_eq!(&of(Framing::Bare)[..], b"{}");
     }
 
     #[test]

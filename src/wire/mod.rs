@@ -14,7 +14,7 @@ mod outlet;
 pub(crate) use conn::FRAME_COST;
 pub use conn::{Conn, ConnSettings};
 pub use decode::{Decoder, Incoming, MAX_FRAGMENTS};
-pub use encode::{FrameBuilder, close_frame, ping_frame, pong_frame};
+pub use encode::{FrameBuilder, Framing, close_frame, ping_frame, pong_frame};
 #[cfg(test)]
 pub use encode::{text_frame, text_of};
-pub use outlet::{Gate, Outlet};
+pub use outlet::{Collected, Gate, ID, Outlet, Positions};

@@ -1,117 +1,18 @@
 //! Centrifugo's protocol where its SDKs do not reach: shards, regions, tokens of subscriptions, users without a token.
 //! What the SDKs need is tested with them, in `tests/clients/centrifugal`.
 
-use std::collections::VecDeque;
-
-use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use natter::testing::runtime::unix_s;
 use serde_json::{Value, json};
 
 use crate::support::{
     self, LONG,
     calls::reply,
+    centrifugal::{Client, SECRET, foreign},
     eventually,
     mesh::{Mesh, ask, token},
-    raw::{Dial, PING, Raw, bearer, request},
+    raw::{bearer, request},
     regions::Regions,
 };
-
-const SECRET: &str = "a secret of centrifugo, of 32 bytes and more";
-
-/// A client of the protocol, in JSON.
-struct Client {
-    raw: Raw,
-    id: u32,
-    /// What was read and not looked at.
-    unread: VecDeque<Value>,
-}
-
-impl Client {
-    async fn dial(mesh: &Mesh, edge: usize) -> Self {
-        let dial = Dial {
-            path: "/connection/websocket",
-            ..Dial::default()
-        };
-        let raw = Raw::dial(mesh.edges[edge].address, dial).await;
-        assert_eq!(raw.status(), 101, "{}", raw.head);
-        Self {
-            raw,
-            id: 0,
-            unread: VecDeque::new(),
-        }
-    }
-
-    async fn connect(mesh: &Mesh, edge: usize, token: &str) -> (Self, Value) {
-        let mut client = Self::dial(mesh, edge).await;
-        let reply = client.call("connect", json!({ "token": token })).await;
-        (client, reply["connect"].clone())
-    }
-
-    async fn send(&mut self, method: &str, fields: Value) -> u32 {
-        self.id += 1;
-        let command = json!({ "id": self.id, method: fields });
-        self.raw.text(&command.to_string()).await;
-        self.id
-    }
-
-    /// Sends a command and returns its reply. Pushes before it are kept.
-    async fn call(&mut self, method: &str, fields: Value) -> Value {
-        let id = self.send(method, fields).await;
-        let mut pushes = VecDeque::new();
-        loop {
-            let next = self.next().await;
-            if next["id"] == id {
-                pushes.append(&mut self.unread);
-                self.unread = pushes;
-                return next;
-            }
-            pushes.push_back(next);
-        }
-    }
-
-    /// The next reply or push. Pings are answered.
-    async fn next(&mut self) -> Value {
-        loop {
-            if let Some(next) = self.unread.pop_front() {
-                if next == json!({}) {
-                    self.raw.text("{}").await;
-                    continue;
-                }
-                return next;
-            }
-            let (first, payload) = self.raw.frame().await.expect("the connection ended");
-            if first & 0xf == PING {
-                continue;
-            }
-            assert_eq!(first, 0x81, "{}", String::from_utf8_lossy(&payload));
-            let text = String::from_utf8(payload).unwrap();
-            let values = text.lines().map(|line| serde_json::from_str(line).unwrap());
-            self.unread.extend(values);
-        }
-    }
-
-    /// The data of the next publication of a channel. Other pushes are dropped.
-    async fn publication(&mut self, channel: &str) -> Value {
-        loop {
-            let next = self.next().await;
-            let push = &next["push"];
-            if push["channel"] == channel && !push["pub"].is_null() {
-                return push["pub"]["data"].clone();
-            }
-        }
-    }
-
-    /// The code of the close. What comes before it is dropped.
-    async fn end(mut self) -> u16 {
-        self.raw.until_close().await.1
-    }
-}
-
-/// A token of a Centrifugo back end.
-fn foreign(claims: Value) -> String {
-    let key = EncodingKey::from_secret(SECRET.as_bytes());
-    encode(&Header::new(Algorithm::HS256), &claims, &key).unwrap()
-}
 
 /// Who is in the room `open:a`.
 async fn there(mesh: &Mesh) -> (u16, Value) {

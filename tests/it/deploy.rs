@@ -103,6 +103,12 @@ async fn use_it(first: SocketAddr, second: SocketAddr) {
         let answer = reply(&mut kim, op, fields).await;
         assert_ne!(answer["op"], "error", "{op}: {answer}");
     }
+    // A ticket of one edge, on the other, which asks the first.
+    let ticket = call(first, "POST", "/v1/tickets", &Value::Null).await.unwrap();
+    let ticket = ticket["ticket"].as_str().unwrap();
+    let path = format!("/v1/rooms/chat:lobby/poll?ticket={ticket}");
+    let (status, body) = http(second, "GET", &path, "", "").await.unwrap();
+    assert_eq!(status, 204, "{body}");
     // A replay from the beginning, on the other edge.
     let mut late = connect(second, "park").await;
     let page = call(second, "GET", "/v1/rooms/chat:lobby/messages", &Value::Null)
@@ -393,12 +399,14 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         "$JS.API.STREAM.PURGE.KV_presence_local",
         "natter.in.local.0.chat.lobby.msg",
         "natter.eph.chat.lobby",
+        "natter.edge.orders",
         "$KV.presence_local.x",
     ]);
     denied(&servers, &url, "history", &tried, &rooms).await;
     let mut tried = with(&[
         "natter.in.local.0.chat.lobby.msg",
         "natter.eph.chat.lobby",
+        "natter.edge.orders",
         "$KV.presence_local.x",
     ]);
     tried.push(&own);
@@ -410,6 +418,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         "$JS.API.CONSUMER.MSG.NEXT.ROOMS_local_0.history",
         "natter.in.local.0.chat.lobby.msg",
         "natter.eph.chat.lobby",
+        "natter.edge.orders",
         "$KV.presence_local.x",
         "$JS.ACK.ROOMS_local_0.history.1.1.1.1.1",
     ]);
@@ -428,6 +437,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         "$JS.API.CONSUMER.MSG.NEXT.ROOMS_local_0.history",
         "natter.in.local.0.chat.lobby.msg",
         "natter.eph.chat.lobby",
+        "natter.edge.orders",
         "$KV.presence_local.x",
         "$JSC.R.x",
         "_INBOX.mirrors.x",

@@ -386,14 +386,14 @@ async fn provisioned_alone(star: &Star) -> Config {
 /// What an edge's user needs, as it would stand in a server's configuration.
 const EDGE: &str = r#", permissions: {
   publish: { allow: [
-    "natter.in.seoul.>", "natter.eph.>", "natter.svc.>",
+    "natter.in.seoul.>", "natter.eph.>", "natter.edge.>", "natter.svc.>",
     "$KV.presence_seoul.>", "$KV.edges_seoul.>", "$KV.lastread_seoul.>",
     "$JS.API.STREAM.INFO.*", "$JS.API.DIRECT.GET.*", "$JS.API.STREAM.PURGE.KV_presence_seoul",
     "$JS.API.STREAM.PURGE.KV_edges_seoul",
     "$SYS.REQ.USER.INFO", "_INBOX.>"
   ] }
   subscribe: { allow: [
-    "natter.live.seoul.>", "natter.eph.>", "natter.kv.seoul.>", "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.*", "_INBOX.>"
+    "natter.live.seoul.>", "natter.eph.>", "natter.edge.>", "natter.kv.seoul.>", "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.*", "_INBOX.>"
   ] }
 }"#;
 

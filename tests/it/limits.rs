@@ -170,7 +170,12 @@ async fn who_does_not_speak_the_protocol_is_closed() {
 
 #[tokio::test]
 async fn http_answers_in_one_shape_whatever_is_asked() {
-    let mesh = Mesh::start(support::nats_url(), 1, "").await;
+    let mesh = Mesh::start(
+        support::nats_url(),
+        1,
+        "centrifugal.api_key = 'a-key-of-the-server-api'",
+    )
+    .await;
     let address = mesh.edges[0].address;
     let token = bearer(&token("kim"));
     for path in [
@@ -220,21 +225,32 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
     assert_eq!(
         paths,
         [
+            "/api/{method}",
+            "/connection/http_stream",
+            "/connection/sse",
             "/connection/websocket",
+            "/emulation",
             "/healthz",
             "/metrics",
             "/readyz",
             "/stomp",
+            "/v1/events",
+            "/v1/messages",
             "/v1/openapi.json",
             "/v1/rooms/{room}",
+            "/v1/rooms/{room}/events",
             "/v1/rooms/{room}/messages",
+            "/v1/rooms/{room}/poll",
             "/v1/rooms/{room}/presence",
             "/v1/rooms/{room}/read",
             "/v1/rooms/{room}/readers",
             "/v1/rooms/{room}/search",
+            "/v1/rooms/{room}/sessions/{user}",
             "/v1/search",
+            "/v1/tickets",
             "/v1/unread",
             "/v1/users/{user}/messages",
+            "/v1/users/{user}/sessions",
             "/ws",
         ]
     );

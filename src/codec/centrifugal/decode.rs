@@ -161,7 +161,7 @@ fn meaning(command: proto::Command) -> Option<(Method, Result<Command, Refused>)
     })
 }
 
-fn room(channel: &str) -> Result<RoomId, Refused> {
+pub(super) fn room(channel: &str) -> Result<RoomId, Refused> {
     Names::Centrifugal.room(channel)
 }
 
@@ -236,7 +236,7 @@ fn presence(channel: &str, limit: usize) -> Result<Command, Refused> {
     })
 }
 
-fn history(request: &HistoryRequest) -> Result<Command, Refused> {
+pub(super) fn history(request: &HistoryRequest) -> Result<Command, Refused> {
     let HistoryRequest {
         channel,
         limit,

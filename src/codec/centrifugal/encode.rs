@@ -8,19 +8,19 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::{
-    Call, Method, position,
+    Call, Form, Method, position,
     proto::{
-        self, ClientInfo, ConnectResult, Empty, HistoryResult, InfoPush, PresenceResult,
-        PresenceStatsResult, Publication, Push, RefreshResult, RpcResult, SubRefreshResult,
-        SubscribeResult, UnsubscribePush,
+        self, ClientInfo, ConnectResult, DisconnectPush, Empty, HistoryResult, InfoPush,
+        PresenceResult, PresenceStatsResult, Publication, Push, RefreshPush, RefreshResult,
+        RpcResult, SubRefreshResult, SubscribePush, SubscribeResult, UnsubscribePush,
     },
 };
 use crate::{
     codec::{Encoded, Names, Tag, put_json_string},
     model::{Cursor, Region, RoomId},
     protocol::{
-        Close, ErrorCode, Event, HistoryReply, JoinReply, MessagePush, PING_EVERY, PresenceChange,
-        PresenceReply, PresenceState, Refused, Reply, Validity,
+        Close, ErrorCode, Event, HistoryReply, JoinReply, MessagePush, Obeyed, OrderKind,
+        PING_EVERY, PresenceChange, PresenceReply, PresenceState, Refused, Reply, Validity,
     },
     wire::{FrameBuilder, close_frame},
 };
@@ -34,13 +34,13 @@ const RESUBSCRIBE: u32 = 2500;
 const EXPIRED: u32 = 2501;
 
 /// The frame of a reply or push.
-fn frame(binary: bool, reply: &proto::Reply) -> Bytes {
-    if binary {
+fn frame(form: Form, reply: &proto::Reply) -> Bytes {
+    if form.is_protobuf() {
         let mut bytes = BytesMut::with_capacity(reply.encoded_len() + 10);
         reply
             .encode_length_delimited(&mut bytes)
             .expect("the buffer grows");
-        let mut frame = FrameBuilder::binary(bytes.len());
+        let mut frame = FrameBuilder::new(form.framing(), bytes.len());
         frame.put(&bytes);
         return frame.finish();
     }
@@ -52,7 +52,7 @@ fn frame(binary: bool, reply: &proto::Reply) -> Bytes {
             *byte = b' ';
         }
     }
-    let mut frame = FrameBuilder::with_capacity(json.len());
+    let mut frame = FrameBuilder::new(form.framing(), json.len());
     frame.put(&json);
     frame.finish()
 }
@@ -62,17 +62,17 @@ fn is_break(byte: u8) -> bool {
 }
 
 /// The frame of a push to the members of a room.
-fn push(binary: bool, push: Push) -> Bytes {
+fn push(form: Form, push: Push) -> Bytes {
     let reply = proto::Reply {
         push: Some(Box::new(push)),
         ..proto::Reply::default()
     };
-    frame(binary, &reply)
+    frame(form, &reply)
 }
 
 /// The frame that pings a client: a reply without content.
-pub(in crate::codec) fn ping(binary: bool) -> Bytes {
-    frame(binary, &proto::Reply::default())
+pub(in crate::codec) fn ping(form: Form) -> Bytes {
+    frame(form, &proto::Reply::default())
 }
 
 /// Seconds for which a token is valid, as `expires` and `ttl`.
@@ -88,10 +88,10 @@ fn version() -> String {
 }
 
 /// The frame of a reply.
-pub(in crate::codec) fn reply(binary: bool, tag: &Tag, reply: &Reply) -> Bytes {
+pub(in crate::codec) fn reply(form: Form, tag: &Tag, reply: &Reply) -> Bytes {
     let &Tag::Call(Call { id, method }) = tag else {
         // Commands without a number have no replies but refusals.
-        return ping(binary);
+        return ping(form);
     };
     let mut answer = proto::Reply {
         id,
@@ -113,6 +113,14 @@ pub(in crate::codec) fn reply(binary: bool, tag: &Tag, reply: &Reply) -> Bytes {
                 subs: subs.collect(),
                 ping: u32::try_from(PING_EVERY.as_secs()).unwrap_or(u32::MAX),
                 pong: true,
+                session: authed
+                    .stream
+                    .as_ref()
+                    .map_or_else(String::new, |stream| stream.session.to_string()),
+                node: authed
+                    .stream
+                    .as_ref()
+                    .map_or_else(String::new, |stream| stream.node.to_string()),
             }));
         }
         (Method::Refresh, Reply::Refreshed(of)) => {
@@ -129,12 +137,8 @@ pub(in crate::codec) fn reply(binary: bool, tag: &Tag, reply: &Reply) -> Bytes {
         (Method::Presence, Reply::Presence(presence)) => {
             answer.presence = Some(presence_result(presence));
         }
-        (Method::PresenceStats, Reply::Presence(PresenceReply { count, .. })) => {
-            let users = u32::try_from(*count).unwrap_or(u32::MAX);
-            answer.presence_stats = Some(PresenceStatsResult {
-                num_clients: users,
-                num_users: users,
-            });
+        (Method::PresenceStats, Reply::Presence(presence)) => {
+            answer.presence_stats = Some(presence_stats_result(presence));
         }
         (Method::History { reverse }, Reply::History(page)) => {
             answer.history = Some(Box::new(history_result(page, reverse)));
@@ -147,7 +151,53 @@ pub(in crate::codec) fn reply(binary: bool, tag: &Tag, reply: &Reply) -> Bytes {
             answer.rpc = Some(RpcResult { data });
         }
     }
-    frame(binary, &answer)
+    frame(form, &answer)
+}
+
+/// The frame that tells a client what its back end did to its session.
+pub(in crate::codec) fn obeyed(form: Form, obeyed: &Obeyed<'_>) -> Bytes {
+    match obeyed {
+        Obeyed::Disconnected(code, reason) => end(form, *code, reason),
+        Obeyed::Joined(joined, data) => {
+            let SubscribeResult {
+                recoverable,
+                epoch,
+                offset,
+                positioned,
+                ..
+            } = subscribe_result(joined, false);
+            let data = data.map_or_else(Bytes::new, |data| {
+                Bytes::copy_from_slice(data.get().as_bytes())
+            });
+            let subscribe = Some(Box::new(SubscribePush {
+                recoverable,
+                epoch,
+                offset,
+                positioned,
+                data,
+            }));
+            let channel = Names::Centrifugal.name(&joined.room).to_owned();
+            push(
+                form,
+                Push {
+                    channel,
+                    subscribe,
+                    ..Push::default()
+                },
+            )
+        }
+        Obeyed::Extended(of) => {
+            let (expires, ttl) = validity(*of);
+            let refresh = Some(RefreshPush { expires, ttl });
+            push(
+                form,
+                Push {
+                    refresh,
+                    ..Push::default()
+                },
+            )
+        }
+    }
 }
 
 fn subscribe_result(joined: &JoinReply, recovers: bool) -> SubscribeResult {
@@ -173,13 +223,22 @@ fn subscribe_result(joined: &JoinReply, recovers: bool) -> SubscribeResult {
 }
 
 /// Who is in a room. Users have no connections there, so the name of the user stands for both.
-fn presence_result(presence: &PresenceReply) -> PresenceResult {
+pub(super) fn presence_result(presence: &PresenceReply) -> PresenceResult {
     let users = presence.users.iter().map(|present| {
         let info = info(&present.user, present.info.as_deref());
         (present.user.to_string(), info)
     });
     PresenceResult {
         presence: users.collect(),
+    }
+}
+
+/// How many are in a room. For the same reason the numbers are the same.
+pub(super) fn presence_stats_result(presence: &PresenceReply) -> PresenceStatsResult {
+    let users = u32::try_from(presence.count).unwrap_or(u32::MAX);
+    PresenceStatsResult {
+        num_clients: users,
+        num_users: users,
     }
 }
 
@@ -207,7 +266,7 @@ struct Past<'a> {
     mentions: Option<&'a RawValue>,
 }
 
-fn history_result(page: &HistoryReply, reverse: bool) -> HistoryResult {
+pub(super) fn history_result(page: &HistoryReply, reverse: bool) -> HistoryResult {
     let past = page.messages.iter().filter_map(|message| {
         let past = serde_json::from_str::<Past<'_>>(message.get());
         past.inspect_err(|error| tracing::error!(%error, "a message of the history can't be read"))
@@ -256,7 +315,7 @@ fn sender(user: &str) -> ClientInfo {
 }
 
 /// The frame that tells a client that its command was refused. `None` if the command has no reply.
-pub(in crate::codec) fn refusal(binary: bool, tag: &Tag, refused: &Refused) -> Option<Bytes> {
+pub(in crate::codec) fn refusal(form: Form, tag: &Tag, refused: &Refused) -> Option<Bytes> {
     let &Tag::Call(Call { id, method }) = tag else {
         return None;
     };
@@ -270,11 +329,11 @@ pub(in crate::codec) fn refusal(binary: bool, tag: &Tag, refused: &Refused) -> O
         Method::Unsubscribe => answer.unsubscribe = Some(Empty {}),
         _ => answer.error = Some(error(method, refused)),
     }
-    Some(frame(binary, &answer))
+    Some(frame(form, &answer))
 }
 
 /// The error of a refusal. A client tries again later if it is temporary, and with a new token after 109.
-fn error(method: Method, refused: &Refused) -> proto::Error {
+pub(super) fn error(method: Method, refused: &Refused) -> proto::Error {
     let (code, temporary) = match refused.code {
         ErrorCode::BadCursor if is_of_positions(method) => (112, false),
         ErrorCode::Unauthorized if is_expired(method) => (109, false),
@@ -315,10 +374,10 @@ fn is_of_positions(method: Method) -> bool {
     matches!(method, Method::Subscribe { .. } | Method::History { .. })
 }
 
-/// The close frame of a reason. Codes from 3500 to 3999 and 1009 are final; after others clients reconnect. Clients
+/// The code and reason of a close. Codes from 3500 to 3999 and 1009 are final; after others clients reconnect. Clients
 /// reconnect after any code without a reason, and read a reason that is JSON.
-pub(in crate::codec) fn close(close: Close) -> Bytes {
-    let (code, reason) = match close {
+fn close_code(close: Close) -> (u16, &'static str) {
+    match close {
         Close::Normal => (1000, "closed"),
         Close::GoingAway | Close::Draining => (3001, "shutdown"),
         Close::Internal => (3004, "internal server error"),
@@ -330,16 +389,40 @@ pub(in crate::codec) fn close(close: Close) -> Bytes {
             (3501, "bad request")
         }
         Close::Stale => (3502, "stale"),
-        Close::Revoked => (3503, "force disconnect"),
+        Close::Revoked | Close::Disconnected => OrderKind::DISCONNECT,
         Close::TooBig => (1009, "message size limit"),
         // Of the codes that Centrifugo leaves to applications.
         Close::TooMany => (4005, "too many sessions or commands"),
-    };
-    close_frame(code, reason)
+    }
+}
+
+/// What a session ends with.
+pub(in crate::codec) fn close(form: Form, close: Close) -> Bytes {
+    let (code, reason) = close_code(close);
+    end(form, code, reason)
+}
+
+/// A WebSocket close frame. A stream ends with a push.
+fn end(form: Form, code: u16, reason: &str) -> Bytes {
+    if matches!(form, Form::Json | Form::Protobuf) {
+        return close_frame(code, reason);
+    }
+    let disconnect = Some(DisconnectPush {
+        code: u32::from(code),
+        reason: reason.to_owned(),
+        reconnect: false,
+    });
+    push(
+        form,
+        Push {
+            disconnect,
+            ..Push::default()
+        },
+    )
 }
 
 /// The frame of an event. `None` if the protocol has no such push.
-pub(in crate::codec) fn event(binary: bool, event: &Event) -> Option<Bytes> {
+pub(in crate::codec) fn event(form: Form, event: &Event) -> Option<Bytes> {
     let told = |room: &RoomId| Push {
         channel: Names::Centrifugal.name(room).to_owned(),
         ..Push::default()
@@ -379,7 +462,7 @@ pub(in crate::codec) fn event(binary: bool, event: &Event) -> Option<Bytes> {
         }
         Event::Kicked { room, code } => {
             let code_of = match *code {
-                "forbidden" => UNSUBSCRIBED,
+                "forbidden" | "removed" => UNSUBSCRIBED,
                 "expired" => EXPIRED,
                 _ => RESUBSCRIBE,
             };
@@ -399,7 +482,7 @@ pub(in crate::codec) fn event(binary: bool, event: &Event) -> Option<Bytes> {
         | Event::TokenExpiring { .. }
         | Event::Reconnect { .. } => return None,
     };
-    Some(push(binary, pushed))
+    Some(push(form, pushed))
 }
 
 /// A publication that is not a message: it has no offset, and the name of its event as a tag.
@@ -431,15 +514,15 @@ fn tags(message: &MessagePush<'_>) -> [(&'static str, Option<String>); 6] {
 }
 
 /// The frame of a message.
-pub(in crate::codec) fn message(binary: bool, message: &MessagePush<'_>) -> Encoded {
+pub(in crate::codec) fn message(form: Form, message: &MessagePush<'_>) -> Encoded {
     let offset = message.place.and_then(position::offset_of);
-    match binary {
-        true => protobuf_message(message, offset),
-        false => json_message(message, offset),
+    match form.is_protobuf() {
+        true => protobuf_message(form, message, offset),
+        false => json_message(form, message, offset),
     }
 }
 
-fn protobuf_message(message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
+fn protobuf_message(form: Form, message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
     let tags = tags(message).into_iter();
     let tags = tags.filter_map(|(name, value)| Some((name.to_owned(), value?)));
     let publication = Publication {
@@ -455,13 +538,13 @@ fn protobuf_message(message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
         ..Push::default()
     };
     Encoded {
-        frame: push(true, pushed),
+        frame: push(form, pushed),
         body: None,
     }
 }
 
-fn json_message(message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
-    let mut out = FrameBuilder::with_capacity(message.body.len() + ENVELOPE);
+fn json_message(form: Form, message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
+    let mut out = FrameBuilder::new(form.framing(), message.body.len() + ENVELOPE);
     out.put(br#"{"push":{"channel":""#);
     out.put(Names::Centrifugal.name(message.room).as_bytes());
     out.put(br#"","pub":{"data":"#);
@@ -497,9 +580,8 @@ fn json_message(message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
     out.put(br#"},"time":"#);
     out.put(itoa::Buffer::new().format(message.ts).as_bytes());
     out.put(b"}}}");
-    let payload = out.len();
+    let header = out.header_len();
     let frame = out.finish();
-    let header = frame.len() - payload;
     Encoded {
         body: is_plain.then(|| header + body_at..header + body_end),
         frame,

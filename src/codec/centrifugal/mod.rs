@@ -2,7 +2,7 @@
 //!
 //! Which room a channel is: [`Names`](super::Names). One WebSocket message has one or more commands, or replies and pushes: JSON
 //! objects in lines, or Protobuf messages after their lengths. How positions are expressed: [`position`]. What an SDK
-//! needs of each reply, and what differs from Centrifugo, is in `docs/centrifugal.md`.
+//! needs of each reply, and what differs from Centrifugo, is in `docs/centrifugal.md`. The API for back ends: [`server`].
 //!
 //! Source: `client.proto` and the SDKs at github.com/centrifugal.
 
@@ -10,12 +10,49 @@ mod decode;
 mod encode;
 mod position;
 mod proto;
+pub mod server;
+
+use crate::wire::Framing;
 
 pub(super) use decode::{decode_json, decode_protobuf};
-pub(super) use encode::{close, event, message, ping, refusal, reply};
+pub(super) use encode::{close, event, message, obeyed, ping, refusal, reply};
+pub(crate) use proto::EmulationRequest;
 
 /// The WebSocket subprotocol for Protobuf. JSON has none.
 pub const SUBPROTOCOL: &str = "centrifuge-protobuf";
+
+/// How the protocol is written, and on what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// JSON in WebSocket text frames.
+    Json,
+    /// Protobuf in WebSocket binary frames.
+    Protobuf,
+    /// JSON in the lines of an HTTP response: the SDKs' transport `http_stream`.
+    JsonStream,
+    /// Protobuf messages, each after its length, in an HTTP response.
+    ProtobufStream,
+    /// JSON in the events of `text/event-stream`: the SDKs' transport `sse`.
+    Events,
+}
+
+impl Form {
+    /// Whether it is Protobuf.
+    pub(super) fn is_protobuf(self) -> bool {
+        matches!(self, Self::Protobuf | Self::ProtobufStream)
+    }
+
+    /// What stands around each message of the server.
+    fn framing(self) -> Framing {
+        match self {
+            Self::Json => Framing::Text,
+            Self::Protobuf => Framing::Binary,
+            Self::JsonStream => Framing::Line,
+            Self::ProtobufStream => Framing::Bare,
+            Self::Events => Framing::Event,
+        }
+    }
+}
 
 /// What the reply to a command needs to know of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,6 +15,11 @@ fn read_json<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Err
     Ok(Bytes::copy_from_slice(text.get().as_bytes()))
 }
 
+/// A text in a field of bytes.
+fn read_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Error> {
+    String::deserialize(deserializer).map(Bytes::from)
+}
+
 /// `null` is the same as nothing.
 fn or_default<'de, T: Deserialize<'de> + Default, D: Deserializer<'de>>(
     deserializer: D,
@@ -278,6 +283,15 @@ pub(super) struct Push {
     #[prost(message, optional, tag = "7")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) unsubscribe: Option<UnsubscribePush>,
+    #[prost(message, optional, boxed, tag = "9")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) subscribe: Option<Box<SubscribePush>>,
+    #[prost(message, optional, tag = "11")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) disconnect: Option<DisconnectPush>,
+    #[prost(message, optional, tag = "12")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) refresh: Option<RefreshPush>,
 }
 
 #[derive(Clone, PartialEq, prost::Message, Serialize)]
@@ -326,6 +340,63 @@ pub(super) struct UnsubscribePush {
 }
 
 #[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub(super) struct DisconnectPush {
+    #[prost(uint32, tag = "1")]
+    pub(super) code: u32,
+    #[prost(string, tag = "2")]
+    pub(super) reason: String,
+    #[prost(bool, tag = "3")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) reconnect: bool,
+}
+
+/// What a client sends to a session whose messages come in the stream of an HTTP response.
+#[derive(Clone, PartialEq, prost::Message, Deserialize)]
+pub(crate) struct EmulationRequest {
+    /// The edge that holds the session.
+    #[prost(string, tag = "1")]
+    #[serde(default)]
+    pub(crate) node: String,
+    /// The secret name of the session.
+    #[prost(string, tag = "2")]
+    #[serde(default)]
+    pub(crate) session: String,
+    /// One or more commands. In JSON they are in a string.
+    #[prost(bytes = "bytes", tag = "3")]
+    #[serde(default, deserialize_with = "read_text")]
+    pub(crate) data: Bytes,
+}
+
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
+pub(super) struct SubscribePush {
+    #[prost(bool, tag = "1")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) recoverable: bool,
+    #[prost(string, tag = "4")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) epoch: String,
+    #[prost(uint64, tag = "5")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) offset: u64,
+    #[prost(bool, tag = "6")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) positioned: bool,
+    #[prost(bytes = "bytes", tag = "7")]
+    #[serde(skip_serializing_if = "Bytes::is_empty", serialize_with = "write_json")]
+    pub(super) data: Bytes,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message, Serialize)]
+pub(super) struct RefreshPush {
+    #[prost(bool, tag = "1")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) expires: bool,
+    #[prost(uint32, tag = "2")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) ttl: u32,
+}
+
+#[derive(Clone, PartialEq, prost::Message, Serialize)]
 pub(super) struct ConnectResult {
     #[prost(string, tag = "1")]
     pub(super) client: String,
@@ -344,6 +415,12 @@ pub(super) struct ConnectResult {
     pub(super) ping: u32,
     #[prost(bool, tag = "8")]
     pub(super) pong: bool,
+    #[prost(string, tag = "9")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) session: String,
+    #[prost(string, tag = "10")]
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) node: String,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message, Serialize)]

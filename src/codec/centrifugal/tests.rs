@@ -13,7 +13,7 @@ use crate::{
 
 fn decoded(text: &str) -> Vec<Request> {
     let mut all = Vec::new();
-    Codec::CentrifugalJson.decode(text, |request| all.push(request));
+    Codec::Centrifugal(Form::Json).decode(text, |request| all.push(request));
     all
 }
 
@@ -154,22 +154,26 @@ fn refused_commands_name_the_reason_and_keep_their_id() {
     ] {
         let (tag, command) = one(text);
         let refused = command.expect_err(text);
-        let frame = Codec::CentrifugalJson.refusal(&tag, &refused).unwrap();
+        let frame = Codec::Centrifugal(Form::Json)
+            .refusal(&tag, &refused)
+            .unwrap();
         let shown = shown(&frame);
         assert_eq!(shown["id"], 1, "{text}");
         assert_eq!(shown["error"]["code"], code, "{text}");
-        let binary = Codec::CentrifugalProtobuf.refusal(&tag, &refused).unwrap();
+        let binary = Codec::Centrifugal(Form::Protobuf)
+            .refusal(&tag, &refused)
+            .unwrap();
         let error = opened(&binary).error.unwrap();
         assert_eq!(error.code, code);
         assert!(!error.message.is_empty());
     }
     // A client takes an error of these as a reason to reconnect, or does not wait for a reply.
     let (tag, command) = one(r#"{"id":7,"unsubscribe":{"channel":"a b"}}"#);
-    let frame = Codec::CentrifugalJson.refusal(&tag, &command.unwrap_err());
+    let frame = Codec::Centrifugal(Form::Json).refusal(&tag, &command.unwrap_err());
     assert_eq!(shown(&frame.unwrap()), json!({"id": 7, "unsubscribe": {}}));
     let (tag, command) = one(r#"{"send":{"data":1}}"#);
     assert_eq!(
-        Codec::CentrifugalJson.refusal(&tag, &command.unwrap_err()),
+        Codec::Centrifugal(Form::Json).refusal(&tag, &command.unwrap_err()),
         None
     );
 }
@@ -179,7 +183,9 @@ fn only_temporary_errors_are_retried() {
     for code in ErrorCode::ALL {
         let refused = Refused::new(code, "why");
         let tag = tag(1, Method::Publish);
-        let frame = Codec::CentrifugalJson.refusal(&tag, &refused).unwrap();
+        let frame = Codec::Centrifugal(Form::Json)
+            .refusal(&tag, &refused)
+            .unwrap();
         let error = &shown(&frame)["error"];
         // Temporary errors of Centrifugo, without the ones of paging.
         let temporary = matches!(error["code"].as_u64().unwrap(), 100 | 111);
@@ -188,7 +194,7 @@ fn only_temporary_errors_are_retried() {
     }
     let refused = Refused::new(ErrorCode::Unauthorized, "expired");
     for (method, expected) in [(Method::Connect, 109), (Method::Refresh, 101)] {
-        let frame = Codec::CentrifugalJson.refusal(&tag(1, method), &refused);
+        let frame = Codec::Centrifugal(Form::Json).refusal(&tag(1, method), &refused);
         assert_eq!(shown(&frame.unwrap())["error"]["code"], expected);
     }
 }
@@ -239,7 +245,7 @@ fn a_subscription_stands_before_the_messages_that_follow() {
         ),
     ] {
         let tag = tag(3, Method::Subscribe { recovers });
-        let frame = Codec::CentrifugalJson
+        let frame = Codec::Centrifugal(Form::Json)
             .reply(&tag, &Reply::Joined(reply))
             .unwrap();
         assert_eq!(shown(&frame), json!({"id": 3, "subscribe": expected}));
@@ -257,6 +263,7 @@ fn replies_have_the_object_of_their_method() {
             user: "kim".into(),
             validity: Validity { ttl, ..validity },
             session: "s1".to_owned(),
+            stream: None,
             joined: vec![(joined(0, false), false)],
         }))
     };
@@ -321,12 +328,12 @@ fn replies_have_the_object_of_their_method() {
     ] {
         let mut expected = expected;
         expected["id"] = json!(3);
-        let frame = Codec::CentrifugalJson
+        let frame = Codec::Centrifugal(Form::Json)
             .reply(&tag(3, method), &reply)
             .unwrap();
         assert_eq!(shown(&frame), expected);
         let binary = opened(
-            &Codec::CentrifugalProtobuf
+            &Codec::Centrifugal(Form::Protobuf)
                 .reply(&tag(3, method), &reply)
                 .unwrap(),
         );
@@ -354,7 +361,7 @@ fn a_page_of_history_is_in_the_order_that_was_asked_for() {
             ..HistoryReply::empty(room("chat:a"))
         });
         let tag = tag(1, Method::History { reverse });
-        shown(&Codec::CentrifugalJson.reply(&tag, &reply).unwrap())["history"].take()
+        shown(&Codec::Centrifugal(Form::Json).reply(&tag, &reply).unwrap())["history"].take()
     };
     let publication = |seq: u64| {
         json!({"data": seq, "info": {"user": "kim", "client": ""}, "offset": seq << 16 | 1, "time": 5,
@@ -423,9 +430,9 @@ fn events_have_no_offset_and_some_are_not_told() {
         (Event::TokenExpiring { exp: 1 }, None),
         (Event::Reconnect { after_ms: 1 }, None),
     ] {
-        let frame = Codec::CentrifugalJson.event(&event);
+        let frame = Codec::Centrifugal(Form::Json).event(&event);
         assert_eq!(frame.as_ref().map(shown), expected);
-        let binary = Codec::CentrifugalProtobuf.event(&event);
+        let binary = Codec::Centrifugal(Form::Protobuf).event(&event);
         let binary = binary.map(|frame| serde_json::to_value(opened(&frame)).unwrap());
         assert_eq!(binary, expected);
     }
@@ -434,7 +441,7 @@ fn events_have_no_offset_and_some_are_not_told() {
 #[test]
 fn every_close_has_a_reason_that_is_no_json_and_the_code_says_whether_to_come_back() {
     for close in Close::ALL {
-        let frame = (Codec::CentrifugalJson.close_frame())(close);
+        let frame = (Codec::Centrifugal(Form::Json).close_frame())(close);
         let code = u16::from_be_bytes([frame[2], frame[3]]);
         let reason = std::str::from_utf8(&frame[4..]).unwrap();
         assert!(!reason.is_empty());
@@ -448,6 +455,7 @@ fn every_close_has_a_reason_that_is_no_json_and_the_code_says_whether_to_come_ba
             | Close::ClientProtocol
             | Close::Stale
             | Close::Revoked
+            | Close::Disconnected
             | Close::TooBig => true,
             Close::Normal
             | Close::GoingAway
@@ -464,8 +472,8 @@ fn every_close_has_a_reason_that_is_no_json_and_the_code_says_whether_to_come_ba
 
 #[test]
 fn pings_are_empty_replies() {
-    assert_eq!(&Codec::CentrifugalJson.ping()[..], b"\x81\x02{}");
-    assert_eq!(&Codec::CentrifugalProtobuf.ping()[..], [0x82, 1, 0]);
+    assert_eq!(&Codec::Centrifugal(Form::Json).ping()[..], b"\x81\x02{}");
+    assert_eq!(&Codec::Centrifugal(Form::Protobuf).ping()[..], [0x82, 1, 0]);
 }
 
 /// A message, with the given body, cursor and mentions.
@@ -503,7 +511,7 @@ proptest! {
             publication["offset"] = json!(offset);
         }
         let expected = json!({"push": {"channel": "chat:a", "pub": publication}});
-        let Encoded { frame, body: range } = pushed(Codec::CentrifugalJson, &body, &at, mentions);
+        let Encoded { frame, body: range } = pushed(Codec::Centrifugal(Form::Json), &body, &at, mentions);
         prop_assert_eq!(&frame[range.unwrap()], body.as_bytes());
         let mut written = shown(&frame);
         // 0 may be written or not.
@@ -511,7 +519,7 @@ proptest! {
             written["push"]["pub"].as_object_mut().unwrap().remove("offset");
         }
         prop_assert_eq!(&written, &expected);
-        let Encoded { frame, .. } = pushed(Codec::CentrifugalProtobuf, &body, &at, mentions);
+        let Encoded { frame, .. } = pushed(Codec::Centrifugal(Form::Protobuf), &body, &at, mentions);
         prop_assert_eq!(serde_json::to_value(opened(&frame)).unwrap(), expected);
     }
 
@@ -520,25 +528,31 @@ proptest! {
         let check = |request: Request| if let Err(refused) = request.command {
             assert!(!refused.message.is_empty());
         };
-        Codec::CentrifugalProtobuf.decode_binary(&bytes, check);
-        Codec::CentrifugalJson.decode(&String::from_utf8_lossy(&bytes), check);
+        Codec::Centrifugal(Form::Protobuf).decode_binary(&bytes, check);
+        Codec::Centrifugal(Form::Json).decode(&String::from_utf8_lossy(&bytes), check);
     }
 }
 
 #[test]
 fn line_breaks_between_tokens_do_not_split_a_message() {
     let body = "{\r\n  \"a\": [1,\n2]\n}";
-    let Encoded { frame, body: range } = pushed(Codec::CentrifugalJson, body, "seoul.k3.7.1", None);
+    let Encoded { frame, body: range } =
+        pushed(Codec::Centrifugal(Form::Json), body, "seoul.k3.7.1", None);
     assert_eq!(range, None);
     assert_eq!(shown(&frame)["push"]["pub"]["data"], json!({"a": [1, 2]}));
-    let Encoded { frame, .. } = pushed(Codec::CentrifugalProtobuf, body, "seoul.k3.7.1", None);
+    let Encoded { frame, .. } = pushed(
+        Codec::Centrifugal(Form::Protobuf),
+        body,
+        "seoul.k3.7.1",
+        None,
+    );
     let push = opened(&frame).push.unwrap();
     assert_eq!(push.publication.unwrap().data, body.as_bytes());
 }
 
 #[test]
 fn a_message_of_another_region_has_its_cursor_as_a_tag() {
-    let Encoded { frame, .. } = pushed(Codec::CentrifugalJson, "1", "mars.q.2.b", None);
+    let Encoded { frame, .. } = pushed(Codec::Centrifugal(Form::Json), "1", "mars.q.2.b", None);
     let publication = &shown(&frame)["push"]["pub"];
     assert_eq!(publication.get("offset"), None);
     assert_eq!(publication["tags"]["cursor"], "mars.q.2.b");
@@ -561,7 +575,7 @@ fn protobuf_commands_mean_the_same_as_json() {
         command.encode_length_delimited(&mut message).unwrap();
     }
     let mut binary = Vec::new();
-    Codec::CentrifugalProtobuf.decode_binary(&message, |request| binary.push(request));
+    Codec::Centrifugal(Form::Protobuf).decode_binary(&message, |request| binary.push(request));
     let text = decoded(&commands.join("\n"));
     assert_eq!(format!("{binary:?}"), format!("{text:?}"));
     let Ok(Command::Join { since, wants, .. }) = &text[1].command else {

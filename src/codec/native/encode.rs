@@ -9,7 +9,7 @@ use crate::{
     codec::{Encoded, Tag, put_json_string},
     model::Cursor,
     protocol::{Event, MessagePush, PresenceChange, Refused, Reply},
-    wire::FrameBuilder,
+    wire::{FrameBuilder, Framing},
 };
 
 /// Initial capacity for a small reply or event.
@@ -25,18 +25,19 @@ struct Writer {
 
 impl Writer {
     /// Begins an object with `op`. `room_for` is its initial capacity in bytes.
-    fn new(op: &str, room_for: usize) -> Self {
-        let mut out = FrameBuilder::with_capacity(room_for);
+    fn new(framing: Framing, op: &str, room_for: usize) -> Self {
+        let mut out = FrameBuilder::new(framing, room_for);
         out.put(b"{\"op\":\"");
         out.put(op.as_bytes());
         out.put_u8(b'"');
         Self { out }
     }
 
-    /// Begins a reply.
-    fn reply(op: &str, tag: &Tag) -> Self {
-        let mut writer = Self::new(op, SMALL);
+    /// Begins a reply. On a stream, whose commands are in its request, it has no number.
+    fn reply(framing: Framing, op: &str, tag: &Tag) -> Self {
+        let mut writer = Self::new(framing, op, SMALL);
         match tag {
+            _ if framing == Framing::Bare => &mut writer,
             Tag::Number(rid) => writer.number("rid", *rid),
             Tag::None | Tag::Call(_) | Tag::Stomp(_) => writer.raw("rid", b"null"),
         };
@@ -126,8 +127,8 @@ impl io::Write for Spliced<'_> {
 }
 
 /// The frame of a reply.
-pub(in crate::codec) fn reply(tag: &Tag, reply: &Reply) -> Bytes {
-    let begin = |op| Writer::reply(op, tag);
+pub(in crate::codec) fn reply(framing: Framing, tag: &Tag, reply: &Reply) -> Bytes {
+    let begin = |op| Writer::reply(framing, op, tag);
     match reply {
         Reply::Pong => begin("pong").end(),
         Reply::Done => begin("ok").end(),
@@ -149,8 +150,8 @@ pub(in crate::codec) fn reply(tag: &Tag, reply: &Reply) -> Bytes {
 }
 
 /// An `error` reply.
-pub(in crate::codec) fn refusal(tag: &Tag, refused: &Refused) -> Bytes {
-    let mut writer = Writer::reply("error", tag);
+pub(in crate::codec) fn refusal(framing: Framing, tag: &Tag, refused: &Refused) -> Bytes {
+    let mut writer = Writer::reply(framing, "error", tag);
     writer
         .string("code", refused.code.as_str())
         .string("message", &refused.message)
@@ -159,24 +160,19 @@ pub(in crate::codec) fn refusal(tag: &Tag, refused: &Refused) -> Bytes {
 }
 
 /// The frame of an event.
-pub(in crate::codec) fn event(event: &Event) -> Bytes {
-    let begin = |op| Writer::new(op, SMALL);
-    let writer = match event {
+pub(in crate::codec) fn event(framing: Framing, event: &Event) -> Bytes {
+    let mut writer = Writer::new(framing, event.name(), SMALL);
+    match event {
         Event::Typing { room, user } => {
-            let mut writer = begin("typing");
             writer.string("room", room.as_str()).string("user", user);
-            writer
         }
         Event::Read { room, user, cursor } => {
-            let mut writer = begin("read");
             writer
                 .string("room", room.as_str())
                 .string("user", user)
                 .cursor("cursor", cursor);
-            writer
         }
         Event::Presence { room, change } => {
-            let mut writer = begin("presence");
             writer.string("room", room.as_str());
             match change {
                 PresenceChange::Count(users) => writer.number("count", *users as u64),
@@ -193,30 +189,23 @@ pub(in crate::codec) fn event(event: &Event) -> Bytes {
                     writer.number("at", *at)
                 }
             };
-            writer
         }
         Event::Kicked { room, code } => {
-            let mut writer = begin("kicked");
             writer.string("room", room.as_str()).string("code", code);
-            writer
         }
         Event::TokenExpiring { exp } => {
-            let mut writer = begin("token_expiring");
             writer.number("exp", *exp);
-            writer
         }
         Event::Reconnect { after_ms } => {
-            let mut writer = begin("reconnect");
             writer.number("after_ms", *after_ms);
-            writer
         }
-    };
+    }
     writer.end()
 }
 
 /// `msg`; ephemeral messages have no cursor.
-pub(in crate::codec) fn message(message: &MessagePush<'_>) -> Encoded {
-    let mut writer = Writer::new("msg", message.body.len() + ENVELOPE);
+pub(in crate::codec) fn message(framing: Framing, message: &MessagePush<'_>) -> Encoded {
+    let mut writer = Writer::new(framing, "msg", message.body.len() + ENVELOPE);
     writer
         .string("room", message.room.as_str())
         .string("id", message.id)

@@ -11,7 +11,7 @@ use crate::{
     codec::{Encoded, Request, Tag},
     model::{Cursor, Region, RoomId},
     protocol::*,
-    wire::text_of,
+    wire::{Framing, text_of},
 };
 
 fn decoded(text: &str) -> Result<Command, Refused> {
@@ -290,6 +290,7 @@ fn replies_are_what_they_always_were_to_the_letter() {
                 user: "a\"b".into(),
                 validity,
                 session: "s".to_owned(),
+                stream: None,
                 joined: Vec::new(),
             })),
             r#"{"op":"authed","rid":7,"user":"a\"b","exp":9}"#,
@@ -378,7 +379,7 @@ fn replies_are_what_they_always_were_to_the_letter() {
             r#"{"op":"history","rid":7,"room":"chat:a","messages":[{"id": 1},{}],"prev":"p","partial":true}"#,
         ),
     ] {
-        let frame = reply(&Tag::Number(7), &told);
+        let frame = reply(Framing::Text, &Tag::Number(7), &told);
         assert_eq!(std::str::from_utf8(text_of(&frame)), Ok(expected));
     }
 }
@@ -443,7 +444,7 @@ fn events_are_what_they_always_were_to_the_letter() {
             r#"{"op":"reconnect","after_ms":40}"#,
         ),
     ] {
-        let frame = event(&told);
+        let frame = event(Framing::Text, &told);
         assert_eq!(std::str::from_utf8(text_of(&frame)), Ok(expected));
     }
 }
@@ -454,17 +455,17 @@ proptest! {
         let json = |frame: &Bytes| -> serde_json::Value { serde_json::from_slice(text_of(frame)).unwrap() };
         let room = RoomId::parse("chat:x").unwrap();
         let refused = Refused::new(ErrorCode::BadRequest, text.clone());
-        let error = json(&refusal(&Tag::Number(number), &refused));
+        let error = json(&refusal(Framing::Text, &Tag::Number(number), &refused));
         let expected = json!({"op": "error", "rid": number, "code": "bad_request", "message": text, "retry": false});
         prop_assert_eq!(error, expected);
-        let error = json(&refusal(&Tag::None, &refused));
+        let error = json(&refusal(Framing::Text, &Tag::None, &refused));
         prop_assert_eq!(&error["rid"], &serde_json::Value::Null);
-        let typing = json(&event(&Event::Typing { room: room.clone(), user: text.clone() }));
+        let typing = json(&event(Framing::Text, &Event::Typing { room: room.clone(), user: text.clone() }));
         prop_assert_eq!(typing, json!({"op": "typing", "room": "chat:x", "user": text}));
         let unread: Vec<UnreadBody> = (0..rooms)
             .map(|_| UnreadBody { room: room.clone(), count: number, capped: number % 2 == 0 })
             .collect();
-        let unread = json(&reply(&Tag::Number(number), &Reply::Unread(UnreadReply { rooms: unread })));
+        let unread = json(&reply(Framing::Text, &Tag::Number(number), &Reply::Unread(UnreadReply { rooms: unread })));
         prop_assert_eq!(unread["rid"].as_u64(), Some(number));
         prop_assert_eq!(unread["op"].as_str(), Some("unread"));
         let list = unread["rooms"].as_array().unwrap();
@@ -487,7 +488,7 @@ proptest! {
             reply_to: None,
             mentions: Some("[\"a\"]"),
         };
-        let Encoded { frame, body: at } = message(&push);
+        let Encoded { frame, body: at } = message(Framing::Text, &push);
         prop_assert_eq!(&frame[at.unwrap()], &body[..]);
         let expected = json!({
             "op": "msg", "room": "chat:x", "id": "1", "from": text, "ts": number, "body": text, "target": text,

@@ -17,7 +17,7 @@ use crate::{
         Event, JoinReply, MessagePush, PresenceChange, Refused, Reply, RoomSubscription,
         SubscribedTo,
     },
-    wire::FrameBuilder,
+    wire::{FrameBuilder, Framing},
 };
 
 /// Initial capacity for the headers of a frame.
@@ -125,7 +125,7 @@ pub(in crate::codec) fn refusal(codec: Codec, tag: &Tag, refused: &Refused) -> B
 
 /// The first fragment of a MESSAGE: what is a subscription's own.
 pub(in crate::codec) fn head(codec: Codec, subscription: &RoomSubscription) -> Bytes {
-    let out = FrameBuilder::first_fragment(64);
+    let out = FrameBuilder::new(Framing::FirstFragment, 64);
     let mut lines = Lines::command(codec, out, "MESSAGE");
     lines.header("subscription", &subscription.id);
     lines.out.finish()
@@ -133,7 +133,7 @@ pub(in crate::codec) fn head(codec: Codec, subscription: &RoomSubscription) -> B
 
 /// The rest of a MESSAGE, without its end.
 fn rest(codec: Codec, room: &RoomId, of: SubscribedTo, room_for: usize) -> Lines {
-    let out = FrameBuilder::last_fragment(HEADERS + room_for);
+    let out = FrameBuilder::new(Framing::LastFragment, HEADERS + room_for);
     let mut lines = Lines::of(codec, out);
     let name = Names::Stomp.name(room);
     lines.header("destination", &[TOPIC, name, suffix(of)].concat());

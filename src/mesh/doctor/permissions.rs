@@ -148,6 +148,10 @@ impl Needs {
                 needs.published.insert(subjects.history(&own, "page"));
             }
         }
+        for subject in [subjects.orders(), subjects.order_answers("natter-doctor")] {
+            needs.subscribed.insert(subject.clone());
+            needs.published.insert(subject);
+        }
         for bucket in [bucket::EDGES, bucket::CONTROL] {
             let changes = subjects.bucket_changes(&own, bucket, ">");
             needs.subscribed.insert(changes);

@@ -20,9 +20,11 @@ import {
   within,
 } from "../support.mjs";
 
+export const API_KEY = "a-key-of-the-server-api";
 export const CONFIG = `
 [centrifugal]
 hs256_secret = "${CENTRIFUGAL_SECRET}"
+api_key = "${API_KEY}"
 default_namespace = "main"
 anonymous = true
 ${MAIN_NAMESPACE}`;

@@ -3,7 +3,7 @@
 
 import assert from "node:assert/strict";
 
-import { PROTOCOLS, checkLoad, codeOf, increasing, newRoom, offsets, startLoad } from "./clients.mjs";
+import { API_KEY, PROTOCOLS, checkLoad, codeOf, increasing, newRoom, offsets, startLoad } from "./clients.mjs";
 import { jwt, newName, nowSeconds, until, within } from "../support.mjs";
 
 const CUTS = 20;
@@ -528,6 +528,63 @@ async function server_side_subscriptions_recover_too(t) {
   assert.deepEqual(client.of("unsubscribed"), []);
 }
 
+// The back end --------------------------------------------------------------------------------------------------------
+
+/** A call of the server API, at the first edge. */
+async function api(t, method, body) {
+  const response = await fetch(`http://${t.up.address(0)}/api/${method}`, {
+    method: "POST",
+    headers: { "X-API-Key": API_KEY },
+    body: JSON.stringify(body),
+  });
+  const answer = await response.json();
+  assert.ok(response.status === 200 && answer.result, `${method}: ${response.status} ${JSON.stringify(answer)}`);
+  return answer.result;
+}
+
+async function the_back_end_subscribes_and_unsubscribes(t) {
+  const user = newName("user-");
+  const [channel, own] = [newRoom(), newRoom()];
+  const client = await t.client({ user, edge: 1 }).ready();
+  const feed = client.subscribe(own);
+  await feed.ready();
+  assert.deepEqual(await api(t, "subscribe", { user, channel, data: { why: "because" } }), {});
+  const of = (event) => client.event(event, (context) => context.channel === channel);
+  const subscribed = await of("subscribed");
+  assert.deepEqual([subscribed.positioned, subscribed.recoverable], [true, true], JSON.stringify(subscribed));
+  assert.deepEqual(t.protocol.unpack(subscribed.data), { why: "because" });
+  const { offset, epoch } = await api(t, "publish", { channel, data: { text: "hello" } });
+  const publication = await of("publication");
+  assert.deepEqual(t.protocol.unpack(publication.data), { text: "hello" });
+  assert.deepEqual([publication.offset, subscribed.streamPosition.epoch], [offset, epoch]);
+  await api(t, "unsubscribe", { user, channel });
+  await of("unsubscribed");
+  // A subscription of the client's own ends with a code that says that it is for good.
+  await api(t, "unsubscribe", { user, channel: own });
+  assert.equal(await feed.refused(), 2000);
+  assert.equal(client.of("connecting").length, 1, "it had to reconnect");
+}
+
+async function the_back_end_disconnects(t) {
+  const user = newName("user-");
+  const client = await t.client({ user, edge: 1 }).ready();
+  const feed = client.subscribe(newRoom());
+  await feed.ready();
+  // With a code that lets it come back, it does.
+  await api(t, "disconnect", { user, disconnect: { code: 4200, reason: "come back" } });
+  const again = await client.event("connecting", (event) => event.code === 4200);
+  assert.equal(again.reason, "come back");
+  await until("subscribed again", () => feed.subscribed[1]);
+  // With another one, and without one, it does not.
+  await api(t, "disconnect", { user, disconnect: { code: 4600, reason: "stay away" } });
+  const end = await client.event("disconnected");
+  assert.deepEqual([end.code, end.reason], [4600, "stay away"]);
+  client.sdk.connect();
+  await client.ready();
+  await api(t, "disconnect", { user });
+  await client.event("disconnected", (event) => event.code === 3503);
+}
+
 // -----------------------------------------------------------------------------------------------------------------------
 
 export const SCENARIOS = [
@@ -554,6 +611,8 @@ export const SCENARIOS = [
   rejection_is_error_112,
   everything_can_be_recovered_from_the_beginning,
   server_side_subscriptions_recover_too,
+  the_back_end_subscribes_and_unsubscribes,
+  the_back_end_disconnects,
   cut_connections_recover_everything,
   killed_edges_recover_everything,
 ];

@@ -11,6 +11,7 @@ use crate::{
     },
     codec::{
         Codec, Request, Tag,
+        centrifugal::Form,
         native::{decode, decode_publication, decode_read, decode_unread},
         stomp::FrameReader,
     },
@@ -166,11 +167,11 @@ fn sound(codec: Codec, Request { tag, command }: Request) {
 /// Any message is commands or refused, in text and in binary. A refusal without a number is the last.
 pub fn centrifugal(data: &[u8]) {
     let mut seen = Vec::new();
-    Codec::CentrifugalProtobuf.decode_binary(data, |request| seen.push(request));
-    all_sound(Codec::CentrifugalProtobuf, seen.drain(..));
+    Codec::Centrifugal(Form::Protobuf).decode_binary(data, |request| seen.push(request));
+    all_sound(Codec::Centrifugal(Form::Protobuf), seen.drain(..));
     if let Ok(text) = std::str::from_utf8(data) {
-        Codec::CentrifugalJson.decode(text, |request| seen.push(request));
-        all_sound(Codec::CentrifugalJson, seen.drain(..));
+        Codec::Centrifugal(Form::Json).decode(text, |request| seen.push(request));
+        all_sound(Codec::Centrifugal(Form::Json), seen.drain(..));
     }
 }
 

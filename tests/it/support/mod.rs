@@ -9,6 +9,7 @@
 )]
 
 pub(crate) mod calls;
+pub(crate) mod centrifugal;
 pub(crate) mod checker;
 pub(crate) mod mesh;
 pub(crate) mod overheard;
