@@ -31,7 +31,11 @@ const KILLS = 3;
 const TICKET_TTL = 3;
 const SESSIONS = 6;
 const MAX_ROOMS = 50;
+const API_KEY = "a-key-of-the-server-api";
 const CONFIG = `
+[centrifugal]
+api_key = "${API_KEY}"
+
 [auth]
 ticket_ttl = "${TICKET_TTL}s"
 leeway = "1s"
@@ -380,6 +384,25 @@ async function revoked_tokens_end_it(t) {
   assert.deepEqual(await refusal(t.url(`/v1/rooms/${room}/events`), token), [401, "unauthorized"]);
 }
 
+async function a_back_end_ends_it(t) {
+  const user = newName("user-");
+  const api = async (method, fields) => {
+    const options = { method: "POST", headers: { "X-API-Key": API_KEY }, body: JSON.stringify({ user, ...fields }) };
+    const answer = await within(fetch(t.url(`/api/${method}`), options), method);
+    assert.deepEqual(await answer.json(), { result: {} });
+  };
+  const [room, other] = [newRoom(), newRoom()];
+  const native = await t.native();
+  const stream = await t.events(manyRooms([other, room]), { user });
+  for (const name of [other, room]) await stream.event("joined", (joined) => joined.room === name);
+  await api("unsubscribe", { channel: room });
+  assert.deepEqual(await stream.event("kicked"), { op: "kicked", room, code: "removed" });
+  for (const name of [room, other]) await native.call("send", { room: name, body: 1 });
+  assert.deepEqual((await stream.untilMessages(1)).map((message) => message.room), [other], "without that room");
+  await api("disconnect");
+  assert.deepEqual((await stream.over()).data, { op: "close", code: 4006, reason: "disconnected" });
+}
+
 async function expired_tokens_end_it(t) {
   const stream = await t.events(`/v1/rooms/${newRoom()}/events`, { token: t.token("kim", { ttl: 2 }) });
   const { exp } = await stream.event("token_expiring");
@@ -458,6 +481,7 @@ async function a_log_that_begins_anew_ends_it(t) {
   const rooms = [newRoom(), newRoom()];
   const native = await t.native();
   const streams = [await t.events(`/v1/rooms/${rooms[0]}/events`), await t.events(manyRooms(rooms))];
+  for (const [at, stream] of streams.entries()) await until("all rooms are joined", () => stream.of("joined").length > at);
   for (const room of rooms) await native.call("send", { room, body: 1 });
   await streams[0].untilMessages(1);
   await streams[1].untilMessages(2);
@@ -551,6 +575,7 @@ const SCENARIOS = [
   a_stream_outlives_a_pause_of_nats,
   a_stream_is_the_last_answer_of_its_connection,
   revoked_tokens_end_it,
+  a_back_end_ends_it,
   expired_tokens_end_it,
   slow_readers_are_closed,
   ...[cut_connections_lose_nothing, killed_edges_lose_nothing].flatMap((test) =>
