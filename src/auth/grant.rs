@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{RoomId, is_token};
+use crate::model::{RoomId, is_room_name, is_token, key_escape};
 
 /// Stands for the user in a pattern.
 const SUB: &str = "{sub}";
@@ -111,7 +111,7 @@ impl Grant {
 /// A pattern of rooms is malformed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "is not ns:name, ns:* or *:*, where both parts match [A-Za-z0-9_-]{{1,64}} and may contain {{sub}}"
+    "is not ns:name, ns:* or *:*, where both parts are those of a room and may contain {{sub}}"
 )]
 pub struct BadPattern;
 
@@ -131,7 +131,7 @@ pub(super) enum Rooms {
         namespace: Box<str>,
         name: Box<str>,
     },
-    /// `{sub}` for a user whose name can't be part of a room name.
+    /// `{sub}` for a user whose name can't be part of a namespace, or makes the name of the room too long.
     None,
 }
 
@@ -182,16 +182,21 @@ impl Allowed {
 impl Rooms {
     fn parse(pattern: &str, user: &str) -> Result<Self, BadPattern> {
         let (namespace, name) = pattern.split_once(':').ok_or(BadPattern)?;
+        // Every part is checked before the user is inserted, so a user such as `*` or `a:b` can't become syntax.
         let well_formed = |part: &str| is_token(&part.replace(SUB, "u"));
-        // Every part is checked before the user is inserted, so a name such as `*` or `a:b` can't become syntax.
+        let named = |part: &str| is_room_name(&part.replace(SUB, "u"));
         let fill = |part: &str| Some(part.replace(SUB, user)).filter(|part| is_token(part));
+        let fill_name = |part: &str| {
+            let name = part.replace(SUB, &key_escape(user));
+            Some(name).filter(|name| is_room_name(name))
+        };
         Ok(match (namespace, name) {
             ("*", "*") => Self::All,
             (namespace, "*") if well_formed(namespace) => {
                 fill(namespace).map_or(Self::None, |namespace| Self::Namespace(namespace.into()))
             }
-            (namespace, name) if well_formed(namespace) && well_formed(name) => {
-                match (fill(namespace), fill(name)) {
+            (namespace, name) if well_formed(namespace) && named(name) => {
+                match (fill(namespace), fill_name(name)) {
                     (Some(namespace), Some(name)) => Self::One {
                         namespace: namespace.into(),
                         name: name.into(),
@@ -223,7 +228,16 @@ mod tests {
             ("{sub}:*", "kim", "kim:x", true),
             ("{sub}:*", "kim", "lee:x", false),
             ("{sub}:{sub}", "kim", "kim:kim", true),
-            // Users whose names can't be part of a room name match nothing, and never become syntax.
+            (
+                "dm:{sub}",
+                "kim@example.org",
+                "dm:kim=40example=2Eorg",
+                true,
+            ),
+            ("dm:x=20{sub}", "김", "dm:x=20=EA=B9=80", true),
+            ("dm:{sub}", "=40", "dm:=40", false),
+            ("dm:=EC=84=9C", "kim", "dm:=EC=84=9C", true),
+            // Users whose names can't be part of a namespace match nothing, and never become syntax.
             ("dm:{sub}", "*", "dm:x", false),
             ("{sub}:*", "*", "dm:x", false),
             ("dm:{sub}", "kim@example.org", "dm:kim", false),
@@ -273,6 +287,11 @@ mod tests {
             "chat:a:b",
             "chat:{user}",
             "chat:{sub",
+            "chat:={sub}",
+            "chat:=4{sub}",
+            "chat:=EC{sub}",
+            "chat:=41",
+            "=23:a",
             "chat: x",
             "chat:*:*",
             "**:*",

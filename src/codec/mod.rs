@@ -22,6 +22,7 @@ use std::{cell::OnceCell, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 
+pub use crate::protocol::Codec;
 pub use names::Names;
 
 use centrifugal::Form;
@@ -32,27 +33,6 @@ use crate::{
     },
     wire::{FrameBuilder, Framing, close_frame, ping_frame},
 };
-
-/// A client protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Codec {
-    /// `natter.v1`: JSON objects in WebSocket text frames.
-    #[default]
-    Native,
-    /// Centrifugo's client protocol.
-    Centrifugal(centrifugal::Form),
-    /// STOMP 1.2.
-    Stomp,
-    /// STOMP 1.1 and 1.0, whose headers are written in another way.
-    StompOld,
-    /// The pushes of `natter.v1` in an HTTP response, as `text/event-stream`.
-    Events,
-    /// The messages of `natter.v1` that a poll collects.
-    Poll,
-    /// A second protocol for tests.
-    #[cfg(test)]
-    Lines,
-}
 
 /// What a protocol needs to know of a command to answer it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -136,36 +116,6 @@ impl Request {
 }
 
 impl Codec {
-    /// Every codec; [`Frames`] has a slot for each.
-    pub const ALL: &[Self] = &[
-        Self::Native,
-        Self::Centrifugal(Form::Json),
-        Self::Centrifugal(Form::Protobuf),
-        Self::Centrifugal(Form::JsonStream),
-        Self::Centrifugal(Form::ProtobufStream),
-        Self::Centrifugal(Form::Events),
-        Self::Stomp,
-        Self::StompOld,
-        Self::Events,
-        Self::Poll,
-        #[cfg(test)]
-        Self::Lines,
-    ];
-
-    /// Its number among the codecs besides [`Codec::Native`], in the order of [`Codec::ALL`].
-    fn slot(self) -> Option<usize> {
-        match self {
-            Self::Native => None,
-            Self::Centrifugal(form) => Some(form as usize),
-            Self::Stomp => Some(5),
-            Self::StompOld => Some(6),
-            Self::Events => Some(7),
-            Self::Poll => Some(8),
-            #[cfg(test)]
-            Self::Lines => Some(9),
-        }
-    }
-
     /// The codecs that are served at the same path: a client selects one by its subprotocol.
     #[must_use]
     pub fn at_the_same_path(self) -> &'static [Self] {
@@ -440,7 +390,7 @@ impl<T> PerCodec<T> {
     /// The value for `codec`. The first call makes it with `encode`.
     #[expect(clippy::indexing_slicing, reason = "a slot for each codec")]
     pub fn get(&self, codec: Codec, encode: impl FnOnce() -> T) -> &T {
-        match codec.slot() {
+        match codec.number().checked_sub(1) {
             None => self.native.get_or_init(encode),
             Some(other) => {
                 let new = || Box::new(std::array::from_fn(|_| OnceCell::new()));
@@ -455,17 +405,5 @@ impl<T> PerCodec<T> {
         std::iter::once(&self.native)
             .chain(others)
             .filter_map(OnceCell::get)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_codec_has_a_slot_of_its_own() {
-        let slots: Vec<Option<usize>> = Codec::ALL.iter().map(|codec| codec.slot()).collect();
-        let all: Vec<Option<usize>> = (0..Codec::ALL.len()).map(|at| at.checked_sub(1)).collect();
-        assert_eq!(slots, all);
     }
 }

@@ -1,10 +1,11 @@
 //! Names of rooms in the protocols that call them something else.
 //!
-//! A channel or destination has the name of its room. A name without a colon is a room of the protocol's default
-//! namespace (`<protocol>.default_namespace`). Clients of Centrifugo know a subscription by its channel, so there the
-//! rooms of that namespace have no other name: everybody is told of a room by one name.
+//! A channel or destination has the name of its room, without the escapes: any text can be one. A name without a colon
+//! is a room of the protocol's default namespace (`<protocol>.default_namespace`). Clients of Centrifugo know a
+//! subscription by its channel, so there the rooms of that namespace have no other name, unless theirs contains a colon:
+//! everybody is told of a room by one name.
 
-use std::cell::OnceCell;
+use std::{borrow::Cow, cell::OnceCell};
 
 use crate::{
     model::RoomId,
@@ -48,15 +49,19 @@ impl Names {
     /// # Errors
     /// `bad_room`.
     pub(crate) fn room(self, name: &str) -> Result<RoomId, Refused> {
-        let bad = |text: String| Refused::new(ErrorCode::BadRoom, text);
+        let bad = |text: String| {
+            let shown: String = name.chars().take(80).collect();
+            Refused::new(ErrorCode::BadRoom, format!("{shown:?}: {text}"))
+        };
         self.with_default(|default| {
-            let room = match (name.contains(':'), default) {
-                (false, Some(namespace)) => RoomId::from_parts(namespace, name),
-                _ => RoomId::parse(name),
+            let room = match (name.split_once(':'), default) {
+                (Some((namespace, name)), _) => RoomId::named(namespace, name),
+                (None, Some(namespace)) => RoomId::named(namespace, name),
+                (None, None) => RoomId::parse(name),
             };
             let room = room.map_err(|error| bad(error.to_string()))?;
             if name.contains(':') && self.name(&room) != name {
-                let name = room.name();
+                let name = room.text();
                 return Err(bad(format!("this room is named {name:?} here")));
             }
             Ok(room)
@@ -64,18 +69,26 @@ impl Names {
     }
 
     /// The name of a room, by which everybody is told of it.
-    pub(crate) fn name(self, room: &RoomId) -> &str {
-        self.with_default(|default| match (self, default) {
-            (Self::Centrifugal, Some(namespace)) if namespace == room.namespace() => room.name(),
+    pub(crate) fn name(self, room: &RoomId) -> Cow<'_, str> {
+        let text = room.text();
+        let is_short = self.with_default(|default| match self {
+            Self::Centrifugal => default == Some(room.namespace()) && !text.contains(':'),
             // A client of STOMP knows its subscription by a name of its own.
-            (Self::Centrifugal | Self::Stomp, _) => room.as_str(),
-        })
+            Self::Stomp => false,
+        });
+        match text {
+            text if is_short => text,
+            Cow::Borrowed(_) => Cow::Borrowed(room.as_str()),
+            Cow::Owned(text) => Cow::Owned(format!("{}:{text}", room.namespace())),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::thread;
+
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -90,6 +103,36 @@ mod tests {
         thread::spawn(test).join().unwrap();
     }
 
+    /// Whatever text is a name, it is that of one room, and every room has one.
+    fn is_one_to_one(names: Names) {
+        proptest!(|(text in "\\PC{0,20}|(main|chat)?:?[a-c=:. #0-9A-F]{0,12}")| {
+            if let Ok(room) = names.room(&text) {
+                let name = names.name(&room);
+                // Of STOMP, the default namespace may be written or not.
+                let is_same = name == text || matches!(names, Names::Stomp) && name == format!("main:{text}");
+                prop_assert!(is_same, "{:?} is {} is {:?}", text, room, name);
+            }
+            if let Ok(room) = RoomId::parse(&text) {
+                let name = names.name(&room);
+                let back = names.room(&name);
+                prop_assert_eq!(back.map_err(|it| it.message), Ok(room));
+            }
+        });
+    }
+
+    #[test]
+    fn names_are_one_to_one() {
+        for namespace in ["", "main"] {
+            let test = move || {
+                for names in [Names::Centrifugal, Names::Stomp] {
+                    names.set_default(namespace);
+                    is_one_to_one(names);
+                }
+            };
+            thread::spawn(test).join().unwrap();
+        }
+    }
+
     fn refused(name: &str) -> String {
         NAMES.room(name).unwrap_err().message
     }
@@ -102,9 +145,21 @@ mod tests {
                 assert_eq!(room.as_str(), its_room);
                 assert_eq!(NAMES.name(&room), name);
             }
+            for (name, its_room) in [
+                ("서울 #1", "main:=EC=84=9C=EC=9A=B8=20=231"),
+                ("chat:a:b.c", "chat:a=3Ab=2Ec"),
+                ("main:a:b", "main:a=3Ab"),
+                ("=3A", "main:=3D3A"),
+            ] {
+                let room = NAMES.room(name).unwrap();
+                assert_eq!(room.as_str(), its_room);
+                assert_eq!(NAMES.name(&room), name);
+            }
             assert!(refused("main:news").contains("\"news\""));
-            refused("a b");
             refused("");
+            refused("chat:");
+            refused("a b:c");
+            assert!(refused(&"한".repeat(8)).contains("1 to 64 bytes"));
             // The other protocol has none.
             assert!(Names::Stomp.room("news").is_err());
         });

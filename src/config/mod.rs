@@ -252,6 +252,7 @@ pub struct Limits {
     pub commands_burst: u32,
     pub sessions_per_user: usize,
     pub sessions_per_ip: usize,
+    pub bad_logins_per_second: u32,
     pub presence_push_max: usize,
     pub read_push_max: usize,
     pub unread_rooms: usize,
@@ -338,6 +339,9 @@ pub struct Namespace {
     pub presence: PresencePolicy,
     #[serde(default)]
     pub everybody: Vec<String>,
+    /// In place of [`Rooms::replay_max`]; 0: that one.
+    #[serde(default)]
+    pub replay_max: u64,
 }
 
 /// The configuration can't be used.
@@ -359,6 +363,13 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// How many messages a join of a room of this namespace replays at most.
+    #[must_use]
+    pub fn replay_max(&self, namespace: &str) -> u64 {
+        let own = self.namespaces.get(namespace).map(|its| its.replay_max);
+        own.filter(|own| *own > 0).unwrap_or(self.rooms.replay_max)
+    }
+
     /// Reads the defaults, `file` if given, the environment and `overrides` (flags), and checks the result.
     ///
     /// # Errors
@@ -578,14 +589,19 @@ impl Config {
                 self.streams.max_age, self.streams.duplicate_window
             ),
         );
-        check(
-            self.streams.max_msgs_per_room == 0
-                || self.streams.max_msgs_per_room > self.rooms.replay_max,
-            format!(
-                "streams.max_msgs_per_room = {}: must be 0 or more than rooms.replay_max = {}, or a trimmed room looks like a quiet one",
-                self.streams.max_msgs_per_room, self.rooms.replay_max
-            ),
-        );
+        let most = self.streams.max_msgs_per_room;
+        let of_namespaces = self.namespaces.iter();
+        let of_namespaces = of_namespaces
+            .map(|(name, its)| (format!("namespaces.{name}.replay_max"), its.replay_max));
+        let of_all = [("rooms.replay_max".to_owned(), self.rooms.replay_max)];
+        for (key, replay_max) in of_all.into_iter().chain(of_namespaces) {
+            check(
+                most == 0 || most > replay_max,
+                format!(
+                    "streams.max_msgs_per_room = {most}: must be 0 or more than {key} = {replay_max}, or a trimmed room looks like a quiet one",
+                ),
+            );
+        }
         check(
             self.edge.id.is_empty() || is_token(&self.edge.id),
             format!(
@@ -863,6 +879,17 @@ mod tests {
             assert!(error.contains(told), "{told} is missing in: {error}");
         }
         assert!(!error.contains("too short"), "a secret is printed: {error}");
+    }
+
+    #[test]
+    fn a_namespace_may_replay_more_or_less() {
+        let config = load("rooms.replay_max = 7\nnamespaces.chat.replay_max = 9").unwrap();
+        let of = |name| config.replay_max(name);
+        assert_eq!((of("chat"), of("live"), of("none")), (9, 7, 7));
+        let trimmed =
+            "streams.max_msgs_per_room = 8\nrooms.replay_max = 7\nnamespaces.chat.replay_max = 8";
+        let error = load(trimmed).unwrap_err().to_string();
+        assert!(error.contains("namespaces.chat.replay_max = 8"), "{error}");
     }
 
     #[test]

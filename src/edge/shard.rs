@@ -582,6 +582,7 @@ impl Shard {
             &shared.id,
         );
         let admission = Arc::clone(&shared.admission);
+        let of_logins = Arc::clone(&shared.admission);
         let settings = ConnSettings {
             close_frame: Codec::default().close_frame(),
             outbox_bytes: usize::try_from(config.limits.outbox.as_u64()).unwrap_or(usize::MAX),
@@ -600,6 +601,7 @@ impl Shard {
             admit_user: Box::new(move |user| {
                 admission.user(user).map(|slot| Box::new(slot) as UserSlot)
             }),
+            bad_login: Box::new(move |address| of_logins.bad_login(address, Instant::now())),
             home: way_home(Arc::clone(&neighbours), number),
         };
         let shard = Rc::new(Self {

@@ -1,15 +1,20 @@
 //! Room names: `namespace:name`.
 
-use std::{fmt, sync::Arc};
+use std::{borrow::Cow, fmt, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+use super::{header_unescape, key_escape};
 
 /// Longest namespace or name, in bytes.
 const MAX_PART: usize = 64;
 
-/// A room, `namespace:name`; both parts match `[A-Za-z0-9_-]{1,64}`.
+/// A room, `namespace:name`. The namespace matches `[A-Za-z0-9_-]{1,64}`. The name has 1 to 64 bytes of the same
+/// characters, and any others as [`key_escape`] writes them: `=20` is a space.
 ///
 /// # Invariants
+/// - A name is the escaped form of one text, and the only one: an escape of a character that needs none is refused, and
+///   so are escapes that are not UTF-8.
 /// - Neither part can contain `.`, `*`, `>`, a space or a control character, so a room can never form a NATS subject
 ///   outside its own.
 /// - Cloning is a reference count.
@@ -19,9 +24,12 @@ pub struct RoomId {
     namespace_len: u8,
 }
 
-/// A room name was refused: it is not `namespace:name` with both parts matching `[A-Za-z0-9_-]{1,64}`.
+/// A room name was refused: it is not `namespace:name` as [`RoomId`] says.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("room {0:?} is not namespace:name with both parts matching [A-Za-z0-9_-]{{1,64}}")]
+#[error(
+    "room {0:?} is not namespace:name, a namespace of [A-Za-z0-9_-]{{1,64}} and a name of 1 to 64 bytes, of the same \
+     characters and others as =XX"
+)]
 pub struct BadRoom(pub String);
 
 /// Whether `part`, which comes from outside, may be used as one token of a subject: `[A-Za-z0-9_-]{1,64}`.
@@ -33,6 +41,13 @@ pub fn is_token(part: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
 }
 
+/// Whether `name` may be the name of a room: a token, or the escaped form of a text.
+#[must_use]
+pub fn is_room_name(name: &str) -> bool {
+    is_token(name)
+        || ((1..=MAX_PART).contains(&name.len()) && key_escape(&header_unescape(name)) == name)
+}
+
 impl RoomId {
     /// Parses `namespace:name`.
     ///
@@ -41,7 +56,7 @@ impl RoomId {
     pub fn parse(text: &str) -> Result<Self, BadRoom> {
         let bad = || BadRoom(text.chars().take(80).collect());
         let (namespace, name) = text.split_once(':').ok_or_else(bad)?;
-        if !is_token(namespace) || !is_token(name) {
+        if !is_token(namespace) || !is_room_name(name) {
             return Err(bad());
         }
         let namespace_len = u8::try_from(namespace.len()).map_err(|_too_long| bad())?;
@@ -59,6 +74,14 @@ impl RoomId {
         Self::parse(&format!("{namespace}:{name}"))
     }
 
+    /// The room for a namespace and any text as a name, which is escaped.
+    ///
+    /// # Errors
+    /// [`BadRoom`] if the namespace is not a valid part, or the name is empty or too long when it is escaped.
+    pub fn named(namespace: &str, text: &str) -> Result<Self, BadRoom> {
+        Self::from_parts(namespace, &key_escape(text))
+    }
+
     /// The whole name, `namespace:name`.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -71,6 +94,12 @@ impl RoomId {
         self.text
             .get(..usize::from(self.namespace_len))
             .unwrap_or_default()
+    }
+
+    /// The part after the colon as the text that it is the escaped form of: the inverse of [`Self::named`].
+    #[must_use]
+    pub fn text(&self) -> Cow<'_, str> {
+        header_unescape(self.name())
     }
 
     /// The part after the colon.
@@ -149,7 +178,45 @@ impl RoomScope {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Every text is the name of one room, and every name of a room is that of one text.
+        #[test]
+        fn texts_and_names_are_one_to_one(text in "\\PC{1,24}|[A-Fa-f0-9=:. #]{1,24}", name in "(=[0-9A-Fa-f]{2}|[a-c=]){1,8}") {
+            match RoomId::named("chat", &text) {
+                Ok(room) => {
+                    prop_assert_eq!(room.text(), text.as_str());
+                    prop_assert_eq!(RoomId::parse(room.as_str()), Ok(room));
+                }
+                Err(_) => prop_assert!(key_escape(&text).len() > MAX_PART),
+            }
+            if let Ok(room) = RoomId::from_parts("chat", &name) {
+                prop_assert_eq!(RoomId::named("chat", &room.text()), Ok(room));
+            }
+        }
+    }
+
+    #[test]
+    fn only_what_needs_an_escape_has_one() {
+        let room = RoomId::named("news", "서울 #1").unwrap();
+        assert_eq!(room.as_str(), "news:=EC=84=9C=EC=9A=B8=20=231");
+        assert_eq!(room.text(), "서울 #1");
+        for name in ["=3D", "a=2Eb", "=00", "=F0=9F=98=80"] {
+            assert!(RoomId::from_parts("chat", name).is_ok(), "{name}");
+        }
+        for name in [
+            "=", "=2", "=2e", "=41", "=5F", "=2D", "=FF", "=EC=84", "=C0=80", "==3D",
+        ] {
+            assert!(RoomId::from_parts("chat", name).is_err(), "{name}");
+        }
+        assert!(RoomId::parse("=23:a").is_err(), "an escape in a namespace");
+        assert!(RoomId::named("chat", &"한".repeat(7)).is_ok());
+        assert!(RoomId::named("chat", &"한".repeat(8)).is_err());
+        assert!(RoomId::named("chat", "").is_err());
+    }
 
     #[test]
     fn hostile_names_are_refused() {

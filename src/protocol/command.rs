@@ -135,8 +135,22 @@ pub enum ResumeAt {
     Cursor(String),
     /// Before the first message that there was.
     Beginning,
-    /// Before the oldest message that there still is.
+    /// Before a message that is not named by a cursor.
+    Before(First),
+}
+
+/// The first message that a client wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum First {
+    /// The oldest one that there still is.
     Oldest,
+    /// The last one that there is.
+    Last,
+    /// The first one of the own origin with this sequence or a higher one. Of other origins: those that were stored
+    /// since then.
+    Sequence(u64),
+    /// The first one that was stored at this time or later, in ms since 1970.
+    Time(u64),
 }
 
 /// How often each side gives a sign of life; `None`: it does not.

@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+mod codec;
 mod codes;
 mod command;
 mod event;
@@ -14,10 +15,11 @@ mod order;
 mod publication;
 mod reply;
 
+pub use codec::{Codec, Form};
 pub use codes::{Close, ErrorCode, Refused};
 pub use command::{
-    Anchor, Beats, Command, HistoryOf, PageOf, ResumeAt, RoomSubscription, Since, SubscribedTo,
-    Wants,
+    Anchor, Beats, Command, First, HistoryOf, PageOf, ResumeAt, RoomSubscription, Since,
+    SubscribedTo, Wants,
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
 pub use order::{Obeyed, Order, OrderKind};

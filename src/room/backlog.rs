@@ -360,7 +360,7 @@ impl Hub {
             }
             let total = entries.len() as u64 + records.len() as u64 + page.pending;
             if let Some(excess) = total
-                .checked_sub(limits.replay_max)
+                .checked_sub(self.replay_max)
                 .filter(|excess| *excess > 0)
             {
                 // The first `excess` messages would have to be left out. Every cursor before the last of them is too

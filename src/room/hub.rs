@@ -86,6 +86,8 @@ pub struct Hub {
     pub(super) holding: Cell<bool>,
     /// Number of tasks that wait for a delivery.
     awaiting: Cell<usize>,
+    /// Most messages that a join replays.
+    pub(super) replay_max: u64,
 }
 
 /// Where one origin's part of the room's log is stored.
@@ -160,6 +162,7 @@ impl Hub {
             last_missed: LastMissed::default(),
             holding: Cell::new(false),
             awaiting: Cell::new(0),
+            replay_max: rooms.replay_max(&room),
             room,
         });
         hub.subscribe(rooms);

@@ -12,7 +12,7 @@ use tokio::{
 use super::{
     backlog::{Backlog, NoBacklog},
     hub::{Hub, Phase},
-    joined::{JoinError, Joined, ResetReason},
+    joined::{JoinAt, JoinError, Joined, ResetReason},
     log::{Positions, Resume, RoomLog, Since},
     member::{Member, NewMember, raise},
     memory::{Memory, weight},
@@ -60,7 +60,7 @@ impl Membership {
     /// The time, in ms since 1970, of the own origin's message at `seq`, if the room has it in memory.
     #[must_use]
     pub fn time_of(&self, seq: u64) -> Option<u64> {
-        self.hub.log.borrow().time_of(seq)
+        self.hub.log.borrow().time_of(0, seq)
     }
 
     /// The message that `user` has already published under `id`, if the room has it in memory and the own stream would
@@ -143,7 +143,7 @@ impl Rooms {
         self: &Rc<Self>,
         room: &RoomId,
         durable: bool,
-        since: Option<Cursor>,
+        since: Option<JoinAt>,
         only: Option<Region>,
         who: NewMember,
         reply: impl FnOnce(Joined) -> Option<Bytes>,
@@ -162,7 +162,7 @@ impl Rooms {
         self: &Rc<Self>,
         room: &RoomId,
         durable: bool,
-        since: Option<Cursor>,
+        mut since: Option<JoinAt>,
     ) -> Result<(Rc<Hub>, Plan), JoinError> {
         let mut attempts = 0;
         let mut filled = false;
@@ -180,12 +180,20 @@ impl Rooms {
                 }
                 continue;
             }
-            let Some(cursor) = &since else {
-                return Ok((hub, Plan::Fresh));
+            let cursor = match &since {
+                None => return Ok((hub, Plan::Fresh)),
+                Some(_) if !durable => return Ok((hub, Plan::Reset(ResetReason::Ephemeral))),
+                Some(JoinAt::After(cursor)) => cursor,
+                Some(JoinAt::Before(first)) => {
+                    // Once: later attempts begin at the same place.
+                    match Box::pin(self.before(&hub, *first)).await? {
+                        Ok(cursor) => since = Some(JoinAt::After(cursor)),
+                        Err(_) if hub.is_gone() => {}
+                        Err(reason) => return Ok((hub, Plan::Reset(reason))),
+                    }
+                    continue;
+                }
             };
-            if !durable {
-                return Ok((hub, Plan::Reset(ResetReason::Ephemeral)));
-            }
             let place = hub.log.borrow().since_of(cursor);
             let since = match place {
                 Ok(since) => since,
@@ -267,7 +275,7 @@ impl Rooms {
         });
         let backlogs = try_join_all(reads).await?;
         let messages = backlogs.iter().flatten().map(|read| read.entries().len());
-        if messages.sum::<usize>() as u64 > self.config.replay_max {
+        if messages.sum::<usize>() as u64 > hub.replay_max {
             return Err(NoBacklog::Reset(ResetReason::ReplayMax));
         }
         Ok(backlogs)
@@ -420,7 +428,7 @@ impl Rooms {
 
     /// Sends a large backlog at the pace at which the client reads. Then sends what has come to the room meanwhile,
     /// from memory, or from the streams if memory does not reach back far enough. Repeats this until nothing is left,
-    /// and then the member goes live. A client that falls further behind than `rooms.replay_max` is closed as too slow.
+    /// and then the member goes live. A client that falls further behind than `replay_max` is closed as too slow.
     ///
     /// If others wait for memory, a backlog that was read for a slow client is dropped. The rest is read again later,
     /// in parts, from where the client has got to.

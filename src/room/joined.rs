@@ -1,6 +1,15 @@
 //! The result of a join.
 
-use crate::{model::Cursor, telemetry::metrics};
+use crate::{model::Cursor, protocol::First, telemetry::metrics};
+
+/// Where a session wants to begin in a room.
+#[derive(Debug, Clone)]
+pub enum JoinAt {
+    /// After this place.
+    After(Cursor),
+    /// Before this message.
+    Before(First),
+}
 
 /// Content of the reply to a join.
 #[derive(Debug)]

@@ -679,10 +679,18 @@ impl RoomLog {
         (entry.track() > 0 || entry.ts < forgotten).then_some((cursor, entry.ts))
     }
 
-    /// The time of the own origin's message at `seq`, if it is in memory.
+    /// The time of a track's message at `seq`, if it is in memory.
     #[must_use]
-    pub(super) fn time_of(&self, seq: u64) -> Option<u64> {
-        self.find(0, seq).map(|entry| entry.ts)
+    pub(super) fn time_of(&self, track: usize, seq: u64) -> Option<u64> {
+        self.find(track, seq).map(|entry| entry.ts)
+    }
+
+    /// The sequence of a track's first message in memory that was stored at `ms` or later.
+    #[must_use]
+    pub(super) fn first_since(&self, track: usize, ms: u64) -> Option<u64> {
+        let mut entries = self.entries.iter();
+        let first = entries.find(|entry| entry.track() == track && entry.ts >= ms);
+        first.map(|entry| entry.seq)
     }
 
     /// Whether memory does not confirm that the message at `seq` has this fingerprint: it is not in memory, or its

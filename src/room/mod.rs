@@ -7,6 +7,7 @@
 mod backlog;
 mod causal;
 mod fan_out;
+mod first;
 mod gap;
 mod hub;
 mod join;
@@ -22,6 +23,6 @@ mod references;
 mod rooms;
 
 pub use join::Membership;
-pub use joined::{JoinError, Joined, ResetReason};
+pub use joined::{JoinAt, JoinError, Joined, ResetReason};
 pub use member::NewMember;
 pub use rooms::Rooms;

@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::try_join_all;
 use tokio::{
     sync::oneshot,
     task::spawn_local,
@@ -26,7 +25,7 @@ use crate::{
         Streams,
     },
     config::{self, Config},
-    model::{Class, Cursor, Fingerprint, RoomId},
+    model::{Class, Cursor, RoomId},
     read_marker::Markers,
     subject::Subjects,
     telemetry::metrics::{Gauge, gauge_add},
@@ -55,6 +54,8 @@ pub struct Rooms {
     pub(super) streams: Arc<Streams>,
     pub(super) subjects: Subjects,
     pub(super) config: config::Rooms,
+    /// By namespace: how many messages a join replays at most.
+    replay_max: HashMap<String, u64>,
     pub(super) markers: Arc<Markers>,
     /// Number of members that want receipts in a room, above which none of them gets any.
     pub(super) read_push_max: usize,
@@ -94,6 +95,9 @@ impl Rooms {
         let retried_within = config.streams.duplicate_window;
         let elections = (0..streams.partitions()).map(|part| origins.elections(part));
         let elections = RefCell::new(elections.collect());
+        let names = config.namespaces.keys();
+        let replay_max = names.map(|name| (name.clone(), config.replay_max(name)));
+        let replay_max = replay_max.collect();
         let config = config.rooms.clone();
         let memory = usize::try_from(config.replay_memory.as_u64()).unwrap_or(usize::MAX);
         Rc::new(Self {
@@ -111,6 +115,7 @@ impl Rooms {
             streams,
             subjects,
             config,
+            replay_max,
             markers,
             read_push_max,
             hubs: RefCell::default(),
@@ -137,29 +142,17 @@ impl Rooms {
         hub
     }
 
+    /// How many messages a join of `room` replays at most.
+    pub(super) fn replay_max(&self, room: &RoomId) -> u64 {
+        let of_namespace = self.replay_max.get(room.namespace());
+        of_namespace.copied().unwrap_or(self.config.replay_max)
+    }
+
     /// The head of a durable room, which is opened for this if nobody is in it. `None` if it could not be opened.
     pub async fn head(self: &Rc<Self>, room: &RoomId) -> Option<Cursor> {
         let hub = self.hub(room, true);
         let is_open = hub.started().await != Phase::Gone;
         is_open.then(|| hub.log.borrow().cursor())
-    }
-
-    /// The place before the oldest messages of a durable room that its streams still have. `None` if that is not known
-    /// now.
-    pub async fn oldest(self: &Rc<Self>, room: &RoomId) -> Option<Cursor> {
-        let hub = self.hub(room, true);
-        if hub.started().await == Phase::Gone {
-            return None;
-        }
-        let states = hub
-            .sources
-            .iter()
-            .map(|source| source.streams.fetch(hub.part));
-        let states = try_join_all(states).await.ok()?;
-        let before =
-            |state: &StreamState| (state.first_seq.saturating_sub(1), Fingerprint::default());
-        let places = states.iter().map(before).collect();
-        Some(hub.log.borrow().cursor_of(&places, &[]))
     }
 
     /// The listener for what arrives over the line.

@@ -29,7 +29,7 @@ use crate::{
         Publication, PublishReply, Refused, Reply, Since, Validity,
     },
     runtime::unix_s,
-    telemetry::metrics::{self, Counter, Label as _, Published, count},
+    telemetry::metrics::{self, Counter, Gauge, Held, Label as _, Published, count},
     wire::Gate,
 };
 
@@ -41,6 +41,9 @@ pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(4);
 
 /// How long a client that acknowledges too fast is held up at once.
 const PACE_WAIT: Duration = Duration::from_millis(20);
+
+/// How often it is looked whether a client whose login was bad is still there.
+const LOGIN_STEP: Duration = Duration::from_millis(200);
 
 /// How long before the end of its session a client is made to refresh its token.
 const REFRESH_MARGIN: Duration = Duration::from_secs(10);
@@ -290,7 +293,10 @@ impl Session {
 
     /// Sets what the first command says of the protocol.
     fn agree(&self, tag: &Tag, beats: Option<Box<Beats>>) {
-        self.codec.set(self.codec.get().agreed(tag));
+        let codec = self.codec.get().agreed(tag);
+        if codec != self.codec.replace(codec) {
+            self.active.set(Held::new(Gauge::SessionActive(codec)));
+        }
         if let Some(beats) = beats {
             // There is one first command.
             self.beats
@@ -349,6 +355,9 @@ impl Session {
         let identity = match self.identify(login, token) {
             Ok(identity) => identity,
             Err(error) => {
+                if self.codec.get().is_stomp() {
+                    self.hold_up().await;
+                }
                 let close = refusal_of(&error);
                 return refuse(ErrorCode::Unauthorized, error.to_string(), close);
             }
@@ -387,6 +396,20 @@ impl Session {
         *self.identity.borrow_mut() = Some(identity);
         self.tell_expiry(unix_s());
         Ok(Answer::Apart)
+    }
+
+    /// Makes a client wait whose login was bad, if there were many from its address: its library logs in again as soon as
+    /// it is answered.
+    async fn hold_up(&self) {
+        let Some(address) = self.conn.peer() else {
+            return;
+        };
+        let end = Instant::now() + (self.context.bad_login)(address);
+        // It is not late with its first command.
+        self.connecting.set(true);
+        while Instant::now() < end && !self.conn.is_over() && !self.draining.get() {
+            sleep(LOGIN_STEP).await;
+        }
     }
 
     /// How long a token is valid that expires at `exp`, in seconds since 1970.
@@ -529,7 +552,11 @@ impl Session {
         if let Some(head) = self.head(room) {
             return Ok(head);
         }
-        of_stream(self.context.rooms.head(room)).await
+        let head = timeout(ANSWER_WITHIN, self.context.rooms.head(room)).await;
+        head.ok().flatten().ok_or_else(|| {
+            let text = "the room's stream can't be read now";
+            Refused::new(ErrorCode::Unavailable, text)
+        })
     }
 
     /// Publishes in the background, so that the session can process its next commands. The ack is sent when its turn
@@ -637,15 +664,6 @@ impl Session {
         count(Counter::PublishDuplicate, 1);
         Some(found)
     }
-}
-
-/// Waits for what is read from the streams of a room.
-pub(super) async fn of_stream<T>(read: impl Future<Output = Option<T>>) -> Result<T, Refused> {
-    let read = timeout(ANSWER_WITHIN, read).await;
-    read.ok().flatten().ok_or_else(|| {
-        let text = "the room's stream can't be read now";
-        Refused::new(ErrorCode::Unavailable, text)
-    })
 }
 
 pub(super) fn not_joined(room: &RoomId) -> Refused {

@@ -16,14 +16,14 @@ use tokio::time::timeout;
 use super::{
     Seat, Session,
     answers::{cursor_of, granted, may_see_presence, namespace},
-    commands::{ANSWER_WITHIN, Answer, Answered, not_joined, now, of_stream},
+    commands::{ANSWER_WITHIN, Answer, Answered, not_joined, now},
 };
 use crate::{
     auth::{AuthError, Identity, Right},
     codec::{Names, Tag},
     model::{Cursor, RoomId},
     protocol::{ErrorCode, JoinReply, Refused, Reply, ResumeAt, RoomSubscription, Since, Wants},
-    room::{Joined, NewMember, ResetReason},
+    room::{JoinAt, Joined, NewMember, ResetReason},
     runtime::unix_s,
     telemetry::metrics::{self, Counter, count},
     wire::{Gate, Outlet},
@@ -134,7 +134,8 @@ impl Session {
         room: &RoomId,
         token: &str,
     ) -> Result<Arc<Identity>, Refused> {
-        let of = (&*identity.user, Names::Centrifugal.name(room));
+        let channel = Names::Centrifugal.name(room);
+        let of = (&*identity.user, &*channel);
         let checked = self
             .context
             .verifier
@@ -259,15 +260,12 @@ impl Session {
         let (since, only) = match since {
             None => (None, None),
             Some(since) => {
-                let cursor = match &since.at {
-                    ResumeAt::Cursor(text) => cursor_of(text)?,
-                    ResumeAt::Beginning => Cursor::default(),
-                    ResumeAt::Oldest if durable => {
-                        of_stream(self.context.rooms.oldest(&room)).await?
-                    }
-                    ResumeAt::Oldest => Cursor::default(),
+                let at = match &since.at {
+                    ResumeAt::Cursor(text) => JoinAt::After(cursor_of(text)?),
+                    ResumeAt::Beginning => JoinAt::After(Cursor::default()),
+                    ResumeAt::Before(first) => JoinAt::Before(*first),
                 };
-                (Some(cursor), since.only)
+                (Some(at), since.only)
             }
         };
         let limit = config.limits.rooms_per_session;

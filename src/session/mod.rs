@@ -97,6 +97,8 @@ pub struct Context {
     pub buffer: RefCell<Vec<u8>>,
     /// Takes one of a user's places; `None` if the user has too many sessions.
     pub admit_user: AdmitUser,
+    /// How long the answer to a bad login waits.
+    pub bad_login: BadLogin,
     /// Returns the shard to which a session with this first room should move, if it is another one.
     pub home: Home,
 }
@@ -109,6 +111,9 @@ impl std::fmt::Debug for Context {
 
 /// Gives a user a place, if one is left.
 pub type AdmitUser = Box<dyn Fn(&str) -> Option<UserSlot>>;
+
+/// Counts a bad login from an address, and returns how long its answer waits.
+pub type BadLogin = Box<dyn Fn(std::net::IpAddr) -> Duration>;
 
 /// One of the places of a user (`limits.sessions_per_user`) or of an address (`limits.sessions_per_ip`). Given back
 /// when dropped.
@@ -203,7 +208,8 @@ pub struct Session {
     /// The signs of life that were agreed on.
     beats: OnceCell<Box<Beating>>,
     streamed: Option<Box<Streamed>>,
-    _active: Held,
+    /// Counts the session under its protocol.
+    active: Cell<Held>,
 }
 
 impl std::fmt::Debug for Session {
@@ -308,7 +314,7 @@ impl Session {
         let opened = if moved {
             Counter::SessionMoved
         } else {
-            Counter::SessionOpened
+            Counter::SessionOpened(codec)
         };
         count(opened, 1);
         let now = Instant::now();
@@ -339,7 +345,7 @@ impl Session {
             },
             streamed,
             context,
-            _active: Held::new(Gauge::SessionActive),
+            active: Cell::new(Held::new(Gauge::SessionActive(codec))),
         });
         let work = Work {
             decoder,

@@ -10,7 +10,7 @@ use crate::{
     codec::Codec,
     model::{Cursor, RoomId},
     protocol::{ErrorCode, PollReply, Refused, Wants},
-    room::NewMember,
+    room::{JoinAt, NewMember},
     runtime::unix_s,
     wire::{Collected, Outlet},
 };
@@ -56,7 +56,7 @@ impl Context {
         let mut stands = None;
         let membership = self
             .rooms
-            .join(&room, true, since, None, who, |joined| {
+            .join(&room, true, since.map(JoinAt::After), None, who, |joined| {
                 stands = Some(joined);
                 None
             })

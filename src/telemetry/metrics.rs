@@ -18,7 +18,7 @@ use opentelemetry::{
     metrics::{Histogram as OtelHistogram, Meter},
 };
 
-use crate::protocol::{Close, ErrorCode};
+use crate::protocol::{Close, Codec, ErrorCode};
 
 /// A closed set of label values.
 pub trait Label: Copy + 'static {
@@ -55,6 +55,19 @@ impl Label for Close {
 
     fn index(self) -> usize {
         self as usize
+    }
+}
+
+impl Label for Codec {
+    const NAME: &'static str = "protocol";
+    const ALL: &'static [Self] = Codec::ALL;
+
+    fn value(self) -> &'static str {
+        self.name()
+    }
+
+    fn index(self) -> usize {
+        self.number()
     }
 }
 
@@ -196,22 +209,29 @@ macro_rules! optional {
     };
 }
 
-/// Declares the counters: doc, `Name(label: Type) = "dotted.name", "unit";`
-macro_rules! counters {
-    ($( $(#[doc = $help:literal])+ $name:ident $( ($arg:ident: $label:ty) )? = $dotted:literal, $unit:literal; )+) => {
-        /// Events, counted since the process started.
+/// Declares counters or gauges, and the constants that say where their values are: doc,
+/// `Name(label: Type) = "dotted.name", "unit";`
+macro_rules! counted {
+    ($(#[doc = $enum_doc:literal])+ $enum:ident, $place:ident, $widths:ident, $bases:ident, $slots:ident;
+     $( $(#[doc = $help:literal])+ $name:ident $( ($arg:ident: $label:ty) )? = $dotted:literal, $unit:literal; )+) => {
+        $(#[doc = $enum_doc])+
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub enum Counter {
+        pub enum $enum {
             $( $(#[doc = $help])+ $name $( ($label) )? ),+
         }
 
-        enum CounterPlace { $( $name ),+ }
+        enum $place { $( $name ),+ }
 
-        /// The number of values of each counter: one, or one per label value.
-        const COUNTER_WIDTHS: &[usize] = &[$( 1 $( * <$label as Label>::ALL.len() )? ),+];
+        /// The number of values of each: one, or one per label value.
+        const $widths: [usize; $enum::LIST.len()] = [$( 1 $( * <$label as Label>::ALL.len() )? ),+];
 
-        impl Counter {
-            /// Every counter.
+        /// The index of the first value of each.
+        const $bases: [usize; $enum::LIST.len()] = bases($widths);
+
+        const $slots: usize = $bases[$bases.len() - 1] + $widths[$widths.len() - 1];
+
+        impl $enum {
+            /// All of them.
             pub const LIST: &'static [Metric] = &[$( Metric {
                 name: $dotted,
                 unit: $unit,
@@ -222,16 +242,14 @@ macro_rules! counters {
             #[inline]
             fn slot(self) -> usize {
                 match self {
-                    $( Self::$name $( ($arg) )? => {
-                        COUNTER_BASES[CounterPlace::$name as usize] $( + $arg.index() )?
-                    } )+
+                    $( Self::$name $( ($arg) )? => $bases[$place::$name as usize] $( + $arg.index() )? ),+
                 }
             }
         }
     };
 }
 
-/// Declares gauges or histograms: doc, `Name = "dotted.name", "unit";`
+/// Declares histograms: doc, `Name = "dotted.name", "unit";`
 macro_rules! plain {
     ($(#[doc = $enum_doc:literal])+ $enum:ident; $( $(#[doc = $help:literal])+ $name:ident = $dotted:literal, $unit:literal; )+) => {
         $(#[doc = $enum_doc])+
@@ -250,15 +268,19 @@ macro_rules! plain {
     };
 }
 
-counters! {
+counted! {
+    /// Events, counted since the process started.
+    Counter, CounterPlace, COUNTER_WIDTHS, COUNTER_BASES, COUNTER_SLOTS;
     /// Sessions opened: the WebSocket handshake is done.
-    SessionOpened = "natter.session.opened", "{session}";
+    SessionOpened(protocol: Codec) = "natter.session.opened", "{session}";
     /// Sessions that were moved to the shard of their first room.
     SessionMoved = "natter.session.moved", "{session}";
     /// Sessions closed, by the reason of the close frame.
     SessionClosed(close: Close) = "natter.session.closed", "{session}";
     /// Connections that did not become sessions with a user.
     SessionRefused(reason: Admission) = "natter.session.refused", "{session}";
+    /// Bad logins of STOMP whose answer waited, because there were more than `limits.bad_logins_per_second`.
+    LoginDelayed = "natter.session.login_delayed", "{login}";
     /// Tokens accepted.
     TokenVerified(check: TokenCheck) = "natter.token.verified", "{token}";
     /// Tokens refused.
@@ -350,11 +372,11 @@ counters! {
     HistoryRemoved = "natter.history.removed", "{message}";
 }
 
-plain! {
+counted! {
     /// Current values.
-    Gauge;
+    Gauge, GaugePlace, GAUGE_WIDTHS, GAUGE_BASES, GAUGE_SLOTS;
     /// Sessions that are open.
-    SessionActive = "natter.session.active", "{session}";
+    SessionActive(protocol: Codec) = "natter.session.active", "{session}";
     /// Rooms with a subscription on this process.
     RoomActive = "natter.room.active", "{room}";
     /// Memberships: the sum of the rooms of all sessions.
@@ -397,20 +419,16 @@ const SECONDS: [f64; 14] = [
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
 ];
 
-const COUNTERS: usize = COUNTER_WIDTHS.len();
-
-/// The index of each counter's first value.
-const COUNTER_BASES: [usize; COUNTERS] = {
-    let mut bases = [0; COUNTERS];
+/// For each width, the sum of those before it.
+const fn bases<const N: usize>(widths: [usize; N]) -> [usize; N] {
+    let mut bases = [0; N];
     let mut at = 1;
-    while at < COUNTERS {
-        bases[at] = bases[at - 1] + COUNTER_WIDTHS[at - 1];
+    while at < N {
+        bases[at] = bases[at - 1] + widths[at - 1];
         at += 1;
     }
     bases
-};
-
-const COUNTER_SLOTS: usize = COUNTER_BASES[COUNTERS - 1] + COUNTER_WIDTHS[COUNTERS - 1];
+}
 
 /// One value alone on its cache lines, so that shards that count different things do not slow each other down.
 #[repr(align(128))]
@@ -419,8 +437,8 @@ struct Slot<T>(T);
 static COUNTER_VALUES: [Slot<AtomicU64>; COUNTER_SLOTS] =
     [const { Slot(AtomicU64::new(0)) }; COUNTER_SLOTS];
 
-static GAUGE_VALUES: [Slot<AtomicI64>; Gauge::LIST.len()] =
-    [const { Slot(AtomicI64::new(0)) }; Gauge::LIST.len()];
+static GAUGE_VALUES: [Slot<AtomicI64>; GAUGE_SLOTS] =
+    [const { Slot(AtomicI64::new(0)) }; GAUGE_SLOTS];
 
 /// Adds `n` to a counter. One relaxed addition: on the path of messages, count a batch at once.
 #[inline]
@@ -437,13 +455,13 @@ pub(super) fn counted(counter: Counter) -> u64 {
 /// Adds `by` (which may be negative) to a gauge. If the counted thing has an owner that is dropped, use [`Held`].
 #[inline]
 pub fn gauge_add(gauge: Gauge, by: i64) {
-    GAUGE_VALUES[gauge as usize].0.fetch_add(by, Relaxed);
+    GAUGE_VALUES[gauge.slot()].0.fetch_add(by, Relaxed);
 }
 
 /// The value of a gauge.
 #[must_use]
 pub fn gauge(gauge: Gauge) -> i64 {
-    GAUGE_VALUES[gauge as usize].0.load(Relaxed)
+    GAUGE_VALUES[gauge.slot()].0.load(Relaxed)
 }
 
 /// One unit of a gauge, subtracted when dropped: on every path, panics included.
@@ -472,17 +490,21 @@ pub fn record(histogram: Histogram, duration: Duration) {
     }
 }
 
+/// The labels of each value of a metric.
+fn series(metric: &Metric) -> Vec<Vec<KeyValue>> {
+    let Some(label) = &metric.label else {
+        return vec![Vec::new()];
+    };
+    let values = label.values().into_iter();
+    values
+        .map(|value| vec![KeyValue::new(label.name, value)])
+        .collect()
+}
+
 /// The instruments of `meter` for the whole list. The counters and gauges live as long as the meter's provider.
 pub(super) fn instruments(meter: &Meter) -> Vec<OtelHistogram<f64>> {
     for (metric, base) in Counter::LIST.iter().zip(COUNTER_BASES) {
-        let series: Vec<Vec<KeyValue>> = match &metric.label {
-            None => vec![Vec::new()],
-            Some(label) => label
-                .values()
-                .into_iter()
-                .map(|value| vec![KeyValue::new(label.name, value)])
-                .collect(),
-        };
+        let series = series(metric);
         meter
             .u64_observable_counter(metric.name)
             .with_description(metric.help)
@@ -494,12 +516,17 @@ pub(super) fn instruments(meter: &Meter) -> Vec<OtelHistogram<f64>> {
             })
             .build();
     }
-    for (metric, slot) in Gauge::LIST.iter().zip(&GAUGE_VALUES) {
+    for (metric, base) in Gauge::LIST.iter().zip(GAUGE_BASES) {
+        let series = series(metric);
         meter
             .i64_observable_gauge(metric.name)
             .with_description(metric.help)
             .with_unit(metric.unit)
-            .with_callback(move |observer| observer.observe(slot.0.load(Relaxed), &[]))
+            .with_callback(move |observer| {
+                for (slot, labels) in GAUGE_VALUES[base..].iter().zip(&series) {
+                    observer.observe(slot.0.load(Relaxed), labels);
+                }
+            })
             .build();
     }
     Histogram::LIST
@@ -558,7 +585,8 @@ mod tests {
             let Some(label) = &metric.label else { continue };
             assert!(
                 [
-                    "code", "op", "kind", "reason", "source", "result", "cause", "check", "whose"
+                    "code", "op", "kind", "reason", "source", "result", "cause", "check", "whose",
+                    "protocol"
                 ]
                 .contains(&label.name),
                 "{}: label {} is not known; never a room, user or session",
@@ -570,9 +598,9 @@ mod tests {
             assert_eq!(distinct.len(), values.len(), "{}: {values:?}", metric.name);
             for value in values {
                 assert!(
-                    value
-                        .bytes()
-                        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_'),
+                    value.bytes().all(|b| b.is_ascii_lowercase()
+                        || b.is_ascii_digit()
+                        || b"_.-".contains(&b)),
                     "{}: {value:?}",
                     metric.name
                 );
@@ -589,6 +617,7 @@ mod tests {
         }
         check::<ErrorCode>();
         check::<Close>();
+        check::<Codec>();
         check::<Op>();
         check::<Dropped>();
     }
@@ -597,7 +626,9 @@ mod tests {
     fn counters_do_not_share_a_place() {
         let mut slots = HashSet::new();
         let mut add = |counter: Counter| assert!(slots.insert(counter.slot()), "{counter:?}");
-        add(Counter::SessionOpened);
+        Codec::ALL
+            .iter()
+            .for_each(|codec| add(Counter::SessionOpened(*codec)));
         add(Counter::SessionMoved);
         Close::ALL
             .into_iter()
@@ -613,6 +644,10 @@ mod tests {
         let last = Counter::HistoryRemoved;
         add(last);
         assert_eq!(last.slot(), COUNTER_SLOTS - 1);
+        let of = |codec: &Codec| Gauge::SessionActive(*codec).slot();
+        let mut slots: HashSet<usize> = Codec::ALL.iter().map(of).collect();
+        assert!(slots.insert(Gauge::RoomActive.slot()) && slots.len() == Codec::ALL.len() + 1);
+        assert_eq!(Gauge::HistoryDeadLetters.slot(), GAUGE_SLOTS - 1);
     }
 
     #[test]

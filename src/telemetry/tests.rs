@@ -11,7 +11,10 @@ use super::{
     metrics::{Counter, Dropped, Gauge, Histogram, Metric, count, counted, gauge_add},
     *,
 };
-use crate::{config::Config, protocol::Close};
+use crate::{
+    config::Config,
+    protocol::{Close, Codec},
+};
 
 /// Long enough for a busy machine; nothing waits for it to pass.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -81,7 +84,8 @@ fn every_exported_label_value_is_of_its_closed_set() {
         }
         let metric = Counter::LIST
             .iter()
-            .find(|metric| format!("{}_total", metric.name.replace('.', "_")) == name)
+            .chain(Gauge::LIST)
+            .find(|metric| metric.name.replace('.', "_") == name.trim_end_matches("_total"))
             .unwrap();
         let set = metric.label.as_ref().unwrap();
         assert_eq!(set.name, label, "{line}");
@@ -90,6 +94,7 @@ fn every_exported_label_value_is_of_its_closed_set() {
     }
     let expected: usize = Counter::LIST
         .iter()
+        .chain(Gauge::LIST)
         .filter_map(|metric| metric.label.as_ref())
         .map(|label| label.values().len())
         .sum();
@@ -98,8 +103,9 @@ fn every_exported_label_value_is_of_its_closed_set() {
 
 #[test]
 fn the_text_is_there_before_telemetry_is_set_up() {
-    count(Counter::SessionOpened, 1);
-    assert!(prometheus_text().contains("natter_session_opened_total "));
+    count(Counter::SessionOpened(Codec::Native), 1);
+    let name = "natter_session_opened_total{protocol=\"natter.v1\"} ";
+    assert!(prometheus_text().contains(name));
 }
 
 #[test]

@@ -29,6 +29,7 @@ use std::{
     fmt,
     future::poll_fn,
     io::{self, IoSlice},
+    net::IpAddr,
     pin::Pin,
     rc::{Rc, Weak},
     task::{Context, Poll, Waker},
@@ -218,6 +219,15 @@ impl Conn {
     #[must_use]
     pub fn outbox_bytes(&self) -> usize {
         self.settings.outbox_bytes
+    }
+
+    /// The address of the peer; `None` if the socket is gone.
+    #[must_use]
+    pub fn peer(&self) -> Option<IpAddr> {
+        let stream = self.stream.borrow();
+        // A socket without a peer is one whose connection was reset.
+        let peer = stream.as_ref()?.peer_addr().ok()?;
+        Some(peer.ip())
     }
 
     /// Whether the connection is closing or dead, and so accepts no more frames.

@@ -255,6 +255,14 @@ export function newName(prefix = "") {
   return prefix + randomBytes(6).toString("hex");
 }
 
+/** The name of the room of a channel or destination: bytes of other characters are written `=XX`. */
+export function escapedName(text) {
+  const escaped = (byte) => "=" + byte.toString(16).toUpperCase().padStart(2, "0");
+  return [...Buffer.from(text)]
+    .map((byte) => (/[A-Za-z0-9_-]/.test(String.fromCharCode(byte)) ? String.fromCharCode(byte) : escaped(byte)))
+    .join("");
+}
+
 // Relay ---------------------------------------------------------------------------------------------------------------
 
 /** Passes connections on to an address. All of them can be cut at once, and new ones refused until it is opened again. */

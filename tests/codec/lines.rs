@@ -10,13 +10,14 @@ use super::{Encoded, Request, Tag};
 use crate::{
     model::RoomId,
     protocol::{
-        Command, Draft, ErrorCode, Event, MessagePush, Publication, Refused, Reply, ResumeAt, Wants,
+        Codec, Command, Draft, ErrorCode, Event, MessagePush, Publication, Refused, Reply,
+        ResumeAt, Wants,
     },
     wire::text_frame,
 };
 
 /// The WebSocket subprotocol.
-pub(super) const SUBPROTOCOL: &str = "natter.lines";
+pub(super) const SUBPROTOCOL: &str = Codec::Lines.name();
 
 fn line(value: &Value) -> Bytes {
     text_frame(format!("{value}\n").as_bytes())

@@ -61,6 +61,115 @@ async fn rooms_of_the_token_outlive_a_subscription_of_the_client() {
 }
 
 #[tokio::test]
+async fn a_channel_of_any_text_is_a_room_that_others_join_by_its_escaped_name() {
+    let toml = format!(
+        "[namespaces.news]\ndurable = true\ntyping = true\nhistory = true\n{}",
+        open()
+    );
+    let mesh = Mesh::with_history(support::nats_url(), support::mongodb_url(), (2, 1), &toml).await;
+    let (channel, room) = ("news:서울 #1", "news:=EC=84=9C=EC=9A=B8=20=231");
+    // A pattern names the room, `channels` and `channel` the channel.
+    let grants = json!([{ "rooms": room, "can": ["read", "write", "presence", "history"] }]);
+    let claims = json!({ "sub": "kim", "channels": [channel], "grants": grants });
+    let (mut kim, connected) = Client::connect(&mesh, 0, &foreign(claims)).await;
+    assert_eq!(
+        connected["subs"][channel]["recoverable"], true,
+        "{connected}"
+    );
+    let (mut lee, _) = Client::connect(&mesh, 1, &foreign(json!({ "sub": "lee" }))).await;
+    let only = |channel: &str| foreign(json!({ "sub": "lee", "channel": channel }));
+    for (token, code) in [(only(room), json!(103)), (only(channel), Value::Null)] {
+        let fields = json!({ "channel": channel, "token": token });
+        let subscribed = lee.call("subscribe", fields).await;
+        assert_eq!(subscribed["error"]["code"], code, "{subscribed}");
+    }
+
+    let mut park = mesh.connect(1, "park").await;
+    let joined = reply(&mut park, "join", json!({ "room": room, "presence": true })).await;
+    assert_eq!(joined["room"], room, "{joined}");
+    let published = kim
+        .call("publish", json!({ "channel": channel, "data": "한" }))
+        .await;
+    assert!(published["error"].is_null(), "{published}");
+    let sent = reply(&mut park, "send", json!({ "room": room, "body": "글" })).await;
+    assert_eq!(sent["op"], "ack", "{sent}");
+    for client in [&mut kim, &mut lee] {
+        let both = [
+            client.publication(channel).await,
+            client.publication(channel).await,
+        ];
+        assert_eq!(both, ["한", "글"]);
+    }
+    let fields = json!({ "channel": channel, "limit": 10 });
+    let history = kim.call("history", fields).await["history"]["publications"].clone();
+    let data: Vec<&Value> = history
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| &it["data"])
+        .collect();
+    assert_eq!(data, ["한", "글"], "{history}");
+    let page = reply(&mut park, "history", json!({ "room": room })).await;
+    let bodies = page["messages"].as_array().unwrap().iter();
+    assert_eq!(
+        bodies.map(|it| &it["body"]).collect::<Vec<_>>(),
+        ["한", "글"],
+        "{page}"
+    );
+    let path = format!("/v1/rooms/{room}/messages");
+    let stored = eventually("all is in MongoDB", LONG, async || {
+        let (status, page) = ask(
+            mesh.edges[0].address,
+            ("GET", &path),
+            &token("park"),
+            &Value::Null,
+        )
+        .await;
+        let is_whole = status == 200 && page["partial"].is_null();
+        is_whole
+            .then_some(page.clone())
+            .ok_or_else(|| page.to_string())
+    });
+    assert_eq!(stored.await["messages"].as_array().unwrap().len(), 2);
+
+    eventually("three users on two edges", LONG, async || {
+        let there = kim.call("presence", json!({ "channel": channel })).await;
+        let users = there["presence"]["presence"].as_object().map(|users| {
+            users
+                .keys()
+                .map(String::as_str)
+                .collect::<Vec<_>>()
+                .join(" ")
+        });
+        let users = users.ok_or_else(|| there.to_string())?;
+        (users == "kim lee park").then_some(()).ok_or(users)
+    })
+    .await;
+    let marker = json!({ "room": room, "cursor": sent["cursor"] });
+    assert_eq!(reply(&mut park, "read", marker).await["op"], "ok");
+    let unread = reply(&mut park, "unread", json!({ "rooms": [room] })).await;
+    assert_eq!(unread["rooms"][0]["count"], 0, "{unread}");
+    drop(lee);
+    eventually("lee has left", LONG, async || {
+        let there = reply(&mut park, "presence", json!({ "room": room })).await;
+        (there["count"] == 2)
+            .then_some(())
+            .ok_or_else(|| there.to_string())
+    })
+    .await;
+
+    // What can't be a room is refused, with a reason.
+    for channel in ["news:", "news:한글한글한글한글", "뉴스:a"] {
+        let refused = kim.call("subscribe", json!({ "channel": channel })).await;
+        assert_eq!(refused["error"]["code"], 107, "{refused}");
+    }
+    for room in ["news:=41", "news:=ec", "news:=EC", "news:서울"] {
+        let refused = reply(&mut park, "join", json!({ "room": room })).await;
+        assert_eq!(refused["code"], "bad_room", "{refused}");
+    }
+}
+
+#[tokio::test]
 async fn a_client_recovers_in_its_region_and_is_told_where_it_can_not() {
     let names = ["seoul", "virginia"];
     let mut regions = Regions::start_with(&names, &open(), std::time::Duration::ZERO).await;

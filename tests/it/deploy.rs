@@ -104,7 +104,9 @@ async fn use_it(first: SocketAddr, second: SocketAddr) {
         assert_ne!(answer["op"], "error", "{op}: {answer}");
     }
     // A ticket of one edge, on the other, which asks the first.
-    let ticket = call(first, "POST", "/v1/tickets", &Value::Null).await.unwrap();
+    let ticket = call(first, "POST", "/v1/tickets", &Value::Null)
+        .await
+        .unwrap();
     let ticket = ticket["ticket"].as_str().unwrap();
     let path = format!("/v1/rooms/chat:lobby/poll?ticket={ticket}");
     let (status, body) = http(second, "GET", &path, "", "").await.unwrap();

@@ -46,6 +46,7 @@ mod server_api;
 mod servers;
 mod shards;
 mod slow;
+mod stomp;
 mod store;
 mod storm;
 mod support;

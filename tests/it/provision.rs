@@ -219,11 +219,13 @@ async fn what_people_publish_reaches_the_room() {
             let mut wanted = BTreeMap::new();
             for number in 0..ROOMS {
                 let namespace = ["chat", "a_b-C9"][number % 2];
-                let length = rng.random_range(0..50);
+                let length = rng.random_range(0..45);
                 let name: String = (0..length)
                     .map(|_| char::from(b"abcXYZ0189_-"[rng.random_range(0..12)]))
                     .collect();
-                let room = RoomId::parse(&format!("{namespace}:r{number}{name}")).unwrap();
+                let escapes = ["", "=20", "=EC=84=9C"][number % 3];
+                let room = format!("{namespace}:r{number}{escapes}{name}");
+                let room = RoomId::parse(&room).unwrap();
                 let part = partition_of(&room, partitions);
                 client
                     .publish(

@@ -103,7 +103,7 @@ pub(in crate::codec) fn reply(form: Form, tag: &Tag, reply: &Reply) -> Bytes {
             let joined = authed.joined.iter();
             let subs = joined.map(|(joined, recovers)| {
                 let result = subscribe_result(joined, *recovers);
-                (Names::Centrifugal.name(&joined.room).to_owned(), result)
+                (Names::Centrifugal.name(&joined.room).into_owned(), result)
             });
             answer.connect = Some(Box::new(ConnectResult {
                 client: authed.session.clone(),
@@ -176,7 +176,7 @@ pub(in crate::codec) fn obeyed(form: Form, obeyed: &Obeyed<'_>) -> Bytes {
                 positioned,
                 data,
             }));
-            let channel = Names::Centrifugal.name(&joined.room).to_owned();
+            let channel = Names::Centrifugal.name(&joined.room).into_owned();
             push(
                 form,
                 Push {
@@ -424,7 +424,7 @@ fn end(form: Form, code: u16, reason: &str) -> Bytes {
 /// The frame of an event. `None` if the protocol has no such push.
 pub(in crate::codec) fn event(form: Form, event: &Event) -> Option<Bytes> {
     let told = |room: &RoomId| Push {
-        channel: Names::Centrifugal.name(room).to_owned(),
+        channel: Names::Centrifugal.name(room).into_owned(),
         ..Push::default()
     };
     let pushed = match event {
@@ -533,7 +533,7 @@ fn protobuf_message(form: Form, message: &MessagePush<'_>, offset: Option<u64>) 
         time: i64::try_from(message.ts).unwrap_or_default(),
     };
     let pushed = Push {
-        channel: Names::Centrifugal.name(message.room).to_owned(),
+        channel: Names::Centrifugal.name(message.room).into_owned(),
         publication: Some(publication),
         ..Push::default()
     };
@@ -545,9 +545,9 @@ fn protobuf_message(form: Form, message: &MessagePush<'_>, offset: Option<u64>) 
 
 fn json_message(form: Form, message: &MessagePush<'_>, offset: Option<u64>) -> Encoded {
     let mut out = FrameBuilder::new(form.framing(), message.body.len() + ENVELOPE);
-    out.put(br#"{"push":{"channel":""#);
-    out.put(Names::Centrifugal.name(message.room).as_bytes());
-    out.put(br#"","pub":{"data":"#);
+    out.put(br#"{"push":{"channel":"#);
+    put_json_string(&mut out, &Names::Centrifugal.name(message.room));
+    out.put(br#","pub":{"data":"#);
     let body_at = out.len();
     let is_plain = memchr::memchr2(b'\n', b'\r', message.body).is_none();
     if is_plain {

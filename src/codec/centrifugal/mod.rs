@@ -12,6 +12,7 @@ mod position;
 mod proto;
 pub mod server;
 
+pub use crate::protocol::Form;
 use crate::wire::Framing;
 
 pub(super) use decode::{decode_json, decode_protobuf};
@@ -20,21 +21,6 @@ pub(crate) use proto::EmulationRequest;
 
 /// The WebSocket subprotocol for Protobuf. JSON has none.
 pub const SUBPROTOCOL: &str = "centrifuge-protobuf";
-
-/// How the protocol is written, and on what.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
-    /// JSON in WebSocket text frames.
-    Json,
-    /// Protobuf in WebSocket binary frames.
-    Protobuf,
-    /// JSON in the lines of an HTTP response: the SDKs' transport `http_stream`.
-    JsonStream,
-    /// Protobuf messages, each after its length, in an HTTP response.
-    ProtobufStream,
-    /// JSON in the events of `text/event-stream`: the SDKs' transport `sse`.
-    Events,
-}
 
 impl Form {
     /// Whether it is Protobuf.

@@ -10,8 +10,10 @@ pub(super) use decode::decode_command;
 pub use decode::{decode, decode_publication, decode_read, decode_unread};
 pub(super) use encode::{event, message, refusal, reply};
 
+use crate::protocol::Codec;
+
 /// The WebSocket subprotocol.
-pub const SUBPROTOCOL: &str = "natter.v1";
+pub const SUBPROTOCOL: &str = Codec::Native.name();
 
 #[cfg(test)]
 mod tests;

@@ -136,7 +136,7 @@ fn rest(codec: Codec, room: &RoomId, of: SubscribedTo, room_for: usize) -> Lines
     let out = FrameBuilder::new(Framing::LastFragment, HEADERS + room_for);
     let mut lines = Lines::of(codec, out);
     let name = Names::Stomp.name(room);
-    lines.header("destination", &[TOPIC, name, suffix(of)].concat());
+    lines.header("destination", &[TOPIC, &name, suffix(of)].concat());
     lines
 }
 

@@ -13,8 +13,8 @@ use crate::{
     codec::{MAX_COMMANDS, Names, Request, Tag},
     model::RoomId,
     protocol::{
-        Beats, Command, Draft, ErrorCode, Publication, Refused, ResumeAt, RoomSubscription, Since,
-        SubscribedTo, Wants,
+        Beats, Command, Draft, ErrorCode, First, Publication, Refused, ResumeAt, RoomSubscription,
+        Since, SubscribedTo, Wants,
     },
 };
 
@@ -227,14 +227,10 @@ impl FrameReader {
         }
         let (room, of) = room_of(destination)?;
         let since = match (frame.get("cursor"), frame.get("x-stream-offset")) {
-            (Some(cursor), _) => Some(Since::from(ResumeAt::Cursor(cursor.to_owned()))),
-            (None, None | Some("next")) => None,
-            (None, Some("first")) => Some(Since::from(ResumeAt::Oldest)),
-            (None, Some(offset)) => match offset.strip_prefix("cursor=") {
-                Some(cursor) => Some(Since::from(ResumeAt::Cursor(cursor.to_owned()))),
-                None => return Err(bad("x-stream-offset is not next, first or cursor=…")),
-            },
+            (Some(cursor), _) => Some(ResumeAt::Cursor(cursor.to_owned())),
+            (None, offset) => begins(offset.unwrap_or("next"))?,
         };
+        let since = since.map(Since::from);
         if since.is_some() && of != SubscribedTo::Messages {
             return Err(bad("only messages can be resumed"));
         }
@@ -393,6 +389,32 @@ fn beats(text: &str) -> Option<Beats> {
     })
 }
 
+/// Where a subscription begins, in the words of `x-stream-offset`. `None`: with the next message.
+fn begins(offset: &str) -> Result<Option<ResumeAt>, Refused> {
+    let number = |text: &str| {
+        text.parse::<u64>()
+            .map_err(|_detail| bad(format!("x-stream-offset: {offset:?} has no number")))
+    };
+    let (word, value) = match offset.split_once('=') {
+        Some((word, value)) => (word.trim(), Some(value.trim())),
+        None => (offset, None),
+    };
+    let first = match (word, value) {
+        ("next", None) => return Ok(None),
+        ("cursor", Some(cursor)) => return Ok(Some(ResumeAt::Cursor(cursor.to_owned()))),
+        ("first", None) => First::Oldest,
+        ("last", None) => First::Last,
+        ("offset", Some(seq)) => First::Sequence(number(seq)?),
+        ("timestamp", Some(seconds)) => First::Time(number(seconds)?.saturating_mul(1000)),
+        _ => {
+            return Err(bad(
+                "x-stream-offset is not next, first, last, offset=…, timestamp=… or cursor=…",
+            ));
+        }
+    };
+    Ok(Some(ResumeAt::Before(first)))
+}
+
 fn destination(frame: &Frame) -> Result<&str, Refused> {
     let destination = frame.get("destination");
     destination.ok_or_else(|| bad(format!("{} has no destination", frame.command)))
@@ -410,7 +432,15 @@ fn room_of(destination: &str) -> Result<(RoomId, SubscribedTo), Refused> {
     let events = [SubscribedTo::Typing, SubscribedTo::Presence].into_iter();
     let mut events = events.filter_map(|of| Some((name.strip_suffix(suffix(of))?, of)));
     let (name, of) = events.next().unwrap_or((name, SubscribedTo::Messages));
-    // Brokers separate words by dots, which are not in names of rooms.
+    let is_wildcard = |word: &str| {
+        let mut chars = word.chars().peekable();
+        chars.peek().is_some() && chars.all(|char| "*#>".contains(char))
+    };
+    if name.split(['.', '/', ':']).any(is_wildcard) {
+        let shown: String = destination.chars().take(100).collect();
+        return Err(bad(format!("{shown:?} is a pattern, not one room")));
+    }
+    // Brokers separate words by dots. The first word is the namespace, if there is no colon.
     let name = match (name.contains(':'), name.split_once('.')) {
         (false, Some((namespace, name))) => Cow::Owned(format!("{namespace}:{name}")),
         _ => Cow::Borrowed(name),

@@ -116,9 +116,14 @@ fn what_can_not_be_read_is_refused_and_ends_the_reading() {
         ("SEND\n\n1\0", ErrorCode::BadRequest),
         ("SEND\ndestination:/queue/a\n\n1\0", ErrorCode::BadRoom),
         (
-            "SEND\ndestination:/topic/chat:a b\n\n1\0",
+            "SUBSCRIBE\nid:s\ndestination:/topic/chat.*\n\n\0",
             ErrorCode::BadRoom,
         ),
+        (
+            "SEND\ndestination:/topic/chat:a.#\n\n1\0",
+            ErrorCode::BadRoom,
+        ),
+        ("SEND\ndestination:/topic/chat:\n\n1\0", ErrorCode::BadRoom),
         (
             "SEND\ndestination:/topic/chat:a.presence\n\n1\0",
             ErrorCode::BadRequest,
@@ -129,7 +134,7 @@ fn what_can_not_be_read_is_refused_and_ends_the_reading() {
         ("SEND\ncontent-length:99999999\n\n", ErrorCode::TooLarge),
         ("SUBSCRIBE\nid:s\n\n\0", ErrorCode::BadRequest),
         (
-            "SUBSCRIBE\nid:s\ndestination:/topic/chat:a\nx-stream-offset:last\n\n\0",
+            "SUBSCRIBE\nid:s\ndestination:/topic/chat:a\nx-stream-offset:latest\n\n\0",
             ErrorCode::BadRequest,
         ),
         (
@@ -266,6 +271,68 @@ fn subscriptions_have_names_and_acknowledgements_move_markers() {
     }
     assert!(matches!(one(reader, "ACK\nid:x\n\n\0"), Ok(Command::Ping)));
     assert!(one(reader, &subscribe("a", "")).is_err());
+}
+
+#[test]
+fn destinations_are_rooms_of_any_text() {
+    for (destination, room) in [
+        ("chat.lobby", "chat:lobby"),
+        ("chat.a.b", "chat:a=2Eb"),
+        ("chat:서울 #1", "chat:=EC=84=9C=EC=9A=B8=20=231"),
+        ("chat:a/b", "chat:a=2Fb"),
+        ("chat:a=2Fb", "chat:a=3D2Fb"),
+    ] {
+        let frame = format!("SEND\ndestination:/topic/{destination}\n\n1\0");
+        let publication = sent(&mut connected("1.1"), &frame);
+        assert_eq!(publication.room.as_str(), room);
+    }
+    let room = RoomId::named("chat", "서울 #1").unwrap();
+    let typing = Event::Typing {
+        room: room.clone(),
+        user: "kim".into(),
+    };
+    let frame = Codec::StompOld.event(&typing).unwrap();
+    assert!(shown(&frame).contains("destination:/topic/chat:서울 #1.typing\n"));
+}
+
+#[test]
+fn subscriptions_begin_where_rabbitmq_says() {
+    for (offset, at) in [
+        ("next", None),
+        ("first", Some(ResumeAt::Before(First::Oldest))),
+        ("last", Some(ResumeAt::Before(First::Last))),
+        ("offset=0", Some(ResumeAt::Before(First::Sequence(0)))),
+        ("offset=1042", Some(ResumeAt::Before(First::Sequence(1042)))),
+        (
+            "timestamp=1763600000",
+            Some(ResumeAt::Before(First::Time(1_763_600_000_000))),
+        ),
+        (
+            "timestamp=18446744073709551615",
+            Some(ResumeAt::Before(First::Time(u64::MAX))),
+        ),
+        ("cursor=a=b", Some(ResumeAt::Cursor("a=b".to_owned()))),
+    ] {
+        let frame =
+            format!("SUBSCRIBE\nid:s\ndestination:/topic/chat:a\nx-stream-offset:{offset}\n\n\0");
+        match one(&mut connected("1.2"), &frame) {
+            Ok(Command::Join { since, .. }) => assert_eq!(since.map(|it| it.at), at, "{offset}"),
+            other => panic!("{offset}: {other:?}"),
+        }
+    }
+    for offset in [
+        "",
+        "last=1",
+        "offset",
+        "offset=",
+        "offset=-1",
+        "timestamp=1.5",
+        "first=1",
+    ] {
+        let frame =
+            format!("SUBSCRIBE\nid:s\ndestination:/topic/chat:a\nx-stream-offset:{offset}\n\n\0");
+        assert_eq!(refused(&frame), ErrorCode::BadRequest, "{offset}");
+    }
 }
 
 #[test]

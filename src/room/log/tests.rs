@@ -189,7 +189,7 @@ fn what_was_forgotten_is_resumed_from_the_stream() {
     log.forget();
     assert_eq!((log.head_index(), log.unverified(0)), (index, unverified));
     assert_eq!((log.position(0), log.floor(0)), (6, 6));
-    assert_eq!(log.time_of(4), None);
+    assert_eq!(log.time_of(0, 4), None);
     assert_eq!(log.resume(0, since(4, "m4")), Resume::Stream);
     assert_eq!(log.resume(0, since(6, "m6")), Resume::Memory);
     deliver(&mut log, &record(8, Class::Ev, "erasure"));

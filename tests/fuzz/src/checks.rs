@@ -310,6 +310,8 @@ pub fn escape(data: &[u8]) {
     }
     if let Ok(room) = RoomId::parse(text) {
         assert_eq!(room.as_str(), text);
+        let named = RoomId::named(room.namespace(), &room.text());
+        assert_eq!(named.as_ref(), Ok(&room));
     }
 }
 
