@@ -266,10 +266,10 @@ class Window:
 class Up:
     """`natter up`, its JSON lines, and tokens made with its development secret."""
 
-    def __init__(self, binary, data):
+    def __init__(self, binary, data, flags=()):
         self.data = pathlib.Path(data)
         self.process = subprocess.Popen(
-            [binary, "up", "--json", "--data", data, "--port", str(free_port())],
+            [binary, "up", "--json", "--data", data, "--port", str(free_port()), *flags],
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -295,7 +295,8 @@ class Up:
             raise Failed(f"no line from natter up within {deadline} s") from None
         if line is None:
             raise Failed(f"natter up ended with {self.process.wait()}")
-        self.edge = json.loads(line)["regions"][0]["edges"][0]
+        self.edges = json.loads(line)["regions"][0]["edges"]
+        self.edge = self.edges[0]
 
     def url(self):
         return self.edge["http"].rstrip("/") + "/"
@@ -303,10 +304,10 @@ class Up:
     def kill_edge(self):
         os.kill(self.edge["pid"], signal.SIGKILL)
 
-    def post(self, room, user, **fields):
+    def post(self, room, user, edge=0, **fields):
         """Says something over HTTP."""
         request = urllib.request.Request(
-            f"{self.url()}v1/rooms/{room}/messages",
+            f"{self.edges[edge]['http'].rstrip('/')}/v1/rooms/{room}/messages",
             data=json.dumps(fields).encode(),
             headers={"Authorization": f"Bearer {self.token(user)}"},
         )
@@ -374,6 +375,16 @@ class Relay:
         """From now on nothing moves any more on the connections that are there, and they stay open."""
         self.frozen.set()
         self.frozen = threading.Event()
+
+    def cut(self):
+        """Ends all connections. New ones are passed on."""
+        sockets, self.sockets = self.sockets, []
+        for one in sockets:
+            try:
+                one.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended already
+            one.close()
 
     def close(self):
         for one in [self.listener, *self.sockets]:
@@ -849,11 +860,8 @@ CHECKS = [
 ]
 
 
-def main():
-    parser = argparse.ArgumentParser(description="The chat page in headless Chromium.")
-    parser.add_argument("natter", help="the natter binary")
-    parser.add_argument("screenshot", nargs="?", help="where to put a picture of the page")
-    arguments = parser.parse_args()
+def run(natter, checks, windows=1, flags=(), screenshot=None):
+    """Runs checks one after the other, each with a `natter up` and windows of a browser; the exit code."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     chromedriver = shutil.which("chromedriver")
     if not chromium or not chromedriver:
@@ -865,20 +873,20 @@ def main():
     up = browser = None
     with tempfile.TemporaryDirectory(prefix="natter-page-", ignore_cleanup_errors=True) as folder:
         try:
-            up = Up(arguments.natter, os.path.join(folder, "data"))
+            up = Up(natter, os.path.join(folder, "data"), flags)
             browser = Browser(chromium, chromedriver, os.path.join(folder, "profile"))
-            kim, lee = browser.first_window(), browser.window()
-            kim.resize(760, 820)
-            for check in CHECKS:
+            opened = [browser.first_window(), *(browser.window() for _ in range(1, windows))]
+            opened[0].resize(760, 820)
+            for check in checks:
                 try:
-                    check(up, kim, lee)
+                    check(up, *opened)
                     print(f"ok    {check.__name__}", flush=True)
                     passed += 1
                 except (Failed, AssertionError, WebDriverError) as error:
                     print(f"FAIL  {check.__name__}: {error}", flush=True)
                     failed += 1
-            if arguments.screenshot:
-                kim.screenshot(arguments.screenshot)
+            if screenshot:
+                opened[0].screenshot(screenshot)
         except Failed as error:
             print(f"FAIL  start: {error}")
             failed += 1
@@ -889,6 +897,14 @@ def main():
                 stop(up.process)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The chat page in headless Chromium.")
+    parser.add_argument("natter", help="the natter binary")
+    parser.add_argument("screenshot", nargs="?", help="where to put a picture of the page")
+    arguments = parser.parse_args()
+    return run(arguments.natter, CHECKS, windows=2, screenshot=arguments.screenshot)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// Every protocol to every protocol: natter.v1, HTTP, Centrifugo's SDK over JSON and over Protobuf, stompjs, and plain NATS
-// write into one durable room. natter.v1, both of Centrifugo's and stompjs read it, and at the end history over HTTP.
+// Every protocol to every protocol: natter.v1, HTTP, Centrifugo's SDK over each of its transports, stompjs, and plain NATS
+// write into one durable room. All but NATS read it, HTTP as events and by polls, and at the end history over HTTP.
 //
 //     node matrix.mjs NATTER
 //
@@ -7,21 +7,23 @@
 // `natter up` with two edges and a data folder of its own on free ports, and takes it down again. It prints
 // `N passed, N failed` and exits 0 or 1.
 //
-// Every sender but NATS, and every receiver, is there twice: once on each edge. The senders write the same bodies first one
+// Every sender but NATS, and every receiver, is there twice: once on each edge. What Centrifugo's SDK sends without a WebSocket
+// goes to the edge that does not hold its stream. The senders write the same bodies first one
 // sender after the other, then all at once. A last message, the marker, ends each of the two rounds.
 //
 // Nothing here sleeps for a guessed time: every wait is for a condition, with a deadline.
 
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { once } from "node:events";
-import net from "node:net";
 
-import { PROTOCOLS, Test as Centrifugal } from "./centrifugal/clients.mjs";
+import { FALLBACKS, PROTOCOLS, Test as Centrifugal } from "./centrifugal/clients.mjs";
 import { Test as Stomp, topic } from "./stomp/clients.mjs";
-import { Up, newName, packages, until, within } from "./support.mjs";
+import { Events, Poller } from "./streams.mjs";
+import { Nats, Results, Up, newName, packages, until, within } from "./support.mjs";
 
 const WebSocket = packages("centrifugal")("ws");
+const { EventSource } = packages("centrifugal")("eventsource");
+const [JSON_STREAM, PROTOBUF_STREAM, JSON_EVENTS] = FALLBACKS;
 const EDGES = [0, 1];
 /** A round sends some hundred messages. */
 const ROUND_DEADLINE = 60_000;
@@ -86,61 +88,6 @@ function brief(text) {
   return `${text.slice(0, 40)}… (${text.length} characters, sha256 ${hash}…)`;
 }
 
-// Plain NATS ----------------------------------------------------------------------------------------------------------
-
-/** As much of the protocol of NATS as a publisher needs that wants to know that its messages are stored. */
-class Nats {
-  static async connect(url) {
-    const nats = new Nats();
-    const { hostname, port } = new URL(url);
-    nats.inbox = newName("_INBOX.");
-    nats.count = 0;
-    nats.replies = new Map();
-    nats.bytes = Buffer.alloc(0);
-    nats.socket = net.connect({ host: hostname, port: Number(port) });
-    nats.socket.on("error", (error) => (nats.failed = error));
-    nats.socket.on("data", (data) => nats.#on(data));
-    await within(once(nats.socket, "connect"), `the connection to ${url}`);
-    nats.socket.write(`CONNECT {"verbose":false,"pedantic":false}\r\nSUB ${nats.inbox}.* 1\r\n`);
-    return nats;
-  }
-
-  #on(data) {
-    this.bytes = Buffer.concat([this.bytes, data]);
-    for (;;) {
-      const end = this.bytes.indexOf("\r\n");
-      if (end < 0) return;
-      const [verb, ...args] = this.bytes.subarray(0, end).toString().split(" ");
-      let next = end + 2;
-      if (verb === "MSG") {
-        next += Number(args.at(-1)) + 2;
-        if (this.bytes.length < next) return;
-        this.replies.set(args[0], JSON.parse(this.bytes.subarray(end + 2, next - 2).toString()));
-      } else if (verb === "PING") {
-        this.socket.write("PONG\r\n");
-      } else if (verb === "-ERR") {
-        this.failed = new Error(`NATS: ${args.join(" ")}`);
-      }
-      this.bytes = this.bytes.subarray(next);
-    }
-  }
-
-  /** Publishes, and waits until a stream has stored it. */
-  async publish(subject, text) {
-    const inbox = `${this.inbox}.${++this.count}`;
-    this.socket.write(`PUB ${subject} ${inbox} ${Buffer.byteLength(text)}\r\n${text}\r\n`);
-    const reply = await until(`the reply to a publish to ${subject}`, () => {
-      if (this.failed) throw this.failed;
-      return this.replies.get(inbox);
-    });
-    assert.ok(reply.seq > 0, JSON.stringify(reply));
-  }
-
-  close() {
-    this.socket.destroy();
-  }
-}
-
 // Senders -------------------------------------------------------------------------------------------------------------
 
 /**
@@ -164,6 +111,18 @@ class Sender {
     if (this.plain) messages.push({ text: PLAIN, stored: JSON.stringify(PLAIN) });
     return messages.map((message, at) => ({ ...message, id: this.givesId ? `${round.id}-${at}` : undefined }));
   }
+}
+
+function centrifugalSender(way) {
+  return async ({ centrifugal, room }, user, edge, protocol) => {
+    const client = await centrifugal.client({ user, edge, protocol: way }).ready();
+    const isJson = way.name === "json";
+    const send = (text) =>
+      within(client.sdk.publish(room, isJson ? JSON.parse(text) : Buffer.from(text)), `publish ${brief(text)}`);
+    const stored = (text) => (isJson ? JSON.stringify(JSON.parse(text)) : text); // the SDK writes JSON
+    // Without a WebSocket each publish is a request of its own.
+    return new Sender(protocol, user, send, { stored, inOrder: !way.transport });
+  };
 }
 
 const SENDERS = {
@@ -190,17 +149,11 @@ const SENDERS = {
     return new Sender(protocol, user, send, { givesId: true, inOrder: false });
   },
 
-  "Centrifugo's JSON": async ({ centrifugal, room }, user, edge, protocol) => {
-    const client = await centrifugal.client({ user, edge, protocol: PROTOCOLS.json }).ready();
-    const send = (text) => within(client.sdk.publish(room, JSON.parse(text)), `publish ${brief(text)}`);
-    return new Sender(protocol, user, send, { stored: (text) => JSON.stringify(JSON.parse(text)) }); // the SDK writes it
-  },
-
-  "Centrifugo's Protobuf": async ({ centrifugal, room }, user, edge, protocol) => {
-    const client = await centrifugal.client({ user, edge, protocol: PROTOCOLS.protobuf }).ready();
-    const send = (text) => within(client.sdk.publish(room, Buffer.from(text)), `publish ${brief(text)}`);
-    return new Sender(protocol, user, send);
-  },
+  "Centrifugo's JSON": centrifugalSender(PROTOCOLS.json),
+  "Centrifugo's JSON over http_stream": centrifugalSender(JSON_STREAM),
+  "Centrifugo's JSON over sse": centrifugalSender(JSON_EVENTS),
+  "Centrifugo's Protobuf": centrifugalSender(PROTOCOLS.protobuf),
+  "Centrifugo's Protobuf over http_stream": centrifugalSender(PROTOBUF_STREAM),
 
   STOMP: async ({ stomp, room }, user, edge, protocol) => {
     const client = await stomp.client({ user, edge }).ready();
@@ -210,7 +163,7 @@ const SENDERS = {
 };
 
 async function natsSender({ up, room, closing }) {
-  const nats = await Nats.connect(up.lines.at(-1).regions[0].nats);
+  const nats = await Nats.connect(up.nats());
   closing.push(() => nats.close());
   const send = (text) => nats.publish(`natter.pub.${room.replace(":", ".")}`, text);
   return new Sender("NATS", "$nats", send, { plain: true });
@@ -237,35 +190,24 @@ function assertOneConnection(count) {
   assert.equal(count, 1, "how often a receiver connected");
 }
 
-const RECEIVERS = {
-  "natter.v1": async ({ centrifugal, room }, user, edge, protocol) => {
-    const native = await centrifugal.native({ user, edge });
-    await native.call("join", { room });
-    const ids = () => native.pushes.filter(({ op }) => op === "msg").map(({ id }) => id);
-    const read = () =>
-      native.raw.frames
-        .map((frame) => [JSON.parse(frame), frame])
-        .filter(([{ op }]) => op === "msg")
-        .map(([{ from, id, cursor, ts }, frame]) => ({ from, id, cursor, ts, text: partsOf(frame).body }));
-    return new Receiver(protocol, edge, ids, read);
-  },
+/** A message from the text of a push of natter.v1. */
+function messageOf(text) {
+  const { from, id, cursor, ts } = JSON.parse(text);
+  return { from, id, cursor, ts, text: partsOf(text).body };
+}
 
-  "Centrifugo's JSON": async ({ centrifugal, room }, user, edge, protocol) => {
-    const frames = [];
-    // The SDK gives values. Their text is in the frames.
-    class Recording extends WebSocket {
-      constructor(...args) {
-        super(...args);
-        this.on("message", (data) => frames.push(data.toString()));
-      }
-    }
-    const client = centrifugal.client({ user, edge, protocol: PROTOCOLS.json, websocket: Recording });
+/** Centrifugo's SDK over JSON. It gives values; their text is in the lines that `recording` records. */
+function centrifugalText(way, recording) {
+  return async ({ centrifugal, room }, user, edge, protocol) => {
+    let lines = "";
+    const options = recording((text) => (lines += text));
+    const client = centrifugal.client({ user, edge, protocol: way, ...options });
     const feed = client.subscribe(room);
     await feed.ready();
     const read = () => {
       assertOneConnection(client.of("connecting").length);
-      const publications = frames
-        .flatMap((frame) => frame.split("\n"))
+      const publications = lines
+        .split("\n")
         .filter((line) => line && JSON.parse(line).push?.pub)
         .map((line) => partsOf(partsOf(line).push).pub);
       assert.equal(publications.length, feed.publications.length, "publications in the frames, and of the SDK");
@@ -278,10 +220,13 @@ const RECEIVERS = {
     // A line break ends a message there, so those between tokens are replaced.
     const arrives = (text) => text.replaceAll(/[\r\n]/g, " ");
     return new Receiver(protocol, edge, () => feed.publications.map(({ tags }) => tags.id), read, arrives);
-  },
+  };
+}
 
-  "Centrifugo's Protobuf": async ({ centrifugal, room }, user, edge, protocol) => {
-    const client = centrifugal.client({ user, edge, protocol: PROTOCOLS.protobuf });
+/** Centrifugo's SDK over Protobuf. */
+function centrifugalBytes(way) {
+  return async ({ centrifugal, room }, user, edge, protocol) => {
+    const client = centrifugal.client({ user, edge, protocol: way });
     const feed = client.subscribe(room);
     await feed.ready();
     const read = () => {
@@ -290,6 +235,86 @@ const RECEIVERS = {
         ({ from: info.user, id: tags.id, offset, text: Buffer.from(bytes).toString() }));
     };
     return new Receiver(protocol, edge, () => feed.publications.map(({ tags }) => tags.id), read);
+  };
+}
+
+/** `text/event-stream`. */
+function eventReceiver(path) {
+  return async (all, user, edge, protocol) => {
+    const { centrifugal, up, room, closing } = all;
+    const events = await Events.open(`http://${up.address(edge)}${path(all)}`, { token: centrifugal.token(user) });
+    closing.push(() => events.abort());
+    await events.event("joined", (joined) => joined.room === room);
+    // A line of an event ends at a carriage return too.
+    const arrives = (text) => text.replaceAll("\r", "\n");
+    return new Receiver(protocol, edge, () => events.messages().map(({ id }) => id), () => {
+      assert.equal(events.end, undefined);
+      return events.of("msg").map((event) => messageOf(event.text));
+    }, arrives);
+  };
+}
+
+const RECEIVERS = {
+  "natter.v1": async ({ centrifugal, room }, user, edge, protocol) => {
+    const native = await centrifugal.native({ user, edge });
+    await native.call("join", { room });
+    const ids = () => native.pushes.filter(({ op }) => op === "msg").map(({ id }) => id);
+    const read = () =>
+      native.raw.frames
+        .filter((frame) => JSON.parse(frame).op === "msg")
+        .map((frame) => messageOf(frame));
+    return new Receiver(protocol, edge, ids, read);
+  },
+
+  "Centrifugo's JSON": centrifugalText(PROTOCOLS.json, (record) => ({
+    websocket: class extends WebSocket {
+      constructor(...args) {
+        super(...args);
+        this.on("message", (data) => record(`${data}\n`));
+      }
+    },
+  })),
+
+  "Centrifugo's JSON over http_stream": centrifugalText(JSON_STREAM, (record) => ({
+    fetch: async (url, options) => {
+      const answer = await fetch(url, options);
+      if (url.endsWith("/emulation")) return answer;
+      const decoder = new TextDecoder();
+      const recording = new TransformStream({
+        transform(bytes, controller) {
+          record(decoder.decode(bytes, { stream: true }));
+          controller.enqueue(bytes);
+        },
+      });
+      return new Response(answer.body.pipeThrough(recording), answer);
+    },
+  })),
+
+  "Centrifugo's JSON over sse": centrifugalText(JSON_EVENTS, (record) => ({
+    eventsource: class extends EventSource {
+      constructor(...args) {
+        super(...args);
+        this.addEventListener("message", ({ data }) => record(`${data}\n`));
+      }
+    },
+  })),
+
+  "Centrifugo's Protobuf": centrifugalBytes(PROTOCOLS.protobuf),
+  "Centrifugo's Protobuf over http_stream": centrifugalBytes(PROTOBUF_STREAM),
+
+  "events of a room": eventReceiver(({ room }) => `/v1/rooms/${room}/events`),
+  "events of several rooms": eventReceiver(({ room }) => `/v1/events?room=${newName("chat:matrix-")}&room=${room}`),
+
+  polls: async ({ centrifugal, up, room, closing }, user, edge, protocol) => {
+    const base = () => `http://${up.address(edge)}/v1/rooms/${room}/poll`;
+    const poller = await Poller.start(base, centrifugal.token(user));
+    closing.push(() => poller.close());
+    const read = () => {
+      assert.equal(poller.failed, 0, "polls that failed");
+      const texts = poller.answers.flatMap((answer) => partsOf(partsOf(answer).messages));
+      return texts.map((text) => messageOf(text));
+    };
+    return new Receiver(protocol, edge, () => poller.all.map(({ id }) => id), read);
   },
 
   STOMP: async ({ stomp, room }, user, edge, protocol) => {
@@ -418,24 +443,8 @@ async function main() {
     console.error("usage: node matrix.mjs NATTER");
     return 64;
   }
-  let passed = 0;
-  let failed = 0;
-  const check = async (name, deed) => {
-    try {
-      await within((async () => deed())(), name, ROUND_DEADLINE);
-      console.log(`ok    ${name}`);
-      passed += 1;
-    } catch (error) {
-      console.log(`FAIL  ${name}: ${error?.stack ?? JSON.stringify(error)}`);
-      failed += 1;
-    }
-  };
-  // For example of a message that fails after another one did.
-  process.on("unhandledRejection", (error) => {
-    console.log(`FAIL  an unhandled rejection: ${error?.stack ?? JSON.stringify(error)}`);
-    failed += 1;
-  });
-
+  const results = new Results();
+  const check = (name, deed) => results.run(name, deed, ROUND_DEADLINE);
   const up = await Up.start(binary, { edges: EDGES.length });
   const room = newName("chat:matrix-");
   const [centrifugal, stomp] = [new Centrifugal(up, PROTOCOLS.json), new Stomp(up)];
@@ -455,7 +464,7 @@ async function main() {
       await each(SENDERS, "writer", senders);
       senders.push(await natsSender(all));
     });
-    if (failed === 0) {
+    if (results.failed === 0) {
       for (const round of ROUNDS) {
         await check(`${round.name}: all is sent and has come`, async () => {
           await round.send(senders);
@@ -487,8 +496,7 @@ async function main() {
     stomp.close();
     await up.stop();
   }
-  console.log(`${passed} passed, ${failed} failed`);
-  return failed ? 1 : 0;
+  return results.sum();
 }
 
 process.exit(await main());

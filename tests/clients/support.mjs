@@ -1,5 +1,5 @@
-// What the tests of clients share, centrifugal/ and stomp/: packages, waits, `natter up`, tokens, a relay that can be cut,
-// plain WebSocket connections, and a load of messages that can be checked.
+// What the tests of clients share: packages, waits, results, `natter up`, tokens, a relay that can be cut, plain connections by
+// WebSocket and to NATS, and a load of messages that can be checked.
 
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
@@ -18,6 +18,8 @@ const ROOT = path.resolve(HERE, "../..");
 
 /** Milliseconds for what should take a few of them. */
 export const DEADLINE = 15_000;
+/** Milliseconds for a scenario, which waits for several of them. */
+const SCENARIO_DEADLINE = 10 * DEADLINE;
 /** `natter up` may have to fetch its servers. */
 const START_DEADLINE = 180_000;
 const STOP_DEADLINE = 40_000;
@@ -47,17 +49,17 @@ export function packages(folder) {
   return createRequire(path.join(modules, "package.json"));
 }
 
-/** The first example in a language of the page docs/FOLDER.md, as it stands there. */
-export function exampleOf(folder, language) {
+/** The first example in a language of the page docs/FOLDER.md, or of what follows a heading there, as it stands there. */
+export function exampleOf(folder, language, heading = "# ") {
   const page = fs.readFileSync(path.join(ROOT, `docs/${folder}.md`), "utf8");
-  const [, text] = page.match(new RegExp(`^\`\`\`${language}\\n(.*?)^\`\`\`$`, "ms"));
+  const [, text] = page.slice(page.indexOf(heading)).match(new RegExp(`^\`\`\`${language}\\n(.*?)^\`\`\`$`, "ms"));
   return text;
 }
 
-/** Runs the JavaScript example of docs/FOLDER.md as it stands there, at another address; the process. */
-export function runExample(folder, address, token) {
+/** Runs a JavaScript example of docs/FOLDER.md as it stands there, at another address; the process. */
+export function runExample(folder, address, token, heading) {
   const file = path.join(modulesOf(folder), "example.mjs"); // beside the packages
-  fs.writeFileSync(file, exampleOf(folder, "js").replaceAll("127.0.0.1:8080", address));
+  fs.writeFileSync(file, exampleOf(folder, "js", heading).replaceAll("127.0.0.1:8080", address));
   return spawn(process.execPath, [file], { env: { ...process.env, TOKEN: token }, stdio: ["ignore", "pipe", "inherit"] });
 }
 
@@ -87,13 +89,61 @@ export async function until(what, condition, { deadline = DEADLINE, last = () =>
   }
 }
 
+// Results -------------------------------------------------------------------------------------------------------------
+
+/** Runs scenarios one by one or at once, prints how each ended, and counts them. */
+export class Results {
+  constructor() {
+    this.passed = 0;
+    this.failed = 0;
+    // The exception of a handler of an SDK, or a promise of a scenario that failed earlier.
+    process.on("unhandledRejection", (error) => this.#fail("an unhandled rejection", error));
+  }
+
+  #fail(name, error) {
+    console.log(`FAIL  ${name}: ${error?.stack ?? JSON.stringify(error)}`);
+    this.failed += 1;
+  }
+
+  async run(name, deed, deadline = SCENARIO_DEADLINE) {
+    try {
+      await within((async () => deed())(), name, deadline);
+      console.log(`ok    ${name}`);
+      this.passed += 1;
+    } catch (error) {
+      this.#fail(name, error);
+    }
+  }
+
+  /** Prints the sum; the exit code. */
+  sum() {
+    console.log(`${this.passed} passed, ${this.failed} failed`);
+    return this.failed ? 1 : 0;
+  }
+}
+
 // natter --------------------------------------------------------------------------------------------------------------
+
+/** A secret for tokens in Centrifugo's form. */
+export const CENTRIFUGAL_SECRET = "a secret of Centrifugo's own tokens, 32 bytes or more";
+/** All rights in a room. */
+export const ALL = ["read", "write", "presence", "history"];
+/** Configuration of a namespace in which everybody may do everything: what a token in Centrifugo's form allows. */
+export const MAIN_NAMESPACE = `
+[namespaces.main]
+durable = true
+typing = true
+history = true
+presence = "users"
+everybody = ${JSON.stringify(ALL)}
+`;
 
 /** A `natter up` with data of its own on free ports. */
 export class Up {
   /** Starts it with a configuration, and waits until it is ready. */
   static async start(binary, { config = "", edges = 1 } = {}) {
     const up = new Up();
+    up.binary = path.resolve(binary);
     up.data = fs.mkdtempSync(path.join(os.tmpdir(), "natter-clients-"));
     const file = path.join(up.data, "config.toml");
     fs.writeFileSync(file, config);
@@ -102,7 +152,7 @@ export class Up {
     // Nothing of what a person's machine says to natter.
     const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("NATTER__")));
     up.log = path.join(up.data, "up.log");
-    up.process = spawn(path.resolve(binary), args, {
+    up.process = spawn(up.binary, args, {
       cwd: ROOT, // where .natter/bin is
       env,
       detached: true, // a process group of its own, so that all of it can be ended
@@ -140,11 +190,23 @@ export class Up {
     return new URL(this.edge(number).http).host;
   }
 
-  /** Kills an edge, and waits until `natter up` has started it again on its port. */
-  async killEdge(number) {
+  /** Ends an edge, and waits until `natter up` has started it again on its port. With SIGTERM it drains. */
+  async killEdge(number, signal = "SIGKILL") {
     const before = this.lines.length;
-    process.kill(this.edge(number).pid, "SIGKILL");
+    process.kill(this.edge(number).pid, signal);
     await this.line(before + 1);
+  }
+
+  nats() {
+    return this.lines.at(-1).regions[0].nats;
+  }
+
+  /** Another natter with these arguments, for example `revoke`. */
+  async run(...args) {
+    const env = { ...process.env, NATTER__NATS__URL: this.nats() };
+    const command = spawn(this.binary, args, { env, stdio: ["ignore", "ignore", "inherit"] });
+    const [code] = await within(once(command, "exit"), `natter ${args[0]}`);
+    assert.equal(code, 0, `natter ${args.join(" ")}`);
   }
 
   /** Does something while NATS stands still. What it gives is called when NATS runs again, and awaited. */
@@ -336,6 +398,66 @@ export class Native {
 
   close() {
     this.raw.close();
+  }
+}
+
+// Plain NATS ----------------------------------------------------------------------------------------------------------
+
+/** As much of the protocol of NATS as requests need. */
+export class Nats {
+  static async connect(url) {
+    const nats = new Nats();
+    const { hostname, port } = new URL(url);
+    nats.inbox = newName("_INBOX.");
+    nats.count = 0;
+    nats.replies = new Map();
+    nats.bytes = Buffer.alloc(0);
+    nats.socket = net.connect({ host: hostname, port: Number(port) });
+    nats.socket.on("error", (error) => (nats.failed = error));
+    nats.socket.on("data", (data) => nats.#on(data));
+    await within(once(nats.socket, "connect"), `the connection to ${url}`);
+    nats.socket.write(`CONNECT {"verbose":false,"pedantic":false}\r\nSUB ${nats.inbox}.* 1\r\n`);
+    return nats;
+  }
+
+  #on(data) {
+    this.bytes = Buffer.concat([this.bytes, data]);
+    for (;;) {
+      const end = this.bytes.indexOf("\r\n");
+      if (end < 0) return;
+      const [verb, ...args] = this.bytes.subarray(0, end).toString().split(" ");
+      let next = end + 2;
+      if (verb === "MSG") {
+        next += Number(args.at(-1)) + 2;
+        if (this.bytes.length < next) return;
+        this.replies.set(args[0], JSON.parse(this.bytes.subarray(end + 2, next - 2).toString()));
+      } else if (verb === "PING") {
+        this.socket.write("PONG\r\n");
+      } else if (verb === "-ERR") {
+        this.failed = new Error(`NATS: ${args.join(" ")}`);
+      }
+      this.bytes = this.bytes.subarray(next);
+    }
+  }
+
+  /** Sends a request, and gives the value of the JSON in its answer. */
+  async request(subject, text = "") {
+    const inbox = `${this.inbox}.${++this.count}`;
+    this.socket.write(`PUB ${subject} ${inbox} ${Buffer.byteLength(text)}\r\n${text}\r\n`);
+    return until(`the answer to ${subject}`, () => {
+      if (this.failed) throw this.failed;
+      return this.replies.get(inbox);
+    });
+  }
+
+  /** Publishes, and waits until a stream has stored it. */
+  async publish(subject, text) {
+    const reply = await this.request(subject, text);
+    assert.ok(reply.seq > 0, JSON.stringify(reply));
+  }
+
+  close() {
+    this.socket.destroy();
   }
 }
 

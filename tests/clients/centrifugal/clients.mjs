@@ -3,10 +3,23 @@
 
 import assert from "node:assert/strict";
 
-import { DEADLINE, Load, Native, Raw, Relay, jwt, newName, nowSeconds, packages, until, within } from "../support.mjs";
+import {
+  ALL,
+  CENTRIFUGAL_SECRET,
+  DEADLINE,
+  Load,
+  MAIN_NAMESPACE,
+  Native,
+  Raw,
+  Relay,
+  jwt,
+  newName,
+  nowSeconds,
+  packages,
+  until,
+  within,
+} from "../support.mjs";
 
-const CENTRIFUGAL_SECRET = "a secret of Centrifugo's own tokens, 32 bytes or more";
-const ALL = ["read", "write", "presence", "history"];
 export const API_KEY = "a-key-of-the-server-api";
 export const CONFIG = `
 [centrifugal]
@@ -14,16 +27,10 @@ hs256_secret = "${CENTRIFUGAL_SECRET}"
 api_key = "${API_KEY}"
 default_namespace = "main"
 anonymous = true
-
-[namespaces.main]
-durable = true
-typing = true
-history = true
-presence = "users"
-everybody = ["read", "write", "presence", "history"]
-`;
+${MAIN_NAMESPACE}`;
 const require = packages("centrifugal");
 const WebSocket = require("ws");
+const { EventSource } = require("eventsource");
 export const PROTOCOLS = {
   json: {
     name: "json",
@@ -40,6 +47,13 @@ export const PROTOCOLS = {
     unpack: (data) => JSON.parse(Buffer.from(data).toString()),
   },
 };
+
+/** The transports that need no WebSocket. `title` is the name for people. */
+export const FALLBACKS = [
+  { ...PROTOCOLS.json, transport: "http_stream", title: "http_stream with JSON" },
+  { ...PROTOCOLS.protobuf, transport: "http_stream", title: "http_stream with Protobuf" },
+  { ...PROTOCOLS.json, transport: "sse", title: "sse" },
+];
 
 // Clients -------------------------------------------------------------------------------------------------------------
 
@@ -100,13 +114,23 @@ class Feed {
   }
 }
 
-/** A client of the SDK, and what it said. */
+/** Where an edge takes connections of a transport, for the SDK. */
+export function endpoint(transport, address) {
+  return { transport, endpoint: `http://${address}/connection/${transport}` };
+}
+
+/** A client of the SDK, and what it said. Over a transport without a WebSocket its commands go to the address `emulation`. */
 class Client {
-  constructor(protocol, address, options) {
+  constructor(protocol, address, { emulation = address, transports, ...options }) {
     this.protocol = protocol;
     this.heard = [];
-    this.sdk = new protocol.Centrifuge(`ws://${address}/connection/websocket`, {
+    if (protocol.transport) transports ??= [endpoint(protocol.transport, address)];
+    this.sdk = new protocol.Centrifuge(transports ?? `ws://${address}/connection/websocket`, {
       websocket: WebSocket,
+      eventsource: EventSource,
+      fetch,
+      readableStream: ReadableStream,
+      emulationEndpoint: `http://${emulation}/emulation`,
       minReconnectDelay: 10,
       maxReconnectDelay: 100,
       ...options,
@@ -179,6 +203,8 @@ export class Test {
 
   client({ user = "kim", edge = 0, address = this.up.address(edge), protocol = this.protocol, ...options } = {}) {
     if (!("token" in options) && !options.getToken) options.token = this.token(user);
+    // So that its commands pass from one edge to the other.
+    if (protocol.transport) options.emulation ??= this.up.address(1 - edge);
     const client = new Client(protocol, address, options);
     this.closing.push(() => client.sdk.disconnect());
     return client;
@@ -287,9 +313,9 @@ export function repliesTo(protocol, id) {
 
 // Load -----------------------------------------------------------------------------------------------------------------
 
-/** Two writers on the second edge: the SDK and natter.v1. */
+/** Two writers on the second edge, which is not killed: the SDK over a WebSocket, and natter.v1. */
 export async function startLoad(t, channel) {
-  const sdk = await t.client({ user: "sdk", edge: 1 }).ready();
+  const sdk = await t.client({ user: "sdk", edge: 1, protocol: PROTOCOLS[t.protocol.name] }).ready();
   const native = await t.native({ user: "native", edge: 1 });
   return new Load({
     sdk: (number) => sdk.publish(channel, { from: "sdk", number }),

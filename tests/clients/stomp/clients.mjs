@@ -3,10 +3,22 @@
 
 import assert from "node:assert/strict";
 
-import { Load, Native, Raw, Relay, jwt, newName, nowSeconds, packages, until, within } from "../support.mjs";
+import {
+  ALL,
+  CENTRIFUGAL_SECRET,
+  Load,
+  MAIN_NAMESPACE,
+  Native,
+  Raw,
+  Relay,
+  jwt,
+  newName,
+  nowSeconds,
+  packages,
+  until,
+  within,
+} from "../support.mjs";
 
-const CENTRIFUGAL_SECRET = "a secret of Centrifugo's own tokens, 32 bytes or more";
-const ALL = ["read", "write", "presence", "history"];
 export const LOGIN = "guest";
 export const PASSCODE = "a passcode: with \\ and a colon";
 export const CONFIG = `
@@ -17,14 +29,7 @@ hs256_secret = "${CENTRIFUGAL_SECRET}"
 login = "${LOGIN}"
 passcode = '${PASSCODE}'
 default_namespace = "main"
-
-[namespaces.main]
-durable = true
-typing = true
-history = true
-presence = "users"
-everybody = ["read", "write", "presence", "history"]
-`;
+${MAIN_NAMESPACE}`;
 const require = packages("stomp");
 const WebSocket = require("ws");
 const stompjs = require("@stomp/stompjs");

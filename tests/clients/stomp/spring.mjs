@@ -13,7 +13,7 @@ import path from "node:path";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
 
-import { Up, exampleOf, jwt, newName, nowSeconds, until, within } from "../support.mjs";
+import { Results, Up, exampleOf, jwt, newName, nowSeconds, until, within } from "../support.mjs";
 
 const FILES = path.join(path.dirname(fileURLToPath(import.meta.url)), "spring");
 const JARS = path.resolve(FILES, "../../../../.natter/clients/stomp-spring");
@@ -64,6 +64,7 @@ async function main() {
     }
   }
   fetchJars();
+  const results = new Results();
   const up = await Up.start(binary);
   let example;
   try {
@@ -77,27 +78,18 @@ async function main() {
       else console.log(line);
     });
     const code = await within(new Promise((resolve) => tests.once("close", resolve)), "Stomp.java", RUN_DEADLINE);
-    let [passed, failed] = sum ? sum.match(/\d+/g).map(Number) : [0, 1];
-    if (code !== 0 && failed === 0) failed = 1;
+    [results.passed, results.failed] = sum ? sum.match(/\d+/g).map(Number) : [0, 1];
+    if (code !== 0 && results.failed === 0) results.failed = 1;
 
-    const name = "the example of the documents runs";
     const file = path.join(JARS, `${newName("Example")}.java`);
     fs.writeFileSync(file, exampleOf("stomp", "java").replaceAll("127.0.0.1:8080", up.address(0)));
     example = java(file, [], { env: { ...process.env, TOKEN: token }, stdio: ["ignore", "pipe", "inherit"] });
     let said = "";
     example.stdout.on("data", (data) => (said += data));
-    try {
-      await until("the line of the example", () => /^kim hello kim\/\S+$/m.test(said), { last: () => said });
-      console.log(`ok    ${name}`);
-      passed += 1;
-    } catch (error) {
-      console.log(`FAIL  ${name}: ${error.stack}`);
-      failed += 1;
-    } finally {
-      fs.rmSync(file);
-    }
-    console.log(`${passed} passed, ${failed} failed`);
-    return failed ? 1 : 0;
+    await results.run("the example of the documents runs", () =>
+      until("the line of the example", () => /^kim hello kim\/\S+$/m.test(said), { last: () => said }));
+    fs.rmSync(file);
+    return results.sum();
   } finally {
     example?.kill();
     await up.stop();

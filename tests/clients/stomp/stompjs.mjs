@@ -24,7 +24,7 @@ import {
   topic,
   valueOf,
 } from "./clients.mjs";
-import { DEADLINE, Up, escapedName, jwt, newName, nowSeconds, runExample, until, within } from "../support.mjs";
+import { Results, Up, escapedName, jwt, newName, nowSeconds, runExample, until, within } from "../support.mjs";
 
 const CUTS = 20;
 const KILLS = 3;
@@ -952,26 +952,12 @@ async function main() {
     return 64;
   }
   const wanted = (scenario) => names.length === 0 || names.some((name) => scenario.name.includes(name));
-  let passed = 0;
-  let failed = 0;
+  const results = new Results();
   const run = async (up, scenario) => {
     const test = new Test(up);
-    try {
-      await within(scenario(test), scenario.name, 10 * DEADLINE);
-      console.log(`ok    ${scenario.name}`);
-      passed += 1;
-    } catch (error) {
-      console.log(`FAIL  ${scenario.name}: ${error?.stack ?? JSON.stringify(error)}`);
-      failed += 1;
-    } finally {
-      test.close();
-    }
+    await results.run(scenario.name, () => scenario(test));
+    test.close();
   };
-  // A promise of a scenario that failed earlier, for example a receipt that never comes.
-  process.on("unhandledRejection", (error) => {
-    console.log(`FAIL  an unhandled rejection: ${error?.stack ?? JSON.stringify(error)}`);
-    failed += 1;
-  });
   const up = await Up.start(binary, { config: CONFIG, edges: 2 });
   try {
     const waiting = LONG.filter(wanted).map((scenario) => run(up, scenario));
@@ -980,8 +966,7 @@ async function main() {
   } finally {
     await up.stop();
   }
-  console.log(`${passed} passed, ${failed} failed`);
-  return failed ? 1 : 0;
+  return results.sum();
 }
 
 process.exit(await main());
