@@ -357,7 +357,7 @@ impl Session {
     }
 
     /// Serves the connection until it is gone, or moves to another shard. `first` are bytes that came with the
-    /// handshake.
+    /// handshake, or the commands of a request whose response it is.
     pub async fn run(self: Rc<Self>, work: Work, mut first: Vec<u8>) {
         let Work {
             mut decoder,
@@ -366,9 +366,13 @@ impl Session {
             mut commands,
         } = work;
         self.tell_expiry(unix_s());
-        let mut violation = self
-            .take_in(&mut decoder, &mut reader, &mut inbox, &mut first)
-            .err();
+        let taken = match &commands {
+            // Here and not where the request came in: only a shard knows what the names in it mean.
+            Some(_) if !first.is_empty() => self.take_commands(&mut reader, &mut inbox, &first),
+            Some(_) => Ok(()),
+            None => self.take_in(&mut decoder, &mut reader, &mut inbox, &mut first),
+        };
+        let mut violation = taken.err();
         drop(first);
         loop {
             while self.conn.closing().is_none()

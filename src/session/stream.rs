@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::{Carried, Inbound, Session};
 use crate::{
-    codec::{Codec, CommandReader, Request, Tag},
+    codec::{CommandReader, Request, Tag},
     model::RoomId,
     protocol::{Close, Command, ResumeAt, StreamAddress, Wants},
     wire::{Conn, Outlet, Positions},
@@ -82,30 +82,26 @@ impl Carried {
         self.stream = Some(Box::new(stream));
         self
     }
-
-    /// Reads commands that came with the request. Returns whether they can be read.
-    pub fn read(&mut self, commands: &[u8]) -> bool {
-        read(self.codec, &mut self.reader, &mut self.inbox, commands)
-    }
-}
-
-/// Reads commands. Returns whether they are of the protocol's kind of message.
-fn read(
-    codec: Codec,
-    reader: &mut CommandReader,
-    inbox: &mut VecDeque<Inbound>,
-    commands: &[u8],
-) -> bool {
-    let each = |request| inbox.push_back(Inbound::Request(request));
-    if codec.is_binary() {
-        reader.binary(commands, each);
-        return true;
-    }
-    let text = from_utf8(commands);
-    text.map(|text| reader.text(text, each)).is_ok()
 }
 
 impl Session {
+    /// Reads commands that came in a request.
+    pub(super) fn take_commands(
+        &self,
+        reader: &mut CommandReader,
+        inbox: &mut VecDeque<Inbound>,
+        commands: &[u8],
+    ) -> Result<(), Close> {
+        let each = |request| inbox.push_back(Inbound::Request(request));
+        if self.codec.get().is_binary() {
+            reader.binary(commands, each);
+        } else {
+            let text = from_utf8(commands).map_err(|_not_utf8| Close::InvalidUtf8)?;
+            reader.text(text, each);
+        }
+        Ok(())
+    }
+
     /// Waits for further commands. `None` at the end of the connection: a client that wants no more closes it. A client
     /// may send nothing on it after the request.
     pub(super) async fn further(
@@ -117,8 +113,7 @@ impl Session {
         tokio::select! {
             read = self.conn.read_with(&self.context.buffer, |_| Err(Close::ClientProtocol)) => read,
             Some(commands) = commands.recv() => {
-                let is_text = read(self.codec.get(), reader, inbox, &commands);
-                Ok(Some(if is_text { Ok(()) } else { Err(Close::InvalidUtf8) }))
+                Ok(Some(self.take_commands(reader, inbox, &commands)))
             }
         }
     }

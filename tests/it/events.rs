@@ -539,11 +539,19 @@ async fn commands_reach_a_stream_through_any_edge_and_nobody_else() {
         let guessed = json!({"session": "0".repeat(32), "node": name, "data": data});
         assert_eq!(emulate(address, guessed).await.status, 204);
     }
-    for name in ["nobody", "", "a.b", "*", ">"] {
+    for name in ["nobody", "a.b", "*", ">"] {
         let lost = json!({"session": session, "node": name, "data": data});
         assert_eq!(emulate(here, lost).await.status, 404, "{name}");
     }
-    assert_eq!(emulate(here, json!({"data": 1})).await.status, 400);
+    for wrong in [
+        json!({}),
+        json!({"data": 1}),
+        json!({"node": node}),
+        json!({"session": session}),
+    ] {
+        let answer = emulate(here, wrong.clone()).await;
+        assert_eq!(answer.status, 400, "{wrong}: {answer:?}");
+    }
     let large = json!({"session": session, "node": node, "data": "x".repeat(70_000)});
     assert_eq!(emulate(there, large).await.status, 413);
     let page = ask(

@@ -189,7 +189,7 @@ async fn begin(
     parts: &Parts,
     shard: ToShard,
     (content_type, first): (&str, &str),
-    carried: Carried,
+    (carried, commands): (Carried, Bytes),
 ) -> Result<Response, HttpError> {
     let refused = || count(Counter::SessionRefused(metrics::Admission::BadHandshake), 1);
     let takeover = parts.extensions.get::<Takeover<TcpStream>>();
@@ -219,7 +219,7 @@ async fn begin(
         }
         let session = Box::new(NewSession {
             stream,
-            first: Bytes::new(),
+            first: commands,
             close: None,
             carried,
         });
@@ -392,7 +392,8 @@ async fn follow(
     };
     let carried = Carried::new(config, Codec::Events, Some(identity), user, Some(address));
     let carried = carried.streaming(stream, query.wants());
-    begin(parts, shard, ("text/event-stream", RETRY), carried).await
+    let begun = (carried, Bytes::new());
+    begin(parts, shard, ("text/event-stream", RETRY), begun).await
 }
 
 /// Checks that a user may receive the messages of a room. Returns whether it has a log.
@@ -562,11 +563,14 @@ pub(super) async fn http_stream(
     ready_for(&shared, &parts, &Method::POST)?;
     let binary = is_binary(&parts.headers);
     let body = read_body(&shared, body, shared.config.limits.frame.as_u64()).await?;
+    if !binary && std::str::from_utf8(&body).is_err() {
+        return Err(bad("the commands are not UTF-8"));
+    }
     let (form, content_type) = match binary {
         true => (Form::ProtobufStream, "application/octet-stream"),
         false => (Form::JsonStream, "application/json"),
     };
-    connect(&shared, peer, &parts, (form, content_type), &body).await
+    connect(&shared, peer, &parts, (form, content_type), body).await
 }
 
 /// The query of a connection whose transport is `sse`.
@@ -599,7 +603,7 @@ pub(super) async fn sse(
     let query = Query::<SseQuery>::try_from_uri(&parts.uri);
     let Query(SseQuery { cf_connect }) = query.map_err(|error| bad(error.body_text()))?;
     let form = (Form::Events, "text/event-stream");
-    connect(&shared, peer, &parts, form, cf_connect.as_bytes()).await
+    connect(&shared, peer, &parts, form, cf_connect.into()).await
 }
 
 fn is_binary(headers: &HeaderMap) -> bool {
@@ -613,7 +617,7 @@ async fn connect(
     peer: SocketAddr,
     parts: &Parts,
     (form, content_type): (Form, &str),
-    commands: &[u8],
+    commands: Bytes,
 ) -> Result<Response, HttpError> {
     let ready = shared.ready.get().ok_or_else(HttpError::not_ready)?;
     let (user, address) = places(shared, None, peer)?;
@@ -626,11 +630,9 @@ async fn connect(
     };
     let codec = Codec::Centrifugal(form);
     let carried = Carried::new(&shared.config, codec, None, user, Some(address));
-    let mut carried = carried.streaming(stream, Wants::default());
-    if !carried.read(commands) {
-        return Err(bad("the commands are not UTF-8"));
-    }
-    begin(parts, ready.shards.next(), (content_type, ""), carried).await
+    let carried = carried.streaming(stream, Wants::default());
+    let head = (content_type, "");
+    begin(parts, ready.shards.next(), head, (carried, commands)).await
 }
 
 /// Send further commands to a session of Centrifugo's protocol whose transport is `http_stream` or `sse`. They are
@@ -662,6 +664,11 @@ pub(super) async fn emulation(
         false => serde_json::from_slice::<EmulationRequest>(&body)
             .map_err(|error| HttpError::new(ErrorCode::BadJson, error.to_string()))?,
     };
+    for (name, value) in [("node", &request.node), ("session", &request.session)] {
+        if value.is_empty() {
+            return Err(bad(format!("{name} is missing")));
+        }
+    }
     let limit = shared.config.limits.frame.as_u64();
     if request.data.len() as u64 > limit {
         let text = format!("the commands have more than {limit} bytes");

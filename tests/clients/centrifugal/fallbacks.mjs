@@ -198,7 +198,7 @@ async function requests_that_mean_nothing_are_refused(t) {
     [[400, "bad_request"], "GET", "/connection/sse"],
     [[400, "bad_request"], "POST", "/connection/http_stream", Buffer.from([0xff])],
     [[400, "bad_json"], "POST", "/emulation", "{"],
-    [[404, "bad_request"], "POST", "/emulation", "{}"],
+    [[400, "bad_request"], "POST", "/emulation", "{}"],
     [[400, "bad_request"], "POST", "/emulation", "{", "application/octet-stream"],
     [[404, "bad_request"], "POST", "/emulation", emulation()],
     [[404, "bad_request"], "POST", "/emulation", emulation({ node: "a b.>" })],
