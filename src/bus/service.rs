@@ -212,6 +212,9 @@ pub enum AskError {
     /// The answer was an error.
     #[error("refused with {}: {}", .0.code, .0.message)]
     Refused(ServiceError),
+    /// It is larger than the server allows.
+    #[error("the question at {subject} has {bytes} bytes, more than NATS carries (max_payload)")]
+    TooLarge { subject: String, bytes: usize },
     /// The request could not be sent.
     #[error("the question at {subject} could not be sent: {problem}")]
     Failed { subject: String, problem: String },
@@ -231,6 +234,7 @@ pub async fn ask(
     if let Some(traceparent) = telemetry::current_traceparent() {
         headers.insert(header::TRACEPARENT, traceparent);
     }
+    let bytes = question.len();
     let request = connection
         .client()
         .request_with_headers(subject.clone(), headers, question);
@@ -248,9 +252,11 @@ pub async fn ask(
             subject: subject.clone(),
             waited: wait,
         },
-        RequestErrorKind::MaxPayloadExceeded
-        | RequestErrorKind::InvalidSubject
-        | RequestErrorKind::Other => AskError::Failed {
+        RequestErrorKind::MaxPayloadExceeded => AskError::TooLarge {
+            subject: subject.clone(),
+            bytes,
+        },
+        RequestErrorKind::InvalidSubject | RequestErrorKind::Other => AskError::Failed {
             subject: subject.clone(),
             problem: error.to_string(),
         },

@@ -620,12 +620,16 @@ impl Shard {
     fn take(self: &Rc<Self>, arrival: Arrival) {
         match arrival {
             Arrival::Session(new) => self.open_session(*new),
-            Arrival::Poll(poll, answer) => {
+            Arrival::Poll(poll, mut answer) => {
                 let context = Rc::clone(&self.context);
                 spawn_local(async move {
-                    let answered = context.poll(*poll).await;
-                    // Nobody waits for it in a drain.
-                    let _gone = answer.send(answered);
+                    tokio::select! {
+                        answered = context.poll(*poll) => {
+                            // The one who asked may have gone just now.
+                            let _gone = answer.send(answered);
+                        }
+                        () = answer.closed() => {}
+                    }
                 });
             }
         }

@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prost::Message as _;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::{Ready, Shared};
 use crate::{
@@ -29,16 +29,45 @@ const WAITING: usize = 4;
 /// Tickets that an edge remembers. Beyond that none is given out until one has expired.
 const MAX_TICKETS: usize = 10_000;
 
+/// Questions to other edges at once; more wait.
+const ASKING: usize = 64;
+
+/// Commands of other edges that wait for their sessions at once; more are answered as for a busy session.
+const DELIVERING: usize = 64;
+
 /// The answer of another edge that has no such session or ticket.
 const GONE: &[u8] = b"gone";
 /// The answer of another edge whose session takes no commands now.
 const BUSY: &[u8] = b"busy";
 
 /// The streams and tickets of an edge.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Streams {
     sessions: Mutex<HashMap<Arc<str>, mpsc::Sender<Bytes>>>,
-    tickets: Mutex<HashMap<Box<str>, Ticket>>,
+    tickets: Mutex<Tickets>,
+    /// Limits the questions to other edges, since anybody may cause one.
+    asking: Semaphore,
+    /// Limits the commands of other edges that wait for a busy session.
+    delivering: Arc<Semaphore>,
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        Self {
+            sessions: Mutex::default(),
+            tickets: Mutex::default(),
+            asking: Semaphore::new(ASKING),
+            delivering: Arc::new(Semaphore::new(DELIVERING)),
+        }
+    }
+}
+
+/// The tickets of an edge.
+#[derive(Debug, Default)]
+struct Tickets {
+    by_name: HashMap<Box<str>, Ticket>,
+    /// The name of the newest ticket of each token.
+    by_token: HashMap<Box<str>, Box<str>>,
 }
 
 /// What a ticket stands for.
@@ -46,6 +75,15 @@ pub(super) struct Streams {
 struct Ticket {
     token: Box<str>,
     until: Instant,
+}
+
+impl Tickets {
+    /// Forgets the ones that have expired.
+    fn forget(&mut self, now: Instant) {
+        let Self { by_name, by_token } = self;
+        by_name.retain(|_, ticket| ticket.until > now);
+        by_token.retain(|_, name| by_name.contains_key(name));
+    }
 }
 
 /// Makes a session known until it is dropped.
@@ -105,29 +143,44 @@ impl Streams {
         }
     }
 
-    /// Makes a ticket for a token that was checked. `None`: there are too many.
-    pub(super) fn ticket(&self, edge: &str, token: &str, ttl: Duration) -> Option<String> {
+    /// A ticket for a token that was checked, and how long it is valid. While more than half of that time is left, a token
+    /// gets the same one again. `None`: there are too many.
+    pub(super) fn ticket(
+        &self,
+        edge: &str,
+        token: &str,
+        ttl: Duration,
+    ) -> Option<(String, Duration)> {
         let now = Instant::now();
         let mut tickets = self.tickets.lock();
-        if tickets.len() >= MAX_TICKETS {
-            tickets.retain(|_, ticket| ticket.until > now);
-            if tickets.len() >= MAX_TICKETS {
+        let Tickets { by_name, by_token } = &*tickets;
+        if let Some(name) = by_token.get(token)
+            && let Some(ticket) = by_name.get(name)
+            && ticket.until > now + ttl / 2
+        {
+            return Some((format!("{edge}.{name}"), ticket.until - now));
+        }
+        if tickets.by_name.len() >= MAX_TICKETS {
+            tickets.forget(now);
+            if tickets.by_name.len() >= MAX_TICKETS {
                 return None;
             }
         }
-        let name = secret();
+        let name: Box<str> = secret().into();
         let ticket = Ticket {
             token: token.into(),
             until: now + ttl,
         };
-        tickets.insert(name.as_str().into(), ticket);
-        Some(format!("{edge}.{name}"))
+        tickets.by_token.insert(token.into(), name.clone());
+        let given = format!("{edge}.{name}");
+        tickets.by_name.insert(name, ticket);
+        Some((given, ttl))
     }
 
     /// The token of a ticket of this edge.
     fn token(&self, name: &str) -> Option<Box<str>> {
         let tickets = self.tickets.lock();
-        let ticket = tickets.get(name)?;
+        let ticket = tickets.by_name.get(name)?;
         (ticket.until > Instant::now()).then(|| ticket.token.clone())
     }
 }
@@ -143,7 +196,8 @@ pub(super) async fn deliver(
         return Ok(Some(delivered.await));
     }
     let subject = Subjects::new(&shared.config.nats.prefix).commands_of(&request.node);
-    let Some(answer) = ask(ready, subject, request.encode_to_vec().into()).await? else {
+    let question = request.encode_to_vec().into();
+    let Some(answer) = ask(shared, ready, subject, question).await? else {
         return Ok(None);
     };
     Ok(Some(match &*answer {
@@ -166,7 +220,8 @@ pub(super) async fn token_of(
         return Ok(shared.streams.token(name));
     }
     let subject = Subjects::new(&shared.config.nats.prefix).tickets_of(edge);
-    let answer = ask(ready, subject, Bytes::copy_from_slice(name.as_bytes())).await?;
+    let question = Bytes::copy_from_slice(name.as_bytes());
+    let answer = ask(shared, ready, subject, question).await?;
     let token = answer.and_then(|token| String::from_utf8(token.into()).ok());
     Ok(token
         .filter(|token| token.as_bytes() != GONE)
@@ -175,6 +230,7 @@ pub(super) async fn token_of(
 
 /// Asks another edge. `None`: it is not there. `subject` is `None` if its name is not one of an edge.
 async fn ask(
+    shared: &Shared,
     ready: &Ready,
     subject: Option<String>,
     payload: Bytes,
@@ -182,9 +238,14 @@ async fn ask(
     let Some(subject) = subject else {
         return Ok(None);
     };
+    // It is never closed.
+    let _asking = shared.streams.asking.acquire().await;
     match bus::ask(&ready.questions, subject, payload, ANSWER_WITHIN).await {
         Ok(answer) => Ok(Some(answer)),
         Err(AskError::Nobody { .. }) => Ok(None),
+        Err(error @ AskError::TooLarge { .. }) => {
+            Err(Refused::new(ErrorCode::TooLarge, error.to_string()))
+        }
         Err(error) => Err(Refused::new(ErrorCode::Unavailable, error.to_string())),
     }
 }
@@ -229,6 +290,10 @@ pub(super) async fn answer(streams: Arc<Streams>, connection: Connection, asked:
         }
         for message in some_commands.drain(..) {
             let (streams, connection) = (Arc::clone(&streams), connection.clone());
+            let Ok(delivering) = Arc::clone(&streams.delivering).try_acquire_owned() else {
+                reply(&connection, message.reply, Bytes::from_static(BUSY)).await;
+                continue;
+            };
             // In a task, so that a busy session does not hold up the others.
             tokio::spawn(async move {
                 let delivered = match EmulationRequest::decode(message.payload) {
@@ -241,6 +306,7 @@ pub(super) async fn answer(streams: Arc<Streams>, connection: Connection, asked:
                     Delivered::Busy => BUSY,
                 };
                 reply(&connection, message.reply, Bytes::from_static(answer)).await;
+                drop(delivering);
             });
         }
         for message in some_tickets.drain(..) {
@@ -285,19 +351,27 @@ mod tests {
     #[test]
     fn tickets_expire_and_are_bounded() {
         let streams = Streams::default();
-        let name = |ticket: Option<String>| ticket.unwrap().strip_prefix("e1.").unwrap().to_owned();
-        let expired = name(streams.ticket("e1", "old", Duration::ZERO));
+        let get = |token: &str, ttl| {
+            let (ticket, _) = streams.ticket("e1", token, ttl)?;
+            ticket.strip_prefix("e1.").map(str::to_owned)
+        };
+        let expired = get("old", Duration::ZERO).unwrap();
         assert_eq!(streams.token(&expired), None);
         let long = Duration::from_secs(600);
-        let good = name(streams.ticket("e1", "token", long));
+        let good = get("token", long).unwrap();
         assert_eq!(streams.token(&good).as_deref(), Some("token"));
-        for _ in 2..MAX_TICKETS {
-            assert!(streams.ticket("e1", "token", long).is_some());
+        // A client that asks again and again gets the same one, as long as it is good for a while.
+        assert_eq!(get("token", long).unwrap(), good);
+        let renewed = get("token", 3 * long).unwrap();
+        assert_ne!(renewed, good);
+        assert_eq!(streams.token(&good).as_deref(), Some("token"));
+        for n in 3..MAX_TICKETS {
+            assert!(get(&format!("t{n}"), long).is_some());
         }
-        assert!(
-            streams.ticket("e1", "token", long).is_some(),
-            "the expired one gives way"
-        );
-        assert_eq!(streams.ticket("e1", "token", long), None);
+        assert!(get("one more", long).is_some(), "the expired one gives way");
+        assert_eq!(get("too many", long), None);
+        assert_eq!(get("token", long).unwrap(), renewed);
+        let tickets = streams.tickets.lock();
+        assert!(tickets.by_token.len() <= tickets.by_name.len());
     }
 }

@@ -1,6 +1,7 @@
 //! What a connection is waiting for, and since when.
 
 use std::{
+    future::poll_fn,
     io,
     pin::Pin,
     sync::Arc,
@@ -11,6 +12,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
     task::yield_now,
     time::Instant,
 };
@@ -109,8 +111,38 @@ impl<IO> Takeover<IO> {
         self.io.lock().take()
     }
 
+    /// Resolves when the client has ended its side, or the connection is broken. hyper does not notice that while a request
+    /// is answered. Only for the handler of a request whose body was read. Cancel-safe.
+    pub async fn peer_ended(&self)
+    where
+        IO: Peek,
+    {
+        poll_fn(|cx| match self.io.lock().as_mut() {
+            Some(io) => io.poll_ended(cx),
+            None => Poll::Ready(()),
+        })
+        .await;
+    }
+
     pub(super) fn is_taken(&self) -> bool {
         self.io.lock().is_none()
+    }
+}
+
+/// What can be looked at without taking anything from it.
+pub trait Peek {
+    /// Ready at the peer's end, and if the connection is broken.
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+}
+
+impl Peek for TcpStream {
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut byte = [0];
+        match self.poll_peek(cx, &mut ReadBuf::new(&mut byte)) {
+            Poll::Ready(Ok(0) | Err(_)) => Poll::Ready(()),
+            // Something of the next request is there: what comes after it can't be seen.
+            Poll::Ready(Ok(_)) | Poll::Pending => Poll::Pending,
+        }
     }
 }
 

@@ -87,6 +87,14 @@ impl Membership {
         self.hub.durable.then(|| self.member.raised(head()))
     }
 
+    /// Where the member stands, if it has got everything that the room has; `None` otherwise, and in a room without a log.
+    #[must_use]
+    pub fn reached(&self) -> Option<Cursor> {
+        let log = self.hub.log.borrow();
+        let has_all = self.member.live.get() && self.member.next.get() >= log.head_index();
+        (self.hub.durable && has_all).then(|| self.member.raised(log.cursor()))
+    }
+
     /// What the member has seen of origins other than the own; `None` if nothing.
     #[must_use]
     pub fn seen_elsewhere(&self) -> Option<Cursor> {

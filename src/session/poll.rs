@@ -44,6 +44,8 @@ impl Context {
             most,
         } = poll;
         let waits = since.is_some();
+        let deadline = self.verifier.deadline(&identity);
+        let wait = wait.min(Duration::from_secs(deadline.saturating_sub(unix_s())));
         let collected = Collected::new(most);
         let who = NewMember {
             session: lone_member(),
@@ -70,16 +72,26 @@ impl Context {
             // The end of the time is not an error.
             let _elapsed = timeout(wait, collected.reached(missed.max(1))).await;
         }
-        drop(membership);
-        if self.verifier.is_revoked(&identity, unix_s()) {
+        let now_s = unix_s();
+        if self.verifier.is_revoked(&identity, now_s) {
             let text = AuthError::Revoked.to_string();
+            return Err(Refused::new(ErrorCode::Unauthorized, text));
+        }
+        if now_s >= deadline {
+            let text = "the token expired while the poll waited";
             return Err(Refused::new(ErrorCode::Unauthorized, text));
         }
         let messages = collected.take();
         let cursor = match messages.last() {
             Some((cursor, _)) => Some(String::from_utf8_lossy(cursor).into_owned()),
+            // Beyond what is not shown to anybody.
+            None if joined.reset.is_none() => membership
+                .reached()
+                .or(joined.cursor)
+                .map(|at| at.to_string()),
             None => joined.cursor.map(|cursor| cursor.to_string()),
         };
+        drop(membership);
         let messages = messages.into_iter().map(|(_, message)| message);
         PollReply::new(
             room,

@@ -1,7 +1,7 @@
 //! Messages without a WebSocket, where browsers and SDKs do not reach: `text/event-stream`, polls, tickets, the streams of
 //! Centrifugo's clients, and clients that do what no browser does.
 
-use std::{collections::HashMap, net::SocketAddr};
+use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use natter::testing::auth::{Grant, Right};
 use rustix::process::Signal;
@@ -86,12 +86,16 @@ impl Events {
     }
 
     async fn until(&mut self, name: &str) -> Event {
-        loop {
-            let event = self.next().await.expect("the stream ended");
-            if event.name == name {
-                return event;
+        let until = async {
+            loop {
+                let event = self.next().await.expect("the stream ended");
+                if event.name == name {
+                    return event;
+                }
             }
-        }
+        };
+        // Comments come all the time, so a wait for a line alone would have no end.
+        timeout(LONG, until).await.expect("no such event")
     }
 }
 
@@ -198,7 +202,12 @@ async fn one_room_and_several_resume_on_another_edge() {
 
 #[tokio::test]
 async fn polls_wait_and_lose_nothing_between_them() {
-    let mesh = Mesh::start(support::nats_url(), 2, "limits.outbox = '16KiB'").await;
+    let mesh = Mesh::start(
+        support::nats_url(),
+        2,
+        "limits.outbox = '16KiB'\nauth.leeway = '0s'",
+    )
+    .await;
     let [here, there] = [mesh.edges[0].address, mesh.edges[1].address];
     let first = poll(here, "chat:a", "").await;
     assert_eq!(first.status, 204);
@@ -244,6 +253,35 @@ async fn polls_wait_and_lose_nothing_between_them() {
     assert_eq!(got, bodies);
     assert!(polls > 3, "{polls} polls");
 
+    // Who gives up a poll is gone at once.
+    let members = async |count: u64| {
+        eventually("members", LONG, async || {
+            match mesh.metric(0, "natter_member_active", "").await {
+                there if there == count => Ok(()),
+                there => Err(format!("{there} members")),
+            }
+        })
+        .await;
+    };
+    members(0).await;
+    let mut waiting = TcpStream::connect(here).await.unwrap();
+    let kim = bearer(&token("kim"));
+    let text =
+        format!("GET /v1/rooms/chat:a/poll?wait=60s&since={at} HTTP/1.1\r\nHost: x\r\n{kim}\r\n");
+    waiting.write_all(text.as_bytes()).await.unwrap();
+    members(1).await;
+    drop(waiting);
+    members(0).await;
+    // And a token is good for no message after its end.
+    let short = token_with(
+        "kim",
+        Duration::from_secs(2),
+        vec![Grant::new("*:*", &[Right::Read])],
+    );
+    let path = format!("/v1/rooms/chat:a/poll?wait=60s&since={at}");
+    let expired = request(here, "GET", &path, &bearer(&short), "").await;
+    assert_eq!(expired.status, 401, "{expired:?}");
+
     let none = poll(here, "chat:a", &format!("?wait=10ms&since={at}")).await;
     assert_eq!((none.status, none.header("cursor")), (204, Some(&*at)));
     let lost = poll(here, "chat:a", "?since=elsewhere.k3.9.a").await.json();
@@ -261,7 +299,7 @@ async fn what_can_not_be_followed_is_refused_before_the_stream() {
     let toml = "limits.rooms_per_session = 2\nauth.ticket_ttl = '1s'";
     let mesh = Mesh::start(support::nats_url(), 2, toml).await;
     let address = mesh.edges[0].address;
-    let many: String = (0..51).map(|n| format!("room=chat:r{n}&")).collect();
+    let many: String = (0..33).map(|n| format!("room=chat:r{n}&")).collect();
     let reader = token_with("kim", LONG, vec![Grant::new("chat:a", &[Right::Read])]);
     for (path, status, code) in [
         ("/v1/rooms/chat:b/events", 403, "forbidden"),
@@ -349,6 +387,16 @@ async fn a_stream_ends_with_its_reason() {
 
     // Everybody who follows is present, and seen to come and go.
     let mut kim = open("kim").await;
+    // Changes are pushed from the moment at which the edge has the list.
+    eventually("the edge knows who is there", LONG, async || {
+        let path = "/v1/rooms/chat:a/presence";
+        let (status, there) = ask(address, ("GET", path), &token("root"), &Value::Null).await;
+        match (status, &there["count"]) {
+            (200, count) if *count == 1 => Ok(()),
+            _ => Err(format!("{status} {there}")),
+        }
+    })
+    .await;
     let mut lee = open("lee").await;
     let came = kim.until("presence").await;
     assert_eq!(

@@ -57,7 +57,7 @@ use crate::{
 };
 
 /// Rooms of one stream of events. The id of each event has a cursor for each of them, and browsers send it in a header.
-const MAX_ROOMS: usize = 50;
+const MAX_ROOMS: usize = 32;
 
 /// How long a poll waits by default, and at most.
 const WAIT: Duration = Duration::from_secs(25);
@@ -83,7 +83,7 @@ const RETRY: &str = "retry: 1000\n\n";
 #[derive(Debug, Default, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct StreamQuery {
-    /// In `/v1/events`: a room, e.g. chat:lobby; given once or several times, at most 50 rooms.
+    /// In `/v1/events`: a room, e.g. chat:lobby; given once or several times, at most 32 rooms.
     #[param(required = false)]
     room: Vec<String>,
     /// Where the client stands: the id of the last event, or the cursor of the last poll.
@@ -165,12 +165,11 @@ async fn identify(
     }
 }
 
+/// The places of a user and of an address.
+type Places = (Option<UserSlot>, UserSlot);
+
 /// Takes a place for a user and an address, as a session does.
-fn places(
-    shared: &Shared,
-    user: Option<&Identity>,
-    peer: SocketAddr,
-) -> Result<(Option<UserSlot>, UserSlot), HttpError> {
+fn places(shared: &Shared, user: Option<&Identity>, peer: SocketAddr) -> Result<Places, HttpError> {
     let limited = |what| HttpError::new(ErrorCode::Limit, format!("{what} has too many sessions"));
     let address = shared.admission.address(peer.ip());
     let address = address.ok_or_else(|| limited("this address"))?;
@@ -475,8 +474,17 @@ async fn wait_for(
     if !hand_over(shard, Arrival::Poll(Box::new(poll), answer)).await {
         return Err(lost());
     }
+    let takeover = parts.extensions.get::<Takeover<TcpStream>>();
+    let gone = async {
+        match takeover {
+            Some(takeover) => takeover.peer_ended().await,
+            None => pending().await,
+        }
+    };
     tokio::select! {
         answered = answered => Ok(answer_of(answered.map_err(|_ended| lost())??)),
+        // It takes no answer, or it has sent all and still reads.
+        () = gone => Ok(without_messages(query.since.as_deref().unwrap_or_default())),
         // The client polls again, elsewhere.
         _ = shared.lifecycle.reached(Phase::Draining) => match query.since {
             Some(cursor) => Ok(without_messages(&cursor)),
@@ -531,12 +539,12 @@ pub(super) async fn ticket(
     let (shared, ttl) = (&api.shared, api.shared.config.auth.ticket_ttl);
     let token = bearer(&headers).unwrap_or_default();
     let ticket = shared.streams.ticket(&shared.id, token, ttl);
-    let ticket = ticket.ok_or_else(|| {
+    let (ticket, left) = ticket.ok_or_else(|| {
         HttpError::new(ErrorCode::Limit, "this edge has given out too many tickets")
     })?;
     Ok(Json(TicketReply {
         ticket,
-        expires_in: ttl.as_secs(),
+        expires_in: left.as_secs(),
     }))
 }
 
@@ -561,6 +569,8 @@ pub(super) async fn http_stream(
 ) -> Result<Response, HttpError> {
     let (parts, body) = request.into_parts();
     ready_for(&shared, &parts, &Method::POST)?;
+    // Before its body takes memory.
+    let places = places(&shared, None, peer)?;
     let binary = is_binary(&parts.headers);
     let body = read_body(&shared, body, shared.config.limits.frame.as_u64()).await?;
     if !binary && std::str::from_utf8(&body).is_err() {
@@ -570,7 +580,7 @@ pub(super) async fn http_stream(
         true => (Form::ProtobufStream, "application/octet-stream"),
         false => (Form::JsonStream, "application/json"),
     };
-    connect(&shared, peer, &parts, (form, content_type), body).await
+    connect(&shared, places, &parts, (form, content_type), body).await
 }
 
 /// The query of a connection whose transport is `sse`.
@@ -603,7 +613,8 @@ pub(super) async fn sse(
     let query = Query::<SseQuery>::try_from_uri(&parts.uri);
     let Query(SseQuery { cf_connect }) = query.map_err(|error| bad(error.body_text()))?;
     let form = (Form::Events, "text/event-stream");
-    connect(&shared, peer, &parts, form, cf_connect.into()).await
+    let places = places(&shared, None, peer)?;
+    connect(&shared, places, &parts, form, cf_connect.into()).await
 }
 
 fn is_binary(headers: &HeaderMap) -> bool {
@@ -614,13 +625,12 @@ fn is_binary(headers: &HeaderMap) -> bool {
 /// Opens a session of Centrifugo's protocol whose frames go into the response.
 async fn connect(
     shared: &Arc<Shared>,
-    peer: SocketAddr,
+    (user, address): Places,
     parts: &Parts,
     (form, content_type): (Form, &str),
     commands: Bytes,
 ) -> Result<Response, HttpError> {
     let ready = shared.ready.get().ok_or_else(HttpError::not_ready)?;
-    let (user, address) = places(shared, None, peer)?;
     let (stream_address, further, known) = shared.streams.open(&shared.id);
     let stream = Stream {
         address: Some(stream_address),
