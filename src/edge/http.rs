@@ -8,6 +8,7 @@ mod read;
 mod server_api;
 mod sessions;
 mod streams;
+mod transports;
 
 use std::sync::Arc;
 
@@ -37,8 +38,8 @@ use crate::{
     paths(
         upgrade::websocket, upgrade::centrifugal, upgrade::stomp, publish::publish, publish::publish_many,
         history::messages, history::search_room, history::search,
-        streams::events_of_room, streams::events, streams::poll, streams::ticket, streams::http_stream, streams::sse,
-        streams::emulation, erase::room, erase::user, sessions::end, sessions::remove, server_api::call,
+        streams::events_of_room, streams::events, streams::poll, streams::ticket, transports::http_stream, transports::sse,
+        transports::emulation, erase::room, erase::user, sessions::end, sessions::remove, server_api::call,
         presence::presence, read::readers, read::read, read::unread,
         healthz, readyz, metrics, openapi,
     ),
@@ -76,9 +77,9 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
     let router = Router::new()
         .route("/ws", get(upgrade::websocket))
         .route("/connection/websocket", get(upgrade::centrifugal))
-        .route("/connection/http_stream", post(streams::http_stream))
-        .route("/connection/sse", get(streams::sse))
-        .route("/emulation", post(streams::emulation))
+        .route("/connection/http_stream", post(transports::http_stream))
+        .route("/connection/sse", get(transports::sse))
+        .route("/emulation", post(transports::emulation))
         .route("/stomp", get(upgrade::stomp))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))

@@ -93,6 +93,13 @@ pub enum Command {
         /// The part of the history.
         page: HistoryOf,
     },
+    /// Search messages.
+    Search {
+        /// The room; `None`: all rooms whose history the user may read.
+        room: Option<RoomId>,
+        /// What to search for.
+        query: Box<SearchFor>,
+    },
     /// Replace the session's token.
     Refresh {
         /// The new JWT.
@@ -191,6 +198,23 @@ pub struct Wants {
     pub presence: bool,
     /// Who has read up to where.
     pub read: bool,
+}
+
+/// What to search for. A message must match everything that is given.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SearchFor {
+    /// Words, or parts of words.
+    pub text: String,
+    /// Only messages of this user.
+    pub from: Option<String>,
+    /// Only messages that mention this user.
+    pub mentions: Option<String>,
+    /// Only answers to this message: a reference, not yet parsed.
+    pub reply_to: Option<String>,
+    /// The `next` of the page before.
+    pub before: Option<String>,
+    /// At most this many messages.
+    pub limit: Option<u64>,
 }
 
 /// A part of a list of users, which is ordered by the bytes of their names.

@@ -18,7 +18,7 @@ mod reply;
 pub use codec::{Codec, Form};
 pub use codes::{Close, ErrorCode, Refused};
 pub use command::{
-    Anchor, Beats, Command, First, HistoryOf, PageOf, ResumeAt, RoomSubscription, Since,
+    Anchor, Beats, Command, First, HistoryOf, PageOf, ResumeAt, RoomSubscription, SearchFor, Since,
     SubscribedTo, Wants,
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};

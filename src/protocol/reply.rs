@@ -40,6 +40,8 @@ pub enum Reply {
     Unread(UnreadReply),
     /// A page of a room's history.
     History(HistoryReply),
+    /// The messages that a search has found.
+    Search(SearchReply),
 }
 
 impl Reply {
@@ -58,6 +60,7 @@ impl Reply {
             Self::Readers(readers) => serde_json::to_vec(readers),
             Self::Unread(unread) => serde_json::to_vec(unread),
             Self::History(page) => serde_json::to_vec(page),
+            Self::Search(found) => serde_json::to_vec(found),
         };
         json.expect("writing plain data to memory")
     }

@@ -9,16 +9,23 @@ use crate::{
     auth::{AuthError, Identity, Right},
     bus::{Outgoing, PublishError, Publisher},
     config::{Config, Namespace, PresencePolicy},
-    history::{self, PageRequest},
-    model::{BadCursor, Cursor, Kind, Position, RoomId, json_flaw},
+    history::{self, PageRequest, SearchRequest},
+    model::{BadCursor, Cursor, Kind, Position, Reference, RoomId, RoomScope, json_flaw},
     presence::Presence,
     protocol::{
         Anchor, Close, ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser,
-        Publication, PublishReply, ReadReply, ReaderBody, ReadersReply, Refused, UnreadBody,
-        UnreadReply,
+        Publication, PublishReply, ReadReply, ReaderBody, ReadersReply, Refused, SearchFor,
+        SearchReply, UnreadBody, UnreadReply,
     },
     read_marker::Markers,
 };
+
+/// Maximum length of the text of a search, in characters, and of the name of a user there, in bytes.
+const MAX_QUERY: usize = 256;
+
+/// Number of messages that a search returns: the default, and the maximum.
+const FOUND: usize = 20;
+const MAX_FOUND: usize = 100;
 
 /// The namespace of a room.
 pub(crate) fn namespace<'c>(config: &'c Config, room: &RoomId) -> Result<&'c Namespace, Refused> {
@@ -304,5 +311,74 @@ pub(crate) async fn history(
         next: answer.next,
         partial: answer.partial,
         ..HistoryReply::empty(request.room.clone())
+    })
+}
+
+/// Searches a room, or all rooms whose history the user may read.
+pub(crate) async fn search(
+    config: &Config,
+    history: &history::Client,
+    identity: &Identity,
+    room: Option<RoomId>,
+    query: SearchFor,
+) -> Result<SearchReply, Refused> {
+    let (rooms, reply_to) = match room {
+        Some(room) => {
+            may_read_history(config, identity, &room)?;
+            let reply_to = query.reply_to.as_deref().map(|text| {
+                let reference = Reference::parse(text);
+                let reference =
+                    reference.map_err(|error| Refused::new(ErrorCode::BadId, error.to_string()))?;
+                Ok::<_, Refused>(history::key_of(&room, &identity.user, &reference))
+            });
+            let reply_to = reply_to.transpose()?;
+            (RoomScope::one(room), reply_to)
+        }
+        None => {
+            let rooms = identity.scope(Right::History);
+            if rooms.is_empty() {
+                let text = "the token does not grant history on any room";
+                return Err(Refused::new(ErrorCode::Forbidden, text));
+            }
+            if query.reply_to.is_some() {
+                return Err(bad("reply_to is for the search of one room".to_owned()));
+            }
+            (rooms, None)
+        }
+    };
+    if query.text.chars().count() > MAX_QUERY {
+        return Err(bad(format!("q: at most {MAX_QUERY} characters")));
+    }
+    let users = [&query.from, &query.mentions];
+    if users
+        .into_iter()
+        .flatten()
+        .any(|user| user.len() > MAX_QUERY)
+    {
+        return Err(bad(format!("from, mentions: at most {MAX_QUERY} bytes")));
+    }
+    let names_user = query.from.is_some() || query.mentions.is_some();
+    if query.text.trim().is_empty() && !names_user && reply_to.is_none() {
+        let text = "one of q, from, mentions and reply_to is needed";
+        return Err(bad(text.to_owned()));
+    }
+    let limit = match query.limit.map(usize::try_from) {
+        None => FOUND,
+        Some(Ok(limit @ 1..=MAX_FOUND)) => limit,
+        Some(_) => return Err(bad(format!("limit must be 1 to {MAX_FOUND}"))),
+    };
+    let request = SearchRequest {
+        rooms,
+        text: query.text.trim().to_owned(),
+        from: query.from,
+        mentions: query.mentions,
+        reply_to,
+        before: query.before,
+        limit,
+    };
+    let found = history.search(&request).await?;
+    Ok(SearchReply {
+        messages: found.messages,
+        next: found.next,
     })
 }

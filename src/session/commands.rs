@@ -216,6 +216,10 @@ impl Session {
                 now(Reply::Unread(Box::pin(unread).await?))
             }
             Command::History { room, page } => self.history(tag, &identity, room, page).await,
+            Command::Search { room, query } => {
+                let search = answers::search(config, &context.history, &identity, room, *query);
+                now(Reply::Search(Box::pin(search).await?))
+            }
         }
     }
 
@@ -683,6 +687,7 @@ fn label(command: &Command) -> metrics::Op {
         Command::Readers { .. } => metrics::Op::Readers,
         Command::Unread { .. } => metrics::Op::Unread,
         Command::History { .. } => metrics::Op::History,
+        Command::Search { .. } => metrics::Op::Search,
         Command::Refresh { .. } | Command::RefreshJoin { .. } => metrics::Op::Refresh,
         Command::Ping | Command::Pong => metrics::Op::Ping,
         Command::Unsubscribe { .. } | Command::End => metrics::Op::Leave,

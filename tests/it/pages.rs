@@ -24,7 +24,10 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use serde_json::{Value, json};
 
 use crate::support::{
-    LONG, dedicated_mongod, eventually,
+    LONG,
+    calls::reply,
+    centrifugal::Client,
+    dedicated_mongod, eventually,
     mesh::{Mesh, token, token_with},
     mongodb_url, nats_url,
     raw::{Answer, Raw, bearer, request},
@@ -908,6 +911,37 @@ async fn searches_find_words_and_parts_of_words_in_granted_rooms() {
         said.contains("\"->\""),
         "what can't be searched for is not named: {said}"
     );
+
+    // The same over a socket, and as a call of Centrifugo's clients.
+    let mut kim = mesh.connect(0, "kim").await;
+    let fields = json!({"room": "chat:words", "q": "fox", "from": "lee"});
+    let over_socket = reply(&mut kim, "search", fields.clone()).await;
+    assert_eq!(over_socket["op"], "search", "{over_socket}");
+    assert_eq!(over_socket["messages"][0]["id"], "answer");
+    assert_eq!(over_socket["messages"].as_array().unwrap().len(), 1);
+    let everywhere = reply(&mut kim, "search", json!({"q": "fox", "limit": 1})).await;
+    assert_eq!(everywhere["messages"][0]["id"], "hidden", "{everywhere}");
+    assert!(everywhere["next"].is_string(), "{everywhere}");
+    let mentioned = json!({"room": "chat:words", "mentions": ["ann"], "limit": 1});
+    let mentioned = reply(&mut kim, "search", mentioned).await;
+    assert_eq!(mentioned["messages"][0]["id"], "other", "{mentioned}");
+    for (wrong, code) in [
+        (json!({"room": "chat:words"}), "bad_request"),
+        (json!({"q": "x", "mentions": ["ann", "bob"]}), "bad_request"),
+        (json!({"q": "x", "reply_to": "kim/en"}), "bad_request"),
+        (
+            json!({"room": "chat:words", "q": "x", "limit": 101}),
+            "bad_request",
+        ),
+        (json!({"room": "live:a", "q": "x"}), "bad_request"),
+    ] {
+        let refused = reply(&mut kim, "search", wrong.clone()).await;
+        assert_eq!(refused["code"], code, "{wrong}: {refused}");
+    }
+    let (mut client, _) = Client::connect(&mesh, 0, &all).await;
+    let call = json!({"method": "room.search", "data": fields});
+    let called = client.call("rpc", call).await["rpc"]["data"].clone();
+    assert_eq!(called["messages"], over_socket["messages"], "{called}");
 
     // Page by page, over all rooms that are granted.
     let mut seen = Vec::new();

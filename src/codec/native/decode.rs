@@ -9,7 +9,8 @@ use crate::{
     codec::{Request, Tag},
     model::{RoomId, without_mark},
     protocol::{
-        Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, ResumeAt, Wants,
+        Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, ResumeAt, SearchFor,
+        Wants,
     },
 };
 
@@ -44,6 +45,10 @@ struct Fields<'a> {
     cursor: Option<Cow<'a, str>>,
     presence: Option<bool>,
     read: Option<bool>,
+    #[serde(borrow)]
+    q: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    from: Option<Cow<'a, str>>,
     #[serde(borrow)]
     after: Option<Cow<'a, str>>,
     #[serde(borrow)]
@@ -184,6 +189,27 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
                 fields.around.map(Cow::into_owned),
                 fields.limit,
             )?,
+        },
+        Some("search") => Command::Search {
+            room: match fields.room {
+                Some(_) => Some(room()?),
+                None => None,
+            },
+            query: Box::new(SearchFor {
+                text: fields.q.unwrap_or_default().into_owned(),
+                from: fields.from.map(Cow::into_owned),
+                mentions: match fields.mentions.as_deref() {
+                    None | Some([]) => None,
+                    Some([user]) => Some(user.clone()),
+                    Some(_) => {
+                        let text = "mentions: a search can be for one user";
+                        return Err(Refused::new(ErrorCode::BadRequest, text));
+                    }
+                },
+                reply_to: fields.reply_to.map(Cow::into_owned),
+                before: fields.before.map(Cow::into_owned),
+                limit: fields.limit,
+            }),
         },
         Some("send") => Command::Send(Box::new(publication(room()?, fields)?)),
         Some(other) => {

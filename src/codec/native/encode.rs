@@ -146,6 +146,7 @@ pub(in crate::codec) fn reply(framing: Framing, tag: &Tag, reply: &Reply) -> Byt
         Reply::Readers(readers) => begin("readers").end_with(readers),
         Reply::Unread(unread) => begin("unread").end_with(unread),
         Reply::History(page) => begin("history").end_with(page),
+        Reply::Search(found) => begin("search").end_with(found),
     }
 }
 

@@ -19,21 +19,14 @@ use tracing::Instrument as _;
 use utoipa::IntoParams;
 
 use crate::{
-    auth::{Identity, Right},
+    auth::Identity,
     config::Config,
     edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_of},
-    history::{self, Heads, PageRequest, SearchRequest, key_of},
-    model::{Reference, RoomScope},
-    protocol::{ErrorCode, HistoryOf, HistoryReply, SearchReply},
+    history::{self, Heads, PageRequest},
+    model::RoomId,
+    protocol::{ErrorCode, HistoryOf, HistoryReply, SearchFor, SearchReply},
     session::answers,
 };
-
-/// Maximum length of `q`, in characters, and of the name of a user, in bytes.
-const MAX_QUERY: usize = 256;
-
-/// Number of messages that a search returns: the default, and the maximum.
-const FOUND: usize = 20;
-const MAX_FOUND: usize = 100;
 
 /// The authorized caller of a request, and what is needed to answer it.
 pub(super) struct Asker {
@@ -55,6 +48,26 @@ impl FromRequestParts<Api> for Asker {
             history: Arc::clone(&ready.history),
             headers: parts.headers.clone(),
         })
+    }
+}
+
+impl Asker {
+    async fn search(
+        &self,
+        room: Option<RoomId>,
+        query: SearchQuery,
+    ) -> Result<Json<SearchReply>, HttpError> {
+        let query = SearchFor {
+            text: query.q.unwrap_or_default(),
+            from: query.from,
+            mentions: query.mentions,
+            reply_to: query.reply_to,
+            before: query.before,
+            limit: query.limit,
+        };
+        let (config, history) = (&self.config, &self.history);
+        let found = answers::search(config, history, &self.identity, room, query).await?;
+        Ok(Json(found))
     }
 }
 
@@ -227,16 +240,7 @@ pub(super) async fn search_room(
     let span = command_span("search", &asker.headers);
     let search = async {
         let room = room_of(room)?;
-        let query = query_of(query)?;
-        answers::may_read_history(&asker.config, &asker.identity, &room)?;
-        let reply_to = query.reply_to.as_deref().map(|text| {
-            let reference = Reference::parse(text);
-            let reference =
-                reference.map_err(|error| HttpError::new(ErrorCode::BadId, error.to_string()))?;
-            Ok::<_, HttpError>(key_of(&room, &asker.identity.user, &reference))
-        });
-        let reply_to = reply_to.transpose()?;
-        search_in(&asker, RoomScope::one(room), query, reply_to).await
+        asker.search(Some(room), query_of(query)?).await
     };
     search.instrument(span).await
 }
@@ -261,62 +265,8 @@ pub(super) async fn search(
     query: Result<Query<SearchQuery>, QueryRejection>,
 ) -> Result<Json<SearchReply>, HttpError> {
     let span = command_span("search", &asker.headers);
-    let search = async {
-        let query = query_of(query)?;
-        let rooms = asker.identity.scope(Right::History);
-        if rooms.is_empty() {
-            let text = "the token does not grant history on any room";
-            return Err(HttpError::new(ErrorCode::Forbidden, text));
-        }
-        if query.reply_to.is_some() {
-            return Err(bad("reply_to is for the search of one room"));
-        }
-        search_in(&asker, rooms, query, None).await
-    };
+    let search = async { asker.search(None, query_of(query)?).await };
     search.instrument(span).await
-}
-
-async fn search_in(
-    asker: &Asker,
-    rooms: RoomScope,
-    query: SearchQuery,
-    reply_to: Option<String>,
-) -> Result<Json<SearchReply>, HttpError> {
-    let text = query.q.unwrap_or_default();
-    if text.chars().count() > MAX_QUERY {
-        return Err(bad(format!("q: at most {MAX_QUERY} characters")));
-    }
-    let users = [&query.from, &query.mentions];
-    if users
-        .into_iter()
-        .flatten()
-        .any(|user| user.len() > MAX_QUERY)
-    {
-        return Err(bad(format!("from, mentions: at most {MAX_QUERY} bytes")));
-    }
-    let names_user = query.from.is_some() || query.mentions.is_some();
-    if text.trim().is_empty() && !names_user && reply_to.is_none() {
-        return Err(bad("one of q, from, mentions and reply_to is needed"));
-    }
-    let limit = match query.limit.map(usize::try_from) {
-        None => FOUND,
-        Some(Ok(limit @ 1..=MAX_FOUND)) => limit,
-        Some(_) => return Err(bad(format!("limit must be 1 to {MAX_FOUND}"))),
-    };
-    let request = SearchRequest {
-        rooms,
-        text: text.trim().to_owned(),
-        from: query.from,
-        mentions: query.mentions,
-        reply_to,
-        before: query.before,
-        limit,
-    };
-    let answer = asker.history.search(&request).await?;
-    Ok(Json(SearchReply {
-        messages: answer.messages,
-        next: answer.next,
-    }))
 }
 
 #[cfg(test)]

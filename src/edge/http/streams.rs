@@ -1,5 +1,4 @@
-//! Messages without a WebSocket: `text/event-stream`, long polling, and the transports `sse` and `http_stream` of
-//! Centrifugo's clients.
+//! Messages without a WebSocket: `text/event-stream` and long polling.
 //!
 //! A response that goes on is not written by hyper: after the head, the socket is handed to a shard, as that of a
 //! WebSocket is.
@@ -14,12 +13,11 @@ use std::{
 use axum::{
     Json,
     body::Bytes,
-    extract::{ConnectInfo, Path, Query, Request, State, rejection::PathRejection},
-    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header, request::Parts},
+    extract::{ConnectInfo, Path, Query, State, rejection::PathRejection},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, request::Parts},
     response::{IntoResponse, Response},
 };
-use prost::Message as _;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio::{
     io::AsyncWriteExt as _,
     net::TcpStream,
@@ -31,18 +29,12 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     auth::{Identity, Right},
-    codec::{
-        Codec,
-        centrifugal::{EmulationRequest, Form},
-    },
+    codec::Codec,
     edge::{
         Ready, Shared,
-        request::{
-            Api, ENVELOPE_BYTES, ErrorBody, HttpError, admit, authorize, bearer, command_span,
-            read_body, room_of,
-        },
+        request::{Api, ErrorBody, HttpError, admit, authorize, bearer, command_span, room_of},
         shard::{Arrival, NewSession, ToShard, hand_over},
-        streams::{self, Delivered},
+        streams,
     },
     http1::Takeover,
     model::{Cursor, RoomId},
@@ -98,7 +90,7 @@ pub(super) struct StreamQuery {
     wait: Option<String>,
 }
 
-fn bad(text: impl Into<String>) -> HttpError {
+pub(super) fn bad(text: impl Into<String>) -> HttpError {
     HttpError::new(ErrorCode::BadRequest, text)
 }
 
@@ -166,10 +158,14 @@ async fn identify(
 }
 
 /// The places of a user and of an address.
-type Places = (Option<UserSlot>, UserSlot);
+pub(super) type Places = (Option<UserSlot>, UserSlot);
 
 /// Takes a place for a user and an address, as a session does.
-fn places(shared: &Shared, user: Option<&Identity>, peer: SocketAddr) -> Result<Places, HttpError> {
+pub(super) fn places(
+    shared: &Shared,
+    user: Option<&Identity>,
+    peer: SocketAddr,
+) -> Result<Places, HttpError> {
     let limited = |what| HttpError::new(ErrorCode::Limit, format!("{what} has too many sessions"));
     let address = shared.admission.address(peer.ip());
     let address = address.ok_or_else(|| limited("this address"))?;
@@ -184,7 +180,7 @@ fn places(shared: &Shared, user: Option<&Identity>, peer: SocketAddr) -> Result<
 
 /// Writes the head of a response, and hands the connection to a shard. Returns only if that can't be done: otherwise the
 /// request ends with its connection.
-async fn begin(
+pub(super) async fn begin(
     parts: &Parts,
     shard: ToShard,
     (content_type, first): (&str, &str),
@@ -230,7 +226,7 @@ async fn begin(
 }
 
 /// The edge, if it accepts sessions, and the method is the one that a stream is asked for with.
-fn ready_for<'a>(
+pub(super) fn ready_for<'a>(
     shared: &'a Shared,
     parts: &Parts,
     method: &Method,
@@ -546,154 +542,4 @@ pub(super) async fn ticket(
         ticket,
         expires_in: left.as_secs(),
     }))
-}
-
-/// Connect a client of Centrifugo's protocol whose transport is `http_stream`.
-///
-/// The body has the first commands: JSON, or Protobuf as `application/octet-stream`. Further commands: `/emulation`.
-#[utoipa::path(
-    post,
-    path = "/connection/http_stream",
-    request_body = String,
-    responses(
-        (status = 200, description = "Replies and pushes: JSON in lines, or Protobuf messages after their lengths"),
-        (status = 429, body = ErrorBody, description = "limit: too many sessions"),
-        (status = 503, body = ErrorBody, description = "unavailable: not ready, or draining"),
-    ),
-    security(())
-)]
-pub(super) async fn http_stream(
-    State(shared): State<Arc<Shared>>,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    request: Request,
-) -> Result<Response, HttpError> {
-    let (parts, body) = request.into_parts();
-    ready_for(&shared, &parts, &Method::POST)?;
-    // Before its body takes memory.
-    let places = places(&shared, None, peer)?;
-    let binary = is_binary(&parts.headers);
-    let body = read_body(&shared, body, shared.config.limits.frame.as_u64()).await?;
-    if !binary && std::str::from_utf8(&body).is_err() {
-        return Err(bad("the commands are not UTF-8"));
-    }
-    let (form, content_type) = match binary {
-        true => (Form::ProtobufStream, "application/octet-stream"),
-        false => (Form::JsonStream, "application/json"),
-    };
-    connect(&shared, places, &parts, (form, content_type), body).await
-}
-
-/// The query of a connection whose transport is `sse`.
-#[derive(Debug, Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-pub(super) struct SseQuery {
-    /// The first commands, as JSON.
-    cf_connect: String,
-}
-
-/// Connect a client of Centrifugo's protocol whose transport is `sse`. Further commands: `/emulation`.
-#[utoipa::path(
-    get,
-    path = "/connection/sse",
-    params(SseQuery),
-    responses(
-        (status = 200, content_type = "text/event-stream", body = String),
-        (status = 400, body = ErrorBody, description = "bad_request: cf_connect is missing"),
-        (status = 429, body = ErrorBody, description = "limit: too many sessions"),
-        (status = 503, body = ErrorBody, description = "unavailable: not ready, or draining"),
-    ),
-    security(())
-)]
-pub(super) async fn sse(
-    State(shared): State<Arc<Shared>>,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    parts: Parts,
-) -> Result<Response, HttpError> {
-    ready_for(&shared, &parts, &Method::GET)?;
-    let query = Query::<SseQuery>::try_from_uri(&parts.uri);
-    let Query(SseQuery { cf_connect }) = query.map_err(|error| bad(error.body_text()))?;
-    let form = (Form::Events, "text/event-stream");
-    let places = places(&shared, None, peer)?;
-    connect(&shared, places, &parts, form, cf_connect.into()).await
-}
-
-fn is_binary(headers: &HeaderMap) -> bool {
-    let kind = headers.get(header::CONTENT_TYPE);
-    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/octet-stream"))
-}
-
-/// Opens a session of Centrifugo's protocol whose frames go into the response.
-async fn connect(
-    shared: &Arc<Shared>,
-    (user, address): Places,
-    parts: &Parts,
-    (form, content_type): (Form, &str),
-    commands: Bytes,
-) -> Result<Response, HttpError> {
-    let ready = shared.ready.get().ok_or_else(HttpError::not_ready)?;
-    let (stream_address, further, known) = shared.streams.open(&shared.id);
-    let stream = Stream {
-        address: Some(stream_address),
-        commands: further,
-        rooms: Vec::new(),
-        known: Some(Box::new(known)),
-    };
-    let codec = Codec::Centrifugal(form);
-    let carried = Carried::new(&shared.config, codec, None, user, Some(address));
-    let carried = carried.streaming(stream, Wants::default());
-    let head = (content_type, "");
-    begin(parts, ready.shards.next(), head, (carried, commands)).await
-}
-
-/// Send further commands to a session of Centrifugo's protocol whose transport is `http_stream` or `sse`. They are
-/// answered in its stream.
-#[utoipa::path(
-    post,
-    path = "/emulation",
-    request_body = String,
-    responses(
-        (status = 204, description = "Taken, or the session has ended: its stream ends then"),
-        (status = 400, body = ErrorBody, description = "bad_json, bad_request"),
-        (status = 404, body = ErrorBody, description = "bad_request: the edge of the session is not there"),
-        (status = 413, body = ErrorBody, description = "too_large"),
-        (status = 503, body = ErrorBody, description = "unavailable: the session or its edge does not take them now"),
-    ),
-    security(())
-)]
-pub(super) async fn emulation(
-    State(shared): State<Arc<Shared>>,
-    request: Request,
-) -> Result<StatusCode, HttpError> {
-    let ready = shared.ready.get().ok_or_else(HttpError::not_ready)?;
-    let (parts, body) = request.into_parts();
-    // Commands are a string in JSON, so they are longer there.
-    let most = 2 * shared.config.limits.frame.as_u64() + ENVELOPE_BYTES;
-    let body = read_body(&shared, body, most).await?;
-    let request = match is_binary(&parts.headers) {
-        true => EmulationRequest::decode(body).map_err(|error| bad(error.to_string()))?,
-        false => serde_json::from_slice::<EmulationRequest>(&body)
-            .map_err(|error| HttpError::new(ErrorCode::BadJson, error.to_string()))?,
-    };
-    for (name, value) in [("node", &request.node), ("session", &request.session)] {
-        if value.is_empty() {
-            return Err(bad(format!("{name} is missing")));
-        }
-    }
-    let limit = shared.config.limits.frame.as_u64();
-    if request.data.len() as u64 > limit {
-        let text = format!("the commands have more than {limit} bytes");
-        return Err(HttpError::new(ErrorCode::TooLarge, text));
-    }
-    match streams::deliver(&shared, ready, request).await? {
-        Some(Delivered::Taken | Delivered::Gone) => Ok(StatusCode::NO_CONTENT),
-        Some(Delivered::Busy) => {
-            let text = "the session is busy with earlier commands";
-            Err(HttpError::new(ErrorCode::Unavailable, text))
-        }
-        None => {
-            let text = "the edge of the session is not there";
-            let status = StatusCode::NOT_FOUND;
-            Err(HttpError::with_status(status, ErrorCode::BadRequest, text))
-        }
-    }
 }
