@@ -202,7 +202,7 @@ async def presence_and_history(test):
 
 async def refusals_leave_the_connection(test):
     kim = await test.connect()
-    for channel, code in [("nowhere:lobby", 102), ("live:lobby", 103), ("chat:a.b", 107)]:
+    for channel, code in [("nowhere:lobby", 102), ("live:lobby", 103), ("chat:" + "x" * 65, 107)]:
         feed = Feed(kim, channel)
         await feed.sub.subscribe()
         await until(f"the refusal of {channel}", lambda feed=feed: feed.unsubscribed)
