@@ -1,4 +1,5 @@
-//! Plain HTTP: publishing, history, presence, read markers, erasing, sessions of others, the API for back ends, health, metrics, the OpenAPI document, the page.
+//! Plain HTTP: publishing, history, presence, read markers, erasing, events and polls, sessions of others, the API for
+//! back ends, health, metrics, the OpenAPI document, the page.
 
 mod erase;
 mod history;

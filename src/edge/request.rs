@@ -15,7 +15,7 @@ use serde::Serialize;
 use tokio::time::sleep;
 use utoipa::ToSchema;
 
-use super::Shared;
+use super::{Ready, Shared};
 use crate::{
     auth::Identity,
     http1::LAST_STEP,
@@ -25,7 +25,7 @@ use crate::{
     subject,
     telemetry::{
         self,
-        metrics::{Counter, count},
+        metrics::{Admission, Counter, count},
     },
 };
 
@@ -48,6 +48,17 @@ pub(super) struct Api {
 impl axum::extract::FromRef<Api> for Arc<Shared> {
     fn from_ref(api: &Api) -> Self {
         Arc::clone(&api.shared)
+    }
+}
+
+impl Shared {
+    /// The parts of the edge, if it accepts new sessions. Counts the refusal if not.
+    pub(super) fn accepting(&self) -> Result<&Ready, HttpError> {
+        let ready = self.ready.get().filter(|_| self.lifecycle.is_ready());
+        ready.ok_or_else(|| {
+            count(Counter::SessionRefused(Admission::Draining), 1);
+            HttpError::not_ready()
+        })
     }
 }
 

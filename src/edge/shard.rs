@@ -44,7 +44,7 @@ use crate::{
     runtime::{Tasks, on_panic},
     session::{Carried, Context, Departure, Home, Poll, Session, UserSlot},
     subject::Subjects,
-    telemetry::metrics::{Gauge, gauge_add},
+    telemetry::metrics::{Admission, Counter, Gauge, count, gauge_add},
     wire::{Conn, ConnSettings},
 };
 
@@ -439,6 +439,27 @@ impl Shards {
             }
         }
         drained
+    }
+}
+
+/// Hands the connection of a new session over to a shard, and counts it if the shard does not accept it.
+pub(super) async fn hand_over_connection(
+    shard: ToShard,
+    stream: tokio::net::TcpStream,
+    (first, close, carried): (Bytes, Option<Close>, Carried),
+) {
+    let stream = match stream.into_std() {
+        Ok(stream) => stream,
+        Err(error) => return tracing::debug!(%error, "a connection was lost"),
+    };
+    let session = Box::new(NewSession {
+        stream,
+        first,
+        close,
+        carried,
+    });
+    if !hand_over(shard, Arrival::Session(session)).await {
+        count(Counter::SessionRefused(Admission::Draining), 1);
     }
 }
 

@@ -13,7 +13,7 @@ use fastwebsockets::upgrade::{is_upgrade_request, upgrade};
 use super::{
     Shared,
     request::{HttpError, bearer},
-    shard::{Arrival, NewSession, hand_over},
+    shard::hand_over_connection,
 };
 use crate::{
     auth::{AuthError, Identity},
@@ -109,9 +109,9 @@ fn connect(shared: &Arc<Shared>, peer: SocketAddr, mut request: Request, usual: 
         return HttpError::with_status(StatusCode::UPGRADE_REQUIRED, ErrorCode::BadRequest, text)
             .into_response();
     }
-    let Some(ready) = shared.ready.get().filter(|_| shared.lifecycle.is_ready()) else {
-        refused(metrics::Admission::Draining);
-        return HttpError::not_ready().into_response();
+    let ready = match shared.accepting() {
+        Ok(ready) => ready,
+        Err(error) => return error.into_response(),
     };
     let offered = Offered::read(request.headers(), usual);
     let mut close = None;
@@ -161,19 +161,7 @@ fn connect(shared: &Arc<Shared>, peer: SocketAddr, mut request: Request, usual: 
         let Some((stream, first)) = http1::into_stream(upgraded) else {
             return tracing::error!("an upgraded connection is not a TCP stream");
         };
-        let stream = match stream.into_std() {
-            Ok(stream) => stream,
-            Err(error) => return tracing::debug!(%error, "a connection was lost"),
-        };
-        let session = Box::new(NewSession {
-            stream,
-            first,
-            close,
-            carried,
-        });
-        if !hand_over(shard, Arrival::Session(session)).await {
-            count(Counter::SessionRefused(metrics::Admission::Draining), 1);
-        }
+        hand_over_connection(shard, stream, (first, close, carried)).await;
     });
     response
 }

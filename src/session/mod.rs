@@ -35,9 +35,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-use tokio::sync::mpsc;
-
 use crate::{
     auth::{Identity, Verifier},
     bus::Publisher,
@@ -55,7 +52,7 @@ use crate::{
 pub use poll::Poll;
 use replies::Replies;
 pub use stream::Stream;
-use stream::Streamed;
+use stream::{Further, Streamed};
 
 /// A peer that was silent for this long is closed. With the grace time of a close, it is gone within 60 s.
 const DEAD_AFTER: Duration = Duration::from_secs(45);
@@ -271,7 +268,7 @@ pub struct Work {
     reader: CommandReader,
     inbox: VecDeque<Inbound>,
     /// Further commands of a session whose frames go into the response of an HTTP request.
-    commands: Option<Box<mpsc::Receiver<Bytes>>>,
+    commands: Option<Box<Further>>,
 }
 
 /// Something that was read and waits to be processed.

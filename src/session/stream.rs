@@ -1,7 +1,7 @@
 //! Sessions whose frames go into the response of an HTTP request. Their first commands are in that request. A client of
 //! Centrifugo's protocol sends further ones in requests of their own; a client of `text/event-stream` sends none.
 
-use std::{any::Any, collections::VecDeque, io, str::from_utf8};
+use std::{any::Any, collections::VecDeque, future::pending, io, rc::Rc, str::from_utf8};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -19,8 +19,8 @@ use crate::{
 pub struct Stream {
     /// Where the client sends further commands; `None` if it sends none.
     pub address: Option<StreamAddress>,
-    /// The further commands.
-    pub commands: mpsc::Receiver<Bytes>,
+    /// The further commands; `None` if there are none.
+    pub commands: Option<mpsc::Receiver<Bytes>>,
     /// The rooms of a stream of several rooms, and the cursors at which the client stands there.
     pub rooms: Vec<(RoomId, Option<String>)>,
     /// Makes the session known under its address until it is dropped.
@@ -36,7 +36,7 @@ pub(super) struct Streamed {
 
 impl Streamed {
     /// Also returns the further commands.
-    pub(super) fn new(stream: Stream, conn: &std::rc::Rc<Conn>) -> (Self, mpsc::Receiver<Bytes>) {
+    pub(super) fn new(stream: Stream, conn: &Rc<Conn>) -> (Self, Further) {
         let names = stream.rooms.iter().map(|(room, at)| {
             let at = at.as_ref().map(|at| Bytes::copy_from_slice(at.as_bytes()));
             (Box::from(room.as_str()), at)
@@ -51,13 +51,31 @@ impl Streamed {
             outlets: rooms.zip(outlets).collect(),
             _known: stream.known,
         };
-        (streamed, stream.commands)
+        (streamed, Further(stream.commands))
     }
 
     /// Where the frames of a room go, in a stream of several rooms.
     pub(super) fn outlet_of(&self, room: &RoomId) -> Option<Outlet> {
         let outlet = self.outlets.iter().find(|(its, _)| its == room);
         outlet.map(|(_, outlet)| outlet.clone())
+    }
+}
+
+/// The further commands of a session whose frames go into the response of an HTTP request.
+#[derive(Debug)]
+pub(super) struct Further(Option<mpsc::Receiver<Bytes>>);
+
+impl Further {
+    /// The commands of the next request. Cancel-safe.
+    async fn next(&mut self) -> Bytes {
+        let next = match &mut self.0 {
+            Some(commands) => commands.recv().await,
+            None => None,
+        };
+        match next {
+            Some(commands) => commands,
+            None => pending().await,
+        }
     }
 }
 
@@ -106,13 +124,13 @@ impl Session {
     /// may send nothing on it after the request.
     pub(super) async fn further(
         &self,
-        commands: &mut mpsc::Receiver<Bytes>,
+        further: &mut Further,
         reader: &mut CommandReader,
         inbox: &mut VecDeque<Inbound>,
     ) -> io::Result<Option<Result<(), Close>>> {
         tokio::select! {
             read = self.conn.read_with(&self.context.buffer, |_| Err(Close::ClientProtocol)) => read,
-            Some(commands) = commands.recv() => {
+            commands = further.next() => {
                 Ok(Some(self.take_commands(reader, inbox, &commands)))
             }
         }
@@ -127,6 +145,6 @@ impl Session {
     pub(super) fn outlet_of(&self, room: &RoomId) -> Outlet {
         let streamed = self.streamed.as_ref();
         let outlet = streamed.and_then(|streamed| streamed.outlet_of(room));
-        outlet.unwrap_or_else(|| Outlet::Socket(std::rc::Rc::clone(&self.conn)))
+        outlet.unwrap_or_else(|| Outlet::Socket(Rc::clone(&self.conn)))
     }
 }

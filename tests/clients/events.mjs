@@ -24,7 +24,7 @@ import {
   returns,
   startLoad,
 } from "./streams.mjs";
-import { Nats, Results, Up, newName, nowSeconds, until, within } from "./support.mjs";
+import { Nats, newName, nowSeconds, runScenarios, until, within } from "./support.mjs";
 
 const CUTS = 20;
 const KILLS = 3;
@@ -589,29 +589,4 @@ function named(name, scenario) {
   return Object.defineProperty(scenario, "name", { value: name });
 }
 
-async function main() {
-  const [binary, ...names] = process.argv.slice(2);
-  if (!binary) {
-    console.error("usage: node events.mjs NATTER [NAME...]");
-    return 64;
-  }
-  const wanted = (scenario) => names.length === 0 || names.some((name) => scenario.name.includes(name));
-  const results = new Results();
-  const run = async (up, scenario) => {
-    const test = new Test(up);
-    await results.run(scenario.name, () => scenario(test));
-    test.close();
-  };
-  const up = await Up.start(binary, { config: CONFIG, edges: 2 });
-  try {
-    const waiting = LONG.filter(wanted).map((scenario) => run(up, scenario));
-    for (const scenario of SCENARIOS.filter(wanted)) await run(up, scenario);
-    await Promise.all(waiting);
-    for (const scenario of LAST.filter(wanted)) await run(up, scenario);
-  } finally {
-    await up.stop();
-  }
-  return results.sum();
-}
-
-process.exit(await main());
+process.exit(await runScenarios("events.mjs", { Test, config: CONFIG, scenarios: SCENARIOS, long: LONG, last: LAST }));

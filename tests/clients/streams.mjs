@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import { once } from "node:events";
 import net from "node:net";
 
-import { ALL, Load, Native, Relay, jwt, newName, nowSeconds, packages, until, within } from "./support.mjs";
+import { BaseTest, Load, newName, packages, until, within } from "./support.mjs";
 
 const WebSocket = packages("centrifugal")("ws");
 
@@ -206,16 +206,10 @@ export class Poller {
 
 // What a scenario is given --------------------------------------------------------------------------------------------
 
-/** What a scenario is given; whatever it opens is closed at its end. */
-export class Test {
+/** What a scenario is given. */
+export class Test extends BaseTest {
   constructor(up) {
-    this.up = up;
-    this.closing = [];
-  }
-
-  token(user, { can = ALL, rooms = "*:*", ttl = 3600 } = {}) {
-    const now = nowSeconds();
-    return jwt({ sub: user, iat: now, exp: now + ttl, grants: [{ rooms, can }] }, this.up.secret());
+    super(up, WebSocket);
   }
 
   url(path, edge = 0) {
@@ -226,18 +220,6 @@ export class Test {
     const events = await Events.open(this.url(path, edge), { token, last });
     this.closing.push(() => events.abort());
     return events;
-  }
-
-  async native({ user = "ann", edge = 1 } = {}) {
-    const native = await Native.open(WebSocket, this.up.address(edge), this.token(user));
-    this.closing.push(() => native.close());
-    return native;
-  }
-
-  async relay() {
-    const relay = await Relay.start(this.up.address(0));
-    this.closing.push(() => relay.close());
-    return relay;
   }
 
   async ticket({ edge = 0, token = this.token("kim") } = {}) {
@@ -261,10 +243,6 @@ export class Test {
   poll(room, since, { edge = 0, user = "kim", more = "" } = {}) {
     const query = since === undefined ? "" : `?since=${encodeURIComponent(since)}${more}`;
     return within(poll(this.url(`/v1/rooms/${room}/poll${query}`, edge), this.token(user)), "the answer to a poll");
-  }
-
-  close() {
-    for (const close of this.closing.reverse()) close();
   }
 }
 

@@ -263,6 +263,71 @@ export function escapedName(text) {
     .join("");
 }
 
+// Scenarios -----------------------------------------------------------------------------------------------------------
+
+/** What a scenario is given; whatever it opens is closed at its end. The tests of a protocol add to it. */
+export class BaseTest {
+  constructor(up, WebSocket) {
+    this.up = up;
+    this.WebSocket = WebSocket;
+    this.closing = [];
+  }
+
+  /** A token of natter. */
+  token(user, { can = ALL, rooms = "*:*", ttl = 3600, info } = {}) {
+    const now = nowSeconds();
+    return jwt({ sub: user, iat: now, exp: now + ttl, info, grants: [{ rooms, can }] }, this.up.secret());
+  }
+
+  /** A token in Centrifugo's form: what it allows is what the namespace allows to everybody. */
+  foreign(user, claims = {}) {
+    return jwt({ sub: user, ...claims }, CENTRIFUGAL_SECRET);
+  }
+
+  async native({ user = "ann", edge = 1 } = {}) {
+    const native = await Native.open(this.WebSocket, this.up.address(edge), this.token(user));
+    this.closing.push(() => native.close());
+    return native;
+  }
+
+  async relay(target = this.up.address(0)) {
+    const relay = await Relay.start(target);
+    this.closing.push(() => relay.close());
+    return relay;
+  }
+
+  close() {
+    for (const close of this.closing.reverse()) void close();
+  }
+}
+
+/** The `main` of a script: runs those of its scenarios that the command line names, or all, with one `natter up`. `long` ones
+ * run beside the others, `last` ones alone after all. The exit code. */
+export async function runScenarios(script, { Test, config, scenarios, long = [], last = [] }) {
+  const [binary, ...names] = process.argv.slice(2);
+  if (!binary) {
+    console.error(`usage: node ${script} NATTER [NAME...]`);
+    return 64;
+  }
+  const wanted = (scenario) => names.length === 0 || names.some((name) => scenario.name.includes(name));
+  const results = new Results();
+  const up = await Up.start(binary, { config, edges: 2 });
+  const run = async (scenario) => {
+    const test = new Test(up);
+    await results.run(scenario.name, () => scenario(test));
+    test.close();
+  };
+  try {
+    const waiting = long.filter(wanted).map(run);
+    for (const scenario of scenarios.filter(wanted)) await run(scenario);
+    await Promise.all(waiting);
+    for (const scenario of last.filter(wanted)) await run(scenario);
+  } finally {
+    await up.stop();
+  }
+  return results.sum();
+}
+
 // Relay ---------------------------------------------------------------------------------------------------------------
 
 /** Passes connections on to an address. All of them can be cut at once, and new ones refused until it is opened again. */

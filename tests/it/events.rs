@@ -113,6 +113,17 @@ async fn say(mesh: &Mesh, room: &str, body: Value) -> Value {
     ack
 }
 
+/// Waits until an edge has so many members in its rooms.
+async fn members(mesh: &Mesh, edge: usize, count: u64) {
+    eventually("members", LONG, async || {
+        match mesh.metric(edge, "natter_member_active", "").await {
+            there if there == count => Ok(()),
+            there => Err(format!("{there} members")),
+        }
+    })
+    .await;
+}
+
 fn cursor(of: &Value) -> String {
     of["cursor"].as_str().unwrap().to_owned()
 }
@@ -217,13 +228,7 @@ async fn polls_wait_and_lose_nothing_between_them() {
         let query = format!("?wait=60s&since={at}");
         async move { poll(there, "chat:a", &query).await }
     });
-    eventually("the poll has joined", LONG, async || {
-        match mesh.metric(1, "natter_member_active", "").await {
-            0 => Err("no member".to_owned()),
-            _ => Ok(()),
-        }
-    })
-    .await;
+    members(&mesh, 1, 1).await;
     say(&mesh, "chat:a", json!(0)).await;
     let answer = waiting.await.unwrap();
     assert_eq!(answer.status, 200, "{answer:?}");
@@ -254,24 +259,15 @@ async fn polls_wait_and_lose_nothing_between_them() {
     assert!(polls > 3, "{polls} polls");
 
     // Who gives up a poll is gone at once.
-    let members = async |count: u64| {
-        eventually("members", LONG, async || {
-            match mesh.metric(0, "natter_member_active", "").await {
-                there if there == count => Ok(()),
-                there => Err(format!("{there} members")),
-            }
-        })
-        .await;
-    };
-    members(0).await;
+    members(&mesh, 0, 0).await;
     let mut waiting = TcpStream::connect(here).await.unwrap();
     let kim = bearer(&token("kim"));
     let text =
         format!("GET /v1/rooms/chat:a/poll?wait=60s&since={at} HTTP/1.1\r\nHost: x\r\n{kim}\r\n");
     waiting.write_all(text.as_bytes()).await.unwrap();
-    members(1).await;
+    members(&mesh, 0, 1).await;
     drop(waiting);
-    members(0).await;
+    members(&mesh, 0, 0).await;
     // And a token is good for no message after its end.
     let short = token_with(
         "kim",
@@ -441,21 +437,12 @@ async fn a_stream_ends_with_its_reason() {
         .header("cursor")
         .unwrap()
         .to_owned();
-    let members = async |count: u64| {
-        eventually("members", LONG, async || {
-            match mesh.metric(0, "natter_member_active", "").await {
-                there if there == count => Ok(()),
-                there => Err(format!("{there} members")),
-            }
-        })
-        .await;
-    };
-    members(1).await;
+    members(&mesh, 0, 1).await;
     let waiting = tokio::spawn({
         let query = format!("?wait=60s&since={at}");
         async move { poll(address, "chat:a", &query).await }
     });
-    members(2).await;
+    members(&mesh, 0, 2).await;
     signal(mesh.edges[0].process.pid().unwrap(), Signal::TERM);
     let waited = waiting.await.unwrap();
     assert_eq!((waited.status, waited.header("cursor")), (204, Some(&*at)));

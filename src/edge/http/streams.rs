@@ -18,31 +18,27 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
-use tokio::{
-    io::AsyncWriteExt as _,
-    net::TcpStream,
-    sync::{mpsc, oneshot},
-    time::timeout,
-};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, sync::oneshot, time::timeout};
 use tracing::Instrument as _;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     auth::{Identity, Right},
     codec::Codec,
+    config::Config,
     edge::{
         Ready, Shared,
         request::{Api, ErrorBody, HttpError, admit, authorize, bearer, command_span, room_of},
-        shard::{Arrival, NewSession, ToShard, hand_over},
+        shard::{Arrival, ToShard, hand_over, hand_over_connection},
         streams,
     },
     http1::Takeover,
-    model::{Cursor, RoomId},
+    model::RoomId,
     protocol::{ErrorCode, PollReply, Refused, Wants},
     runtime::Phase,
     session::{
         Carried, Poll, Stream, UserSlot,
-        answers::{granted, may_see_presence, namespace},
+        answers::{cursor_of, granted, may_see_presence, namespace},
     },
     telemetry::metrics::{self, Counter, count},
     wire::Positions,
@@ -186,14 +182,13 @@ pub(super) async fn begin(
     (content_type, first): (&str, &str),
     (carried, commands): (Carried, Bytes),
 ) -> Result<Response, HttpError> {
-    let refused = || count(Counter::SessionRefused(metrics::Admission::BadHandshake), 1);
     let takeover = parts.extensions.get::<Takeover<TcpStream>>();
     let stream = match takeover {
         Some(takeover) => takeover.take().await,
         None => None,
     };
     let Some(mut stream) = stream else {
-        refused();
+        count(Counter::SessionRefused(metrics::Admission::BadHandshake), 1);
         let text = "the answers to earlier requests of this connection were not read";
         return Err(HttpError::new(ErrorCode::Unavailable, text));
     };
@@ -204,23 +199,11 @@ pub(super) async fn begin(
         if !matches!(written, Ok(Ok(()))) {
             return tracing::debug!("a connection was lost");
         }
-        let stream = match stream.into_std() {
-            Ok(stream) => stream,
-            Err(error) => return tracing::debug!(%error, "a connection was lost"),
-        };
         let unacknowledged = u32::try_from(UNACKNOWLEDGED.as_millis()).unwrap_or(u32::MAX);
         if let Err(error) = rustix::net::sockopt::set_tcp_user_timeout(&stream, unacknowledged) {
             tracing::debug!(%error, "a vanished client will be noticed late");
         }
-        let session = Box::new(NewSession {
-            stream,
-            first: commands,
-            close: None,
-            carried,
-        });
-        if !hand_over(shard, Arrival::Session(session)).await {
-            count(Counter::SessionRefused(metrics::Admission::Draining), 1);
-        }
+        hand_over_connection(shard, stream, (commands, None, carried)).await;
     });
     pending().await
 }
@@ -237,11 +220,7 @@ pub(super) fn ready_for<'a>(
         let status = StatusCode::METHOD_NOT_ALLOWED;
         return Err(HttpError::with_status(status, ErrorCode::BadRequest, text));
     }
-    let ready = shared.ready.get().filter(|_| shared.lifecycle.is_ready());
-    ready.ok_or_else(|| {
-        count(Counter::SessionRefused(metrics::Admission::Draining), 1);
-        HttpError::not_ready()
-    })
+    shared.accepting()
 }
 
 /// Follow a room as `text/event-stream`.
@@ -366,7 +345,7 @@ async fn follow(
         if query.presence {
             may_see_presence(config, &identity, room)?;
         }
-        since.as_deref().map(cursor).transpose()?;
+        since.as_deref().map(cursor_of).transpose()?;
     }
     let limit = config.limits.rooms_per_session;
     if rooms.len() > limit {
@@ -378,10 +357,9 @@ async fn follow(
         Some((room, _)) => ready.shards.of_room(room),
         None => ready.shards.next(),
     };
-    let (_nobody, commands) = mpsc::channel(1);
     let stream = Stream {
         address: None,
-        commands,
+        commands: None,
         rooms,
         known: None,
     };
@@ -392,18 +370,10 @@ async fn follow(
 }
 
 /// Checks that a user may receive the messages of a room. Returns whether it has a log.
-fn check(
-    config: &crate::config::Config,
-    identity: &Identity,
-    room: &RoomId,
-) -> Result<bool, Refused> {
+fn check(config: &Config, identity: &Identity, room: &RoomId) -> Result<bool, Refused> {
     let durable = namespace(config, room)?.durable;
     granted(identity, Right::Read, room)?;
     Ok(durable)
-}
-
-fn cursor(text: &str) -> Result<Cursor, Refused> {
-    crate::session::answers::cursor_of(text)
 }
 
 /// Wait for the messages after a cursor.
@@ -453,7 +423,7 @@ async fn wait_for(
         let text = format!("{room} is not durable: what is sent between two polls would be lost");
         return Err(bad(text));
     }
-    let since = query.since.as_deref().map(cursor).transpose()?;
+    let since = query.since.as_deref().map(cursor_of).transpose()?;
     let wait = query.wait()?;
     let _places = places(shared, Some(&identity), peer)?;
     let outbox = usize::try_from(config.limits.outbox.as_u64()).unwrap_or(usize::MAX);

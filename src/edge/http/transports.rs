@@ -20,7 +20,7 @@ use crate::{
         centrifugal::{EmulationRequest, Form},
     },
     edge::{
-        Shared,
+        Ready, Shared,
         request::{ENVELOPE_BYTES, ErrorBody, HttpError, read_body},
         streams::{self, Delivered},
     },
@@ -48,7 +48,7 @@ pub(super) async fn http_stream(
     request: Request,
 ) -> Result<Response, HttpError> {
     let (parts, body) = request.into_parts();
-    ready_for(&shared, &parts, &Method::POST)?;
+    let ready = ready_for(&shared, &parts, &Method::POST)?;
     // Before its body takes memory.
     let places = places(&shared, None, peer)?;
     let binary = is_binary(&parts.headers);
@@ -60,7 +60,7 @@ pub(super) async fn http_stream(
         true => (Form::ProtobufStream, "application/octet-stream"),
         false => (Form::JsonStream, "application/json"),
     };
-    connect(&shared, places, &parts, (form, content_type), body).await
+    connect((&shared, ready), places, &parts, (form, content_type), body).await
 }
 
 /// The query of a connection whose transport is `sse`.
@@ -89,12 +89,12 @@ pub(super) async fn sse(
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     parts: Parts,
 ) -> Result<Response, HttpError> {
-    ready_for(&shared, &parts, &Method::GET)?;
+    let ready = ready_for(&shared, &parts, &Method::GET)?;
     let query = Query::<SseQuery>::try_from_uri(&parts.uri);
     let Query(SseQuery { cf_connect }) = query.map_err(|error| bad(error.body_text()))?;
     let form = (Form::Events, "text/event-stream");
     let places = places(&shared, None, peer)?;
-    connect(&shared, places, &parts, form, cf_connect.into()).await
+    connect((&shared, ready), places, &parts, form, cf_connect.into()).await
 }
 
 fn is_binary(headers: &HeaderMap) -> bool {
@@ -104,17 +104,16 @@ fn is_binary(headers: &HeaderMap) -> bool {
 
 /// Opens a session of Centrifugo's protocol whose frames go into the response.
 async fn connect(
-    shared: &Arc<Shared>,
+    (shared, ready): (&Shared, &Ready),
     (user, address): Places,
     parts: &Parts,
     (form, content_type): (Form, &str),
     commands: Bytes,
 ) -> Result<Response, HttpError> {
-    let ready = shared.ready.get().ok_or_else(HttpError::not_ready)?;
     let (stream_address, further, known) = shared.streams.open(&shared.id);
     let stream = Stream {
         address: Some(stream_address),
-        commands: further,
+        commands: Some(further),
         rooms: Vec::new(),
         known: Some(Box::new(known)),
     };

@@ -4,17 +4,13 @@
 import assert from "node:assert/strict";
 
 import {
-  ALL,
+  BaseTest,
   CENTRIFUGAL_SECRET,
   DEADLINE,
   Load,
   MAIN_NAMESPACE,
-  Native,
   Raw,
-  Relay,
-  jwt,
   newName,
-  nowSeconds,
   packages,
   until,
   within,
@@ -182,23 +178,11 @@ class Client {
 }
 
 /** What a scenario is given; whatever it opens is closed at its end. */
-export class Test {
+export class Test extends BaseTest {
   constructor(up, protocol) {
-    this.up = up;
+    super(up, WebSocket);
     this.protocol = protocol;
     this.other = PROTOCOLS[protocol.name === "json" ? "protobuf" : "json"];
-    this.closing = [];
-  }
-
-  /** A token of natter. */
-  token(user, { can = ALL, rooms = "*:*", ttl = 3600, info } = {}) {
-    const now = nowSeconds();
-    return jwt({ sub: user, iat: now, exp: now + ttl, info, grants: [{ rooms, can }] }, this.up.secret());
-  }
-
-  /** A token in Centrifugo's form: what it allows is what the namespace allows to everybody. */
-  foreign(user, claims = {}) {
-    return jwt({ sub: user, ...claims }, CENTRIFUGAL_SECRET);
   }
 
   client({ user = "kim", edge = 0, address = this.up.address(edge), protocol = this.protocol, ...options } = {}) {
@@ -210,27 +194,11 @@ export class Test {
     return client;
   }
 
-  async native({ user = "ann", edge = 1 } = {}) {
-    const native = await Native.open(WebSocket, this.up.address(edge), this.token(user));
-    this.closing.push(() => native.close());
-    return native;
-  }
-
   async raw({ protocol = this.protocol, edge = 0 } = {}) {
     const url = `ws://${this.up.address(edge)}/connection/websocket`;
     const raw = await Raw.open(WebSocket, url, protocol.subprotocols);
     this.closing.push(() => raw.close());
     return raw;
-  }
-
-  async relay(target) {
-    const relay = await Relay.start(target);
-    this.closing.push(() => relay.close());
-    return relay;
-  }
-
-  close() {
-    for (const close of this.closing.reverse()) close();
   }
 }
 

@@ -4,16 +4,12 @@
 import assert from "node:assert/strict";
 
 import {
-  ALL,
+  BaseTest,
   CENTRIFUGAL_SECRET,
   Load,
   MAIN_NAMESPACE,
-  Native,
   Raw,
-  Relay,
-  jwt,
   newName,
-  nowSeconds,
   packages,
   until,
   within,
@@ -318,22 +314,10 @@ class Client {
 
 // What a scenario is given --------------------------------------------------------------------------------------------
 
-/** Whatever it opens is closed at its end. */
-export class Test {
+/** With stompjs and without it. */
+export class Test extends BaseTest {
   constructor(up) {
-    this.up = up;
-    this.closing = [];
-  }
-
-  /** A token of natter. */
-  token(user, { can = ALL, rooms = "*:*", ttl = 3600 } = {}) {
-    const now = nowSeconds();
-    return jwt({ sub: user, iat: now, exp: now + ttl, grants: [{ rooms, can }] }, this.up.secret());
-  }
-
-  /** A token in Centrifugo's form: what it allows is what the namespace allows to everybody. */
-  foreign(user, claims = {}) {
-    return jwt({ sub: user, ...claims }, CENTRIFUGAL_SECRET);
+    super(up, WebSocket);
   }
 
   client({ user = "kim", edge = 0, address = this.up.address(edge), ...options } = {}) {
@@ -360,18 +344,6 @@ export class Test {
   /** For stompjs: a connection with headers of its own in the handshake. */
   factory(headers, edge = 0) {
     return () => new WebSocket(`ws://${this.up.address(edge)}/stomp`, { headers });
-  }
-
-  async native({ user = "ann", edge = 1 } = {}) {
-    const native = await Native.open(WebSocket, this.up.address(edge), this.token(user));
-    this.closing.push(() => native.close());
-    return native;
-  }
-
-  async relay(target) {
-    const relay = await Relay.start(target);
-    this.closing.push(() => relay.close());
-    return relay;
   }
 
   /** How many messages of a room a user has not read. */
@@ -402,10 +374,6 @@ export class Test {
     const messages = feed.messages.filter(({ headers }) => headers.from !== "reader");
     assert.equal(messages.length, count, `messages in the log of ${room}`);
     return messages;
-  }
-
-  close() {
-    for (const close of this.closing.reverse()) void close();
   }
 }
 

@@ -24,7 +24,7 @@ import {
   topic,
   valueOf,
 } from "./clients.mjs";
-import { Results, Up, escapedName, jwt, newName, nowSeconds, runExample, until, within } from "../support.mjs";
+import { escapedName, jwt, newName, nowSeconds, runExample, runScenarios, until, within } from "../support.mjs";
 
 const CUTS = 20;
 const KILLS = 3;
@@ -945,28 +945,4 @@ const SCENARIOS = [
   killed_edges_lose_nothing,
 ];
 
-async function main() {
-  const [binary, ...names] = process.argv.slice(2);
-  if (!binary) {
-    console.error("usage: node stompjs.mjs NATTER [NAME...]");
-    return 64;
-  }
-  const wanted = (scenario) => names.length === 0 || names.some((name) => scenario.name.includes(name));
-  const results = new Results();
-  const run = async (up, scenario) => {
-    const test = new Test(up);
-    await results.run(scenario.name, () => scenario(test));
-    test.close();
-  };
-  const up = await Up.start(binary, { config: CONFIG, edges: 2 });
-  try {
-    const waiting = LONG.filter(wanted).map((scenario) => run(up, scenario));
-    for (const scenario of SCENARIOS.filter(wanted)) await run(up, scenario);
-    await Promise.all(waiting);
-  } finally {
-    await up.stop();
-  }
-  return results.sum();
-}
-
-process.exit(await main());
+process.exit(await runScenarios("stompjs.mjs", { Test, config: CONFIG, scenarios: SCENARIOS, long: LONG }));
