@@ -7,6 +7,7 @@
 //! edge                     accepts: sockets, requests
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
+//! people                   room records: members, settings, and what they allow
 //! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
 //! codec                    how client protocols spell the words of `protocol`
 //! mesh                     NATS for operators: streams, accounts, mirrors, what is wrong with a deployment
@@ -34,6 +35,7 @@ mod history;
 mod http1;
 mod mesh;
 mod model;
+mod people;
 mod presence;
 mod protocol;
 mod read_marker;

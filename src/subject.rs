@@ -84,6 +84,10 @@ pub mod bucket {
     pub const LASTREAD: &str = "lastread";
     /// Rules that every edge must obey.
     pub const CONTROL: &str = "control";
+    /// Room records.
+    pub const ROOMS: &str = "rooms";
+    /// Which rooms a user is in, and whom a user has blocked.
+    pub const INBOX: &str = "inbox";
 }
 
 /// Metadata key of a stream that holds its epoch.
@@ -436,6 +440,55 @@ pub fn parse_marker_key(key: &str) -> Option<(RoomId, String)> {
     let room = RoomId::from_parts(tokens.next()?, tokens.next()?).ok()?;
     let user = header_unescape(tokens.next()?).into_owned();
     tokens.next().is_none().then_some((room, user))
+}
+
+/// Key of a room's record.
+#[must_use]
+pub fn record_key(room: &RoomId) -> String {
+    format!("{}.{}", room.namespace(), room.name())
+}
+
+/// The room of a [`record_key`].
+#[must_use]
+pub fn parse_record_key(key: &str) -> Option<RoomId> {
+    let (namespace, name) = key.split_once('.')?;
+    RoomId::from_parts(namespace, name).ok()
+}
+
+/// Key of a user's entry of a room.
+#[must_use]
+pub fn inbox_key(user: &str, room: &RoomId) -> String {
+    format!("{}.{}", key_escape(user), record_key(room))
+}
+
+/// The keys of all rooms that a user is or was in.
+#[must_use]
+pub fn inbox_keys(user: &str) -> String {
+    format!("{}.*.*", key_escape(user))
+}
+
+/// User and room of an [`inbox_key`].
+#[must_use]
+pub fn parse_inbox_key(key: &str) -> Option<(String, RoomId)> {
+    let (user, room) = key.split_once('.')?;
+    Some((header_unescape(user).into_owned(), parse_record_key(room)?))
+}
+
+/// Key of the fact that a user has blocked another one. It has one token more than an [`inbox_key`].
+#[must_use]
+pub fn block_key(user: &str, other: &str) -> String {
+    format!("{}.blocks.user.{}", key_escape(user), key_escape(other))
+}
+
+/// The keys of all blocks.
+pub const BLOCK_KEYS: &str = "*.blocks.user.*";
+
+/// The two users of a [`block_key`].
+#[must_use]
+pub fn parse_block_key(key: &str) -> Option<(String, String)> {
+    let (user, other) = key.split_once(".blocks.user.")?;
+    let name = |text: &str| header_unescape(text).into_owned();
+    Some((name(user), name(other)))
 }
 
 /// A key of the bucket `control`.

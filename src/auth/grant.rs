@@ -20,20 +20,29 @@ pub enum Right {
     Presence,
     /// Read past messages.
     History,
-    /// Edit, delete and annotate messages of others.
+    /// Edit, delete and annotate messages of others; mute, ban and remove members.
     Moderate,
+    /// Erase messages of others, and rooms, for good.
+    Erase,
+    /// Make rooms, and decide who is in them. It counts as being their owner.
+    Manage,
+    /// Watch rooms without being in them.
+    Follow,
     /// Publish as others, and end their sessions.
     Admin,
 }
 
 impl Right {
     /// Every right.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::Read,
         Self::Write,
         Self::Presence,
         Self::History,
         Self::Moderate,
+        Self::Erase,
+        Self::Manage,
+        Self::Follow,
         Self::Admin,
     ];
 
@@ -46,6 +55,9 @@ impl Right {
             Self::Presence => "presence",
             Self::History => "history",
             Self::Moderate => "moderate",
+            Self::Erase => "erase",
+            Self::Manage => "manage",
+            Self::Follow => "follow",
             Self::Admin => "admin",
         }
     }
@@ -56,7 +68,7 @@ impl Right {
         Self::ALL.into_iter().find(|right| right.as_str() == name)
     }
 
-    fn bit(self) -> u8 {
+    fn bit(self) -> u16 {
         1 << self as u8
     }
 }
@@ -69,7 +81,7 @@ impl fmt::Display for Right {
 
 /// A set of rights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Rights(u8);
+pub struct Rights(u16);
 
 impl Rights {
     /// Whether `right` is in the set.

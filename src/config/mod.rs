@@ -255,6 +255,7 @@ pub struct Limits {
     pub bad_logins_per_second: u32,
     pub presence_push_max: usize,
     pub read_push_max: usize,
+    pub room_members: usize,
     pub unread_rooms: usize,
     pub unread_cap: u64,
 }
@@ -342,6 +343,32 @@ pub struct Namespace {
     /// In place of [`Rooms::replay_max`]; 0: that one.
     #[serde(default)]
     pub replay_max: u64,
+    #[serde(default)]
+    pub access: Access,
+    #[serde(default)]
+    pub create: Create,
+}
+
+/// Who is let into the rooms of a namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Access {
+    /// Whoever has a grant.
+    #[default]
+    Grants,
+    /// Members, as far as their grants go.
+    Members,
+}
+
+/// Who makes rooms of a namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Create {
+    /// Those who have the right `manage`.
+    #[default]
+    Manage,
+    /// Also users: direct rooms with themselves in them.
+    Members,
 }
 
 /// The configuration can't be used.

@@ -6,6 +6,7 @@ mod history;
 mod presence;
 mod publish;
 mod read;
+mod rooms;
 mod server_api;
 mod sessions;
 mod streams;
@@ -40,7 +41,8 @@ use crate::{
         upgrade::websocket, upgrade::centrifugal, upgrade::stomp, publish::publish, publish::publish_many,
         history::messages, history::search_room, history::search,
         streams::events_of_room, streams::events, streams::poll, streams::ticket, transports::http_stream, transports::sse,
-        transports::emulation, erase::room, erase::user, sessions::end, sessions::remove, server_api::call,
+        transports::emulation, erase::close, erase::room, erase::user, rooms::create, rooms::record, rooms::settings, rooms::put_member,
+        rooms::remove_member, rooms::pin, rooms::unpin, rooms::block, rooms::unblock, sessions::end, sessions::remove, server_api::call,
         presence::presence, read::readers, read::read, read::unread,
         healthz, readyz, metrics, openapi,
     ),
@@ -93,7 +95,26 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/messages", post(publish::publish_many))
         .route("/v1/users/{user}/sessions", delete(sessions::end))
         .route("/v1/rooms/{room}/sessions/{user}", delete(sessions::remove))
-        .route("/v1/rooms/{room}", delete(erase::room))
+        .route("/v1/rooms", post(rooms::create))
+        .route(
+            "/v1/rooms/{room}",
+            get(rooms::record)
+                .patch(rooms::settings)
+                .delete(erase::close),
+        )
+        .route("/v1/rooms/{room}/messages", delete(erase::room))
+        .route(
+            "/v1/rooms/{room}/members/{user}",
+            put(rooms::put_member).delete(rooms::remove_member),
+        )
+        .route(
+            "/v1/rooms/{room}/pins/{message}",
+            put(rooms::pin).delete(rooms::unpin),
+        )
+        .route(
+            "/v1/users/{user}/blocks/{other}",
+            put(rooms::block).delete(rooms::unblock),
+        )
         .route("/v1/users/{user}/messages", delete(erase::user))
         .route("/v1/rooms/{room}/search", get(history::search_room))
         .route("/v1/search", get(history::search))

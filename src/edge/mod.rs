@@ -37,6 +37,7 @@ use crate::{
     config::Config,
     history, http1,
     mesh::mirrors,
+    people::People,
     presence::Presence,
     read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},
@@ -90,6 +91,7 @@ struct Ready {
     publisher: Publisher,
     presence: Arc<Presence>,
     markers: Arc<Markers>,
+    people: Arc<People>,
     history: Arc<history::Client>,
     shards: Shards,
     orders: Arc<Orders>,
@@ -346,12 +348,21 @@ async fn make_ready(
     let ask = || Reader::new(questions.clone(), &config.nats);
     let markers = Markers::new(&state_reader, ask(), &origins, config, publisher.clone());
     tasks.keep_running("keep read markers", Arc::clone(&markers).keep());
+    let (people, loads) = People::new(config, &Reader::new(state.clone(), &config.nats), &origins);
+    match people.open().await {
+        Some(feeds) => {
+            let follow = Arc::clone(&people).follow(loads, feeds);
+            tasks.keep_running("follow room records", follow);
+        }
+        None => tasks.fail("room records can't be followed"),
+    }
     let count = Shards::count(config);
     let (presence, pushes) =
         Presence::start(config, &shared.id, &state_reader, &origins, count, tasks);
     let history = history::Client::new(&ask(), &origins, config);
     let presences = (&presence, pushes);
-    let shards = Shards::start(tasks, shared, &origins, presences, &markers, &history).await?;
+    let known = (&markers, &people);
+    let shards = Shards::start(tasks, shared, &origins, presences, known, &history).await?;
     let orders = Arc::new(Orders::new(
         state.clone(),
         Subjects::new(&config.nats.prefix),
@@ -368,6 +379,7 @@ async fn make_ready(
         publisher,
         presence,
         markers,
+        people,
         history,
         shards,
         orders,

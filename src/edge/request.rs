@@ -68,6 +68,7 @@ pub(super) struct HttpError {
     status: StatusCode,
     code: ErrorCode,
     message: String,
+    retry_after_ms: Option<u64>,
 }
 
 /// Body of a refusal.
@@ -80,6 +81,9 @@ pub(super) struct ErrorBody {
     message: String,
     /// Whether the same request may succeed later.
     retry: bool,
+    /// After how many ms, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retry_after_ms: Option<u64>,
 }
 
 impl HttpError {
@@ -98,6 +102,7 @@ impl HttpError {
             status,
             code,
             message: message.into(),
+            retry_after_ms: None,
         }
     }
 
@@ -108,6 +113,7 @@ impl HttpError {
             code: self.code.as_str(),
             message: self.message,
             retry: self.code.retry(),
+            retry_after_ms: self.retry_after_ms,
         }
     }
 
@@ -117,18 +123,22 @@ impl HttpError {
 }
 
 impl From<Refused> for HttpError {
-    fn from(Refused { code, message }: Refused) -> Self {
-        Self::new(code, message)
+    fn from(refused: Refused) -> Self {
+        Self {
+            retry_after_ms: refused.retry_after_ms,
+            ..Self::new(refused.code, refused.message)
+        }
     }
 }
 
 impl IntoResponse for HttpError {
     fn into_response(self) -> Response {
         let (status, code) = (self.status, self.code);
+        let seconds = self.retry_after_ms.map_or(1, |ms| ms.div_ceil(1000));
         let mut response = (status, Json(self.into_body())).into_response();
         let headers = response.headers_mut();
         if code.retry() {
-            headers.insert(header::RETRY_AFTER, header::HeaderValue::from(1));
+            headers.insert(header::RETRY_AFTER, header::HeaderValue::from(seconds));
         }
         if code == ErrorCode::Timeout {
             // The rest of the request may still arrive, so the connection can't be used again.

@@ -23,7 +23,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use tokio::{
     runtime::Builder,
-    sync::{mpsc, oneshot},
+    sync::{broadcast::error::RecvError, mpsc, oneshot},
     task::{JoinHandle, LocalSet, spawn_local},
     time::{MissedTickBehavior, interval, sleep, timeout, timeout_at},
 };
@@ -37,6 +37,7 @@ use crate::{
     config::Config,
     history,
     model::{Cursor, RoomId, partition_of},
+    people::People,
     presence::{Presence, Push},
     protocol::{Close, Order, PollReply, Refused},
     read_marker::Markers,
@@ -246,6 +247,7 @@ struct Common {
     origins: Arc<Origins>,
     presence: Arc<Presence>,
     markers: Arc<Markers>,
+    people: Arc<People>,
     history: Arc<history::Client>,
     part: Part,
 }
@@ -310,7 +312,7 @@ impl Shards {
         shared: &Arc<Shared>,
         origins: &Arc<Origins>,
         (presence, pushes): (&Arc<Presence>, Vec<mpsc::Receiver<Push>>),
-        markers: &Arc<Markers>,
+        (markers, people): (&Arc<Markers>, &Arc<People>),
         history: &Arc<history::Client>,
     ) -> Result<Self, EdgeError> {
         let mut shards = Vec::new();
@@ -326,6 +328,7 @@ impl Shards {
                 origins: Arc::clone(origins),
                 presence: Arc::clone(presence),
                 markers: Arc::clone(markers),
+                people: Arc::clone(people),
                 history: Arc::clone(history),
                 part: Part {
                     number,
@@ -519,6 +522,7 @@ async fn run(
     }
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut changed_records = shard.context.people.changes();
     let mut revoked = shard.context.verifier.revocations().changes();
     let drain = loop {
         tokio::select! {
@@ -532,6 +536,7 @@ async fn run(
                 shard.on_ask(ask);
             }
             _ = tick.tick() => shard.tick(),
+            changed = changed_records.recv() => shard.on_record(changed),
             // Revoked sessions are closed without waiting for the tick. The sender lives as long as the verifier.
             Ok(()) = revoked.changed() => shard.close_revoked(),
             drain = drains.recv() => break drain,
@@ -566,6 +571,7 @@ impl Shard {
             origins,
             presence,
             markers,
+            people,
             history,
             part,
         } = common;
@@ -614,6 +620,7 @@ impl Shard {
             publisher,
             markers,
             presence,
+            people,
             history,
             shard: number,
             verifier: Arc::clone(&shared.verifier),
@@ -711,6 +718,25 @@ impl Shard {
         }
         let queued = i64::try_from(queued).unwrap_or(i64::MAX);
         gauge_add(Gauge::OutboxBytes, queued - self.queued.replace(queued));
+    }
+
+    /// Lets a change of a room's record act on the sessions that are in it.
+    fn on_record(&self, changed: Result<RoomId, RecvError>) {
+        let sessions: Vec<_> = self.sessions.borrow().values().cloned().collect();
+        match changed {
+            Ok(room) if self.context.rooms.is_open(&room) => {
+                sessions.iter().for_each(|session| session.on_record(&room));
+            }
+            Ok(_) => {}
+            // There were too many changes at once.
+            Err(_lagged) => {
+                for session in sessions {
+                    for room in session.rooms() {
+                        session.on_record(&room);
+                    }
+                }
+            }
+        }
     }
 
     /// Closes the sessions whose tokens are revoked.

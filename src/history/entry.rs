@@ -4,6 +4,7 @@ use crate::{
     bus::{Record, Stored, message_key},
     model::{BadRemark, Epoch, Kind, Place, Reference, Region, RoomId, annotations, reaction},
     store::{Change, Entry, Said, What},
+    subject::FROM_NATTER,
 };
 
 /// The history entry for a message of the stream of `origin` with the given `epoch`.
@@ -35,7 +36,7 @@ fn what(room: &RoomId, record: &Record) -> What {
     let Ok(body) = std::str::from_utf8(&record.body) else {
         return What::Nothing("the body is not UTF-8");
     };
-    if kind == Kind::Message {
+    if kind == Kind::Message || (kind == Kind::System && record.from == FROM_NATTER) {
         let reply_key = record.reply_to.as_deref().and_then(|reference| {
             let reference = Reference::parse(reference).ok()?;
             Some(key_of(room, &record.from, &reference))
@@ -71,7 +72,7 @@ fn what(room: &RoomId, record: &Record) -> What {
         Kind::Delete => Ok(Change::Delete),
         Kind::Reaction => reaction(body).map(|(key, on)| Change::React { key, on }),
         Kind::Annotation => annotations(body).map(Change::Annotate),
-        Kind::Message | Kind::Erase => Err(BadRemark::OtherForm),
+        Kind::Message | Kind::Erase | Kind::System => Err(BadRemark::OtherForm),
     };
     match change {
         Ok(change) => What::Change {

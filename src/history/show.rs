@@ -6,8 +6,9 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::{
-    model::{Cursor, Fingerprint, MAX_JSON_DEPTH, RoomId, json_flaw},
+    model::{Cursor, Fingerprint, Kind, MAX_JSON_DEPTH, RoomId, json_flaw},
     store::{Base, Folded},
+    subject::FROM_NATTER,
 };
 
 /// Users listed per reaction, and bytes of user names per message. Further users are only counted.
@@ -31,6 +32,8 @@ struct ShownMessage<'a> {
     from: &'a str,
     ts: u64,
     cursor: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     body: Option<Cow<'a, RawValue>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -75,6 +78,8 @@ pub(super) fn message(
         from: &base.from,
         ts: base.place.ts,
         cursor: cursor(base).to_string(),
+        // What natter itself says is about the room; nobody else has this name.
+        kind: (base.from == FROM_NATTER).then_some(Kind::System.as_str()),
         body: folded.body().map(raw),
         reply_to: base.said.reply_to.as_deref(),
         mentions: folded.mentions(),

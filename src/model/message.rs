@@ -58,6 +58,8 @@ pub enum Kind {
     Annotation,
     /// Announces that messages were erased for good: those of one user, or all. Only natter itself sends it.
     Erase,
+    /// An entry about the room: who was added, muted, banned, what was changed by whom. Only natter itself sends it.
+    System,
 }
 
 impl MessageId {
@@ -132,13 +134,14 @@ impl Class {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Message,
         Self::Edit,
         Self::Delete,
         Self::Reaction,
         Self::Annotation,
         Self::Erase,
+        Self::System,
     ];
 
     /// The name on the wire.
@@ -151,6 +154,7 @@ impl Kind {
             Self::Reaction => "reaction",
             Self::Annotation => "annotation",
             Self::Erase => "erase",
+            Self::System => "system",
         }
     }
 
@@ -165,9 +169,12 @@ impl Kind {
     pub fn class(self) -> Class {
         match self {
             Self::Message => Class::Msg,
-            Self::Edit | Self::Delete | Self::Reaction | Self::Annotation | Self::Erase => {
-                Class::Ev
-            }
+            Self::Edit
+            | Self::Delete
+            | Self::Reaction
+            | Self::Annotation
+            | Self::Erase
+            | Self::System => Class::Ev,
         }
     }
 }

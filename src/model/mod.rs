@@ -21,4 +21,4 @@ pub use message::{
 pub use partition::partition_of;
 pub use place::Place;
 pub use remark::{BadRemark, MAX_ANNOTATIONS, annotations, normal_reaction, reaction};
-pub use room::{RoomId, RoomScope, is_room_name, is_token};
+pub use room::{BadRoom, RoomId, RoomScope, is_room_name, is_token};

@@ -13,6 +13,8 @@ pub enum ErrorCode {
     BadRoom,
     /// The room's namespace is not configured.
     UnknownNamespace,
+    /// The room has no record: nobody has made it.
+    UnknownRoom,
     /// This is not a message id or message reference.
     BadId,
     /// The cursor can't be parsed.
@@ -27,6 +29,8 @@ pub enum ErrorCode {
     Forbidden,
     /// The command needs a join first.
     NotJoined,
+    /// It was changed meanwhile: read it again.
+    Conflict,
     /// Only over HTTP: the body of the request did not arrive in time. Nothing was done.
     Timeout,
     /// More commands than `limits.commands_per_second` allows.
@@ -51,24 +55,40 @@ pub struct Refused {
     pub code: ErrorCode,
     /// What was wrong, for people.
     pub message: String,
+    /// After how many ms the same command may be repeated, if that is known.
+    pub retry_after_ms: Option<u64>,
 }
 
 impl Refused {
     /// Makes a refusal.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { code, message }
+        Self {
+            code,
+            message,
+            retry_after_ms: None,
+        }
+    }
+
+    /// The same, with the time after which the command may be repeated, in ms.
+    #[must_use]
+    pub fn after(self, ms: u64) -> Self {
+        Self {
+            retry_after_ms: Some(ms),
+            ..self
+        }
     }
 }
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::BadJson,
         Self::BadRequest,
         Self::UnknownOp,
         Self::BadRoom,
         Self::UnknownNamespace,
+        Self::UnknownRoom,
         Self::BadId,
         Self::BadCursor,
         Self::TooLarge,
@@ -76,6 +96,7 @@ impl ErrorCode {
         Self::Unauthorized,
         Self::Forbidden,
         Self::NotJoined,
+        Self::Conflict,
         Self::Timeout,
         Self::RateLimited,
         Self::Limit,
@@ -94,6 +115,7 @@ impl ErrorCode {
             Self::UnknownOp => "unknown_op",
             Self::BadRoom => "bad_room",
             Self::UnknownNamespace => "unknown_namespace",
+            Self::UnknownRoom => "unknown_room",
             Self::BadId => "bad_id",
             Self::BadCursor => "bad_cursor",
             Self::TooLarge => "too_large",
@@ -101,6 +123,7 @@ impl ErrorCode {
             Self::Unauthorized => "unauthorized",
             Self::Forbidden => "forbidden",
             Self::NotJoined => "not_joined",
+            Self::Conflict => "conflict",
             Self::Timeout => "timeout",
             Self::RateLimited => "rate_limited",
             Self::Limit => "limit",
@@ -121,6 +144,7 @@ impl ErrorCode {
             | Self::UnknownOp
             | Self::BadRoom
             | Self::UnknownNamespace
+            | Self::UnknownRoom
             | Self::BadId
             | Self::BadCursor
             | Self::TooLarge
@@ -128,6 +152,7 @@ impl ErrorCode {
             | Self::Unauthorized
             | Self::Forbidden
             | Self::NotJoined
+            | Self::Conflict
             | Self::Limit
             | Self::StreamFull
             | Self::Internal => false,
@@ -146,9 +171,9 @@ impl ErrorCode {
             | Self::BadCursor => 400,
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
-            Self::UnknownNamespace => 404,
+            Self::UnknownNamespace | Self::UnknownRoom => 404,
             Self::Timeout => 408,
-            Self::NotJoined => 409,
+            Self::NotJoined | Self::Conflict => 409,
             Self::Erased => 410,
             Self::TooLarge => 413,
             Self::RateLimited | Self::Limit => 429,

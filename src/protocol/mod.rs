@@ -23,11 +23,11 @@ pub use command::{
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
 pub use order::{Obeyed, Order, OrderKind};
-pub use publication::{Draft, Publication};
+pub use publication::{Draft, Mentions, Publication};
 pub use reply::{
-    AuthReply, HistoryReply, JoinReply, MessageBody, PollReply, PresenceReply, PresentUser,
-    PublishReply, ReadReply, ReaderBody, ReadersReply, Reply, SearchReply, StreamAddress,
-    UnreadBody, UnreadReply, Validity,
+    AuthReply, HistoryReply, JoinReply, MemberBody, MessageBody, PollReply, PresenceReply,
+    PresentUser, PublishReply, ReadReply, ReaderBody, ReadersReply, RecordReply, Reply,
+    SearchReply, StreamAddress, UnreadBody, UnreadReply, Validity,
 };
 
 /// How often a client is pinged.

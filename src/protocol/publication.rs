@@ -66,7 +66,7 @@ impl Publication {
         let kind = match draft.kind {
             None => Kind::Message,
             Some(word) => Kind::parse(word)
-                .filter(|kind| *kind != Kind::Erase)
+                .filter(|kind| !matches!(kind, Kind::Erase | Kind::System))
                 .ok_or_else(|| {
                     bad("kind is not one of message, edit, delete, reaction, annotation".to_owned())
                 })?,
@@ -102,7 +102,7 @@ impl Publication {
         let remark = match kind {
             Kind::Reaction => model::reaction(body.get()).map(|_reaction| ()),
             Kind::Annotation => model::annotations(body.get()).map(|_annotations| ()),
-            Kind::Message | Kind::Edit | Kind::Delete | Kind::Erase => Ok(()),
+            Kind::Message | Kind::Edit | Kind::Delete | Kind::Erase | Kind::System => Ok(()),
         };
         // A reaction or annotation of another form is accepted as it is.
         if let Err(BadRemark::TooLarge(message)) = remark {

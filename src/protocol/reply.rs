@@ -342,6 +342,8 @@ pub struct MessageBody {
     ts: u64,
     /// The message's cursor.
     cursor: String,
+    /// `system` for an entry about the room, which natter itself has made.
+    kind: Option<String>,
     /// Any JSON, as it was sent or last edited; absent if the message was deleted.
     body: Option<serde_json::Value>,
     /// The message that it answers.
@@ -360,6 +362,69 @@ pub struct MessageBody {
     annotations: Option<serde_json::Value>,
     /// Whether it has more reactions or annotations than are kept or shown.
     truncated: Option<bool>,
+}
+
+/// A room's record.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct RecordReply {
+    /// The room.
+    #[schema(value_type = String)]
+    pub room: RoomId,
+    /// Whether this request made the room; only in the answer to one that makes rooms.
+    #[serde(rename = "created", skip_serializing_if = "Option::is_none")]
+    pub made: Option<bool>,
+    /// `dm`, `group` or `open`.
+    pub kind: &'static str,
+    /// What the room is about in the application.
+    #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub about: Option<String>,
+    /// What people call it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub title: Option<String>,
+    /// What the application keeps with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub info: Option<serde_json::Map<String, serde_json::Value>>,
+    /// When it was made, in ms since 1970.
+    pub at: u64,
+    /// Who made it.
+    pub by: String,
+    /// Whether it is put aside.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub archived: bool,
+    /// Whether only moderators and owners write.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub frozen: bool,
+    /// Whether it has ended.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub closed: bool,
+    /// Seconds between two messages of a member; absent: no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slow_mode_s: Option<u32>,
+    /// Who of the staff looks after it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub assignee: Option<String>,
+    /// Its members, by name; for moderators also who is banned.
+    pub members: Vec<MemberBody>,
+    /// The pinned messages, `<user>/<id>`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pins: Vec<String>,
+    /// Names this state of the record, for `If-Match`.
+    pub version: String,
+}
+
+/// A member of a room.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct MemberBody {
+    /// The user.
+    pub user: String,
+    /// `owner`, `moderator`, `member` or `reader`.
+    pub role: &'static str,
+    /// `in` or `banned`.
+    pub state: &'static str,
+    /// Until when the user may not write, in ms since 1970; absent: the user may.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub muted_until: Option<u64>,
 }
 
 /// The messages that were found, newest first.

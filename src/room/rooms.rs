@@ -295,6 +295,12 @@ impl Rooms {
         self.end_outdated();
     }
 
+    /// Whether somebody is, or was just now, in a room.
+    #[must_use]
+    pub fn is_open(&self, room: &RoomId) -> bool {
+        self.hubs.borrow().contains_key(room)
+    }
+
     /// Ends the hubs that are outdated. Their members join again and learn from the reply whether their cursors are
     /// still valid.
     fn end_outdated(&self) {

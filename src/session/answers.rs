@@ -5,12 +5,15 @@
 
 use std::sync::Arc;
 
+use futures_util::future::try_join_all;
+
 use crate::{
     auth::{AuthError, Identity, Right},
     bus::{Outgoing, PublishError, Publisher},
-    config::{Config, Namespace, PresencePolicy},
+    config::{Access, Config, Namespace, PresencePolicy},
     history::{self, PageRequest, SearchRequest},
     model::{BadCursor, Cursor, Kind, Position, Reference, RoomId, RoomScope, json_flaw},
+    people::{MemberState, People},
     presence::Presence,
     protocol::{
         Anchor, Close, ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser,
@@ -53,6 +56,17 @@ pub(crate) fn granted(identity: &Identity, right: Right, room: &RoomId) -> Resul
     Err(Refused::new(ErrorCode::Forbidden, text))
 }
 
+/// Checks that a token grants a right on a room, and that the record of the room does not say otherwise.
+pub(crate) async fn admitted(
+    people: &People,
+    identity: &Identity,
+    right: Right,
+    room: &RoomId,
+) -> Result<(), Refused> {
+    granted(identity, right, room)?;
+    people.check(identity, right, room).await.map(drop)
+}
+
 fn bad(text: String) -> Refused {
     Refused::new(ErrorCode::BadRequest, text)
 }
@@ -84,11 +98,12 @@ pub(crate) fn check_epochs(anchor: &Anchor, head: &Cursor) -> Result<(), Refused
 }
 
 /// Checks a publication against grants, namespace and limits. Returns whether its room keeps a log.
-pub(crate) fn check_publication(
-    config: &Config,
+pub(crate) async fn check_publication(
+    people: &People,
     identity: &Identity,
     publication: &Publication,
 ) -> Result<bool, Refused> {
+    let config = people.config();
     let Publication {
         room,
         kind,
@@ -98,15 +113,18 @@ pub(crate) fn check_publication(
     } = publication;
     let durable = namespace(config, room)?.durable;
     granted(identity, Right::Write, room)?;
+    let known = people.check(identity, Right::Write, room).await?;
     if let (Kind::Edit | Kind::Delete, Some((_, reference))) = (kind, target)
         && !reference.is_by(&identity.user)
-        && !identity.may(Right::Moderate, room)
     {
-        let text = format!(
-            "{} of another's message needs the right moderate",
-            kind.as_str()
-        );
-        return Err(Refused::new(ErrorCode::Forbidden, text));
+        if !identity.may(Right::Moderate, room) {
+            let text = format!(
+                "{} of another's message needs the right moderate",
+                kind.as_str()
+            );
+            return Err(Refused::new(ErrorCode::Forbidden, text));
+        }
+        people.check(identity, Right::Moderate, room).await?;
     }
     let (size, limit) = (body.get().len() as u64, config.limits.body.as_u64());
     if size > limit {
@@ -115,6 +133,9 @@ pub(crate) fn check_publication(
     }
     if let Some(flaw) = json_flaw(body.get().as_bytes(), config.limits.json_depth) {
         return Err(bad(format!("the body {flaw}")));
+    }
+    if *kind == Kind::Message {
+        people.take_turn(&known, identity, room)?;
     }
     Ok(durable)
 }
@@ -153,27 +174,27 @@ pub(crate) async fn publish(
 }
 
 /// Checks that a user may see who is in a room.
-pub(crate) fn may_see_presence(
-    config: &Config,
+pub(crate) async fn may_see_presence(
+    people: &People,
     identity: &Identity,
     room: &RoomId,
 ) -> Result<(), Refused> {
-    if namespace(config, room)?.presence == PresencePolicy::Off {
+    if namespace(people.config(), room)?.presence == PresencePolicy::Off {
         let text = format!("presence is off in the namespace {:?}", room.namespace());
         return Err(bad(text));
     }
-    granted(identity, Right::Presence, room)
+    admitted(people, identity, Right::Presence, room).await
 }
 
 /// Who is in a room.
 pub(crate) async fn presence(
-    config: &Config,
+    people: &People,
     presence: &Arc<Presence>,
     identity: &Identity,
     room: RoomId,
     page: &PageOf,
 ) -> Result<PresenceReply, Refused> {
-    may_see_presence(config, identity, &room)?;
+    may_see_presence(people, identity, &room).await?;
     let page = presence
         .page(&room, page)
         .await
@@ -195,9 +216,13 @@ pub(crate) async fn presence(
 }
 
 /// Checks that a user may move and see the read markers of a room.
-fn may_see_markers(config: &Config, identity: &Identity, room: &RoomId) -> Result<(), Refused> {
-    let durable = namespace(config, room)?.durable;
-    granted(identity, Right::Read, room)?;
+async fn may_see_markers(
+    people: &People,
+    identity: &Identity,
+    room: &RoomId,
+) -> Result<(), Refused> {
+    let durable = namespace(people.config(), room)?.durable;
+    admitted(people, identity, Right::Read, room).await?;
     if !durable {
         let text = format!("{room} keeps no log: it has no cursors and no read markers");
         return Err(bad(text));
@@ -207,14 +232,14 @@ fn may_see_markers(config: &Config, identity: &Identity, room: &RoomId) -> Resul
 
 /// Moves the user's read marker. `head` is the room's head, if the caller knows it.
 pub(crate) async fn read(
-    config: &Config,
+    people: &People,
     markers: &Markers,
     identity: &Identity,
     room: &RoomId,
     cursor: &str,
     head: Option<Cursor>,
 ) -> Result<ReadReply, Refused> {
-    may_see_markers(config, identity, room)?;
+    may_see_markers(people, identity, room).await?;
     if identity.is_anonymous {
         return Err(bad("users without a token have no read markers".to_owned()));
     }
@@ -227,13 +252,13 @@ pub(crate) async fn read(
 
 /// Who has read up to where in a room.
 pub(crate) async fn readers(
-    config: &Config,
+    people: &People,
     markers: &Markers,
     identity: &Identity,
     room: RoomId,
     page: &PageOf,
 ) -> Result<ReadersReply, Refused> {
-    may_see_markers(config, identity, &room)?;
+    may_see_markers(people, identity, &room).await?;
     let (readings, more) = markers.readers(&room, page).await?;
     let last = readings.last().map(|reading| reading.user.clone());
     let readers = readings.into_iter().map(|reading| ReaderBody {
@@ -250,11 +275,12 @@ pub(crate) async fn readers(
 
 /// Counts the unread messages of rooms. A room without a log has none. A refusal names the room.
 pub(crate) async fn unread(
-    config: &Config,
+    people: &People,
     markers: &Markers,
     identity: &Identity,
     rooms: &[RoomId],
 ) -> Result<UnreadReply, Refused> {
+    let config = people.config();
     let limit = config.limits.unread_rooms;
     if rooms.len() > limit {
         let text = format!("at most {limit} rooms at once");
@@ -270,6 +296,10 @@ pub(crate) async fn unread(
             durable.push(room);
         }
     }
+    let checks = rooms
+        .iter()
+        .map(|room| people.check(identity, Right::Read, room));
+    try_join_all(checks).await?;
     let counts = markers.unread(&identity.user, durable).await?;
     let rooms = rooms.iter().map(|room| {
         let unread = counts.get(room).copied().unwrap_or_default();
@@ -285,13 +315,13 @@ pub(crate) async fn unread(
 }
 
 /// Checks that a user may read a room's history.
-pub(crate) fn may_read_history(
-    config: &Config,
+pub(crate) async fn may_read_history(
+    people: &People,
     identity: &Identity,
     room: &RoomId,
 ) -> Result<(), Refused> {
-    let namespace = namespace(config, room)?;
-    granted(identity, Right::History, room)?;
+    let namespace = namespace(people.config(), room)?;
+    admitted(people, identity, Right::History, room).await?;
     if !namespace.durable || !namespace.history {
         let text = format!("no history is kept in the namespace {:?}", room.namespace());
         return Err(bad(text));
@@ -314,9 +344,59 @@ pub(crate) async fn history(
     })
 }
 
+/// The rooms whose history a user may read. In namespaces for members only, these are the user's own.
+async fn history_scope(people: &People, identity: &Identity) -> Result<RoomScope, Refused> {
+    let granted = identity.scope(Right::History);
+    let managed = identity.scope(Right::Manage);
+    let namespaces = &people.config().namespaces;
+    let members_only = |name: &str| {
+        let its = namespaces.get(name).map(|its| its.access);
+        its == Some(Access::Members)
+            && !managed.all
+            && !managed.namespaces.iter().any(|managed| managed == name)
+    };
+    if !namespaces.keys().any(|name| members_only(name)) {
+        return Ok(granted);
+    }
+    let mut scope = RoomScope::default();
+    let named = granted.namespaces.iter();
+    let named: Vec<&String> = match granted.all {
+        true => namespaces.keys().collect(),
+        false => named.collect(),
+    };
+    let (mut own, mut whole): (Vec<&String>, Vec<&String>) =
+        named.into_iter().partition(|name| members_only(name));
+    own.dedup();
+    whole.dedup();
+    scope.namespaces = whole.into_iter().cloned().collect();
+    let single = granted.rooms.iter();
+    let needs_index = !own.is_empty() || single.clone().any(|room| members_only(room.namespace()));
+    let mine = match needs_index {
+        true => people.rooms_of(&identity.user).await?,
+        false => Vec::new(),
+    };
+    let is_mine = |room: &RoomId| {
+        mine.iter().any(|(name, entry)| {
+            name == room
+                && entry
+                    .member
+                    .as_ref()
+                    .is_some_and(|its| its.state == MemberState::In)
+        })
+    };
+    scope.rooms = mine
+        .iter()
+        .map(|(room, _)| room)
+        .filter(|room| own.iter().any(|name| *name == room.namespace()) && is_mine(room))
+        .chain(single.filter(|room| !members_only(room.namespace()) || is_mine(room)))
+        .cloned()
+        .collect();
+    Ok(scope)
+}
+
 /// Searches a room, or all rooms whose history the user may read.
 pub(crate) async fn search(
-    config: &Config,
+    people: &People,
     history: &history::Client,
     identity: &Identity,
     room: Option<RoomId>,
@@ -324,7 +404,7 @@ pub(crate) async fn search(
 ) -> Result<SearchReply, Refused> {
     let (rooms, reply_to) = match room {
         Some(room) => {
-            may_read_history(config, identity, &room)?;
+            may_read_history(people, identity, &room).await?;
             let reply_to = query.reply_to.as_deref().map(|text| {
                 let reference = Reference::parse(text);
                 let reference =
@@ -335,7 +415,7 @@ pub(crate) async fn search(
             (RoomScope::one(room), reply_to)
         }
         None => {
-            let rooms = identity.scope(Right::History);
+            let rooms = history_scope(people, identity).await?;
             if rooms.is_empty() {
                 let text = "the token does not grant history on any room";
                 return Err(Refused::new(ErrorCode::Forbidden, text));

@@ -15,7 +15,7 @@ use tracing::Instrument as _;
 
 use super::{
     Beating, MAX_RATE_STRIKES, MAX_UNDECODABLE, Session,
-    answers::{self, check_epochs, granted, namespace, refusal_of},
+    answers::{self, check_epochs, namespace, refusal_of},
     replies::MAX_WAITING_BYTES,
 };
 use crate::{
@@ -136,7 +136,7 @@ impl Session {
                 _ => self.not_now(ErrorCode::Unauthorized, "the first command must be auth"),
             };
         };
-        let (context, config) = (&*self.context, &*self.context.config);
+        let (context, people) = (&*self.context, &*self.context.people);
         // Large futures are boxed, so that the others stay small.
         match command {
             Command::Auth {
@@ -196,28 +196,28 @@ impl Session {
             Command::Leave { room } => self.leave(room),
             Command::Send(publication) => self.send(tag, identity, *publication).await,
             Command::Check(publication) => {
-                answers::check_publication(config, &identity, &publication)?;
+                answers::check_publication(people, &identity, &publication).await?;
                 now(Reply::Done)
             }
-            Command::Typing { room } => self.typing(&identity, &room),
+            Command::Typing { room } => self.typing(&identity, &room).await,
             Command::Read { room, cursor } => {
                 let markers = &context.markers;
                 let head = self.head(&room);
-                let read = answers::read(config, markers, &identity, &room, &cursor, head);
+                let read = answers::read(people, markers, &identity, &room, &cursor, head);
                 now(Reply::Read(Box::pin(read).await?))
             }
             Command::Presence { room, page } => self.presence(&identity, room, &page).await,
             Command::Readers { room, page } => {
-                let readers = answers::readers(config, &context.markers, &identity, room, &page);
+                let readers = answers::readers(people, &context.markers, &identity, room, &page);
                 now(Reply::Readers(Box::pin(readers).await?))
             }
             Command::Unread { rooms } => {
-                let unread = answers::unread(config, &context.markers, &identity, &rooms);
+                let unread = answers::unread(people, &context.markers, &identity, &rooms);
                 now(Reply::Unread(Box::pin(unread).await?))
             }
             Command::History { room, page } => self.history(tag, &identity, room, page).await,
             Command::Search { room, query } => {
-                let search = answers::search(config, &context.history, &identity, room, *query);
+                let search = answers::search(people, &context.history, &identity, room, *query);
                 now(Reply::Search(Box::pin(search).await?))
             }
         }
@@ -471,12 +471,12 @@ impl Session {
         Ok(Answer::Apart)
     }
 
-    fn typing(&self, identity: &Identity, room: &RoomId) -> Answered {
+    async fn typing(&self, identity: &Identity, room: &RoomId) -> Answered {
         if !namespace(&self.context.config, room)?.typing {
             let text = format!("typing is off in the namespace {:?}", room.namespace());
             return Err(Refused::new(ErrorCode::BadRequest, text));
         }
-        granted(identity, Right::Write, room)?;
+        answers::admitted(&self.context.people, identity, Right::Write, room).await?;
         if self
             .rooms
             .borrow()
@@ -501,8 +501,8 @@ impl Session {
     }
 
     async fn presence(&self, identity: &Identity, room: RoomId, page: &PageOf) -> Answered {
-        let (config, presence) = (&self.context.config, &self.context.presence);
-        let page = answers::presence(config, presence, identity, room, page).await?;
+        let (people, presence) = (&self.context.people, &self.context.presence);
+        let page = answers::presence(people, presence, identity, room, page).await?;
         now(Reply::Presence(page))
     }
 
@@ -515,7 +515,7 @@ impl Session {
         room: RoomId,
         page: HistoryOf,
     ) -> Answered {
-        answers::may_read_history(&self.context.config, identity, &room)?;
+        answers::may_read_history(&self.context.people, identity, &room).await?;
         // A client of this protocol is told where the room stands.
         let head = match self.codec.get().is_strict() {
             true => Some(self.head_of(&room).await?),
@@ -571,8 +571,8 @@ impl Session {
         identity: Arc<Identity>,
         publication: Publication,
     ) -> Answered {
-        let config = &self.context.config;
-        let durable = answers::check_publication(config, &identity, &publication)?;
+        let people = &self.context.people;
+        let durable = answers::check_publication(people, &identity, &publication).await?;
         self.replies.room_for_one().await;
         let room = publication.room.clone();
         let ticket = self.replies.promise(room, publication.body.get().len());

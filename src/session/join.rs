@@ -172,7 +172,8 @@ impl Session {
         let token = token.as_deref().map(check).transpose()?;
         if self.codec.get().is_strict() {
             // In this protocol it is a wish.
-            wants.presence &= may_see_presence(&self.context.config, identity, &room).is_ok();
+            let people = &self.context.people;
+            wants.presence &= may_see_presence(people, identity, &room).await.is_ok();
         }
         let or_refuse = since.as_ref().is_some_and(|since| since.or_refuse);
         let joining = Joining {
@@ -253,8 +254,10 @@ impl Session {
         if token.is_none() {
             granted(identity, Right::Read, &room)?;
         }
+        let people = &self.context.people;
+        let known = people.check(identity, Right::Read, &room).await?;
         if wants.presence {
-            may_see_presence(config, identity, &room)?;
+            may_see_presence(people, identity, &room).await?;
         }
         let or_refuse = since.as_ref().is_some_and(|since| since.or_refuse);
         let (since, only) = match since {
@@ -354,9 +357,12 @@ impl Session {
                 .presence
                 .then(|| presence.watch(&room, self.context.shard)),
             token: RefCell::new(token),
+            known,
         });
-        let replaced = self.rooms.borrow_mut().insert(room, seat);
+        let replaced = self.rooms.borrow_mut().insert(room.clone(), seat);
         drop(replaced);
+        // The record may have changed while the room was joined.
+        self.on_record(&room);
         Ok(())
     }
 

@@ -24,6 +24,7 @@ mod commands;
 mod join;
 mod orders;
 mod poll;
+pub(crate) mod records;
 mod replies;
 mod stream;
 
@@ -41,6 +42,7 @@ use crate::{
     codec::{Codec, CommandReader, Request, stomp},
     config::Config,
     model::RoomId,
+    people::{Known, People},
     presence::{Presence, Present, Watch},
     protocol::{Beats, Close, Command, Event, PING_EVERY},
     read_marker::Markers,
@@ -82,6 +84,8 @@ pub struct Context {
     pub markers: Arc<Markers>,
     /// Presence, shared by all shards.
     pub presence: Arc<Presence>,
+    /// Room records, shared by all shards.
+    pub people: Arc<People>,
     /// The client of the history service.
     pub history: Arc<crate::history::Client>,
     /// The shard's number.
@@ -259,6 +263,8 @@ struct Seat {
     watch: Option<Watch>,
     /// The token of the join, if it came with one.
     token: RefCell<Option<Arc<Identity>>>,
+    /// What is known of the room's record. Held, so that it is followed.
+    known: Arc<Known>,
 }
 
 /// What a session has read and not processed yet.

@@ -4,9 +4,12 @@ use std::{rc::Rc, sync::Arc};
 
 use super::Session;
 use crate::{
+    auth::Right,
     codec::Tag,
+    model::RoomId,
+    people::Removal,
     protocol::{Close, ErrorCode, Event, Obeyed, OrderKind, Refused},
-    runtime::unix_s,
+    runtime::{unix_ms, unix_s},
 };
 
 impl Session {
@@ -15,6 +18,51 @@ impl Session {
         let identity = self.identity.borrow();
         let is_of = identity.as_ref().is_some_and(|it| *it.user == *user);
         is_of && self.conn.closing().is_none()
+    }
+
+    /// Leaves a room that its record does not let the user be in any more, and stops what it does not allow.
+    pub(crate) fn on_record(self: &Rc<Self>, room: &RoomId) {
+        let Some(identity) = self.identity.borrow().clone() else {
+            return;
+        };
+        let (removal, sees) = {
+            let rooms = self.rooms.borrow();
+            let Some(seat) = rooms.get(room).filter(|seat| !seat.membership.has_ended()) else {
+                return;
+            };
+            seat.known.standing(&self.context.config, room, |standing| {
+                let sees = standing.check(&identity, Right::Presence, room, unix_ms());
+                (standing.removal(&identity, room), sees.is_ok())
+            })
+        };
+        if let Some(removal) = removal {
+            self.rooms.borrow_mut().remove(room);
+            return self.tell_removal(room, removal);
+        }
+        if !sees && let Some(seat) = self.rooms.borrow_mut().get_mut(room) {
+            seat.membership.ignore_presence();
+            seat.watch = None;
+        }
+    }
+
+    /// The rooms that it is in.
+    pub(crate) fn rooms(&self) -> Vec<RoomId> {
+        self.rooms.borrow().keys().cloned().collect()
+    }
+
+    fn tell_removal(self: &Rc<Self>, room: &RoomId, removal: Removal) {
+        let (room, code) = (room.clone(), removal.as_str());
+        if self.codec.get().is_stomp() {
+            // The end of one subscription can't be told, and must not go unnoticed.
+            let text = match removal {
+                Removal::Removed => format!("this session was removed from {room}"),
+                Removal::Banned => format!("this user was banned from {room}"),
+                Removal::Closed => format!("{room} was closed"),
+            };
+            self.refuse(&Tag::None, &Refused::new(ErrorCode::Forbidden, text));
+        } else {
+            self.push(&Event::Kicked { room, code });
+        }
     }
 
     /// Carries out an order. Returns whether there was anything to do.
@@ -50,14 +98,7 @@ impl Session {
                 if seat.is_none_or(|seat| seat.membership.has_ended()) {
                     return false;
                 }
-                let (room, code) = (room.clone(), "removed");
-                if codec.is_stomp() {
-                    // The end of one subscription can't be told, and must not go unnoticed.
-                    let text = format!("this session was removed from {room}");
-                    self.refuse(&Tag::None, &Refused::new(ErrorCode::Forbidden, text));
-                } else {
-                    self.push(&Event::Kicked { room, code });
-                }
+                self.tell_removal(room, Removal::Removed);
                 true
             }
             // Without a frame that says so, the client would get messages of a room that it knows nothing of.

@@ -6,7 +6,7 @@ use tokio::time::timeout;
 
 use super::{Context, join::lone_member};
 use crate::{
-    auth::{AuthError, Identity},
+    auth::{AuthError, Identity, Right},
     codec::Codec,
     model::{Cursor, RoomId},
     protocol::{ErrorCode, PollReply, Refused, Wants},
@@ -81,6 +81,7 @@ impl Context {
             let text = "the token expired while the poll waited";
             return Err(Refused::new(ErrorCode::Unauthorized, text));
         }
+        self.people.check(&identity, Right::Read, &room).await?;
         let messages = collected.take();
         let cursor = match messages.last() {
             Some((cursor, _)) => Some(String::from_utf8_lossy(cursor).into_owned()),

@@ -289,6 +289,10 @@ counted! {
     CommandReceived(op: Op) = "natter.command.received", "{command}";
     /// Commands and HTTP requests answered with an error.
     CommandRefused(code: ErrorCode) = "natter.command.refused", "{command}";
+    /// Changes of room records that this edge has written.
+    RecordChanged = "natter.record.changed", "{change}";
+    /// Entries of the index of users that could not be written. They are repaired later.
+    IndexFailed = "natter.record.index_failed", "{entry}";
     /// Messages that clients published, and that were stored or (ephemeral) sent on.
     MessagePublished(kind: Published) = "natter.message.published", "{message}";
     /// Messages that were already stored when they were published again with the same id.

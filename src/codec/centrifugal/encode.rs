@@ -338,7 +338,7 @@ pub(super) fn error(method: Method, refused: &Refused) -> proto::Error {
         ErrorCode::BadCursor if is_of_positions(method) => (112, false),
         ErrorCode::Unauthorized if is_expired(method) => (109, false),
         ErrorCode::Unauthorized => (101, false),
-        ErrorCode::UnknownNamespace => (102, false),
+        ErrorCode::UnknownNamespace | ErrorCode::UnknownRoom => (102, false),
         ErrorCode::Forbidden | ErrorCode::NotJoined => (103, false),
         ErrorCode::UnknownOp => (104, false),
         ErrorCode::Limit => (106, false),
@@ -347,6 +347,7 @@ pub(super) fn error(method: Method, refused: &Refused) -> proto::Error {
         | ErrorCode::BadRoom
         | ErrorCode::BadId
         | ErrorCode::BadCursor
+        | ErrorCode::Conflict
         | ErrorCode::TooLarge
         | ErrorCode::Erased => (107, false),
         ErrorCode::StreamFull => (108, false),

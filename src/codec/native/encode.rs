@@ -157,6 +157,9 @@ pub(in crate::codec) fn refusal(framing: Framing, tag: &Tag, refused: &Refused) 
         .string("code", refused.code.as_str())
         .string("message", &refused.message)
         .boolean("retry", refused.code.retry());
+    if let Some(ms) = refused.retry_after_ms {
+        writer.number("retry_after_ms", ms);
+    }
     writer.end()
 }
 

@@ -14,8 +14,9 @@ use crate::{
     edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_of},
     history::{EraseRequest, EraseWhat},
     model::MAX_USER,
+    people::Change,
     protocol::ErrorCode,
-    session::answers,
+    session::{answers, records},
 };
 
 /// The state of an erasure.
@@ -36,13 +37,66 @@ pub(super) struct EraseReply {
 
 type Erased = Result<(StatusCode, Json<EraseReply>), HttpError>;
 
-/// Erase everything that was sent to a room until now. Needs `moderate` there.
+/// End a room for good, and erase its messages. Needs `erase` there, and the role of an owner where members have roles.
+///
+/// Its members get `kicked` with `closed`. Of a room without a record, only the messages are erased.
+#[utoipa::path(
+    delete,
+    path = "/v1/rooms/{room}",
+    params(("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby")),
+    responses(
+        (status = 200, body = EraseReply, description = "Ended, and erased"),
+        (status = 202, body = EraseReply, description = "Ended; the erasure is recorded, and being carried out"),
+        (status = 400, body = ErrorBody, description = "bad_room"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable: the history service, MongoDB or NATS is away"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn close(
+    State(api): State<Api>,
+    room: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+) -> Erased {
+    let ask = async {
+        let identity = authorize(&api, &headers)?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let room = room_of(room)?;
+        let durable = answers::namespace(&api.shared.config, &room)?.durable;
+        let (people, publisher) = (&ready.people, &ready.publisher);
+        answers::granted(&identity, Right::Erase, &room)?;
+        // A room without a record has nothing that could end.
+        if people
+            .read_record(&room)
+            .await?
+            .is_some_and(|record| !record.is_closed())
+        {
+            records::change(people, publisher, &identity, &room, &Change::Close, None).await?;
+        }
+        if !durable {
+            let nothing = EraseReply {
+                id: String::new(),
+                state: "done",
+                erased: Some(0),
+                waiting: Vec::new(),
+            };
+            return Ok((StatusCode::OK, Json(nothing)));
+        }
+        erase(&api, &identity.user, EraseWhat::Room(room)).await
+    };
+    ask.instrument(command_span("close", &headers)).await
+}
+
+/// Erase everything that was sent to a room until now. Needs `erase` there.
 ///
 /// The messages are removed from MongoDB and from the streams of all regions. The members get a message of kind
 /// `erase`.
 #[utoipa::path(
     delete,
-    path = "/v1/rooms/{room}",
+    path = "/v1/rooms/{room}/messages",
     params(("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby")),
     responses(
         (status = 200, body = EraseReply, description = "Erased"),
@@ -65,10 +119,8 @@ pub(super) async fn room(
         let identity = authorize(&api, &headers)?;
         let room = room_of(room)?;
         let namespace = answers::namespace(&api.shared.config, &room)?;
-        if !identity.may(Right::Moderate, &room) {
-            let text = format!("the token does not allow moderate in {room}");
-            return Err(HttpError::new(ErrorCode::Forbidden, text));
-        }
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        answers::admitted(&ready.people, &identity, Right::Erase, &room).await?;
         if !namespace.durable {
             let text = format!("the room {room} keeps no log");
             return Err(HttpError::new(ErrorCode::BadRequest, text));
@@ -78,7 +130,7 @@ pub(super) async fn room(
     ask.instrument(command_span("erase", &headers)).await
 }
 
-/// Erase everything that a user has sent until now, in all rooms where the token has `moderate`.
+/// Erase everything that a user has sent until now, in all rooms where the token has `erase`.
 ///
 /// This includes the user's messages, edits, reactions and annotations, and the events of others that refer to the
 /// user's messages. They are removed from MongoDB and from the streams of all regions. The rooms get a message
@@ -92,7 +144,7 @@ pub(super) async fn room(
         (status = 202, body = EraseReply, description = "Recorded, and being carried out"),
         (status = 400, body = ErrorBody, description = "bad_request"),
         (status = 401, body = ErrorBody, description = "unauthorized"),
-        (status = 403, body = ErrorBody, description = "forbidden: the token grants moderate nowhere"),
+        (status = 403, body = ErrorBody, description = "forbidden: the token grants erase nowhere"),
         (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
         (status = 503, body = ErrorBody, description = "unavailable: the history service, MongoDB or NATS is away"),
     ),
@@ -110,9 +162,9 @@ pub(super) async fn user(
         if user.is_empty() || user.len() > MAX_USER {
             return Err(bad(format!("a user has 1 to {MAX_USER} bytes")));
         }
-        let scope = identity.scope(Right::Moderate);
+        let scope = identity.scope(Right::Erase);
         if scope.is_empty() {
-            let text = "the token does not allow moderate anywhere";
+            let text = "the token does not grant erase anywhere";
             return Err(HttpError::new(ErrorCode::Forbidden, text));
         }
         erase(&api, &identity.user, EraseWhat::User { user, scope }).await

@@ -20,10 +20,10 @@ use utoipa::IntoParams;
 
 use crate::{
     auth::Identity,
-    config::Config,
     edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_of},
     history::{self, Heads, PageRequest},
     model::RoomId,
+    people::People,
     protocol::{ErrorCode, HistoryOf, HistoryReply, SearchFor, SearchReply},
     session::answers,
 };
@@ -31,7 +31,7 @@ use crate::{
 /// The authorized caller of a request, and what is needed to answer it.
 pub(super) struct Asker {
     identity: Arc<Identity>,
-    config: Arc<Config>,
+    people: Arc<People>,
     history: Arc<history::Client>,
     headers: HeaderMap,
 }
@@ -44,7 +44,7 @@ impl FromRequestParts<Api> for Asker {
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         Ok(Self {
             identity,
-            config: Arc::clone(&api.shared.config),
+            people: Arc::clone(&ready.people),
             history: Arc::clone(&ready.history),
             headers: parts.headers.clone(),
         })
@@ -65,8 +65,8 @@ impl Asker {
             before: query.before,
             limit: query.limit,
         };
-        let (config, history) = (&self.config, &self.history);
-        let found = answers::search(config, history, &self.identity, room, query).await?;
+        let (people, history) = (&self.people, &self.history);
+        let found = answers::search(people, history, &self.identity, room, query).await?;
         Ok(Json(found))
     }
 }
@@ -139,7 +139,7 @@ async fn page(
         Some("desc") => true,
         Some(_) => return Err(bad("order must be asc or desc")),
     };
-    answers::may_read_history(&asker.config, &asker.identity, &room)?;
+    answers::may_read_history(&asker.people, &asker.identity, &room).await?;
     let page = HistoryOf::new(query.before, query.after, query.around, query.limit)?;
     let request = PageRequest::new(room, &asker.identity.user, page)?;
     // The heads are read before the page, so a message that is stored in between leads to another tag next time.

@@ -65,8 +65,8 @@ pub(super) async fn presence(
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let room = room_of(room)?;
         let page = ListQuery::page(query)?;
-        let (config, presence) = (&api.shared.config, &ready.presence);
-        let page = answers::presence(config, presence, &identity, room, &page).await?;
+        let (people, presence) = (&ready.people, &ready.presence);
+        let page = answers::presence(people, presence, &identity, room, &page).await?;
         Ok(Json(page))
     };
     ask.instrument(span).await

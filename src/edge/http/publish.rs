@@ -17,7 +17,6 @@ use crate::{
     auth::{Identity, Right, user_flaw},
     bus::Outgoing,
     codec::native,
-    config::Config,
     edge::{
         Ready,
         request::{
@@ -103,10 +102,10 @@ pub(super) async fn publish(
         let body = read_body(&api.shared, body, most).await?;
         let publication = native::decode_publication(room, &body)?;
         let published = match &query.0.r#as {
-            None => store(config, ready, &identity, &publication).await?,
+            None => store(ready, &identity, &publication).await?,
             Some(user) => {
                 let identity = acting_as(&identity, user, &publication.room)?;
-                store(config, ready, &identity, &publication).await?
+                store(ready, &identity, &publication).await?
             }
         };
         Ok(Json(published))
@@ -126,12 +125,12 @@ fn acting_as(identity: &Identity, user: &str, room: &RoomId) -> Result<Identity,
 
 /// Checks a publication, and publishes it.
 pub(super) async fn store(
-    config: &Config,
     ready: &Ready,
     identity: &Identity,
     publication: &Publication,
 ) -> Result<PublishReply, Refused> {
-    let durable = answers::check_publication(config, identity, publication)?;
+    let people = &ready.people;
+    let durable = answers::check_publication(people, identity, publication).await?;
     let id = match &publication.id {
         Some(id) => id.to_string(),
         None => ulid::Ulid::new().to_string(),
@@ -264,7 +263,7 @@ pub(super) async fn publish_many(
             let other = r#as.map(|user| acting_as(&identity, &user, &publication.room));
             let other = other.transpose()?;
             let identity = other.as_ref().unwrap_or(&identity);
-            store(&api.shared.config, ready, identity, &publication).await
+            store(ready, identity, &publication).await
         });
         // The publishes reach NATS in the order in which they are begun.
         let results = join_all(publishes.map(Box::pin)).await;

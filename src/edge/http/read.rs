@@ -55,8 +55,8 @@ pub(super) async fn readers(
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let room = room_of(room)?;
         let page = ListQuery::page(query)?;
-        let (config, markers) = (&api.shared.config, &ready.markers);
-        let readers = answers::readers(config, markers, &identity, room, &page).await?;
+        let (people, markers) = (&ready.people, &ready.markers);
+        let readers = answers::readers(people, markers, &identity, room, &page).await?;
         Ok(Json(readers))
     };
     ask.instrument(span).await
@@ -104,8 +104,8 @@ pub(super) async fn read(
         let room = room_of(room)?;
         let body = read_body(&api.shared, body, ENVELOPE_BYTES).await?;
         let cursor = native::decode_read(&body)?;
-        let (config, markers) = (&api.shared.config, &ready.markers);
-        let read = answers::read(config, markers, &identity, &room, &cursor, None).await?;
+        let (people, markers) = (&ready.people, &ready.markers);
+        let read = answers::read(people, markers, &identity, &room, &cursor, None).await?;
         Ok(Json(read))
     };
     ask.instrument(span).await
@@ -153,7 +153,7 @@ pub(super) async fn unread(
         let rooms = u64::try_from(config.limits.unread_rooms).unwrap_or(u64::MAX);
         let most = rooms.saturating_mul(ROOM_BYTES) + ENVELOPE_BYTES;
         let rooms = native::decode_unread(&read_body(&api.shared, body, most).await?)?;
-        let unread = answers::unread(config, &ready.markers, &identity, &rooms).await?;
+        let unread = answers::unread(&ready.people, &ready.markers, &identity, &rooms).await?;
         Ok(Json(unread))
     };
     ask.instrument(span).await

@@ -192,14 +192,14 @@ impl BackEnd<'_> {
         }
         let user = post.user.as_deref().unwrap_or(FROM_API);
         let identity = Identity::of_back_end(user);
-        let published = store(config, self.ready, &identity, &publication).await?;
+        let published = store(self.ready, &identity, &publication).await?;
         Ok(server::published(&published, &config.region()))
     }
 
     async fn history(self, room: RoomId, page: HistoryOf, reverse: bool) -> Outcome {
         let config = &self.shared.config;
         let identity = Identity::of_back_end(FROM_API);
-        answers::may_read_history(config, &identity, &room)?;
+        answers::may_read_history(&self.ready.people, &identity, &room).await?;
         let head = self.ready.shards.head(&room).await.ok_or_else(|| {
             let text = "the room's stream can't be read now";
             Refused::new(ErrorCode::Unavailable, text)
@@ -223,7 +223,7 @@ impl BackEnd<'_> {
     async fn presence(self, room: RoomId, limit: usize) -> Result<PresenceReply, Refused> {
         let page = PageOf { after: None, limit };
         let identity = Identity::of_back_end(FROM_API);
-        let (config, presence) = (&self.shared.config, &self.ready.presence);
-        answers::presence(config, presence, &identity, room, &page).await
+        let (people, presence) = (&self.ready.people, &self.ready.presence);
+        answers::presence(people, presence, &identity, room, &page).await
     }
 }

@@ -25,7 +25,6 @@ use utoipa::{IntoParams, ToSchema};
 use crate::{
     auth::{Identity, Right},
     codec::Codec,
-    config::Config,
     edge::{
         Ready, Shared,
         request::{Api, ErrorBody, HttpError, admit, authorize, bearer, command_span, room_of},
@@ -38,7 +37,7 @@ use crate::{
     runtime::Phase,
     session::{
         Carried, Poll, Stream, UserSlot,
-        answers::{cursor_of, granted, may_see_presence, namespace},
+        answers::{admitted, cursor_of, may_see_presence, namespace},
     },
     telemetry::metrics::{self, Counter, count},
     wire::Positions,
@@ -341,9 +340,9 @@ async fn follow(
     let ready = ready_for(shared, parts, &Method::GET)?;
     let identity = identify(&api, ready, &parts.headers, &query).await?;
     for (room, since) in &rooms {
-        check(config, &identity, room)?;
+        check(ready, &identity, room).await?;
         if query.presence {
-            may_see_presence(config, &identity, room)?;
+            may_see_presence(&ready.people, &identity, room).await?;
         }
         since.as_deref().map(cursor_of).transpose()?;
     }
@@ -370,9 +369,9 @@ async fn follow(
 }
 
 /// Checks that a user may receive the messages of a room. Returns whether it has a log.
-fn check(config: &Config, identity: &Identity, room: &RoomId) -> Result<bool, Refused> {
-    let durable = namespace(config, room)?.durable;
-    granted(identity, Right::Read, room)?;
+async fn check(ready: &Ready, identity: &Identity, room: &RoomId) -> Result<bool, Refused> {
+    let durable = namespace(ready.people.config(), room)?.durable;
+    admitted(&ready.people, identity, Right::Read, room).await?;
     Ok(durable)
 }
 
@@ -419,7 +418,7 @@ async fn wait_for(
     let room = room_of(room)?;
     let query = StreamQuery::parse(&parts.uri)?;
     let identity = identify(&api, ready, &parts.headers, &query).await?;
-    if !check(config, &identity, &room)? {
+    if !check(ready, &identity, &room).await? {
         let text = format!("{room} is not durable: what is sent between two polls would be lost");
         return Err(bad(text));
     }

@@ -17,7 +17,7 @@ const ROOMS: &str = include_str!("../../../nats/streams/rooms.json");
 const HISTORY_DEAD: &str = include_str!("../../../nats/streams/history_dead.json");
 
 /// The buckets of a region, with their definitions.
-const BUCKETS: [(&str, &str); 4] = [
+const BUCKETS: [(&str, &str); 6] = [
     (
         bucket::PRESENCE,
         include_str!("../../../nats/buckets/presence.json"),
@@ -33,6 +33,14 @@ const BUCKETS: [(&str, &str); 4] = [
     (
         bucket::CONTROL,
         include_str!("../../../nats/buckets/control.json"),
+    ),
+    (
+        bucket::ROOMS,
+        include_str!("../../../nats/buckets/rooms.json"),
+    ),
+    (
+        bucket::INBOX,
+        include_str!("../../../nats/buckets/inbox.json"),
     ),
 ];
 
@@ -268,7 +276,7 @@ mod tests {
     #[test]
     fn the_files_are_the_definitions_of_the_defaults() {
         let definitions = definitions(&config(""));
-        assert_eq!(definitions.len(), 9);
+        assert_eq!(definitions.len(), 11);
         assert_eq!(definitions[0].config, parse(ROOMS));
         assert_eq!(definitions[4].config, parse(HISTORY_DEAD));
         for (definition, (_, file)) in definitions[5..].iter().zip(BUCKETS) {
@@ -291,7 +299,9 @@ mod tests {
                 "KV_presence_seoul",
                 "KV_edges_seoul",
                 "KV_lastread_seoul",
-                "KV_control_seoul"
+                "KV_control_seoul",
+                "KV_rooms_seoul",
+                "KV_inbox_seoul"
             ]
         );
         let rooms = &definitions[1].config;

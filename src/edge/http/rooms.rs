@@ -1,0 +1,555 @@
+//! Room records over HTTP: making rooms, members, settings, blocks.
+
+use axum::{
+    Json,
+    extract::{Path, Request, State, rejection::PathRejection},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
+use tracing::Instrument as _;
+use utoipa::ToSchema;
+
+use crate::{
+    auth::{Identity, Right},
+    edge::{
+        Ready,
+        request::{
+            Api, ENVELOPE_BYTES, ErrorBody, HttpError, authorize, command_span, read_body, room_of,
+        },
+    },
+    model::RoomId,
+    people::{self, Change, Create, MemberState, PutMember, Record, Role, RoomKind, Settings},
+    protocol::{ErrorCode, RecordReply, Refused},
+    session::{answers, records},
+};
+
+/// Largest request: a list of members.
+const MAX_BYTES: u64 = 1024 * 1024;
+
+/// A room to make.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(super) struct CreateRequest {
+    /// Its namespace.
+    namespace: String,
+    /// `dm`: a conversation of fixed members; `group`: a list of members that changes; `open`: grants say who is in it.
+    kind: RoomKind,
+    /// What it is about in the application, for example `item/4711`. Part of the name.
+    r#ref: Option<String>,
+    /// How the application knows a group or an open room. Whoever makes it again gets the same room.
+    key: Option<String>,
+    /// The name of a group or an open room, in place of one that is made from `ref` and `key`.
+    name: Option<String>,
+    /// Its members. Of a `dm` at most 10, with the one who makes it.
+    #[serde(default)]
+    members: Vec<String>,
+    /// What people call it.
+    title: Option<String>,
+    /// Whatever the application keeps with it: at most 8 KiB.
+    info: Option<Map<String, Value>>,
+}
+
+/// Settings to change. What is absent stays.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(super) struct SettingsRequest {
+    /// What people call it.
+    title: Option<String>,
+    /// Whatever the application keeps with it.
+    info: Option<Map<String, Value>>,
+    /// Whether it is put aside.
+    archived: Option<bool>,
+    /// Whether only moderators and owners write.
+    frozen: Option<bool>,
+    /// Seconds between two messages of a member, at most 86400; 0: no limit.
+    slow_mode_s: Option<u32>,
+    /// Who of the staff looks after it; empty: nobody.
+    assignee: Option<String>,
+}
+
+/// What of a member changes. What is absent stays; a new member has the role `member`.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(super) struct MemberRequest {
+    /// What the user may do.
+    role: Option<Role>,
+    /// `in` or `banned`.
+    state: Option<MemberState>,
+    /// Until when the user may not write, in ms since 1970; 0: the user may.
+    muted_until: Option<u64>,
+}
+
+async fn json_of<T: DeserializeOwned>(api: &Api, request: Request) -> Result<T, HttpError> {
+    let body = read_body(&api.shared, request.into_body(), MAX_BYTES).await?;
+    serde_json::from_slice(&body).map_err(|error| {
+        let code = match error.is_data() {
+            true => ErrorCode::BadRequest,
+            false => ErrorCode::BadJson,
+        };
+        HttpError::new(code, error.to_string())
+    })
+}
+
+/// Makes a change, and tells the room.
+async fn change(
+    ready: &Ready,
+    identity: &Identity,
+    room: &RoomId,
+    change: &Change,
+    version: Option<&str>,
+) -> Result<people::Changed, Refused> {
+    records::change(
+        &ready.people,
+        &ready.publisher,
+        identity,
+        room,
+        change,
+        version,
+    )
+    .await
+}
+
+fn answer(status: StatusCode, record: RecordReply) -> Response {
+    let tag = format!("\"{}\"", record.version);
+    let mut response = (status, Json(record)).into_response();
+    // Hexadecimal digits in quotes can stand in a header.
+    if let Ok(tag) = HeaderValue::from_str(&tag) {
+        response.headers_mut().insert(header::ETAG, tag);
+    }
+    response
+}
+
+fn shown(ready: &Ready, identity: &Identity, room: &RoomId, record: &Record) -> Response {
+    answer(
+        StatusCode::OK,
+        records::shown(&ready.people, identity, room, record),
+    )
+}
+
+/// The version that a request is for.
+fn version_of(headers: &HeaderMap) -> Option<String> {
+    let tag = headers.get(header::IF_MATCH)?.to_str().ok()?.trim();
+    (tag != "*").then(|| tag.trim_start_matches("W/").trim_matches('"').to_owned())
+}
+
+/// Make a room, or find it.
+///
+/// The name is made from the namespace and `ref`, with the members of a `dm` or the `key` of a group: whoever makes it
+/// again, in any region, gets the same room. Needs `manage` on the room; users may make a `dm` with themselves in it, where
+/// the namespace has `create = "members"`.
+#[utoipa::path(
+    post,
+    path = "/v1/rooms",
+    request_body = CreateRequest,
+    responses(
+        (status = 200, body = RecordReply, description = "It was there"),
+        (status = 201, body = RecordReply, description = "It was made"),
+        (status = 400, body = ErrorBody, description = "bad_json, bad_request, bad_room"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden; also if one of two users has blocked the other, or the room was closed"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After; limit: too many members"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn create(
+    State(api): State<Api>,
+    request: Request,
+) -> Result<Response, HttpError> {
+    let span = command_span("rooms", request.headers());
+    let ask = async {
+        let identity = authorize(&api, request.headers())?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let asked: CreateRequest = json_of(&api, request).await?;
+        let (room, create) = asked.checked()?;
+        answers::namespace(&api.shared.config, &room)?;
+        let made = change(ready, &identity, &room, &Change::Create(create), None).await?;
+        let status = if made.created {
+            StatusCode::CREATED
+        } else {
+            StatusCode::OK
+        };
+        let reply = RecordReply {
+            made: Some(made.created),
+            ..records::shown(&ready.people, &identity, &room, &made.record)
+        };
+        Ok(answer(status, reply))
+    };
+    ask.instrument(span).await
+}
+
+impl CreateRequest {
+    /// The name of the room, and what to make.
+    fn checked(self) -> Result<(RoomId, Create), Refused> {
+        let Self {
+            namespace,
+            kind,
+            r#ref,
+            key,
+            name,
+            members,
+            title,
+            info,
+        } = self;
+        let bad = |text: &str| Refused::new(ErrorCode::BadRequest, text);
+        let about = r#ref.as_deref();
+        let named = match (kind, &key, &name) {
+            (RoomKind::Dm, None, None) => {
+                people::direct(&namespace, about, members.iter().map(String::as_str))
+            }
+            (RoomKind::Dm, _, _) => {
+                return Err(bad("a dm has neither key nor name: its members name it"));
+            }
+            (_, Some(key), None) => people::group(&namespace, about, key),
+            (_, None, Some(name)) => RoomId::named(&namespace, name),
+            (_, None, None) => people::group(&namespace, about, &ulid::Ulid::new().to_string()),
+            (_, Some(_), Some(_)) => return Err(bad("only one of key and name")),
+        };
+        let room = named.map_err(|error| Refused::new(ErrorCode::BadRoom, error.to_string()))?;
+        let mut members = members;
+        members.sort_unstable();
+        members.dedup();
+        Ok((
+            room,
+            Create {
+                kind,
+                about: r#ref,
+                members,
+                title,
+                info,
+            },
+        ))
+    }
+}
+
+/// Read a room's record. Needs `read`.
+#[utoipa::path(
+    get,
+    path = "/v1/rooms/{room}",
+    params(("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby")),
+    responses(
+        (status = 200, body = RecordReply, description = "With its version as ETag"),
+        (status = 400, body = ErrorBody, description = "bad_room"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace; unknown_room: nobody has made the room"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn record(
+    State(api): State<Api>,
+    room: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+) -> Result<Response, HttpError> {
+    let ask = async {
+        let identity = authorize(&api, &headers)?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let room = room_of(room)?;
+        let record = records::record(&ready.people, &identity, &room).await?;
+        Ok(answer(StatusCode::OK, record))
+    };
+    ask.instrument(command_span("room", &headers)).await
+}
+
+/// Change a room's settings.
+///
+/// `archived`, `frozen` and `slow_mode_s` are for moderators; `title`, `info` and `assignee` for owners. With `If-Match`
+/// only if the record still has that version.
+#[utoipa::path(
+    patch,
+    path = "/v1/rooms/{room}",
+    params(
+        ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
+        ("if-match" = Option<String>, Header, description = "The ETag of the record that was read"),
+    ),
+    request_body = SettingsRequest,
+    responses(
+        (status = 200, body = RecordReply),
+        (status = 400, body = ErrorBody, description = "bad_json, bad_request, bad_room"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 409, body = ErrorBody, description = "conflict: the record has another version"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn settings(
+    State(api): State<Api>,
+    room: Result<Path<String>, PathRejection>,
+    request: Request,
+) -> Result<Response, HttpError> {
+    let span = command_span("room", request.headers());
+    let ask = async {
+        let identity = authorize(&api, request.headers())?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let room = room_of(room)?;
+        let version = version_of(request.headers());
+        let SettingsRequest {
+            title,
+            info,
+            archived,
+            frozen,
+            slow_mode_s,
+            assignee,
+        } = json_of(&api, request).await?;
+        let settings = Settings {
+            title,
+            info,
+            archived,
+            frozen,
+            slow_mode_s,
+            assignee,
+        };
+        let set = Change::Set(Box::new(settings));
+        let changed = change(ready, &identity, &room, &set, version.as_deref()).await?;
+        Ok(shown(ready, &identity, &room, &changed.record))
+    };
+    ask.instrument(span).await
+}
+
+/// Room and user of a path.
+fn room_and_user(
+    path: Result<Path<(String, String)>, PathRejection>,
+) -> Result<(RoomId, String), HttpError> {
+    let Path((room, user)) =
+        path.map_err(|error| HttpError::new(ErrorCode::BadRequest, error.body_text()))?;
+    let room = RoomId::parse(&room)
+        .map_err(|error| HttpError::new(ErrorCode::BadRoom, error.to_string()))?;
+    Ok((room, user))
+}
+
+/// Add a member, or change their role, mute or ban them.
+#[utoipa::path(
+    put,
+    path = "/v1/rooms/{room}/members/{user}",
+    params(
+        ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
+        ("user" = String, Path, description = "The user, percent-encoded"),
+    ),
+    request_body = MemberRequest,
+    responses(
+        (status = 200, body = RecordReply),
+        (status = 400, body = ErrorBody, description = "bad_json, bad_request, bad_room"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After; limit: too many members"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn put_member(
+    State(api): State<Api>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    request: Request,
+) -> Result<Response, HttpError> {
+    let span = command_span("member", request.headers());
+    let ask = async {
+        let identity = authorize(&api, request.headers())?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let (room, user) = room_and_user(path)?;
+        let body = read_body(&api.shared, request.into_body(), ENVELOPE_BYTES).await?;
+        let asked: MemberRequest = match body.is_empty() {
+            true => MemberRequest::default(),
+            false => serde_json::from_slice(&body)
+                .map_err(|error| HttpError::new(ErrorCode::BadRequest, error.to_string()))?,
+        };
+        let MemberRequest {
+            role,
+            state,
+            muted_until,
+        } = asked;
+        let what = PutMember {
+            role,
+            state,
+            muted_until,
+        };
+        let put = Change::Put { user, what };
+        let changed = change(ready, &identity, &room, &put, None).await?;
+        Ok(shown(ready, &identity, &room, &changed.record))
+    };
+    ask.instrument(span).await
+}
+
+/// Remove a member, or leave: a user may always remove oneself.
+#[utoipa::path(
+    delete,
+    path = "/v1/rooms/{room}/members/{user}",
+    params(
+        ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
+        ("user" = String, Path, description = "The user, percent-encoded"),
+    ),
+    responses(
+        (status = 200, body = RecordReply),
+        (status = 400, body = ErrorBody, description = "bad_request (also: the user is not named there), bad_room"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn remove_member(
+    State(api): State<Api>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    headers: HeaderMap,
+) -> Result<Response, HttpError> {
+    let ask = async {
+        let identity = authorize(&api, &headers)?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let (room, user) = room_and_user(path)?;
+        let removed = change(ready, &identity, &room, &Change::Remove { user }, None).await?;
+        Ok(shown(ready, &identity, &room, &removed.record))
+    };
+    ask.instrument(command_span("member", &headers)).await
+}
+
+/// Pin a message: `PUT` pins, `DELETE` unpins. For moderators; in a `dm` for its members.
+#[utoipa::path(
+    put,
+    path = "/v1/rooms/{room}/pins/{message}",
+    params(
+        ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
+        ("message" = String, Path, description = "The message, `<user>/<id>`, percent-encoded"),
+    ),
+    responses(
+        (status = 200, body = RecordReply),
+        (status = 400, body = ErrorBody, description = "bad_request, bad_room, bad_id"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After; limit: too many pinned messages"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn pin(
+    State(api): State<Api>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    headers: HeaderMap,
+) -> Result<Response, HttpError> {
+    pinned(&api, path, &headers, true).await
+}
+
+/// Unpin a message.
+#[utoipa::path(
+    delete,
+    path = "/v1/rooms/{room}/pins/{message}",
+    params(
+        ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
+        ("message" = String, Path, description = "The message, `<user>/<id>`, percent-encoded"),
+    ),
+    responses(
+        (status = 200, body = RecordReply),
+        (status = 400, body = ErrorBody, description = "bad_request, bad_room, bad_id"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 404, body = ErrorBody, description = "unknown_namespace"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn unpin(
+    State(api): State<Api>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    headers: HeaderMap,
+) -> Result<Response, HttpError> {
+    pinned(&api, path, &headers, false).await
+}
+
+async fn pinned(
+    api: &Api,
+    path: Result<Path<(String, String)>, PathRejection>,
+    headers: &HeaderMap,
+    on: bool,
+) -> Result<Response, HttpError> {
+    let ask = async {
+        let identity = authorize(api, headers)?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let (room, message) = room_and_user(path)?;
+        let changed = change(ready, &identity, &room, &Change::Pin { message, on }, None).await?;
+        Ok(shown(ready, &identity, &room, &changed.record))
+    };
+    ask.instrument(command_span("pin", headers)).await
+}
+
+/// Block a user: direct messages between the two are refused.
+///
+/// `{user}` is oneself, or the token grants `manage` on all rooms. Neither of the two is told.
+#[utoipa::path(
+    put,
+    path = "/v1/users/{user}/blocks/{other}",
+    params(
+        ("user" = String, Path, description = "Who blocks, percent-encoded"),
+        ("other" = String, Path, description = "Who is blocked, percent-encoded"),
+    ),
+    responses(
+        (status = 204, description = "Blocked"),
+        (status = 400, body = ErrorBody, description = "bad_request"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn block(
+    State(api): State<Api>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    headers: HeaderMap,
+) -> Result<StatusCode, HttpError> {
+    set_block(&api, path, &headers, true).await
+}
+
+/// No longer block a user.
+#[utoipa::path(
+    delete,
+    path = "/v1/users/{user}/blocks/{other}",
+    params(
+        ("user" = String, Path, description = "Who blocks, percent-encoded"),
+        ("other" = String, Path, description = "Who is blocked, percent-encoded"),
+    ),
+    responses(
+        (status = 204, description = "Not blocked"),
+        (status = 400, body = ErrorBody, description = "bad_request"),
+        (status = 401, body = ErrorBody, description = "unauthorized"),
+        (status = 403, body = ErrorBody, description = "forbidden"),
+        (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable"),
+    ),
+    security(("token" = []))
+)]
+pub(super) async fn unblock(
+    State(api): State<Api>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    headers: HeaderMap,
+) -> Result<StatusCode, HttpError> {
+    set_block(&api, path, &headers, false).await
+}
+
+async fn set_block(
+    api: &Api,
+    path: Result<Path<(String, String)>, PathRejection>,
+    headers: &HeaderMap,
+    on: bool,
+) -> Result<StatusCode, HttpError> {
+    let ask = async {
+        let identity = authorize(api, headers)?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let Path((user, other)) =
+            path.map_err(|error| HttpError::new(ErrorCode::BadRequest, error.body_text()))?;
+        if *identity.user != *user && !identity.scope(Right::Manage).all {
+            let text = "blocks of another user need manage on all rooms";
+            return Err(HttpError::new(ErrorCode::Forbidden, text));
+        }
+        ready.people.block(&user, &other, on).await?;
+        Ok(StatusCode::NO_CONTENT)
+    };
+    ask.instrument(command_span("block", headers)).await
+}

@@ -1,0 +1,583 @@
+//! Changes of a record: who may make them, what they do to it, and what the room is told.
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    access::Standing,
+    record::{Field, Made, Member, MemberState, Record, Role, RoomKind, Stamp},
+};
+use crate::{
+    auth::{Identity, Right},
+    model::{MAX_USER, Reference, Region, RoomId},
+    protocol::{ErrorCode, Refused},
+};
+
+/// Most users of a direct room.
+pub const DIRECT_MEMBERS: usize = 10;
+
+/// Most pinned messages of a room.
+pub const MAX_PINS: usize = 50;
+
+/// Longest title and `ref`, in characters.
+const MAX_TEXT: usize = 256;
+
+/// Most bytes of `info`, as JSON text.
+const MAX_INFO: usize = 8 * 1024;
+
+/// Longest slow mode, in seconds: a day.
+const MAX_SLOW_MODE_S: u32 = 86_400;
+
+/// A change of a room's record.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// Makes the room, or gives back to those who make it again what they had: the creator of a direct room comes back
+    /// to it.
+    Create(Create),
+    /// Changes its settings.
+    Set(Box<Settings>),
+    /// Adds or changes a member.
+    Put {
+        /// The user.
+        user: String,
+        /// What of the entry changes.
+        what: PutMember,
+    },
+    /// Removes a user, or leaves, if it is oneself.
+    Remove {
+        /// The user.
+        user: String,
+    },
+    /// Ends the room.
+    Close,
+    /// Pins or unpins a message.
+    Pin {
+        /// The message, `<user>/<id>`.
+        message: String,
+        /// Whether it is pinned.
+        on: bool,
+    },
+}
+
+/// A new room.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Create {
+    /// What sort of room it is.
+    pub kind: RoomKind,
+    /// What it is about.
+    pub about: Option<String>,
+    /// Its members, besides the one who makes it.
+    pub members: Vec<String>,
+    /// Its title.
+    pub title: Option<String>,
+    /// What the application keeps with it.
+    pub info: Option<Map<String, Value>>,
+}
+
+/// New settings. What is `None` stays.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Settings {
+    /// What people call it.
+    pub title: Option<String>,
+    /// What the application keeps with it.
+    pub info: Option<Map<String, Value>>,
+    /// Whether it is put aside.
+    pub archived: Option<bool>,
+    /// Whether only moderators write.
+    pub frozen: Option<bool>,
+    /// Seconds between two messages of a member; 0: no limit.
+    pub slow_mode_s: Option<u32>,
+    /// Who of the staff looks after it; empty: nobody.
+    pub assignee: Option<String>,
+}
+
+/// What of a member's entry changes. What is `None` stays.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PutMember {
+    /// What the user may do.
+    pub role: Option<Role>,
+    /// In the room, or banned.
+    pub state: Option<MemberState>,
+    /// Until when the user may not write, in ms since 1970; 0: the user may.
+    pub muted_until: Option<u64>,
+}
+
+/// What the room is told of a change: the body of an entry in its log.
+pub type Told = Map<String, Value>;
+
+fn bad<T>(text: String) -> Result<T, Refused> {
+    Err(Refused::new(ErrorCode::BadRequest, text))
+}
+
+fn forbidden<T>(text: String) -> Result<T, Refused> {
+    Err(Refused::new(ErrorCode::Forbidden, text))
+}
+
+fn told(action: &str, by: &str) -> Told {
+    let mut told = Map::new();
+    told.insert("action".to_owned(), action.into());
+    told.insert("by".to_owned(), by.into());
+    told
+}
+
+/// Checks the name of a user that a client gives.
+pub(super) fn check_user(user: &str) -> Result<(), Refused> {
+    match crate::auth::user_flaw(user) {
+        Some(flaw) => bad(format!("the user {flaw}")),
+        None if user.len() > MAX_USER => bad(format!("a user has at most {MAX_USER} bytes")),
+        None => Ok(()),
+    }
+}
+
+fn check_text(name: &str, text: &str) -> Result<(), Refused> {
+    match text.chars().count() <= MAX_TEXT && !text.chars().any(char::is_control) {
+        true => Ok(()),
+        false => bad(format!(
+            "{name} has at most {MAX_TEXT} characters, and no control characters"
+        )),
+    }
+}
+
+fn check_info(info: &Map<String, Value>) -> Result<(), Refused> {
+    let size = serde_json::to_string(info).map_or(usize::MAX, |text| text.len());
+    match size <= MAX_INFO {
+        true => Ok(()),
+        false => bad(format!("info has {size} bytes, the limit is {MAX_INFO}")),
+    }
+}
+
+/// A change, with what it needs to be judged.
+#[derive(Debug)]
+pub struct Ask<'a> {
+    /// The room.
+    pub room: &'a RoomId,
+    /// Who makes the change.
+    pub identity: &'a Identity,
+    /// Whether only members are let into the room.
+    pub members_only: bool,
+    /// Whether users may make direct rooms.
+    pub users_create: bool,
+    /// Most members of a room.
+    pub room_members: usize,
+    /// The time, in ms since 1970.
+    pub now: u64,
+    /// The region in which the change is made.
+    pub origin: &'a Region,
+}
+
+impl Ask<'_> {
+    /// How much the one who asks may do: as a moderator, or an owner. `None`: neither.
+    fn level(&self, record: Option<&Record>) -> Option<Role> {
+        let (identity, room) = (self.identity, self.room);
+        if identity.may(Right::Manage, room) {
+            return Some(Role::Owner);
+        }
+        if !identity.may(Right::Moderate, room) {
+            return None;
+        }
+        let standing = Standing::of(record, self.members_only);
+        let role = standing.role(&identity.user, false)?;
+        // Where grants say who is in a room, they also say who moderates.
+        let at_least = if self.members_only {
+            Role::Reader
+        } else {
+            Role::Moderator
+        };
+        Some(role.max(at_least)).filter(|role| *role >= Role::Moderator)
+    }
+
+    fn needs(&self, record: Option<&Record>, role: Role, what: &str) -> Result<Role, Refused> {
+        match self.level(record) {
+            Some(level) if level >= role => Ok(level),
+            _ => {
+                let text = format!(
+                    "{what} in {} needs the right manage, or moderate and the role {}",
+                    self.room,
+                    role.as_str()
+                );
+                forbidden(text)
+            }
+        }
+    }
+
+    /// The record after a change of `record`, and what the room is told. `None` if nothing changes.
+    ///
+    /// # Errors
+    /// `forbidden`, `bad_request` or `limit`, with the reason.
+    pub fn apply(
+        &self,
+        record: Option<&Record>,
+        change: &Change,
+    ) -> Result<Option<(Record, Told)>, Refused> {
+        // Later than everything in the record, also if the clocks of two regions differ.
+        let at = record.map_or(self.now, |record| self.now.max(record.newest() + 1));
+        let stamp = Stamp {
+            at,
+            origin: self.origin.clone(),
+        };
+        let by = &*self.identity.user;
+        if let Change::Create(create) = change {
+            return self.create(record, create, &stamp);
+        }
+        let Some(record) = record else {
+            // In a room that grants open, the first mute, ban or setting makes the record.
+            if !matches!(
+                change,
+                Change::Put { .. } | Change::Set(_) | Change::Pin { .. }
+            ) || self.members_only
+            {
+                return Err(Refused::new(
+                    ErrorCode::Forbidden,
+                    format!("{} has no record: nobody has made it", self.room),
+                ));
+            }
+            let made = Made {
+                created: self.now,
+                by: by.to_owned(),
+            };
+            let record = Record::new(RoomKind::Open, None, made);
+            return self.apply(Some(&record), change);
+        };
+        if record.is_closed() {
+            return forbidden(format!("{} was closed", self.room));
+        }
+        let mut new = record.clone();
+        let told = match change {
+            Change::Create(_) => return Ok(None),
+            Change::Set(settings) => self.set(&mut new, settings, &stamp)?,
+            Change::Put { user, what } => self.put(&mut new, user, what, stamp)?,
+            Change::Remove { user } => self.remove(&mut new, user, stamp)?,
+            Change::Close => {
+                if !self.identity.may(Right::Erase, self.room) {
+                    return forbidden(format!("the token does not grant erase on {}", self.room));
+                }
+                self.needs(Some(record), Role::Owner, "ending the room")?;
+                new.closed = Some(Field { value: true, stamp });
+                told("closed", by)
+            }
+            Change::Pin { message, on } => self.pin(&mut new, message, *on, stamp)?,
+        };
+        Ok((new != *record).then_some((new, told)))
+    }
+
+    fn create(
+        &self,
+        record: Option<&Record>,
+        create: &Create,
+        stamp: &Stamp,
+    ) -> Result<Option<(Record, Told)>, Refused> {
+        let Create {
+            kind,
+            about,
+            members,
+            title,
+            info,
+        } = create;
+        let by = &*self.identity.user;
+        let manages = self.identity.may(Right::Manage, self.room);
+        let takes_part = members.iter().any(|member| *member == by);
+        let as_user = self.users_create && *kind == RoomKind::Dm && takes_part;
+        if !manages && !as_user {
+            let text = format!(
+                "making {} needs the right manage; users make only direct rooms with themselves in them, in namespaces with create = \"members\"",
+                self.room
+            );
+            return forbidden(text);
+        }
+        if let Some(record) = record {
+            if record.is_closed() {
+                return forbidden(format!("{} was closed", self.room));
+            }
+            // Who has left a direct room comes back to it by making it again.
+            let mut new = record.clone();
+            let back = new
+                .members
+                .get_mut(by)
+                .filter(|its| its.state == MemberState::Out);
+            return Ok(match back {
+                Some(member) if as_user => {
+                    member.state = MemberState::In;
+                    member.stamp = stamp.clone();
+                    let mut told = told("added", by);
+                    told.insert("user".to_owned(), by.into());
+                    Some((new, told))
+                }
+                _ => None,
+            });
+        }
+        for member in members {
+            check_user(member)?;
+        }
+        let (least, most) = match kind {
+            RoomKind::Dm => (1, DIRECT_MEMBERS),
+            RoomKind::Group | RoomKind::Open => (0, self.room_members),
+        };
+        if !(least..=most).contains(&members.len()) {
+            let text = format!(
+                "members: {} of them, {least} to {most} are possible",
+                members.len()
+            );
+            return Err(Refused::new(ErrorCode::Limit, text));
+        }
+        let made = Made {
+            created: stamp.at,
+            by: by.to_owned(),
+        };
+        let mut new = Record::new(*kind, about.clone(), made);
+        if let Some(about) = about {
+            check_text("ref", about)?;
+        }
+        let settings = Settings {
+            title: title.clone(),
+            info: info.clone(),
+            ..Settings::default()
+        };
+        Self::fill(&mut new, &settings, stamp)?;
+        for user in members {
+            let leads = *kind == RoomKind::Group && *user == by;
+            let member = Member {
+                role: if leads { Role::Owner } else { Role::Member },
+                state: MemberState::In,
+                muted_until: 0,
+                stamp: stamp.clone(),
+            };
+            new.members.insert(user.clone(), member);
+        }
+        Ok(Some((new, told("created", by))))
+    }
+
+    /// Writes settings into a record.
+    fn fill(new: &mut Record, settings: &Settings, stamp: &Stamp) -> Result<(), Refused> {
+        fn put<T: Clone + PartialEq>(
+            field: &mut Option<Field<T>>,
+            value: Option<&T>,
+            stamp: &Stamp,
+        ) {
+            if let Some(value) = value
+                && field.as_ref().is_none_or(|field| field.value != *value)
+            {
+                *field = Some(Field {
+                    value: value.clone(),
+                    stamp: stamp.clone(),
+                });
+            }
+        }
+        let Settings {
+            title,
+            info,
+            archived,
+            frozen,
+            slow_mode_s,
+            assignee,
+        } = settings;
+        if let Some(title) = title {
+            check_text("title", title)?;
+        }
+        if let Some(info) = info {
+            check_info(info)?;
+        }
+        if slow_mode_s.is_some_and(|seconds| seconds > MAX_SLOW_MODE_S) {
+            return bad(format!("slow_mode_s is at most {MAX_SLOW_MODE_S}"));
+        }
+        if let Some(assignee) = assignee.as_ref().filter(|name| !name.is_empty()) {
+            check_user(assignee)?;
+        }
+        put(&mut new.title, title.as_ref(), stamp);
+        put(&mut new.info, info.as_ref(), stamp);
+        put(&mut new.archived, archived.as_ref(), stamp);
+        put(&mut new.frozen, frozen.as_ref(), stamp);
+        put(&mut new.slow_mode_s, slow_mode_s.as_ref(), stamp);
+        put(&mut new.assignee, assignee.as_ref(), stamp);
+        Ok(())
+    }
+
+    fn set(&self, new: &mut Record, settings: &Settings, stamp: &Stamp) -> Result<Told, Refused> {
+        let Settings {
+            title,
+            info,
+            archived,
+            frozen,
+            slow_mode_s,
+            assignee,
+        } = settings;
+        let of_owner = title.is_some() || info.is_some() || assignee.is_some();
+        let role = if of_owner {
+            Role::Owner
+        } else {
+            Role::Moderator
+        };
+        self.needs(Some(new), role, "changing settings")?;
+        Self::fill(new, settings, stamp)?;
+        let mut told = told("settings", &self.identity.user);
+        let values = [
+            ("title", title.as_ref().map(|it| json!(it))),
+            ("info", info.as_ref().map(|it| json!(it))),
+            ("archived", archived.map(|it| json!(it))),
+            ("frozen", frozen.map(|it| json!(it))),
+            ("slow_mode_s", slow_mode_s.map(|it| json!(it))),
+            ("assignee", assignee.as_ref().map(|it| json!(it))),
+        ];
+        for (name, value) in values {
+            if let Some(value) = value {
+                told.insert(name.to_owned(), value);
+            }
+        }
+        if told.len() == 2 {
+            return bad(
+                "one of title, info, archived, frozen, slow_mode_s and assignee is needed"
+                    .to_owned(),
+            );
+        }
+        Ok(told)
+    }
+
+    /// Checks that the one who asks may change the entry of `user`.
+    fn outranks(&self, record: &Record, user: &str, what: &str) -> Result<Role, Refused> {
+        let level = self.needs(Some(record), Role::Moderator, what)?;
+        let is_in = record
+            .member(user)
+            .filter(|its| its.state == MemberState::In);
+        let role = is_in.map_or(Role::Reader, |its| its.role);
+        match level > role || level == Role::Owner {
+            true => Ok(level),
+            false => forbidden(format!("{what}: {user} has the role {}", role.as_str())),
+        }
+    }
+
+    fn put(
+        &self,
+        new: &mut Record,
+        user: &str,
+        what: &PutMember,
+        stamp: Stamp,
+    ) -> Result<Told, Refused> {
+        check_user(user)?;
+        let level = self.outranks(new, user, "changing a member")?;
+        if what.role.is_some_and(|role| role > Role::Member) && level < Role::Owner {
+            return forbidden("only an owner gives this role".to_owned());
+        }
+        let known = new.members.get(user);
+        if new.kind == RoomKind::Dm && known.is_none() {
+            return bad("the members of a direct room don't change".to_owned());
+        }
+        let state = match (what.state, known) {
+            (Some(MemberState::Out), _) => return bad("state is \"in\" or \"banned\"".to_owned()),
+            (Some(state), _) => state,
+            // To mute somebody in an open room does not make a member of them, but names them.
+            (None, Some(known)) if known.state == MemberState::Banned => MemberState::Banned,
+            (None, _) => MemberState::In,
+        };
+        let comes =
+            known.is_none_or(|its| its.state != MemberState::In) && state == MemberState::In;
+        let named = new
+            .members
+            .values()
+            .filter(|its| its.state != MemberState::Out)
+            .count();
+        let is_new = known.is_none_or(|its| its.state == MemberState::Out);
+        // Entries of those who left stay, so they are bounded too.
+        let is_full = known.is_none() && new.members.len() >= 2 * self.room_members;
+        if is_new && named >= self.room_members || is_full {
+            let text = format!(
+                "a room has at most {} members and banned users",
+                self.room_members
+            );
+            return Err(Refused::new(ErrorCode::Limit, text));
+        }
+        let member = Member {
+            role: what
+                .role
+                .or(known.map(|its| its.role))
+                .unwrap_or(Role::Member),
+            state,
+            muted_until: what
+                .muted_until
+                .or(known.map(|its| its.muted_until))
+                .unwrap_or_default(),
+            stamp,
+        };
+        let action = match known {
+            _ if state == MemberState::Banned => "banned",
+            _ if comes => "added",
+            Some(known) if known.muted_until != member.muted_until => {
+                match member.muted_until > self.now {
+                    true => "muted",
+                    false => "unmuted",
+                }
+            }
+            _ => "role",
+        };
+        let same = known.is_some_and(|known| {
+            (known.role, known.state, known.muted_until)
+                == (member.role, member.state, member.muted_until)
+        });
+        let mut told = told(action, &self.identity.user);
+        told.insert("user".to_owned(), user.into());
+        told.insert("role".to_owned(), member.role.as_str().into());
+        if member.muted_until > 0 {
+            told.insert("muted_until".to_owned(), member.muted_until.into());
+        }
+        if !same {
+            new.members.insert(user.to_owned(), member);
+        }
+        Ok(told)
+    }
+
+    fn remove(&self, new: &mut Record, user: &str, stamp: Stamp) -> Result<Told, Refused> {
+        let oneself = *user == *self.identity.user;
+        if !oneself {
+            self.outranks(new, user, "removing a member")?;
+        }
+        let Some(member) = new.members.get_mut(user) else {
+            return bad(format!("{user} is not named in {}", self.room));
+        };
+        if oneself && member.state == MemberState::Banned {
+            return forbidden(format!("this user is banned from {}", self.room));
+        }
+        if member.state != MemberState::Out {
+            member.state = MemberState::Out;
+            member.muted_until = 0;
+            member.stamp = stamp;
+        }
+        let mut told = told(
+            if oneself { "left" } else { "removed" },
+            &self.identity.user,
+        );
+        told.insert("user".to_owned(), user.into());
+        Ok(told)
+    }
+
+    fn pin(
+        &self,
+        new: &mut Record,
+        message: &str,
+        on: bool,
+        stamp: Stamp,
+    ) -> Result<Told, Refused> {
+        // In a direct room everybody pins.
+        let standing = Standing::of(Some(new), self.members_only);
+        let direct =
+            new.kind == RoomKind::Dm && standing.role(&self.identity.user, false).is_some();
+        if !(direct && self.identity.may(Right::Write, self.room)) {
+            self.needs(Some(new), Role::Moderator, "pinning")?;
+        }
+        let named = Reference::parse(message)
+            .map_err(|error| Refused::new(ErrorCode::BadId, error.to_string()))?;
+        let user = named.user.as_deref().unwrap_or(&self.identity.user);
+        let message = format!("{user}/{}", named.id);
+        let mut pins = new.pins().to_vec();
+        let at = pins.iter().position(|pin| *pin == message);
+        if on && at.is_none() && pins.len() >= MAX_PINS {
+            let text = format!("a room has at most {MAX_PINS} pinned messages");
+            return Err(Refused::new(ErrorCode::Limit, text));
+        }
+        let mut told = told(if on { "pinned" } else { "unpinned" }, &self.identity.user);
+        told.insert("message".to_owned(), message.clone().into());
+        match (on, at) {
+            (true, None) => pins.push(message),
+            (false, Some(at)) => drop(pins.remove(at)),
+            (true, Some(_)) | (false, None) => return Ok(told),
+        }
+        new.pins = Some(Field { value: pins, stamp });
+        Ok(told)
+    }
+}

@@ -1,0 +1,570 @@
+//! The records that an edge knows, and how it hears of changes.
+//!
+//! A record is read when a room is first asked for, and followed from then on by the RePublish of the buckets: one
+//! subscription for the records of all rooms, because they change seldom. Merging makes the order in which a read and
+//! the changes arrive irrelevant. The revisions of a bucket have no gaps, so a lost change shows in the next one, or when
+//! the newest revision is asked for.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::{join_all, try_join_all};
+use parking_lot::{Mutex, RwLock};
+use tokio::{
+    sync::{broadcast, mpsc, oneshot},
+    time::{Instant, MissedTickBehavior, interval},
+};
+
+use super::{
+    access::Standing,
+    record::{Field, Merge as _, Record, RoomKind},
+};
+use crate::{
+    auth::{Identity, Right},
+    bus::{Bucket, Entry, KvError, LiveFeed, Origins, Reader},
+    config::{Access, Config},
+    model::{Region, RoomId},
+    protocol::{ErrorCode, Refused},
+    runtime::unix_ms,
+    subject::{BLOCK_KEYS, block_key, bucket, parse_block_key, parse_record_key, record_key},
+};
+
+/// Rooms whose records an edge keeps at most, besides those that somebody is in.
+const MAX_KNOWN: usize = 65_536;
+
+/// Records that are read in one request.
+const BATCH: usize = 500;
+
+/// How often it is checked whether a read is due.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How often the newest revisions are compared, since the last change may have been lost.
+const RESYNC: Duration = Duration::from_secs(30);
+
+/// How long rooms whose access does not depend on a record don't wait for one after the bucket has failed to answer.
+const DISTRUST: Duration = Duration::from_secs(10);
+
+/// Changes that a shard may leave unread. After that it looks at all its sessions.
+const CHANGES: usize = 1024;
+
+/// What is known of the record of one room.
+#[derive(Debug, Default)]
+pub struct Known {
+    record: RwLock<Option<Arc<Record>>>,
+    /// Whether the buckets were read.
+    is_read: AtomicBool,
+    /// Whether one of the two users of a direct room has blocked the other.
+    blocked: AtomicBool,
+    /// Whether it was asked for since the last sweep.
+    used: AtomicBool,
+    /// When members last wrote, in ms since 1970, while the room is in slow mode.
+    turns: Mutex<HashMap<Box<str>, u64>>,
+}
+
+/// The room records of all regions, as an edge sees them. Shared by its shards and by HTTP.
+#[derive(Debug)]
+pub struct People {
+    pub(super) config: Arc<Config>,
+    pub(super) records: Bucket,
+    pub(super) index: Bucket,
+    pub(super) origins: Arc<Origins>,
+    known: RwLock<HashMap<RoomId, Arc<Known>>>,
+    loads: mpsc::UnboundedSender<Load>,
+    changes: broadcast::Sender<RoomId>,
+    /// When the bucket last failed to answer.
+    failed: RwLock<Option<Instant>>,
+}
+
+/// A request for a record.
+#[derive(Debug)]
+struct Load {
+    room: RoomId,
+    known: Arc<Known>,
+    done: oneshot::Sender<bool>,
+}
+
+/// Requests for records. [`People::follow`] answers them.
+#[derive(Debug)]
+pub struct Loads(mpsc::UnboundedReceiver<Load>);
+
+/// What follows the buckets.
+#[derive(Debug)]
+pub struct Feeds {
+    records: LiveFeed,
+    blocks: LiveFeed,
+}
+
+impl Known {
+    /// The record, if the room has one.
+    #[must_use]
+    pub fn record(&self) -> Option<Arc<Record>> {
+        self.record.read().clone()
+    }
+
+    /// What it means for one user whether the room has a record, and which.
+    pub fn standing<T>(
+        &self,
+        config: &Config,
+        room: &RoomId,
+        ask: impl FnOnce(Standing<'_>) -> T,
+    ) -> T {
+        let record = self.record.read();
+        let blocked = self.blocked.load(Ordering::Relaxed);
+        ask(Standing::new(config, room, record.as_deref(), blocked))
+    }
+
+    /// Merges a record into it. Returns whether that has changed it.
+    fn learn(&self, other: &Record) -> bool {
+        let mut record = self.record.write();
+        match &mut *record {
+            None => {
+                *record = Some(Arc::new(other.clone()));
+                true
+            }
+            Some(known) => {
+                let mut merged = Record::clone(known);
+                merged.merge_from(other);
+                let changed = merged != **known;
+                if changed {
+                    *known = Arc::new(merged);
+                }
+                changed
+            }
+        }
+    }
+}
+
+/// The two users of a direct room that only they are in.
+pub(super) fn pair(record: &Record) -> Option<(&str, &str)> {
+    let mut users = record.members.keys();
+    let both = (users.next()?, users.next()?);
+    let is_pair = record.kind == RoomKind::Dm && users.next().is_none();
+    is_pair.then_some((both.0.as_str(), both.1.as_str()))
+}
+
+/// The record in an entry of a bucket.
+pub(super) fn record_of(entry: &Entry) -> Option<Record> {
+    let value = entry.value.as_ref()?;
+    serde_json::from_slice(value)
+        .inspect_err(|error| {
+            tracing::warn!(key = entry.key, %error, "a room record is not understood");
+        })
+        .ok()
+}
+
+impl People {
+    /// The records of all regions, read by `reader`. Nothing is read before [`Self::follow`] runs.
+    #[must_use]
+    pub fn new(
+        config: &Arc<Config>,
+        reader: &Reader,
+        origins: &Arc<Origins>,
+    ) -> (Arc<Self>, Loads) {
+        let connection = reader.connection().clone();
+        let bucket = |name| Bucket::new(connection.clone(), reader.clone(), config, name);
+        let (loads, requests) = mpsc::unbounded_channel();
+        let people = Arc::new(Self {
+            config: Arc::clone(config),
+            records: bucket(bucket::ROOMS),
+            index: bucket(bucket::INBOX),
+            origins: Arc::clone(origins),
+            known: RwLock::default(),
+            loads,
+            changes: broadcast::Sender::new(CHANGES),
+            failed: RwLock::default(),
+        });
+        (people, Loads(requests))
+    }
+
+    /// The configuration of the edge.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The rooms whose records change, from now on.
+    #[must_use]
+    pub fn changes(&self) -> broadcast::Receiver<RoomId> {
+        self.changes.subscribe()
+    }
+
+    /// What is known of a room's record. It is read first, if nobody has asked for it yet.
+    ///
+    /// # Errors
+    /// `unavailable` if it can't be read and the room is for members only.
+    pub async fn of(&self, room: &RoomId) -> Result<Arc<Known>, Refused> {
+        let known = {
+            let known = self.known.read().get(room).cloned();
+            known.unwrap_or_else(|| Arc::clone(self.known.write().entry(room.clone()).or_default()))
+        };
+        if !known.used.load(Ordering::Relaxed) {
+            known.used.store(true, Ordering::Relaxed);
+        }
+        if known.is_read.load(Ordering::Acquire) {
+            return Ok(known);
+        }
+        let needed = self.config.namespaces.get(room.namespace());
+        let needed = needed.is_some_and(|its| its.access == Access::Members);
+        let distrusted = || self.failed.read().is_some_and(|at| at.elapsed() < DISTRUST);
+        if !needed && distrusted() {
+            return Ok(known);
+        }
+        let (done, loaded) = oneshot::channel();
+        let load = Load {
+            room: room.clone(),
+            known: Arc::clone(&known),
+            done,
+        };
+        // The other end is gone only when the edge is.
+        let asked = self.loads.send(load).is_ok();
+        if !(asked && loaded.await.unwrap_or(false)) && needed {
+            let text = format!("who may be in {room} can't be read now");
+            return Err(Refused::new(ErrorCode::Unavailable, text));
+        }
+        Ok(known)
+    }
+
+    /// Checks that a token grants a right in a room, and that the room's record does not say otherwise. Returns what is
+    /// known of the record.
+    ///
+    /// # Errors
+    /// `forbidden`, or `unavailable` if the record can't be read.
+    pub async fn check(
+        &self,
+        identity: &Identity,
+        right: Right,
+        room: &RoomId,
+    ) -> Result<Arc<Known>, Refused> {
+        let known = self.of(room).await?;
+        known.standing(&self.config, room, |standing| {
+            standing.check(identity, right, room, unix_ms())
+        })?;
+        Ok(known)
+    }
+
+    /// Whether a user moderates a room with this record.
+    #[must_use]
+    pub fn moderates(&self, record: &Record, identity: &Identity, room: &RoomId) -> bool {
+        Standing::new(&self.config, room, Some(record), false).leads(identity, room)
+    }
+
+    /// Lets a member write who has waited long enough, if the room is in slow mode. Each edge counts by itself.
+    ///
+    /// # Errors
+    /// `rate_limited`, with the time to wait.
+    pub fn take_turn(
+        &self,
+        known: &Known,
+        identity: &Identity,
+        room: &RoomId,
+    ) -> Result<(), Refused> {
+        let wait = known.standing(&self.config, room, |standing| {
+            standing.slow_mode(identity, room)
+        });
+        let Some(wait) = wait else { return Ok(()) };
+        let (now, mut turns) = (unix_ms(), known.turns.lock());
+        turns.retain(|_, last| now < *last + wait);
+        match turns.get(&*identity.user) {
+            Some(last) => {
+                let rest = *last + wait - now;
+                let text = format!("{room} is in slow mode: write again in {rest} ms");
+                Err(Refused::new(ErrorCode::RateLimited, text).after(rest))
+            }
+            None => {
+                turns.insert((*identity.user).into(), now);
+                Ok(())
+            }
+        }
+    }
+
+    /// Subscribes to the changes. `None` if NATS was closed.
+    pub async fn open(&self) -> Option<Feeds> {
+        let records = self.records.changes("*.*").await.ok()?;
+        let blocks = self.index.changes(BLOCK_KEYS).await.ok()?;
+        Some(Feeds { records, blocks })
+    }
+
+    /// Reads records that are asked for, and applies changes, forever.
+    pub async fn follow(self: Arc<Self>, mut requests: Loads, mut feeds: Feeds) {
+        let loading = async {
+            let mut batch = Vec::new();
+            while requests.0.recv_many(&mut batch, BATCH).await > 0 {
+                self.load(std::mem::take(&mut batch)).await;
+                self.sweep();
+            }
+        };
+        let following = async {
+            let mut tick = interval(TICK);
+            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut seen: HashMap<(bool, Region), u64> = HashMap::new();
+            let mut due = Instant::now() + RESYNC;
+            let mut suspect = false;
+            let mut regions = self.origins.members_version();
+            let (mut of_records, mut of_blocks) = (Vec::new(), Vec::new());
+            loop {
+                of_records.clear();
+                of_blocks.clear();
+                tokio::select! {
+                    more = feeds.records.next_batch(&mut of_records, 64) => if !more { return },
+                    more = feeds.blocks.next_batch(&mut of_blocks, 64) => if !more { return },
+                    _ = tick.tick() => {}
+                }
+                for message in &of_records {
+                    let Some((origin, entry)) = self.records.change(message) else {
+                        continue;
+                    };
+                    let newest = seen.entry((true, origin)).or_insert(entry.revision);
+                    // What is republished a second time, by a new mirror, is older.
+                    suspect |= entry.revision > *newest + 1;
+                    *newest = entry.revision.max(*newest);
+                    self.apply(&entry);
+                }
+                for message in &of_blocks {
+                    if let Some((_origin, entry)) = self.index.change(message) {
+                        self.apply_block(&entry).await;
+                    }
+                }
+                let now_regions = self.origins.members_version();
+                suspect |= feeds.records.is_suspect()
+                    || feeds.blocks.is_suspect()
+                    || std::mem::replace(&mut regions, now_regions) != now_regions;
+                if due <= Instant::now() {
+                    due = Instant::now() + RESYNC;
+                    suspect |= self.is_behind(&mut seen).await;
+                }
+                if suspect {
+                    feeds.records.settle();
+                    feeds.blocks.settle();
+                    suspect = !self.read_again().await;
+                }
+            }
+        };
+        tokio::join!(loading, following);
+    }
+
+    /// Whether a bucket has changes that have not arrived.
+    async fn is_behind(&self, seen: &mut HashMap<(bool, Region), u64>) -> bool {
+        let mut behind = false;
+        for streams in self.origins.all() {
+            let origin = streams.origin();
+            let pairs = [
+                (true, &self.records, "*.*"),
+                (false, &self.index, BLOCK_KEYS),
+            ];
+            for (of_records, bucket, keys) in pairs {
+                match bucket.of(origin).newest(keys).await {
+                    Ok(newest) => {
+                        let known = seen.entry((of_records, origin.clone())).or_insert(0);
+                        behind |= newest > *known;
+                        *known = newest.max(*known);
+                    }
+                    Err(error) => {
+                        tracing::debug!(%origin, %error, "room records can't be compared");
+                    }
+                }
+            }
+        }
+        behind
+    }
+
+    /// Reads all known records again. Returns whether that was possible.
+    async fn read_again(&self) -> bool {
+        let all: Vec<_> = {
+            let known = self.known.read();
+            known
+                .iter()
+                .map(|(room, known)| (room.clone(), Arc::clone(known)))
+                .collect()
+        };
+        for rooms in all.chunks(BATCH) {
+            if let Err(error) = self.read(rooms).await {
+                tracing::debug!(%error, "room records can't be read");
+                return false;
+            }
+        }
+        true
+    }
+
+    async fn load(&self, loads: Vec<Load>) {
+        let rooms: Vec<_> = loads
+            .iter()
+            .filter(|load| !load.known.is_read.load(Ordering::Acquire))
+            .map(|load| (load.room.clone(), Arc::clone(&load.known)))
+            .collect();
+        let read = self.read(&rooms).await;
+        if let Err(error) = &read {
+            *self.failed.write() = Some(Instant::now());
+            tracing::warn!(%error, "room records can't be read; is the bucket there? (natter provision)");
+        }
+        for load in loads {
+            // The one who asked may have gone.
+            let _gone = load.done.send(read.is_ok());
+        }
+    }
+
+    /// Reads the records of rooms in the buckets of all regions. Of a region that can't be read, what is known stays;
+    /// only the own one must be readable.
+    async fn read(&self, rooms: &[(RoomId, Arc<Known>)]) -> Result<(), KvError> {
+        let keys: Vec<String> = rooms.iter().map(|(room, _)| record_key(room)).collect();
+        let entries = self.get(&self.records, &keys).await?;
+        let by_room: HashMap<&RoomId, &Arc<Known>> =
+            rooms.iter().map(|(room, known)| (room, known)).collect();
+        let mut changed = Vec::new();
+        for (_own, entry) in &entries {
+            if let Some(room) = parse_record_key(&entry.key)
+                && let Some(known) = by_room.get(&room)
+                && let Some(record) = record_of(entry)
+                && known.learn(&record)
+            {
+                changed.push(room);
+            }
+        }
+        let direct = rooms.iter().filter_map(|(_, known)| {
+            let record = known.record()?;
+            pair(&record).is_some().then(|| (Arc::clone(known), record))
+        });
+        let direct: Vec<_> = direct.collect();
+        let blocked = direct.iter().map(|(_, record)| self.is_blocked(record));
+        for ((known, _), blocked) in direct.iter().zip(try_join_all(blocked).await?) {
+            known.blocked.store(blocked, Ordering::Relaxed);
+        }
+        for (_, known) in rooms {
+            known.is_read.store(true, Ordering::Release);
+        }
+        for room in changed {
+            // Nobody may be listening yet.
+            let _nobody = self.changes.send(room);
+        }
+        Ok(())
+    }
+
+    /// The entries of these keys in the buckets of all regions, and whether each is of the own one. Only the own bucket
+    /// must be readable.
+    pub(super) async fn get(
+        &self,
+        bucket: &Bucket,
+        keys: &[String],
+    ) -> Result<Vec<(bool, Entry)>, KvError> {
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        let all = self.origins.all();
+        let reads = all.iter().map(async |streams| {
+            let read = bucket.of(streams.origin()).get(keys).await;
+            (streams.origin() == bucket.origin(), read)
+        });
+        let mut entries = Vec::new();
+        for (own, read) in join_all(reads).await {
+            match read {
+                Ok(read) => entries.extend(read.into_iter().map(|entry| (own, entry))),
+                Err(error) if own => return Err(error),
+                Err(error) => {
+                    tracing::debug!(%error, "the records of another region can't be read")
+                }
+            }
+        }
+        Ok(entries)
+    }
+
+    /// Whether one of the two users of a direct room has blocked the other.
+    async fn is_blocked(&self, record: &Record) -> Result<bool, KvError> {
+        match pair(record) {
+            Some((one, other)) => self.is_blocked_between(one, other).await,
+            None => Ok(false),
+        }
+    }
+
+    /// Whether one of two users has blocked the other.
+    pub(super) async fn is_blocked_between(&self, one: &str, other: &str) -> Result<bool, KvError> {
+        let keys = [block_key(one, other), block_key(other, one)];
+        let entries = self.get(&self.index, &keys).await?;
+        let mut blocks: HashMap<&str, Field<bool>> = HashMap::new();
+        for (_own, entry) in &entries {
+            let Some(value) = &entry.value else { continue };
+            if let Ok(block) = serde_json::from_slice::<Field<bool>>(value) {
+                match blocks.get_mut(&*entry.key) {
+                    Some(known) => known.merge_from(&block),
+                    None => drop(blocks.insert(&entry.key, block)),
+                }
+            }
+        }
+        Ok(blocks.values().any(|block| block.value))
+    }
+
+    /// Applies a change of a record.
+    fn apply(&self, entry: &Entry) {
+        // A record that was removed by hand is kept: other regions may not hear of it.
+        if let Some(room) = parse_record_key(&entry.key)
+            && let Some(known) = self.known.read().get(&room).cloned()
+            && let Some(record) = record_of(entry)
+        {
+            self.learn_of(&room, &known, &record);
+        }
+    }
+
+    fn learn_of(&self, room: &RoomId, known: &Known, record: &Record) {
+        if known.learn(record) {
+            // Nobody may be listening yet.
+            let _nobody = self.changes.send(room.clone());
+        }
+    }
+
+    /// Applies what this edge has written, before it is republished.
+    pub(super) async fn wrote(&self, room: &RoomId, record: &Record) {
+        let known = Arc::clone(self.known.write().entry(room.clone()).or_default());
+        self.learn_of(room, &known, record);
+    }
+
+    /// A user has blocked another one, or no longer does.
+    pub(super) async fn apply_block(&self, entry: &Entry) {
+        let Some((user, other)) = parse_block_key(&entry.key) else {
+            return;
+        };
+        let of_both = |known: &Arc<Known>| {
+            let record = known.record();
+            let both = record.as_deref().and_then(pair);
+            both == Some((&user, &other)) || both == Some((&other, &user))
+        };
+        let concerned: Vec<Arc<Known>> = {
+            let known = self.known.read();
+            known
+                .values()
+                .filter(|known| of_both(known))
+                .cloned()
+                .collect()
+        };
+        if concerned.is_empty() {
+            return;
+        }
+        match self.is_blocked_between(&user, &other).await {
+            Ok(blocked) => {
+                for known in concerned {
+                    known.blocked.store(blocked, Ordering::Relaxed);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "who has blocked whom can't be read");
+                for known in concerned {
+                    known.is_read.store(false, Ordering::Release);
+                }
+            }
+        }
+    }
+
+    /// Forgets records that nobody uses, if there are too many.
+    fn sweep(&self) {
+        if self.known.read().len() <= MAX_KNOWN {
+            return;
+        }
+        self.known.write().retain(|_, known| {
+            // A room that somebody is in is held by the session too.
+            Arc::strong_count(known) > 1 || known.used.swap(false, Ordering::Relaxed)
+        });
+    }
+}

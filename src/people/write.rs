@@ -1,0 +1,320 @@
+//! Writing records, the index of users, and blocks.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::time::sleep;
+
+use super::{
+    change::{Ask, Change, Told, check_user},
+    index,
+    known::{People, record_of},
+    record::{Field, Merge, Record, Stamp},
+};
+use crate::{
+    auth::{Identity, Right},
+    bus::{Bucket, Entry, KvError, Put},
+    config::{Access, Create as WhoCreates},
+    model::RoomId,
+    protocol::{ErrorCode, Refused},
+    runtime::unix_ms,
+    subject::{block_key, inbox_key, inbox_keys, parse_inbox_key, record_key},
+    telemetry::metrics::{Counter, count},
+};
+
+/// Attempts to write a key that others write at the same time.
+const ATTEMPTS: u32 = 20;
+
+/// Pause before another attempt, times their number.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// Entries of the index that are written at once.
+const INDEX_WRITES: usize = 16;
+
+/// The outcome of a change.
+#[derive(Debug)]
+pub struct Changed {
+    /// The record after it.
+    pub record: Record,
+    /// What the room is to be told; `None` if nothing has changed.
+    pub told: Option<Told>,
+    /// Whether the room was made by it.
+    pub created: bool,
+}
+
+fn refusal(error: KvError) -> Refused {
+    let code = match &error {
+        KvError::Conflict
+        | KvError::Unavailable
+        | KvError::UnknownOutcome(_)
+        | KvError::Read(_) => ErrorCode::Unavailable,
+        KvError::Refused(_) => ErrorCode::Internal,
+    };
+    Refused::new(code, format!("the record: {error}"))
+}
+
+/// The merge of the entries of one key, and the revision of the own region's.
+fn merged<T: Merge + DeserializeOwned>(
+    bucket: &Bucket,
+    entries: &[(bool, Entry)],
+) -> (Option<T>, u64) {
+    let mut all: Option<T> = None;
+    let mut revision = 0;
+    for (own, entry) in entries {
+        if *own {
+            revision = entry.revision;
+        }
+        let Some(value) = &entry.value else { continue };
+        match serde_json::from_slice::<T>(value) {
+            Ok(one) => match &mut all {
+                Some(all) => all.merge_from(&one),
+                None => all = Some(one),
+            },
+            Err(error) => {
+                tracing::warn!(bucket = bucket.stream(), key = entry.key, %error, "a key is not understood");
+            }
+        }
+    }
+    (all, revision)
+}
+
+impl People {
+    /// Merges a change into a key of the own region. `change` returns the new value, or `None` if nothing changes.
+    async fn update<T, R>(
+        &self,
+        bucket: &Bucket,
+        key: &str,
+        change: impl Fn(Option<&T>) -> Result<(Option<T>, R), Refused>,
+    ) -> Result<(Option<T>, R), Refused>
+    where
+        T: Merge + Serialize + DeserializeOwned,
+    {
+        let keys = [key.to_owned()];
+        for attempt in 0..ATTEMPTS {
+            let entries = self.get(bucket, &keys).await.map_err(refusal)?;
+            let (known, revision) = merged::<T>(bucket, &entries);
+            let (new, result) = change(known.as_ref())?;
+            let Some(new) = new else {
+                return Ok((known, result));
+            };
+            let value = serde_json::to_vec(&new).map_err(|error| {
+                Refused::new(ErrorCode::Internal, format!("the record: {error}"))
+            })?;
+            let how = Put {
+                expected: Some(revision),
+                ..Put::default()
+            };
+            match bucket.put(key, Bytes::from(value), how).await {
+                Ok(_revision) => return Ok((Some(new), result)),
+                // Somebody else wrote it, or a replica that lags behind has answered.
+                Err(KvError::Conflict) => sleep(PAUSE * attempt).await,
+                Err(error) => return Err(refusal(error)),
+            }
+        }
+        let text = "the record is changed by too many at once";
+        Err(Refused::new(ErrorCode::Unavailable, text))
+    }
+
+    /// Makes a change of a room's record, and writes the index of the users concerned. `version`: only if the record has
+    /// this version.
+    ///
+    /// # Errors
+    /// Why it was refused, or that it can't be written now. After `unavailable` it may have been made; a repeat is safe.
+    pub async fn change(
+        &self,
+        identity: &Identity,
+        room: &RoomId,
+        change: &Change,
+        version: Option<&str>,
+    ) -> Result<Changed, Refused> {
+        let namespace = self
+            .config
+            .namespaces
+            .get(room.namespace())
+            .ok_or_else(|| {
+                let text = format!("there is no namespace {:?}", room.namespace());
+                Refused::new(ErrorCode::UnknownNamespace, text)
+            })?;
+        if let Change::Create(create) = change
+            && let [one, other] = &create.members[..]
+            && create.kind == super::RoomKind::Dm
+            && !identity.may(Right::Manage, room)
+            && self.is_blocked_between(one, other).await.map_err(refusal)?
+        {
+            let text = format!("this user can't write in {room}");
+            return Err(Refused::new(ErrorCode::Forbidden, text));
+        }
+        let own = self.records.origin();
+        let made = |record: Option<&Record>| {
+            if let (Some(version), record) = (version, record)
+                && record.is_none_or(|record| record.version() != version)
+            {
+                let text = "the record has another version: read it again";
+                return Err(Refused::new(ErrorCode::Conflict, text));
+            }
+            let ask = Ask {
+                room,
+                identity,
+                members_only: namespace.access == Access::Members,
+                users_create: namespace.create == WhoCreates::Members,
+                room_members: self.config.limits.room_members,
+                now: unix_ms(),
+                origin: own,
+            };
+            let created = record.is_none();
+            Ok(match ask.apply(record, change)? {
+                Some((new, told)) => {
+                    let concerned: Vec<String> = new
+                        .members
+                        .iter()
+                        .filter(|(user, member)| {
+                            record.and_then(|record| record.member(user)) != Some(*member)
+                        })
+                        .map(|(user, _)| user.clone())
+                        .collect();
+                    (Some(new), Some((told, concerned, created)))
+                }
+                None => (None, None),
+            })
+        };
+        let (record, done) = self.update(&self.records, &record_key(room), made).await?;
+        let record = record
+            .ok_or_else(|| Refused::new(ErrorCode::Internal, format!("{room} has no record")))?;
+        self.wrote(room, &record).await;
+        let (told, created) = match done {
+            Some((told, concerned, created)) => {
+                count(Counter::RecordChanged, 1);
+                self.write_index(room, &record, concerned).await;
+                (Some(told), created)
+            }
+            None => (None, false),
+        };
+        Ok(Changed {
+            record,
+            told,
+            created,
+        })
+    }
+
+    /// Writes into the index what the record says of these users. What can't be written is repaired later, by whoever
+    /// compares the two.
+    pub async fn write_index(&self, room: &RoomId, record: &Record, users: Vec<String>) {
+        let writes = users.iter().filter_map(|user| {
+            let member = record.member(user)?.clone();
+            Some(async move {
+                let new = index::Entry {
+                    member: Some(member),
+                    ..index::Entry::default()
+                };
+                let merged = |known: Option<&index::Entry>| {
+                    let mut merged = known.cloned().unwrap_or_default();
+                    merged.merge_from(&new);
+                    Ok(((known != Some(&merged)).then_some(merged), ()))
+                };
+                let written = self
+                    .update(&self.index, &inbox_key(user, room), merged)
+                    .await;
+                if let Err(error) = written {
+                    count(Counter::IndexFailed, 1);
+                    tracing::warn!(room.id = %room, %error, "the index of a user can't be written");
+                }
+            })
+        });
+        let writes: Vec<_> = writes.collect();
+        stream::iter(writes)
+            .buffer_unordered(INDEX_WRITES)
+            .collect::<Vec<()>>()
+            .await;
+    }
+
+    /// The record of a room, as all regions that can be read have it now.
+    ///
+    /// # Errors
+    /// `unavailable`.
+    pub async fn read_record(&self, room: &RoomId) -> Result<Option<Record>, Refused> {
+        let entries = self.get(&self.records, &[record_key(room)]).await;
+        let mut all: Option<Record> = None;
+        for (_own, entry) in entries.map_err(refusal)? {
+            if let Some(record) = record_of(&entry) {
+                match &mut all {
+                    Some(all) => all.merge_from(&record),
+                    None => all = Some(record),
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// The rooms that a user is or was in, with the user's own settings, by name.
+    ///
+    /// # Errors
+    /// `unavailable`.
+    pub async fn rooms_of(&self, user: &str) -> Result<Vec<(RoomId, index::Entry)>, Refused> {
+        let mut all: std::collections::BTreeMap<RoomId, index::Entry> = Default::default();
+        for streams in self.origins.all() {
+            let origin = streams.origin();
+            let own = origin == self.index.origin();
+            let entries = match self.index.of(origin).scan(&inbox_keys(user)).await {
+                Ok(entries) => entries,
+                Err(error) if own => return Err(refusal(error)),
+                Err(error) => {
+                    tracing::debug!(%origin, %error, "the index of another region can't be read");
+                    continue;
+                }
+            };
+            for entry in entries {
+                let Some((_, room)) = parse_inbox_key(&entry.key) else {
+                    continue;
+                };
+                let Some(value) = &entry.value else { continue };
+                match serde_json::from_slice::<index::Entry>(value) {
+                    Ok(one) => all.entry(room).or_default().merge_from(&one),
+                    Err(error) => {
+                        tracing::warn!(key = entry.key, %error, "an entry of the index is not understood");
+                    }
+                }
+            }
+        }
+        Ok(all.into_iter().collect())
+    }
+
+    /// Blocks another user, or ends that. Only direct rooms of the two are concerned.
+    ///
+    /// # Errors
+    /// `bad_request`, or `unavailable`.
+    pub async fn block(&self, user: &str, other: &str, on: bool) -> Result<(), Refused> {
+        check_user(user)?;
+        check_user(other)?;
+        if user == other {
+            let text = "a user can't block oneself";
+            return Err(Refused::new(ErrorCode::BadRequest, text));
+        }
+        let origin = self.index.origin();
+        let key = block_key(user, other);
+        let changed = |known: Option<&Field<bool>>| {
+            let at = known.map_or(0, |known| known.stamp.at + 1).max(unix_ms());
+            let same = known.map_or(!on, |known| known.value == on);
+            let new = Field {
+                value: on,
+                stamp: Stamp {
+                    at,
+                    origin: origin.clone(),
+                },
+            };
+            Ok(((!same).then_some(new), ()))
+        };
+        self.update(&self.index, &key, changed).await?;
+        let entry = Entry {
+            key,
+            value: None,
+            expired: false,
+            revision: 0,
+            at: 0,
+        };
+        // At once, and not when it is republished: the next message may be on its way.
+        self.apply_block(&entry).await;
+        Ok(())
+    }
+}
