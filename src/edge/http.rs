@@ -3,6 +3,7 @@
 
 mod erase;
 mod history;
+mod inbox;
 mod presence;
 mod publish;
 mod read;
@@ -19,7 +20,7 @@ use axum::{
     extract::State,
     http::{StatusCode, header},
     response::IntoResponse,
-    routing::{delete, get, post, put},
+    routing::{delete, get, patch, post, put},
 };
 use utoipa::OpenApi;
 
@@ -42,7 +43,7 @@ use crate::{
         history::messages, history::search_room, history::search,
         streams::events_of_room, streams::events, streams::poll, streams::ticket, transports::http_stream, transports::sse,
         transports::emulation, erase::close, erase::room, erase::user, rooms::create, rooms::record, rooms::settings, rooms::put_member,
-        rooms::remove_member, rooms::pin, rooms::unpin, rooms::block, rooms::unblock, sessions::end, sessions::remove, server_api::call,
+        rooms::remove_member, rooms::pin, rooms::unpin, rooms::block, rooms::unblock, inbox::inbox, inbox::arrange, sessions::end, sessions::remove, server_api::call,
         presence::presence, read::readers, read::read, read::unread,
         healthz, readyz, metrics, openapi,
     ),
@@ -95,6 +96,8 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/messages", post(publish::publish_many))
         .route("/v1/users/{user}/sessions", delete(sessions::end))
         .route("/v1/rooms/{room}/sessions/{user}", delete(sessions::remove))
+        .route("/v1/inbox", get(inbox::inbox))
+        .route("/v1/inbox/{room}", patch(inbox::arrange))
         .route("/v1/rooms", post(rooms::create))
         .route(
             "/v1/rooms/{room}",

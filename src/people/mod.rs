@@ -7,6 +7,7 @@
 
 mod access;
 mod change;
+mod inbox;
 mod index;
 mod known;
 mod names;
@@ -18,7 +19,8 @@ mod tests;
 
 pub use access::Removal;
 pub use change::{Change, Create, PutMember, Settings, Told};
+pub use inbox::InboxOf;
 pub use known::{Known, People};
 pub use names::{direct, group};
 pub use record::{MemberState, Record, Role, RoomKind};
-pub use write::Changed;
+pub use write::{Arrangement, Changed};

@@ -145,6 +145,13 @@ pub struct Record {
 }
 
 impl RoomKind {
+    /// The kind of that name.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        let all = [Self::Dm, Self::Group, Self::Open];
+        all.into_iter().find(|kind| kind.as_str() == name)
+    }
+
     /// Its name.
     #[must_use]
     pub fn as_str(self) -> &'static str {

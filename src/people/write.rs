@@ -44,6 +44,17 @@ pub struct Changed {
     pub created: bool,
 }
 
+/// How a user wants to see a room. What is `None` stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Arrangement {
+    /// Without notifications.
+    pub muted: Option<bool>,
+    /// First in the list.
+    pub pinned: Option<bool>,
+    /// Put aside.
+    pub archived: Option<bool>,
+}
+
 fn refusal(error: KvError) -> Refused {
     let code = match &error {
         KvError::Conflict
@@ -278,6 +289,50 @@ impl People {
             }
         }
         Ok(all.into_iter().collect())
+    }
+
+    /// Changes how a user wants to see a room.
+    ///
+    /// # Errors
+    /// `unknown_room` if the user is not in it, or `unavailable`.
+    pub async fn arrange(
+        &self,
+        user: &str,
+        room: &RoomId,
+        how: &Arrangement,
+    ) -> Result<(), Refused> {
+        let origin = self.index.origin();
+        let changed = |known: Option<&index::Entry>| {
+            let member = known.and_then(|known| known.member.as_ref());
+            let Some(known) = known.filter(|_| member.is_some()) else {
+                let text = format!("this user is not in {room}");
+                return Err(Refused::new(ErrorCode::UnknownRoom, text));
+            };
+            let mut new = known.clone();
+            let now = unix_ms();
+            for (field, value) in [
+                (&mut new.muted, how.muted),
+                (&mut new.pinned, how.pinned),
+                (&mut new.archived, how.archived),
+            ] {
+                let Some(value) = value else { continue };
+                if field.as_ref().is_some_and(|field| field.value) != value {
+                    let at = field
+                        .as_ref()
+                        .map_or(0, |field| field.stamp.at + 1)
+                        .max(now);
+                    let origin = origin.clone();
+                    *field = Some(Field {
+                        value,
+                        stamp: Stamp { at, origin },
+                    });
+                }
+            }
+            Ok(((new != *known).then_some(new), ()))
+        };
+        self.update(&self.index, &inbox_key(user, room), changed)
+            .await
+            .map(drop)
     }
 
     /// Blocks another user, or ends that. Only direct rooms of the two are concerned.

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use serde::Deserialize;
+use utoipa::ToSchema;
+
 use super::{ErrorCode, Publication, Refused};
 use crate::model::{Region, RoomId};
 
@@ -100,6 +103,22 @@ pub enum Command {
         /// What to search for.
         query: Box<SearchFor>,
     },
+    /// Make a room, or find it.
+    Create(Box<NewRoom>),
+    /// Request the record of a room.
+    Room {
+        /// The room.
+        room: RoomId,
+    },
+    /// Request the user's rooms.
+    Inbox {
+        /// The `next` of the page before.
+        after: Option<String>,
+        /// At most this many rooms.
+        limit: Option<u64>,
+        /// Those that the user has put aside, instead of the others.
+        archived: bool,
+    },
     /// Replace the session's token.
     Refresh {
         /// The new JWT.
@@ -111,6 +130,30 @@ pub enum Command {
     Ping,
     /// The answer to a ping of the server, in a protocol whose pings are not those of WebSocket.
     Pong,
+}
+
+/// A room to make, as a client describes it.
+#[derive(Debug, Clone, PartialEq, Deserialize, ToSchema)]
+pub struct NewRoom {
+    /// Its namespace.
+    pub namespace: String,
+    /// `dm`: a conversation of fixed members; `group`: a list of members that changes; `open`: grants say who is in it.
+    pub kind: String,
+    /// What it is about in the application, for example `item/4711`. Part of the name.
+    #[serde(rename = "ref")]
+    pub about: Option<String>,
+    /// How the application knows a group or an open room. Whoever makes it again gets the same room.
+    pub key: Option<String>,
+    /// The name of a group or an open room, in place of one that is made from `ref` and `key`.
+    pub name: Option<String>,
+    /// Its members. Of a `dm` at most 10, with the one who makes it.
+    #[serde(default)]
+    pub members: Vec<String>,
+    /// What people call it.
+    pub title: Option<String>,
+    /// Whatever the application keeps with it: at most 8 KiB.
+    #[schema(value_type = Option<Object>)]
+    pub info: Option<serde_json::Map<String, serde_json::Value>>,
 }
 
 /// Where a client stands in a room.

@@ -11,6 +11,7 @@ mod codec;
 mod codes;
 mod command;
 mod event;
+mod inbox;
 mod order;
 mod publication;
 mod reply;
@@ -18,10 +19,11 @@ mod reply;
 pub use codec::{Codec, Form};
 pub use codes::{Close, ErrorCode, Refused};
 pub use command::{
-    Anchor, Beats, Command, First, HistoryOf, PageOf, ResumeAt, RoomSubscription, SearchFor, Since,
-    SubscribedTo, Wants,
+    Anchor, Beats, Command, First, HistoryOf, NewRoom, PageOf, ResumeAt, RoomSubscription,
+    SearchFor, Since, SubscribedTo, Wants,
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
+pub use inbox::{InboxReply, LastMessage, RoomSummary};
 pub use order::{Obeyed, Order, OrderKind};
 pub use publication::{Draft, Mentions, Publication};
 pub use reply::{

@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
-use super::{ErrorCode, Refused};
+use super::{ErrorCode, InboxReply, Refused};
 use crate::model::{Cursor, Region, RoomId};
 
 /// The reply to a command that was carried out.
@@ -42,6 +42,10 @@ pub enum Reply {
     History(HistoryReply),
     /// The messages that a search has found.
     Search(SearchReply),
+    /// The record of a room.
+    Room(Box<RecordReply>),
+    /// The rooms of the user.
+    Inbox(InboxReply),
 }
 
 impl Reply {
@@ -61,6 +65,8 @@ impl Reply {
             Self::Unread(unread) => serde_json::to_vec(unread),
             Self::History(page) => serde_json::to_vec(page),
             Self::Search(found) => serde_json::to_vec(found),
+            Self::Room(record) => serde_json::to_vec(record),
+            Self::Inbox(inbox) => serde_json::to_vec(inbox),
         };
         json.expect("writing plain data to memory")
     }
@@ -443,7 +449,10 @@ fn one_text<S: Serializer>(cursor: &Cursor, serializer: S) -> Result<S::Ok, S::E
 }
 
 #[expect(clippy::ref_option, reason = "what serde calls it with")]
-fn text<S: Serializer>(cursor: &Option<Cursor>, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn text<S: Serializer>(
+    cursor: &Option<Cursor>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
     match cursor {
         Some(cursor) => serializer.collect_str(cursor),
         None => serializer.serialize_none(),

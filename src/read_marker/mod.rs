@@ -18,10 +18,12 @@
 
 mod index;
 mod keeper;
+mod latest;
 mod marker;
 mod markers;
 mod table;
 mod unread;
 
+pub use latest::Latest;
 pub use markers::{MarkerError, Markers};
 pub use table::Table;

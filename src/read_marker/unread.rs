@@ -40,7 +40,7 @@ const OF_ONE_USER: usize = 4;
 /// order of their arrival.
 #[derive(Debug)]
 pub(super) struct Counting {
-    reader: Reader,
+    pub(super) reader: Reader,
     turns: Semaphore,
     wait: Duration,
     /// The number of requests of each user.
@@ -48,7 +48,7 @@ pub(super) struct Counting {
 }
 
 /// One request of a user; given back when dropped.
-struct Asking<'c> {
+pub(super) struct Asking<'c> {
     counting: &'c Counting,
     user: &'c str,
 }
@@ -65,7 +65,7 @@ impl Counting {
     }
 
     /// Waits for a turn, at most for the timeout of a read.
-    async fn turn<'c>(
+    pub(super) async fn turn<'c>(
         &'c self,
         user: &'c str,
     ) -> Result<(Asking<'c>, SemaphorePermit<'c>), MarkerError> {

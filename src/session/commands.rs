@@ -16,6 +16,7 @@ use tracing::Instrument as _;
 use super::{
     Beating, MAX_RATE_STRIKES, MAX_UNDECODABLE, Session,
     answers::{self, check_epochs, namespace, refusal_of},
+    records,
     replies::MAX_WAITING_BYTES,
 };
 use crate::{
@@ -24,6 +25,7 @@ use crate::{
     codec::{Codec, Request, Tag},
     history::PageRequest,
     model::{Cursor, RoomId},
+    people::InboxOf,
     protocol::{
         AuthReply, Beats, Close, Command, ErrorCode, Event, HistoryOf, HistoryReply, PageOf,
         Publication, PublishReply, Refused, Reply, Since, Validity,
@@ -219,6 +221,23 @@ impl Session {
             Command::Search { room, query } => {
                 let search = answers::search(people, &context.history, &identity, room, *query);
                 now(Reply::Search(Box::pin(search).await?))
+            }
+            Command::Create(new) => {
+                let made = records::create(people, &context.publisher, &identity, *new);
+                now(Reply::Room(Box::new(Box::pin(made).await?)))
+            }
+            Command::Room { room } => {
+                let record = records::record(people, &identity, &room).await?;
+                now(Reply::Room(Box::new(record)))
+            }
+            Command::Inbox {
+                after,
+                limit,
+                archived,
+            } => {
+                let page = InboxOf::new(after.as_deref(), limit, archived)?;
+                let inbox = people.inbox(&context.markers, &identity, &page);
+                now(Reply::Inbox(Box::pin(inbox).await?))
             }
         }
     }
@@ -688,6 +707,9 @@ fn label(command: &Command) -> metrics::Op {
         Command::Unread { .. } => metrics::Op::Unread,
         Command::History { .. } => metrics::Op::History,
         Command::Search { .. } => metrics::Op::Search,
+        Command::Create(_) => metrics::Op::Create,
+        Command::Room { .. } => metrics::Op::Room,
+        Command::Inbox { .. } => metrics::Op::Inbox,
         Command::Refresh { .. } | Command::RefreshJoin { .. } => metrics::Op::Refresh,
         Command::Ping | Command::Pong => metrics::Op::Ping,
         Command::Unsubscribe { .. } | Command::End => metrics::Op::Leave,

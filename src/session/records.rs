@@ -5,8 +5,8 @@ use crate::{
     auth::{Identity, Right},
     bus::{Outgoing, Publisher},
     model::{Kind, RoomId},
-    people::{Change, Changed, People, Record, Told},
-    protocol::{ErrorCode, Mentions, Publication, RecordReply, Refused},
+    people::{self, Change, Changed, Create, People, Record, RoomKind, Told},
+    protocol::{ErrorCode, Mentions, NewRoom, Publication, RecordReply, Refused},
     subject::FROM_NATTER,
 };
 
@@ -36,6 +36,62 @@ pub(crate) fn shown(
     record: &Record,
 ) -> RecordReply {
     record.reply(room, people.moderates(record, identity, room))
+}
+
+/// Makes a room, or finds it.
+pub(crate) async fn create(
+    people: &People,
+    publisher: &Publisher,
+    identity: &Identity,
+    new: NewRoom,
+) -> Result<RecordReply, Refused> {
+    let (room, create) = named(new)?;
+    let create = Change::Create(create);
+    let made = change(people, publisher, identity, &room, &create, None).await?;
+    Ok(RecordReply {
+        made: Some(made.created),
+        ..shown(people, identity, &room, &made.record)
+    })
+}
+
+/// The name of a new room, and what to make.
+fn named(new: NewRoom) -> Result<(RoomId, Create), Refused> {
+    let NewRoom {
+        namespace,
+        kind,
+        about,
+        key,
+        name,
+        mut members,
+        title,
+        info,
+    } = new;
+    let bad = |text: &str| Refused::new(ErrorCode::BadRequest, text);
+    let kind = RoomKind::parse(&kind).ok_or_else(|| bad("kind is not one of dm, group, open"))?;
+    members.sort_unstable();
+    members.dedup();
+    let its = about.as_deref();
+    let room = match (kind, &key, &name) {
+        (RoomKind::Dm, None, None) => {
+            people::direct(&namespace, its, members.iter().map(String::as_str))
+        }
+        (RoomKind::Dm, _, _) => {
+            return Err(bad("a dm has neither key nor name: its members name it"));
+        }
+        (_, Some(key), None) => people::group(&namespace, its, key),
+        (_, None, Some(name)) => RoomId::named(&namespace, name),
+        (_, None, None) => people::group(&namespace, its, &ulid::Ulid::new().to_string()),
+        (_, Some(_), Some(_)) => return Err(bad("only one of key and name")),
+    };
+    let room = room.map_err(|error| Refused::new(ErrorCode::BadRoom, error.to_string()))?;
+    let create = Create {
+        kind,
+        about,
+        members,
+        title,
+        info,
+    };
+    Ok((room, create))
 }
 
 /// Changes the record of a room, and tells the room. `version`: only if the record has this version.

@@ -270,8 +270,9 @@ pub(super) fn history(request: &HistoryRequest) -> Result<Command, Refused> {
 
 /// A call of a method that natter has: the commands of `natter.v1` besides those that are methods of this protocol.
 fn call(method: &str, data: &Bytes) -> Result<Command, Refused> {
-    const METHODS: [&str; 8] = [
-        "send", "typing", "read", "readers", "presence", "unread", "history", "search",
+    const METHODS: [&str; 11] = [
+        "send", "typing", "read", "readers", "presence", "unread", "history", "search", "create",
+        "room", "inbox",
     ];
     let op = method
         .strip_prefix("room.")

@@ -9,8 +9,8 @@ use crate::{
     codec::{Request, Tag},
     model::{RoomId, without_mark},
     protocol::{
-        Command, Draft, ErrorCode, HistoryOf, PageOf, Publication, Refused, ResumeAt, SearchFor,
-        Wants,
+        Command, Draft, ErrorCode, HistoryOf, NewRoom, PageOf, Publication, Refused, ResumeAt,
+        SearchFor, Wants,
     },
 };
 
@@ -57,6 +57,15 @@ struct Fields<'a> {
     around: Option<Cow<'a, str>>,
     limit: Option<u64>,
     rooms: Option<Vec<String>>,
+    archived: Option<bool>,
+    namespace: Option<String>,
+    #[serde(rename = "ref")]
+    about: Option<String>,
+    key: Option<String>,
+    name: Option<String>,
+    members: Option<Vec<String>>,
+    title: Option<String>,
+    info: Option<serde_json::Map<String, serde_json::Value>>,
 }
 
 /// A field that is present is `Some`, even if it is `null`: any JSON is a valid body.
@@ -210,6 +219,22 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
                 before: fields.before.map(Cow::into_owned),
                 limit: fields.limit,
             }),
+        },
+        Some("create") => Command::Create(Box::new(NewRoom {
+            namespace: fields.namespace.ok_or_else(|| missing("namespace"))?,
+            kind: fields.kind.ok_or_else(|| missing("kind"))?.into_owned(),
+            about: fields.about,
+            key: fields.key,
+            name: fields.name,
+            members: fields.members.unwrap_or_default(),
+            title: fields.title,
+            info: fields.info,
+        })),
+        Some("room") => Command::Room { room: room()? },
+        Some("inbox") => Command::Inbox {
+            after: fields.after.map(Cow::into_owned),
+            limit: fields.limit,
+            archived: fields.archived.unwrap_or_default(),
         },
         Some("send") => Command::Send(Box::new(publication(room()?, fields)?)),
         Some(other) => {

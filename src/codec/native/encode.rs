@@ -147,6 +147,8 @@ pub(in crate::codec) fn reply(framing: Framing, tag: &Tag, reply: &Reply) -> Byt
         Reply::Unread(unread) => begin("unread").end_with(unread),
         Reply::History(page) => begin("history").end_with(page),
         Reply::Search(found) => begin("search").end_with(found),
+        Reply::Room(record) => begin("room").end_with(record),
+        Reply::Inbox(inbox) => begin("inbox").end_with(inbox),
     }
 }
 

@@ -20,35 +20,13 @@ use crate::{
         },
     },
     model::RoomId,
-    people::{self, Change, Create, MemberState, PutMember, Record, Role, RoomKind, Settings},
-    protocol::{ErrorCode, RecordReply, Refused},
-    session::{answers, records},
+    people::{self, Change, MemberState, PutMember, Record, Role, Settings},
+    protocol::{ErrorCode, NewRoom, RecordReply, Refused},
+    session::records,
 };
 
 /// Largest request: a list of members.
 const MAX_BYTES: u64 = 1024 * 1024;
-
-/// A room to make.
-#[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct CreateRequest {
-    /// Its namespace.
-    namespace: String,
-    /// `dm`: a conversation of fixed members; `group`: a list of members that changes; `open`: grants say who is in it.
-    kind: RoomKind,
-    /// What it is about in the application, for example `item/4711`. Part of the name.
-    r#ref: Option<String>,
-    /// How the application knows a group or an open room. Whoever makes it again gets the same room.
-    key: Option<String>,
-    /// The name of a group or an open room, in place of one that is made from `ref` and `key`.
-    name: Option<String>,
-    /// Its members. Of a `dm` at most 10, with the one who makes it.
-    #[serde(default)]
-    members: Vec<String>,
-    /// What people call it.
-    title: Option<String>,
-    /// Whatever the application keeps with it: at most 8 KiB.
-    info: Option<Map<String, Value>>,
-}
 
 /// Settings to change. What is absent stays.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -78,7 +56,10 @@ pub(super) struct MemberRequest {
     muted_until: Option<u64>,
 }
 
-async fn json_of<T: DeserializeOwned>(api: &Api, request: Request) -> Result<T, HttpError> {
+pub(super) async fn json_of<T: DeserializeOwned>(
+    api: &Api,
+    request: Request,
+) -> Result<T, HttpError> {
     let body = read_body(&api.shared, request.into_body(), MAX_BYTES).await?;
     serde_json::from_slice(&body).map_err(|error| {
         let code = match error.is_data() {
@@ -139,7 +120,7 @@ fn version_of(headers: &HeaderMap) -> Option<String> {
 #[utoipa::path(
     post,
     path = "/v1/rooms",
-    request_body = CreateRequest,
+    request_body = NewRoom,
     responses(
         (status = 200, body = RecordReply, description = "It was there"),
         (status = 201, body = RecordReply, description = "It was made"),
@@ -160,66 +141,15 @@ pub(super) async fn create(
     let ask = async {
         let identity = authorize(&api, request.headers())?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
-        let asked: CreateRequest = json_of(&api, request).await?;
-        let (room, create) = asked.checked()?;
-        answers::namespace(&api.shared.config, &room)?;
-        let made = change(ready, &identity, &room, &Change::Create(create), None).await?;
-        let status = if made.created {
-            StatusCode::CREATED
-        } else {
-            StatusCode::OK
+        let new: NewRoom = json_of(&api, request).await?;
+        let made = records::create(&ready.people, &ready.publisher, &identity, new).await?;
+        let status = match made.made {
+            Some(true) => StatusCode::CREATED,
+            Some(false) | None => StatusCode::OK,
         };
-        let reply = RecordReply {
-            made: Some(made.created),
-            ..records::shown(&ready.people, &identity, &room, &made.record)
-        };
-        Ok(answer(status, reply))
+        Ok(answer(status, made))
     };
     ask.instrument(span).await
-}
-
-impl CreateRequest {
-    /// The name of the room, and what to make.
-    fn checked(self) -> Result<(RoomId, Create), Refused> {
-        let Self {
-            namespace,
-            kind,
-            r#ref,
-            key,
-            name,
-            members,
-            title,
-            info,
-        } = self;
-        let bad = |text: &str| Refused::new(ErrorCode::BadRequest, text);
-        let about = r#ref.as_deref();
-        let named = match (kind, &key, &name) {
-            (RoomKind::Dm, None, None) => {
-                people::direct(&namespace, about, members.iter().map(String::as_str))
-            }
-            (RoomKind::Dm, _, _) => {
-                return Err(bad("a dm has neither key nor name: its members name it"));
-            }
-            (_, Some(key), None) => people::group(&namespace, about, key),
-            (_, None, Some(name)) => RoomId::named(&namespace, name),
-            (_, None, None) => people::group(&namespace, about, &ulid::Ulid::new().to_string()),
-            (_, Some(_), Some(_)) => return Err(bad("only one of key and name")),
-        };
-        let room = named.map_err(|error| Refused::new(ErrorCode::BadRoom, error.to_string()))?;
-        let mut members = members;
-        members.sort_unstable();
-        members.dedup();
-        Ok((
-            room,
-            Create {
-                kind,
-                about: r#ref,
-                members,
-                title,
-                info,
-            },
-        ))
-    }
 }
 
 /// Read a room's record. Needs `read`.

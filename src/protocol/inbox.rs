@@ -1,0 +1,83 @@
+//! Summaries of rooms: what a list of conversations shows.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::reply::text;
+use crate::model::{Cursor, RoomId};
+
+/// A room in a list of conversations.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct RoomSummary {
+    /// The room.
+    #[schema(value_type = String)]
+    pub room: RoomId,
+    /// `dm`, `group` or `open`; absent if nobody has made the room.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kind: Option<&'static str>,
+    /// What it is about in the application.
+    #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub about: Option<String>,
+    /// What people call it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub title: Option<String>,
+    /// What the application keeps with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub info: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Other members, at most 10.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<String>,
+    /// The cursor of the newest message.
+    #[serde(serialize_with = "text", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub head: Option<Cursor>,
+    /// The newest message.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last: Option<LastMessage>,
+    /// How many messages the user has not read.
+    pub unread: u64,
+    /// Whether there are more than that.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub capped: bool,
+    /// The user's read marker.
+    #[serde(serialize_with = "text", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub marker: Option<Cursor>,
+    /// Whether the user wants no notifications of it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub muted: bool,
+    /// Whether the user wants to see it first.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
+    /// Whether the user has put it aside.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub archived: bool,
+    /// Who of the staff looks after it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub assignee: Option<String>,
+}
+
+/// The newest message of a room.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct LastMessage {
+    /// The id that the sender gave it.
+    pub id: String,
+    /// The sender.
+    pub from: String,
+    /// When it was stored, in ms since 1970.
+    pub ts: u64,
+    /// The beginning of its text, if it has one: the body, or its field `text`. At most 200 characters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+}
+
+/// The rooms of a user.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct InboxReply {
+    /// Pinned ones first, then by their newest message.
+    pub rooms: Vec<RoomSummary>,
+    /// The value of `after` for the next page, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
