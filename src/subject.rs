@@ -203,6 +203,12 @@ impl Subjects {
         format!("{}.edge.answers.{edge}", self.prefix)
     }
 
+    /// Subject of the signals to the sessions of a user who watches rooms.
+    #[must_use]
+    pub fn signals(&self, user: &str) -> String {
+        format!("{}.edge.user.{}", self.prefix, key_escape(user))
+    }
+
     /// All subjects of a partition's rooms: a filter for a read of the whole stream. The room's tokens are wildcards.
     #[must_use]
     pub fn stored_any(&self, origin: &Region, part: u16) -> String {

@@ -19,6 +19,7 @@ mod pull;
 mod record;
 mod remembered;
 mod service;
+mod signal;
 mod streams;
 
 /// A message as it comes from NATS: subject, headers, payload.
@@ -32,7 +33,7 @@ pub use erase::{Candidate, EraseError, Eraser, Scan};
 pub use kv::{Bucket, Entry, Heard, KvError, Put};
 pub use line::{Arrival, HeaderWriter, Line, LineError, Listener};
 pub use live::LiveFeed;
-pub use publish::{Outgoing, PublishError, Publisher};
+pub use publish::{Acked, Outgoing, PublishError, Publisher};
 pub use pull::{
     Answer, ConsumerState, Delivery, Pull, PullError, answer, consumer_elsewhere, consumer_state,
     count_after, stored_after,
@@ -40,6 +41,7 @@ pub use pull::{
 pub use record::{BadRecord, Record, message_key};
 pub use remembered::{Leaving, Remembered, Suspect};
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};
+pub use signal::{News, Signal};
 pub use streams::{
     Origins, STREAMS_WATCH, StreamError, StreamState, Streams, epoch_elsewhere, mesh_regions,
     newest_elsewhere,

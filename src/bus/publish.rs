@@ -363,6 +363,15 @@ impl Publisher {
         Ok(())
     }
 
+    /// Signals something to the sessions of a user that watch; `payload` is that of a [`Signal`](super::Signal).
+    ///
+    /// # Errors
+    /// [`PublishError`].
+    pub fn signal_user(&self, user: &str, payload: &[u8]) -> Result<(), PublishError> {
+        let subject = self.subjects.signals(user);
+        Ok(self.line.publish(&subject, |_| {}, payload)?)
+    }
+
     fn signal(
         &self,
         room: &RoomId,

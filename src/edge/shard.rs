@@ -43,7 +43,7 @@ use crate::{
     read_marker::Markers,
     room::Rooms,
     runtime::{Tasks, on_panic},
-    session::{Carried, Context, Departure, Home, Poll, Session, UserSlot},
+    session::{Carried, Context, Departure, Desk, Home, Poll, Session, UserSlot},
     subject::Subjects,
     telemetry::metrics::{Admission, Counter, Gauge, count, gauge_add},
     wire::{Conn, ConnSettings},
@@ -591,15 +591,10 @@ impl Shard {
             &config,
             Arc::clone(&markers),
         );
-        part.keep_running(
-            "its NATS connection for live messages",
-            driver.run(rooms.listener()),
-        );
         let ending = replay.clone();
         part.keep_running("its NATS connection for replay", async move {
             ending.ended().await
         });
-        live.ready().await;
         let publisher = Publisher::new(
             live.clone(),
             reader,
@@ -615,7 +610,20 @@ impl Shard {
             outbox_bytes: usize::try_from(config.limits.outbox.as_u64()).unwrap_or(usize::MAX),
             stall: config.limits.outbox_stall,
         };
+        let desk = Desk::new(
+            live.clone(),
+            Subjects::new(&config.nats.prefix),
+            Arc::clone(&people),
+            Arc::clone(&markers),
+        );
+        part.keep_running("telling those who watch", Rc::clone(&desk).run());
+        part.keep_running(
+            "its NATS connection for live messages",
+            driver.run(desk.listener(rooms.listener())),
+        );
+        live.ready().await;
         let context = Context {
+            desk,
             rooms,
             publisher,
             markers,

@@ -11,13 +11,13 @@ use serde_json::Value;
 use super::{
     index,
     known::People,
-    record::{MemberState, Record},
+    record::{Field, MemberState, Record},
 };
 use crate::{
     auth::{Identity, Right},
     model::RoomId,
-    protocol::{ErrorCode, InboxReply, LastMessage, Refused, RoomSummary},
-    read_marker::{Latest, Markers},
+    protocol::{ErrorCode, InboxReply, Refused, RoomSummary},
+    read_marker::{Latest, Markers, Unread},
 };
 
 /// Rooms on a page: the default, and the maximum.
@@ -122,6 +122,32 @@ struct Mine {
     order: Order,
 }
 
+impl Mine {
+    fn summary(&self, user: &str, markers: &Markers, unread: Unread) -> RoomSummary {
+        let (room, latest) = (&self.order.room, self.latest.as_ref());
+        let peers = self.record.present().map(|(name, _)| name);
+        let peers = peers.filter(|name| *name != user).take(PEERS);
+        let reply = self.record.reply(room, false);
+        RoomSummary {
+            room: room.clone(),
+            kind: Some(reply.kind),
+            about: reply.about,
+            title: reply.title,
+            info: reply.info,
+            peers: peers.map(str::to_owned).collect(),
+            head: latest.map(|latest| latest.head.clone()),
+            last: latest.map(|latest| latest.last.clone()),
+            unread: unread.count,
+            capped: unread.capped,
+            marker: markers.marker(room, user),
+            muted: is_on(self.entry.muted.as_ref()),
+            pinned: is_on(self.entry.pinned.as_ref()),
+            archived: is_on(self.entry.archived.as_ref()),
+            assignee: reply.assignee,
+        }
+    }
+}
+
 impl People {
     /// A page of the user's rooms.
     ///
@@ -134,7 +160,7 @@ impl People {
         page: &InboxOf,
     ) -> Result<InboxReply, Refused> {
         let mut mine = self.mine(markers, identity).await?;
-        mine.retain(|one| is_on(&one.entry.archived) == page.archived);
+        mine.retain(|one| is_on(one.entry.archived.as_ref()) == page.archived);
         mine.sort_unstable_by(|a, b| a.order.cmp(&b.order));
         let start = page
             .after
@@ -146,42 +172,14 @@ impl People {
             .last()
             .filter(|_| more)
             .map(|one| one.order.to_string());
-        let user = &identity.user;
         let durable = shown.iter().filter(|one| one.latest.is_some());
+        let user = &identity.user;
         let unread = markers
             .unread(user, durable.map(|one| &one.order.room))
             .await?;
         let rooms = shown.iter().map(|one| {
-            let room = &one.order.room;
-            let unread = unread.get(room).copied().unwrap_or_default();
-            let record = &one.record;
-            let peers = record
-                .present()
-                .map(|(name, _)| name)
-                .filter(|name| *name != &**user);
-            let reply = record.reply(room, false);
-            RoomSummary {
-                room: room.clone(),
-                kind: Some(reply.kind),
-                about: reply.about,
-                title: reply.title,
-                info: reply.info,
-                peers: peers.take(PEERS).map(str::to_owned).collect(),
-                head: one.latest.as_ref().map(|latest| latest.head.clone()),
-                last: one.latest.as_ref().map(|latest| LastMessage {
-                    id: latest.id.clone(),
-                    from: latest.from.clone(),
-                    ts: latest.ts,
-                    text: latest.text.clone(),
-                }),
-                unread: unread.count,
-                capped: unread.capped,
-                marker: markers.marker(room, user),
-                muted: is_on(&one.entry.muted),
-                pinned: is_on(&one.entry.pinned),
-                archived: is_on(&one.entry.archived),
-                assignee: reply.assignee,
-            }
+            let unread = unread.get(&one.order.room).copied().unwrap_or_default();
+            one.summary(user, markers, unread)
         });
         Ok(InboxReply {
             rooms: rooms.collect(),
@@ -189,9 +187,50 @@ impl People {
         })
     }
 
+    /// Summaries of rooms of the user; without those that the user is not in. `false`: messages came while it was read,
+    /// so the number of unread ones may be too high.
+    ///
+    /// # Errors
+    /// `unavailable`.
+    pub async fn summaries(
+        &self,
+        markers: &Markers,
+        identity: &Identity,
+        rooms: &[RoomId],
+    ) -> Result<HashMap<RoomId, (RoomSummary, bool)>, Refused> {
+        let user = &identity.user;
+        let indexed = self.entries_of(user, rooms).await?;
+        let mine = self.look(markers, identity, indexed).await?;
+        let durable: Vec<&RoomId> = mine
+            .iter()
+            .filter(|one| one.latest.is_some())
+            .map(|one| &one.order.room)
+            .collect();
+        let unread = markers.unread(user, durable.iter().copied()).await?;
+        let after = markers.latest(user, &durable, text_of).await?;
+        let summaries = mine.iter().map(|one| {
+            let room = &one.order.room;
+            let head = |latest: Option<&Latest>| latest.map(|latest| latest.head.clone());
+            let is_exact = head(after.get(room)) == head(one.latest.as_ref());
+            let unread = unread.get(room).copied().unwrap_or_default();
+            (room.clone(), (one.summary(user, markers, unread), is_exact))
+        });
+        Ok(summaries.collect())
+    }
+
     /// The rooms that the user is in and may read.
     async fn mine(&self, markers: &Markers, identity: &Identity) -> Result<Vec<Mine>, Refused> {
         let indexed = self.rooms_of(&identity.user).await?;
+        self.look(markers, identity, indexed).await
+    }
+
+    /// Looks at rooms of the user: those that the user is in, and may read.
+    async fn look(
+        &self,
+        markers: &Markers,
+        identity: &Identity,
+        indexed: Vec<(RoomId, index::Entry)>,
+    ) -> Result<Vec<Mine>, Refused> {
         let is_in = |entry: &index::Entry| {
             let member = entry.member.as_ref();
             member.is_some_and(|member| member.state == MemberState::In)
@@ -221,9 +260,11 @@ impl People {
                 continue;
             };
             let latest = latest.remove(&room);
-            let active_at = latest.as_ref().map_or(record.made.created, |its| its.ts);
+            let active_at = latest
+                .as_ref()
+                .map_or(record.made.created, |its| its.last.ts);
             let order = Order {
-                pinned: Reverse(is_on(&entry.pinned)),
+                pinned: Reverse(is_on(entry.pinned.as_ref())),
                 active_at: Reverse(active_at),
                 room,
             };
@@ -238,8 +279,8 @@ impl People {
     }
 }
 
-fn is_on(field: &Option<super::record::Field<bool>>) -> bool {
-    field.as_ref().is_some_and(|field| field.value)
+fn is_on(field: Option<&Field<bool>>) -> bool {
+    field.is_some_and(|field| field.value)
 }
 
 #[cfg(test)]

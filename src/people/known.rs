@@ -230,6 +230,12 @@ impl People {
         Ok(known)
     }
 
+    /// What is known of a room's record, without a read.
+    #[must_use]
+    pub fn known(&self, room: &RoomId) -> Option<Arc<Known>> {
+        self.known.read().get(room).cloned()
+    }
+
     /// Checks that a token grants a right in a room, and that the room's record does not say otherwise. Returns what is
     /// known of the record.
     ///

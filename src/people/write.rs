@@ -1,6 +1,6 @@
 //! Writing records, the index of users, and blocks.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
@@ -42,6 +42,8 @@ pub struct Changed {
     pub told: Option<Told>,
     /// Whether the room was made by it.
     pub created: bool,
+    /// The users whose entries have changed.
+    pub concerned: Vec<String>,
 }
 
 /// How a user wants to see a room. What is `None` stays.
@@ -89,6 +91,24 @@ fn merged<T: Merge + DeserializeOwned>(
         }
     }
     (all, revision)
+}
+
+/// The entries of the index by room, those of all regions merged.
+fn together(entries: impl IntoIterator<Item = Entry>) -> Vec<(RoomId, index::Entry)> {
+    let mut all: BTreeMap<RoomId, index::Entry> = BTreeMap::new();
+    for entry in entries {
+        let Some((_, room)) = parse_inbox_key(&entry.key) else {
+            continue;
+        };
+        let Some(value) = &entry.value else { continue };
+        match serde_json::from_slice::<index::Entry>(value) {
+            Ok(one) => all.entry(room).or_default().merge_from(&one),
+            Err(error) => {
+                tracing::warn!(key = entry.key, %error, "an entry of the index is not understood");
+            }
+        }
+    }
+    all.into_iter().collect()
 }
 
 impl People {
@@ -194,24 +214,25 @@ impl People {
         let record = record
             .ok_or_else(|| Refused::new(ErrorCode::Internal, format!("{room} has no record")))?;
         self.wrote(room, &record).await;
-        let (told, created) = match done {
+        let (told, concerned, created) = match done {
             Some((told, concerned, created)) => {
                 count(Counter::RecordChanged, 1);
-                self.write_index(room, &record, concerned).await;
-                (Some(told), created)
+                self.write_index(room, &record, &concerned).await;
+                (Some(told), concerned, created)
             }
-            None => (None, false),
+            None => (None, Vec::new(), false),
         };
         Ok(Changed {
             record,
             told,
             created,
+            concerned,
         })
     }
 
     /// Writes into the index what the record says of these users. What can't be written is repaired later, by whoever
     /// compares the two.
-    pub async fn write_index(&self, room: &RoomId, record: &Record, users: Vec<String>) {
+    pub async fn write_index(&self, room: &RoomId, record: &Record, users: &[String]) {
         let writes = users.iter().filter_map(|user| {
             let member = record.member(user)?.clone();
             Some(async move {
@@ -263,32 +284,33 @@ impl People {
     /// # Errors
     /// `unavailable`.
     pub async fn rooms_of(&self, user: &str) -> Result<Vec<(RoomId, index::Entry)>, Refused> {
-        let mut all: std::collections::BTreeMap<RoomId, index::Entry> = Default::default();
+        let mut all = Vec::new();
         for streams in self.origins.all() {
             let origin = streams.origin();
             let own = origin == self.index.origin();
-            let entries = match self.index.of(origin).scan(&inbox_keys(user)).await {
-                Ok(entries) => entries,
+            match self.index.of(origin).scan(&inbox_keys(user)).await {
+                Ok(entries) => all.extend(entries),
                 Err(error) if own => return Err(refusal(error)),
                 Err(error) => {
                     tracing::debug!(%origin, %error, "the index of another region can't be read");
-                    continue;
-                }
-            };
-            for entry in entries {
-                let Some((_, room)) = parse_inbox_key(&entry.key) else {
-                    continue;
-                };
-                let Some(value) = &entry.value else { continue };
-                match serde_json::from_slice::<index::Entry>(value) {
-                    Ok(one) => all.entry(room).or_default().merge_from(&one),
-                    Err(error) => {
-                        tracing::warn!(key = entry.key, %error, "an entry of the index is not understood");
-                    }
                 }
             }
         }
-        Ok(all.into_iter().collect())
+        Ok(together(all))
+    }
+
+    /// The user's entries of these rooms.
+    ///
+    /// # Errors
+    /// `unavailable`.
+    pub(super) async fn entries_of(
+        &self,
+        user: &str,
+        rooms: &[RoomId],
+    ) -> Result<Vec<(RoomId, index::Entry)>, Refused> {
+        let keys: Vec<String> = rooms.iter().map(|room| inbox_key(user, room)).collect();
+        let found = self.get(&self.index, &keys).await.map_err(refusal)?;
+        Ok(together(found.into_iter().map(|(_own, entry)| entry)))
     }
 
     /// Changes how a user wants to see a room.

@@ -119,6 +119,13 @@ pub enum Command {
         /// Those that the user has put aside, instead of the others.
         archived: bool,
     },
+    /// Be told what happens in the user's rooms.
+    Watch,
+    /// No longer be told.
+    Unwatch {
+        /// The number of the watch.
+        watch: u64,
+    },
     /// Replace the session's token.
     Refresh {
         /// The new JWT.

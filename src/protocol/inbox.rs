@@ -1,6 +1,6 @@
 //! Summaries of rooms: what a list of conversations shows.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::reply::text;
@@ -59,7 +59,7 @@ pub struct RoomSummary {
 }
 
 /// The newest message of a room.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LastMessage {
     /// The id that the sender gave it.
     pub id: String,
@@ -68,7 +68,7 @@ pub struct LastMessage {
     /// When it was stored, in ms since 1970.
     pub ts: u64,
     /// The beginning of its text, if it has one: the body, or its field `text`. At most 200 characters.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
 }
 
@@ -80,4 +80,14 @@ pub struct InboxReply {
     /// The value of `after` for the next page, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+}
+
+/// The reply to a watch: the first page of the user's rooms.
+#[derive(Debug, Clone, Serialize)]
+pub struct WatchReply {
+    /// The number of the watch.
+    pub watch: u64,
+    /// The page.
+    #[serde(flatten)]
+    pub inbox: InboxReply,
 }

@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
-use super::{ErrorCode, InboxReply, Refused};
+use super::{ErrorCode, InboxReply, Refused, WatchReply};
 use crate::model::{Cursor, Region, RoomId};
 
 /// The reply to a command that was carried out.
@@ -46,6 +46,8 @@ pub enum Reply {
     Room(Box<RecordReply>),
     /// The rooms of the user.
     Inbox(InboxReply),
+    /// The rooms of the user, of which the session is told from now on.
+    Watching(WatchReply),
 }
 
 impl Reply {
@@ -67,6 +69,7 @@ impl Reply {
             Self::Search(found) => serde_json::to_vec(found),
             Self::Room(record) => serde_json::to_vec(record),
             Self::Inbox(inbox) => serde_json::to_vec(inbox),
+            Self::Watching(watching) => serde_json::to_vec(watching),
         };
         json.expect("writing plain data to memory")
     }

@@ -8,6 +8,7 @@ use super::{MarkerError, Markers};
 use crate::{
     bus::Streams,
     model::{Class, Cursor, Position, RoomId},
+    protocol::LastMessage,
     subject::{marker_key, rooms_stream},
 };
 
@@ -19,14 +20,8 @@ const AT_ONCE: usize = 128;
 pub struct Latest {
     /// A cursor with the newest message of each origin.
     pub head: Cursor,
-    /// The id that the sender gave it.
-    pub id: String,
-    /// The sender.
-    pub from: String,
-    /// When it was stored, in ms since 1970.
-    pub ts: u64,
-    /// What `text` made of its body.
-    pub text: Option<String>,
+    /// What a summary shows of it; `text` has made its text of its body.
+    pub last: LastMessage,
 }
 
 impl Markers {
@@ -64,7 +59,7 @@ impl Markers {
                         None => drop(all.insert(room, one)),
                         Some(known) => {
                             let head = together(&known.head, &one.head);
-                            if one.ts > known.ts {
+                            if one.last.ts > known.last.ts {
                                 *known = one;
                             }
                             known.head = head;
@@ -105,10 +100,12 @@ impl Markers {
             });
             let latest = Latest {
                 head: head_cursor,
-                text: text(&record.body),
-                id: record.id,
-                from: record.from,
-                ts: record.ts,
+                last: LastMessage {
+                    text: text(&record.body),
+                    id: record.id,
+                    from: record.from,
+                    ts: record.ts,
+                },
             };
             (head.room, latest)
         });

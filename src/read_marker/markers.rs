@@ -20,7 +20,7 @@ use super::{
     unread::Counting,
 };
 use crate::{
-    bus::{Bucket, Entry, KvError, Origins, Publisher, ReadError, Reader, Streams},
+    bus::{Bucket, Entry, KvError, News, Origins, Publisher, ReadError, Reader, Signal, Streams},
     config::Config,
     model::{Class, Cursor, Epoch, Fingerprint, Position, Region, RoomId, partition_of},
     protocol::{ErrorCode, PageOf, Refused},
@@ -235,6 +235,14 @@ impl Markers {
                 .await
                 .map_err(|_any| MarkerError::Unavailable)?;
             count(Counter::ReceiptPublished, 1);
+            // For the user's other sessions.
+            let signal = Signal {
+                room: room.clone(),
+                what: News::Read(cursor.clone()),
+            };
+            self.publisher
+                .signal_user(user, &signal.to_json())
+                .map_err(|_any| MarkerError::Unavailable)?;
         }
         let first = {
             let mut state = self.state.lock();

@@ -27,3 +27,4 @@ mod unread;
 pub use latest::Latest;
 pub use markers::{MarkerError, Markers};
 pub use table::Table;
+pub use unread::Unread;

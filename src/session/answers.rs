@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 
+use super::records;
 use crate::{
     auth::{AuthError, Identity, Right},
     bus::{Outgoing, PublishError, Publisher},
@@ -146,6 +147,7 @@ pub(crate) async fn check_publication(
 /// # Errors
 /// [`PublishError`].
 pub(crate) async fn publish(
+    people: &People,
     publisher: &Publisher,
     markers: Option<&Markers>,
     outgoing: &Outgoing<'_>,
@@ -159,6 +161,9 @@ pub(crate) async fn publish(
             && let Some(markers) = markers
         {
             markers.sent(room, outgoing.user, &acked.cursor);
+        }
+        if *kind == Kind::Message && !acked.duplicate {
+            records::signal(people, publisher, outgoing, &acked);
         }
         (Some(acked.cursor), acked.ts, acked.duplicate)
     } else {

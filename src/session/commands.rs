@@ -18,6 +18,7 @@ use super::{
     answers::{self, check_epochs, namespace, refusal_of},
     records,
     replies::MAX_WAITING_BYTES,
+    watch::WATCH,
 };
 use crate::{
     auth::{AuthError, Identity, LAST_SECOND, Right},
@@ -229,6 +230,17 @@ impl Session {
             Command::Room { room } => {
                 let record = records::record(people, &identity, &room).await?;
                 now(Reply::Room(Box::new(record)))
+            }
+            Command::Watch => Box::pin(self.watch(&identity)).await,
+            Command::Unwatch { watch } => {
+                let known = watch == WATCH && self.watching.borrow_mut().take().is_some();
+                match known {
+                    true => now(Reply::Done),
+                    false => {
+                        let text = format!("this session has no watch {watch}");
+                        Err(Refused::new(ErrorCode::BadRequest, text))
+                    }
+                }
             }
             Command::Inbox {
                 after,
@@ -660,7 +672,15 @@ impl Session {
                 let (publisher, markers) = (&self.context.publisher, &self.context.markers);
                 // A user that nobody is again has no marker.
                 let markers = (!identity.is_anonymous).then_some(&**markers);
-                answers::publish(publisher, markers, &outgoing, durable, known_time).await?
+                answers::publish(
+                    &self.context.people,
+                    publisher,
+                    markers,
+                    &outgoing,
+                    durable,
+                    known_time,
+                )
+                .await?
             }
         };
         let way = if durable {
@@ -710,6 +730,7 @@ fn label(command: &Command) -> metrics::Op {
         Command::Create(_) => metrics::Op::Create,
         Command::Room { .. } => metrics::Op::Room,
         Command::Inbox { .. } => metrics::Op::Inbox,
+        Command::Watch | Command::Unwatch { .. } => metrics::Op::Watch,
         Command::Refresh { .. } | Command::RefreshJoin { .. } => metrics::Op::Refresh,
         Command::Ping | Command::Pong => metrics::Op::Ping,
         Command::Unsubscribe { .. } | Command::End => metrics::Op::Leave,

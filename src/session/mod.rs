@@ -27,6 +27,7 @@ mod poll;
 pub(crate) mod records;
 mod replies;
 mod stream;
+mod watch;
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
@@ -55,6 +56,8 @@ pub use poll::Poll;
 use replies::Replies;
 pub use stream::Stream;
 use stream::{Further, Streamed};
+pub use watch::Desk;
+use watch::Watching;
 
 /// A peer that was silent for this long is closed. With the grace time of a close, it is gone within 60 s.
 const DEAD_AFTER: Duration = Duration::from_secs(45);
@@ -86,6 +89,8 @@ pub struct Context {
     pub presence: Arc<Presence>,
     /// Room records, shared by all shards.
     pub people: Arc<People>,
+    /// Serves those sessions of the shard that watch rooms.
+    pub desk: Rc<Desk>,
     /// The client of the history service.
     pub history: Arc<crate::history::Client>,
     /// The shard's number.
@@ -209,6 +214,7 @@ pub struct Session {
     /// The signs of life that were agreed on.
     beats: OnceCell<Box<Beating>>,
     streamed: Option<Box<Streamed>>,
+    watching: RefCell<Option<Box<Watching>>>,
     /// Counts the session under its protocol.
     active: Cell<Held>,
 }
@@ -347,6 +353,7 @@ impl Session {
                 None => OnceCell::new(),
             },
             streamed,
+            watching: RefCell::default(),
             context,
             active: Cell::new(Held::new(Gauge::SessionActive(codec))),
         });
@@ -435,6 +442,7 @@ impl Session {
         // What was not processed is dropped, and the rooms are left, however long the connection takes to end.
         drop((decoder, reader, inbox));
         self.rooms.borrow_mut().clear();
+        self.watching.borrow_mut().take();
         self.user_slot.borrow_mut().take();
         self.conn.close(Close::Normal);
         count(

@@ -3,11 +3,12 @@
 use super::answers::{admitted, namespace};
 use crate::{
     auth::{Identity, Right},
-    bus::{Outgoing, Publisher},
+    bus::{Acked, News, Outgoing, Publisher, Signal},
     model::{Kind, RoomId},
-    people::{self, Change, Changed, Create, People, Record, RoomKind, Told},
-    protocol::{ErrorCode, Mentions, NewRoom, Publication, RecordReply, Refused},
+    people::{self, Change, Changed, Create, MemberState, People, Record, RoomKind, Told, text_of},
+    protocol::{ErrorCode, LastMessage, Mentions, NewRoom, Publication, RecordReply, Refused},
     subject::FROM_NATTER,
+    telemetry::metrics::{Counter, count},
 };
 
 /// The record of a room.
@@ -105,6 +106,23 @@ pub(crate) async fn change(
 ) -> Result<Changed, Refused> {
     let durable = namespace(people.config(), room)?.durable;
     let changed = people.change(identity, room, change, version).await?;
+    if changed.told.is_some() {
+        let what = News::Changed {};
+        signal_members(publisher, room, &changed.record, what.clone());
+        let out = |user: &&String| {
+            let member = changed.record.member(user);
+            member.is_some_and(|member| member.state != MemberState::In)
+        };
+        // Those who are not in it any more.
+        let gone: Vec<&str> = changed
+            .concerned
+            .iter()
+            .filter(out)
+            .map(String::as_str)
+            .collect();
+        let room = room.clone();
+        tell_users(publisher, &gone, &Signal { room, what });
+    }
     if let Some(told) = &changed.told
         && let Err(error) = tell(publisher, room, told, durable).await
     {
@@ -112,6 +130,60 @@ pub(crate) async fn change(
         tracing::warn!(room.id = %room, %error, "a room can't be told of a change of its record");
     }
     Ok(changed)
+}
+
+/// Members up to which a room signals its messages to each of them. In a larger one, those who watch find them when they
+/// compare.
+const SIGNALLED: usize = 100;
+
+/// Tells those members of a room of a message who watch it without being in it.
+pub(crate) fn signal(
+    people: &People,
+    publisher: &Publisher,
+    outgoing: &Outgoing<'_>,
+    acked: &Acked,
+) {
+    let Publication { room, body, .. } = outgoing.publication;
+    let Some(record) = people.known(room).and_then(|known| known.record()) else {
+        return;
+    };
+    let what = News::Message {
+        last: LastMessage {
+            id: outgoing.id.to_owned(),
+            from: outgoing.user.to_owned(),
+            ts: acked.ts,
+            text: text_of(body.get().as_bytes()),
+        },
+        cursor: acked.cursor.clone(),
+    };
+    signal_members(publisher, room, &record, what);
+}
+
+fn signal_members(publisher: &Publisher, room: &RoomId, record: &Record, what: News) {
+    let users: Vec<&str> = record
+        .present()
+        .map(|(user, _)| user)
+        .take(SIGNALLED + 1)
+        .collect();
+    if users.len() > SIGNALLED {
+        return;
+    }
+    let signal = Signal {
+        room: room.clone(),
+        what,
+    };
+    tell_users(publisher, &users, &signal);
+}
+
+/// Signals something to users. Lost signals are made up for, so a failure is no more than that.
+pub(crate) fn tell_users(publisher: &Publisher, users: &[&str], signal: &Signal) {
+    let payload = signal.to_json();
+    for user in users {
+        match publisher.signal_user(user, &payload) {
+            Ok(()) => count(Counter::SignalPublished, 1),
+            Err(error) => tracing::debug!(%error, "a signal can't be published"),
+        }
+    }
 }
 
 /// Publishes what was changed, by whom, as a message of natter's own.

@@ -100,7 +100,7 @@ labels! {
     Op "op" {
         Auth "auth", Join "join", Leave "leave", Send "send", Typing "typing", Read "read",
         Presence "presence", Readers "readers", Unread "unread", History "history",
-        Search "search", Create "create", Room "room", Inbox "inbox", Refresh "refresh", Ping "ping", Unknown "unknown",
+        Search "search", Create "create", Room "room", Inbox "inbox", Watch "watch", Refresh "refresh", Ping "ping", Unknown "unknown",
     }
     /// How a message was published and where it went: into a stream, or past all streams.
     Published "kind" {
@@ -293,6 +293,12 @@ counted! {
     RecordChanged = "natter.record.changed", "{change}";
     /// Entries of the index of users that could not be written. They are repaired later.
     IndexFailed = "natter.record.index_failed", "{entry}";
+    /// Signals to users who watch that this edge has published: one per named member of a room and message.
+    SignalPublished = "natter.signal.published", "{signal}";
+    /// Signals received for users who watch here.
+    SignalReceived = "natter.signal.received", "{signal}";
+    /// Summaries of rooms handed to sessions that watch.
+    SummaryDelivered = "natter.inbox.delivered", "{summary}";
     /// Messages that clients published, and that were stored or (ephemeral) sent on.
     MessagePublished(kind: Published) = "natter.message.published", "{message}";
     /// Messages that were already stored when they were published again with the same id.
@@ -385,6 +391,8 @@ counted! {
     RoomActive = "natter.room.active", "{room}";
     /// Memberships: the sum of the rooms of all sessions.
     MemberActive = "natter.member.active", "{member}";
+    /// Sessions that watch the rooms of their users.
+    Watching = "natter.session.watching", "{session}";
     /// Sessions that are present in rooms.
     PresenceSessions = "natter.presence.sessions", "{session}";
     /// Rooms whose users are followed, because a session watches their presence.

@@ -58,6 +58,8 @@ struct Fields<'a> {
     limit: Option<u64>,
     rooms: Option<Vec<String>>,
     archived: Option<bool>,
+    mine: Option<bool>,
+    watch: Option<u64>,
     namespace: Option<String>,
     #[serde(rename = "ref")]
     about: Option<String>,
@@ -235,6 +237,14 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
             after: fields.after.map(Cow::into_owned),
             limit: fields.limit,
             archived: fields.archived.unwrap_or_default(),
+        },
+        Some("watch") if fields.mine == Some(true) => Command::Watch,
+        Some("watch") => {
+            let text = "what to watch is missing: mine: true";
+            return Err(Refused::new(ErrorCode::BadRequest, text));
+        }
+        Some("unwatch") => Command::Unwatch {
+            watch: fields.watch.ok_or_else(|| missing("watch"))?,
         },
         Some("send") => Command::Send(Box::new(publication(room()?, fields)?)),
         Some(other) => {

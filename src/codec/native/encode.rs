@@ -79,6 +79,12 @@ impl Writer {
         self
     }
 
+    /// A value as JSON.
+    fn json(&mut self, key: &str, value: &impl serde::Serialize) -> &mut Self {
+        let json = serde_json::to_vec(value).expect("writing plain data to memory");
+        self.raw(key, &json)
+    }
+
     /// `true` or `false`.
     fn boolean(&mut self, key: &str, value: bool) -> &mut Self {
         self.raw(key, if value { b"true" } else { b"false" })
@@ -149,6 +155,7 @@ pub(in crate::codec) fn reply(framing: Framing, tag: &Tag, reply: &Reply) -> Byt
         Reply::Search(found) => begin("search").end_with(found),
         Reply::Room(record) => begin("room").end_with(record),
         Reply::Inbox(inbox) => begin("inbox").end_with(inbox),
+        Reply::Watching(watching) => begin("watching").end_with(watching),
     }
 }
 
@@ -198,6 +205,12 @@ pub(in crate::codec) fn event(framing: Framing, event: &Event) -> Bytes {
         }
         Event::Kicked { room, code } => {
             writer.string("room", room.as_str()).string("code", code);
+        }
+        Event::Inbox { watch, rooms, gone } => {
+            writer.number("watch", *watch).json("rooms", rooms);
+            if !gone.is_empty() {
+                writer.json("gone", gone);
+            }
         }
         Event::TokenExpiring { exp } => {
             writer.number("exp", *exp);

@@ -14,9 +14,11 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::rooms::json_of;
 use crate::{
+    bus::{News, Signal},
     edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_of},
     people::{Arrangement, InboxOf},
     protocol::{ErrorCode, InboxReply},
+    session::records,
 };
 
 /// Which of the user's rooms.
@@ -111,6 +113,8 @@ pub(super) async fn arrange(
             archived,
         };
         ready.people.arrange(&identity.user, &room, &how).await?;
+        let what = News::Changed {};
+        records::tell_users(&ready.publisher, &[&identity.user], &Signal { room, what });
         Ok(StatusCode::NO_CONTENT)
     };
     ask.instrument(span).await

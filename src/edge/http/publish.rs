@@ -143,7 +143,14 @@ pub(super) async fn store(
     };
     // What begins with `$` is no user, and has read nothing.
     let markers = (!identity.user.starts_with('$')).then_some(&*ready.markers);
-    let published = answers::publish(&ready.publisher, markers, &outgoing, durable, |_seq| None);
+    let published = answers::publish(
+        people,
+        &ready.publisher,
+        markers,
+        &outgoing,
+        durable,
+        |_seq| None,
+    );
     let published = published.await.map_err(Refused::from)?;
     let way = if durable {
         Published::HttpDurable
