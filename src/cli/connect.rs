@@ -57,16 +57,26 @@ impl Connect {
         rights: &[Right],
         config: impl FnOnce() -> Result<Config, ConfigError>,
     ) -> anyhow::Result<Target> {
+        self.target_in(room.as_str(), rights, config)
+    }
+
+    /// The edges and the token for the rooms of a pattern.
+    pub(super) fn target_in(
+        &self,
+        rooms: &str,
+        rights: &[Right],
+        config: impl FnOnce() -> Result<Config, ConfigError>,
+    ) -> anyhow::Result<Target> {
         let token = match &self.token {
             Some(token) => Token::Fixed(token.clone()),
-            None => self.made(room, rights, config)?,
+            None => self.made(rooms, rights, config)?,
         };
         Ok(Target::new(self.url.clone(), token))
     }
 
     fn made(
         &self,
-        room: &RoomId,
+        rooms: &str,
         rights: &[Right],
         config: impl FnOnce() -> Result<Config, ConfigError>,
     ) -> anyhow::Result<Token> {
@@ -74,7 +84,7 @@ impl Connect {
         let secret = secret(&config, &self.data)?;
         let auth = config.auth;
         // Checked here, so that an unusable secret is an error of the command and not of the first connection.
-        let grant = Grant::new(room.as_str(), rights);
+        let grant = Grant::new(rooms, rights);
         let user = self.user.clone();
         token_for(&auth, &user, &grant, &secret)?;
         Ok(Token::Made(Arc::new(move || {

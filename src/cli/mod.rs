@@ -17,6 +17,7 @@ mod guard;
 mod history;
 mod provision;
 mod revoke;
+mod room;
 mod send;
 mod tail;
 mod token;
@@ -74,6 +75,8 @@ enum Command {
     Tail(tail::Tail),
     /// Send a message to a room, and wait until it is stored.
     Send(send::Send),
+    Room(room::RoomCommand),
+    Inbox(room::Inbox),
 }
 
 /// Runs the command line of this process.
@@ -129,6 +132,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Revoke(args) => return revoke::run(args, &load()?),
         Command::Tail(tail) => tail::run(tail, load)?,
         Command::Send(send) => send::run(send, load)?,
+        Command::Room(command) => room::run(command, load)?,
+        Command::Inbox(inbox) => room::inbox(&inbox, load)?,
     }
     Ok(ExitCode::SUCCESS)
 }

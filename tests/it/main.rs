@@ -23,6 +23,7 @@ mod frozen;
 mod history;
 mod hostile;
 mod http;
+mod inbox;
 mod lease;
 mod limits;
 mod line;
