@@ -91,7 +91,8 @@ pub mod servers {
 pub mod store {
     pub use crate::store::{
         Annotation, Change, Document, End, Entry, Erased, Erasure, Folded, MAX_QUERY, Migrated,
-        Reaction, RefusedEntry, Removal, Said, Search, Slot, Span, Store, StoreError, What,
+        Reaction, RefusedEntry, Removal, Replies, Said, Search, Slot, Span, Store, StoreError,
+        What,
     };
 }
 

@@ -1,13 +1,19 @@
 //! Pages of rooms, made from MongoDB and the streams, or from the streams alone.
 
-use std::{cmp::Ordering, sync::Arc, time::Duration};
+use std::{
+    cmp::Ordering,
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use serde_json::value::RawValue;
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    merge::{Ask, Side, Tail, Told},
+    entry::key_of_base,
+    merge::{Ask, Side, Tail, Told, add_replies},
     question::{At, PageAnchor, PageAnswer, PageRequest, SearchAnswer, SearchRequest},
     show,
     tail::{Log, Part, RoomLog, Tails},
@@ -17,7 +23,7 @@ use crate::{
     config::Config,
     model::{Cursor, Place, Position, RoomId},
     protocol::{ErrorCode, Refused},
-    store::{Document, End, Folded, Search, Store, StoreError},
+    store::{Document, End, Folded, Replies, Search, Store, StoreError},
 };
 
 /// Largest list of messages in one answer, unless a single message is larger. NATS carries 1 MiB.
@@ -25,6 +31,9 @@ const MAX_BYTES: usize = 512 * 1024;
 
 /// After a failure, MongoDB is not asked for this long. Meanwhile pages are made from the streams at once.
 const SPARED: Duration = Duration::from_secs(1);
+
+/// Messages of the streams that are looked through for a page of a thread, where not all of them can be.
+const LOOKED_THROUGH: usize = 1000;
 
 /// Later than every message.
 const END_OF_TIME: u64 = (1 << 44) - 1;
@@ -151,7 +160,7 @@ impl Pages {
     /// Makes a page.
     ///
     /// # Errors
-    /// `bad_id`: no such message. `bad_cursor`: a cursor of an unknown epoch. `unavailable`.
+    /// `bad_id`: no such message, also that of `thread`. `bad_cursor`: a cursor of an unknown epoch. `unavailable`.
     pub async fn page(&self, request: &PageRequest) -> Result<PageAnswer, Refused> {
         if let Some(asked) = self.store() {
             match self.of_both(request, asked).await {
@@ -191,10 +200,19 @@ impl Pages {
             .await?;
         let tail = match tail {
             Some(tail) => tail,
-            None => log.part(&part_for(&split, request.limit)).await?,
+            None => log.part(&part_for(&split, request)).await?,
         };
-        self.fill(request, &tail, &split, Some(asked), !complete)
-            .await
+        let fill = self.fill(request, &tail, &split, Some(asked), !complete);
+        let page = fill.await?;
+        if let Some(first) = &request.thread
+            && page.messages.is_empty()
+            && complete
+        {
+            // It has no answers here because it does not exist.
+            let place = self.place_of(first, &request.room, &log, Some(&tail), Some(asked));
+            place.await?;
+        }
+        Ok(page)
     }
 
     /// Makes a page from the streams alone.
@@ -202,7 +220,7 @@ impl Pages {
         let mut log = self.log.room(&request.room);
         log.look().await;
         let split = self.split(request, &mut log, None, None).await?;
-        let tail = log.part(&part_for(&split, request.limit)).await?;
+        let tail = log.part(&part_for(&split, request)).await?;
         self.fill(request, &tail, &split, None, true).await
     }
 
@@ -249,12 +267,14 @@ impl Pages {
         if is_after {
             place.seq = place.seq.saturating_add(1);
         }
+        // What a page of a thread begins at need not be an answer.
+        let is_shown = is_message && request.thread.is_none();
         Ok(Split {
             place: Some(place),
             left,
             right,
-            is_left: is_message && is_after,
-            is_right: is_message && !is_after,
+            is_left: is_shown && is_after,
+            is_right: is_shown && !is_after,
         })
     }
 
@@ -409,8 +429,9 @@ impl Pages {
         let room = &request.room;
         let (left, right) = wanted(split, request.limit);
         let at = || split.place.clone();
-        let mut before = Side::new(tail, End::Newest, at(), left);
-        let mut behind = Side::new(tail, End::Oldest, at(), right);
+        let thread = request.thread.as_deref();
+        let mut before = Side::new(tail, End::Newest, at(), left, thread);
+        let mut behind = Side::new(tail, End::Oldest, at(), right, thread);
         tokio::try_join!(
             read_side(&mut before, room, asked),
             read_side(&mut behind, room, asked)
@@ -418,6 +439,9 @@ impl Pages {
         let (short_left, short_right) = (before.is_short(), behind.is_short());
         let (before, behind) = (before.found(), behind.found());
         let (most_left, most_right) = share(split, before.len(), behind.len(), request.limit);
+        let shown = before.iter().take(most_left);
+        let shown = shown.chain(behind.iter().take(most_right));
+        let replies = replies(asked, room, tail, shown.copied()).await?;
         let mut messages: Vec<(bool, &Folded, Box<RawValue>)> = Vec::new();
         let (mut lefts, mut rights, mut bytes) = (0, 0, 0);
         // From the middle outwards: what does not fit is the part furthest away.
@@ -430,7 +454,8 @@ impl Pages {
             };
             let Some(folded) = next else { break };
             let Some(base) = &folded.base else { break };
-            let json = show::message(None, base, folded).map_err(|error| {
+            let replies = replies.get(&key_of_base(room, base));
+            let json = show::message(None, base, folded, replies).map_err(|error| {
                 Failed::Refused(Refused::new(ErrorCode::Internal, error.to_string()))
             })?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
@@ -455,9 +480,28 @@ impl Pages {
         let more_left = before.len() > lefts || split.is_left || is_cut || short_left;
         let is_behind = split.is_right && right == 0 || short_right;
         let more_right = behind.len() > rights || is_behind || tail.more;
+        let mut prev = cursor(messages.first()).filter(|_| more_left);
+        let mut next = cursor(messages.last()).filter(|_| more_right);
+        if thread.is_some() {
+            // The next answer may be far from the part of the streams that was read, in which there may be none.
+            let to = |end| {
+                tail.edge(end)
+                    .map(|(place, fp)| (place, Cursor::single(place.position(fp))))
+            };
+            if is_cut && split.left > 0 && before.len() <= lefts {
+                let further = to(End::Oldest)
+                    .filter(|(place, _)| split.place.as_ref().is_none_or(|split| *place < split));
+                prev = further.map(|(_, cursor)| cursor.to_string());
+            }
+            if tail.more && split.right > 0 && behind.len() <= rights {
+                let further = to(End::Newest)
+                    .filter(|(place, _)| split.place.as_ref().is_none_or(|split| *place >= split));
+                next = further.map(|(_, cursor)| cursor.to_string());
+            }
+        }
         Ok(PageAnswer {
-            prev: cursor(messages.first()).filter(|_| more_left),
-            next: cursor(messages.last()).filter(|_| more_right),
+            prev,
+            next,
             messages: messages.into_iter().map(|(.., json)| json).collect(),
             partial,
         })
@@ -499,7 +543,7 @@ impl Pages {
         let mut last: Option<Place> = None;
         for Document { room, folded, .. } in &documents {
             let Some(base) = &folded.base else { continue };
-            let json = show::message(Some(room), base, folded)
+            let json = show::message(Some(room), base, folded, None)
                 .map_err(|error| Refused::new(ErrorCode::Internal, error.to_string()))?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
                 next = last;
@@ -538,8 +582,14 @@ fn share(split: &Split, left: usize, right: usize, limit: usize) -> (usize, usiz
     (left.min(limit - rights), rights)
 }
 
-fn part_for(split: &Split, limit: usize) -> Part {
-    let (left, right) = wanted(split, limit);
+fn part_for(split: &Split, request: &PageRequest) -> Part {
+    let (left, right) = wanted(split, request.limit);
+    // Answers may be few among other messages.
+    let most = |wanted: usize| match (&request.thread, wanted) {
+        (None, _) | (_, 0) => wanted,
+        (Some(_), wanted) => wanted.max(LOOKED_THROUGH),
+    };
+    let (left, right) = (most(left), most(right));
     Part {
         split: split.place.clone(),
         left,
@@ -564,6 +614,28 @@ async fn read_side(
         side.tell(&ask, told);
     }
     Ok(())
+}
+
+/// The answers to these messages, by key.
+async fn replies(
+    asked: Option<Asked<'_>>,
+    room: &RoomId,
+    tail: &Tail,
+    messages: impl Iterator<Item = &Folded>,
+) -> Result<HashMap<String, Replies>, Failed> {
+    let bases = messages.filter_map(|folded| folded.base.as_ref());
+    let keys: Vec<String> = bases.map(|base| key_of_base(room, base)).collect();
+    let to: HashSet<&str> = keys.iter().map(String::as_str).collect();
+    let (found, outlines) = match asked {
+        Some(asked) => {
+            let touched = tail.touched();
+            let found = asked.within(asked.store.replies(room, &keys, &touched));
+            let outlines = asked.within(asked.store.outlines(&touched));
+            tokio::try_join!(found, outlines)?
+        }
+        None => (HashMap::new(), Vec::new()),
+    };
+    Ok(add_replies(tail, &to, found, outlines))
 }
 
 async fn documents(asked: Asked<'_>, room: &RoomId, end: End, ask: &Ask) -> Result<Told, Failed> {

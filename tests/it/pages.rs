@@ -382,6 +382,7 @@ impl Hand {
             room: self.room.clone(),
             anchor,
             limit,
+            thread: None,
         }
     }
 
