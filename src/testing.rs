@@ -33,7 +33,9 @@ pub mod edge {
 }
 
 pub mod history {
-    pub use crate::history::{At, PageAnchor, PageRequest, Pages, Status, entry, status};
+    pub use crate::history::{
+        At, PageAnchor, PageAnswer, PageRequest, Pages, Status, entry, status,
+    };
 }
 
 pub mod mesh {

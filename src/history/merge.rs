@@ -141,12 +141,13 @@ impl Tail {
         })
     }
 
-    /// The position of the tail's first message (`End::Oldest`), or of the last one up to where it is complete.
+    /// The position of the message at which the tail begins to be complete (`End::Oldest`), or up to which it is.
     pub(super) fn edge(&self, end: End) -> Option<(&Place, Fingerprint)> {
-        let (place, key) = match (end, self.ends()) {
-            (End::Oldest, _) => self.messages.first_key_value(),
-            (End::Newest, Some(ends)) => self.messages.range(..=ends).next_back(),
-            (End::Newest, None) => self.messages.last_key_value(),
+        let (place, key) = match (end, &self.begins, self.ends()) {
+            (End::Oldest, Some(begins), _) => self.messages.range(begins..).next(),
+            (End::Oldest, None, _) => self.messages.first_key_value(),
+            (End::Newest, _, Some(ends)) => self.messages.range(..=ends).next_back(),
+            (End::Newest, _, None) => self.messages.last_key_value(),
         }?;
         let mut entries = self.about.get(key).into_iter().flatten();
         entries.find_map(|entry| match &entry.what {

@@ -1,29 +1,25 @@
 //! Pages of rooms, made from MongoDB and the streams, or from the streams alone.
 
-use std::{
-    cmp::Ordering,
-    collections::{HashMap, HashSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{cmp::Ordering, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use serde_json::value::RawValue;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use super::{
+    ask::{Asked, Failed, read_side, replies},
     entry::key_of_base,
-    merge::{Ask, Side, Tail, Told, add_replies},
+    merge::{Side, Tail},
     question::{At, PageAnchor, PageAnswer, PageRequest, SearchAnswer, SearchRequest},
     show,
     tail::{Log, Part, RoomLog, Tails},
 };
 use crate::{
-    bus::{Connection, Origins, ReadError, Reader},
+    bus::{Connection, Origins, Reader},
     config::Config,
     model::{Cursor, Place, Position, RoomId},
     protocol::{ErrorCode, Refused},
-    store::{Document, End, Folded, Replies, Search, Store, StoreError},
+    store::{Document, End, Folded, Search, Store},
 };
 
 /// Largest list of messages in one answer, unless a single message is larger. NATS carries 1 MiB.
@@ -60,59 +56,6 @@ struct Split {
     /// Whether a message is known to be before it, or from it on.
     is_left: bool,
     is_right: bool,
-}
-
-/// Why one way to make a page failed.
-enum Failed {
-    Refused(Refused),
-    /// MongoDB did not answer.
-    Store(String),
-    /// The stream did not answer.
-    Stream(ReadError),
-}
-
-impl From<ReadError> for Failed {
-    fn from(error: ReadError) -> Self {
-        Self::Stream(error)
-    }
-}
-
-/// MongoDB, with the deadline of one answer.
-#[derive(Clone, Copy)]
-struct Asked<'s> {
-    store: &'s Store,
-    deadline: Instant,
-}
-
-impl Asked<'_> {
-    /// Waits for an answer until the deadline. The future is boxed, since those of the driver are large.
-    fn within<'f, T: 'f>(
-        self,
-        answer: impl Future<Output = Result<T, StoreError>> + Send + 'f,
-    ) -> impl Future<Output = Result<T, Failed>> + Send + 'f {
-        let answer = timeout_at(self.deadline, Box::pin(answer));
-        async move {
-            match answer.await {
-                Ok(Ok(answer)) => Ok(answer),
-                Ok(Err(StoreError::Query(error))) => Err(Failed::Refused(Refused::new(
-                    ErrorCode::BadRequest,
-                    format!("q: {error}"),
-                ))),
-                Ok(Err(error)) => Err(Failed::Store(error.to_string())),
-                Err(_elapsed) => Err(Failed::Store("MongoDB does not answer".to_owned())),
-            }
-        }
-    }
-
-    async fn document(self, key: &str) -> Result<Folded, Failed> {
-        let keys = [key.to_owned()];
-        let found = self.within(self.store.get(&keys)).await?;
-        Ok(found
-            .into_iter()
-            .next()
-            .map(|document| document.folded)
-            .unwrap_or_default())
-    }
 }
 
 impl Pages {
@@ -202,17 +145,8 @@ impl Pages {
             Some(tail) => tail,
             None => log.part(&part_for(&split, request)).await?,
         };
-        let fill = self.fill(request, &tail, &split, Some(asked), !complete);
-        let page = fill.await?;
-        if let Some(first) = &request.thread
-            && page.messages.is_empty()
-            && complete
-        {
-            // It has no answers here because it does not exist.
-            let place = self.place_of(first, &request.room, &log, Some(&tail), Some(asked));
-            place.await?;
-        }
-        Ok(page)
+        self.fill(request, &tail, &split, Some(asked), !complete)
+            .await
     }
 
     /// Makes a page from the streams alone.
@@ -287,27 +221,18 @@ impl Pages {
         tail: Option<&Tail>,
         asked: Option<Asked<'_>>,
     ) -> Result<Place, Failed> {
-        let mut folded = match asked {
-            Some(asked) => asked.document(key).await?,
-            None => Folded::default(),
-        };
-        if let Some(tail) = tail {
-            tail.fold(key, &mut folded);
-        }
-        if let Some(base) = folded.base {
-            return Ok(base.place);
+        if let Some(place) = known(key, tail, asked).await? {
+            return Ok(place);
         }
         if tail.is_none()
             && let Some(place) = log.find(key).await?
         {
             return Ok(place);
         }
-        let name = key.split_once('/').map_or(key, |(_room, name)| name);
         Err(if asked.is_some() {
-            let text = format!("there is no message {name:?} in {room}");
-            Failed::Refused(Refused::new(ErrorCode::BadId, text))
+            no_message(key, room)
         } else {
-            let text = format!("the message {name:?} can't be looked for now");
+            let text = format!("the message {:?} can't be looked for now", name(key));
             Failed::Refused(Refused::new(ErrorCode::Unavailable, text))
         })
     }
@@ -438,6 +363,14 @@ impl Pages {
         )?;
         let (short_left, short_right) = (before.is_short(), behind.is_short());
         let (before, behind) = (before.found(), behind.found());
+        // A thread without answers may be that of a message that does not exist.
+        if let (Some(first), Some(_), false) = (thread, asked, partial)
+            && before.is_empty()
+            && behind.is_empty()
+            && known(first, Some(tail), asked).await?.is_none()
+        {
+            return Err(no_message(first, room));
+        }
         let (most_left, most_right) = share(split, before.len(), behind.len(), request.limit);
         let shown = before.iter().take(most_left);
         let shown = shown.chain(behind.iter().take(most_right));
@@ -483,20 +416,18 @@ impl Pages {
         let mut prev = cursor(messages.first()).filter(|_| more_left);
         let mut next = cursor(messages.last()).filter(|_| more_right);
         if thread.is_some() {
-            // The next answer may be far from the part of the streams that was read, in which there may be none.
-            let to = |end| {
-                tail.edge(end)
-                    .map(|(place, fp)| (place, Cursor::single(place.position(fp))))
+            // In the part of the streams that was read there may be no answer: a page goes on where that ends.
+            let further = |end, is_further: fn(&Place, &Place) -> bool| {
+                let (place, fingerprint) = tail.edge(end)?;
+                let split = split.place.as_ref();
+                let goes_on = split.is_none_or(|split| is_further(place, split));
+                goes_on.then(|| Cursor::single(place.position(fingerprint)).to_string())
             };
             if is_cut && split.left > 0 && before.len() <= lefts {
-                let further = to(End::Oldest)
-                    .filter(|(place, _)| split.place.as_ref().is_none_or(|split| *place < split));
-                prev = further.map(|(_, cursor)| cursor.to_string());
+                prev = further(End::Oldest, |place, split| place < split);
             }
             if tail.more && split.right > 0 && behind.len() <= rights {
-                let further = to(End::Newest)
-                    .filter(|(place, _)| split.place.as_ref().is_none_or(|split| *place >= split));
-                next = further.map(|(_, cursor)| cursor.to_string());
+                next = further(End::Newest, |place, split| place >= split);
             }
         }
         Ok(PageAnswer {
@@ -560,6 +491,32 @@ impl Pages {
     }
 }
 
+/// The place of a message, as far as MongoDB and the tail know.
+async fn known(
+    key: &str,
+    tail: Option<&Tail>,
+    asked: Option<Asked<'_>>,
+) -> Result<Option<Place>, Failed> {
+    let mut folded = match asked {
+        Some(asked) => asked.document(key).await?,
+        None => Folded::default(),
+    };
+    if let Some(tail) = tail {
+        tail.fold(key, &mut folded);
+    }
+    Ok(folded.base.map(|base| base.place))
+}
+
+fn no_message(key: &str, room: &RoomId) -> Failed {
+    let text = format!("there is no message {:?} in {room}", name(key));
+    Failed::Refused(Refused::new(ErrorCode::BadId, text))
+}
+
+/// A key without the room.
+fn name(key: &str) -> &str {
+    key.split_once('/').map_or(key, |(_room, name)| name)
+}
+
 /// How many messages must be known on each side: one more than can be shown; on a side that is not shown, one, to know
 /// whether there is any.
 fn wanted(split: &Split, limit: usize) -> (usize, usize) {
@@ -595,70 +552,4 @@ fn part_for(split: &Split, request: &PageRequest) -> Part {
         left,
         right,
     }
-}
-
-async fn read_side(
-    side: &mut Side<'_>,
-    room: &RoomId,
-    asked: Option<Asked<'_>>,
-) -> Result<(), Failed> {
-    while let Some(ask) = side.ask() {
-        let told = match asked {
-            Some(asked) => documents(asked, room, side.end(), &ask).await?,
-            None => Told {
-                all: true,
-                looked: ask.keys.len(),
-                ..Told::default()
-            },
-        };
-        side.tell(&ask, told);
-    }
-    Ok(())
-}
-
-/// The answers to these messages, by key.
-async fn replies(
-    asked: Option<Asked<'_>>,
-    room: &RoomId,
-    tail: &Tail,
-    messages: impl Iterator<Item = &Folded>,
-) -> Result<HashMap<String, Replies>, Failed> {
-    let bases = messages.filter_map(|folded| folded.base.as_ref());
-    let keys: Vec<String> = bases.map(|base| key_of_base(room, base)).collect();
-    let to: HashSet<&str> = keys.iter().map(String::as_str).collect();
-    let (found, outlines) = match asked {
-        Some(asked) => {
-            let touched = tail.touched();
-            let found = asked.within(asked.store.replies(room, &keys, &touched));
-            let outlines = asked.within(asked.store.outlines(&touched));
-            tokio::try_join!(found, outlines)?
-        }
-        None => (HashMap::new(), Vec::new()),
-    };
-    Ok(add_replies(tail, &to, found, outlines))
-}
-
-async fn documents(asked: Asked<'_>, room: &RoomId, end: End, ask: &Ask) -> Result<Told, Failed> {
-    let page = async {
-        match &ask.page {
-            Some(span) => {
-                let page = asked.store.page(room, span, end, ask.limit);
-                asked.within(page).await
-            }
-            None => Ok((Vec::new(), true)),
-        }
-    };
-    let of_keys = async {
-        if ask.keys.is_empty() {
-            return Ok((Vec::new(), 0));
-        }
-        asked.within(asked.store.get_first(&ask.keys)).await
-    };
-    let ((page, all), (of_keys, looked)) = tokio::try_join!(page, of_keys)?;
-    Ok(Told {
-        page,
-        all,
-        of_keys,
-        looked,
-    })
 }
