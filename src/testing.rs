@@ -33,7 +33,9 @@ pub mod edge {
 }
 
 pub mod history {
-    pub use crate::history::{At, PageAnchor, PageRequest, Pages, Status, entry, status};
+    pub use crate::history::{
+        At, PageAnchor, PageAnswer, PageRequest, Pages, Status, entry, status,
+    };
 }
 
 pub mod mesh {
@@ -91,7 +93,8 @@ pub mod servers {
 pub mod store {
     pub use crate::store::{
         Annotation, Change, Document, End, Entry, Erased, Erasure, Folded, MAX_QUERY, Migrated,
-        Reaction, RefusedEntry, Removal, Said, Search, Slot, Span, Store, StoreError, What,
+        Reaction, RefusedEntry, Removal, Replies, Said, Search, Slot, Span, Store, StoreError,
+        What,
     };
 }
 

@@ -123,7 +123,7 @@ impl Client {
             Err(refusal) => return (Err(refusal), HistoryAnswer::Failed),
         };
         let asked = match encode(request) {
-            Ok(question) => self.ask(endpoint::PAGE, question).await,
+            Ok(question) => self.ask(request.endpoint(), question).await,
             Err(refusal) => return (Err(refusal), HistoryAnswer::Failed),
         };
         let problem = match asked {

@@ -3,7 +3,7 @@
 use crate::{
     bus::{Record, Stored, message_key},
     model::{BadRemark, Epoch, Kind, Place, Reference, Region, RoomId, annotations, reaction},
-    store::{Change, Entry, Said, What},
+    store::{Base, Change, Entry, Said, What},
     subject::FROM_NATTER,
 };
 
@@ -89,6 +89,11 @@ fn what(room: &RoomId, record: &Record) -> What {
 /// The mentioned users, if the message has the field.
 fn mentions(record: &Record) -> Option<Vec<String>> {
     serde_json::from_str(record.mentions.as_deref()?).ok()
+}
+
+/// The key of a message.
+pub(super) fn key_of_base(room: &RoomId, base: &Base) -> String {
+    message_key(room.as_str(), &base.from, &base.said.id)
 }
 
 /// The key of the message that `from` refers to by `reference`.

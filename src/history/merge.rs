@@ -14,13 +14,13 @@
 //! - A side is correct as far as both sources were read ([`Side::found`]), and nothing beyond is shown.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     ops::Bound,
 };
 
 use crate::{
-    model::{Epoch, Place, Region},
-    store::{Document, End, Entry, Folded, Span, What},
+    model::{Epoch, Fingerprint, Place, Region},
+    store::{Change, Document, End, Entry, Folded, Replies, Span, What},
 };
 
 /// What the streams of all origins have of a room above their floors.
@@ -120,6 +120,44 @@ impl Tail {
         self.more = true;
     }
 
+    /// The keys of messages that the tail has, or the deletions of.
+    pub(super) fn touched(&self) -> Vec<String> {
+        let counts = |entry: &Entry| match &entry.what {
+            What::Message { .. } => true,
+            What::Change { change, .. } => *change == Change::Delete,
+            What::Nothing(_) => false,
+        };
+        let touched = self.about.iter();
+        let touched = touched.filter(|(_, entries)| entries.iter().any(counts));
+        touched.map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Whether the message with the key `key` may be an answer to the one with the key `first`.
+    fn answers(&self, key: &str, first: &str) -> bool {
+        let mut entries = self.about.get(key).into_iter().flatten();
+        entries.any(|entry| match &entry.what {
+            What::Message { said, .. } => said.reply_key.as_deref() == Some(first),
+            _ => false,
+        })
+    }
+
+    /// The position of the message at which the tail begins to be complete (`End::Oldest`), or up to which it is.
+    pub(super) fn edge(&self, end: End) -> Option<(&Place, Fingerprint)> {
+        let (place, key) = match (end, &self.begins, self.ends()) {
+            (End::Oldest, Some(begins), _) => self.messages.range(begins..).next(),
+            (End::Oldest, None, _) => self.messages.first_key_value(),
+            (End::Newest, _, Some(ends)) => self.messages.range(..=ends).next_back(),
+            (End::Newest, _, None) => self.messages.last_key_value(),
+        }?;
+        let mut entries = self.about.get(key).into_iter().flatten();
+        entries.find_map(|entry| match &entry.what {
+            What::Message { said, .. } if entry.place == *place => {
+                Some((place, Fingerprint(said.fingerprint)))
+            }
+            _ => None,
+        })
+    }
+
     /// Whether messages before the tail may be missing, here and in MongoDB.
     pub(super) fn is_cut_off(&self) -> bool {
         self.begins.is_some()
@@ -190,6 +228,8 @@ pub(super) struct Side<'t> {
     /// `None`: the end of the log.
     split: Option<Place>,
     wanted: usize,
+    /// Only answers to the message with this key.
+    thread: Option<&'t str>,
     /// The tail's messages on this side, nearest first.
     keys: Vec<(&'t Place, &'t str)>,
     /// For how many of these the documents are known.
@@ -226,11 +266,19 @@ pub(super) struct Told {
 
 impl<'t> Side<'t> {
     /// The messages before `split` or from it on, depending on `end`. `wanted` of them are needed.
-    pub(super) fn new(tail: &'t Tail, end: End, split: Option<Place>, wanted: usize) -> Self {
+    /// With `thread`, only answers to the message with that key are.
+    pub(super) fn new(
+        tail: &'t Tail,
+        end: End,
+        split: Option<Place>,
+        wanted: usize,
+        thread: Option<&'t str>,
+    ) -> Self {
         let all = (Bound::Unbounded, Bound::Unbounded);
         let messages = |range: (Bound<Place>, Bound<Place>)| {
             let range = tail.messages.range(range);
-            range.map(|(place, key)| (place, key.as_str()))
+            let range = range.map(|(place, key)| (place, key.as_str()));
+            range.filter(|(_, key)| thread.is_none_or(|first| tail.answers(key, first)))
         };
         let keys = match (end, &split) {
             (End::Newest, None) => messages(all).rev().collect(),
@@ -249,6 +297,7 @@ impl<'t> Side<'t> {
             end,
             split,
             wanted,
+            thread,
             keys,
             looked: 0,
             read: Read::Nothing,
@@ -277,22 +326,27 @@ impl<'t> Side<'t> {
             Read::Nothing => Some(self.split.clone()),
             Read::To(place) => Some(Some(place.clone())),
         };
-        let page = from.map(|from| match self.end {
-            End::Newest => Span {
-                before: from,
-                after: None,
-            },
-            // The first read includes the split; a later one begins after the last document read.
-            End::Oldest => Span {
-                before: None,
-                after: from.map(|place| match self.read {
-                    Read::To(_) => place,
-                    Read::Nothing | Read::All => Place {
-                        seq: place.seq.saturating_sub(1),
-                        ..place
-                    },
-                }),
-            },
+        let page = from.map(|from| {
+            let thread = self.thread.map(str::to_owned);
+            match self.end {
+                End::Newest => Span {
+                    before: from,
+                    after: None,
+                    thread,
+                },
+                // The first read includes the split; a later one begins after the last document read.
+                End::Oldest => Span {
+                    before: None,
+                    after: from.map(|place| match self.read {
+                        Read::To(_) => place,
+                        Read::Nothing | Read::All => Place {
+                            seq: place.seq.saturating_sub(1),
+                            ..place
+                        },
+                    }),
+                    thread,
+                },
+            }
         });
         let keys = self.keys.iter().skip(self.looked).take(self.wanted);
         Some(Ask {
@@ -392,7 +446,12 @@ impl<'t> Side<'t> {
         let mut found: Vec<(&Place, &Folded)> = self
             .known
             .values()
-            .filter_map(|folded| Some((&folded.base.as_ref()?.place, folded)))
+            .filter_map(|folded| Some((folded.base.as_ref()?, folded)))
+            .filter(|(base, _)| {
+                let first = base.said.reply_key.as_deref();
+                self.thread.is_none() || first == self.thread
+            })
+            .map(|(base, folded)| (&base.place, folded))
             .filter(|(place, _)| here(place) && !self.tail.is_too_new(place))
             .filter(|(place, _)| limits.iter().all(|limit| self.is_within(place, limit)))
             .collect();
@@ -402,6 +461,34 @@ impl<'t> Side<'t> {
         });
         found.into_iter().map(|(_, folded)| folded).collect()
     }
+}
+
+/// Adds the answers of the tail to those that MongoDB has: `found` without the messages that the tail touches, whose
+/// documents are `outlines`.
+pub(super) fn add_replies(
+    tail: &Tail,
+    to: &HashSet<&str>,
+    mut found: HashMap<String, Replies>,
+    outlines: Vec<Document>,
+) -> HashMap<String, Replies> {
+    let outlines = outlines.into_iter();
+    let mut outlines: HashMap<String, Folded> = outlines
+        .map(|document| (document.key, document.folded))
+        .collect();
+    for key in tail.touched() {
+        let mut folded = outlines.remove(&key).unwrap_or_default();
+        tail.fold(&key, &mut folded);
+        let Some(base) = folded.base.filter(|_| folded.deleted.is_none()) else {
+            continue;
+        };
+        if let Some(first) = base.said.reply_key
+            && to.contains(first.as_str())
+        {
+            found.entry(first).or_default().add(&base.place, &key);
+        }
+    }
+    found.retain(|_, replies| replies.count > 0);
+    found
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //!
 //! The process keeps running, answers over HTTP and retries while NATS or MongoDB can't be reached.
 
+mod ask;
 mod client;
 mod dead;
 mod entry;
@@ -43,7 +44,7 @@ pub use dead::{Retried, dead_letters, retry};
 pub use entry::{entry, key_of};
 pub use erase::{EraseRequest, EraseWhat};
 pub use pages::Pages;
-pub use question::{At, PageAnchor, PageRequest, SearchRequest};
+pub use question::{At, PageAnchor, PageAnswer, PageRequest, SearchRequest};
 pub use status::{Status, instances, status};
 
 /// Timeout for writing the batches in hand when the process shuts down.

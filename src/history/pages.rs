@@ -4,20 +4,22 @@ use std::{cmp::Ordering, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use serde_json::value::RawValue;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use super::{
-    merge::{Ask, Side, Tail, Told},
+    ask::{Asked, Failed, read_side, replies},
+    entry::key_of_base,
+    merge::{Side, Tail},
     question::{At, PageAnchor, PageAnswer, PageRequest, SearchAnswer, SearchRequest},
     show,
     tail::{Log, Part, RoomLog, Tails},
 };
 use crate::{
-    bus::{Connection, Origins, ReadError, Reader},
+    bus::{Connection, Origins, Reader},
     config::Config,
     model::{Cursor, Place, Position, RoomId},
     protocol::{ErrorCode, Refused},
-    store::{Document, End, Folded, Search, Store, StoreError},
+    store::{Document, End, Folded, Search, Store},
 };
 
 /// Largest list of messages in one answer, unless a single message is larger. NATS carries 1 MiB.
@@ -25,6 +27,9 @@ const MAX_BYTES: usize = 512 * 1024;
 
 /// After a failure, MongoDB is not asked for this long. Meanwhile pages are made from the streams at once.
 const SPARED: Duration = Duration::from_secs(1);
+
+/// Messages of the streams that are looked through for a page of a thread, where not all of them can be.
+const LOOKED_THROUGH: usize = 1000;
 
 /// Later than every message.
 const END_OF_TIME: u64 = (1 << 44) - 1;
@@ -51,59 +56,6 @@ struct Split {
     /// Whether a message is known to be before it, or from it on.
     is_left: bool,
     is_right: bool,
-}
-
-/// Why one way to make a page failed.
-enum Failed {
-    Refused(Refused),
-    /// MongoDB did not answer.
-    Store(String),
-    /// The stream did not answer.
-    Stream(ReadError),
-}
-
-impl From<ReadError> for Failed {
-    fn from(error: ReadError) -> Self {
-        Self::Stream(error)
-    }
-}
-
-/// MongoDB, with the deadline of one answer.
-#[derive(Clone, Copy)]
-struct Asked<'s> {
-    store: &'s Store,
-    deadline: Instant,
-}
-
-impl Asked<'_> {
-    /// Waits for an answer until the deadline. The future is boxed, since those of the driver are large.
-    fn within<'f, T: 'f>(
-        self,
-        answer: impl Future<Output = Result<T, StoreError>> + Send + 'f,
-    ) -> impl Future<Output = Result<T, Failed>> + Send + 'f {
-        let answer = timeout_at(self.deadline, Box::pin(answer));
-        async move {
-            match answer.await {
-                Ok(Ok(answer)) => Ok(answer),
-                Ok(Err(StoreError::Query(error))) => Err(Failed::Refused(Refused::new(
-                    ErrorCode::BadRequest,
-                    format!("q: {error}"),
-                ))),
-                Ok(Err(error)) => Err(Failed::Store(error.to_string())),
-                Err(_elapsed) => Err(Failed::Store("MongoDB does not answer".to_owned())),
-            }
-        }
-    }
-
-    async fn document(self, key: &str) -> Result<Folded, Failed> {
-        let keys = [key.to_owned()];
-        let found = self.within(self.store.get(&keys)).await?;
-        Ok(found
-            .into_iter()
-            .next()
-            .map(|document| document.folded)
-            .unwrap_or_default())
-    }
 }
 
 impl Pages {
@@ -151,7 +103,7 @@ impl Pages {
     /// Makes a page.
     ///
     /// # Errors
-    /// `bad_id`: no such message. `bad_cursor`: a cursor of an unknown epoch. `unavailable`.
+    /// `bad_id`: no such message, also that of `thread`. `bad_cursor`: a cursor of an unknown epoch. `unavailable`.
     pub async fn page(&self, request: &PageRequest) -> Result<PageAnswer, Refused> {
         if let Some(asked) = self.store() {
             match self.of_both(request, asked).await {
@@ -191,7 +143,7 @@ impl Pages {
             .await?;
         let tail = match tail {
             Some(tail) => tail,
-            None => log.part(&part_for(&split, request.limit)).await?,
+            None => log.part(&part_for(&split, request)).await?,
         };
         self.fill(request, &tail, &split, Some(asked), !complete)
             .await
@@ -202,7 +154,7 @@ impl Pages {
         let mut log = self.log.room(&request.room);
         log.look().await;
         let split = self.split(request, &mut log, None, None).await?;
-        let tail = log.part(&part_for(&split, request.limit)).await?;
+        let tail = log.part(&part_for(&split, request)).await?;
         self.fill(request, &tail, &split, None, true).await
     }
 
@@ -249,12 +201,14 @@ impl Pages {
         if is_after {
             place.seq = place.seq.saturating_add(1);
         }
+        // What a page of a thread begins at need not be an answer.
+        let is_shown = is_message && request.thread.is_none();
         Ok(Split {
             place: Some(place),
             left,
             right,
-            is_left: is_message && is_after,
-            is_right: is_message && !is_after,
+            is_left: is_shown && is_after,
+            is_right: is_shown && !is_after,
         })
     }
 
@@ -267,27 +221,18 @@ impl Pages {
         tail: Option<&Tail>,
         asked: Option<Asked<'_>>,
     ) -> Result<Place, Failed> {
-        let mut folded = match asked {
-            Some(asked) => asked.document(key).await?,
-            None => Folded::default(),
-        };
-        if let Some(tail) = tail {
-            tail.fold(key, &mut folded);
-        }
-        if let Some(base) = folded.base {
-            return Ok(base.place);
+        if let Some(place) = known(key, tail, asked).await? {
+            return Ok(place);
         }
         if tail.is_none()
             && let Some(place) = log.find(key).await?
         {
             return Ok(place);
         }
-        let name = key.split_once('/').map_or(key, |(_room, name)| name);
         Err(if asked.is_some() {
-            let text = format!("there is no message {name:?} in {room}");
-            Failed::Refused(Refused::new(ErrorCode::BadId, text))
+            no_message(key, room)
         } else {
-            let text = format!("the message {name:?} can't be looked for now");
+            let text = format!("the message {:?} can't be looked for now", name(key));
             Failed::Refused(Refused::new(ErrorCode::Unavailable, text))
         })
     }
@@ -409,15 +354,27 @@ impl Pages {
         let room = &request.room;
         let (left, right) = wanted(split, request.limit);
         let at = || split.place.clone();
-        let mut before = Side::new(tail, End::Newest, at(), left);
-        let mut behind = Side::new(tail, End::Oldest, at(), right);
+        let thread = request.thread.as_deref();
+        let mut before = Side::new(tail, End::Newest, at(), left, thread);
+        let mut behind = Side::new(tail, End::Oldest, at(), right, thread);
         tokio::try_join!(
             read_side(&mut before, room, asked),
             read_side(&mut behind, room, asked)
         )?;
         let (short_left, short_right) = (before.is_short(), behind.is_short());
         let (before, behind) = (before.found(), behind.found());
+        // A thread without answers may be that of a message that does not exist.
+        if let (Some(first), Some(_), false) = (thread, asked, partial)
+            && before.is_empty()
+            && behind.is_empty()
+            && known(first, Some(tail), asked).await?.is_none()
+        {
+            return Err(no_message(first, room));
+        }
         let (most_left, most_right) = share(split, before.len(), behind.len(), request.limit);
+        let shown = before.iter().take(most_left);
+        let shown = shown.chain(behind.iter().take(most_right));
+        let replies = replies(asked, room, tail, shown.copied()).await?;
         let mut messages: Vec<(bool, &Folded, Box<RawValue>)> = Vec::new();
         let (mut lefts, mut rights, mut bytes) = (0, 0, 0);
         // From the middle outwards: what does not fit is the part furthest away.
@@ -430,7 +387,8 @@ impl Pages {
             };
             let Some(folded) = next else { break };
             let Some(base) = &folded.base else { break };
-            let json = show::message(None, base, folded).map_err(|error| {
+            let replies = replies.get(&key_of_base(room, base));
+            let json = show::message(None, base, folded, replies).map_err(|error| {
                 Failed::Refused(Refused::new(ErrorCode::Internal, error.to_string()))
             })?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
@@ -455,9 +413,26 @@ impl Pages {
         let more_left = before.len() > lefts || split.is_left || is_cut || short_left;
         let is_behind = split.is_right && right == 0 || short_right;
         let more_right = behind.len() > rights || is_behind || tail.more;
+        let mut prev = cursor(messages.first()).filter(|_| more_left);
+        let mut next = cursor(messages.last()).filter(|_| more_right);
+        if thread.is_some() {
+            // In the part of the streams that was read there may be no answer: a page goes on where that ends.
+            let further = |end, is_further: fn(&Place, &Place) -> bool| {
+                let (place, fingerprint) = tail.edge(end)?;
+                let split = split.place.as_ref();
+                let goes_on = split.is_none_or(|split| is_further(place, split));
+                goes_on.then(|| Cursor::single(place.position(fingerprint)).to_string())
+            };
+            if is_cut && split.left > 0 && before.len() <= lefts {
+                prev = further(End::Oldest, |place, split| place < split);
+            }
+            if tail.more && split.right > 0 && behind.len() <= rights {
+                next = further(End::Newest, |place, split| place >= split);
+            }
+        }
         Ok(PageAnswer {
-            prev: cursor(messages.first()).filter(|_| more_left),
-            next: cursor(messages.last()).filter(|_| more_right),
+            prev,
+            next,
             messages: messages.into_iter().map(|(.., json)| json).collect(),
             partial,
         })
@@ -499,7 +474,7 @@ impl Pages {
         let mut last: Option<Place> = None;
         for Document { room, folded, .. } in &documents {
             let Some(base) = &folded.base else { continue };
-            let json = show::message(Some(room), base, folded)
+            let json = show::message(Some(room), base, folded, None)
                 .map_err(|error| Refused::new(ErrorCode::Internal, error.to_string()))?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
                 next = last;
@@ -514,6 +489,32 @@ impl Pages {
             next: next.map(|place| place.to_string()),
         })
     }
+}
+
+/// The place of a message, as far as MongoDB and the tail know.
+async fn known(
+    key: &str,
+    tail: Option<&Tail>,
+    asked: Option<Asked<'_>>,
+) -> Result<Option<Place>, Failed> {
+    let mut folded = match asked {
+        Some(asked) => asked.document(key).await?,
+        None => Folded::default(),
+    };
+    if let Some(tail) = tail {
+        tail.fold(key, &mut folded);
+    }
+    Ok(folded.base.map(|base| base.place))
+}
+
+fn no_message(key: &str, room: &RoomId) -> Failed {
+    let text = format!("there is no message {:?} in {room}", name(key));
+    Failed::Refused(Refused::new(ErrorCode::BadId, text))
+}
+
+/// A key without the room.
+fn name(key: &str) -> &str {
+    key.split_once('/').map_or(key, |(_room, name)| name)
 }
 
 /// How many messages must be known on each side: one more than can be shown; on a side that is not shown, one, to know
@@ -538,55 +539,17 @@ fn share(split: &Split, left: usize, right: usize, limit: usize) -> (usize, usiz
     (left.min(limit - rights), rights)
 }
 
-fn part_for(split: &Split, limit: usize) -> Part {
-    let (left, right) = wanted(split, limit);
+fn part_for(split: &Split, request: &PageRequest) -> Part {
+    let (left, right) = wanted(split, request.limit);
+    // Answers may be few among other messages.
+    let most = |wanted: usize| match (&request.thread, wanted) {
+        (None, _) | (_, 0) => wanted,
+        (Some(_), wanted) => wanted.max(LOOKED_THROUGH),
+    };
+    let (left, right) = (most(left), most(right));
     Part {
         split: split.place.clone(),
         left,
         right,
     }
-}
-
-async fn read_side(
-    side: &mut Side<'_>,
-    room: &RoomId,
-    asked: Option<Asked<'_>>,
-) -> Result<(), Failed> {
-    while let Some(ask) = side.ask() {
-        let told = match asked {
-            Some(asked) => documents(asked, room, side.end(), &ask).await?,
-            None => Told {
-                all: true,
-                looked: ask.keys.len(),
-                ..Told::default()
-            },
-        };
-        side.tell(&ask, told);
-    }
-    Ok(())
-}
-
-async fn documents(asked: Asked<'_>, room: &RoomId, end: End, ask: &Ask) -> Result<Told, Failed> {
-    let page = async {
-        match &ask.page {
-            Some(span) => {
-                let page = asked.store.page(room, span, end, ask.limit);
-                asked.within(page).await
-            }
-            None => Ok((Vec::new(), true)),
-        }
-    };
-    let of_keys = async {
-        if ask.keys.is_empty() {
-            return Ok((Vec::new(), 0));
-        }
-        asked.within(asked.store.get_first(&ask.keys)).await
-    };
-    let ((page, all), (of_keys, looked)) = tokio::try_join!(page, of_keys)?;
-    Ok(Told {
-        page,
-        all,
-        of_keys,
-        looked,
-    })
 }

@@ -15,6 +15,8 @@ use crate::{
 pub(super) mod endpoint {
     /// A page of a room.
     pub(crate) const PAGE: &str = "page";
+    /// A page of a thread. Services of earlier versions, which would answer with a page of the room, don't have it.
+    pub(crate) const THREAD: &str = "thread";
     /// A search.
     pub(crate) const SEARCH: &str = "search";
     /// An erasure.
@@ -32,6 +34,9 @@ pub struct PageRequest {
     pub anchor: PageAnchor,
     /// At most this many messages.
     pub limit: usize,
+    /// Only answers to the message with this key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thread: Option<String>,
 }
 
 /// The position of a page.
@@ -110,7 +115,8 @@ impl PageRequest {
     /// The page that `user` wants of `room`.
     ///
     /// # Errors
-    /// `bad_id` or `bad_cursor` when the anchor is neither a cursor nor a reference.
+    /// `bad_id` or `bad_cursor` when the anchor is neither a cursor nor a reference; `bad_id` when `thread` is no
+    /// reference.
     pub fn new(room: RoomId, user: &str, page: HistoryOf) -> Result<Self, Refused> {
         let at = |text: &str| At::parse(&room, user, text);
         let anchor = match page.anchor {
@@ -120,11 +126,25 @@ impl PageRequest {
             Anchor::After(text) => PageAnchor::After(at(&text)?),
             Anchor::Around(text) => PageAnchor::Around(at(&text)?),
         };
+        let thread = page.thread.map(|text| {
+            let reference = Reference::parse(&text)
+                .map_err(|error| Refused::new(ErrorCode::BadId, format!("thread: {error}")))?;
+            Ok::<_, Refused>(key_of(&room, user, &reference))
+        });
         Ok(Self {
+            thread: thread.transpose()?,
             room,
             anchor,
             limit: page.limit,
         })
+    }
+
+    /// The service's endpoint for this request.
+    pub(super) fn endpoint(&self) -> &'static str {
+        match self.thread {
+            None => endpoint::PAGE,
+            Some(_) => endpoint::THREAD,
+        }
     }
 }
 

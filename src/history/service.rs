@@ -70,10 +70,10 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
     let answered = Arc::new(Answered::default());
     let subjects = Subjects::new(&config.nats.prefix);
     let region = config.region();
-    let page = {
+    let page_at = |name| {
         let (pages, answered) = (Arc::clone(&pages), Arc::clone(&answered));
-        let subject = subjects.history(&region, endpoint::PAGE);
-        Endpoint::new(endpoint::PAGE, subject, move |question| {
+        let subject = subjects.history(&region, name);
+        Endpoint::new(name, subject, move |question| {
             let (pages, answered) = (Arc::clone(&pages), Arc::clone(&answered));
             async move {
                 let answer = async {
@@ -119,9 +119,10 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
             }
         })
     };
+    let (page, thread) = (page_at(endpoint::PAGE), page_at(endpoint::THREAD));
+    let endpoints = vec![page, thread, search, erase];
     let writing = Arc::clone(figures);
     let figures = move || answered.figures(&writing);
-    let endpoints = vec![page, search, erase];
     serve_endpoints(
         connection,
         HISTORY_SERVICE,

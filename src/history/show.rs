@@ -6,8 +6,10 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::{
-    model::{Cursor, Fingerprint, Kind, MAX_JSON_DEPTH, RoomId, json_flaw},
-    store::{Base, Folded},
+    model::{
+        Cursor, Fingerprint, Kind, MAX_JSON_DEPTH, Place, RoomId, header_unescape, json_flaw,
+    },
+    store::{Base, Folded, Replies},
     subject::FROM_NATTER,
 };
 
@@ -50,6 +52,25 @@ struct ShownMessage<'a> {
     annotations: BTreeMap<&'a str, Cow<'a, RawValue>>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     truncated: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replies: Option<ShownReplies<'a>>,
+}
+
+/// The answers to a message.
+#[derive(Serialize)]
+struct ShownReplies<'a> {
+    count: usize,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    capped: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last: Option<LastReply<'a>>,
+}
+
+#[derive(Serialize)]
+struct LastReply<'a> {
+    id: &'a str,
+    from: Cow<'a, str>,
+    ts: u64,
 }
 
 #[derive(Serialize)]
@@ -64,11 +85,13 @@ pub(super) fn cursor(base: &Base) -> Cursor {
     Cursor::single(base.place.position(fingerprint))
 }
 
-/// The JSON of a message. If it is too large, annotations are left out, and then reactions.
+/// The JSON of a message. If it is too large, annotations are left out, and then reactions. `room`: for messages of
+/// several rooms.
 pub(super) fn message(
     room: Option<&RoomId>,
     base: &Base,
     folded: &Folded,
+    replies: Option<&Replies>,
 ) -> serde_json::Result<Box<RawValue>> {
     let (reactions, more_reactions) = reactions(folded);
     let (annotations, more_annotations) = annotations(folded);
@@ -88,6 +111,7 @@ pub(super) fn message(
         reactions,
         annotations,
         truncated: folded.truncated || more_reactions || more_annotations,
+        replies: replies.map(shown_replies),
     };
     let mut json = serde_json::value::to_raw_value(&shown)?;
     if json.get().len() > MAX_BYTES {
@@ -100,6 +124,24 @@ pub(super) fn message(
         json = serde_json::value::to_raw_value(&shown)?;
     }
     Ok(json)
+}
+
+fn shown_replies(replies: &Replies) -> ShownReplies<'_> {
+    ShownReplies {
+        count: replies.count,
+        capped: replies.capped,
+        last: replies.last.as_ref().and_then(last_reply),
+    }
+}
+
+fn last_reply((place, key): &(Place, String)) -> Option<LastReply<'_>> {
+    // `<room>/<user>/<id>`: only a user may contain `/`.
+    let (from, id) = key.split_once('/')?.1.rsplit_once('/')?;
+    Some(LastReply {
+        id,
+        from: header_unescape(from),
+        ts: place.ts,
+    })
 }
 
 /// JSON text as it is; it was checked when it was stored. Text stored by an older version that clients can't read

@@ -299,6 +299,8 @@ pub struct HistoryOf {
     pub anchor: Anchor,
     /// At most this many messages. 0: the client only asks where the room stands.
     pub limit: usize,
+    /// Only answers to this message: a reference, not yet parsed.
+    pub thread: Option<String>,
 }
 
 /// Which part of a room's history a page contains.
@@ -320,7 +322,7 @@ impl HistoryOf {
     /// Most messages on one page.
     pub const MAX: usize = 200;
 
-    /// The page that is given by at most one of `before`, `after` and `around`.
+    /// The page of the room, or of a thread, that is given by at most one of `before`, `after` and `around`.
     ///
     /// # Errors
     /// `bad_request` if more than one is given, or `limit` is not 1 to [`Self::MAX`].
@@ -329,6 +331,7 @@ impl HistoryOf {
         after: Option<String>,
         around: Option<String>,
         limit: Option<u64>,
+        thread: Option<String>,
     ) -> Result<Self, Refused> {
         let anchor = match (before, after, around) {
             (None, None, None) => Anchor::Newest,
@@ -341,7 +344,11 @@ impl HistoryOf {
             }
         };
         let limit = limit_of(limit, Self::DEFAULT, Self::MAX)?;
-        Ok(Self { anchor, limit })
+        Ok(Self {
+            anchor,
+            limit,
+            thread,
+        })
     }
 }
 

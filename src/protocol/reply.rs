@@ -371,6 +371,32 @@ pub struct MessageBody {
     annotations: Option<serde_json::Value>,
     /// Whether it has more reactions or annotations than are kept or shown.
     truncated: Option<bool>,
+    /// Its answers, if it has any; not in search results.
+    replies: Option<RepliesBody>,
+}
+
+/// The answers to a message: the messages with its reference as `reply_to`.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "documents what `history` writes")]
+pub struct RepliesBody {
+    /// Their number, without deleted ones; at most 1,000.
+    count: usize,
+    /// Whether there are more than `count`.
+    capped: Option<bool>,
+    /// The newest one that was not deleted.
+    last: Option<LastReplyBody>,
+}
+
+/// The newest answer to a message.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "documents what `history` writes")]
+pub struct LastReplyBody {
+    /// The id that the sender gave it.
+    id: String,
+    /// The sender.
+    from: String,
+    /// When it was stored, in ms since 1970.
+    ts: u64,
 }
 
 /// A room's record.

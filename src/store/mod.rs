@@ -10,6 +10,7 @@ mod json;
 mod query;
 mod removals;
 mod renew;
+mod replies;
 mod schema;
 mod slots;
 mod text;
@@ -36,6 +37,7 @@ pub use erase::{Again, Claimed, Erased, Erasure};
 pub use fold::{Base, Change, Edit, Entry, Folded, Said, What};
 pub use removals::Removal;
 pub use renew::Migrated;
+pub use replies::Replies;
 pub use slots::{Annotation, Reaction, Slot};
 pub use text::{MAX_QUERY, QueryError};
 
@@ -122,6 +124,8 @@ pub struct Span {
     pub before: Option<Place>,
     /// Only messages after this place.
     pub after: Option<Place>,
+    /// Only answers to the message with this key.
+    pub thread: Option<String>,
 }
 
 /// The end of a span from which messages are read.
@@ -287,7 +291,7 @@ impl Store {
         let mut found = Vec::new();
         let mut span = Span {
             before: search.before.clone(),
-            after: None,
+            ..Span::default()
         };
         for round in 0..SEARCH_ROUNDS {
             let fetched = search

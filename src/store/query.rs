@@ -4,7 +4,7 @@ use mongodb::bson::{Bson, Document as Fields, Regex, doc, raw::cstr};
 
 use super::{
     End, Search, Span,
-    schema::{ANSWERS, FROM, MENTIONS, ROOM_PLACE, TERMS},
+    schema::{FROM, MENTIONS, ROOM_PLACE, TERMS, THREAD},
     text::{Query as Sought, Term},
 };
 use crate::model::{Position, RoomId, RoomScope};
@@ -22,12 +22,17 @@ pub(super) struct Query {
 }
 
 pub(super) fn page(room: &RoomId, span: &Span, end: End, limit: usize) -> Query {
+    let mut filter = doc! { "room": room.as_str(), "place": places(span) };
+    if let Some(first) = &span.thread {
+        filter.insert("reply_key", first);
+    }
     Query {
-        filter: doc! { "room": room.as_str(), "place": places(span) },
+        filter,
         sort: doc! { "place": direction(end) },
         limit,
         only: None,
-        index: None,
+        // Otherwise MongoDB may look through the room for the answers to one message.
+        index: span.thread.as_ref().map(|_| THREAD),
     }
 }
 
@@ -39,6 +44,58 @@ pub(super) fn keys(keys: &[String]) -> Query {
         only: None,
         index: None,
     }
+}
+
+/// The answers to these messages without their bodies: of one message after the other in the order of their keys, newest
+/// first. Answers with the keys `without` are left out.
+pub(super) fn answers(room: &RoomId, to: &[String], without: &[String], limit: usize) -> Query {
+    Query {
+        filter: answering(room, doc! { "$in": to }.into(), without),
+        sort: doc! { "reply_key": 1, "room": 1, "place": -1 },
+        limit,
+        // All of them are in the index.
+        only: Some(&["_id", "reply_key", "place", "deleted"]),
+        index: Some(THREAD),
+    }
+}
+
+/// The stages of an aggregation that count the newest answers to a message, at most `limit`.
+pub(super) fn count_answers(
+    room: &RoomId,
+    to: &str,
+    without: &[String],
+    limit: i64,
+) -> [Fields; 4] {
+    let there = doc! { "$lte": ["$deleted", Bson::Null] };
+    let one = |value: Bson, none: Bson| doc! { "$cond": [there.clone(), value, none] };
+    let this = doc! { "place": "$place", "_id": "$_id" };
+    [
+        doc! { "$match": answering(room, to.into(), without) },
+        doc! { "$sort": { "reply_key": 1, "room": 1, "place": -1 } },
+        doc! { "$limit": limit },
+        doc! { "$group": {
+            "_id": "$reply_key",
+            "looked": { "$sum": 1 },
+            "count": { "$sum": one(1.into(), 0.into()) },
+            "last": { "$max": one(this.into(), Bson::Null) },
+        } },
+    ]
+}
+
+fn answering(room: &RoomId, to: Bson, without: &[String]) -> Fields {
+    let mut filter =
+        doc! { "reply_key": to, "room": room.as_str(), "place": places(&Span::default()) };
+    if !without.is_empty() {
+        filter.insert("_id", doc! { "$nin": without });
+    }
+    filter
+}
+
+/// What is needed to know of these messages whether they are answers that count.
+pub(super) fn outlines(keys: &[String]) -> Query {
+    let mut query = self::keys(keys);
+    query.only = Some(&["_id", "room", "id", "from", "place", "reply_key", "deleted"]);
+    query
 }
 
 /// The places of messages with these keys.
@@ -120,7 +177,7 @@ pub(super) fn search(
     // that is common there, and keeps doing so for the next word, which is rare. The condition named here is about as
     // rare as any other one.
     let index = match (&search.reply_to, &search.mentions, &search.from, words) {
-        (Some(_), ..) => Some(ANSWERS),
+        (Some(_), ..) => Some(THREAD),
         (None, Some(_), ..) => Some(MENTIONS),
         (None, None, None, true) => Some(if walk { ROOM_PLACE } else { TERMS }),
         (None, None, Some(_), false) if sought.is_empty() => Some(FROM),

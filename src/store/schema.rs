@@ -18,10 +18,13 @@
 //! `sh.shardCollection("<database>.messages", {room: "hashed"})`. Every write names the room, and a room is on one
 //! shard.
 
-use mongodb::bson::{Bson, Document as Fields, doc};
+use mongodb::{
+    bson::{Bson, Document as Fields, RawDocumentBuf, doc},
+    error::{Error, ErrorKind},
+};
 use tokio::time::Duration;
 
-use super::{MESSAGES, Store, StoreError, write::DUPLICATE_KEY};
+use super::{MESSAGES, Store, StoreError, unavailable, write::DUPLICATE_KEY};
 
 /// The version of the schema that this natter reads and writes.
 ///
@@ -36,7 +39,13 @@ pub(super) const ROOM_PLACE: &str = "room_place";
 pub(super) const TERMS: &str = "terms";
 pub(super) const FROM: &str = "from";
 pub(super) const MENTIONS: &str = "mentions";
-pub(super) const ANSWERS: &str = "answers";
+pub(super) const THREAD: &str = "thread";
+
+/// Replaced by [`THREAD`].
+const OLD_THREAD: &str = "answers";
+
+/// `IndexNotFound` of MongoDB.
+const NO_INDEX: i32 = 27;
 
 /// Timeout for building indexes, which takes long in a large collection. The server continues after the timeout.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
@@ -59,9 +68,11 @@ fn indexes() -> Vec<Fields> {
             "key": { "mentions": 1, "room": 1, "place": -1 },
             "partialFilterExpression": there("mentions"),
         },
+        // Pages of threads; searches for answers. Answers are counted without reading their documents, hence the last
+        // two fields.
         doc! {
-            "name": ANSWERS,
-            "key": { "reply_key": 1, "room": 1, "place": -1 },
+            "name": THREAD,
+            "key": { "reply_key": 1, "room": 1, "place": -1, "deleted": 1, "_id": 1 },
             "partialFilterExpression": there("reply_key"),
         },
     ]
@@ -86,6 +97,7 @@ impl Store {
             "writeConcern": { "w": "majority" },
         };
         self.run(create, BUILD_TIMEOUT).await?;
+        self.drop_index(OLD_THREAD).await?;
         self.prepare_erasures().await?;
         self.prepare_removals().await?;
         match known {
@@ -97,6 +109,15 @@ impl Store {
             Some(_) => {}
         }
         Ok(())
+    }
+
+    /// Drops an index of `messages`, if it is there.
+    async fn drop_index(&self, name: &str) -> Result<(), StoreError> {
+        let messages = self.database.collection::<RawDocumentBuf>(MESSAGES);
+        match messages.drop_index(name).await {
+            Err(error) if !is_command_error(&error, NO_INDEX) => Err(unavailable(&error)),
+            _ => Ok(()),
+        }
     }
 
     async fn version(&self) -> Result<Option<i64>, StoreError> {
@@ -156,4 +177,8 @@ impl Store {
         }
         Ok(())
     }
+}
+
+fn is_command_error(error: &Error, code: i32) -> bool {
+    matches!(error.kind.as_ref(), ErrorKind::Command(error) if error.code == code)
 }

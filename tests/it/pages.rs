@@ -20,7 +20,7 @@ use natter::testing::{
     store::{Entry, Store},
     subject::{HISTORY_CONSUMER, Subjects, header, rooms_stream},
 };
-use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -34,6 +34,7 @@ use crate::support::{
 };
 
 mod remarks;
+mod threads;
 
 const ONE_PART: &str = "[nats]\npartitions = 1\n";
 
@@ -382,6 +383,7 @@ impl Hand {
             room: self.room.clone(),
             anchor,
             limit,
+            thread: None,
         }
     }
 

@@ -14,6 +14,7 @@ use natter::testing::{
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 mod documents;
+mod threads;
 
 use crate::support::{LONG, config, dedicated_mongod, eventually, mongodb_url, unique};
 
@@ -368,6 +369,7 @@ async fn pages_from_both_ends_are_the_room_and_bodies_come_back_byte_for_byte() 
     let span = Span {
         after: Some(place(&model[9])),
         before: Some(place(&model[20])),
+        thread: None,
     };
     assert_eq!(own.all(&room, &span, End::Oldest).await, model[10..20]);
     assert_eq!(
@@ -658,6 +660,7 @@ async fn every_query_uses_an_index() {
             let span = Span {
                 before: bounds[before].clone(),
                 after: bounds[after].clone(),
+                thread: None,
             };
             own.all(&rooms[0], &span, end).await;
         }

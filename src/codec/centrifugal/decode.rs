@@ -264,7 +264,11 @@ pub(super) fn history(request: &HistoryRequest) -> Result<Command, Refused> {
     };
     Ok(Command::History {
         room: room(channel)?,
-        page: HistoryOf { anchor, limit },
+        page: HistoryOf {
+            anchor,
+            limit,
+            thread: None,
+        },
     })
 }
 

@@ -55,6 +55,8 @@ struct Fields<'a> {
     before: Option<Cow<'a, str>>,
     #[serde(borrow)]
     around: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    thread: Option<Cow<'a, str>>,
     limit: Option<u64>,
     rooms: Option<Vec<String>>,
     archived: Option<bool>,
@@ -199,6 +201,7 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
                 fields.after.map(Cow::into_owned),
                 fields.around.map(Cow::into_owned),
                 fields.limit,
+                fields.thread.map(Cow::into_owned),
             )?,
         },
         Some("search") => Command::Search {

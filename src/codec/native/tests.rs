@@ -112,6 +112,10 @@ fn refusals_name_the_code_and_keep_the_rid() {
             (Some(7), "bad_request"),
         ),
         (
+            r#"{"op":"history","rid":7,"room":"chat:x","thread":["kim/1"]}"#,
+            (Some(7), "bad_request"),
+        ),
+        (
             r#"{"op":"history","rid":7,"room":"chat:x","before":"a","after":"b"}"#,
             (Some(7), "bad_request"),
         ),

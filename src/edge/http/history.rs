@@ -91,6 +91,8 @@ pub(super) struct PageQuery {
     after: Option<String>,
     /// The messages around this one, with it.
     around: Option<String>,
+    /// Only answers to this message, `<user>/<id>`, or `<id>` for an own one.
+    thread: Option<String>,
     /// At most this many messages, 1 to 200; by default 50. Large messages may reduce the number.
     limit: Option<u64>,
     /// `asc` (default): the oldest of the page first; `desc`: the newest. The page is the same.
@@ -140,7 +142,13 @@ async fn page(
         Some(_) => return Err(bad("order must be asc or desc")),
     };
     answers::may_read_history(&asker.people, &asker.identity, &room).await?;
-    let page = HistoryOf::new(query.before, query.after, query.around, query.limit)?;
+    let page = HistoryOf::new(
+        query.before,
+        query.after,
+        query.around,
+        query.limit,
+        query.thread,
+    )?;
     let request = PageRequest::new(room, &asker.identity.user, page)?;
     // The heads are read before the page, so a message that is stored in between leads to another tag next time.
     let heads = asker.history.heads(&request.room).await;

@@ -40,14 +40,14 @@ fn epoch() -> Epoch {
 
 fn entries(origin: Region) -> impl Strategy<Value = Vec<Entry>> {
     let what = prop_oneof![
-        5 => (0..9_u8, "[0-9]").prop_map(|(id, body)| What::Message {
+        5 => (0..9_u8, "[0-9]", prop::option::of(0..3_u8)).prop_map(|(id, body, first)| What::Message {
             key: format!("chat:x/kim/{id}"),
             said: Said {
                 id: id.to_string(),
                 fingerprint: 7,
                 body,
                 reply_to: None,
-                reply_key: None,
+                reply_key: first.map(|first| format!("chat:x/kim/{first}")),
                 mentions: Vec::new(),
             },
         }),
@@ -180,6 +180,22 @@ fn place(folded: &Folded) -> &Place {
     &folded.base.as_ref().unwrap().place
 }
 
+fn reply_key(folded: &Folded) -> Option<&str> {
+    folded.base.as_ref()?.said.reply_key.as_deref()
+}
+
+/// The answers to each message among documents.
+fn replies(documents: &BTreeMap<String, Folded>) -> HashMap<String, Replies> {
+    let mut replies: HashMap<String, Replies> = HashMap::new();
+    for (key, folded) in documents.iter().filter(|(_, it)| it.deleted.is_none()) {
+        if let Some(first) = reply_key(folded) {
+            let replies = replies.entry(first.to_owned()).or_default();
+            replies.add(place(folded), key);
+        }
+    }
+    replies
+}
+
 /// Simulates MongoDB, which returns at most `most` documents at once.
 fn run(side: &mut Side<'_>, documents: &BTreeMap<String, Folded>, most: usize) {
     let document = |key: &String, folded: &Folded| Document {
@@ -190,9 +206,16 @@ fn run(side: &mut Side<'_>, documents: &BTreeMap<String, Folded>, most: usize) {
     for _ in 0..100 {
         let Some(ask) = side.ask() else { return };
         let mut page: Vec<Document> = Vec::new();
-        if let Some(Span { before, after }) = &ask.page {
+        if let Some(Span {
+            before,
+            after,
+            thread,
+        }) = &ask.page
+        {
             let with_base = documents.iter().filter(|(_, folded)| folded.base.is_some());
-            let within = with_base.filter(|(_, folded)| {
+            let within = with_base
+                .filter(|(_, folded)| thread.is_none() || reply_key(folded) == thread.as_deref());
+            let within = within.filter(|(_, folded)| {
                 before.as_ref().is_none_or(|before| place(folded) < before)
                     && after.as_ref().is_none_or(|after| place(folded) > after)
             });
@@ -232,25 +255,52 @@ proptest! {
         let behind = places.clone().map(|place| Place { seq: place.seq + 1, ..place });
         for split in places.chain(behind).map(Some).chain([None]) {
             for end in [End::Newest, End::Oldest] {
-                let mut side = Side::new(&tail, end, split.clone(), wanted);
-                run(&mut side, &documents, most);
-                let here = truth.iter().filter(|folded| match (&split, end) {
-                    (None, _) => true,
-                    (Some(split), End::Newest) => place(folded) < split,
-                    (Some(split), End::Oldest) => place(folded) >= split,
-                });
-                let mut here: Vec<&Folded> = here.collect();
-                if end == End::Newest {
-                    here.reverse();
+                for thread in [None, Some("chat:x/kim/0"), Some("chat:x/kim/1")] {
+                    let mut side = Side::new(&tail, end, split.clone(), wanted, thread);
+                    run(&mut side, &documents, most);
+                    let here = truth.iter().filter(|folded| match (&split, end) {
+                        (None, _) => true,
+                        (Some(split), End::Newest) => place(folded) < split,
+                        (Some(split), End::Oldest) => place(folded) >= split,
+                    });
+                    let here = here.filter(|it| thread.is_none() || reply_key(it) == thread);
+                    let mut here: Vec<&Folded> = here.collect();
+                    if end == End::Newest {
+                        here.reverse();
+                    }
+                    let found = side.found();
+                    // Of large documents fewer are returned, but at least one, and it is known that there are more.
+                    let enough = wanted.min(here.len());
+                    let enough = if side.is_short() { enough.min(1) } else { enough };
+                    prop_assert!(found.len() >= enough, "{split:?} {end:?} {thread:?}: {found:?}");
+                    let here = &here[..found.len()];
+                    prop_assert_eq!(&found[..], here, "{:?} {:?} {:?}", split, end, thread);
                 }
-                let found = side.found();
-                // Of large documents fewer are returned, but at least one, and it is known that there are more.
-                let enough = wanted.min(here.len());
-                let enough = if side.is_short() { enough.min(1) } else { enough };
-                prop_assert!(found.len() >= enough, "{split:?} {end:?}: {found:?}");
-                prop_assert_eq!(&found[..], &here[..found.len()], "{:?} {:?}", split, end);
             }
         }
+    }
+
+    /// However the log is split: answers are counted as if all of it were in MongoDB.
+    #[test]
+    fn answers_are_those_of_the_log(worlds in worlds()) {
+        let (tail, documents) = (worlds.tail(), worlds.documents(World::is_written));
+        let known = worlds.documents(|world, at| {
+            world.log[at].place.seq <= world.last || world.is_written(at)
+        });
+        let mut truth = replies(&known);
+        truth.retain(|first, _| first != "chat:x/kim/2");
+        let touched: HashSet<String> = tail.touched().into_iter().collect();
+        let (apart, others) = documents.into_iter().partition(|(key, _)| touched.contains(key));
+        let outlines: BTreeMap<String, Folded> = apart;
+        let outlines = outlines.into_iter().map(|(key, folded)| Document {
+            key,
+            room: RoomId::parse("chat:x").unwrap(),
+            folded,
+        });
+        let to = HashSet::from(["chat:x/kim/0", "chat:x/kim/1"]);
+        let mut found = replies(&others);
+        found.retain(|first, _| to.contains(first.as_str()));
+        prop_assert_eq!(add_replies(&tail, &to, found, outlines.collect()), truth);
     }
 }
 
@@ -285,7 +335,7 @@ fn in_front_of_a_part_of_a_tail_nothing_is_told() {
     // 4 to 6 are neither in MongoDB nor in the tail.
     let entries = vec![message(7, "g"), message(8, "h")];
     let tail = Tail::new(origin(), epoch(), 3, entries).cut_off();
-    let mut side = Side::new(&tail, End::Newest, None, 5);
+    let mut side = Side::new(&tail, End::Newest, None, 5, None);
     run(&mut side, &documents, usize::MAX);
     let ids: Vec<&str> = side
         .found()
@@ -329,7 +379,7 @@ fn behind_the_end_of_one_part_nothing_is_told_of_another() {
     let virginia = [2, 4, 6].map(|ts| message(other(), ts, &format!("v{ts}")));
     let virginia = Tail::new(other(), epoch(), 6, virginia.to_vec());
     let tail = seoul.join(virginia);
-    let mut side = Side::new(&tail, End::Oldest, None, 9);
+    let mut side = Side::new(&tail, End::Oldest, None, 9, None);
     run(&mut side, &BTreeMap::new(), usize::MAX);
     let places: Vec<u64> = side.found().into_iter().map(|f| place(f).ts).collect();
     assert_eq!(places, [1, 2, 3]);
