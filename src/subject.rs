@@ -24,6 +24,9 @@ pub mod header {
     pub const MENTIONS: &str = "Natter-Mentions";
     /// Milliseconds since 1970 at which an edge sent an ephemeral message.
     pub const TS: &str = "Natter-Ts";
+    /// Milliseconds since 1970 at which an imported message was sent. It is shown as the message's time, and has no
+    /// effect on its place. Only [`crate::bus::Publisher`] writes it; nothing that a client sends becomes a header.
+    pub const ORIGINAL_TIME: &str = "Natter-Original-Time";
     /// Edge that published it, for debugging.
     pub const CLIENT: &str = "Natter-Client";
     /// `1` on an edit or delete that an edge accepted because its sender has the right `moderate`.

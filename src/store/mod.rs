@@ -33,7 +33,7 @@ use crate::{
 };
 
 pub use erase::{Again, Claimed, Erased, Erasure};
-pub use fold::{Base, Change, Edit, Entry, Folded, Said, What};
+pub use fold::{Base, Change, Deletion, Edit, Entry, Folded, Said, What};
 pub use removals::Removal;
 pub use renew::Migrated;
 pub use slots::{Annotation, Reaction, Slot};

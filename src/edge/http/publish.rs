@@ -138,6 +138,7 @@ pub(super) async fn store(
     };
     let outgoing = Outgoing {
         after: None,
+        original_ts: None,
         publication,
         user: &identity.user,
         id: &id,
