@@ -208,6 +208,12 @@ impl Subjects {
         format!("{}.in.{origin}.{part}.*.*.*", self.prefix)
     }
 
+    /// All subjects of a partition's rooms of one namespace.
+    #[must_use]
+    pub fn stored_namespace(&self, origin: &Region, part: u16, namespace: &str) -> String {
+        format!("{}.in.{origin}.{part}.{namespace}.*.*", self.prefix)
+    }
+
     /// Subject of a message that history can't write: its subject in the stream, below `dead`.
     #[must_use]
     pub fn dead(&self, stored: &str) -> Option<String> {

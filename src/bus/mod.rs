@@ -18,6 +18,7 @@ mod publish;
 mod pull;
 mod record;
 mod remembered;
+mod rooms;
 mod service;
 mod streams;
 
@@ -39,6 +40,7 @@ pub use pull::{
 };
 pub use record::{BadRecord, Record, message_key};
 pub use remembered::{Leaving, Remembered, Suspect};
+pub use rooms::rooms_of;
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};
 pub use streams::{
     Origins, STREAMS_WATCH, StreamError, StreamState, Streams, epoch_elsewhere, mesh_regions,

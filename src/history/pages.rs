@@ -1,6 +1,6 @@
 //! Pages of rooms, made from MongoDB and the streams, or from the streams alone.
 
-use std::{cmp::Ordering, sync::Arc, time::Duration};
+use std::{cmp::Ordering, collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use serde_json::value::RawValue;
@@ -15,8 +15,9 @@ use super::{
 use crate::{
     bus::{Connection, Origins, ReadError, Reader},
     config::Config,
-    model::{Cursor, Place, Position, RoomId},
+    model::{Cursor, Epoch, Place, Position, RoomId},
     protocol::{ErrorCode, Refused},
+    runtime::unix_ms,
     store::{Document, End, Folded, Search, Store, StoreError},
 };
 
@@ -38,6 +39,10 @@ pub struct Pages {
     patience: Duration,
     /// When MongoDB last failed.
     failed: Mutex<Option<Instant>>,
+    /// Whether messages are shown as in an export.
+    for_export: bool,
+    /// `history_keep` of the namespaces that have one.
+    keep: HashMap<String, Duration>,
 }
 
 /// The resolved position of a page.
@@ -120,6 +125,20 @@ impl Pages {
             store,
             patience: config.mongodb.read_timeout,
             failed: Mutex::default(),
+            for_export: false,
+            keep: config
+                .kept_for_a_time()
+                .map(|(name, keep)| (name.to_owned(), keep))
+                .collect(),
+        }
+    }
+
+    /// The same pages with the lines of an export as their messages.
+    #[must_use]
+    pub(super) fn for_export(self) -> Self {
+        Self {
+            for_export: true,
+            ..self
         }
     }
 
@@ -140,6 +159,19 @@ impl Pages {
         (!spared).then(|| Asked {
             store,
             deadline: now + self.patience,
+        })
+    }
+
+    /// A place before everything of a room that is still shown; `None` if everything is. What is older may wait in
+    /// MongoDB to be removed.
+    fn kept_after(&self, room: &RoomId) -> Option<Place> {
+        let keep = self.keep.get(room.namespace())?.as_millis();
+        let keep = u64::try_from(keep).unwrap_or(u64::MAX);
+        Some(Place {
+            ts: unix_ms().saturating_sub(keep),
+            origin: self.origins().own().origin().clone(),
+            epoch: Epoch::parse("0").expect("a digit"),
+            seq: 0,
         })
     }
 
@@ -274,7 +306,9 @@ impl Pages {
         if let Some(tail) = tail {
             tail.fold(key, &mut folded);
         }
-        if let Some(base) = folded.base {
+        if let Some(base) = folded.base
+            && Some(&base.place) > self.kept_after(room).as_ref()
+        {
             return Ok(base.place);
         }
         if tail.is_none()
@@ -319,6 +353,19 @@ impl Pages {
             if better {
                 found = Some(place);
             }
+        }
+        // All that its log had may have been removed, so nothing is left before it.
+        if let (None, Some(position)) = (&found, cursor.positions().first())
+            && asked.is_some()
+            && self.keep.contains_key(room.namespace())
+        {
+            let place = Place {
+                ts: 0,
+                origin: position.origin.clone(),
+                epoch: position.epoch,
+                seq: position.seq,
+            };
+            return Ok((place, false));
         }
         found.ok_or_else(|| {
             Failed::Refused(if asked.is_some() {
@@ -412,8 +459,8 @@ impl Pages {
         let mut before = Side::new(tail, End::Newest, at(), left);
         let mut behind = Side::new(tail, End::Oldest, at(), right);
         tokio::try_join!(
-            read_side(&mut before, room, asked),
-            read_side(&mut behind, room, asked)
+            self.read_side(&mut before, room, asked),
+            self.read_side(&mut behind, room, asked)
         )?;
         let (short_left, short_right) = (before.is_short(), behind.is_short());
         let (before, behind) = (before.found(), behind.found());
@@ -430,7 +477,11 @@ impl Pages {
             };
             let Some(folded) = next else { break };
             let Some(base) = &folded.base else { break };
-            let json = show::message(None, base, folded).map_err(|error| {
+            let json = match self.for_export {
+                true => show::line(room, base, folded),
+                false => show::message(None, base, folded),
+            };
+            let json = json.map_err(|error| {
                 Failed::Refused(Refused::new(ErrorCode::Internal, error.to_string()))
             })?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
@@ -461,6 +512,30 @@ impl Pages {
             messages: messages.into_iter().map(|(.., json)| json).collect(),
             partial,
         })
+    }
+
+    async fn read_side(
+        &self,
+        side: &mut Side<'_>,
+        room: &RoomId,
+        asked: Option<Asked<'_>>,
+    ) -> Result<(), Failed> {
+        let kept_after = self.kept_after(room);
+        while let Some(mut ask) = side.ask() {
+            if let Some(span) = &mut ask.page {
+                span.after = span.after.take().max(kept_after.clone());
+            }
+            let told = match asked {
+                Some(asked) => documents(asked, room, side.end(), &ask).await?,
+                None => Told {
+                    all: true,
+                    looked: ask.keys.len(),
+                    ..Told::default()
+                },
+            };
+            side.tell(&ask, told);
+        }
+        Ok(())
     }
 
     /// Searches MongoDB.
@@ -499,6 +574,9 @@ impl Pages {
         let mut last: Option<Place> = None;
         for Document { room, folded, .. } in &documents {
             let Some(base) = &folded.base else { continue };
+            if Some(&base.place) <= self.kept_after(room).as_ref() {
+                continue;
+            }
             let json = show::message(Some(room), base, folded)
                 .map_err(|error| Refused::new(ErrorCode::Internal, error.to_string()))?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
@@ -545,25 +623,6 @@ fn part_for(split: &Split, limit: usize) -> Part {
         left,
         right,
     }
-}
-
-async fn read_side(
-    side: &mut Side<'_>,
-    room: &RoomId,
-    asked: Option<Asked<'_>>,
-) -> Result<(), Failed> {
-    while let Some(ask) = side.ask() {
-        let told = match asked {
-            Some(asked) => documents(asked, room, side.end(), &ask).await?,
-            None => Told {
-                all: true,
-                looked: ask.keys.len(),
-                ..Told::default()
-            },
-        };
-        side.tell(&ask, told);
-    }
-    Ok(())
 }
 
 async fn documents(asked: Asked<'_>, room: &RoomId, end: End, ask: &Ask) -> Result<Told, Failed> {

@@ -238,6 +238,17 @@ impl Folded {
         edited.or(self.base.as_ref().map(|base| base.said.body.as_str()))
     }
 
+    /// When the last of the changes was stored, in ms since 1970.
+    #[must_use]
+    pub fn last_change(&self) -> Option<u64> {
+        let reactions = self.reactions.iter().map(|(.., said)| &said.at);
+        let annotations = self.annotations.iter().map(|(.., said)| &said.at);
+        let edits = self.edit.iter().map(|edit| &edit.place);
+        let deletions = self.deleted.iter().map(|deleted| &deleted.place);
+        let all = reactions.chain(annotations).chain(edits).chain(deletions);
+        all.map(|place| place.ts).max()
+    }
+
     /// The users currently mentioned.
     #[must_use]
     pub fn mentions(&self) -> &[String] {

@@ -82,7 +82,12 @@ pub(super) fn statement(key: &str, room: &RoomId, folded: &Folded, bounded: bool
         let place = deleted.place.to_string();
         let first = doc! { "$lt": [&place, { "$ifNull": ["$deleted", AFTER_ALL] }] };
         take(&mut set, &first, "deleted", Some(place.into()));
-        take(&mut set, &first, "deleted_at", Some(date(deleted.ts).into()));
+        take(
+            &mut set,
+            &first,
+            "deleted_at",
+            Some(date(deleted.ts).into()),
+        );
     }
     let mut added = Vec::new();
     for (user, name, said) in folded.reactions.iter() {
