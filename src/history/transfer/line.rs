@@ -364,3 +364,129 @@ pub(super) fn of_record(room: &RoomId, record: &Record) -> serde_json::Result<St
 pub(super) fn on_one_line(json: &str) -> String {
     json.replace(['\r', '\n'], "")
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::super::show;
+    use super::*;
+    use crate::store::{Folded, What};
+
+    fn rules() -> Rules {
+        Rules {
+            body: 1 << 20,
+            now: 2_000,
+            room: None,
+        }
+    }
+
+    fn place() -> (Region, Epoch) {
+        let (origin, epoch) = (Region::parse("a"), Epoch::parse("i1"));
+        (origin.unwrap(), epoch.unwrap())
+    }
+
+    /// The line that an export has of what a line imports.
+    fn exported(text: &str) -> String {
+        let line = parse(text, &rules()).unwrap();
+        let (origin, epoch) = place();
+        let mut folded = Folded::default();
+        for item in line.items() {
+            let entry = item.entry(&origin, epoch, 1);
+            assert!(!matches!(entry.what, What::Nothing(_)), "{entry:?}");
+            folded.apply(&entry);
+        }
+        let base = folded.base.as_ref().unwrap();
+        let json = show::line(line.room(), base, &folded).unwrap();
+        on_one_line(json.get())
+    }
+
+    fn users() -> impl Strategy<Value = Vec<String>> {
+        prop::collection::btree_set("[a-c]|\\PC{1,3}|[$./ ]{1,2}", 1..5)
+            .prop_map(|users| users.into_iter().collect())
+    }
+
+    /// A message line in the form and order of an export.
+    fn lines() -> impl Strategy<Value = String> {
+        let body = prop_oneof![
+            Just("null".to_owned()),
+            Just("{ \"a\" : 1.0, \"a\" : [-0, 1e2] }".to_owned()),
+            "\\PC{0,20}".prop_map(|text| serde_json::to_string(&text).unwrap()),
+        ];
+        let reactions = prop::collection::btree_map("👍|❤|ok", users(), 0..3);
+        let annotations = prop::collection::btree_map("a|b.c|$", (0..9_u32, users()), 0..3);
+        let words = (
+            users(),
+            prop::option::of(users()),
+            prop::option::of(1_000..2_000_u64),
+            prop::option::of(1_000..2_000_u64),
+        );
+        (body, reactions, annotations, words).prop_map(
+            |(body, reactions, annotations, (from, mentions, edited, deleted))| {
+                let text = |text: &String| serde_json::to_string(text).unwrap();
+                let list = |users: &Vec<String>| serde_json::to_string(users).unwrap();
+                let mut line = format!(
+                    r#"{{"room":"chat:x","id":"1","from":{},"ts":1000"#,
+                    text(&from[0])
+                );
+                if let Some(deleted) = deleted {
+                    return format!(r#"{line},"reply_to":"kim/1","deleted_at":{deleted}}}"#);
+                }
+                line.push_str(&format!(r#","body":{body}"#));
+                if let Some(users) = &mentions {
+                    line.push_str(&format!(r#","mentions":{}"#, list(users)));
+                }
+                if let Some(edited) = edited {
+                    line.push_str(&format!(r#","edited_at":{edited}"#));
+                }
+                let object = |name: &str, fields: Vec<String>| match fields.is_empty() {
+                    true => String::new(),
+                    false => format!(r#","{name}":{{{}}}"#, fields.join(",")),
+                };
+                let fields = reactions.iter().map(|(key, users)| {
+                    format!(
+                        r#"{}:{{"count":{},"users":{}}}"#,
+                        text(key),
+                        users.len(),
+                        list(users)
+                    )
+                });
+                line.push_str(&object("reactions", fields.collect()));
+                let fields = annotations
+                    .iter()
+                    .map(|(name, (n, _))| format!("{}:{n}", text(name)));
+                line.push_str(&object("annotations", fields.collect()));
+                let by = annotations.iter();
+                let by = by.map(|(name, (_, by))| format!("{}:{}", text(name), text(&by[0])));
+                line.push_str(&object("annotated_by", by.collect()));
+                line + "}"
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn a_line_of_an_export_is_imported_as_it_was(line in lines()) {
+            prop_assert_eq!(exported(&line), line);
+        }
+
+        #[test]
+        fn any_text_is_a_line_or_refused(text in "\\PC{0,60}") {
+            if let Ok(line) = parse(&text, &rules()) {
+                prop_assert!(!line.first.id.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn a_line_without_an_id_always_gets_the_same_one() {
+        let line = |ts: u64| {
+            let text = format!(
+                r#"{{"room":"chat:x","from":"kim","ts":{ts},"kind":"reaction","target":"1","body":"👍"}}"#
+            );
+            parse(&text, &rules()).unwrap().first.id
+        };
+        assert_eq!(line(1), line(1));
+        assert_ne!(line(1), line(2));
+    }
+}
