@@ -200,6 +200,10 @@ impl Import {
         deployment: &Deployment,
         mut on_progress: impl FnMut(&Report),
     ) -> Result<Report, TransferError> {
+        if let Some(store) = &deployment.store {
+            // The history service may not have run yet.
+            retried(|| store.prepare()).await?;
+        }
         let there = seen::in_streams(deployment, &self.wanted).await?;
         let target = Target::open(deployment, self.epoch, there).await?;
         let mut report = self.report;

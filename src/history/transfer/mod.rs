@@ -101,7 +101,7 @@ impl Deployment {
     /// Connects.
     ///
     /// # Errors
-    /// [`TransferError`] if NATS can't be reached or has no streams, or if MongoDB can't be prepared.
+    /// [`TransferError`] if NATS can't be reached or has no streams, or if `mongodb.url` can't be used.
     pub async fn open(config: Config, name: &str) -> Result<Self, TransferError> {
         let connection = Connection::open(&config.nats, name).await?;
         let region = config.region();
@@ -114,9 +114,6 @@ impl Deployment {
             true => Some(Store::open(&config.mongodb).await?),
             false => None,
         };
-        if let Some(store) = &store {
-            retried(|| store.prepare()).await?;
-        }
         Ok(Self {
             reader: Reader::new(connection.clone(), &config.nats),
             config: Arc::new(config),
