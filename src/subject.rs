@@ -24,6 +24,9 @@ pub mod header {
     pub const MENTIONS: &str = "Natter-Mentions";
     /// Milliseconds since 1970 at which an edge sent an ephemeral message.
     pub const TS: &str = "Natter-Ts";
+    /// Milliseconds since 1970 at which an imported message was sent. It is shown as the message's time, and has no
+    /// effect on its place. Only [`crate::bus::Publisher`] writes it; nothing that a client sends becomes a header.
+    pub const ORIGINAL_TIME: &str = "Natter-Original-Time";
     /// Edge that published it, for debugging.
     pub const CLIENT: &str = "Natter-Client";
     /// `1` on an edit or delete that an edge accepted because its sender has the right `moderate`.
@@ -213,6 +216,12 @@ impl Subjects {
     #[must_use]
     pub fn stored_any(&self, origin: &Region, part: u16) -> String {
         format!("{}.in.{origin}.{part}.*.*.*", self.prefix)
+    }
+
+    /// All subjects of a partition's rooms of one namespace.
+    #[must_use]
+    pub fn stored_namespace(&self, origin: &Region, part: u16, namespace: &str) -> String {
+        format!("{}.in.{origin}.{part}.{namespace}.*.*", self.prefix)
     }
 
     /// Subject of a message that history can't write: its subject in the stream, below `dead`.

@@ -18,6 +18,7 @@ mod publish;
 mod pull;
 mod record;
 mod remembered;
+mod rooms;
 mod service;
 mod signal;
 mod streams;
@@ -40,6 +41,7 @@ pub use pull::{
 };
 pub use record::{BadRecord, Record, message_key};
 pub use remembered::{Leaving, Remembered, Suspect};
+pub use rooms::rooms_of;
 pub use service::{AskError, Endpoint, ServeError, ServiceError, ask, serve};
 pub use signal::{News, Signal};
 pub use streams::{

@@ -54,6 +54,8 @@ pub struct Outgoing<'a> {
     pub id: &'a str,
     /// The sender's position at other origins of the room.
     pub after: Option<Cursor>,
+    /// When an imported message was sent, in ms since 1970.
+    pub original_ts: Option<u64>,
 }
 
 /// The stream has stored the message.
@@ -308,7 +310,7 @@ impl Publisher {
             }
             let known = self.streams.known(part);
             match self.reader.message(&stream, known.epoch, acked.seq).await {
-                Ok(Some(stored)) => return stored.record.ts,
+                Ok(Some(stored)) => return stored.record.shown_ts(),
                 Ok(None) if acked.seq < known.first_seq => break,
                 Ok(None) => {}
                 Err(error) => {
@@ -396,6 +398,7 @@ pub(super) fn write_headers(outgoing: &Outgoing<'_>, edge: &str, headers: &mut H
         user,
         id,
         after,
+        original_ts,
     } = outgoing;
     headers
         .add(header::FROM, &header_escape(user))
@@ -416,6 +419,9 @@ pub(super) fn write_headers(outgoing: &Outgoing<'_>, edge: &str, headers: &mut H
     }
     if let Some(after) = after {
         headers.add(header::AFTER, &after.to_string());
+    }
+    if let Some(ts) = original_ts {
+        headers.add(header::ORIGINAL_TIME, itoa::Buffer::new().format(*ts));
     }
     if let Some(mentions) = publication.mentions.json() {
         headers.add(header::MENTIONS, mentions);

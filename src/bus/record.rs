@@ -35,6 +35,8 @@ pub struct Record {
     pub class: Class,
     /// When the stream stored it (if ephemeral: when an edge sent it), in ms since 1970.
     pub ts: u64,
+    /// When an imported message was sent, in ms since 1970. Always before `ts`.
+    pub original_ts: Option<u64>,
     /// See [`Fingerprint`].
     pub fingerprint: Fingerprint,
     /// The sender's id; made of epoch and sequence if the publisher gave none.
@@ -108,6 +110,7 @@ struct Fields<'a> {
     mentions: Option<&'a str>,
     after: Option<&'a str>,
     ts: Option<&'a str>,
+    original_ts: Option<&'a str>,
 }
 
 impl<'a> Fields<'a> {
@@ -129,6 +132,7 @@ impl<'a> Fields<'a> {
                 header::MENTIONS => &mut fields.mentions,
                 header::AFTER => &mut fields.after,
                 header::TS => &mut fields.ts,
+                header::ORIGINAL_TIME => &mut fields.original_ts,
                 header::MODERATED => {
                     fields.moderated = true;
                     continue;
@@ -192,6 +196,9 @@ impl Record {
     ) -> Self {
         let mut record = Self::with(fields, payload, class, ts);
         record.seq = seq;
+        let original = fields.original_ts.and_then(|text| text.parse().ok());
+        // Whoever may publish by hand can set it; a message of the future would stay the newest one.
+        record.original_ts = original.filter(|original| *original < ts);
         record.fingerprint = match fields.key {
             Some(key) => Fingerprint::of(key.as_bytes()),
             None => Fingerprint::of(&record.body),
@@ -200,6 +207,12 @@ impl Record {
             record.id = format!("{epoch}-{seq}");
         }
         record
+    }
+
+    /// The time that is shown, in ms since 1970.
+    #[must_use]
+    pub fn shown_ts(&self) -> u64 {
+        self.original_ts.unwrap_or(self.ts)
     }
 
     /// Reads an ephemeral message; `now` in ms replaces a missing time.
@@ -229,6 +242,7 @@ impl Record {
             previous: None,
             class,
             ts,
+            original_ts: None,
             fingerprint: Fingerprint::default(),
             id: fields.id.filter(valid_id).unwrap_or_default().to_owned(),
             from: fields.from.map_or_else(|| BY_HAND.to_owned(), unescaped),

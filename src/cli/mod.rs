@@ -21,6 +21,7 @@ mod room;
 mod send;
 mod tail;
 mod token;
+mod transfer;
 mod up;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -70,6 +71,8 @@ enum Command {
     Token(token::Token),
     Edge(edge::EdgeCommand),
     History(history::HistoryCommand),
+    Import(transfer::ImportArgs),
+    Export(transfer::ExportArgs),
     Revoke(revoke::Args),
     /// Follow a room in the terminal; reconnects and resumes by itself.
     Tail(tail::Tail),
@@ -126,6 +129,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::History(history) => return history.run(cli.config.as_deref()),
+        Command::Import(args) => return transfer::import(args, load()?),
+        Command::Export(args) => transfer::export(args, load()?)?,
         Command::NatsAccounts => print!("{}", mesh::accounts(&load()?)),
         Command::Token(token) => println!("{}", token.make(cli.config.as_deref())?),
         Command::ShowConfig => println!("{}", toml::to_string_pretty(&load()?)?),

@@ -336,6 +336,9 @@ pub struct Namespace {
     pub typing: bool,
     #[serde(default)]
     pub history: bool,
+    /// How long the history service keeps a message in MongoDB; 0: for ever.
+    #[serde(default, with = "humantime_serde")]
+    pub history_keep: Duration,
     #[serde(default)]
     pub presence: PresencePolicy,
     #[serde(default)]
@@ -395,6 +398,13 @@ impl Config {
     pub fn replay_max(&self, namespace: &str) -> u64 {
         let own = self.namespaces.get(namespace).map(|its| its.replay_max);
         own.filter(|own| *own > 0).unwrap_or(self.rooms.replay_max)
+    }
+
+    /// The namespaces whose history is kept for a time only, with that time.
+    pub fn kept_for_a_time(&self) -> impl Iterator<Item = (&str, Duration)> {
+        let namespaces = self.namespaces.iter();
+        let keep = namespaces.map(|(name, its)| (name.as_str(), its.history_keep));
+        keep.filter(|(_, keep)| !keep.is_zero())
     }
 
     /// Reads the defaults, `file` if given, the environment and `overrides` (flags), and checks the result.
@@ -736,6 +746,17 @@ impl Config {
             check(
                 namespace.durable || !namespace.history,
                 format!("namespaces.{name}.history = true: only a durable namespace has a history"),
+            );
+            let (keep, max_age) = (namespace.history_keep, self.streams.max_age);
+            check(
+                keep.is_zero() || namespace.history,
+                format!("namespaces.{name}.history_keep = {keep:?}: the namespace has no history"),
+            );
+            check(
+                keep.is_zero() || (!max_age.is_zero() && keep > max_age),
+                format!(
+                    "namespaces.{name}.history_keep = {keep:?}: must be 0 or more than streams.max_age = {max_age:?}, or the streams still have what is removed"
+                ),
             );
         }
         let limits = &self.limits;

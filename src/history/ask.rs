@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     bus::ReadError,
-    model::RoomId,
+    model::{Place, RoomId},
     protocol::{ErrorCode, Refused},
     store::{End, Folded, Replies, Store, StoreError},
 };
@@ -69,13 +69,17 @@ impl Asked<'_> {
     }
 }
 
-/// Reads what a side needs to know.
+/// Reads what a side needs to know. What is not after `kept_after` is not shown any more.
 pub(super) async fn read_side(
     side: &mut Side<'_>,
     room: &RoomId,
     asked: Option<Asked<'_>>,
+    kept_after: Option<&Place>,
 ) -> Result<(), Failed> {
-    while let Some(ask) = side.ask() {
+    while let Some(mut ask) = side.ask() {
+        if let Some(span) = &mut ask.page {
+            span.after = span.after.take().max(kept_after.cloned());
+        }
         let told = match asked {
             Some(asked) => documents(asked, room, side.end(), &ask).await?,
             None => Told {

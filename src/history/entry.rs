@@ -14,6 +14,7 @@ pub fn entry(stored: Stored, origin: &Region, epoch: Epoch) -> Entry {
     let what = what(&room, &record);
     Entry {
         place: place(&record, origin, epoch),
+        original_ts: record.original_ts,
         from: record.from,
         room,
         what,

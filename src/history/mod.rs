@@ -14,6 +14,7 @@ mod entry;
 mod erase;
 mod figures;
 mod http;
+mod keep;
 mod merge;
 mod pages;
 mod question;
@@ -22,6 +23,7 @@ mod service;
 mod show;
 mod status;
 mod tail;
+mod transfer;
 mod worker;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -46,6 +48,7 @@ pub use erase::{EraseRequest, EraseWhat};
 pub use pages::Pages;
 pub use question::{At, PageAnchor, PageAnswer, PageRequest, SearchRequest};
 pub use status::{Status, instances, status};
+pub use transfer::{Deployment, Export, Import, Options, Report};
 
 /// Timeout for writing the batches in hand when the process shuts down.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
@@ -232,6 +235,7 @@ async fn start(
     tasks.keep_running("keep figures", status::keep(parts.clone()));
     let erasing = erase::Erasing::new(parts.clone());
     tasks.spawn_until_stopping("take over erasures", erasing.clone().keep());
+    tasks.spawn_until_stopping("remove what is too old", keep::keep(parts.clone()));
     tasks.spawn_until_stopping("take out of the streams", removals::keep(parts.clone()));
     if let Err(error) = service::serve(&parts, erasing).await {
         tracing::error!(%error, "history can't be read");

@@ -1,6 +1,6 @@
 //! Pages of rooms, made from MongoDB and the streams, or from the streams alone.
 
-use std::{cmp::Ordering, sync::Arc, time::Duration};
+use std::{cmp::Ordering, collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use serde_json::value::RawValue;
@@ -17,8 +17,9 @@ use super::{
 use crate::{
     bus::{Connection, Origins, Reader},
     config::Config,
-    model::{Cursor, Place, Position, RoomId},
+    model::{Cursor, Epoch, Place, Position, RoomId},
     protocol::{ErrorCode, Refused},
+    runtime::unix_ms,
     store::{Document, End, Folded, Search, Store},
 };
 
@@ -43,6 +44,10 @@ pub struct Pages {
     patience: Duration,
     /// When MongoDB last failed.
     failed: Mutex<Option<Instant>>,
+    /// Whether messages are shown as in an export.
+    for_export: bool,
+    /// `history_keep` of the namespaces that have one.
+    keep: HashMap<String, Duration>,
 }
 
 /// The resolved position of a page.
@@ -72,6 +77,20 @@ impl Pages {
             store,
             patience: config.mongodb.read_timeout,
             failed: Mutex::default(),
+            for_export: false,
+            keep: config
+                .kept_for_a_time()
+                .map(|(name, keep)| (name.to_owned(), keep))
+                .collect(),
+        }
+    }
+
+    /// The same pages with the lines of an export as their messages.
+    #[must_use]
+    pub(super) fn for_export(self) -> Self {
+        Self {
+            for_export: true,
+            ..self
         }
     }
 
@@ -92,6 +111,19 @@ impl Pages {
         (!spared).then(|| Asked {
             store,
             deadline: now + self.patience,
+        })
+    }
+
+    /// A place before everything of a room that is still shown; `None` if everything is. What is older may wait in
+    /// MongoDB to be removed.
+    fn kept_after(&self, room: &RoomId) -> Option<Place> {
+        let keep = self.keep.get(room.namespace())?.as_millis();
+        let keep = u64::try_from(keep).unwrap_or(u64::MAX);
+        Some(Place {
+            ts: unix_ms().saturating_sub(keep),
+            origin: self.origins().own().origin().clone(),
+            epoch: Epoch::parse("0").expect("a digit"),
+            seq: 0,
         })
     }
 
@@ -221,7 +253,9 @@ impl Pages {
         tail: Option<&Tail>,
         asked: Option<Asked<'_>>,
     ) -> Result<Place, Failed> {
-        if let Some(place) = known(key, tail, asked).await? {
+        if let Some(place) = known(key, tail, asked).await?
+            && Some(&place) > self.kept_after(room).as_ref()
+        {
             return Ok(place);
         }
         if tail.is_none()
@@ -264,6 +298,19 @@ impl Pages {
             if better {
                 found = Some(place);
             }
+        }
+        // All that its log had may have been removed, so nothing is left before it.
+        if let (None, Some(position)) = (&found, cursor.positions().first())
+            && asked.is_some()
+            && self.keep.contains_key(room.namespace())
+        {
+            let place = Place {
+                ts: 0,
+                origin: position.origin.clone(),
+                epoch: position.epoch,
+                seq: position.seq,
+            };
+            return Ok((place, false));
         }
         found.ok_or_else(|| {
             Failed::Refused(if asked.is_some() {
@@ -357,9 +404,11 @@ impl Pages {
         let thread = request.thread.as_deref();
         let mut before = Side::new(tail, End::Newest, at(), left, thread);
         let mut behind = Side::new(tail, End::Oldest, at(), right, thread);
+        let kept_after = self.kept_after(room);
+        let kept_after = kept_after.as_ref();
         tokio::try_join!(
-            read_side(&mut before, room, asked),
-            read_side(&mut behind, room, asked)
+            read_side(&mut before, room, asked, kept_after),
+            read_side(&mut behind, room, asked, kept_after)
         )?;
         let (short_left, short_right) = (before.is_short(), behind.is_short());
         let (before, behind) = (before.found(), behind.found());
@@ -388,7 +437,11 @@ impl Pages {
             let Some(folded) = next else { break };
             let Some(base) = &folded.base else { break };
             let replies = replies.get(&key_of_base(room, base));
-            let json = show::message(None, base, folded, replies).map_err(|error| {
+            let json = match self.for_export {
+                true => show::line(room, base, folded),
+                false => show::message(None, base, folded, replies),
+            };
+            let json = json.map_err(|error| {
                 Failed::Refused(Refused::new(ErrorCode::Internal, error.to_string()))
             })?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {
@@ -474,6 +527,9 @@ impl Pages {
         let mut last: Option<Place> = None;
         for Document { room, folded, .. } in &documents {
             let Some(base) = &folded.base else { continue };
+            if Some(&base.place) <= self.kept_after(room).as_ref() {
+                continue;
+            }
             let json = show::message(Some(room), base, folded, None)
                 .map_err(|error| Refused::new(ErrorCode::Internal, error.to_string()))?;
             if bytes > 0 && bytes + json.get().len() > MAX_BYTES {

@@ -13,15 +13,32 @@ use crate::{
     subject::FROM_NATTER,
 };
 
-/// Users listed per reaction, and bytes of user names per message. Further users are only counted.
-const NAMED: usize = 100;
-const MAX_NAMES: usize = 32 << 10;
+/// How much of a message is shown.
+struct Most {
+    /// Reactions: those with the most users.
+    reactions: usize,
+    /// Users listed per reaction, and bytes of user names per message. Further users are only counted.
+    named: usize,
+    names: usize,
+    /// Bytes of annotations, smallest first.
+    annotations: usize,
+}
 
-/// Reactions shown: those with the most users.
-const MAX_REACTIONS: usize = 100;
+/// What a page shows.
+const PAGE: Most = Most {
+    reactions: 100,
+    named: 100,
+    names: 32 << 10,
+    annotations: 256 << 10,
+};
 
-/// Bytes of annotations shown with a message, smallest first.
-const MAX_ANNOTATIONS: usize = 256 << 10;
+/// What an export shows.
+const EVERYTHING: Most = Most {
+    reactions: usize::MAX,
+    named: usize::MAX,
+    names: usize::MAX,
+    annotations: usize::MAX,
+};
 
 /// Largest JSON of one message: what NATS carries, with room for the rest of an answer.
 const MAX_BYTES: usize = 900 * 1024;
@@ -33,7 +50,8 @@ struct ShownMessage<'a> {
     id: &'a str,
     from: &'a str,
     ts: u64,
-    cursor: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cursor: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     kind: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -50,6 +68,8 @@ struct ShownMessage<'a> {
     reactions: BTreeMap<&'a str, Reaction<'a>>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     annotations: BTreeMap<&'a str, Cow<'a, RawValue>>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotated_by: BTreeMap<&'a str, &'a str>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     truncated: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -93,25 +113,20 @@ pub(super) fn message(
     folded: &Folded,
     replies: Option<&Replies>,
 ) -> serde_json::Result<Box<RawValue>> {
-    let (reactions, more_reactions) = reactions(folded);
-    let (annotations, more_annotations) = annotations(folded);
+    let (reactions, more_reactions) = reactions(folded, &PAGE);
+    let (annotations, more_annotations) = annotations(folded, &PAGE);
+    let truncated = folded.truncated || more_reactions || more_annotations;
     let mut shown = ShownMessage {
         room,
-        id: &base.said.id,
-        from: &base.from,
-        ts: base.place.ts,
-        cursor: cursor(base).to_string(),
-        // What natter itself says is about the room; nobody else has this name.
-        kind: (base.from == FROM_NATTER).then_some(Kind::System.as_str()),
-        body: folded.body().map(raw),
-        reply_to: base.said.reply_to.as_deref(),
-        mentions: folded.mentions(),
-        edited_at: folded.edit.as_ref().map(|edit| edit.place.ts),
-        deleted_at: folded.deleted.as_ref().map(|place| place.ts),
+        cursor: Some(cursor(base).to_string()),
         reactions,
-        annotations,
-        truncated: folded.truncated || more_reactions || more_annotations,
+        annotations: annotations
+            .into_iter()
+            .map(|(name, (_by, value))| (name, value))
+            .collect(),
+        truncated,
         replies: replies.map(shown_replies),
+        ..plain(base, folded)
     };
     let mut json = serde_json::value::to_raw_value(&shown)?;
     if json.get().len() > MAX_BYTES {
@@ -144,6 +159,50 @@ fn last_reply((place, key): &(Place, String)) -> Option<LastReply<'_>> {
     })
 }
 
+/// The JSON of a message for an export: everything that is kept, without the cursor, which has a meaning only here.
+pub(super) fn line(
+    room: &RoomId,
+    base: &Base,
+    folded: &Folded,
+) -> serde_json::Result<Box<RawValue>> {
+    let (annotations, _) = annotations(folded, &EVERYTHING);
+    let by = annotations.iter().map(|(name, (by, _))| (*name, *by));
+    serde_json::value::to_raw_value(&ShownMessage {
+        room: Some(room),
+        reactions: reactions(folded, &EVERYTHING).0,
+        annotated_by: by.collect(),
+        annotations: annotations
+            .into_iter()
+            .map(|(name, (_by, value))| (name, value))
+            .collect(),
+        truncated: folded.truncated,
+        ..plain(base, folded)
+    })
+}
+
+/// A message without reactions and annotations.
+fn plain<'a>(base: &'a Base, folded: &'a Folded) -> ShownMessage<'a> {
+    ShownMessage {
+        room: None,
+        id: &base.said.id,
+        from: &base.from,
+        ts: base.ts,
+        cursor: None,
+        // What natter itself says is about the room; nobody else has this name.
+        kind: (base.from == FROM_NATTER).then_some(Kind::System.as_str()),
+        body: folded.body().map(raw),
+        reply_to: base.said.reply_to.as_deref(),
+        mentions: folded.mentions(),
+        edited_at: folded.edit.as_ref().map(|edit| edit.ts),
+        deleted_at: folded.deleted.as_ref().map(|deleted| deleted.ts),
+        reactions: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+        annotated_by: BTreeMap::new(),
+        truncated: false,
+        replies: None,
+    }
+}
+
 /// JSON text as it is; it was checked when it was stored. Text stored by an older version that clients can't read
 /// becomes a JSON string, as it is in the room.
 fn raw(json: &str) -> Cow<'_, RawValue> {
@@ -155,7 +214,7 @@ fn raw(json: &str) -> Cow<'_, RawValue> {
 }
 
 /// Reactions in their first spelling, and whether there are more.
-fn reactions(folded: &Folded) -> (BTreeMap<&str, Reaction<'_>>, bool) {
+fn reactions<'a>(folded: &'a Folded, most: &Most) -> (BTreeMap<&'a str, Reaction<'a>>, bool) {
     let mut found = Vec::new();
     for said in folded.reactions.by_name().into_values() {
         let count = said.iter().filter(|(_, said)| said.on).count();
@@ -167,37 +226,45 @@ fn reactions(folded: &Folded) -> (BTreeMap<&str, Reaction<'_>>, bool) {
         }
     }
     found.sort_unstable_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
-    let more = found.len() > MAX_REACTIONS;
+    let more = found.len() > most.reactions;
     let mut bytes = 0;
-    let shown = found.into_iter().take(MAX_REACTIONS);
+    let shown = found.into_iter().take(most.reactions);
     let shown = shown.map(|(Reverse(count), _, key, said)| {
         let there = said.into_iter().filter(|(_, said)| said.on);
-        let named = there.map(|(user, _)| user).take(NAMED).take_while(|user| {
-            bytes += user.len();
-            bytes <= MAX_NAMES
-        });
+        let named = there
+            .map(|(user, _)| user)
+            .take(most.named)
+            .take_while(|user| {
+                bytes += user.len();
+                bytes <= most.names
+            });
         let users = named.collect();
         (key, Reaction { count, users })
     });
     (shown.collect(), more)
 }
 
-/// Annotations, the last one of each name, and whether there are more.
-fn annotations(folded: &Folded) -> (BTreeMap<&str, Cow<'_, RawValue>>, bool) {
+/// Annotations, the last one of each name with its user, and whether there are more.
+#[expect(clippy::type_complexity, reason = "a name, with who said what")]
+fn annotations<'a>(
+    folded: &'a Folded,
+    most: &Most,
+) -> (BTreeMap<&'a str, (&'a str, Cow<'a, RawValue>)>, bool) {
     let by_name = folded.annotations.by_name().into_iter();
     let last = by_name.filter_map(|(name, said)| {
-        let last = said.into_iter().map(|(_, said)| said);
-        let last = last.max_by_key(|said| &said.at)?;
-        Some((last.json.as_str(), name))
+        let (user, last) = said.into_iter().max_by_key(|(_, said)| &said.at)?;
+        Some((last.json.as_str(), name, user))
     });
-    let mut last: Vec<(&str, &str)> = last.collect();
-    last.sort_by_key(|(json, name)| (json.len(), *name));
+    let mut last: Vec<(&str, &str, &str)> = last.collect();
+    last.sort_by_key(|(json, name, _)| (json.len(), *name));
     let (all, mut bytes) = (last.len(), 0);
-    let shown = last.into_iter().take_while(|(json, name)| {
+    let shown = last.into_iter().take_while(|(json, name, _)| {
         bytes += json.len() + name.len();
-        bytes <= MAX_ANNOTATIONS
+        bytes <= most.annotations
     });
-    let shown: BTreeMap<_, _> = shown.map(|(json, name)| (name, raw(json))).collect();
+    let shown: BTreeMap<_, _> = shown
+        .map(|(json, name, user)| (name, (user, raw(json))))
+        .collect();
     let more = shown.len() < all;
     (shown, more)
 }

@@ -355,15 +355,15 @@ impl OriginLog<'_> {
 
     /// The first sequence of this stream that is at `place` or after it.
     async fn seq_at(&self, place: &Place) -> Result<u64, ReadError> {
-        if place.origin != *self.streams.origin() {
-            let (reader, epoch) = (&self.log.reader, self.state.epoch);
+        let (origin, epoch) = (self.streams.origin(), self.state.epoch);
+        if (&place.origin, place.epoch) != (origin, epoch) {
+            // Of another region, of an earlier incarnation, or imported: only times can be compared.
+            let reader = &self.log.reader;
             let next = reader.next_since(&self.stream, epoch, &self.filter, place.ts);
             let next = next.await?.map(|record| record.seq);
             return Ok(next.unwrap_or(self.state.last_seq + 1));
         }
-        // A place of an earlier incarnation is before everything in this one.
-        let here = place.epoch == self.state.epoch;
-        Ok(if here { place.seq } else { 0 })
+        Ok(place.seq)
     }
 
     /// An empty tail, for a stream that can't be read.

@@ -676,13 +676,13 @@ impl RoomLog {
         let mut newest_first = self.entries.iter().rev();
         let entry = newest_first.find(|entry| entry.reference() == Some(reference))?;
         let cursor = self.cursor_at(entry.track(), entry.seq, entry.fingerprint);
-        (entry.track() > 0 || entry.ts < forgotten).then_some((cursor, entry.ts))
+        (entry.track() > 0 || entry.ts < forgotten).then_some((cursor, entry.shown_ts()))
     }
 
     /// The time of a track's message at `seq`, if it is in memory.
     #[must_use]
     pub(super) fn time_of(&self, track: usize, seq: u64) -> Option<u64> {
-        self.find(track, seq).map(|entry| entry.ts)
+        self.find(track, seq).map(|entry| entry.shown_ts())
     }
 
     /// The sequence of a track's first message in memory that was stored at `ms` or later.

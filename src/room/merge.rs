@@ -169,6 +169,7 @@ mod tests {
             previous: None,
             class: Class::Msg,
             ts,
+            original_ts: None,
             fingerprint: Fingerprint(1),
             id: format!("{ts}"),
             from: "kim".to_owned(),

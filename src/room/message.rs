@@ -75,6 +75,7 @@ struct More {
     reply_to: Option<String>,
     mentions: Option<String>,
     after: Option<Cursor>,
+    original_ts: Option<u64>,
 }
 
 impl Message {
@@ -91,11 +92,13 @@ impl Message {
             reply_to: record.reply_to,
             mentions: record.mentions,
             after: record.after,
+            original_ts: record.original_ts,
         };
         let has_more = more.target.is_some()
             || more.reply_to.is_some()
             || more.mentions.is_some()
-            || more.after.is_some();
+            || more.after.is_some()
+            || more.original_ts.is_some();
         Self {
             of: Rc::clone(of),
             at,
@@ -149,6 +152,12 @@ impl Message {
     /// The cursor that its sender had seen of other origins.
     pub(super) fn after(&self) -> Option<&Cursor> {
         self.more.as_ref()?.after.as_ref()
+    }
+
+    /// The time that is shown. `ts` is when it was stored.
+    pub(super) fn shown_ts(&self) -> u64 {
+        let original = self.more.as_ref().and_then(|more| more.original_ts);
+        original.unwrap_or(self.ts)
     }
 
     /// Whether its memory is counted against `rooms.replay_memory`.
@@ -233,7 +242,7 @@ impl Message {
             room: &self.of.room,
             id: &self.id,
             from: &self.from,
-            ts: self.ts,
+            ts: self.shown_ts(),
             cursor,
             place: cursor.and_then(|cursor| match (self.at.track, &self.of.origin) {
                 (0, Some((own, _))) => cursor.get(own),

@@ -653,6 +653,7 @@ impl Session {
             user: &identity.user,
             id,
             after,
+            original_ts: None,
         };
         let before = durable.then(|| self.said_before(&outgoing)).flatten();
         let published = match before {

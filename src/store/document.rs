@@ -6,7 +6,8 @@
 //!  annotations?: {<name>: {<user>: {at, value?, json?}}}, truncated?, slack?}
 //! ```
 //! - `place` orders a room. `edited`, `mentioned`, `deleted`, and every `at` and `first` of a reaction or annotation,
-//!   are places too: updates compare them as text. `at`, `edited_at` and `deleted_at` of the message are dates.
+//!   are places too: updates compare them as text. `at`, `edited_at` and `deleted_at` of the message are dates, as they
+//!   are shown: those of the places, or in an imported message the original ones.
 //! - `body` is the value of the body's JSON, after the last edit if there was one; replaced bodies are not kept.
 //!   `body_json` is the text, if `body` does not give it back exactly, see [`json`]. Annotations likewise.
 //! - A reaction is named by its normal form. `first` and `key` are the place and spelling of its first use, if they
@@ -31,7 +32,7 @@ use mongodb::bson::{
 };
 
 use super::{
-    Base, Document, Edit, Folded, Said, StoreError,
+    Base, Deletion, Document, Edit, Folded, Said, StoreError,
     json::{self, Stored},
     slots::{Annotation, Reaction},
     text::Text,
@@ -46,14 +47,20 @@ pub(super) fn new(key: &str, room: &RoomId, folded: &Folded) -> RawDocumentBuf {
     let mut document = RawDocumentBuf::new();
     document.append(cstr!("_id"), key);
     document.append(cstr!("room"), room.as_str());
-    if let Some(Base { place, from, said }) = &folded.base {
+    if let Some(Base {
+        place,
+        ts,
+        from,
+        said,
+    }) = &folded.base
+    {
         document.append(cstr!("id"), said.id.as_str());
         document.append(cstr!("from"), from.as_str());
         document.append(cstr!("origin"), place.origin.as_str());
         document.append(cstr!("epoch"), place.epoch.as_str());
         document.append(cstr!("seq"), number(place.seq));
         document.append(cstr!("fp"), i32::from(said.fingerprint));
-        document.append(cstr!("at"), date(place));
+        document.append(cstr!("at"), date(*ts));
         document.append(cstr!("place"), place.to_string());
         if let Some(reference) = &said.reply_to {
             document.append(cstr!("reply_to"), reference.as_str());
@@ -63,8 +70,8 @@ pub(super) fn new(key: &str, room: &RoomId, folded: &Folded) -> RawDocumentBuf {
         }
     }
     if let Some(deleted) = &folded.deleted {
-        document.append(cstr!("deleted"), deleted.to_string());
-        document.append(cstr!("deleted_at"), date(deleted));
+        document.append(cstr!("deleted"), deleted.place.to_string());
+        document.append(cstr!("deleted_at"), date(deleted.ts));
         return document;
     }
     if !folded.mentions().is_empty() {
@@ -85,7 +92,7 @@ pub(super) fn new(key: &str, room: &RoomId, folded: &Folded) -> RawDocumentBuf {
     }
     if let Some(edit) = &folded.edit {
         document.append(cstr!("edited"), edit.place.to_string());
-        document.append(cstr!("edited_at"), date(&edit.place));
+        document.append(cstr!("edited_at"), date(edit.ts));
     }
     append_slots(
         &mut document,
@@ -166,9 +173,9 @@ fn append_json(document: &mut RawDocumentBuf, value: &CStr, text: &CStr, json: &
     }
 }
 
-/// The time of a place.
-pub(super) fn date(place: &Place) -> DateTime {
-    DateTime::from_millis(number(place.ts))
+/// Milliseconds since 1970 as a date.
+pub(super) fn date(ts: u64) -> DateTime {
+    DateTime::from_millis(number(ts))
 }
 
 fn append(document: &mut RawDocumentBuf, field: Cow<'_, str>, value: RawDocumentBuf) {
@@ -234,10 +241,13 @@ pub(super) fn read(document: &RawDocument) -> Result<Document, StoreError> {
 fn read_fields(key: &str, document: &RawDocument) -> Result<Document, String> {
     let mut folded = Folded::default();
     let (mut base, mut said) = (None, Said::default());
-    let (mut room, mut from, mut edited) = (None, String::new(), None);
+    let (mut room, mut from) = (None, String::new());
+    let (mut edited, mut deleted) = (None, None);
     let (mut body, mut body_json) = (None, None);
     let (mut mentioned, mut truncated) = (None, false);
     let mut texts = Texts::default();
+    // The times that are shown.
+    let (mut at, mut edited_at, mut deleted_at) = (None, None, None);
     for field in document {
         let (name, value) = field.map_err(problem)?;
         let text = || value.as_str().ok_or_else(|| format!("{name} is no text"));
@@ -254,6 +264,7 @@ fn read_fields(key: &str, document: &RawDocument) -> Result<Document, String> {
                 said.fingerprint = number.ok_or("fp is no fingerprint")?;
             }
             "ts" => texts.said = true,
+            "at" => at = shown(value),
             "place" => base = Some(place(text()?)?),
             "body" => body = Some(value),
             "body_json" => body_json = Some(text()?),
@@ -268,8 +279,12 @@ fn read_fields(key: &str, document: &RawDocument) -> Result<Document, String> {
             }
             "mentioned" => mentioned = Some(place(text()?)?),
             "edited" => edited = Some(place(text()?)?),
-            "edited_at" => texts.edited = value.as_datetime().is_none(),
-            "deleted" => folded.deleted = Some(place(text()?)?),
+            "edited_at" => {
+                edited_at = shown(value);
+                texts.edited = edited_at.is_none();
+            }
+            "deleted" => deleted = Some(place(text()?)?),
+            "deleted_at" => deleted_at = shown(value),
             "reactions" => read_reactions(&mut folded, object()?)?,
             "annotations" => read_annotations(&mut folded, object()?)?,
             "truncated" => truncated = true,
@@ -289,17 +304,32 @@ fn read_fields(key: &str, document: &RawDocument) -> Result<Document, String> {
         (None, None) => String::new(),
     };
     folded.truncated |= truncated;
+    folded.deleted = deleted.map(|place| Deletion {
+        ts: deleted_at.unwrap_or(place.ts),
+        place,
+    });
     folded.edit = edited.map(|place| Edit {
+        ts: edited_at.unwrap_or(place.ts),
         place,
         body: said.body.clone(),
     });
     folded.mentioned = mentioned.map(|place| (place, said.mentions.clone()));
-    folded.base = base.map(|place| Base { place, from, said });
+    folded.base = base.map(|place| Base {
+        ts: at.unwrap_or(place.ts),
+        place,
+        from,
+        said,
+    });
     Ok(Document {
         key: key.to_owned(),
         room: room.ok_or("it has no room")?,
         folded,
     })
+}
+
+/// The milliseconds of a date. `None` for the numbers of version 1, which are the times of the places.
+fn shown(value: RawBsonRef<'_>) -> Option<u64> {
+    u64::try_from(value.as_datetime()?.timestamp_millis()).ok()
 }
 
 /// Whether a string body is a JSON text: true if the message or the edit was written with numbers for times.

@@ -157,7 +157,7 @@ impl Erasure {
         let reacted = folded.reactions.iter().map(|(.., said)| said.first.ts);
         let annotated = folded.annotations.iter().map(|(.., said)| said.at.ts);
         let said = edited
-            .chain(folded.deleted.iter().map(|place| place.ts))
+            .chain(folded.deleted.iter().map(|deleted| deleted.place.ts))
             .chain(reacted)
             .chain(annotated);
         let author = author(room, key);

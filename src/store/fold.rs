@@ -21,6 +21,8 @@ pub struct Entry {
     pub room: RoomId,
     /// Its place in the log.
     pub place: Place,
+    /// When it was sent, if it was imported into a stream; in ms since 1970. Otherwise the time of its place is shown.
+    pub original_ts: Option<u64>,
     /// Its sender.
     pub from: String,
     /// Its meaning.
@@ -95,7 +97,7 @@ pub struct Folded {
     /// The last edit.
     pub edit: Option<Edit>,
     /// The first deletion.
-    pub deleted: Option<Place>,
+    pub deleted: Option<Deletion>,
     /// The last edit with mentions: its place and the users.
     pub mentioned: Option<(Place, Vec<String>)>,
     /// Reactions by their normal form.
@@ -111,6 +113,8 @@ pub struct Folded {
 pub struct Base {
     /// Its place.
     pub place: Place,
+    /// Its time as it is shown, in ms since 1970.
+    pub ts: u64,
     /// Its sender.
     pub from: String,
     /// Its content; if deleted, without body and mentions.
@@ -122,8 +126,26 @@ pub struct Base {
 pub struct Edit {
     /// Its place.
     pub place: Place,
+    /// Its time as it is shown, in ms since 1970.
+    pub ts: u64,
     /// The body's JSON text.
     pub body: String,
+}
+
+/// A deletion.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Deletion {
+    /// Its place.
+    pub place: Place,
+    /// Its time as it is shown, in ms since 1970.
+    pub ts: u64,
+}
+
+impl Entry {
+    /// The time that is shown, in ms since 1970.
+    fn ts(&self) -> u64 {
+        self.original_ts.unwrap_or(self.place.ts)
+    }
 }
 
 impl Folded {
@@ -139,6 +161,7 @@ impl Folded {
                 if first {
                     self.base = Some(Base {
                         place: entry.place.clone(),
+                        ts: entry.ts(),
                         from: entry.from.clone(),
                         said: said.clone(),
                     });
@@ -158,6 +181,7 @@ impl Folded {
                 if self.edit.as_ref().is_none_or(|edit| edit.place < *place) {
                     self.edit = Some(Edit {
                         place: place.clone(),
+                        ts: entry.ts(),
                         body: body.clone(),
                     });
                 }
@@ -168,8 +192,12 @@ impl Folded {
                 }
             }
             Change::Delete => {
-                if self.deleted.as_ref().is_none_or(|deleted| place < deleted) {
-                    self.deleted = Some(place.clone());
+                let known = self.deleted.as_ref().map(|deleted| &deleted.place);
+                if known.is_none_or(|known| place < known) {
+                    self.deleted = Some(Deletion {
+                        place: place.clone(),
+                        ts: entry.ts(),
+                    });
                 }
             }
             Change::React { key, on } => {
@@ -208,6 +236,17 @@ impl Folded {
         }
         let edited = self.edit.as_ref().map(|edit| edit.body.as_str());
         edited.or(self.base.as_ref().map(|base| base.said.body.as_str()))
+    }
+
+    /// When the last of the changes was stored, in ms since 1970.
+    #[must_use]
+    pub fn last_change(&self) -> Option<u64> {
+        let reactions = self.reactions.iter().map(|(.., said)| &said.at);
+        let annotations = self.annotations.iter().map(|(.., said)| &said.at);
+        let edits = self.edit.iter().map(|edit| &edit.place);
+        let deletions = self.deleted.iter().map(|deleted| &deleted.place);
+        let all = reactions.chain(annotations).chain(edits).chain(deletions);
+        all.map(|place| place.ts).max()
     }
 
     /// The users currently mentioned.
@@ -272,6 +311,7 @@ mod tests {
             let entries = said.into_iter().zip(1..).map(|((from, what), seq)| Entry {
                 room: RoomId::parse("chat:x").unwrap(),
                 place: place(seq),
+                original_ts: None,
                 from,
                 what,
             });

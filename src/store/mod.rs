@@ -7,6 +7,7 @@ mod document;
 mod erase;
 mod fold;
 mod json;
+mod keep;
 mod query;
 mod removals;
 mod renew;
@@ -34,7 +35,7 @@ use crate::{
 };
 
 pub use erase::{Again, Claimed, Erased, Erasure};
-pub use fold::{Base, Change, Edit, Entry, Folded, Said, What};
+pub use fold::{Base, Change, Deletion, Edit, Entry, Folded, Said, What};
 pub use removals::Removal;
 pub use renew::Migrated;
 pub use replies::Replies;
@@ -246,6 +247,26 @@ impl Store {
             rest = rest.get(looked..).unwrap_or_default();
         }
         Ok(found)
+    }
+
+    /// The rooms of a namespace that have messages.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn rooms(&self, namespace: &str) -> Result<Vec<RoomId>, StoreError> {
+        let mut rooms: Vec<RoomId> = Vec::new();
+        loop {
+            let query = query::room_after(namespace, rooms.last());
+            let (found, _) = self.find(query, self.read_timeout).await?;
+            let Some(found) = found.first() else {
+                return Ok(rooms);
+            };
+            let room = RoomId::parse(found.get_str("room").unwrap_or_default());
+            rooms.push(room.map_err(|error| StoreError::Document {
+                key: String::new(),
+                problem: error.to_string(),
+            })?);
+        }
     }
 
     /// The place of the room's message nearest to a position of a stream: the first at or after it (`End::Oldest`), or

@@ -117,6 +117,38 @@ pub(super) fn after(key: &str, limit: usize) -> Query {
     }
 }
 
+/// A message of the first room of a namespace that comes after a room. The index leads there without reading the rooms
+/// before it.
+pub(super) fn room_after(namespace: &str, room: Option<&RoomId>) -> Query {
+    let mut rooms = rooms_of(namespace);
+    if let Some(room) = room {
+        rooms.insert("$gt", room.as_str());
+    }
+    Query {
+        filter: doc! { "room": rooms, "place": places(&Span::default()) },
+        sort: doc! { "room": 1 },
+        limit: 1,
+        only: Some(&["room"]),
+        index: Some(ROOM_PLACE),
+    }
+}
+
+/// Messages of a namespace before a place.
+pub(super) fn before(namespace: &str, place: &str, limit: usize) -> Query {
+    Query {
+        filter: doc! { "room": rooms_of(namespace), "place": { "$gte": "", "$lt": place } },
+        sort: doc! {},
+        limit,
+        only: Some(&["_id", "room"]),
+        index: Some(ROOM_PLACE),
+    }
+}
+
+/// The condition on the rooms of a namespace: a range of the index. `;` is the character after `:`.
+pub(super) fn rooms_of(namespace: &str) -> Fields {
+    doc! { "$gt": format!("{namespace}:"), "$lt": format!("{namespace};") }
+}
+
 pub(super) fn nearest(room: &RoomId, position: &Position, end: End) -> Query {
     let seq = i64::try_from(position.seq).unwrap_or(i64::MAX);
     let bound = match end {

@@ -55,7 +55,7 @@ pub(super) fn statement(key: &str, room: &RoomId, folded: &Folded, bounded: bool
         let place = edit.place.to_string();
         let last = later("edited", &place);
         take(&mut set, &last, "edited", Some(place.into()));
-        take(&mut set, &last, "edited_at", Some(date(&edit.place).into()));
+        take(&mut set, &last, "edited_at", Some(date(edit.ts).into()));
         body(&mut set, &last, &edit.body);
     } else if let Some(base) = &folded.base {
         let unedited = doc! { "$lte": ["$edited", Bson::Null] };
@@ -79,10 +79,15 @@ pub(super) fn statement(key: &str, room: &RoomId, folded: &Folded, bounded: bool
         );
     }
     if let Some(deleted) = &folded.deleted {
-        let place = deleted.to_string();
+        let place = deleted.place.to_string();
         let first = doc! { "$lt": [&place, { "$ifNull": ["$deleted", AFTER_ALL] }] };
         take(&mut set, &first, "deleted", Some(place.into()));
-        take(&mut set, &first, "deleted_at", Some(date(deleted).into()));
+        take(
+            &mut set,
+            &first,
+            "deleted_at",
+            Some(date(deleted.ts).into()),
+        );
     }
     let mut added = Vec::new();
     for (user, name, said) in folded.reactions.iter() {
@@ -141,7 +146,7 @@ fn said(set: &mut Fields, base: &Base) {
         ("epoch", Some(place.epoch.as_str().into())),
         ("seq", Some(number(place.seq).into())),
         ("fp", Some(i32::from(said.fingerprint).into())),
-        ("at", Some(date(place).into())),
+        ("at", Some(date(base.ts).into())),
         // Written by an earlier version in place of `at`.
         ("ts", None),
         ("place", Some(place.to_string().into())),

@@ -378,6 +378,8 @@ counted! {
     HistoryAnswered(source: HistoryAnswer) = "natter.history.answered", "{request}";
     /// Messages erased from MongoDB and the streams.
     HistoryErased = "natter.history.erased", "{message}";
+    /// Messages removed from MongoDB because they are older than `history_keep` of their namespace.
+    HistoryExpired = "natter.history.expired", "{message}";
     /// Messages removed from the streams: duplicates with the same id, or erased before.
     HistoryRemoved = "natter.history.removed", "{message}";
 }

@@ -53,5 +53,6 @@ mod storm;
 mod support;
 mod tokens;
 mod tools;
+mod transfer;
 mod unread;
 mod up;

@@ -122,6 +122,7 @@ fn message(room: &RoomId, seq: u64, body: &str) -> Entry {
     Entry {
         room: room.clone(),
         place: place("seoul", 1_763_600_000_000 + seq / 3, seq),
+        original_ts: None,
         from: "kim".to_owned(),
         what: What::Message {
             key: format!("{room}/kim/{id}"),
@@ -256,6 +257,8 @@ fn random_entry(random: &mut StdRng, room: &RoomId, seq: u64) -> Entry {
     Entry {
         room: room.clone(),
         place: place(origin, 1_000 + seq / 8, seq),
+        // Some are imported.
+        original_ts: random.random::<bool>().then_some(900 + seq),
         from: pick(random),
         what: match change {
             None => What::Message { key, said },

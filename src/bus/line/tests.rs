@@ -73,6 +73,7 @@ fn both_readers(publication: &Publication, user: &str) -> [Record; 2] {
         user,
         id: "m1",
         after: None,
+        original_ts: None,
     };
     let mut block = Vec::new();
     let mut writer = HeaderWriter::new(&mut block);

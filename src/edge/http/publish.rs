@@ -137,6 +137,7 @@ pub(super) async fn store(
     };
     let outgoing = Outgoing {
         after: None,
+        original_ts: None,
         publication,
         user: &identity.user,
         id: &id,

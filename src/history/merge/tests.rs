@@ -75,6 +75,7 @@ fn entries(origin: Region) -> impl Strategy<Value = Vec<Entry>> {
                     epoch: epoch(),
                     seq,
                 },
+                original_ts: None,
                 from: "kim".to_owned(),
                 what,
             }
@@ -314,6 +315,7 @@ fn in_front_of_a_part_of_a_tail_nothing_is_told() {
             epoch: epoch(),
             seq,
         },
+        original_ts: None,
         from: "kim".to_owned(),
         what: What::Message {
             key: format!("chat:x/kim/{id}"),
@@ -355,6 +357,7 @@ fn behind_the_end_of_one_part_nothing_is_told_of_another() {
             epoch: epoch(),
             seq: ts,
         },
+        original_ts: None,
         from: "kim".to_owned(),
         what: What::Message {
             key: format!("chat:x/kim/{id}"),

@@ -11,6 +11,7 @@ fn record(seq: u64, class: Class, id: &str) -> Record {
         previous: None,
         class,
         ts: seq,
+        original_ts: None,
         fingerprint: Fingerprint::of(id.as_bytes()),
         id: id.to_owned(),
         from: "kim".to_owned(),

@@ -309,6 +309,7 @@ impl Publisher {
                 epoch: position.epoch,
                 seq: position.seq,
             },
+            original_ts: None,
             from: self.user.clone(),
             what,
         };
