@@ -21,6 +21,7 @@ mod service;
 mod show;
 mod status;
 mod tail;
+mod uploads;
 mod worker;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -35,6 +36,7 @@ use crate::{
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Migrated, Store, StoreError},
     subject::bucket,
+    uploads::{OpenError, Storage},
 };
 use figures::Figures;
 
@@ -97,6 +99,9 @@ pub enum HistoryError {
     /// The configuration can't be used to connect to MongoDB.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The configuration can't be used for the files of uploads.
+    #[error(transparent)]
+    Uploads(#[from] OpenError),
 }
 
 impl History {
@@ -111,6 +116,7 @@ impl History {
         let listener = TcpListener::bind(address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let store = Store::open(&config.mongodb).await?;
+        let storage = Storage::open(&config.uploads)?.map(Arc::new);
         let connection = Connection::open(&config.nats, "natter history").await?;
         let reads = Connection::open(&config.nats, "natter history reads").await?;
         let mut connections = vec![reads.clone(), connection.clone()];
@@ -151,7 +157,7 @@ impl History {
             Arc::clone(&config),
             connection,
             Reader::new(reads, &config.nats),
-            store,
+            (store, storage),
             tasks.clone(),
             lifecycle.clone(),
         );
@@ -197,7 +203,7 @@ async fn start(
     config: Arc<Config>,
     connection: Connection,
     reader: Reader,
-    store: Store,
+    (store, storage): (Store, Option<Arc<Storage>>),
     tasks: Tasks,
     lifecycle: Lifecycle,
 ) {
@@ -232,6 +238,10 @@ async fn start(
     let erasing = erase::Erasing::new(parts.clone());
     tasks.spawn_until_stopping("take over erasures", erasing.clone().keep());
     tasks.spawn_until_stopping("take out of the streams", removals::keep(parts.clone()));
+    if let Some(storage) = storage {
+        tasks.spawn_until_stopping("remove files", uploads::remove(parts.clone(), storage));
+        tasks.spawn_until_stopping("find unused uploads", uploads::find_unused(parts.clone()));
+    }
     if let Err(error) = service::serve(&parts, erasing).await {
         tracing::error!(%error, "history can't be read");
         parts.lifecycle.advance(Phase::Stopped);

@@ -88,6 +88,7 @@ impl Store {
         self.run(create, BUILD_TIMEOUT).await?;
         self.prepare_erasures().await?;
         self.prepare_removals().await?;
+        self.prepare_uploads().await?;
         match known {
             None => self.record_version().await?,
             Some(found) if found < VERSION => {
