@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Uploads;
 
 /// Longest name of a file, in bytes.
-pub const MAX_NAME: usize = 255;
+const MAX_NAME: usize = 255;
 
 /// Longest type of a file, in bytes.
 const MAX_TYPE: usize = 127;

@@ -16,8 +16,8 @@ mod named;
 mod s3;
 mod storage;
 
-pub use file::{BadFile, File, MAX_NAME};
+pub use file::{BadFile, File};
 pub use id::{BadUpload, Signer, UploadId};
-pub use local::{Local, LocalError, Permit, Receiving, Sent};
-pub use named::{NamedError, named, refusal};
+pub use local::{Local, LocalError, Permit, Receiving};
+pub use named::{named, refusal};
 pub use storage::{OpenError, Put, Storage, StorageError};

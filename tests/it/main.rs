@@ -54,3 +54,4 @@ mod tokens;
 mod tools;
 mod unread;
 mod up;
+mod uploads;

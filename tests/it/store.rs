@@ -14,6 +14,7 @@ use natter::testing::{
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 mod documents;
+mod uploads;
 
 use crate::support::{LONG, config, dedicated_mongod, eventually, mongodb_url, unique};
 
