@@ -11,7 +11,7 @@
 //! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
 //! codec                    how client protocols spell the words of `protocol`
 //! mesh                     NATS for operators: streams, accounts, mirrors, what is wrong with a deployment
-//! auth   bus   store   servers   client   wire   http1   web
+//! auth   bus   store   servers   client   wire   http1   web   uploads
 //! config   telemetry   runtime
 //! model   protocol   subject
 //! ```
@@ -47,6 +47,7 @@ mod store;
 mod subject;
 mod telemetry;
 pub mod testing;
+mod uploads;
 mod web;
 mod wire;
 

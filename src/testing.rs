@@ -92,9 +92,9 @@ pub mod servers {
 
 pub mod store {
     pub use crate::store::{
-        Annotation, Change, Document, End, Entry, Erased, Erasure, Folded, MAX_QUERY, Migrated,
-        Reaction, RefusedEntry, Removal, Replies, Said, Search, Slot, Span, Store, StoreError,
-        What,
+        Annotation, Change, Claim, Document, End, Entry, Erased, Erasure, Folded, MAX_QUERY,
+        Migrated, Reaction, RefusedEntry, Removal, Replies, Said, Search, Slot, Span, Store,
+        StoreError, Upload, What,
     };
 }
 

@@ -1,5 +1,7 @@
 //! What is measured.
 
+mod uploads;
+
 use std::{
     net::SocketAddr,
     time::{Duration, Instant},
@@ -47,6 +49,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("storm", storm),
     ("slow", slow),
     ("small", small),
+    ("uploads", uploads::uploads),
 ];
 
 /// What all scenarios share.

@@ -2,6 +2,7 @@
 //!
 //! No other module reads the environment. Secrets print as `***`.
 
+mod uploads;
 mod value;
 
 use std::{
@@ -19,6 +20,7 @@ use figment::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use uploads::{Storage as UploadStorage, Uploads};
 pub use value::Secret;
 
 use crate::model::{MAX_JSON_DEPTH, MAX_REGIONS, Region, is_token};
@@ -77,6 +79,7 @@ pub struct Config {
     pub limits: Limits,
     pub rooms: Rooms,
     pub presence: Presence,
+    pub uploads: Uploads,
     pub telemetry: Telemetry,
     pub namespaces: BTreeMap<String, Namespace>,
 }
@@ -476,6 +479,7 @@ impl Config {
             .mongodb
             .url
             .read_file("mongodb.url_file", &config.mongodb.url_file)?;
+        config.uploads.read_files()?;
         let faults = config.faults();
         if faults.is_empty() {
             Ok(config)
@@ -835,6 +839,7 @@ impl Config {
                 history.remember_erased
             ),
         );
+        self.uploads.check(&mut check);
         for name in self.namespaces.keys() {
             check(
                 is_token(name),

@@ -1,5 +1,5 @@
-//! Plain HTTP: publishing, history, presence, read markers, erasing, events and polls, sessions of others, the API for
-//! back ends, health, metrics, the OpenAPI document, the page.
+//! Plain HTTP: publishing, history, presence, read markers, erasing, events and polls, uploads, sessions of others, the API
+//! for back ends, health, metrics, the OpenAPI document, the page.
 
 mod erase;
 mod history;
@@ -12,6 +12,7 @@ mod server_api;
 mod sessions;
 mod streams;
 mod transports;
+mod uploads;
 
 use std::sync::Arc;
 
@@ -31,7 +32,9 @@ use super::{
 };
 use crate::{
     protocol::{ErrorCode, MessageBody, PresenceReply, PublishReply},
-    telemetry, web,
+    telemetry,
+    uploads::Storage,
+    web,
 };
 
 /// The HTTP interface of an edge.
@@ -45,6 +48,7 @@ use crate::{
         transports::emulation, erase::close, erase::room, erase::user, rooms::create, rooms::record, rooms::settings, rooms::put_member,
         rooms::remove_member, rooms::pin, rooms::unpin, rooms::block, rooms::unblock, inbox::inbox, inbox::arrange, sessions::end, sessions::remove, server_api::call,
         presence::presence, read::readers, read::read, read::unread,
+        uploads::grant, uploads::download, uploads::receive, uploads::send,
         healthz, readyz, metrics, openapi,
     ),
     components(schemas(publish::PublishRequest, publish::PublishMany, PublishReply, PresenceReply, MessageBody, ErrorBody)),
@@ -129,6 +133,21 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/rooms/{room}/poll", get(streams::poll))
         .route("/v1/events", get(streams::events))
         .route("/v1/tickets", post(streams::ticket));
+    let router = match shared.uploads.as_ref().map(|uploads| &uploads.storage) {
+        None => router,
+        Some(storage) => {
+            let router = router
+                .route("/v1/rooms/{room}/uploads", post(uploads::grant))
+                .route("/v1/rooms/{room}/uploads/{upload}", get(uploads::download));
+            match storage {
+                Storage::S3(_) => router,
+                Storage::Local(_) => router.route(
+                    "/v1/uploads/{upload}",
+                    get(uploads::send).put(uploads::receive),
+                ),
+            }
+        }
+    };
     let router = match shared.config.centrifugal.api_key.expose() {
         "" => router,
         _ => router.route("/api/{method}", post(server_api::call)),

@@ -42,6 +42,7 @@ use crate::{
     read_marker::Markers,
     runtime::{Late, Lifecycle, Phase, Tasks},
     subject::{Subjects, bucket},
+    uploads::{OpenError, Signer, Storage},
 };
 use admission::Admission;
 use control::Control;
@@ -73,8 +74,17 @@ struct Shared {
     lifecycle: Lifecycle,
     admission: Arc<Admission>,
     streams: Arc<Streams>,
+    /// The files of uploads, and what signs their ids. `None`: there are no uploads.
+    uploads: Option<Uploads>,
     /// The parts that need NATS. Set when the edge becomes ready.
     ready: tokio::sync::OnceCell<Ready>,
+}
+
+/// What uploads need.
+#[derive(Debug)]
+struct Uploads {
+    storage: Storage,
+    signer: Signer,
 }
 
 /// The parts of a ready edge.
@@ -115,6 +125,9 @@ pub enum EdgeError {
     /// A thread could not be started.
     #[error("a shard could not be started")]
     Shard(#[source] io::Error),
+    /// The configuration can't be used for the files of uploads.
+    #[error(transparent)]
+    Uploads(#[from] OpenError),
 }
 
 /// The edge did not end in order within `edge.drain_timeout`.
@@ -161,6 +174,10 @@ impl Edge {
             remembered: Arc::default(),
             admission: Arc::new(Admission::new(&config.limits)),
             streams: Arc::default(),
+            uploads: Storage::open(&config.uploads)?.map(|storage| Uploads {
+                storage,
+                signer: Signer::new(&config.uploads),
+            }),
             id: id.into(),
             lifecycle: Lifecycle::default(),
             ready: tokio::sync::OnceCell::new(),

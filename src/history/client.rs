@@ -19,6 +19,7 @@ use crate::{
     config::Config,
     model::{Class, Region, RoomId, partition_of},
     protocol::{ErrorCode, Refused},
+    store::Upload,
     subject::{Subjects, rooms_stream},
     telemetry::metrics::{Counter, Histogram, HistoryAnswer, count, record},
 };
@@ -195,6 +196,24 @@ impl Client {
             error => away(error.to_string()),
         })?;
         serde_json::from_slice(&answer).map_err(|error| away(error.to_string()))
+    }
+
+    /// Has an upload granted, within the limits of its user.
+    ///
+    /// # Errors
+    /// `limit`, `unavailable`. It is safe to retry with another id.
+    pub async fn grant_upload(&self, upload: &Upload) -> Result<(), Refused> {
+        let _turn = self.turn().await?;
+        let away = |cause: String| Refused::new(ErrorCode::Unavailable, cause);
+        let asked = self.ask(endpoint::UPLOAD, encode(upload)?).await;
+        let granted = asked.map_err(|error| match error {
+            AskError::Refused(error) => refusal(&error).unwrap_or_else(|| away(error.message)),
+            AskError::Nobody { .. } => {
+                away("uploads need the history service, which does not answer".to_owned())
+            }
+            error => away(error.to_string()),
+        });
+        granted.map(|_granted| ())
     }
 
     /// The heads of a room, one per origin; `None` if they can't be read now. Reads one stream per origin.

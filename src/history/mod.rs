@@ -24,6 +24,7 @@ mod show;
 mod status;
 mod tail;
 mod transfer;
+mod uploads;
 mod worker;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -38,6 +39,7 @@ use crate::{
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Migrated, Store, StoreError},
     subject::bucket,
+    uploads::{OpenError, Storage},
 };
 use figures::Figures;
 
@@ -101,6 +103,9 @@ pub enum HistoryError {
     /// The configuration can't be used to connect to MongoDB.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The configuration can't be used for the files of uploads.
+    #[error(transparent)]
+    Uploads(#[from] OpenError),
 }
 
 impl History {
@@ -115,6 +120,7 @@ impl History {
         let listener = TcpListener::bind(address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let store = Store::open(&config.mongodb).await?;
+        let storage = Storage::open(&config.uploads)?.map(Arc::new);
         let connection = Connection::open(&config.nats, "natter history").await?;
         let reads = Connection::open(&config.nats, "natter history reads").await?;
         let mut connections = vec![reads.clone(), connection.clone()];
@@ -155,7 +161,7 @@ impl History {
             Arc::clone(&config),
             connection,
             Reader::new(reads, &config.nats),
-            store,
+            (store, storage),
             tasks.clone(),
             lifecycle.clone(),
         );
@@ -201,7 +207,7 @@ async fn start(
     config: Arc<Config>,
     connection: Connection,
     reader: Reader,
-    store: Store,
+    (store, storage): (Store, Option<Arc<Storage>>),
     tasks: Tasks,
     lifecycle: Lifecycle,
 ) {
@@ -237,6 +243,10 @@ async fn start(
     tasks.spawn_until_stopping("take over erasures", erasing.clone().keep());
     tasks.spawn_until_stopping("remove what is too old", keep::keep(parts.clone()));
     tasks.spawn_until_stopping("take out of the streams", removals::keep(parts.clone()));
+    if let Some(storage) = storage {
+        tasks.spawn_until_stopping("remove files", uploads::remove(parts.clone(), storage));
+        tasks.spawn_until_stopping("find unused uploads", uploads::find_unused(parts.clone()));
+    }
     if let Err(error) = service::serve(&parts, erasing).await {
         tracing::error!(%error, "history can't be read");
         parts.lifecycle.advance(Phase::Stopped);

@@ -21,6 +21,8 @@ pub(super) mod endpoint {
     pub(crate) const SEARCH: &str = "search";
     /// An erasure.
     pub(crate) const ERASE: &str = "erase";
+    /// An upload.
+    pub(crate) const UPLOAD: &str = "upload";
 }
 
 /// A request for a page of a room's history.

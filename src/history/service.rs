@@ -1,4 +1,4 @@
-//! Serves requests over NATS: pages, searches, erasures.
+//! Serves requests over NATS: pages, searches, erasures, uploads.
 
 use std::sync::{
     Arc,
@@ -13,6 +13,7 @@ use super::{
     figures::Figures,
     pages::Pages,
     question::{PageRequest, decode, encode, endpoint, refused},
+    uploads,
 };
 use crate::{
     bus::{Endpoint, ServeError, serve as serve_endpoints},
@@ -21,7 +22,7 @@ use crate::{
 };
 
 /// The description in `nats micro ls`.
-const DESCRIPTION: &str = "What was said in durable rooms: pages, searches, erasures";
+const DESCRIPTION: &str = "What was said in durable rooms: pages, searches, erasures, uploads";
 
 /// Numbers of answers given by this instance.
 #[derive(Debug, Default)]
@@ -30,6 +31,7 @@ struct Answered {
     partial: AtomicU64,
     searches: AtomicU64,
     erasures: AtomicU64,
+    uploads: AtomicU64,
     refused: AtomicU64,
 }
 
@@ -41,6 +43,7 @@ impl Answered {
             "partial_pages": of(&self.partial),
             "searches": of(&self.searches),
             "erasures": of(&self.erasures),
+            "uploads": of(&self.uploads),
             "refused": of(&self.refused),
             "writing": writing.shown(),
         })
@@ -119,8 +122,21 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
             }
         })
     };
+    let upload = {
+        let (answered, parts) = (Arc::clone(&answered), parts.clone());
+        let subject = subjects.history(&region, endpoint::UPLOAD);
+        Endpoint::new(endpoint::UPLOAD, subject, move |question| {
+            let (parts, answered) = (parts.clone(), Arc::clone(&answered));
+            async move {
+                let answer = async { encode(&uploads::grant(&parts, &decode(&question)?).await?) };
+                answered
+                    .note(answer.await, &answered.uploads)
+                    .map_err(|error| refused(&error))
+            }
+        })
+    };
     let (page, thread) = (page_at(endpoint::PAGE), page_at(endpoint::THREAD));
-    let endpoints = vec![page, thread, search, erase];
+    let endpoints = vec![page, thread, search, erase, upload];
     let writing = Arc::clone(figures);
     let figures = move || answered.figures(&writing);
     serve_endpoints(

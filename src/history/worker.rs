@@ -27,6 +27,7 @@ use tokio::{
 use super::{
     Parts,
     entry::{entry, place},
+    uploads,
 };
 use crate::{
     bus::{
@@ -35,7 +36,7 @@ use crate::{
     },
     model::{Epoch, Place, Reference},
     runtime::Phase,
-    store::{Entry, Removal, What},
+    store::{Claim, Entry, Removal, What},
     subject::{Subjects, rooms_stream},
     telemetry::metrics::{Counter, Histogram, HistoryEntry, count, record},
 };
@@ -439,12 +440,19 @@ impl Worker {
         if entries.is_empty() {
             return Vec::new();
         }
+        // Before the write, so that an erasure that finds a message also finds its uploads.
+        let claims = match self.parts.config.uploads.is_on() {
+            true => uploads::claims(entries),
+            false => Vec::new(),
+        };
+        self.claim_uploads(&claims).await;
         let mut pause = Backoff::default();
         loop {
             match self.parts.store.write(entries).await {
                 Ok(refused) => {
                     self.parts.figures.succeeded();
                     self.enforce_erasures(entries).await;
+                    self.enforce_deletions(entries, &claims).await;
                     let refused = refused.into_iter();
                     return refused.map(|one| (one.index, one.reason)).collect();
                 }
@@ -453,6 +461,28 @@ impl Worker {
                     sleep(pause.next()).await;
                 }
             }
+        }
+    }
+
+    /// Records which messages name which uploads. Retries until MongoDB accepts it.
+    async fn claim_uploads(&self, claims: &[Claim<'_>]) {
+        let mut pause = Backoff::default();
+        while let Err(error) = self.parts.store.claim_uploads(claims).await {
+            self.parts.figures.batch_failed(&error);
+            sleep(pause.next()).await;
+        }
+    }
+
+    /// Has the files of deleted messages removed. Retries until MongoDB accepts it.
+    async fn enforce_deletions(&self, entries: &[Entry], claims: &[Claim<'_>]) {
+        if !self.parts.config.uploads.is_on() {
+            return;
+        }
+        let messages = uploads::perhaps_deleted(entries, claims);
+        let mut pause = Backoff::default();
+        while let Err(error) = self.parts.store.doom_uploads_of_deleted(&messages).await {
+            self.parts.figures.batch_failed(&error);
+            sleep(pause.next()).await;
         }
     }
 

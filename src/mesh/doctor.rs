@@ -1,8 +1,8 @@
 //! Examines a deployment, and reports what is wrong with it and what to do.
 //!
-//! It changes nothing and stores nothing. It checks whether regions answer, their streams and mirrors against the
+//! It changes nothing and stores nothing, but for a small file of uploads that it removes at once. It checks whether regions answer, their streams and mirrors against the
 //! definitions of [`super::provision`], clocks, the permissions of the configured users, whether stalled mirrors can be
-//! restarted, and, with a user of the system account, what only servers report.
+//! restarted, the storage of uploads, and, with a user of the system account, what only servers report.
 //!
 //! # Invariants
 //! - A check that could not be made is reported as such. It never counts as passed.
@@ -12,6 +12,7 @@ mod helped;
 mod permissions;
 mod servers;
 mod streams;
+mod uploads;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -76,6 +77,8 @@ pub enum Check {
     Clock,
     /// The permissions of the configured user.
     Permission,
+    /// The storage of uploads.
+    Uploads,
 }
 
 /// One result.
@@ -171,6 +174,7 @@ pub async fn examine(config: &Config) -> Result<Examination, ProvisionError> {
     let regions = run.mesh().await;
     let mut here = permissions::examine(config, &regions).await?;
     here.extend(helped::examine(config, &regions).await);
+    here.extend(uploads::examine(config).await);
     let region = config.region();
     run.findings.extend(here.into_iter().map(|f| f.at(&region)));
     let (servers, of_servers) = servers::examine(config, &regions).await;

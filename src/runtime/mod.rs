@@ -1,4 +1,5 @@
-//! What a long-lived process needs around its work: signals, phases, named tasks, the clock, rate limits.
+//! What a long-lived process needs around its work: signals, phases, named tasks, the clock, rate limits,
+//! TLS.
 //!
 //! This module does not know what the process does. A drain has this order: the phase becomes [`Phase::Draining`], the
 //! work ends, then [`Tasks::drain`], then [`Phase::Stopped`].
@@ -8,6 +9,7 @@ mod panics;
 mod phase;
 mod signals;
 mod tasks;
+mod tls;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -16,6 +18,7 @@ pub use panics::on_panic;
 pub use phase::{Lifecycle, Phase};
 pub use signals::Signals;
 pub use tasks::{Late, Tasks};
+pub use tls::tls;
 
 /// The wall clock in ms since 1970; 0 if it is before 1970.
 #[must_use]

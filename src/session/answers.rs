@@ -22,6 +22,8 @@ use crate::{
         SearchReply, UnreadBody, UnreadReply,
     },
     read_marker::Markers,
+    runtime::unix_ms,
+    uploads,
 };
 
 /// Maximum length of the text of a search, in characters, and of the name of a user there, in bytes.
@@ -135,10 +137,54 @@ pub(crate) async fn check_publication(
     if let Some(flaw) = json_flaw(body.get().as_bytes(), config.limits.json_depth) {
         return Err(bad(format!("the body {flaw}")));
     }
+    if config.uploads.is_on()
+        && let Some(refused) = uploads_flaw(config, identity, publication)
+    {
+        return Err(refused);
+    }
     if *kind == Kind::Message {
         people.take_turn(&known, identity, room)?;
     }
     Ok(durable)
+}
+
+/// Why a publication can't name the uploads that it names, if it can't.
+fn uploads_flaw(
+    config: &Config,
+    identity: &Identity,
+    publication: &Publication,
+) -> Option<Refused> {
+    let (author, until) = match (publication.kind, &publication.target) {
+        (Kind::Message, _) => {
+            let ttl = u64::try_from(config.uploads.unused_ttl.as_millis()).unwrap_or(u64::MAX);
+            (&*identity.user, Some(unix_ms().saturating_sub(ttl)))
+        }
+        // An edit names again what its message has named long ago, and a moderator edits the messages of others.
+        (Kind::Edit, Some((_, Reference { user, .. }))) => {
+            (user.as_deref().unwrap_or(&identity.user), None)
+        }
+        _ => return None,
+    };
+    let (room, body) = (&publication.room, publication.body.get());
+    uploads::refusal(&config.uploads, room, author, until, body)
+}
+
+/// Checks that files may be uploaded to a room.
+pub(crate) async fn may_upload(
+    people: &People,
+    identity: &Identity,
+    room: &RoomId,
+) -> Result<(), Refused> {
+    let namespace = namespace(people.config(), room)?;
+    admitted(people, identity, Right::Write, room).await?;
+    if !namespace.durable || !namespace.history {
+        let text = format!(
+            "the namespace {:?} keeps no history, which uploads need",
+            room.namespace()
+        );
+        return Err(bad(text));
+    }
+    Ok(())
 }
 
 /// Publishes a publication that was checked. `markers`: where the marker of the user is moved, if it is. `known_time` returns the time of a stored message by its sequence, if it

@@ -232,7 +232,8 @@ fn texts(fields: &Fields, name: &str) -> Vec<String> {
 }
 
 /// The sender of the message with this key.
-fn author(room: &RoomId, key: &str) -> String {
+#[must_use]
+pub fn author(room: &RoomId, key: &str) -> String {
     let rest = key.get(room.as_str().len() + 1..).unwrap_or_default();
     let user = rest.rsplit_once('/').map_or(rest, |(user, _)| user);
     header_unescape(user).into_owned()
@@ -474,8 +475,8 @@ impl Store {
         within(self.read_timeout, running.into_future()).await
     }
 
-    /// Deletes the documents of an erasure. Returns how many of them were messages. For the messages of a user, the
-    /// rooms are noted first.
+    /// Deletes the documents of an erasure, and dooms the uploads. Returns how many of the documents were messages. For
+    /// the messages of a user, the rooms are noted first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -484,6 +485,7 @@ impl Store {
             Erased::Room(room) => doc! { "room": room.as_str() },
             Erased::User { user, .. } => doc! { "from": user },
         };
+        self.doom_erased_uploads(erasure).await?;
         let mut erased = self.delete_doomed(erasure, filter).await?;
         if let Erased::User { user, .. } = &erasure.what {
             for room in self.erased_rooms(&erasure.id).await? {
@@ -562,6 +564,7 @@ impl Store {
         key: &str,
         place: &Place,
     ) -> Result<(), StoreError> {
+        self.doom_uploads_of(&[key]).await?;
         let messages = self.majority_messages();
         let which = doc! { "room": room.as_str(), "_id": key, "place": place.to_string() };
         let delete = messages.delete_one(which).into_future();
@@ -713,6 +716,8 @@ impl Store {
         }
         let mut doomed = self.get(&keys).await?;
         doomed.retain(|document| erasure.dooms_document(document));
+        let named: Vec<&str> = doomed.iter().map(|one| one.key.as_str()).collect();
+        self.doom_uploads_of(&named).await?;
         self.delete(&doomed).await?;
         Ok(doomed.len() as u64)
     }
@@ -779,6 +784,6 @@ fn leased(holder: &str, lease: Duration) -> Fields {
     } }
 }
 
-fn millis(duration: Duration) -> i64 {
+pub(super) fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

@@ -16,6 +16,7 @@ mod schema;
 mod slots;
 mod text;
 mod update;
+mod uploads;
 mod write;
 
 use std::time::Duration;
@@ -34,13 +35,14 @@ use crate::{
     model::{Place, Position, RoomId, RoomScope},
 };
 
-pub use erase::{Again, Claimed, Erased, Erasure};
+pub use erase::{Again, Claimed, Erased, Erasure, author};
 pub use fold::{Base, Change, Deletion, Edit, Entry, Folded, Said, What};
 pub use removals::Removal;
 pub use renew::Migrated;
 pub use replies::Replies;
 pub use slots::{Annotation, Reaction, Slot};
 pub use text::{MAX_QUERY, QueryError};
+pub use uploads::{Claim, FileRemoval, Upload};
 
 /// The collection of messages.
 const MESSAGES: &str = "messages";

@@ -132,7 +132,7 @@ impl Store {
         Ok(())
     }
 
-    fn confirmed(&self, collection: &str) -> Collection<Fields> {
+    pub(super) fn confirmed(&self, collection: &str) -> Collection<Fields> {
         let mut options = CollectionOptions::default();
         options.write_concern = Some(WriteConcern::majority());
         self.database.collection_with_options(collection, options)

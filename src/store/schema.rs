@@ -100,6 +100,7 @@ impl Store {
         self.drop_index(OLD_THREAD).await?;
         self.prepare_erasures().await?;
         self.prepare_removals().await?;
+        self.prepare_uploads().await?;
         match known {
             None => self.record_version().await?,
             Some(found) if found < VERSION => {

@@ -128,6 +128,13 @@ labels! {
         ResetReplayMax "reset_replay_max", ResetOtherOrigin "reset_other_origin",
         Unavailable "unavailable",
     }
+    /// The answer of the registry of uploads.
+    UploadGrant "result" { Granted "granted", Limit "limit", Unavailable "unavailable" }
+    /// The end of an upload to the local storage: the file was stored, had another size than announced, did not arrive, or
+    /// could not be written.
+    UploadEnd "result" {
+        Stored "stored", WrongSize "wrong_size", Aborted "aborted", Failed "failed",
+    }
     /// How a gap was noticed.
     GapCause "cause" {
         Sequence "sequence", Reconnect "reconnect", Overflow "overflow", Resync "resync",
@@ -382,6 +389,16 @@ counted! {
     HistoryExpired = "natter.history.expired", "{message}";
     /// Messages removed from the streams: duplicates with the same id, or erased before.
     HistoryRemoved = "natter.history.removed", "{message}";
+    /// Uploads that clients asked for.
+    UploadGranted(result: UploadGrant) = "natter.upload.granted", "{upload}";
+    /// Files that edges received for the local storage.
+    UploadReceived(result: UploadEnd) = "natter.upload.received", "{upload}";
+    /// Uploads that no message named in time.
+    UploadUnused = "natter.upload.unused", "{upload}";
+    /// Files removed from the storage, whether they were there or not.
+    UploadRemoved = "natter.upload.removed", "{upload}";
+    /// Removals of files that failed and will be repeated.
+    UploadRemovalFailed = "natter.upload.removal_failed", "{upload}";
 }
 
 counted! {

@@ -56,3 +56,4 @@ mod tools;
 mod transfer;
 mod unread;
 mod up;
+mod uploads;

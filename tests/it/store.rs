@@ -15,6 +15,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 mod documents;
 mod threads;
+mod uploads;
 
 use crate::support::{LONG, config, dedicated_mongod, eventually, mongodb_url, unique};
 

@@ -1,6 +1,6 @@
 //! Connecting to a server: choice of the server, TLS, authentication.
 
-use std::{io, sync::Arc};
+use std::io;
 
 use async_nats::ServerAddr;
 use bytes::BytesMut;
@@ -12,15 +12,13 @@ use tokio::{
     net::TcpStream,
     time::timeout,
 };
-use tokio_rustls::{
-    TlsConnector,
-    rustls::{self, ClientConfig, RootCertStore, pki_types::ServerName},
-};
+use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::protocol::{Info, Op, next_op};
 use crate::{
     bus::connection::{CONNECT_WITHIN, ConnectError, Identity, servers},
     config,
+    runtime::tls,
 };
 
 /// Connects to the servers of a region.
@@ -279,21 +277,4 @@ fn credentials(text: &str) -> io::Result<Auth> {
     let seed = block("BEGIN USER NKEY SEED").ok_or_else(|| wrong("no user seed in it"))?;
     let key = KeyPair::from_seed(seed).map_err(|error| wrong(&error.to_string()))?;
     Ok(Auth::Credentials(jwt.to_owned(), Box::new(key)))
-}
-
-/// TLS with the system's certificate authorities (or those of `SSL_CERT_FILE`).
-fn tls() -> io::Result<TlsConnector> {
-    let found = rustls_native_certs::load_native_certs();
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(found.certs);
-    if let (true, Some(error)) = (roots.is_empty(), found.errors.into_iter().next()) {
-        return Err(io::Error::other(error));
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(io::Error::other)?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(TlsConnector::from(Arc::new(config)))
 }

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
+    config::{Config, UploadStorage},
     servers::{Check, CheckError, Spec},
 };
 
@@ -81,9 +81,9 @@ pub(super) fn args_of(role: &str, config_file: Option<&Path>) -> Vec<OsString> {
     args
 }
 
-/// Environment of every child: its region, and the server that runs here.
+/// Environment of every child: its region, the server that runs here, and the storage of uploads.
 pub(super) fn common_env(config: &Config, nats_url: &str) -> Vec<(&'static str, String)> {
-    vec![
+    let mut env = vec![
         ("NATTER__NATS__URL", nats_url.to_owned()),
         // Quoted: a name of digits would be read as a number.
         ("NATTER__REGION", format!("{:?}", config.region)),
@@ -99,7 +99,19 @@ pub(super) fn common_env(config: &Config, nats_url: &str) -> Vec<(&'static str, 
         ("NATTER__NATS__CREDS_FILE", String::new()),
         ("NATTER__MIRRORS__USER", String::new()),
         ("NATTER__MIRRORS__PASSWORD_FILE", String::new()),
-    ]
+    ];
+    if config.uploads.storage == UploadStorage::Local {
+        let secret = config.uploads.secret.expose();
+        env.extend([
+            ("NATTER__UPLOADS__STORAGE", "local".to_owned()),
+            (
+                "NATTER__UPLOADS__FOLDER",
+                config.uploads.folder.display().to_string(),
+            ),
+            ("NATTER__UPLOADS__SECRET", secret.to_owned()),
+        ]);
+    }
+    env
 }
 
 /// Address at which a local client reaches a listener on `listen`, which may be "all addresses".

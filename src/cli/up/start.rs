@@ -22,7 +22,7 @@ use super::{
     token,
 };
 use crate::{
-    config::Config,
+    config::{Config, Secret, UploadStorage},
     mesh::provision::{self, provision_mesh},
     servers::{
         Binaries, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Process, Sources,
@@ -91,7 +91,7 @@ pub(super) async fn start(
     };
     let nats = start_all_nats(args, configs, &launcher, binaries.nats_server, &data);
     let (started, mongod) = tokio::try_join!(nats, mongod)?;
-    let regions = keep_all_nats(started, configs, &data, stack)?;
+    let mut regions = keep_all_nats(started, configs, &data, stack)?;
     let (mongodb, mongod_pid) = match mongod {
         Some(mongod) => {
             let running = (Some(mongod.url()), mongod.pid());
@@ -102,6 +102,15 @@ pub(super) async fn start(
     };
 
     provision_all(&regions).await?;
+    for region in &mut regions {
+        let uploads = &mut region.config.uploads;
+        // The registry of uploads is in MongoDB.
+        if !uploads.is_on() && mongodb.is_some() {
+            uploads.storage = UploadStorage::Local;
+            uploads.folder = data.path().join("uploads");
+            uploads.secret = Secret::new(data.secret()?);
+        }
+    }
 
     let configured = config.auth.hs256_secret.expose();
     let development = if configured.is_empty() {

@@ -17,6 +17,7 @@ pub(crate) mod presence;
 pub(crate) mod raw;
 pub(crate) mod regions;
 pub(crate) mod relay;
+pub(crate) mod s3;
 pub(crate) mod sessions;
 pub(crate) mod star;
 pub(crate) mod storm;
