@@ -160,13 +160,14 @@ async fn what_a_watcher_knows_equals_a_fresh_list() {
             let edge = edges[rng.random_range(0..2)];
             let room = rooms[rng.random_range(0..rooms.len())].clone();
             let is_in = watcher_is_in(edge, &room, &boss).await;
+            let groups = room.contains("group-");
             let op = rng.random_range(0..20);
             match op {
                 0..=9 => drop(
                     say(
                         edge,
                         &room,
-                        ["bob", "cat"][op % 2],
+                        ["bob", "cat"][op % 2 * usize::from(groups)],
                         &format!("{round}.{step}"),
                     )
                     .await,
