@@ -209,6 +209,7 @@ async fn tell(
         user: FROM_NATTER,
         id: &ulid::Ulid::new().to_string(),
         after: None,
+        original_ts: None,
     };
     match durable {
         true => publisher.durable(&outgoing, |_seq| None).await.map(drop)?,

@@ -229,6 +229,7 @@ pub(super) async fn download(
     let span = command_span("download", &headers);
     let download = async {
         let identity = authorize(&api, &headers)?;
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let uploads = api.shared.uploads()?;
         let Path((room, upload)) = path.map_err(|error| bad(error.body_text()))?;
         let room = RoomId::parse(&room)

@@ -115,6 +115,7 @@ impl<'d> Export<'d> {
         let mut anchor = PageAnchor::Oldest;
         loop {
             let request = PageRequest {
+                thread: None,
                 room: room.clone(),
                 anchor,
                 limit: PAGE,
