@@ -245,7 +245,6 @@ fn reactions<'a>(folded: &'a Folded, most: &Most) -> (BTreeMap<&'a str, Reaction
 }
 
 /// Annotations, the last one of each name with its user, and whether there are more.
-#[expect(clippy::type_complexity, reason = "a name, with who said what")]
 fn annotations<'a>(
     folded: &'a Folded,
     most: &Most,

@@ -1,7 +1,7 @@
 //! `natter import` and `natter export`, and how long history is kept.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Output, Stdio},
 };
 
@@ -40,7 +40,7 @@ async fn natter(mesh: &Mesh, args: &[&str]) -> Output {
 }
 
 /// Runs `natter import` and returns what it prints, if it succeeds.
-async fn import(mesh: &Mesh, file: &PathBuf, flags: &[&str]) -> String {
+async fn import(mesh: &Mesh, file: &Path, flags: &[&str]) -> String {
     let mut args = vec!["import", file.to_str().unwrap()];
     args.extend(flags);
     let output = natter(mesh, &args).await;

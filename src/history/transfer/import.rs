@@ -305,6 +305,9 @@ fn epoch(digest: &[u8]) -> Epoch {
     Epoch::parse(&text).expect("8 letters and digits")
 }
 
+/// A line with its number, or what is wrong with it.
+type Numbered = (u64, Result<String, String>);
+
 /// The lines of a file that are not empty, with their numbers.
 struct Lines {
     file: BufReader<File>,
@@ -320,7 +323,7 @@ impl Lines {
     }
 
     /// The next line, or what is wrong with it.
-    fn next(&mut self) -> Result<Option<(u64, Result<String, String>)>, TransferError> {
+    fn next(&mut self) -> Result<Option<Numbered>, TransferError> {
         loop {
             let mut bytes = Vec::new();
             let most = MAX_LINE as u64 + 1;
@@ -335,9 +338,8 @@ impl Lines {
                 let problem = format!("it has more than {MAX_LINE} bytes");
                 return Ok(Some((self.number, Err(problem))));
             }
-            let text = match String::from_utf8(bytes) {
-                Ok(text) => text,
-                Err(_) => return Ok(Some((self.number, Err("it is not UTF-8".to_owned())))),
+            let Ok(text) = String::from_utf8(bytes) else {
+                return Ok(Some((self.number, Err("it is not UTF-8".to_owned()))));
             };
             let text = text.strip_prefix(MARK).unwrap_or(&text).trim();
             if !text.is_empty() {
