@@ -463,6 +463,9 @@ pub fn record_key(room: &RoomId) -> String {
     format!("{}.{}", room.namespace(), room.name())
 }
 
+/// The keys of all records.
+pub const RECORD_KEYS: &str = "*.*";
+
 /// The room of a [`record_key`].
 #[must_use]
 pub fn parse_record_key(key: &str) -> Option<RoomId> {

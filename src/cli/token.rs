@@ -35,7 +35,7 @@ pub(super) struct Token {
     /// Rooms of the token: ns:name, ns:* or *:*, where {sub} stands for the user; may be repeated.
     #[arg(long, value_name = "PATTERN", default_value = "*:*")]
     rooms: Vec<String>,
-    /// Rights in those rooms: read, write, presence, history, moderate, admin.
+    /// Rights in those rooms: read, write, presence, history, moderate, erase, manage, follow, admin.
     #[arg(
         long,
         value_name = "RIGHTS",
@@ -184,10 +184,13 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_allow_everything_but_moderation_for_an_hour() {
+    fn the_defaults_allow_to_take_part_for_an_hour() {
         let token = make(&["--user", "kim", "--secret", SECRET]).unwrap();
         for right in Right::ALL {
-            let by_default = ![Right::Moderate, Right::Admin].contains(&right);
+            let by_default = matches!(
+                right,
+                Right::Read | Right::Write | Right::Presence | Right::History
+            );
             assert_eq!(may(&token, right, "any:room"), by_default);
         }
         let identity = verifier().verify(&token, unix_s()).unwrap();

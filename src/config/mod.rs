@@ -37,6 +37,9 @@ const MIN_LEASE: Duration = Duration::from_secs(3);
 /// Maximum number of rooms of one `unread`.
 const MAX_UNREAD_ROOMS: usize = 1000;
 
+/// Most named members of a room: its record is one value of a bucket, with at most twice as many entries.
+const MAX_ROOM_MEMBERS: usize = 2000;
+
 /// Maximum number of messages of one batch for MongoDB (its own limit of operations in one command).
 const MAX_BATCH: usize = 100_000;
 
@@ -778,6 +781,13 @@ impl Config {
                 limits.unread_rooms
             ),
         );
+        check(
+            (1..=MAX_ROOM_MEMBERS).contains(&limits.room_members),
+            format!(
+                "limits.room_members = {}: must be 1 to {MAX_ROOM_MEMBERS}, they are all in one value of a bucket; larger rooms are open ones",
+                limits.room_members
+            ),
+        );
         for (key, size, at_least) in [
             ("limits.body", limits.body, 1),
             ("limits.frame", limits.frame, limits.body.as_u64() + 4096),
@@ -868,7 +878,7 @@ mod tests {
     #[test]
     fn every_fault_is_named_at_once() {
         let error = load(
-            "region = 'Se oul'\n[nats]\nprefix = 'a.b'\npublish_timeout = '6s'\n[mirrors]\nleafnodes = 'nats-leaf://a:1, b'\n[limits]\nframe = '1KiB'\n[auth]\nhs256_secret = 'short'",
+            "region = 'Se oul'\n[nats]\nprefix = 'a.b'\npublish_timeout = '6s'\n[mirrors]\nleafnodes = 'nats-leaf://a:1, b'\n[limits]\nframe = '1KiB'\nroom_members = 2001\n[auth]\nhs256_secret = 'short'",
         )
         .unwrap_err()
         .to_string();
@@ -878,6 +888,7 @@ mod tests {
             "nats.publish_timeout",
             "mirrors.leafnodes",
             "limits.frame",
+            "limits.room_members = 2001: must be 1 to 2000",
             "auth.hs256_secret",
         ] {
             assert!(error.contains(key), "{key} is missing in: {error}");

@@ -32,13 +32,15 @@ use crate::{
     model::{Region, RoomId},
     protocol::{ErrorCode, Refused},
     runtime::unix_ms,
-    subject::{BLOCK_KEYS, block_key, bucket, parse_block_key, parse_record_key, record_key},
+    subject::{
+        BLOCK_KEYS, RECORD_KEYS, block_key, bucket, parse_block_key, parse_record_key, record_key,
+    },
 };
 
 /// Rooms whose records an edge keeps at most, besides those that somebody is in.
 const MAX_KNOWN: usize = 65_536;
 
-/// Records that are read in one request.
+/// Records that are read in one request. When as many are asked for, whoever asks for another one waits.
 const BATCH: usize = 500;
 
 /// How often it is checked whether a read is due.
@@ -75,7 +77,7 @@ pub struct People {
     pub(super) index: Bucket,
     pub(super) origins: Arc<Origins>,
     known: RwLock<HashMap<RoomId, Arc<Known>>>,
-    loads: mpsc::UnboundedSender<Load>,
+    loads: mpsc::Sender<Load>,
     changes: broadcast::Sender<RoomId>,
     /// When the bucket last failed to answer.
     failed: RwLock<Option<Instant>>,
@@ -91,7 +93,7 @@ struct Load {
 
 /// Requests for records. [`People::follow`] answers them.
 #[derive(Debug)]
-pub struct Loads(mpsc::UnboundedReceiver<Load>);
+pub struct Loads(mpsc::Receiver<Load>);
 
 /// What follows the buckets.
 #[derive(Debug)]
@@ -168,7 +170,7 @@ impl People {
     ) -> (Arc<Self>, Loads) {
         let connection = reader.connection().clone();
         let bucket = |name| Bucket::new(connection.clone(), reader.clone(), config, name);
-        let (loads, requests) = mpsc::unbounded_channel();
+        let (loads, requests) = mpsc::channel(BATCH);
         let people = Arc::new(Self {
             config: Arc::clone(config),
             records: bucket(bucket::ROOMS),
@@ -222,7 +224,7 @@ impl People {
             done,
         };
         // The other end is gone only when the edge is.
-        let asked = self.loads.send(load).is_ok();
+        let asked = self.loads.send(load).await.is_ok();
         if !(asked && loaded.await.unwrap_or(false)) && needed {
             let text = format!("who may be in {room} can't be read now");
             return Err(Refused::new(ErrorCode::Unavailable, text));
@@ -291,7 +293,7 @@ impl People {
 
     /// Subscribes to the changes. `None` if NATS was closed.
     pub async fn open(&self) -> Option<Feeds> {
-        let records = self.records.changes("*.*").await.ok()?;
+        let records = self.records.changes(RECORD_KEYS).await.ok()?;
         let blocks = self.index.changes(BLOCK_KEYS).await.ok()?;
         Some(Feeds { records, blocks })
     }
@@ -360,7 +362,7 @@ impl People {
         for streams in self.origins.all() {
             let origin = streams.origin();
             let pairs = [
-                (true, &self.records, "*.*"),
+                (true, &self.records, RECORD_KEYS),
                 (false, &self.index, BLOCK_KEYS),
             ];
             for (of_records, bucket, keys) in pairs {
@@ -515,14 +517,19 @@ impl People {
     }
 
     fn learn_of(&self, room: &RoomId, known: &Known, record: &Record) {
+        let is_new = known.record.read().is_none();
         if known.learn(record) {
+            if is_new && pair(record).is_some() {
+                // Whether one of the two has blocked the other is read with it.
+                known.is_read.store(false, Ordering::Release);
+            }
             // Nobody may be listening yet.
             let _nobody = self.changes.send(room.clone());
         }
     }
 
     /// Applies what this edge has written, before it is republished.
-    pub(super) async fn wrote(&self, room: &RoomId, record: &Record) {
+    pub(super) fn wrote(&self, room: &RoomId, record: &Record) {
         let known = Arc::clone(self.known.write().entry(room.clone()).or_default());
         self.learn_of(room, &known, record);
     }

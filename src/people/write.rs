@@ -30,6 +30,9 @@ const ATTEMPTS: u32 = 20;
 /// Pause before another attempt, times their number.
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// Largest value of a key, in bytes: what NATS carries by default, with room for headers.
+const MAX_VALUE: usize = 900 * 1024;
+
 /// Entries of the index that are written at once.
 const INDEX_WRITES: usize = 16;
 
@@ -133,6 +136,13 @@ impl People {
             let value = serde_json::to_vec(&new).map_err(|error| {
                 Refused::new(ErrorCode::Internal, format!("the record: {error}"))
             })?;
+            if value.len() > MAX_VALUE {
+                let text = format!(
+                    "the record would have {} bytes, the limit is {MAX_VALUE}",
+                    value.len()
+                );
+                return Err(Refused::new(ErrorCode::Limit, text));
+            }
             let how = Put {
                 expected: Some(revision),
                 ..Put::default()
@@ -213,7 +223,7 @@ impl People {
         let (record, done) = self.update(&self.records, &record_key(room), made).await?;
         let record = record
             .ok_or_else(|| Refused::new(ErrorCode::Internal, format!("{room} has no record")))?;
-        self.wrote(room, &record).await;
+        self.wrote(room, &record);
         let (told, concerned, created) = match done {
             Some((told, concerned, created)) => {
                 count(Counter::RecordChanged, 1);

@@ -116,7 +116,7 @@ pub(crate) async fn check_publication(
     } = publication;
     let durable = namespace(config, room)?.durable;
     granted(identity, Right::Write, room)?;
-    let known = people.check(identity, Right::Write, room).await?;
+    people.check(identity, Right::Write, room).await?;
     if let (Kind::Edit | Kind::Delete, Some((_, reference))) = (kind, target)
         && !reference.is_by(&identity.user)
     {
@@ -142,8 +142,19 @@ pub(crate) async fn check_publication(
     {
         return Err(refused);
     }
-    if *kind == Kind::Message {
-        people.take_turn(&known, identity, room)?;
+    Ok(durable)
+}
+
+/// As [`check_publication`], for what is published now: a message in a room in slow mode takes its sender's turn.
+pub(crate) async fn accept_publication(
+    people: &People,
+    identity: &Identity,
+    publication: &Publication,
+) -> Result<bool, Refused> {
+    let durable = check_publication(people, identity, publication).await?;
+    if publication.kind == Kind::Message {
+        let known = people.of(&publication.room).await?;
+        people.take_turn(&known, identity, &publication.room)?;
     }
     Ok(durable)
 }

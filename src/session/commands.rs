@@ -603,7 +603,7 @@ impl Session {
         publication: Publication,
     ) -> Answered {
         let people = &self.context.people;
-        let durable = answers::check_publication(people, &identity, &publication).await?;
+        let durable = answers::accept_publication(people, &identity, &publication).await?;
         self.replies.room_for_one().await;
         let room = publication.room.clone();
         let ticket = self.replies.promise(room, publication.body.get().len());

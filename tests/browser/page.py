@@ -319,7 +319,7 @@ class Up:
         request = urllib.request.Request(
             f"{self.url()}{path}",
             method="DELETE",
-            headers={"Authorization": f"Bearer {self.token('mod', can=['moderate'])}"},
+            headers={"Authorization": f"Bearer {self.token('mod', can=['erase'])}"},
         )
         with HTTP.open(request, timeout=30) as response:
             return json.load(response)["state"] == "done"

@@ -22,8 +22,12 @@ use crate::support::{
 /// Codes that have no HTTP request: it has no `op`, and no room to be in.
 const NOT_OVER_HTTP: [ErrorCode; 2] = [ErrorCode::UnknownOp, ErrorCode::NotJoined];
 
-/// Codes that only an HTTP request has: a frame has come when it is looked at.
-const NOT_OVER_THE_SOCKET: [ErrorCode; 1] = [ErrorCode::Timeout];
+/// Codes that only an HTTP request has: a frame has come when it is looked at, and records are for HTTP.
+const NOT_OVER_THE_SOCKET: [ErrorCode; 3] = [
+    ErrorCode::Timeout,
+    ErrorCode::UnknownRoom,
+    ErrorCode::Conflict,
+];
 
 /// The codes that were seen, each with all that belongs to it.
 #[derive(Debug, Default)]
@@ -391,6 +395,14 @@ async fn refused_by_the_edge() -> Seen {
     let rooms = json!({"rooms": vec!["chat:a"; 501]}).to_string();
     let post = ("POST", "/v1/unread", rooms.as_str());
     seen.request(address, &token, post, ErrorCode::Limit).await;
+
+    // Records of rooms.
+    let path = "/v1/rooms/chat:nobody-made-it";
+    seen.request(address, &token, ("GET", path, ""), ErrorCode::UnknownRoom)
+        .await;
+    let headers = format!("{}If-Match: \"0\"\r\n", bearer(&token));
+    let answer = request(address, "PATCH", path, &headers, r#"{"title":"x"}"#).await;
+    seen.answer("another version", &answer, ErrorCode::Conflict);
 
     // Membership.
     for op in ["leave", "typing"] {

@@ -25,7 +25,7 @@ use crate::support::{
     LONG,
     calls::reply,
     eventually,
-    mesh::{http, token},
+    mesh::{self, http, token},
     overheard::Overheard,
     unique,
 };
@@ -111,6 +111,35 @@ async fn use_it(first: SocketAddr, second: SocketAddr) {
     let path = format!("/v1/rooms/chat:lobby/poll?ticket={ticket}");
     let (status, body) = http(second, "GET", &path, "", "").await.unwrap();
     assert_eq!(status, 204, "{body}");
+    // A record of a room, its index, and a block; the other edge hears of changes.
+    let group = json!({"namespace": "chat", "kind": "group", "name": "made", "members": ["kim"]});
+    for (method, path, body) in [
+        ("POST", "/v1/rooms", group),
+        ("PUT", "/v1/users/kim/blocks/lee", Value::Null),
+    ] {
+        let (status, answer) = mesh::ask(first, (method, path), &token("kim"), &body).await;
+        assert!(matches!(status, 201 | 204), "{path}: {status} {answer}");
+    }
+    call(second, "GET", "/v1/rooms/chat:made", &Value::Null)
+        .await
+        .unwrap();
+    call(
+        first,
+        "PATCH",
+        "/v1/rooms/chat:made",
+        &json!({"title": "T"}),
+    )
+    .await
+    .unwrap();
+    eventually("the other edge has heard of a change", LONG, async || {
+        let record = call(second, "GET", "/v1/rooms/chat:made", &Value::Null).await?;
+        if record["title"] == "T" {
+            Ok(())
+        } else {
+            Err(record.to_string())
+        }
+    })
+    .await;
     // A replay from the beginning, on the other edge.
     let mut late = connect(second, "park").await;
     let page = call(second, "GET", "/v1/rooms/chat:lobby/messages", &Value::Null)

@@ -87,7 +87,7 @@ async fn nothing_is_said_about_a_good_mesh() {
     let star = Star::start(&BOTH, ONE_PARTITION).await;
     let config = provisioned(&star).await;
     let found = until(&config, "all mirrors run", is_fine).await;
-    assert_eq!((found.regions, found.streams, found.servers), (2, 22, 1));
+    assert_eq!((found.regions, found.streams, found.servers), (2, 30, 1));
 
     let flags = [
         "doctor",
@@ -102,7 +102,7 @@ async fn nothing_is_said_about_a_good_mesh() {
     let told: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(
         (&told["regions"], &told["streams"], &told["servers"]),
-        (&json!(2), &json!(22), &json!(1))
+        (&json!(2), &json!(30), &json!(1))
     );
     // The system account of its own server, which alone was asked, does not reach it.
     let findings = told["findings"].as_array().unwrap();
@@ -388,6 +388,7 @@ const EDGE: &str = r#", permissions: {
   publish: { allow: [
     "natter.in.seoul.>", "natter.eph.>", "natter.edge.>", "natter.svc.>",
     "$KV.presence_seoul.>", "$KV.edges_seoul.>", "$KV.lastread_seoul.>",
+    "$KV.rooms_seoul.>", "$KV.inbox_seoul.>",
     "$JS.API.STREAM.INFO.*", "$JS.API.DIRECT.GET.*", "$JS.API.STREAM.PURGE.KV_presence_seoul",
     "$JS.API.STREAM.PURGE.KV_edges_seoul",
     "$SYS.REQ.USER.INFO", "_INBOX.>"
@@ -410,6 +411,7 @@ async fn an_edges_user_needs_no_more_than_an_edge_and_what_it_lacks_is_named() {
 
     let less = permissions
         .replace("\"$KV.lastread_seoul.>\",", "")
+        .replace("\"$KV.inbox_seoul.>\",", "")
         .replace("\"$JS.API.DIRECT.GET.*\",", "")
         .replace("\"natter.kv.seoul.>\",", "");
     let star = Star::start_with(&["seoul"], ONE_PARTITION, SYNC_ALWAYS, &less).await;
@@ -419,8 +421,11 @@ async fn an_edges_user_needs_no_more_than_an_edge_and_what_it_lacks_is_named() {
     let found = examine(&config).await.unwrap();
     for (verb, subject) in [
         ("may not publish to", "$KV.lastread_seoul."),
+        ("may not publish to", "$KV.inbox_seoul."),
         ("may not publish to", "$JS.API.DIRECT.GET.ROOMS_seoul_0"),
         ("may not subscribe to", "natter.kv.seoul.*.presence."),
+        ("may not subscribe to", "natter.kv.seoul.*.rooms."),
+        ("may not subscribe to", "natter.kv.seoul.*.inbox."),
     ] {
         let of = |f: &&Finding| f.check == Check::Permission && f.what.contains(verb);
         let finding = found.findings.iter().find(of);

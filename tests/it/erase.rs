@@ -312,8 +312,8 @@ async fn an_erased_user_is_gone_from_the_rooms_of_the_token_and_others_stay() {
         "mod",
         LONG,
         vec![
-            Grant::new(a, &[Right::Moderate]),
-            Grant::new(b, &[Right::Moderate]),
+            Grant::new(a, &[Right::Erase]),
+            Grant::new(b, &[Right::Erase]),
             Grant::new(c, &[Right::Read, Right::History]),
         ],
     );
@@ -408,9 +408,15 @@ async fn a_region_that_is_only_named_has_to_erase_too() {
 }
 
 #[tokio::test]
-async fn only_moderators_erase() {
+async fn only_who_may_erase_erases() {
     let mesh = Mesh::with_history(nats_url(), mongodb_url(), (1, 1), "").await;
-    let rights = [Right::Read, Right::Write, Right::History, Right::Presence];
+    let rights = Right::ALL.map(|right| {
+        if right == Right::Erase {
+            Right::Read
+        } else {
+            right
+        }
+    });
     let plain = token_with("kim", LONG, vec![Grant::new("*:*", &rights)]);
     let address = mesh.edges[0].address;
     let status = async |path: &str, token: &str| {
@@ -422,6 +428,10 @@ async fn only_moderators_erase() {
     };
     let refused = |status: u16, code: &str| (status, code.to_owned());
     assert_eq!(
+        status("/v1/rooms/chat:x/messages", &plain).await,
+        refused(403, "forbidden")
+    );
+    assert_eq!(
         status("/v1/rooms/chat:x", &plain).await,
         refused(403, "forbidden")
     );
@@ -430,21 +440,27 @@ async fn only_moderators_erase() {
         refused(403, "forbidden")
     );
     assert_eq!(
-        status("/v1/rooms/chat:x", "x").await,
+        status("/v1/rooms/chat:x/messages", "x").await,
         refused(401, "unauthorized")
     );
     let all = token("mod");
     assert_eq!(
-        status("/v1/rooms/nowhere:x", &all).await,
+        status("/v1/rooms/nowhere:x/messages", &all).await,
         refused(404, "unknown_namespace")
     );
     assert_eq!(
-        status("/v1/rooms/live:x", &all).await,
+        status("/v1/rooms/live:x/messages", &all).await,
         refused(400, "bad_request")
     );
-    assert_eq!(status("/v1/rooms/x", &all).await, refused(400, "bad_room"));
+    assert_eq!(
+        status("/v1/rooms/x/messages", &all).await,
+        refused(400, "bad_room")
+    );
     // Nothing is there, and that is well.
-    assert_eq!(erase(&mesh, "/v1/rooms/chat:x", &all).await["erased"], 0);
+    assert_eq!(
+        erase(&mesh, "/v1/rooms/chat:x/messages", &all).await["erased"],
+        0
+    );
     assert_eq!(
         erase(&mesh, "/v1/users/nobody/messages", &all).await["erased"],
         0

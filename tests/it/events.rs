@@ -13,91 +13,14 @@ use tokio::{
 };
 
 use crate::support::{
-    self, LONG, eventually,
+    self, LONG,
+    events::Events,
+    eventually,
     mesh::{Mesh, ask, token, token_with},
     raw::{Answer, bearer, request},
     regions::Regions,
     signal,
 };
-
-/// One event: its id, name and data.
-#[derive(Debug, Clone, PartialEq)]
-struct Event {
-    id: Option<String>,
-    name: String,
-    data: Value,
-}
-
-/// A stream of events.
-struct Events {
-    reader: BufReader<TcpStream>,
-}
-
-impl Events {
-    async fn open(address: SocketAddr, path: &str, headers: &str) -> Self {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        let text = format!("GET {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n");
-        stream.write_all(text.as_bytes()).await.unwrap();
-        let mut events = Self {
-            reader: BufReader::new(stream),
-        };
-        let mut head = String::new();
-        while !head.ends_with("\r\n\r\n") {
-            let line = events.line().await.unwrap_or_else(|| panic!("{head}"));
-            head += &line;
-        }
-        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
-        assert!(head.contains("text/event-stream"), "{head}");
-        assert_eq!(events.line().await.unwrap(), "retry: 1000\n");
-        assert_eq!(events.line().await.unwrap(), "\n");
-        events
-    }
-
-    async fn line(&mut self) -> Option<String> {
-        let mut line = String::new();
-        let read = timeout(LONG, self.reader.read_line(&mut line)).await;
-        let read = read.expect("nothing comes");
-        matches!(read, Ok(1..)).then_some(line)
-    }
-
-    /// The next event; `None` at the end. Comments are skipped.
-    async fn next(&mut self) -> Option<Event> {
-        let (mut id, mut name, mut data) = (None, None, Vec::new());
-        loop {
-            let line = self.line().await?;
-            let line = line.strip_suffix('\n').unwrap();
-            match line.split_once(": ") {
-                Some(("id", its)) => id = Some(its.to_owned()),
-                Some(("event", its)) => name = Some(its.to_owned()),
-                Some(("data", its)) => data.push(its.to_owned()),
-                _ if line.is_empty() && name.is_some() => break,
-                _ => assert!(line.is_empty() || line.starts_with(':'), "{line}"),
-            }
-        }
-        let data = serde_json::from_str(&data.join("\n")).unwrap();
-        let name = name.unwrap();
-        Some(Event { id, name, data })
-    }
-
-    async fn named(&mut self, name: &str) -> Event {
-        let event = self.next().await.expect("the stream ended");
-        assert_eq!(event.name, name, "{event:?}");
-        event
-    }
-
-    async fn until(&mut self, name: &str) -> Event {
-        let until = async {
-            loop {
-                let event = self.next().await.expect("the stream ended");
-                if event.name == name {
-                    return event;
-                }
-            }
-        };
-        // Comments come all the time, so a wait for a line alone would have no end.
-        timeout(LONG, until).await.expect("no such event")
-    }
-}
 
 async fn say(mesh: &Mesh, room: &str, body: Value) -> Value {
     let path = format!("/v1/rooms/{room}/messages");

@@ -43,6 +43,7 @@ mod resume;
 mod resync;
 mod roam;
 mod roaming;
+mod rooms;
 mod server_api;
 mod servers;
 mod shards;

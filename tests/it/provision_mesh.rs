@@ -18,10 +18,10 @@ use crate::support::{
 
 const ONE_PARTITION: &str = "[nats]\npartitions = 1";
 
-/// Streams of one region with one partition: rooms, dead letters, four buckets.
-const OWN: usize = 6;
+/// Streams of one region with one partition: rooms, dead letters, six buckets.
+const OWN: usize = 8;
 /// Those of them that are mirrored.
-const MIRRORED: usize = 5;
+const MIRRORED: usize = 7;
 
 const DRY: Options = Options {
     dry_run: true,

@@ -8,7 +8,7 @@ pub(super) struct Report {
     pub regions: Vec<RegionReport>,
     pub mongodb: Option<String>,
     pub mongod_pid: Option<u32>,
-    /// A development token for every room, with every right but moderate and admin.
+    /// A development token for every room, with the rights read, write, presence and history.
     pub token: String,
     /// Process id of `natter up` itself.
     pub pid: u32,
@@ -63,7 +63,7 @@ impl Report {
         }
         line("MongoDB", self.mongodb.as_deref().unwrap_or("not running"));
         text.push_str(
-            "\nA development token, valid for 30 days, for every room, with every right but moderate and admin:\n\n  ",
+            "\nA development token, valid for 30 days, for every room, with the rights read, write, presence and history:\n\n  ",
         );
         text.push_str(&self.token);
         text.push_str("\n\n");

@@ -10,7 +10,7 @@ use crate::{
 /// How long it is valid.
 const VALID_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
-/// A token for user `dev` with every right but moderate and admin, in every room.
+/// A token for user `dev` with the rights to take part in every room.
 pub(super) fn development(auth: &Auth, secret: &str) -> anyhow::Result<String> {
     let expires = SystemTime::now().duration_since(UNIX_EPOCH)? + VALID_FOR;
     let required = |value: &String| (!value.is_empty()).then(|| value.clone());

@@ -463,7 +463,7 @@ pub(in crate::codec) fn event(form: Form, event: &Event) -> Option<Bytes> {
         }
         Event::Kicked { room, code } => {
             let code_of = match *code {
-                "forbidden" | "removed" => UNSUBSCRIBED,
+                "forbidden" | "removed" | "banned" | "closed" => UNSUBSCRIBED,
                 "expired" => EXPIRED,
                 _ => RESUBSCRIBE,
             };

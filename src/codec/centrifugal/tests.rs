@@ -424,6 +424,14 @@ fn events_have_no_offset_and_some_are_not_told() {
             push(json!({"unsubscribe": {"code": 2000, "reason": "forbidden"}})),
         ),
         (
+            kicked("banned"),
+            push(json!({"unsubscribe": {"code": 2000, "reason": "banned"}})),
+        ),
+        (
+            kicked("closed"),
+            push(json!({"unsubscribe": {"code": 2000, "reason": "closed"}})),
+        ),
+        (
             kicked("epoch"),
             push(json!({"unsubscribe": {"code": 2500, "reason": "epoch"}})),
         ),

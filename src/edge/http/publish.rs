@@ -129,8 +129,17 @@ pub(super) async fn store(
     identity: &Identity,
     publication: &Publication,
 ) -> Result<PublishReply, Refused> {
-    let people = &ready.people;
-    let durable = answers::check_publication(people, identity, publication).await?;
+    let durable = answers::accept_publication(&ready.people, identity, publication).await?;
+    store_accepted(ready, identity, publication, durable).await
+}
+
+/// Publishes what was checked.
+async fn store_accepted(
+    ready: &Ready,
+    identity: &Identity,
+    publication: &Publication,
+    durable: bool,
+) -> Result<PublishReply, Refused> {
     let id = match &publication.id {
         Some(id) => id.to_string(),
         None => ulid::Ulid::new().to_string(),
@@ -256,7 +265,7 @@ pub(super) async fn publish_many(
             );
             return Err(HttpError::new(ErrorCode::Limit, text));
         }
-        let publishes = messages.iter().enumerate().map(async |(number, message)| {
+        let accept = async |number: usize, message: &RawValue| {
             // The request itself has counted for the first.
             if number > 0 {
                 within_pace(&api, &identity.user)?;
@@ -270,8 +279,19 @@ pub(super) async fn publish_many(
             let publication = native::decode_publication(room, message.get().as_bytes())?;
             let other = r#as.map(|user| acting_as(&identity, &user, &publication.room));
             let other = other.transpose()?;
-            let identity = other.as_ref().unwrap_or(&identity);
-            store(ready, identity, &publication).await
+            let sender = other.as_ref().unwrap_or(&identity);
+            let durable = answers::accept_publication(&ready.people, sender, &publication).await?;
+            Ok::<_, Refused>((other, publication, durable))
+        };
+        // One after the other: one that waits for the record of its room must not be overtaken.
+        let mut accepted = Vec::with_capacity(messages.len());
+        for (number, message) in messages.iter().enumerate() {
+            accepted.push(Box::pin(accept(number, message)).await);
+        }
+        let publishes = accepted.into_iter().map(async |accepted| {
+            let (other, publication, durable) = accepted?;
+            let sender = other.as_ref().unwrap_or(&identity);
+            store_accepted(ready, sender, &publication, durable).await
         });
         // The publishes reach NATS in the order in which they are begun.
         let results = join_all(publishes.map(Box::pin)).await;

@@ -24,7 +24,13 @@ use crate::{
 const ROUND_TRIP: Duration = Duration::from_secs(5);
 
 /// Buckets that an edge writes.
-const WRITTEN: [&str; 3] = [bucket::PRESENCE, bucket::EDGES, bucket::LASTREAD];
+const WRITTEN: [&str; 5] = [
+    bucket::PRESENCE,
+    bucket::EDGES,
+    bucket::LASTREAD,
+    bucket::ROOMS,
+    bucket::INBOX,
+];
 
 /// Checks the user of `nats`.
 pub(super) async fn examine(
@@ -152,8 +158,13 @@ impl Needs {
             needs.subscribed.insert(subject.clone());
             needs.published.insert(subject);
         }
-        for bucket in [bucket::EDGES, bucket::CONTROL] {
-            let changes = subjects.bucket_changes(&own, bucket, ">");
+        for (bucket, keys) in [
+            (bucket::EDGES, ">"),
+            (bucket::CONTROL, ">"),
+            (bucket::ROOMS, subject::RECORD_KEYS),
+            (bucket::INBOX, subject::BLOCK_KEYS),
+        ] {
+            let changes = subjects.bucket_changes(&own, bucket, keys);
             needs.subscribed.insert(changes);
         }
         needs
