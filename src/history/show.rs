@@ -6,9 +6,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::{
-    model::{
-        Cursor, Fingerprint, Kind, MAX_JSON_DEPTH, Place, RoomId, header_unescape, json_flaw,
-    },
+    model::{Cursor, Fingerprint, Kind, MAX_JSON_DEPTH, Place, RoomId, header_unescape, json_flaw},
     store::{Base, Folded, Replies},
     subject::FROM_NATTER,
 };

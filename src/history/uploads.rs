@@ -214,6 +214,7 @@ mod tests {
                 seq: 1,
             },
             from: from.to_owned(),
+            original_ts: None,
             what,
         }
     }

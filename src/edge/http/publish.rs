@@ -154,7 +154,7 @@ async fn store_accepted(
     // What begins with `$` is no user, and has read nothing.
     let markers = (!identity.user.starts_with('$')).then_some(&*ready.markers);
     let published = answers::publish(
-        people,
+        &ready.people,
         &ready.publisher,
         markers,
         &outgoing,

@@ -80,6 +80,7 @@ fn random_entry(random: &mut StdRng, room: &RoomId, seq: u64) -> Entry {
         },
     };
     Entry {
+        original_ts: None,
         room: room.clone(),
         place: place(origin, 1_000 + seq / 4, seq),
         from: "kim".to_owned(),
