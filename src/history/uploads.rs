@@ -230,7 +230,7 @@ mod tests {
             },
         };
         let change = |change| What::Change {
-            target: "chat:x/lee%2F/2".to_owned(),
+            target: "chat:x/lee//2".to_owned(),
             change,
         };
         let edit = Change::Edit {
@@ -252,10 +252,10 @@ mod tests {
             told.collect::<Vec<_>>(),
             [
                 ("kim", "chat:x/kim/1", uploads),
-                ("lee/", "chat:x/lee%2F/2", uploads)
+                ("lee/", "chat:x/lee//2", uploads)
             ]
         );
         let keys = perhaps_deleted(&entries, &claims);
-        assert_eq!(keys, ["chat:x/lee%2F/2", "chat:x/kim/1", "chat:x/lee%2F/2"]);
+        assert_eq!(keys, ["chat:x/lee//2", "chat:x/kim/1", "chat:x/lee//2"]);
     }
 }

@@ -99,7 +99,7 @@ impl InboxOf {
 
 /// The beginning of the text of a message, if it has one.
 #[must_use]
-pub fn text_of(body: &[u8]) -> Option<String> {
+pub fn preview(body: &[u8]) -> Option<String> {
     let text = match serde_json::from_slice(body).ok()? {
         Value::String(text) => text,
         Value::Object(mut fields) => match fields.remove("text")? {
@@ -207,7 +207,7 @@ impl People {
             .map(|one| &one.order.room)
             .collect();
         let unread = markers.unread(user, durable.iter().copied()).await?;
-        let after = markers.latest(user, &durable, text_of).await?;
+        let after = markers.latest(user, &durable, preview).await?;
         let summaries = mine.iter().map(|one| {
             let room = &one.order.room;
             let head = |latest: Option<&Latest>| latest.map(|latest| latest.head.clone());
@@ -249,7 +249,7 @@ impl People {
             })
             .collect();
         let mut latest: HashMap<RoomId, Latest> =
-            markers.latest(&identity.user, &durable, text_of).await?;
+            markers.latest(&identity.user, &durable, preview).await?;
         let mut mine = Vec::with_capacity(indexed.len());
         for ((room, entry), known) in indexed.into_iter().zip(known) {
             // The record is right where the index is behind.
@@ -306,12 +306,12 @@ mod tests {
 
     #[test]
     fn texts_are_shortened_at_characters() {
-        assert_eq!(text_of(br#"{"text":"hi"}"#).as_deref(), Some("hi"));
-        assert_eq!(text_of(br#""hi""#).as_deref(), Some("hi"));
+        assert_eq!(preview(br#"{"text":"hi"}"#).as_deref(), Some("hi"));
+        assert_eq!(preview(br#""hi""#).as_deref(), Some("hi"));
         for body in [&b"1"[..], b"{}", br#"{"text":1}"#, b"{"] {
-            assert_eq!(text_of(body), None);
+            assert_eq!(preview(body), None);
         }
         let long = format!("{{\"text\":\"{}\"}}", "한".repeat(300));
-        assert_eq!(text_of(long.as_bytes()).unwrap(), "한".repeat(200));
+        assert_eq!(preview(long.as_bytes()).unwrap(), "한".repeat(200));
     }
 }

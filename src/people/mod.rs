@@ -19,7 +19,7 @@ mod tests;
 
 pub use access::Removal;
 pub use change::{Change, Create, PutMember, Settings, Told};
-pub use inbox::{InboxOf, text_of};
+pub use inbox::{InboxOf, preview};
 pub use known::{Known, People};
 pub use names::{direct, group};
 pub use record::{MemberState, Record, Role, RoomKind};

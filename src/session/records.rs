@@ -5,7 +5,7 @@ use crate::{
     auth::{Identity, Right},
     bus::{Acked, News, Outgoing, Publisher, Signal},
     model::{Kind, RoomId},
-    people::{self, Change, Changed, Create, MemberState, People, Record, RoomKind, Told, text_of},
+    people::{self, Change, Changed, Create, MemberState, People, Record, RoomKind, Told, preview},
     protocol::{ErrorCode, LastMessage, Mentions, NewRoom, Publication, RecordReply, Refused},
     subject::FROM_NATTER,
     telemetry::metrics::{Counter, count},
@@ -152,7 +152,7 @@ pub(crate) fn signal(
             id: outgoing.id.to_owned(),
             from: outgoing.user.to_owned(),
             ts: acked.ts,
-            text: text_of(body.get().as_bytes()),
+            text: preview(body.get().as_bytes()),
         },
         cursor: acked.cursor.clone(),
     };

@@ -672,7 +672,7 @@ mod tests {
             .for_each(|op| add(Counter::CommandReceived(*op)));
         add(Counter::MessageDelivered);
         add(Counter::TypingDelivered);
-        let last = Counter::HistoryRemoved;
+        let last = Counter::UploadRemovalFailed;
         add(last);
         assert_eq!(last.slot(), COUNTER_SLOTS - 1);
         let of = |codec: &Codec| Gauge::SessionActive(*codec).slot();
