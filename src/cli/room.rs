@@ -169,7 +169,10 @@ pub(super) fn inbox(
                 break;
             }
         }
-        while inbox.watch {
+        if !inbox.watch {
+            return Ok(());
+        }
+        loop {
             let Some(push) = connection.next().await else {
                 let end = connection.end().map(|end| end.reason).unwrap_or_default();
                 bail!("the edge has ended the connection: {end}");
@@ -187,7 +190,6 @@ pub(super) fn inbox(
                 }
             }
         }
-        Ok(())
     })
 }
 

@@ -108,10 +108,7 @@ pub fn preview(body: &[u8]) -> Option<String> {
         },
         _ => return None,
     };
-    Some(match text.char_indices().nth(TEXT) {
-        Some((end, _)) => text[..end].to_owned(),
-        None => text,
-    })
+    Some(text.chars().take(TEXT).collect())
 }
 
 /// A room of a user, before it is summarized.
