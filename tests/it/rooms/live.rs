@@ -456,7 +456,7 @@ async fn the_room_is_told_of_changes_live_and_in_its_history() {
     for wanted in &live {
         let frame = pushed(&mut kim, "msg").await;
         let page = json!({ "messages": [frame] });
-        assert_eq!(shown(&page), std::slice::from_ref(&wanted), "{frame}");
+        assert_eq!(shown(&page), std::slice::from_ref(wanted), "{frame}");
     }
     let mut all = vec![json!({"action": "created", "by": "boss"})];
     all.extend(live);
