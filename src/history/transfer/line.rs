@@ -414,7 +414,7 @@ mod tests {
             "\\PC{0,20}".prop_map(|text| serde_json::to_string(&text).unwrap()),
         ];
         let reactions = prop::collection::btree_map("👍|❤|ok", users(), 0..3);
-        let annotations = prop::collection::btree_map("a|b.c|\\$", (0..9_u32, users()), 0..3);
+        let annotations = prop::collection::btree_map("a|b[.]c|[$]", (0..9_u32, users()), 0..3);
         let words = (
             users(),
             prop::option::of(users()),

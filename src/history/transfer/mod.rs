@@ -1,4 +1,4 @@
-//! Moving in and out: [`Import`] takes a file of messages, [`Export`] gives all of them, both as JSON lines ([`line`]).
+//! Moving in and out: [`Import`] takes a file of messages, [`Export`] gives all of them, both as JSON lines ([`mod@line`]).
 //!
 //! Both use NATS and MongoDB directly, with the operator's configuration.
 
