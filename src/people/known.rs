@@ -81,6 +81,8 @@ pub struct People {
     changes: broadcast::Sender<RoomId>,
     /// When the bucket last failed to answer.
     failed: RwLock<Option<Instant>>,
+    /// Whether what another region has could not be read, and is to be read again.
+    is_incomplete: AtomicBool,
 }
 
 /// A request for a record.
@@ -180,6 +182,7 @@ impl People {
             loads,
             changes: broadcast::Sender::new(CHANGES),
             failed: RwLock::default(),
+            is_incomplete: AtomicBool::new(false),
         });
         (people, Loads(requests))
     }
@@ -342,6 +345,7 @@ impl People {
                 suspect |= feeds.records.is_suspect()
                     || feeds.blocks.is_suspect()
                     || std::mem::replace(&mut regions, now_regions) != now_regions;
+                suspect |= self.is_incomplete.swap(false, Ordering::Relaxed);
                 if due <= Instant::now() {
                     due = Instant::now() + RESYNC;
                     suspect |= self.is_behind(&mut seen).await;
@@ -473,7 +477,8 @@ impl People {
                 Ok(read) => entries.extend(read.into_iter().map(|entry| (own, entry))),
                 Err(error) if own => return Err(error),
                 Err(error) => {
-                    tracing::debug!(%error, "the records of another region can't be read")
+                    tracing::debug!(%error, "the records of another region can't be read");
+                    self.is_incomplete.store(true, Ordering::Relaxed);
                 }
             }
         }

@@ -3,8 +3,12 @@
 //! Of a namespace with history, each message is one line, in its current state, as pages show it. Of another namespace,
 //! nobody knows the current state, and each entry of the streams is one line. Memory is bounded by one page.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::{
+    borrow::Cow,
+    collections::{BTreeSet, VecDeque},
+};
 
+use serde::Deserialize;
 use tokio::time::sleep;
 
 use super::{ATTEMPTS, Deployment, PAUSE, PAUSE_MAX, TransferError, line, retried};
@@ -13,7 +17,7 @@ use crate::{
     history::{At, PageAnchor, PageRequest, Pages},
     model::{Kind, RoomId, RoomScope, partition_of},
     protocol::ErrorCode,
-    subject::{Subjects, rooms_stream},
+    subject::{FROM_NATTER, Subjects, rooms_stream},
 };
 
 /// Messages of one page.
@@ -144,6 +148,12 @@ impl<'d> Export<'d> {
                 pause = (pause * 2).min(PAUSE_MAX);
             };
             for message in &page.messages {
+                let Sender { from } = serde_json::from_str(message.get())
+                    .map_err(|error| TransferError::from(std::io::Error::from(error)))?;
+                // What natter itself says of a room, it says of this deployment.
+                if from == FROM_NATTER {
+                    continue;
+                }
                 if !print(&line::on_one_line(message.get()))? {
                     return Ok(false);
                 }
@@ -185,8 +195,8 @@ impl<'d> Export<'d> {
             let Some(record) = first.and_then(|log| log.records.pop_front()) else {
                 return Ok(true);
             };
-            // It speaks about this deployment.
-            if record.kind == Some(Kind::Erase.as_str()) {
+            // What natter itself says of a room, it says of this deployment.
+            if record.from == FROM_NATTER || record.kind == Some(Kind::Erase.as_str()) {
                 continue;
             }
             let text = line::of_record(room, &record).map_err(std::io::Error::from);
@@ -195,6 +205,13 @@ impl<'d> Export<'d> {
             }
         }
     }
+}
+
+/// The sender of a message in a page.
+#[derive(Deserialize)]
+struct Sender<'a> {
+    #[serde(borrow)]
+    from: Cow<'a, str>,
 }
 
 /// The log of a room in one stream.

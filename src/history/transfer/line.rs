@@ -82,6 +82,8 @@ struct Fields<'a> {
     _cursor: Option<IgnoredAny>,
     #[serde(rename = "truncated")]
     _truncated: Option<IgnoredAny>,
+    #[serde(rename = "replies")]
+    _replies: Option<IgnoredAny>,
 }
 
 #[derive(Deserialize)]
