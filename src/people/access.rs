@@ -76,12 +76,14 @@ impl<'r> Standing<'r> {
             || self
                 .record
                 .is_some_and(|record| record.kind == RoomKind::Open);
-        match given {
-            Some(member) => Some(member.role),
-            None if open && member.is_none_or(|its| its.state != MemberState::Banned) => {
-                Some(Role::Member)
+        match (given, member.map(|member| member.state)) {
+            (Some(member), _) => Some(member.role),
+            (None, Some(MemberState::Banned)) => None,
+            // Nobody gets more by leaving.
+            (None, _) if open => {
+                Some(member.map_or(Role::Member, |its| its.role.min(Role::Member)))
             }
-            None => None,
+            (None, _) => None,
         }
     }
 

@@ -58,6 +58,18 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// The users whose entries it changes.
+    #[must_use]
+    pub fn users(&self) -> &[String] {
+        match self {
+            Self::Create(create) => &create.members,
+            Self::Put { user, .. } | Self::Remove { user } => std::slice::from_ref(user),
+            Self::Set(_) | Self::Close | Self::Pin { .. } => &[],
+        }
+    }
+}
+
 /// A new room.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Create {
@@ -275,10 +287,14 @@ impl Ask<'_> {
         let by = &*self.identity.user;
         let manages = self.identity.may(Right::Manage, self.room);
         let takes_part = members.iter().any(|member| *member == by);
-        let as_user = self.users_create && *kind == RoomKind::Dm && takes_part;
+        let as_user = self.users_create
+            && *kind == RoomKind::Dm
+            && takes_part
+            && self.identity.may(Right::Write, self.room)
+            && !self.identity.is_anonymous;
         if !manages && !as_user {
             let text = format!(
-                "making {} needs the right manage; users make only direct rooms with themselves in them, in namespaces with create = \"members\"",
+                "making {} needs the right manage; users with write make only direct rooms with themselves in them, in namespaces with create = \"members\"",
                 self.room
             );
             return forbidden(text);
@@ -287,22 +303,21 @@ impl Ask<'_> {
             if record.is_closed() {
                 return forbidden(format!("{} was closed", self.room));
             }
-            // Who has left a direct room comes back to it by making it again.
             let mut new = record.clone();
-            let back = new
-                .members
-                .get_mut(by)
-                .filter(|its| its.state == MemberState::Out);
-            return Ok(match back {
-                Some(member) if as_user => {
+            return match new.members.get_mut(by) {
+                _ if manages => Ok(None),
+                Some(member) if member.state == MemberState::In => Ok(None),
+                // Who has left a direct room comes back to it by making it again.
+                Some(member) if member.left => {
                     member.state = MemberState::In;
+                    member.left = false;
                     member.stamp = stamp.clone();
                     let mut told = told("added", by);
                     told.insert("user".to_owned(), by.into());
-                    Some((new, told))
+                    Ok(Some((new, told)))
                 }
-                _ => None,
-            });
+                _ => forbidden(format!("this user is not a member of {}", self.room)),
+            };
         }
         for member in members {
             check_user(member)?;
@@ -337,6 +352,7 @@ impl Ask<'_> {
             let member = Member {
                 role: if leads { Role::Owner } else { Role::Member },
                 state: MemberState::In,
+                left: false,
                 muted_until: 0,
                 stamp: stamp.clone(),
             };
@@ -483,12 +499,18 @@ impl Ask<'_> {
             );
             return Err(Refused::new(ErrorCode::Limit, text));
         }
+        let before = known.map(|its| match its.state {
+            MemberState::In => its.role,
+            // Only an owner gives back what somebody was.
+            MemberState::Out | MemberState::Banned if level < Role::Owner => {
+                its.role.min(Role::Member)
+            }
+            MemberState::Out | MemberState::Banned => its.role,
+        });
         let member = Member {
-            role: what
-                .role
-                .or(known.map(|its| its.role))
-                .unwrap_or(Role::Member),
+            role: what.role.or(before).unwrap_or(Role::Member),
             state,
+            left: false,
             muted_until: what
                 .muted_until
                 .or(known.map(|its| its.muted_until))
@@ -530,13 +552,20 @@ impl Ask<'_> {
         let Some(member) = new.members.get_mut(user) else {
             return bad(format!("{user} is not named in {}", self.room));
         };
-        if oneself && member.state == MemberState::Banned {
-            return forbidden(format!("this user is banned from {}", self.room));
-        }
-        if member.state != MemberState::Out {
-            member.state = MemberState::Out;
-            member.muted_until = 0;
-            member.stamp = stamp;
+        match member.state {
+            MemberState::Banned if oneself => {
+                return forbidden(format!("this user is banned from {}", self.room));
+            }
+            MemberState::Out if oneself => {
+                return forbidden(format!("this user is not a member of {}", self.room));
+            }
+            MemberState::Out => {}
+            MemberState::In | MemberState::Banned => {
+                // A mute and the role stay: leaving must not end them.
+                member.state = MemberState::Out;
+                member.left = oneself;
+                member.stamp = stamp;
+            }
         }
         let mut told = told(
             if oneself { "left" } else { "removed" },

@@ -197,6 +197,7 @@ impl People {
     ) -> Result<HashMap<RoomId, (RoomSummary, bool)>, Refused> {
         let user = &identity.user;
         let indexed = self.entries_of(user, rooms).await?;
+        // For all sessions of the user, whose tokens may differ.
         let mine = self.look(markers, identity, indexed).await?;
         let durable: Vec<&RoomId> = mine
             .iter()
@@ -217,11 +218,12 @@ impl People {
 
     /// The rooms that the user is in and may read.
     async fn mine(&self, markers: &Markers, identity: &Identity) -> Result<Vec<Mine>, Refused> {
-        let indexed = self.rooms_of(&identity.user).await?;
+        let mut indexed = self.rooms_of(&identity.user).await?;
+        indexed.retain(|(room, _)| identity.may(Right::Read, room));
         self.look(markers, identity, indexed).await
     }
 
-    /// Looks at rooms of the user: those that the user is in, and may read.
+    /// Looks at rooms of the user: those that the user is in.
     async fn look(
         &self,
         markers: &Markers,
@@ -234,7 +236,7 @@ impl People {
         };
         let indexed: Vec<_> = indexed
             .into_iter()
-            .filter(|(room, entry)| is_in(entry) && identity.may(Right::Read, room))
+            .filter(|(_, entry)| is_in(entry))
             .collect();
         let known = try_join_all(indexed.iter().map(|(room, _)| self.of(room))).await?;
         let durable: Vec<&RoomId> = indexed

@@ -7,14 +7,18 @@
 
 use std::{
     collections::HashMap,
+    pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use futures_util::future::{join_all, try_join_all};
+use futures_util::{
+    FutureExt as _,
+    future::{Fuse, FusedFuture as _, join_all, try_join_all},
+};
 use parking_lot::{Mutex, RwLock};
 use tokio::{
     sync::{broadcast, mpsc, oneshot},
@@ -52,6 +56,9 @@ const RESYNC: Duration = Duration::from_secs(30);
 /// How long rooms whose access does not depend on a record don't wait for one after the bucket has failed to answer.
 const DISTRUST: Duration = Duration::from_secs(10);
 
+/// How much a replica of a bucket may lag behind.
+const REPLICAS_LAG: Duration = Duration::from_secs(3);
+
 /// Changes that a shard may leave unread. After that it looks at all its sessions.
 const CHANGES: usize = 1024;
 
@@ -83,6 +90,10 @@ pub struct People {
     failed: RwLock<Option<Instant>>,
     /// Whether what another region has could not be read, and is to be read again.
     is_incomplete: AtomicBool,
+    /// Changes of blocks that were applied.
+    blocks: AtomicU64,
+    /// Rooms that are read once more, because a replica that lags behind may have answered.
+    again: Mutex<Vec<(Instant, RoomId, Arc<Known>)>>,
 }
 
 /// A request for a record.
@@ -183,6 +194,8 @@ impl People {
             changes: broadcast::Sender::new(CHANGES),
             failed: RwLock::default(),
             is_incomplete: AtomicBool::new(false),
+            blocks: AtomicU64::new(0),
+            again: Mutex::default(),
         });
         (people, Loads(requests))
     }
@@ -316,15 +329,22 @@ impl People {
             let mut seen: HashMap<(bool, Region), u64> = HashMap::new();
             let mut due = Instant::now() + RESYNC;
             let mut suspect = false;
+            let mut again_at: Option<Instant> = None;
             let mut regions = self.origins.members_version();
             let (mut of_records, mut of_blocks) = (Vec::new(), Vec::new());
+            // Changes are applied while records are read again, which may take long.
+            let mut reading = pin!(Fuse::terminated());
             loop {
                 of_records.clear();
                 of_blocks.clear();
                 tokio::select! {
                     more = feeds.records.next_batch(&mut of_records, 64) => if !more { return },
                     more = feeds.blocks.next_batch(&mut of_blocks, 64) => if !more { return },
-                    _ = tick.tick() => {}
+                    read = &mut reading, if !reading.is_terminated() => {
+                        let all: bool = read;
+                        suspect |= !all;
+                    }
+                    _ = tick.tick() => self.read_once_more().await,
                 }
                 for message in &of_records {
                     let Some((origin, entry)) = self.records.change(message) else {
@@ -341,23 +361,43 @@ impl People {
                         self.apply_block(&entry).await;
                     }
                 }
-                let now_regions = self.origins.members_version();
+                let (now, now_regions) = (Instant::now(), self.origins.members_version());
                 suspect |= feeds.records.is_suspect()
                     || feeds.blocks.is_suspect()
                     || std::mem::replace(&mut regions, now_regions) != now_regions;
-                suspect |= self.is_incomplete.swap(false, Ordering::Relaxed);
-                if due <= Instant::now() {
-                    due = Instant::now() + RESYNC;
+                if self.is_incomplete.swap(false, Ordering::Relaxed) && again_at.is_none() {
+                    again_at = Some(now + DISTRUST);
+                }
+                suspect |= again_at.take_if(|at| *at <= now).is_some();
+                if due <= now {
+                    due = now + RESYNC;
                     suspect |= self.is_behind(&mut seen).await;
                 }
-                if suspect {
+                if suspect && reading.is_terminated() {
                     feeds.records.settle();
                     feeds.blocks.settle();
-                    suspect = !self.read_again().await;
+                    suspect = false;
+                    reading.set(self.read_again().fuse());
                 }
             }
         };
         tokio::join!(loading, following);
+    }
+
+    /// Reads once more what was read some seconds ago.
+    async fn read_once_more(&self) {
+        let now = Instant::now();
+        let rooms: Vec<_> = {
+            let mut again = self.again.lock();
+            let due = again.extract_if(.., |(at, _, _)| *at <= now);
+            due.map(|(_, room, known)| (room, known)).collect()
+        };
+        for rooms in rooms.chunks(BATCH) {
+            if let Err(error) = self.read(rooms).await {
+                tracing::debug!(%error, "room records can't be read once more");
+                self.is_incomplete.store(true, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Whether a bucket has changes that have not arrived.
@@ -414,6 +454,11 @@ impl People {
             *self.failed.write() = Some(Instant::now());
             tracing::warn!(%error, "room records can't be read; is the bucket there? (natter provision)");
         }
+        if read.is_ok() && self.config.streams.replicas > 1 {
+            let at = Instant::now() + REPLICAS_LAG;
+            let rooms = rooms.into_iter().map(|(room, known)| (at, room, known));
+            self.again.lock().extend(rooms);
+        }
         for load in loads {
             // The one who asked may have gone.
             let _gone = load.done.send(read.is_ok());
@@ -437,6 +482,7 @@ impl People {
                 changed.push(room);
             }
         }
+        let blocks = self.blocks.load(Ordering::Relaxed);
         let direct = rooms.iter().filter_map(|(_, known)| {
             let record = known.record()?;
             pair(&record).is_some().then(|| (Arc::clone(known), record))
@@ -445,6 +491,10 @@ impl People {
         let blocked = direct.iter().map(|(_, record)| self.is_blocked(record));
         for ((known, _), blocked) in direct.iter().zip(try_join_all(blocked).await?) {
             known.blocked.store(blocked, Ordering::Relaxed);
+        }
+        if self.blocks.load(Ordering::Relaxed) != blocks {
+            // Somebody was blocked, or no longer, while it was read.
+            self.is_incomplete.store(true, Ordering::Relaxed);
         }
         for (_, known) in rooms {
             known.is_read.store(true, Ordering::Release);
@@ -544,6 +594,7 @@ impl People {
         let Some((user, other)) = parse_block_key(&entry.key) else {
             return;
         };
+        self.blocks.fetch_add(1, Ordering::Relaxed);
         let of_both = |known: &Arc<Known>| {
             let record = known.record();
             let both = record.as_deref().and_then(pair);

@@ -87,6 +87,9 @@ pub struct Member {
     pub role: Role,
     /// Whether the user is in the room.
     pub state: MemberState,
+    /// Whether the user is out by their own will, and so may come back to a direct room.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub left: bool,
     /// Until when the user may not write, in ms since 1970; 0: the user may.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub muted_until: u64,

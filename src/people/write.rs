@@ -230,7 +230,11 @@ impl People {
                 self.write_index(room, &record, &concerned).await;
                 (Some(told), concerned, created)
             }
-            None => (None, Vec::new(), false),
+            None => {
+                // A repeat, perhaps because it is not known how far the first one got.
+                self.write_index(room, &record, change.users()).await;
+                (None, Vec::new(), false)
+            }
         };
         Ok(Changed {
             record,

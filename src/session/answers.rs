@@ -219,7 +219,8 @@ pub(crate) async fn publish(
         {
             markers.sent(room, outgoing.user, &acked.cursor);
         }
-        if *kind == Kind::Message && !acked.duplicate {
+        if *kind == Kind::Message {
+            // Also if it was stored before: then the one who stored it may not have got so far.
             records::signal(people, publisher, outgoing, &acked);
         }
         (Some(acked.cursor), acked.ts, acked.duplicate)
@@ -406,9 +407,14 @@ pub(crate) async fn history(
     })
 }
 
-/// The rooms whose history a user may read. In namespaces for members only, these are the user's own.
-async fn history_scope(people: &People, identity: &Identity) -> Result<RoomScope, Refused> {
-    let granted = identity.scope(Right::History);
+/// The rooms in which a user's token gives a right. In namespaces for members only, of the history these are the user's
+/// own; to erase there, the token must give `manage`.
+pub(crate) async fn scope(
+    people: &People,
+    identity: &Identity,
+    right: Right,
+) -> Result<RoomScope, Refused> {
+    let granted = identity.scope(right);
     let managed = identity.scope(Right::Manage);
     let namespaces = &people.config().namespaces;
     let members_only = |name: &str| {
@@ -433,7 +439,7 @@ async fn history_scope(people: &People, identity: &Identity) -> Result<RoomScope
     scope.namespaces = whole.into_iter().cloned().collect();
     let single = granted.rooms.iter();
     let needs_index = !own.is_empty() || single.clone().any(|room| members_only(room.namespace()));
-    let mine = match needs_index {
+    let mine = match needs_index && right == Right::History {
         true => people.rooms_of(&identity.user).await?,
         false => Vec::new(),
     };
@@ -454,6 +460,12 @@ async fn history_scope(people: &People, identity: &Identity) -> Result<RoomScope
         .cloned()
         .collect();
     Ok(scope)
+}
+
+/// The room of a message that was found.
+#[derive(serde::Deserialize)]
+struct InRoom {
+    room: RoomId,
 }
 
 /// Searches a room, or all rooms whose history the user may read.
@@ -477,7 +489,7 @@ pub(crate) async fn search(
             (RoomScope::one(room), reply_to)
         }
         None => {
-            let rooms = history_scope(people, identity).await?;
+            let rooms = scope(people, identity, Right::History).await?;
             if rooms.is_empty() {
                 let text = "the token does not grant history on any room";
                 return Err(Refused::new(ErrorCode::Forbidden, text));
@@ -519,8 +531,19 @@ pub(crate) async fn search(
         limit,
     };
     let found = history.search(&request).await?;
+    let mut messages = Vec::with_capacity(found.messages.len());
+    for message in found.messages {
+        // Records are not part of the question: the user may be banned from a room, or not be in it any more.
+        let of: InRoom = serde_json::from_str(message.get())
+            .map_err(|error| Refused::new(ErrorCode::Internal, error.to_string()))?;
+        match people.check(identity, Right::History, &of.room).await {
+            Ok(_) => messages.push(message),
+            Err(refused) if refused.code == ErrorCode::Forbidden => {}
+            Err(refused) => return Err(refused),
+        }
+    }
     Ok(SearchReply {
-        messages: found.messages,
+        messages,
         next: found.next,
     })
 }

@@ -155,6 +155,7 @@ impl Session {
                     Ok(None) => {}
                     Ok(Some(again)) if again.user == identity.user => {
                         *self.identity.borrow_mut() = Some(again);
+                        self.judge_rooms();
                     }
                     Ok(Some(_)) => {
                         let text = "the token of the handshake is of another user";
@@ -429,6 +430,7 @@ impl Session {
             gate.open(self.codec.get().reply(&tag, &authed));
         }
         *self.identity.borrow_mut() = Some(identity);
+        self.judge_rooms();
         self.tell_expiry(unix_s());
         Ok(Answer::Apart)
     }
@@ -467,7 +469,7 @@ impl Session {
         }
     }
 
-    fn refresh(&self, tag: Tag, old: &Arc<Identity>, token: &str) -> Answered {
+    fn refresh(self: &Rc<Self>, tag: Tag, old: &Arc<Identity>, token: &str) -> Answered {
         let new = self
             .identify(None, Some(token))
             .map_err(|error| Refused::new(ErrorCode::Unauthorized, error.to_string()))?;
@@ -497,6 +499,7 @@ impl Session {
             }
         }
         *self.identity.borrow_mut() = Some(new);
+        self.judge_rooms();
         self.expiry_told.set(false);
         self.tell_expiry(unix_s());
         Ok(Answer::Apart)

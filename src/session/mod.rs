@@ -463,6 +463,7 @@ impl Session {
             && !self.draining.get()
             && self.identity.borrow().is_some()
             && self.rooms.borrow().is_empty()
+            && self.watching.borrow().is_none()
             && self.replies.is_idle();
         if !may_go {
             return None;

@@ -45,6 +45,13 @@ impl Session {
         }
     }
 
+    /// Looks at the records of all its rooms, since the identity has changed.
+    pub(super) fn judge_rooms(self: &Rc<Self>) {
+        for room in self.rooms() {
+            self.on_record(&room);
+        }
+    }
+
     /// The rooms that it is in.
     pub(crate) fn rooms(&self) -> Vec<RoomId> {
         self.rooms.borrow().keys().cloned().collect()

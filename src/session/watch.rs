@@ -93,6 +93,8 @@ struct Watched {
 struct Active {
     /// `None` if it must be read, or if the user is not in the room.
     summary: Option<RoomSummary>,
+    /// The head of the room when the summary was read.
+    read_at: Option<Cursor>,
     /// Whether it must be read.
     is_stale: bool,
     /// Whether the sessions have to be told.
@@ -152,8 +154,15 @@ impl Active {
                 self.is_stale = true;
                 return;
             }
-            // It was counted when the summary was read.
-            Some(known) if known.seq >= position.seq => return,
+            Some(known) if known.seq >= position.seq => {
+                // It was counted when the summary was read, or comes late: signals have no order.
+                let read = self
+                    .read_at
+                    .as_ref()
+                    .and_then(|read| read.get(&position.origin));
+                self.is_stale |= read.is_none_or(|read| read.seq < position.seq);
+                return;
+            }
             Some(_) => {}
             None if summary.head.is_some() => {
                 // The first message of another region: what else is there is not known.
@@ -171,7 +180,7 @@ impl Active {
         if last.from == user {
             // Sending moves the sender's marker. What is unread of other regions stays so.
             if only_origin {
-                summary.unread = 0;
+                (summary.unread, summary.capped) = (0, false);
                 summary.marker = Some(cursor.clone());
             } else if summary.unread > 0 {
                 self.is_stale = true;
@@ -376,6 +385,8 @@ impl Desk {
                         // A room in which messages come all the time is read again with the next ones.
                         let is_exact = summary.as_ref().is_none_or(|(_, exact)| *exact);
                         active.summary = summary.map(|(summary, _)| summary);
+                        let read = active.summary.as_ref();
+                        active.read_at = read.and_then(|summary| summary.head.clone());
                         active.is_stale = !is_exact;
                         active.is_new = true;
                     }

@@ -580,6 +580,8 @@ impl Store {
         }
         let messages = self.majority_messages();
         for (room, keys) in by_room {
+            // Also those that an edit has named later than the erasure.
+            self.doom_uploads_of(&keys).await?;
             let delete =
                 messages.delete_many(doc! { "room": room.as_str(), "_id": { "$in": keys } });
             within(self.write_timeout, delete.into_future()).await?;

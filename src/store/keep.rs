@@ -78,6 +78,8 @@ impl Store {
         keys: Vec<&str>,
         place: Bson,
     ) -> Result<u64, StoreError> {
+        // Before the messages: afterwards nobody would know that their files are to go.
+        self.doom_uploads_of(&keys).await?;
         let which: Fields = doc! { "room": room, "_id": { "$in": keys }, "place": place };
         let messages = self.kept_messages();
         let delete = messages.delete_many(which).into_future();

@@ -87,8 +87,9 @@ impl File {
     #[must_use]
     pub fn disposition(&self) -> String {
         let is_shown = match self.media_type.split_once('/') {
-            Some(("image", second)) => !second.starts_with("svg"),
-            Some(("audio" | "video", _)) => true,
+            Some(("image" | "audio" | "video", second)) => {
+                !second.contains("svg") && !second.contains("xml")
+            }
             _ => self.media_type == "text/plain",
         };
         let mut text = match is_shown {

@@ -162,7 +162,8 @@ pub(super) async fn user(
         if user.is_empty() || user.len() > MAX_USER {
             return Err(bad(format!("a user has 1 to {MAX_USER} bytes")));
         }
-        let scope = identity.scope(Right::Erase);
+        let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
+        let scope = answers::scope(&ready.people, &identity, Right::Erase).await?;
         if scope.is_empty() {
             let text = "the token does not grant erase anywhere";
             return Err(HttpError::new(ErrorCode::Forbidden, text));
