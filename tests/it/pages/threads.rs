@@ -529,7 +529,7 @@ async fn clients_read_threads_in_every_protocol() {
         assert_eq!(ids(&thread(&mesh, "thread=1").await), ["a1", "a2", "a3"]);
     }
     // An erased answer leaves no trace; of an erased message its answers stay.
-    let all_rooms = vec![Grant::new("*:*", &[Right::Moderate])];
+    let all_rooms = vec![Grant::new("*:*", &[Right::Erase])];
     let moderator = bearer(&token_with("mod", LONG, all_rooms));
     for (user, count, left) in [("lee", json!(1), vec!["a2"]), ("kim", Value::Null, vec![])] {
         let path = format!("/v1/users/{user}/messages");
