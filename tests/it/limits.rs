@@ -257,8 +257,8 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
             "/ws",
         ]
     );
-    // Each of them is a route: none answers 404.
-    for path in paths {
+    // Each of them is a route: none answers 404. Those of uploads are off here.
+    for path in paths.iter().filter(|path| !path.contains("/uploads")) {
         let path = path.replace("{room}", "chat:a");
         assert_ne!(
             request(address, "GET", &path, "", "").await.status,

@@ -596,6 +596,10 @@ async fn database_of_version_1(seed: u64, rooms: u64) -> (Own, Vec<Entry>) {
         }
         for mut entries in of.into_values() {
             entries.sort_by(|a, b| a.place.cmp(&b.place));
+            for entry in &mut entries {
+                // There was no import at that time.
+                entry.original_ts = None;
+            }
             if let Some(mut old) = of_version_1(&entries) {
                 old.insert("note", "of a person");
                 messages.insert_one(old).await.unwrap();
