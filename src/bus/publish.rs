@@ -8,7 +8,7 @@ use tokio::{
 };
 
 use super::{
-    HeaderWriter, KvError, Line, LineError, Reader, Remembered, Streams, Suspect,
+    HeaderWriter, KvError, Line, LineError, Reader, Remembered, Signal, Streams, Suspect,
     jetstream::{ApiError, Problem, PubAck},
     record::message_key,
 };
@@ -344,7 +344,7 @@ impl Publisher {
     /// # Errors
     /// [`PublishError`].
     pub fn typing(&self, room: &RoomId, user: &str) -> Result<(), PublishError> {
-        self.signal(room, user, KIND_TYPING, &[])
+        self.notice(room, user, KIND_TYPING, &[])
     }
 
     /// Tells the members of a room how far `user` has read. When it returns, the server has the receipt: a crash of
@@ -358,23 +358,27 @@ impl Publisher {
         user: &str,
         marker: &Cursor,
     ) -> Result<(), PublishError> {
-        self.signal(room, user, KIND_READ, marker.to_string().as_bytes())?;
+        self.notice(room, user, KIND_READ, marker.to_string().as_bytes())?;
         timeout(self.timeout, self.line.round_trip())
             .await
             .unwrap_or(Err(LineError::Timeout(self.timeout)))?;
         Ok(())
     }
 
-    /// Signals something to the sessions of a user that watch; `payload` is that of a [`Signal`](super::Signal).
-    ///
-    /// # Errors
-    /// [`PublishError`].
-    pub fn signal_user(&self, user: &str, payload: &[u8]) -> Result<(), PublishError> {
-        let subject = self.subjects.signals(user);
-        Ok(self.line.publish(&subject, |_| {}, payload)?)
+    /// Signals something to the sessions of users that watch. A lost signal is made up for, so a failure is no more than
+    /// that.
+    pub fn signal(&self, users: &[&str], signal: &Signal) {
+        let payload = signal.to_json();
+        for user in users {
+            let subject = self.subjects.signals(user);
+            match self.line.publish(&subject, |_| {}, &payload) {
+                Ok(()) => count(Counter::SignalPublished, 1),
+                Err(error) => tracing::debug!(%error, "a signal can't be published"),
+            }
+        }
     }
 
-    fn signal(
+    fn notice(
         &self,
         room: &RoomId,
         user: &str,

@@ -11,7 +11,7 @@ use axum::{
 };
 use http_body_util::LengthLimitError;
 use parking_lot::Mutex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 use utoipa::ToSchema;
 
@@ -216,6 +216,28 @@ pub(super) fn room_of(path: Result<Path<String>, PathRejection>) -> Result<RoomI
     // This fails only if the decoded path is not UTF-8.
     let Path(room) = path.map_err(|error| bad(error.body_text()))?;
     RoomId::parse(&room).map_err(|error| bad(error.to_string()))
+}
+
+/// The room that a path names, and what stands after it.
+pub(super) fn room_and_name(
+    path: Result<Path<(String, String)>, PathRejection>,
+) -> Result<(RoomId, String), HttpError> {
+    let Path((room, name)) =
+        path.map_err(|error| HttpError::new(ErrorCode::BadRequest, error.body_text()))?;
+    let room = RoomId::parse(&room)
+        .map_err(|error| HttpError::new(ErrorCode::BadRoom, error.to_string()))?;
+    Ok((room, name))
+}
+
+/// The fields of a JSON body.
+pub(super) fn json_of<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, HttpError> {
+    serde_json::from_slice(body).map_err(|error| {
+        let code = match error.is_data() {
+            true => ErrorCode::BadRequest,
+            false => ErrorCode::BadJson,
+        };
+        HttpError::new(code, error.to_string())
+    })
 }
 
 /// Reads the body of a request: at most `most` bytes, within `http.body_timeout`, and at most [`LAST_STEP`] after the

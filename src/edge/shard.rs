@@ -730,20 +730,16 @@ impl Shard {
 
     /// Lets a change of a room's record act on the sessions that are in it.
     fn on_record(&self, changed: Result<RoomId, RecvError>) {
-        let sessions: Vec<_> = self.sessions.borrow().values().cloned().collect();
+        let sessions = self.sessions.borrow();
         match changed {
             Ok(room) if self.context.rooms.is_open(&room) => {
-                sessions.iter().for_each(|session| session.on_record(&room));
+                sessions
+                    .values()
+                    .for_each(|session| session.on_record(&room));
             }
             Ok(_) => {}
             // There were too many changes at once.
-            Err(_lagged) => {
-                for session in sessions {
-                    for room in session.rooms() {
-                        session.on_record(&room);
-                    }
-                }
-            }
+            Err(_lagged) => sessions.values().for_each(Session::judge_rooms),
         }
     }
 

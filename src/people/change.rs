@@ -1,6 +1,8 @@
 //! Changes of a record: who may make them, what they do to it, and what the room is told.
 
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use super::{
     access::Standing,
@@ -85,29 +87,30 @@ pub struct Create {
     pub info: Option<Map<String, Value>>,
 }
 
-/// New settings. What is `None` stays.
-#[derive(Debug, Clone, PartialEq, Default)]
+/// New settings. What is absent stays.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, ToSchema)]
 pub struct Settings {
     /// What people call it.
     pub title: Option<String>,
-    /// What the application keeps with it.
+    /// Whatever the application keeps with it.
+    #[schema(value_type = Option<Object>)]
     pub info: Option<Map<String, Value>>,
     /// Whether it is put aside.
     pub archived: Option<bool>,
     /// Whether only moderators write.
     pub frozen: Option<bool>,
-    /// Seconds between two messages of a member; 0: no limit.
+    /// Seconds between two messages of a member, at most 86400; 0: no limit.
     pub slow_mode_s: Option<u32>,
     /// Who of the staff looks after it; empty: nobody.
     pub assignee: Option<String>,
 }
 
-/// What of a member's entry changes. What is `None` stays.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+/// What of a member changes. What is absent stays; a new member has the role `member`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, ToSchema)]
 pub struct PutMember {
     /// What the user may do.
     pub role: Option<Role>,
-    /// In the room, or banned.
+    /// `in` or `banned`.
     pub state: Option<MemberState>,
     /// Until when the user may not write, in ms since 1970; 0: the user may.
     pub muted_until: Option<u64>,

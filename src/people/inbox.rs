@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::{
     index,
     known::People,
-    record::{Field, MemberState, Record},
+    record::{Record, is_on},
 };
 use crate::{
     auth::{Identity, Right},
@@ -124,13 +124,13 @@ impl Mine {
         let (room, latest) = (&self.order.room, self.latest.as_ref());
         let peers = self.record.present().map(|(name, _)| name);
         let peers = peers.filter(|name| *name != user).take(PEERS);
-        let reply = self.record.reply(room, false);
+        let record = &self.record;
         RoomSummary {
             room: room.clone(),
-            kind: Some(reply.kind),
-            about: reply.about,
-            title: reply.title,
-            info: reply.info,
+            kind: Some(record.kind.as_str()),
+            about: record.about.clone(),
+            title: record.title(),
+            info: record.info(),
             peers: peers.map(str::to_owned).collect(),
             head: latest.map(|latest| latest.head.clone()),
             last: latest.map(|latest| latest.last.clone()),
@@ -140,7 +140,7 @@ impl Mine {
             muted: is_on(self.entry.muted.as_ref()),
             pinned: is_on(self.entry.pinned.as_ref()),
             archived: is_on(self.entry.archived.as_ref()),
-            assignee: reply.assignee,
+            assignee: record.assignee(),
         }
     }
 }
@@ -230,13 +230,9 @@ impl People {
         identity: &Identity,
         indexed: Vec<(RoomId, index::Entry)>,
     ) -> Result<Vec<Mine>, Refused> {
-        let is_in = |entry: &index::Entry| {
-            let member = entry.member.as_ref();
-            member.is_some_and(|member| member.state == MemberState::In)
-        };
         let indexed: Vec<_> = indexed
             .into_iter()
-            .filter(|(_, entry)| is_in(entry))
+            .filter(|(_, entry)| entry.is_in())
             .collect();
         let known = try_join_all(indexed.iter().map(|(room, _)| self.of(room))).await?;
         let durable: Vec<&RoomId> = indexed
@@ -276,10 +272,6 @@ impl People {
         }
         Ok(mine)
     }
-}
-
-fn is_on(field: Option<&Field<bool>>) -> bool {
-    field.is_some_and(|field| field.value)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{Field, Member, Merge};
+use super::record::{Field, Member, MemberState, Merge};
 
 /// A user's entry of a room.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -22,6 +22,15 @@ pub struct Entry {
     /// Whether the user has put it aside.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub archived: Option<Field<bool>>,
+}
+
+impl Entry {
+    /// Whether the user is in the room.
+    #[must_use]
+    pub fn is_in(&self) -> bool {
+        let state = self.member.as_ref().map(|member| member.state);
+        state == Some(MemberState::In)
+    }
 }
 
 impl Merge for Entry {

@@ -6,7 +6,7 @@
 //! the newest revision is asked for.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     pin::pin,
     sync::{
         Arc,
@@ -28,6 +28,7 @@ use tokio::{
 use super::{
     access::Standing,
     record::{Field, Merge as _, Record, RoomKind},
+    write::merged,
 };
 use crate::{
     auth::{Identity, Right},
@@ -164,7 +165,7 @@ pub(super) fn pair(record: &Record) -> Option<(&str, &str)> {
 }
 
 /// The record in an entry of a bucket.
-pub(super) fn record_of(entry: &Entry) -> Option<Record> {
+fn record_of(entry: &Entry) -> Option<Record> {
     let value = entry.value.as_ref()?;
     serde_json::from_slice(value)
         .inspect_err(|error| {
@@ -547,16 +548,7 @@ impl People {
     pub(super) async fn is_blocked_between(&self, one: &str, other: &str) -> Result<bool, KvError> {
         let keys = [block_key(one, other), block_key(other, one)];
         let entries = self.get(&self.index, &keys).await?;
-        let mut blocks: HashMap<&str, Field<bool>> = HashMap::new();
-        for (_own, entry) in &entries {
-            let Some(value) = &entry.value else { continue };
-            if let Ok(block) = serde_json::from_slice::<Field<bool>>(value) {
-                match blocks.get_mut(&*entry.key) {
-                    Some(known) => known.merge_from(&block),
-                    None => drop(blocks.insert(&entry.key, block)),
-                }
-            }
-        }
+        let blocks: BTreeMap<&str, Field<bool>> = merged(entries.iter().map(|(_, entry)| entry));
         Ok(blocks.values().any(|block| block.value))
     }
 

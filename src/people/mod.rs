@@ -22,5 +22,5 @@ pub use change::{Change, Create, PutMember, Settings, Told};
 pub use inbox::{InboxOf, preview};
 pub use known::{Known, People};
 pub use names::{direct, group};
-pub use record::{MemberState, Record, Role, RoomKind};
+pub use record::{MemberState, Record, RoomKind};
 pub use write::{Arrangement, Changed};

@@ -191,6 +191,11 @@ impl MemberState {
     }
 }
 
+/// Whether a field is there, and on.
+pub(super) fn is_on(field: Option<&Field<bool>>) -> bool {
+    field.is_some_and(|field| field.value)
+}
+
 fn is_zero(number: &u64) -> bool {
     *number == 0
 }
@@ -322,13 +327,32 @@ impl Record {
     /// Whether the room has ended.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.closed.as_ref().is_some_and(|closed| closed.value)
+        is_on(self.closed.as_ref())
+    }
+
+    /// What people call it.
+    #[must_use]
+    pub fn title(&self) -> Option<String> {
+        self.title.as_ref().map(|title| title.value.clone())
+    }
+
+    /// What the application keeps with it.
+    #[must_use]
+    pub fn info(&self) -> Option<Map<String, Value>> {
+        self.info.as_ref().map(|info| info.value.clone())
+    }
+
+    /// Who of the staff looks after it.
+    #[must_use]
+    pub fn assignee(&self) -> Option<String> {
+        let assignee = self.assignee.as_ref().map(|assignee| &assignee.value);
+        assignee.filter(|name| !name.is_empty()).cloned()
     }
 
     /// Whether only moderators and owners may write.
     #[must_use]
     pub fn is_frozen(&self) -> bool {
-        self.frozen.as_ref().is_some_and(|frozen| frozen.value)
+        is_on(self.frozen.as_ref())
     }
 
     /// The messages that are pinned.
@@ -358,22 +382,20 @@ impl Record {
             state: member.state.as_str(),
             muted_until: (member.muted_until > 0).then_some(member.muted_until),
         });
-        let is_on = |field: &Option<Field<bool>>| field.as_ref().is_some_and(|it| it.value);
-        let assignee = self.assignee.as_ref().map(|it| it.value.clone());
         RecordReply {
             room: room.clone(),
             made: None,
             kind: self.kind.as_str(),
             about: self.about.clone(),
-            title: self.title.as_ref().map(|it| it.value.clone()),
-            info: self.info.as_ref().map(|it| it.value.clone()),
+            title: self.title(),
+            info: self.info(),
             at: self.made.created,
             by: self.made.by.clone(),
-            archived: is_on(&self.archived),
+            archived: is_on(self.archived.as_ref()),
             frozen: self.is_frozen(),
             closed: self.is_closed(),
             slow_mode_s: Some(self.slow_mode_s()).filter(|seconds| *seconds > 0),
-            assignee: assignee.filter(|name| !name.is_empty()),
+            assignee: self.assignee(),
             members: members.collect(),
             pins: self.pins().to_vec(),
             version: self.version(),

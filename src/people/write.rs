@@ -4,13 +4,14 @@ use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::time::sleep;
+use utoipa::ToSchema;
 
 use super::{
     change::{Ask, Change, Told, check_user},
     index,
-    known::{People, record_of},
+    known::People,
     record::{Field, Merge, Record, Stamp},
 };
 use crate::{
@@ -49,8 +50,8 @@ pub struct Changed {
     pub concerned: Vec<String>,
 }
 
-/// How a user wants to see a room. What is `None` stays.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// How a user wants to see a room. What is absent stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, ToSchema)]
 pub struct Arrangement {
     /// Without notifications.
     pub muted: Option<bool>,
@@ -71,47 +72,31 @@ fn refusal(error: KvError) -> Refused {
     Refused::new(code, format!("the record: {error}"))
 }
 
-/// The merge of the entries of one key, and the revision of the own region's.
-fn merged<T: Merge + DeserializeOwned>(
-    bucket: &Bucket,
-    entries: &[(bool, Entry)],
-) -> (Option<T>, u64) {
-    let mut all: Option<T> = None;
-    let mut revision = 0;
-    for (own, entry) in entries {
-        if *own {
-            revision = entry.revision;
-        }
+/// The values of the entries by key, those of all regions merged.
+pub(super) fn merged<'e, T: Merge + DeserializeOwned>(
+    entries: impl IntoIterator<Item = &'e Entry>,
+) -> BTreeMap<&'e str, T> {
+    let mut all: BTreeMap<&str, T> = BTreeMap::new();
+    for entry in entries {
         let Some(value) = &entry.value else { continue };
         match serde_json::from_slice::<T>(value) {
-            Ok(one) => match &mut all {
-                Some(all) => all.merge_from(&one),
-                None => all = Some(one),
+            Ok(one) => match all.get_mut(&*entry.key) {
+                Some(known) => known.merge_from(&one),
+                None => drop(all.insert(&entry.key, one)),
             },
             Err(error) => {
-                tracing::warn!(bucket = bucket.stream(), key = entry.key, %error, "a key is not understood");
+                tracing::warn!(key = entry.key, %error, "a key is not understood");
             }
         }
     }
-    (all, revision)
+    all
 }
 
 /// The entries of the index by room, those of all regions merged.
-fn together(entries: impl IntoIterator<Item = Entry>) -> Vec<(RoomId, index::Entry)> {
-    let mut all: BTreeMap<RoomId, index::Entry> = BTreeMap::new();
-    for entry in entries {
-        let Some((_, room)) = parse_inbox_key(&entry.key) else {
-            continue;
-        };
-        let Some(value) = &entry.value else { continue };
-        match serde_json::from_slice::<index::Entry>(value) {
-            Ok(one) => all.entry(room).or_default().merge_from(&one),
-            Err(error) => {
-                tracing::warn!(key = entry.key, %error, "an entry of the index is not understood");
-            }
-        }
-    }
-    all.into_iter().collect()
+fn by_room(entries: &[Entry]) -> Vec<(RoomId, index::Entry)> {
+    let merged = merged(entries).into_iter();
+    let rooms = merged.filter_map(|(key, entry)| Some((parse_inbox_key(key)?.1, entry)));
+    rooms.collect()
 }
 
 impl People {
@@ -128,7 +113,9 @@ impl People {
         let keys = [key.to_owned()];
         for attempt in 0..ATTEMPTS {
             let entries = self.get(bucket, &keys).await.map_err(refusal)?;
-            let (known, revision) = merged::<T>(bucket, &entries);
+            let own = entries.iter().find(|(own, _)| *own);
+            let revision = own.map_or(0, |(_, entry)| entry.revision);
+            let known: Option<T> = merged(entries.iter().map(|(_, entry)| entry)).remove(key);
             let (new, result) = change(known.as_ref())?;
             let Some(new) = new else {
                 return Ok((known, result));
@@ -280,17 +267,11 @@ impl People {
     /// # Errors
     /// `unavailable`.
     pub async fn read_record(&self, room: &RoomId) -> Result<Option<Record>, Refused> {
-        let entries = self.get(&self.records, &[record_key(room)]).await;
-        let mut all: Option<Record> = None;
-        for (_own, entry) in entries.map_err(refusal)? {
-            if let Some(record) = record_of(&entry) {
-                match &mut all {
-                    Some(all) => all.merge_from(&record),
-                    None => all = Some(record),
-                }
-            }
-        }
-        Ok(all)
+        let key = record_key(room);
+        let keys = [key.clone()];
+        let entries = self.get(&self.records, &keys).await.map_err(refusal)?;
+        let mut records = merged(entries.iter().map(|(_, entry)| entry));
+        Ok(records.remove(&*key))
     }
 
     /// The rooms that a user is or was in, with the user's own settings, by name.
@@ -310,7 +291,7 @@ impl People {
                 }
             }
         }
-        Ok(together(all))
+        Ok(by_room(&all))
     }
 
     /// The user's entries of these rooms.
@@ -324,7 +305,8 @@ impl People {
     ) -> Result<Vec<(RoomId, index::Entry)>, Refused> {
         let keys: Vec<String> = rooms.iter().map(|room| inbox_key(user, room)).collect();
         let found = self.get(&self.index, &keys).await.map_err(refusal)?;
-        Ok(together(found.into_iter().map(|(_own, entry)| entry)))
+        let found: Vec<Entry> = found.into_iter().map(|(_own, entry)| entry).collect();
+        Ok(by_room(&found))
     }
 
     /// Changes how a user wants to see a room.

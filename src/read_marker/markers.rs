@@ -240,9 +240,7 @@ impl Markers {
                 room: room.clone(),
                 what: News::Read(cursor.clone()),
             };
-            self.publisher
-                .signal_user(user, &signal.to_json())
-                .map_err(|_any| MarkerError::Unavailable)?;
+            self.publisher.signal(&[user], &signal);
         }
         let first = {
             let mut state = self.state.lock();

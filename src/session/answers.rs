@@ -14,7 +14,7 @@ use crate::{
     config::{Access, Config, Namespace, PresencePolicy},
     history::{self, PageRequest, SearchRequest},
     model::{BadCursor, Cursor, Kind, Position, Reference, RoomId, RoomScope, json_flaw},
-    people::{MemberState, People},
+    people::{Known, People},
     presence::Presence,
     protocol::{
         Anchor, Close, ErrorCode, HistoryReply, PageOf, PresenceReply, PresenceState, PresentUser,
@@ -59,15 +59,16 @@ pub(crate) fn granted(identity: &Identity, right: Right, room: &RoomId) -> Resul
     Err(Refused::new(ErrorCode::Forbidden, text))
 }
 
-/// Checks that a token grants a right on a room, and that the record of the room does not say otherwise.
+/// Checks that a token grants a right on a room, and that the record of the room does not say otherwise. Returns what is
+/// known of the record.
 pub(crate) async fn admitted(
     people: &People,
     identity: &Identity,
     right: Right,
     room: &RoomId,
-) -> Result<(), Refused> {
+) -> Result<Arc<Known>, Refused> {
     granted(identity, right, room)?;
-    people.check(identity, right, room).await.map(drop)
+    people.check(identity, right, room).await
 }
 
 fn bad(text: String) -> Refused {
@@ -106,6 +107,16 @@ pub(crate) async fn check_publication(
     identity: &Identity,
     publication: &Publication,
 ) -> Result<bool, Refused> {
+    let checked = checked(people, identity, publication).await;
+    checked.map(|(durable, _known)| durable)
+}
+
+/// Also returns what is known of the record of the room.
+async fn checked(
+    people: &People,
+    identity: &Identity,
+    publication: &Publication,
+) -> Result<(bool, Arc<Known>), Refused> {
     let config = people.config();
     let Publication {
         room,
@@ -115,8 +126,7 @@ pub(crate) async fn check_publication(
         ..
     } = publication;
     let durable = namespace(config, room)?.durable;
-    granted(identity, Right::Write, room)?;
-    people.check(identity, Right::Write, room).await?;
+    let known = admitted(people, identity, Right::Write, room).await?;
     if let (Kind::Edit | Kind::Delete, Some((_, reference))) = (kind, target)
         && !reference.is_by(&identity.user)
     {
@@ -142,7 +152,7 @@ pub(crate) async fn check_publication(
     {
         return Err(refused);
     }
-    Ok(durable)
+    Ok((durable, known))
 }
 
 /// As [`check_publication`], for what is published now: a message in a room in slow mode takes its sender's turn.
@@ -151,9 +161,8 @@ pub(crate) async fn accept_publication(
     identity: &Identity,
     publication: &Publication,
 ) -> Result<bool, Refused> {
-    let durable = check_publication(people, identity, publication).await?;
+    let (durable, known) = checked(people, identity, publication).await?;
     if publication.kind == Kind::Message {
-        let known = people.of(&publication.room).await?;
         people.take_turn(&known, identity, &publication.room)?;
     }
     Ok(durable)
@@ -246,7 +255,9 @@ pub(crate) async fn may_see_presence(
         let text = format!("presence is off in the namespace {:?}", room.namespace());
         return Err(bad(text));
     }
-    admitted(people, identity, Right::Presence, room).await
+    admitted(people, identity, Right::Presence, room)
+        .await
+        .map(drop)
 }
 
 /// Who is in a room.
@@ -426,40 +437,29 @@ pub(crate) async fn scope(
     if !namespaces.keys().any(|name| members_only(name)) {
         return Ok(granted);
     }
-    let mut scope = RoomScope::default();
-    let named = granted.namespaces.iter();
     let named: Vec<&String> = match granted.all {
         true => namespaces.keys().collect(),
-        false => named.collect(),
+        false => granted.namespaces.iter().collect(),
     };
-    let (mut own, mut whole): (Vec<&String>, Vec<&String>) =
+    let (own, whole): (Vec<&String>, Vec<&String>) =
         named.into_iter().partition(|name| members_only(name));
-    own.dedup();
-    whole.dedup();
-    scope.namespaces = whole.into_iter().cloned().collect();
-    let single = granted.rooms.iter();
-    let needs_index = !own.is_empty() || single.clone().any(|room| members_only(room.namespace()));
-    let mine = match needs_index && right == Right::History {
-        true => people.rooms_of(&identity.user).await?,
-        false => Vec::new(),
-    };
-    let is_mine = |room: &RoomId| {
-        mine.iter().any(|(name, entry)| {
-            name == room
-                && entry
-                    .member
-                    .as_ref()
-                    .is_some_and(|its| its.state == MemberState::In)
-        })
-    };
-    scope.rooms = mine
-        .iter()
-        .map(|(room, _)| room)
-        .filter(|room| own.iter().any(|name| *name == room.namespace()) && is_mine(room))
-        .chain(single.filter(|room| !members_only(room.namespace()) || is_mine(room)))
-        .cloned()
-        .collect();
-    Ok(scope)
+    let (closed, open): (Vec<RoomId>, Vec<RoomId>) = granted
+        .rooms
+        .into_iter()
+        .partition(|room| members_only(room.namespace()));
+    let mut rooms = open;
+    if right == Right::History && !(own.is_empty() && closed.is_empty()) {
+        let is_granted =
+            |room: &RoomId| own.iter().any(|it| *it == room.namespace()) || closed.contains(room);
+        let mine = people.rooms_of(&identity.user).await?.into_iter();
+        let mine = mine.filter(|(room, entry)| entry.is_in() && is_granted(room));
+        rooms.extend(mine.map(|(room, _)| room));
+    }
+    Ok(RoomScope {
+        all: false,
+        namespaces: whole.into_iter().cloned().collect(),
+        rooms,
+    })
 }
 
 /// The room of a message that was found.

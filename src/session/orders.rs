@@ -46,7 +46,7 @@ impl Session {
     }
 
     /// Looks at the records of all its rooms, since the identity has changed.
-    pub(super) fn judge_rooms(self: &Rc<Self>) {
+    pub(crate) fn judge_rooms(self: &Rc<Self>) {
         for room in self.rooms() {
             self.on_record(&room);
         }

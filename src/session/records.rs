@@ -8,7 +8,6 @@ use crate::{
     people::{self, Change, Changed, Create, MemberState, People, Record, RoomKind, Told, preview},
     protocol::{ErrorCode, LastMessage, Mentions, NewRoom, Publication, RecordReply, Refused},
     subject::FROM_NATTER,
-    telemetry::metrics::{Counter, count},
 };
 
 /// The record of a room.
@@ -18,8 +17,7 @@ pub(crate) async fn record(
     room: &RoomId,
 ) -> Result<RecordReply, Refused> {
     namespace(people.config(), room)?;
-    admitted(people, identity, Right::Read, room).await?;
-    let known = people.of(room).await?;
+    let known = admitted(people, identity, Right::Read, room).await?;
     match known.record() {
         Some(record) => Ok(shown(people, identity, room, &record)),
         None => {
@@ -107,8 +105,7 @@ pub(crate) async fn change(
     let durable = namespace(people.config(), room)?.durable;
     let changed = people.change(identity, room, change, version).await?;
     if changed.told.is_some() {
-        let what = News::Changed {};
-        signal_members(publisher, room, &changed.record, what.clone());
+        signal_members(publisher, room, &changed.record, || News::Changed {});
         let out = |user: &&String| {
             let member = changed.record.member(user);
             member.is_some_and(|member| member.state != MemberState::In)
@@ -120,8 +117,8 @@ pub(crate) async fn change(
             .filter(out)
             .map(String::as_str)
             .collect();
-        let room = room.clone();
-        tell_users(publisher, &gone, &Signal { room, what });
+        let (room, what) = (room.clone(), News::Changed {});
+        publisher.signal(&gone, &Signal { room, what });
     }
     if let Some(told) = &changed.told
         && let Err(error) = tell(publisher, room, told, durable).await
@@ -147,7 +144,7 @@ pub(crate) fn signal(
     let Some(record) = people.known(room).and_then(|known| known.record()) else {
         return;
     };
-    let what = News::Message {
+    signal_members(publisher, room, &record, || News::Message {
         last: LastMessage {
             id: outgoing.id.to_owned(),
             from: outgoing.user.to_owned(),
@@ -155,34 +152,24 @@ pub(crate) fn signal(
             text: preview(body.get().as_bytes()),
         },
         cursor: acked.cursor.clone(),
-    };
-    signal_members(publisher, room, &record, what);
+    });
 }
 
-fn signal_members(publisher: &Publisher, room: &RoomId, record: &Record, what: News) {
+/// Signals something to the members of a room, if it names some, and not too many.
+fn signal_members(
+    publisher: &Publisher,
+    room: &RoomId,
+    record: &Record,
+    what: impl FnOnce() -> News,
+) {
     let users: Vec<&str> = record
         .present()
         .map(|(user, _)| user)
         .take(SIGNALLED + 1)
         .collect();
-    if users.len() > SIGNALLED {
-        return;
-    }
-    let signal = Signal {
-        room: room.clone(),
-        what,
-    };
-    tell_users(publisher, &users, &signal);
-}
-
-/// Signals something to users. Lost signals are made up for, so a failure is no more than that.
-pub(crate) fn tell_users(publisher: &Publisher, users: &[&str], signal: &Signal) {
-    let payload = signal.to_json();
-    for user in users {
-        match publisher.signal_user(user, &payload) {
-            Ok(()) => count(Counter::SignalPublished, 1),
-            Err(error) => tracing::debug!(%error, "a signal can't be published"),
-        }
+    if (1..=SIGNALLED).contains(&users.len()) {
+        let (room, what) = (room.clone(), what());
+        publisher.signal(&users, &Signal { room, what });
     }
 }
 

@@ -10,15 +10,14 @@ use axum::{
 };
 use serde::Deserialize;
 use tracing::Instrument as _;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::IntoParams;
 
-use super::rooms::json_of;
+use super::rooms::fields_of;
 use crate::{
     bus::{News, Signal},
     edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_of},
     people::{Arrangement, InboxOf},
     protocol::{ErrorCode, InboxReply},
-    session::records,
 };
 
 /// Which of the user's rooms.
@@ -32,17 +31,6 @@ pub(super) struct InboxQuery {
     /// `true`: those that the user has put aside, instead of the others.
     #[serde(default)]
     archived: bool,
-}
-
-/// How the user wants to see a room. What is absent stays.
-#[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct ArrangeRequest {
-    /// Without notifications.
-    muted: Option<bool>,
-    /// First in the list.
-    pinned: Option<bool>,
-    /// Put aside.
-    archived: Option<bool>,
 }
 
 /// The rooms that the user is in: pinned ones first, then by their newest message. Works without MongoDB.
@@ -81,7 +69,7 @@ pub(super) async fn inbox(
     patch,
     path = "/v1/inbox/{room}",
     params(("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby")),
-    request_body = ArrangeRequest,
+    request_body = Arrangement,
     responses(
         (status = 204, description = "Done"),
         (status = 400, body = ErrorBody, description = "bad_json, bad_request, bad_room"),
@@ -102,19 +90,12 @@ pub(super) async fn arrange(
         let identity = authorize(&api, request.headers())?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let room = room_of(room)?;
-        let ArrangeRequest {
-            muted,
-            pinned,
-            archived,
-        } = json_of(&api, request).await?;
-        let how = Arrangement {
-            muted,
-            pinned,
-            archived,
-        };
+        let how: Arrangement = fields_of(&api, request).await?;
         ready.people.arrange(&identity.user, &room, &how).await?;
         let what = News::Changed {};
-        records::tell_users(&ready.publisher, &[&identity.user], &Signal { room, what });
+        ready
+            .publisher
+            .signal(&[&identity.user], &Signal { room, what });
         Ok(StatusCode::NO_CONTENT)
     };
     ask.instrument(span).await

@@ -21,7 +21,7 @@ use crate::{
         Ready,
         request::{
             Api, ENVELOPE_BYTES, ErrorBody, HttpError, MANY_BYTES, authorize, command_span,
-            read_body, room_of, within_pace,
+            json_of, read_body, room_of, within_pace,
         },
     },
     model::RoomId,
@@ -251,13 +251,7 @@ pub(super) async fn publish_many(
         let identity = authorize(&api, &parts.headers)?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let body = read_body(&api.shared, body, MANY_BYTES).await?;
-        let Many { messages } = serde_json::from_slice(&body).map_err(|error| {
-            let code = match error.is_data() {
-                true => ErrorCode::BadRequest,
-                false => ErrorCode::BadJson,
-            };
-            HttpError::new(code, error.to_string())
-        })?;
+        let Many { messages } = json_of(&body)?;
         if messages.len() > MAX_MESSAGES {
             let text = format!(
                 "messages: {} of them, the limit is {MAX_MESSAGES}",

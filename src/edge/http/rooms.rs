@@ -6,21 +6,20 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use serde::{Deserialize, de::DeserializeOwned};
-use serde_json::{Map, Value};
+use serde::de::DeserializeOwned;
 use tracing::Instrument as _;
-use utoipa::ToSchema;
 
 use crate::{
     auth::{Identity, Right},
     edge::{
         Ready,
         request::{
-            Api, ENVELOPE_BYTES, ErrorBody, HttpError, authorize, command_span, read_body, room_of,
+            Api, ENVELOPE_BYTES, ErrorBody, HttpError, authorize, command_span, json_of, read_body,
+            room_and_name, room_of,
         },
     },
     model::RoomId,
-    people::{self, Change, MemberState, PutMember, Record, Role, Settings},
+    people::{self, Change, PutMember, Record, Settings},
     protocol::{ErrorCode, NewRoom, RecordReply, Refused},
     session::records,
 };
@@ -28,46 +27,12 @@ use crate::{
 /// Largest request: a list of members.
 const MAX_BYTES: u64 = 1024 * 1024;
 
-/// Settings to change. What is absent stays.
-#[derive(Debug, Deserialize, ToSchema)]
-pub(super) struct SettingsRequest {
-    /// What people call it.
-    title: Option<String>,
-    /// Whatever the application keeps with it.
-    info: Option<Map<String, Value>>,
-    /// Whether it is put aside.
-    archived: Option<bool>,
-    /// Whether only moderators and owners write.
-    frozen: Option<bool>,
-    /// Seconds between two messages of a member, at most 86400; 0: no limit.
-    slow_mode_s: Option<u32>,
-    /// Who of the staff looks after it; empty: nobody.
-    assignee: Option<String>,
-}
-
-/// What of a member changes. What is absent stays; a new member has the role `member`.
-#[derive(Debug, Default, Deserialize, ToSchema)]
-pub(super) struct MemberRequest {
-    /// What the user may do.
-    role: Option<Role>,
-    /// `in` or `banned`.
-    state: Option<MemberState>,
-    /// Until when the user may not write, in ms since 1970; 0: the user may.
-    muted_until: Option<u64>,
-}
-
-pub(super) async fn json_of<T: DeserializeOwned>(
+/// The fields of a request.
+pub(super) async fn fields_of<T: DeserializeOwned>(
     api: &Api,
     request: Request,
 ) -> Result<T, HttpError> {
-    let body = read_body(&api.shared, request.into_body(), MAX_BYTES).await?;
-    serde_json::from_slice(&body).map_err(|error| {
-        let code = match error.is_data() {
-            true => ErrorCode::BadRequest,
-            false => ErrorCode::BadJson,
-        };
-        HttpError::new(code, error.to_string())
-    })
+    json_of(&read_body(&api.shared, request.into_body(), MAX_BYTES).await?)
 }
 
 /// Makes a change, and tells the room.
@@ -141,7 +106,7 @@ pub(super) async fn create(
     let ask = async {
         let identity = authorize(&api, request.headers())?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
-        let new: NewRoom = json_of(&api, request).await?;
+        let new: NewRoom = fields_of(&api, request).await?;
         let made = records::create(&ready.people, &ready.publisher, &identity, new).await?;
         let status = match made.made {
             Some(true) => StatusCode::CREATED,
@@ -194,7 +159,7 @@ pub(super) async fn record(
         ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
         ("if-match" = Option<String>, Header, description = "The ETag of the record that was read"),
     ),
-    request_body = SettingsRequest,
+    request_body = Settings,
     responses(
         (status = 200, body = RecordReply),
         (status = 400, body = ErrorBody, description = "bad_json, bad_request, bad_room"),
@@ -218,38 +183,12 @@ pub(super) async fn settings(
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let room = room_of(room)?;
         let version = version_of(request.headers());
-        let SettingsRequest {
-            title,
-            info,
-            archived,
-            frozen,
-            slow_mode_s,
-            assignee,
-        } = json_of(&api, request).await?;
-        let settings = Settings {
-            title,
-            info,
-            archived,
-            frozen,
-            slow_mode_s,
-            assignee,
-        };
+        let settings: Settings = fields_of(&api, request).await?;
         let set = Change::Set(Box::new(settings));
         let changed = change(ready, &identity, &room, &set, version.as_deref()).await?;
         Ok(shown(ready, &identity, &room, &changed.record))
     };
     ask.instrument(span).await
-}
-
-/// Room and user of a path.
-fn room_and_user(
-    path: Result<Path<(String, String)>, PathRejection>,
-) -> Result<(RoomId, String), HttpError> {
-    let Path((room, user)) =
-        path.map_err(|error| HttpError::new(ErrorCode::BadRequest, error.body_text()))?;
-    let room = RoomId::parse(&room)
-        .map_err(|error| HttpError::new(ErrorCode::BadRoom, error.to_string()))?;
-    Ok((room, user))
 }
 
 /// Add a member, or change their role, mute or ban them.
@@ -260,7 +199,7 @@ fn room_and_user(
         ("room" = String, Path, description = "namespace:name, e.g. chat:lobby or chat%3Alobby"),
         ("user" = String, Path, description = "The user, percent-encoded"),
     ),
-    request_body = MemberRequest,
+    request_body = PutMember,
     responses(
         (status = 200, body = RecordReply),
         (status = 400, body = ErrorBody, description = "bad_json, bad_request, bad_room"),
@@ -281,22 +220,11 @@ pub(super) async fn put_member(
     let ask = async {
         let identity = authorize(&api, request.headers())?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
-        let (room, user) = room_and_user(path)?;
+        let (room, user) = room_and_name(path)?;
         let body = read_body(&api.shared, request.into_body(), ENVELOPE_BYTES).await?;
-        let asked: MemberRequest = match body.is_empty() {
-            true => MemberRequest::default(),
-            false => serde_json::from_slice(&body)
-                .map_err(|error| HttpError::new(ErrorCode::BadRequest, error.to_string()))?,
-        };
-        let MemberRequest {
-            role,
-            state,
-            muted_until,
-        } = asked;
-        let what = PutMember {
-            role,
-            state,
-            muted_until,
+        let what = match body.is_empty() {
+            true => PutMember::default(),
+            false => json_of(&body)?,
         };
         let put = Change::Put { user, what };
         let changed = change(ready, &identity, &room, &put, None).await?;
@@ -332,7 +260,7 @@ pub(super) async fn remove_member(
     let ask = async {
         let identity = authorize(&api, &headers)?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
-        let (room, user) = room_and_user(path)?;
+        let (room, user) = room_and_name(path)?;
         let removed = change(ready, &identity, &room, &Change::Remove { user }, None).await?;
         Ok(shown(ready, &identity, &room, &removed.record))
     };
@@ -402,7 +330,7 @@ async fn pinned(
     let ask = async {
         let identity = authorize(api, headers)?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
-        let (room, message) = room_and_user(path)?;
+        let (room, message) = room_and_name(path)?;
         let changed = change(ready, &identity, &room, &Change::Pin { message, on }, None).await?;
         Ok(shown(ready, &identity, &room, &changed.record))
     };

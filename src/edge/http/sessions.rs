@@ -11,8 +11,7 @@ use utoipa::ToSchema;
 
 use crate::{
     auth::{Right, user_flaw},
-    edge::request::{Api, ErrorBody, HttpError, authorize, command_span},
-    model::RoomId,
+    edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_and_name},
     protocol::{ErrorCode, Order, OrderKind, Refused},
     session::answers,
 };
@@ -94,10 +93,7 @@ pub(super) async fn remove(
 ) -> Ended {
     let ask = async {
         let identity = authorize(&api, &headers)?;
-        let Path((room, user)) =
-            path.map_err(|error| HttpError::new(ErrorCode::BadRequest, error.body_text()))?;
-        let room = RoomId::parse(&room)
-            .map_err(|error| HttpError::new(ErrorCode::BadRoom, error.to_string()))?;
+        let (room, user) = room_and_name(path)?;
         answers::namespace(&api.shared.config, &room)?;
         answers::granted(&identity, Right::Admin, &room)?;
         give(&api, user, OrderKind::Leave { room }).await

@@ -26,11 +26,11 @@ use crate::{
     edge::{
         Shared, Uploads,
         request::{
-            Api, ENVELOPE_BYTES, ErrorBody, HttpError, authorize, command_span, read_body, room_of,
+            Api, ENVELOPE_BYTES, ErrorBody, HttpError, authorize, command_span, json_of, read_body,
+            room_and_name, room_of,
         },
     },
     http1::LAST_STEP,
-    model::RoomId,
     protocol::ErrorCode,
     runtime::{Phase, unix_ms},
     session::answers,
@@ -162,13 +162,7 @@ pub(super) async fn grant(
         let room = room_of(room)?;
         answers::may_upload(&ready.people, &identity, &room).await?;
         let body = read_body(shared, body, ENVELOPE_BYTES).await?;
-        let file: File = serde_json::from_slice(&body).map_err(|error| {
-            let code = match error.is_data() {
-                true => ErrorCode::BadRequest,
-                false => ErrorCode::BadJson,
-            };
-            HttpError::new(code, error.to_string())
-        })?;
+        let file: File = json_of(&body)?;
         file.check(&config.uploads).map_err(|flaw| match flaw {
             BadFile::TooLarge { .. } => HttpError::new(ErrorCode::TooLarge, flaw.to_string()),
             flaw => bad(flaw.to_string()),
@@ -231,9 +225,7 @@ pub(super) async fn download(
         let identity = authorize(&api, &headers)?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let uploads = api.shared.uploads()?;
-        let Path((room, upload)) = path.map_err(|error| bad(error.body_text()))?;
-        let room = RoomId::parse(&room)
-            .map_err(|error| HttpError::new(ErrorCode::BadRoom, error.to_string()))?;
+        let (room, upload) = room_and_name(path)?;
         let query = query.map_err(|error| bad(error.body_text()))?;
         answers::namespace(&api.shared.config, &room)?;
         answers::admitted(&ready.people, &identity, Right::Read, &room).await?;
