@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            send, queue empty ──► one direct write
-//!                 │ would block, or partly written
+//!                 │ would block, or partly written, or more follows
 //!                 ▼
 //!  OPEN ◄── queue empty ── BEHIND: send only appends; one writer task waits for the socket
 //!    │                        │
@@ -37,7 +37,10 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use tokio::{io::AsyncWrite, net::TcpStream};
+use tokio::{
+    io::{AsyncWrite, Interest},
+    net::TcpStream,
+};
 
 use crate::protocol::Close;
 
@@ -77,6 +80,8 @@ pub struct Conn {
     stream: RefCell<Option<TcpStream>>,
     outbox: RefCell<Option<Box<Outbox>>>,
     closing: Cell<Option<Close>>,
+    /// Number of frames that are about to follow, see [`Conn::more_follows`].
+    following: Cell<u32>,
     /// Whether the peer has ended its half: there is nothing more to read.
     read_ended: Cell<bool>,
     /// The session's waker in [`read_with`](Self::read_with). Woken when the connection closes or dies. For data, the
@@ -170,6 +175,7 @@ impl Conn {
             stream: RefCell::new(Some(stream)),
             outbox: RefCell::new(None),
             closing: Cell::new(None),
+            following: Cell::new(0),
             read_ended: Cell::new(false),
             reader: Cell::new(None),
             writer: Cell::new(None),
@@ -185,6 +191,8 @@ impl Conn {
     /// A socket does not count as writable until the runtime has seen its first event, one turn of the shard after
     /// [`new`](Self::new). Frames sent before that go through the queue.
     ///
+    /// While [more follows](Self::more_follows), frames are written at the end of the shard's turn.
+    ///
     /// Frames for a connection that is closing or dead are dropped. A caller that counts frames checks
     /// [`closing`](Self::closing) first.
     pub fn send(self: &Rc<Self>, frames: &[Bytes]) {
@@ -192,7 +200,7 @@ impl Conn {
             return;
         }
         let behind = self.outbox.borrow().is_some();
-        let rest = if behind {
+        let rest = if behind || self.following.get() > 0 {
             Some((frames, 0))
         } else {
             self.write_direct(frames)
@@ -205,6 +213,17 @@ impl Conn {
         } else if !behind && self.outbox.borrow().is_some() {
             tokio::task::spawn_local(write_queue(Rc::downgrade(self)));
         }
+    }
+
+    /// Says that another frame is likely to follow soon, or (`false`) that it has come. Until then, what is sent in one
+    /// turn of the shard is written together at its end: the message of a client and its acknowledgement arrive
+    /// together, and a second write would cost more than all else that is done for them.
+    pub fn more_follows(&self, follows: bool) {
+        let following = self.following.get();
+        self.following.set(match follows {
+            true => following.saturating_add(1),
+            false => following.saturating_sub(1),
+        });
     }
 
     /// The size of what was accepted by [`send`](Self::send), and the close frame, and not taken by the socket yet: its
@@ -327,7 +346,15 @@ impl Conn {
                             if buffer.is_empty() {
                                 buffer.resize(READ_BYTES, 0);
                             }
-                            stream.try_read(&mut buffer)
+                            let read = stream.try_read(&mut buffer);
+                            if matches!(read, Ok(n) if 0 < n && n < buffer.len()) {
+                                // The socket is empty: the next wait need not find that out by another read.
+                                let _cleared: io::Result<()> = stream
+                                    .try_io(Interest::READABLE, || {
+                                        Err(io::ErrorKind::WouldBlock.into())
+                                    });
+                            }
+                            read
                         }
                     }
                 };
