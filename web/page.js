@@ -147,7 +147,7 @@ function start() {
   mine.addEventListener("readers", showReaders);
   mine.addEventListener("typing", ({ detail }) => detail.user !== me && startTyping(detail.user));
   mine.addEventListener("refused", ({ detail }) => {
-    log.line(sentence(detail), "error");
+    log.line(sentence(detail, roomName), "error");
     if (!detail.retry) rooms.forget(roomName);
   });
   mine.addEventListener("kicked", ({ detail }) => {
@@ -281,14 +281,14 @@ $("say").addEventListener("submit", async (event) => {
   const item = log.send(id, body, reply_to);
   const mine = client;
   try {
-    const ack = await mine.publish(id, { body, reply_to }, (error) => log.note(item, `${sentence(error)} It is sent then.`));
+    const ack = await mine.publish(id, { body, reply_to }, (error) => log.note(item, `${sentence(error, shown.room)} It is sent then.`));
     // In a durable room the pushed message settles it; ephemeral rooms, too, but a lost push must not leave it grey.
     log.settle(item, { ts: ack.ts });
   } catch (error) {
     if (mine !== client && error.code === "closed") return;
     log.settle(item, { note: "not sent" });
     if (mine !== client) return;
-    log.line(`Not sent. ${sentence(error)}`, "error");
+    log.line(`Not sent. ${sentence(error, shown.room)}`, "error");
     // What can be said later is not lost.
     if (error.code === "rate_limited" && !text.value) text.value = content;
   }
@@ -472,7 +472,7 @@ for (const [name] of OWN) {
     try {
       await rooms.arrange(current, { [name]: !rooms.summary(current)?.[name] });
     } catch (error) {
-      if (current === shown.room) log.line(sentence(error), "error");
+      if (current === shown.room) log.line(sentence(error, current), "error");
     }
   });
 }

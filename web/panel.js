@@ -121,7 +121,7 @@ export class Panel {
     } catch (error) {
       if (room !== this.#where().room) return;
       if (error.code === "unknown_room") this.#show(null);
-      else this.#say(sentence(error));
+      else this.#say(sentence(error, room));
     }
   }
 
@@ -146,7 +146,7 @@ export class Panel {
       if (room === this.#where().room && answer?.members) this.#show(answer);
       return true;
     } catch (error) {
-      if (room === this.#where().room) this.#say(sentence(error));
+      if (room === this.#where().room) this.#say(sentence(error, room));
       return false;
     }
   }

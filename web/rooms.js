@@ -64,12 +64,27 @@ export class Rooms {
 
   /** The room that is shown was joined. */
   joined(durable) {
-    const known = this.#opened.find(({ room }) => room === this.current);
-    if (known) known.durable = durable;
-    else this.#opened.push({ room: this.current, durable });
-    this.#opened.splice(0, this.#opened.length - KEPT);
+    let opened = this.#opened.find(({ room }) => room === this.current);
+    if (!opened) {
+      opened = { room: this.current };
+      this.#opened.push(opened);
+      this.#opened.splice(0, this.#opened.length - KEPT);
+    }
+    opened.durable = durable;
     this.#remember();
+    this.#askTitle(opened);
     this.#parts.list.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
+  }
+
+  /** Of a room that the user is not named in, if it has a record. */
+  async #askTitle(opened) {
+    try {
+      const { title, ref } = await this.#client.call("room", { room: opened.room });
+      Object.assign(opened, { title, ref });
+      this.#remember();
+    } catch (error) {
+      if (!error.retry) Object.assign(opened, { title: undefined, ref: undefined }); // nobody has made it
+    }
   }
 
   /** The user can't be in the room any more. */
@@ -89,7 +104,7 @@ export class Rooms {
   }
 
   title(room) {
-    return titleOf(this.#mine.get(room) ?? { room });
+    return titleOf(this.#mine.get(room) ?? this.#opened.find((one) => one.room === room) ?? { room });
   }
 
   get namespaces() {
@@ -210,7 +225,7 @@ export class Rooms {
   /** What is unread in the room that is shown is another number. */
   drawCurrent() {
     const button = this.#parts.list.querySelector("[aria-current]");
-    if (button) this.#drawOne(button, this.#mine.get(this.current) ?? { room: this.current });
+    if (button) this.#drawOne(button, this.#mine.get(this.current) ?? this.#opened.find(({ room }) => room === this.current));
     this.#changed();
   }
 

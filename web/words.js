@@ -40,9 +40,10 @@ export function button(className, content, act) {
   return made;
 }
 
-/** An error of the edge. Its `message` is for people, but of a developer's kind. */
-export function sentence({ code, message = "", retry_after_ms: after }) {
+/** An error of the edge, in `room`. Its `message` is for people, but of a developer's kind. */
+export function sentence({ code, message = "", retry_after_ms: after }, room) {
   const detail = message
+    .replaceAll(room || "\n", "this room")
     .replace(/^this user is/, "you are")
     .replace(/^this user/, "you")
     .replace(/(\d{12,}) \(ms since 1970\)/, (_, ms) => clock(Number(ms)));
