@@ -56,3 +56,22 @@ fn file(media_type: &str, text: &'static str) -> impl IntoResponse + use<> {
     let media_type = format!("{media_type}; charset=utf-8");
     ([(header::CONTENT_TYPE, media_type)], text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_may_use_the_storage_and_nothing_else() {
+        let own = policy(None);
+        assert!(own.contains("connect-src 'self';") && own.contains("img-src 'self' data:;"));
+        let s3 = policy(Some("https://files.example.org"));
+        for source in ["connect-src 'self'", "img-src 'self' data:"] {
+            let allowed = format!("{source} https://files.example.org;");
+            assert!(s3.contains(&allowed), "{s3}");
+        }
+        for policy in [own, s3] {
+            assert!(policy.starts_with("default-src 'none';") && !policy.contains("unsafe"));
+        }
+    }
+}

@@ -6,7 +6,7 @@ import { Natter, newId, reaches, userOf } from "./natter.js";
 import { Panel, makeDialog } from "./panel.js";
 import { Past } from "./past.js";
 import { Rooms } from "./rooms.js";
-import { NATTER, clock, duration, element, sentence, whyOut } from "./words.js";
+import { NATTER, clock, element, sentence, whyOut } from "./words.js";
 
 const TYPING_EVERY_MS = 2_000;
 const TYPING_SHOWN_MS = 3_000;
@@ -22,6 +22,7 @@ const room = $("room"), token = $("token"), user = $("user"), typing = $("typing
 const here = $("here"), app = $("app"), attach = $("attach");
 
 let client = null;
+let entered = ""; // the token that is used, whatever is typed into its field meanwhile
 let shown = null; // {room, user, cursor, messages: […]}: what this tab shows, kept over a reload
 
 const log = new Log(list, () => showReaders());
@@ -52,9 +53,9 @@ const rooms = new Rooms(
   { list: $("rooms"), more: $("more"), aside: $("aside"), problem: $("side-problem") },
   { memory, open: openRoom, tell, changed: showRoom },
 );
-const panel = new Panel(() => ({ token: token.value.trim(), user: shown.user, room: shown.room }));
+const panel = new Panel(() => ({ token: entered, user: shown.user, room: shown.room }));
 const chosen = new Chosen($("chosen"), () => showWriting());
-log.showFile = (attachment) => fileOf(attachment, { token: token.value.trim(), room: shown.room }, () => log.settled());
+log.showFile = (attachment) => fileOf(attachment, { token: entered, room: shown.room }, () => log.settled());
 log.showThread = (message) => past.showThread(message);
 log.answer = (message) => answer(message);
 
@@ -67,11 +68,12 @@ function start() {
   client?.stop();
   saveNow();
   const roomName = room.value.trim();
-  const me = userOf(token.value.trim());
+  entered = token.value.trim();
+  const me = userOf(entered);
   const kept = memory.get(storeOf(roomName));
   // Another user's view is not ours to show.
   shown = kept && kept.user === me ? kept : { room: roomName, user: me, cursor: null, messages: [] };
-  memory.set("natter:entry", { token: token.value.trim(), room: roomName });
+  memory.set("natter:entry", { token: entered, room: roomName });
   user.value = me;
   log.clear(me);
   rooms.behind = 0;
@@ -89,11 +91,11 @@ function start() {
   const url = new URL("ws", document.baseURI);
   url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
   url.hash = "";
-  const mine = new Natter({ url: url.href, token: token.value.trim(), room: roomName, cursor: shown.cursor });
+  const mine = new Natter({ url: url.href, token: entered, room: roomName, cursor: shown.cursor });
   const switched = client != null;
   client = mine;
-  rooms.enter(mine, me, token.value.trim(), roomName);
-  past.enter(mine, roomName, token.value.trim());
+  rooms.enter(mine, me, entered, roomName);
+  past.enter(mine, roomName, entered);
   for (const message of shown.messages) log.hear(message);
   showPeople();
   mine.addEventListener("state", ({ detail }) => showState(detail));
@@ -148,7 +150,7 @@ function start() {
   mine.addEventListener("typing", ({ detail }) => detail.user !== me && startTyping(detail.user));
   mine.addEventListener("refused", ({ detail }) => {
     log.line(sentence(detail, roomName), "error");
-    if (!detail.retry) rooms.forget(roomName);
+    if (!detail.retry) leave();
   });
   mine.addEventListener("kicked", ({ detail }) => {
     if (detail.code === "closed") {
@@ -158,9 +160,13 @@ function start() {
     }
     log.line(whyOut(detail.code), "error");
     keep();
-    panel.close();
-    rooms.forget(roomName);
+    leave();
   });
+  const leave = () => {
+    panel.close();
+    past.left();
+    rooms.forget(roomName);
+  };
   mine.addEventListener("token_expiring", ({ detail }) => {
     log.line(`This token ends at ${clock(detail.exp * 1000)}. Paste a new one and join again.`);
   });
@@ -297,7 +303,7 @@ $("say").addEventListener("submit", async (event) => {
 // Files -----------------------------------------------------------------------------------------------------------------
 
 function choose(files) {
-  if (!attach.disabled && files.length > 0) chosen.add(token.value.trim(), shown.room, files);
+  if (!attach.disabled && files.length > 0) chosen.add(entered, shown.room, files);
 }
 attach.addEventListener("click", () => $("files").click());
 $("files").addEventListener("change", ({ target }) => {
@@ -460,7 +466,7 @@ $("back").addEventListener("click", () => {
 });
 $("about").addEventListener("click", () => panel.open());
 const make = makeDialog(
-  () => ({ token: token.value.trim(), user: shown.user, namespace: (shown.room || rooms.namespaces[0] || "chat:").split(":")[0] }),
+  () => ({ token: entered, user: shown.user, namespace: (shown.room || rooms.namespaces[0] || "chat:").split(":")[0] }),
   openRoom,
 );
 $("new").addEventListener("click", make);
@@ -481,19 +487,19 @@ for (const [name] of OWN) {
 function showRoom() {
   if (!shown) return;
   const { room: current } = shown;
-  where.textContent = current ? rooms.title(current) : "";
+  where.textContent = rooms.title;
   where.title = current;
   const summary = rooms.summary(current);
   for (const [name, on, off] of OWN) {
     $(name).hidden = !summary;
     $(name).textContent = summary?.[name] ? off : on;
   }
-  $("about").hidden = !current;
+  $("about").hidden = !current || state.dataset.state === "out";
   const { waiting } = rooms;
   const badge = $("back").querySelector(".badge");
   badge.hidden = !waiting;
   badge.firstElementChild.textContent = waiting;
-  document.title = `${waiting && `(${waiting}) `}${current && `${rooms.title(current)} · `}natter`;
+  document.title = `${waiting && `(${waiting}) `}${current && `${rooms.title} · `}natter`;
 }
 
 // Entry -----------------------------------------------------------------------------------------------------------------

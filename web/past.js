@@ -79,6 +79,13 @@ export class Past {
     this.#fill();
   }
 
+  /** One may not be in the room any more: nothing more is to be had. */
+  left() {
+    this.#parts.find.hidden = true;
+    this.#offer(false);
+    this.#closeHits();
+  }
+
   async goToNow() {
     this.#setAway(false);
     this.#log.clear();

@@ -20,6 +20,7 @@ export class Rooms {
   #next = { false: null, true: null }; // the rest of the list, and of that of the archived ones
   #opened = []; // {room, durable}: in the order in which they were opened; kept over a reload
   #unread = new Map(); // room -> {count, capped?}: of those that were opened
+  #named = { room: "", title: "" }; // the room that is shown, as it was called last: one may be put out of it
   #aside = false; // whether the archived ones are shown
   #asking = 0; // timer
 
@@ -54,6 +55,7 @@ export class Rooms {
       this.#opened = kept?.user === user ? kept.rooms : [];
       this.#mine = new Map();
       this.#unread = new Map();
+      this.#next = { false: null, true: null };
     }
     this.current = room;
     this.#unread.delete(room);
@@ -103,8 +105,12 @@ export class Rooms {
     return this.#mine.get(room);
   }
 
-  title(room) {
-    return titleOf(this.#mine.get(room) ?? this.#opened.find((one) => one.room === room) ?? { room });
+  /** What the room that is shown is called. */
+  get title() {
+    const room = this.current;
+    const known = this.#mine.get(room) ?? this.#opened.find((one) => one.room === room);
+    if (known || this.#named.room !== room) this.#named = { room, title: titleOf(known ?? { room }) };
+    return this.#named.title;
   }
 
   get namespaces() {

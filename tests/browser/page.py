@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The edge's chat page in headless Chromium, driven over plain WebDriver (no packages needed).
 
-    page.py NATTER [SCREENSHOT.png]
+    page.py NATTER [FOLDER]
 
 NATTER is the binary. The script starts `natter up` with a data folder of its own on a free port, opens the page in two
-windows as two users, and takes everything down again. It prints `N passed, N failed` and exits 0 or 1; 77 (with the
-reason) if Chromium or chromedriver is missing.
+windows as two users, and takes everything down again. The stories of stories.py have a second browser with two more windows.
+With FOLDER they put pictures of the page there. It prints `N passed, N failed` and exits 0 or 1; 77 (with the reason) if
+Chromium or chromedriver is missing.
 
 Nothing here sleeps for a guessed time: every wait is for a condition, with a deadline.
 """
@@ -14,6 +15,7 @@ import argparse
 import base64
 import hashlib
 import hmac
+import inspect
 import json
 import os
 import pathlib
@@ -640,35 +642,45 @@ def edge_killed_and_restarted(up, kim, lee):
     until("read", lambda: kim.read_by("said while the edge was down") == ["read by 1", "lee"])
 
 
-def frozen_connection_is_left(up, kim, lee):
+class Frozen:
+    """A window whose connection is frozen. A page needs half a minute to notice that; other checks run meanwhile."""
+
     room = "chat:frozen"
-    relay = Relay(int(up.url().rstrip("/").rsplit(":", 1)[1]))
+    relay = window = None
+
+
+def frozen_connection_is_left(up, kim, lee):
+    relay = Frozen.relay = Relay(int(up.url().rstrip("/").rsplit(":", 1)[1]))
     window = kim.browser.window()
-    try:
-        window.go(f"http://127.0.0.1:{relay.port}/#token={up.token('kim')}&room={room}")
-        window.until_state("connected")
-        window.say("before")
-        window.until_shows("kim", "before")
-        relay.freeze()
-        up.post(room, "lee", body={"text": "said meanwhile"})
-        window.say("into the void")
-        until("what was missed", lambda: "said meanwhile" in texts(window), deadline=40)
-        window.until_shows("kim", "into the void")
-        # Nothing is sent, so nothing waits for an answer.
-        relay.freeze()
-        up.post(room, "lee", body={"text": "said in the quiet"})
-        until("what was missed in the quiet", lambda: "said in the quiet" in texts(window), deadline=42)
-        window.until_state("connected")
-        once = ["before", "said meanwhile", "into the void", "said in the quiet"]
-        assert texts(window) == once, texts(window)
-        # And stored once.
-        window.go("about:blank")
-        window.go(entry(up, "cho", room))
-        window.until_state("connected")
-        until("all of it once", lambda: texts(window) == once)
-    finally:
-        relay.close()
-        window.command("DELETE", "/window")
+    window.go(f"http://127.0.0.1:{relay.port}/#token={up.token('kim')}&room={Frozen.room}")
+    window.until_state("connected")
+    window.say("before")
+    window.until_shows("kim", "before")
+    relay.freeze()
+    up.post(Frozen.room, "lee", body={"text": "said meanwhile"})
+    window.say("into the void")
+    until("what was missed", lambda: "said meanwhile" in texts(window), deadline=40)
+    window.until_shows("kim", "into the void")
+    # Nothing is sent, so nothing waits for an answer.
+    relay.freeze()
+    up.post(Frozen.room, "lee", body={"text": "said in the quiet"})
+    Frozen.window = window
+
+
+def frozen_connection_is_left_in_the_quiet(up, kim, lee):
+    window = Frozen.window
+    assert window, "there is no frozen connection"
+    until("what was missed in the quiet", lambda: "said in the quiet" in texts(window), deadline=42)
+    window.until_state("connected")
+    once = ["before", "said meanwhile", "into the void", "said in the quiet"]
+    assert texts(window) == once, texts(window)
+    # And stored once.
+    window.go("about:blank")
+    window.go(entry(up, "cho", Frozen.room))
+    window.until_state("connected")
+    until("all of it once", lambda: texts(window) == once)
+    Frozen.relay.close()
+    window.command("DELETE", "/window")
 
 
 def texts(window):
@@ -836,11 +848,12 @@ def has_names_for_screen_readers(up, kim, lee):
         assert label == name, f"{css} is called {label!r}"
 
 
-def console_is_clean(up, kim, lee):
-    entries = kim.command("POST", "/se/log", {"type": "browser"})
-    # A refused connection is logged by the browser itself while the edge is down.
-    faults = [e["message"] for e in entries if "Uncaught" in e["message"] or "Content Security" in e["message"]]
-    assert not faults, faults
+def console_is_clean(up, *windows):
+    for window in windows:
+        entries = window.command("POST", "/se/log", {"type": "browser"})
+        # A refused connection is logged by the browser itself while the edge is down.
+        faults = [e["message"] for e in entries if "Uncaught" in e["message"] or "Content Security" in e["message"]]
+        assert not faults, faults
 
 
 CHECKS = [
@@ -866,13 +879,18 @@ CHECKS = [
     has_names_for_screen_readers,
     refusals_are_shown,
     fits_a_phone,
-    console_is_clean,
 ]
 
 
-def run(natter, checks, windows=(1,), flags=(), screenshot=None):
+def windows_of(check):
+    """How many windows a check takes; None for all."""
+    code = check.__code__
+    return None if code.co_flags & inspect.CO_VARARGS else code.co_argcount - 1
+
+
+def run(natter, checks, windows=(1,), flags=()):
     """
-    Runs checks one after the other, each with a `natter up` and the windows of browsers; the exit code. `windows` has the
+    Runs checks one after the other, each with a `natter up` and as many windows as it takes; the exit code. `windows` has the
     number of windows of each browser. Each browser has a profile of its own.
     """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -895,14 +913,12 @@ def run(natter, checks, windows=(1,), flags=(), screenshot=None):
                 opened[-count].resize(760, 820)
             for check in checks:
                 try:
-                    check(up, *opened)
+                    check(up, *opened[: windows_of(check)])
                     print(f"ok    {check.__name__}", flush=True)
                     passed += 1
                 except (Failed, AssertionError, WebDriverError) as error:
                     print(f"FAIL  {check.__name__}: {error}", flush=True)
                     failed += 1
-            if screenshot:
-                opened[0].screenshot(screenshot)
         except Failed as error:
             print(f"FAIL  start: {error}")
             failed += 1
@@ -918,10 +934,20 @@ def run(natter, checks, windows=(1,), flags=(), screenshot=None):
 def main():
     parser = argparse.ArgumentParser(description="The chat page in headless Chromium.")
     parser.add_argument("natter", help="the natter binary")
-    parser.add_argument("screenshot", nargs="?", help="where to put a picture of the page")
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, help="where to put pictures of the page")
     arguments = parser.parse_args()
-    return run(arguments.natter, CHECKS, windows=(2,), screenshot=arguments.screenshot)
+    import stories  # which imports this module
+
+    stories.FOLDER = arguments.folder
+    checks = [*CHECKS, *stories.STORIES, frozen_connection_is_left_in_the_quiet, console_is_clean]
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
+        config.write(stories.CONFIG)
+        config.flush()
+        return run(arguments.natter, checks, windows=(2, 2), flags=("--config", config.name))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # As the module that the stories import, so that there is one of everything.
+    from page import main as main_of_page
+
+    sys.exit(main_of_page())
