@@ -84,6 +84,7 @@ function start() {
   entering = true;
   app.hidden = false;
   app.dataset.view = roomName ? "room" : "rooms";
+  app.dataset.room = roomName;
   $("me").textContent = me && ` · ${me}`;
 
   let first = true; // the first join of this page load
