@@ -1,8 +1,9 @@
 // The past of a room: pages of its history above what came live, and a search that leads there.
 
-import { bodyText, clock, element } from "./log.js";
+import { request, roomPath } from "./http.js";
+import { bodyText } from "./log.js";
+import { button, clock, element, sentence } from "./words.js";
 
-const ANSWER_MS = 15_000; // longer than an edge waits for its database
 const PAGE = 50; // messages a page
 const NEAR = 120; // px from the end of the list at which the next page is asked for
 const REST_MS = 3_000; // after an answer that did not reach far enough
@@ -76,6 +77,13 @@ export class Past {
       this.#offerAfter(page, this.#log.end(true) === page.messages[0]?.cursor);
     });
     this.#fill();
+  }
+
+  /** One may not be in the room any more: nothing more is to be had. */
+  left() {
+    this.#parts.find.hidden = true;
+    this.#offer(false);
+    this.#closeHits();
   }
 
   async goToNow() {
@@ -176,53 +184,72 @@ export class Past {
   // Search ----------------------------------------------------------------------------------------------------------------
 
   async #find(before) {
-    const { query, hits } = this.#parts;
-    const words = query.value.trim();
+    const words = this.#parts.query.value.trim();
     if (!words) {
       this.#closeHits();
       return;
     }
     const number = (this.#search += 1);
     const fields = new URLSearchParams({ q: words, limit: HITS, ...(before && { before }) });
-    const path = `v1/rooms/${encodeURIComponent(this.#room)}/search?${fields}`;
     let answer;
     try {
-      const headers = { Authorization: `Bearer ${this.#token}` };
-      const signal = AbortSignal.timeout(ANSWER_MS);
-      const response = await fetch(new URL(path, document.baseURI), { headers, signal });
-      answer = await response.json();
-    } catch {
-      answer = { message: "The edge did not answer." };
+      answer = await request(this.#token, "GET", `${roomPath(this.#room)}/search?${fields}`);
+    } catch (error) {
+      answer = { problem: sentence(error) };
     }
     if (number !== this.#search) return;
+    this.#show(answer, before, () => this.#find(answer.next));
+  }
+
+  /** The answers to a message. */
+  async showThread({ from, id, text }, before) {
+    const number = (this.#search += 1);
+    const mine = this.#client;
+    let answer;
+    try {
+      const page = await mine.call("history", { room: this.#room, thread: `${from}/${id}`, limit: HITS, before });
+      answer = { messages: page.messages.toReversed(), next: page.prev, partial: page.partial };
+    } catch (error) {
+      answer = { problem: sentence(error) };
+    }
+    if (number !== this.#search || mine !== this.#client) return;
+    this.#show(answer, before, () => this.showThread({ from, id, text }, answer.next));
+    if (before) return;
+    const title = element("li", "bar");
+    const close = button("plain", "Close", () => {
+      this.#closeHits();
+      this.#list.focus();
+    });
+    title.append(element("h2", "", `Answers to ${from}: ${text}`), close);
+    this.#parts.hits.prepend(title);
+    close.focus();
+  }
+
+  #show({ messages, problem, partial, next }, before, more) {
+    const { hits } = this.#parts;
     hits.hidden = false;
     if (before) hits.lastElementChild.remove();
     else hits.replaceChildren();
-    const found = (answer.messages ?? []).map((message) => this.#hit(message));
+    const found = (messages ?? []).map((message) => this.#hit(message));
     hits.append(...found);
-    if (answer.messages == null) hits.append(element("li", "error", answer.message));
-    else if (answer.partial) hits.append(element("li", "quiet", "Not everything could be searched just now."));
+    if (problem) hits.append(element("li", "error", problem));
+    else if (partial) hits.append(element("li", "quiet", "Not everything could be read just now."));
     else if (hits.childElementCount === 0) hits.append(element("li", "quiet", "No messages found."));
-    if (answer.next != null) {
-      const more = element("button", "quiet", "More");
-      more.type = "button";
-      more.addEventListener("click", () => this.#find(answer.next));
+    if (next != null) {
       const item = element("li");
-      item.append(more);
+      item.append(button("quiet", "More", more));
       hits.append(item);
     }
     if (before) found[0]?.firstElementChild.focus();
   }
 
   #hit(message) {
-    const button = element("button", "hit");
-    button.type = "button";
+    const hit = button("hit", "", () => this.#jump(message));
     const meta = element("span", "meta");
     meta.append(element("span", "from", message.from), element("time", "", clock(message.ts)));
-    button.append(meta, element("span", "body", bodyText(message.body)));
-    button.addEventListener("click", () => this.#jump(message));
+    hit.append(meta, element("span", "body", bodyText(message.body)));
     const item = element("li");
-    item.append(button);
+    item.append(hit);
     return item;
   }
 

@@ -133,7 +133,8 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/rooms/{room}/poll", get(streams::poll))
         .route("/v1/events", get(streams::events))
         .route("/v1/tickets", post(streams::ticket));
-    let router = match shared.uploads.as_ref().map(|uploads| &uploads.storage) {
+    let storage = shared.uploads.as_ref().map(|uploads| &uploads.storage);
+    let router = match storage {
         None => router,
         Some(storage) => {
             let router = router
@@ -152,7 +153,10 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         "" => router,
         _ => router.route("/api/{method}", post(server_api::call)),
     };
-    let router = if page { web::routes(router) } else { router };
+    let router = match page {
+        true => web::routes(router, storage.and_then(Storage::origin).as_deref()),
+        false => router,
+    };
     router
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
