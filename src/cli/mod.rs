@@ -80,6 +80,7 @@ enum Command {
     Send(send::Send),
     Room(room::RoomCommand),
     Inbox(room::Inbox),
+    Follow(room::Follow),
 }
 
 /// Runs the command line of this process.
@@ -139,6 +140,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Send(send) => send::run(send, load)?,
         Command::Room(command) => room::run(command, load)?,
         Command::Inbox(inbox) => room::inbox(&inbox, load)?,
+        Command::Follow(follow) => room::follow(follow, load)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -613,6 +613,7 @@ impl Shard {
         let desk = Desk::new(
             live.clone(),
             Subjects::new(&config.nats.prefix),
+            Arc::clone(&origins),
             Arc::clone(&people),
             Arc::clone(&markers),
         );
@@ -731,6 +732,9 @@ impl Shard {
     /// Lets a change of a room's record act on the sessions that are in it.
     fn on_record(&self, changed: Result<RoomId, RecvError>) {
         let sessions = self.sessions.borrow();
+        if let Ok(room) = &changed {
+            self.context.desk.on_record(room);
+        }
         match changed {
             Ok(room) if self.context.rooms.is_open(&room) => {
                 sessions

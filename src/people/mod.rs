@@ -7,6 +7,8 @@
 
 mod access;
 mod change;
+mod filter;
+mod followed;
 mod inbox;
 mod index;
 mod known;
@@ -19,7 +21,9 @@ mod tests;
 
 pub use access::Removal;
 pub use change::{Change, Create, PutMember, Settings, Told};
-pub use inbox::{InboxOf, preview};
+pub use filter::Filter;
+pub use followed::Found;
+pub use inbox::{InboxOf, Whose, page_limit, preview};
 pub use known::{Known, People};
 pub use names::{direct, group};
 pub use record::{MemberState, Record, RoomKind};

@@ -20,10 +20,10 @@ pub use codec::{Codec, Form};
 pub use codes::{Close, ErrorCode, Refused};
 pub use command::{
     Anchor, Beats, Command, First, HistoryOf, NewRoom, PageOf, ResumeAt, RoomSubscription,
-    SearchFor, Since, SubscribedTo, Wants,
+    SearchFor, Since, SubscribedTo, Wants, WatchOf, Watched,
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
-pub use inbox::{InboxReply, LastMessage, RoomSummary, WatchReply};
+pub use inbox::{InboxReply, LastMessage, RefusedRoom, RoomSummary, WatchPush, WatchReply};
 pub use order::{Obeyed, Order, OrderKind};
 pub use publication::{Draft, Mentions, Publication};
 pub use reply::{

@@ -54,7 +54,7 @@ pub struct Markers {
     pub(super) unread_cap: u64,
     pub(super) counting: Counting,
     /// Timeout of a `read`, and of loading keys.
-    timeout: Duration,
+    pub(super) timeout: Duration,
     pub(super) state: Mutex<State>,
     /// Notified when there is something to load.
     pub(super) load: Notify,

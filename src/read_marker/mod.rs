@@ -28,4 +28,4 @@ mod unread;
 pub use latest::Latest;
 pub use markers::{MarkerError, Markers};
 pub use table::Table;
-pub use unread::Unread;
+pub use unread::{Counted, Unread};

@@ -21,7 +21,7 @@ use crate::{
         Publication, PublishReply, ReadReply, ReaderBody, ReadersReply, Refused, SearchFor,
         SearchReply, UnreadBody, UnreadReply,
     },
-    read_marker::Markers,
+    read_marker::{Counted, Markers},
     runtime::unix_ms,
     uploads,
 };
@@ -374,7 +374,9 @@ pub(crate) async fn unread(
         .iter()
         .map(|room| people.check(identity, Right::Read, room));
     try_join_all(checks).await?;
-    let counts = markers.unread(&identity.user, durable).await?;
+    let counts = markers
+        .unread(&identity.user, durable, Counted::Unread)
+        .await?;
     let rooms = rooms.iter().map(|room| {
         let unread = counts.get(room).copied().unwrap_or_default();
         UnreadBody {

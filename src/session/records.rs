@@ -140,7 +140,12 @@ pub(crate) fn signal(
     outgoing: &Outgoing<'_>,
     acked: &Acked,
 ) {
-    let Publication { room, body, .. } = outgoing.publication;
+    let Publication {
+        room,
+        body,
+        mentions,
+        ..
+    } = outgoing.publication;
     let Some(record) = people.known(room).and_then(|known| known.record()) else {
         return;
     };
@@ -152,6 +157,10 @@ pub(crate) fn signal(
             text: preview(body.get().as_bytes()),
         },
         cursor: acked.cursor.clone(),
+        mentions: mentions
+            .json()
+            .and_then(|users| serde_json::from_str(users).ok())
+            .unwrap_or_default(),
     });
 }
 

@@ -304,6 +304,8 @@ counted! {
     SignalPublished = "natter.signal.published", "{signal}";
     /// Signals received for users who watch here.
     SignalReceived = "natter.signal.received", "{signal}";
+    /// Messages received because a session watches their rooms by name or by pattern.
+    WatchReceived = "natter.watch.received", "{message}";
     /// Summaries of rooms handed to sessions that watch.
     SummaryDelivered = "natter.inbox.delivered", "{summary}";
     /// Messages that clients published, and that were stored or (ephemeral) sent on.
@@ -410,8 +412,10 @@ counted! {
     RoomActive = "natter.room.active", "{room}";
     /// Memberships: the sum of the rooms of all sessions.
     MemberActive = "natter.member.active", "{member}";
-    /// Sessions that watch the rooms of their users.
-    Watching = "natter.session.watching", "{session}";
+    /// Watches of sessions.
+    Watching = "natter.session.watching", "{watch}";
+    /// Subscriptions that these watches have.
+    WatchSubscription = "natter.watch.subscriptions", "{subscription}";
     /// Sessions that are present in rooms.
     PresenceSessions = "natter.presence.sessions", "{session}";
     /// Rooms whose users are followed, because a session watches their presence.
