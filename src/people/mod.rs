@@ -12,6 +12,7 @@ mod index;
 mod known;
 mod names;
 mod record;
+mod sweep;
 mod write;
 
 #[cfg(test)]
@@ -23,4 +24,5 @@ pub use inbox::{InboxOf, preview};
 pub use known::{Known, People};
 pub use names::{direct, group};
 pub use record::{MemberState, Record, RoomKind};
+pub use sweep::Sweep;
 pub use write::{Arrangement, Changed};
