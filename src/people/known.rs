@@ -123,6 +123,12 @@ impl Known {
         self.record.read().clone()
     }
 
+    /// Whether the buckets were read. Otherwise the room may have a record although none is known.
+    #[must_use]
+    pub fn is_read(&self) -> bool {
+        self.is_read.load(Ordering::Acquire)
+    }
+
     /// What it means for one user whether the room has a record, and which.
     pub fn standing<T>(
         &self,
@@ -225,7 +231,7 @@ impl People {
         if !known.used.load(Ordering::Relaxed) {
             known.used.store(true, Ordering::Relaxed);
         }
-        if known.is_read.load(Ordering::Acquire) {
+        if known.is_read() {
             return Ok(known);
         }
         let needed = self.config.namespaces.get(room.namespace());
@@ -447,7 +453,7 @@ impl People {
     async fn load(&self, loads: Vec<Load>) {
         let rooms: Vec<_> = loads
             .iter()
-            .filter(|load| !load.known.is_read.load(Ordering::Acquire))
+            .filter(|load| !load.known.is_read())
             .map(|load| (load.room.clone(), Arc::clone(&load.known)))
             .collect();
         let read = self.read(&rooms).await;

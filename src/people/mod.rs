@@ -14,6 +14,7 @@ mod index;
 mod known;
 mod names;
 mod record;
+mod sweep;
 mod write;
 
 #[cfg(test)]
@@ -27,4 +28,5 @@ pub use inbox::{InboxOf, Whose, page_limit, preview};
 pub use known::{Known, People};
 pub use names::{direct, group};
 pub use record::{MemberState, Record, RoomKind};
+pub use sweep::Sweep;
 pub use write::{Arrangement, Changed};

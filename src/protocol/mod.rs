@@ -10,6 +10,7 @@ use std::time::Duration;
 mod codec;
 mod codes;
 mod command;
+mod directory;
 mod event;
 mod inbox;
 mod order;
@@ -22,6 +23,7 @@ pub use command::{
     Anchor, Beats, Command, First, HistoryOf, NewRoom, PageOf, ResumeAt, RoomSubscription,
     SearchFor, Since, SubscribedTo, Wants, WatchOf, Watched,
 };
+pub use directory::{RoomBody, RoomsReply};
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
 pub use inbox::{InboxReply, LastMessage, RefusedRoom, RoomSummary, WatchPush, WatchReply};
 pub use order::{Obeyed, Order, OrderKind};

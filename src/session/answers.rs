@@ -71,7 +71,7 @@ pub(crate) async fn admitted(
     people.check(identity, right, room).await
 }
 
-fn bad(text: String) -> Refused {
+pub(super) fn bad(text: String) -> Refused {
     Refused::new(ErrorCode::BadRequest, text)
 }
 

@@ -21,6 +21,7 @@
 
 pub(crate) mod answers;
 mod commands;
+pub(crate) mod directory;
 mod join;
 mod orders;
 mod poll;

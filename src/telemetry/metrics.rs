@@ -130,10 +130,10 @@ labels! {
     }
     /// The answer of the registry of uploads.
     UploadGrant "result" { Granted "granted", Limit "limit", Unavailable "unavailable" }
-    /// The end of an upload to the local storage: the file was stored, had another size than announced, did not arrive, or
-    /// could not be written.
+    /// The end of an upload to the local storage: the file was stored, had another size than announced, did not arrive,
+    /// was being uploaded by another request, or could not be written.
     UploadEnd "result" {
-        Stored "stored", WrongSize "wrong_size", Aborted "aborted", Failed "failed",
+        Stored "stored", WrongSize "wrong_size", Aborted "aborted", Busy "busy", Failed "failed",
     }
     /// How a gap was noticed.
     GapCause "cause" {
@@ -300,6 +300,8 @@ counted! {
     RecordChanged = "natter.record.changed", "{change}";
     /// Entries of the index of users that could not be written. They are repaired later.
     IndexFailed = "natter.record.index_failed", "{entry}";
+    /// Entries of the index of users that this history service has repaired.
+    IndexRepaired = "natter.record.index_repaired", "{entry}";
     /// Signals to users who watch that this edge has published: one per named member of a room and message.
     SignalPublished = "natter.signal.published", "{signal}";
     /// Signals received for users who watch here.

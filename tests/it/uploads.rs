@@ -573,6 +573,12 @@ async fn a_put_is_exact_and_in_time(kind: Kind) {
             })
             .await;
             assert!(!site.has(&granted.id));
+            // Meanwhile nobody else uploads it.
+            let mut second = TcpStream::connect(address).await.unwrap();
+            second.write_all(head.as_bytes()).await.unwrap();
+            let mut status = [0; 12];
+            second.read_exact(&mut status).await.unwrap();
+            assert_eq!(&status, b"HTTP/1.1 409");
         }
     }
     if let Kind::Local = kind {
