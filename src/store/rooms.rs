@@ -162,12 +162,8 @@ impl Store {
         let filter = doc! { "_id": { "$in": rooms } };
         let options = FindOptions::builder()
             .projection(doc! { "record": 1, "version": 1 })
-            .max_time(self.read_timeout)
             .build();
-        let listed = self.database.collection::<Fields>(ROOMS);
-        let find = listed.find(filter).with_options(options);
-        let found = async { find.await?.try_collect::<Vec<Fields>>().await };
-        let found = within(self.read_timeout, found).await?;
+        let found = self.find_rooms(filter, options).await?;
         let known = found.iter().map(|found| {
             let text = |name| found.get_str(name).ok().map(str::to_owned);
             let known = KnownRecord {
@@ -247,6 +243,18 @@ impl Store {
         Ok(place.map(|place| place.ts))
     }
 
+    async fn find_rooms(
+        &self,
+        filter: Fields,
+        options: FindOptions,
+    ) -> Result<Vec<Fields>, StoreError> {
+        let listed = self.database.collection::<Fields>(ROOMS);
+        let find = listed.find(filter).with_options(options);
+        let find = find.max_time(self.read_timeout);
+        let found = async { find.await?.try_collect().await };
+        within(self.read_timeout, found).await
+    }
+
     async fn update_rooms(&self, statements: Vec<Fields>) -> Result<(), StoreError> {
         let mut statements = statements.into_iter().peekable();
         while statements.peek().is_some() {
@@ -310,12 +318,8 @@ impl Store {
             .sort(doc! { "active": -1, "_id": -1 })
             .limit(limit)
             .projection(doc! { "active": 1 })
-            .max_time(self.read_timeout)
             .build();
-        let listed = self.database.collection::<Fields>(ROOMS);
-        let find = listed.find(filter).with_options(options);
-        let found = async { find.await?.try_collect::<Vec<Fields>>().await };
-        let found = within(self.read_timeout, found).await?;
+        let found = self.find_rooms(filter, options).await?;
         let more = found.len() > which.limit;
         let places = found.iter().take(which.limit).map(|found| {
             let active_at = found.get_i64("active").ok();
