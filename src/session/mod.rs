@@ -20,6 +20,7 @@
 //! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
 
 pub(crate) mod answers;
+mod checks;
 mod commands;
 pub(crate) mod directory;
 mod join;

@@ -1,6 +1,6 @@
 //! Room records, as commands: reading one, changing one.
 
-use super::answers::{admitted, namespace};
+use super::checks::{admitted, namespace};
 use crate::{
     auth::{Identity, Right},
     bus::{Acked, News, Outgoing, Publisher, Signal},
