@@ -96,13 +96,7 @@ impl Session {
         let per_page = page_limit(limit)?;
         let reply = match what {
             Watched::Page { watch, after } => {
-                let known = self.watching.borrow();
-                let ear = known
-                    .by_number
-                    .get(&watch)
-                    .map(|watching| watching.ear.clone());
-                drop(known);
-                let ear = ear.ok_or_else(|| no_watch(watch))?;
+                let ear = self.ear(watch).ok_or_else(|| no_watch(watch))?;
                 let after = Some(&*after);
                 self.page(identity, watch, &ear, (after, per_page)).await?
             }
@@ -116,6 +110,13 @@ impl Session {
             }
         };
         now(Reply::Watching(reply))
+    }
+
+    /// The watch of this number.
+    fn ear(&self, watch: u64) -> Option<Ear> {
+        let watches = self.watching.borrow();
+        let watching = watches.by_number.get(&watch)?;
+        Some(watching.ear.clone())
     }
 
     /// Ends a watch.
@@ -145,9 +146,10 @@ impl Session {
         limit: usize,
     ) -> Result<WatchReply, Refused> {
         let ear = watching.ear.clone();
-        let mut watches = self.watching.borrow_mut();
-        watches.by_number.insert(number, watching);
-        drop(watches);
+        self.watching
+            .borrow_mut()
+            .by_number
+            .insert(number, watching);
         let page = self.page(identity, number, &ear, (None, limit)).await;
         match &ear {
             Ear::List(list) => list.has_begun.set(true),
@@ -245,11 +247,11 @@ impl Session {
         (namespaces, filter): (Vec<Box<str>>, Filter),
         limit: usize,
     ) -> Result<WatchReply, Refused> {
-        let is_durable = |name: &Box<str>| {
-            let its = self.context.config.namespaces.get(&**name);
-            its.is_some_and(|its| its.durable)
-        };
-        if filter.needs_log() && !namespaces.iter().any(is_durable) {
+        let config = &self.context.config;
+        let mut its = namespaces
+            .iter()
+            .filter_map(|name| config.namespaces.get(&**name));
+        if filter.needs_log() && !its.any(|namespace| namespace.durable) {
             let text = "filter.unanswered_for and filter.annotation need a durable namespace";
             return Err(bad(text.to_owned()));
         }

@@ -53,8 +53,26 @@ pub(super) struct Follow {
     pub(super) filter: Filter,
     state: RefCell<Follower>,
     wake: Notify,
+    /// Reads under way. What happens meanwhile in a room may not be in what they find, so it is noted whatever it is.
+    reads: Cell<usize>,
     /// Since when messages may have been missed, in ms since 1970.
     missed_since: Cell<Option<u64>>,
+}
+
+/// A read that is under way.
+struct Reading<'r>(&'r Cell<usize>);
+
+impl<'r> Reading<'r> {
+    fn new(reads: &'r Cell<usize>) -> Self {
+        reads.set(reads.get() + 1);
+        Self(reads)
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
 }
 
 /// The namespaces of a pattern, if the token covers it.
@@ -96,8 +114,8 @@ pub(super) fn namespaces(
 /// Whether a token lets its user follow all rooms of these namespaces.
 fn is_granted(identity: &Identity, namespaces: &[Box<str>]) -> bool {
     let scope = identity.scope(Right::Follow);
-    let covered = |name: &Box<str>| scope.namespaces.iter().any(|it| **it == **name);
-    scope.all || namespaces.iter().all(covered)
+    let mut names = namespaces.iter();
+    scope.all || names.all(|name| scope.namespaces.iter().any(|it| **it == **name))
 }
 
 impl Follow {
@@ -114,6 +132,7 @@ impl Follow {
             filter,
             state: RefCell::default(),
             wake: Notify::new(),
+            reads: Cell::new(0),
             missed_since: Cell::new(None),
         }
     }
@@ -161,7 +180,7 @@ impl Follow {
                 false
             }
         };
-        if tells || is_shown {
+        if tells || is_shown || self.reads.get() > 0 {
             state.note(room, news);
             self.wake.notify_one();
         }
@@ -174,7 +193,7 @@ impl Follow {
             return;
         }
         state.annotated(room, holds);
-        if holds || state.is_shown(room) {
+        if holds || state.is_shown(room) || self.reads.get() > 0 {
             state.note(room, News::default());
             self.wake.notify_one();
         }
@@ -202,7 +221,9 @@ impl Follow {
     fn note_if_shown(&self, room: &RoomId, news: News, may_match: bool) {
         let is_ours = self.namespaces.iter().any(|it| **it == *room.namespace());
         let mut state = self.state.borrow_mut();
-        if is_ours && (may_match || self.filter.is_empty() || state.is_shown(room)) {
+        let tells =
+            may_match || self.filter.is_empty() || state.is_shown(room) || self.reads.get() > 0;
+        if is_ours && tells {
             state.note(room, news);
             self.wake.notify_one();
         }
@@ -246,10 +267,12 @@ impl Follow {
         let holds = |room: &RoomId| self.state.borrow().holds(room);
         let of = (&*self.namespaces, &self.filter);
         let part = (after.as_ref(), limit);
+        let reading = Reading::new(&self.reads);
         let page = desk
             .people
             .followed_page(&desk.markers, identity, of, part, holds, unix_ms())
             .await?;
+        drop(reading);
         let mut state = self.state.borrow_mut();
         for (room, at) in &page.later {
             state.wait(room, *at);
@@ -345,6 +368,7 @@ impl Follow {
         };
         let rooms: Vec<RoomId> = taken.iter().map(|(room, _)| room.clone()).collect();
         let holds = |room: &RoomId| self.state.borrow().holds(room);
+        let reading = Reading::new(&self.reads);
         let looks = desk
             .people
             .followed(
@@ -355,6 +379,7 @@ impl Follow {
                 unix_ms(),
             )
             .await;
+        drop(reading);
         let mut state = self.state.borrow_mut();
         let mut looks = match looks {
             Ok(looks) => looks,

@@ -170,9 +170,8 @@ impl List {
     /// What the token allows has changed.
     pub(super) fn judge(&self) -> bool {
         let named = self.named().unwrap_or_default();
-        named
-            .iter()
-            .fold(false, |any, room| self.changed(room) || any)
+        // Each of them, not only up to the first.
+        named.iter().filter(|room| self.changed(room)).count() > 0
     }
 
     /// Reads what has to be read, and tells the session what is new. Returns whether something has to be read again.
