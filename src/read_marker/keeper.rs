@@ -114,8 +114,8 @@ impl Queues {
 
 impl State {
     /// Queues a marker to be written now, if this edge has to write it. Returns a receiver that resolves after the
-    /// write. Returns `None` if the marker is already queued, is being written, or was just written: then it is written
-    /// later.
+    /// write. Returns `None` if somebody waits for it already, if it is being written, or was just written: then it is
+    /// written later.
     pub(super) fn queue(&mut self, key: &Key) -> Option<oneshot::Receiver<()>> {
         let marker = self.marker(key);
         if !marker.is_owed() {
@@ -125,13 +125,16 @@ impl State {
         match marker.phase() {
             Phase::Resting | Phase::Checking | Phase::Gathering => {
                 marker.set_phase(Phase::Queued);
-                self.queues.now.push_back(Arc::clone(key));
-                let (done, written) = oneshot::channel();
-                self.queues.waiting.insert(Arc::clone(key), done);
-                Some(written)
+                // Before those that only sending has moved, of which a round may bring thousands.
+                self.queues.now.push_front(Arc::clone(key));
             }
-            Phase::Queued | Phase::Writing | Phase::Pausing => None,
+            // Sending has moved it before.
+            Phase::Queued if !self.queues.waiting.contains_key(key) => {}
+            Phase::Queued | Phase::Writing | Phase::Pausing => return None,
         }
+        let (done, written) = oneshot::channel();
+        self.queues.waiting.insert(Arc::clone(key), done);
+        Some(written)
     }
 
     /// Queues a marker to be written at the end of this round of [`SENT_PAUSE`], if this edge has to write it. Returns

@@ -19,7 +19,7 @@
 //! - The bytes on the wire are whole frames, in the order of `send`, followed by the close frame. Only a connection
 //!   that dies may end inside a frame.
 //! - There is a queue if and only if something is unwritten. While there is one and the connection is open, exactly one
-//!   writer task waits for the socket. Without a queue there is none.
+//!   writer task waits for the socket, or for its turn. It ends when it finds no queue.
 //! - Only the `async` methods wait, and only [`Conn::read_with`] runs code of its caller: wakers only mark tasks as
 //!   ready. No borrow is held across an await.
 
@@ -54,6 +54,8 @@ const COPIED: usize = 1024;
 /// It is counted against [`ConnSettings::outbox_bytes`]. Otherwise a peer that only sends pings and never reads could
 /// make the queue hold many times the limit in pongs of two bytes.
 pub(crate) const FRAME_COST: usize = 64;
+/// Frames that are put off because more follows are written when they are more than this, in bytes.
+const DEFERRED: usize = 16 * 1024;
 /// Size that [`Conn::read_with`] gives to an empty buffer.
 const READ_BYTES: usize = 64 * 1024;
 /// Size of the stack buffer for what a peer still sends during a close.
@@ -82,6 +84,8 @@ pub struct Conn {
     closing: Cell<Option<Close>>,
     /// Number of frames that are about to follow, see [`Conn::more_follows`].
     following: Cell<u32>,
+    /// Whether there is a writer task. It may find that the queue was written meanwhile.
+    has_writer: Cell<bool>,
     /// Whether the peer has ended its half: there is nothing more to read.
     read_ended: Cell<bool>,
     /// The session's waker in [`read_with`](Self::read_with). Woken when the connection closes or dies. For data, the
@@ -176,6 +180,7 @@ impl Conn {
             outbox: RefCell::new(None),
             closing: Cell::new(None),
             following: Cell::new(0),
+            has_writer: Cell::new(false),
             read_ended: Cell::new(false),
             reader: Cell::new(None),
             writer: Cell::new(None),
@@ -199,8 +204,13 @@ impl Conn {
         if self.closing.get().is_some() {
             return;
         }
+        let follows = self.following.get() > 0;
+        if follows && self.queued_bytes() > DEFERRED {
+            // The client may well read all of it now: what is put off must not count as what it is behind.
+            self.flush();
+        }
         let behind = self.outbox.borrow().is_some();
-        let rest = if behind || self.following.get() > 0 {
+        let rest = if behind || follows {
             Some((frames, 0))
         } else {
             self.write_direct(frames)
@@ -210,7 +220,7 @@ impl Conn {
         };
         if !self.append(rest, written) {
             self.close(Close::TooSlow);
-        } else if !behind && self.outbox.borrow().is_some() {
+        } else if self.outbox.borrow().is_some() && !self.has_writer.replace(true) {
             tokio::task::spawn_local(write_queue(Rc::downgrade(self)));
         }
     }
@@ -348,7 +358,8 @@ impl Conn {
                             }
                             let read = stream.try_read(&mut buffer);
                             if matches!(read, Ok(n) if 0 < n && n < buffer.len()) {
-                                // The socket is empty: the next wait need not find that out by another read.
+                                // The socket is empty: the next wait need not find that out by another read. No event
+                                // can come in between, since this thread drives the runtime that would take it in.
                                 let _cleared: io::Result<()> = stream
                                     .try_io(Interest::READABLE, || {
                                         Err(io::ErrorKind::WouldBlock.into())
@@ -696,6 +707,7 @@ async fn write_queue(conn: Weak<Conn>) {
         let flushed = conn.poll_flush(cx);
         if flushed.is_ready() {
             conn.writer.take();
+            conn.has_writer.set(false);
         }
         flushed
     })
