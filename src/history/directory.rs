@@ -41,6 +41,10 @@ const AT_ONCE: usize = 200;
 /// Attempts to list a room that others list at the same time.
 const ATTEMPTS: usize = 20;
 
+/// Rooms of which it is noted at most that somebody spoke there, while that can't be written. Of others it is looked up
+/// when all rooms are listed again.
+const MAX_SPOKEN: usize = 65_536;
+
 /// The most rooms on a page.
 const MAX_PAGE: usize = 200;
 
@@ -67,9 +71,11 @@ impl Directory {
     pub(super) fn spoke<'r>(&self, rooms: impl Iterator<Item = (&'r RoomId, u64)>) {
         let mut spoken = self.spoken.lock();
         for (room, at) in rooms {
+            let is_full = spoken.len() >= MAX_SPOKEN;
             match spoken.get_mut(room) {
                 Some(last) => *last = at.max(*last),
-                None => drop(spoken.insert(room.clone(), at)),
+                None if !is_full => drop(spoken.insert(room.clone(), at)),
+                None => {}
             }
         }
     }
@@ -103,11 +109,13 @@ pub(super) async fn list(parts: Parts) {
     let mut rooms: BTreeSet<RoomId> = BTreeSet::new();
     let mut all = true;
     let mut all_at = Instant::now();
+    // Whether the last sweep left something; known also if what it brought could not be listed at once.
+    let mut more = true;
     loop {
         let begun = Instant::now();
         if all_at <= begun {
             sweep.restart();
-            all = true;
+            (all, more) = (true, true);
             all_at = begun + ALL_EVERY.mul_f64(rand::random_range(0.5..1.0));
         }
         let step = async {
@@ -115,7 +123,6 @@ pub(super) async fn list(parts: Parts) {
                 let filled = parts.store.is_directory_filled().await?;
                 parts.directory.filled.store(filled, Ordering::Relaxed);
             }
-            let mut more = false;
             if rooms.is_empty() {
                 let swept = sweep.next().await?;
                 more = swept.iter().any(|swept| swept.more);
@@ -132,10 +139,10 @@ pub(super) async fn list(parts: Parts) {
                 parts.store.note_directory_filled().await?;
                 parts.directory.filled.store(true, Ordering::Relaxed);
             }
-            Ok::<_, ListError>(more)
+            Ok::<_, ListError>(())
         };
         match step.await {
-            Ok(more) => {
+            Ok(()) => {
                 pause = Backoff::default();
                 // It pauses as long as it works, so it uses at most half of the time.
                 let busy = begun.elapsed();

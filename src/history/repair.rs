@@ -98,14 +98,23 @@ async fn step(
             due.insert(room, now + settled.saturating_sub(age));
         }
     }
+    let mut failed = None;
     let now = Instant::now();
     let rooms = due.iter().filter(|(_, at)| **at <= now);
     let rooms: Vec<RoomId> = rooms.map(|(room, _)| room.clone()).collect();
     for rooms in rooms.chunks(AT_ONCE) {
         let keys: BTreeSet<RoomId> = rooms.iter().cloned().collect();
         let records = parts.people.records_of(&keys).await?;
-        let repaired = parts.people.repair_index(&records).await;
-        let repaired = repaired.map_err(RepairError::Index)?;
+        let repaired = match parts.people.repair_index(&records).await {
+            Ok(repaired) => repaired,
+            Err(refused) => {
+                // The others are not to wait for these.
+                let again = Instant::now() + SETTLED_ELSEWHERE;
+                due.extend(rooms.iter().map(|room| (room.clone(), again)));
+                failed = Some(RepairError::Index(refused));
+                continue;
+            }
+        };
         if repaired > 0 {
             count(Counter::IndexRepaired, repaired);
             parts.figures.repaired(repaired);
@@ -115,5 +124,5 @@ async fn step(
             due.remove(room);
         }
     }
-    Ok(more)
+    failed.map_or(Ok(more), Err)
 }
