@@ -30,7 +30,8 @@ fn policy(storage: Option<&str>) -> String {
         .unwrap_or_default();
     format!(
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'{storage}; \
-         img-src 'self' data:{storage}; base-uri 'none'; form-action 'none'"
+         img-src 'self' data:{storage}; base-uri 'none'; form-action 'none'; \
+         frame-ancestors 'none'"
     )
 }
 
@@ -72,6 +73,7 @@ mod tests {
         }
         for policy in [own, s3] {
             assert!(policy.starts_with("default-src 'none';") && !policy.contains("unsafe"));
+            assert!(policy.ends_with("; frame-ancestors 'none'"), "{policy}");
         }
     }
 }

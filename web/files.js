@@ -74,6 +74,10 @@ export class Chosen {
     return this.#files.some(({ attachment, failed }) => !attachment && !failed);
   }
 
+  get isEmpty() {
+    return this.#files.length === 0;
+  }
+
   get attachments() {
     return this.#files.flatMap(({ attachment }) => attachment ?? []);
   }
@@ -89,24 +93,45 @@ export class Chosen {
     for (const file of files) this.#add(token, room, file);
   }
 
-  async #add(token, room, file) {
+  /** Puts files back that have been uploaded: of a draft, or of a message that was refused. */
+  take(attachments) {
+    for (const attachment of attachments) {
+      const { one, remove } = this.#newOne(attachment);
+      one.attachment = attachment;
+      remove("Remove");
+    }
+    this.#changed();
+  }
+
+  #newOne({ name, size: bytes }) {
     const abort = new AbortController();
     const item = element("li");
-    const bar = element("progress");
-    bar.ariaLabel = `Upload of ${file.name}`;
-    bar.max = Math.max(1, file.size);
-    const note = element("span", "quiet", size(file.size));
+    const note = element("span", "quiet", size(bytes));
     const one = { item, abort, attachment: null, failed: false };
-    const remove = button("plain", "Cancel", () => {
+    const end = button("plain", "", () => {
       abort.abort();
       this.#files = this.#files.filter((other) => other !== one);
       item.remove();
       this.#changed();
     });
-    remove.ariaLabel = `Cancel ${file.name}`;
-    item.append(element("span", "name", file.name), note, bar, remove);
+    const remove = (content) => {
+      end.textContent = content;
+      end.ariaLabel = `${content} ${name}`;
+    };
+    item.append(element("span", "name", name), note, end);
     this.#files.push(one);
     this.#list.append(item);
+    return { one, note, end, remove };
+  }
+
+  async #add(token, room, file) {
+    const { one, note, end, remove } = this.#newOne(file);
+    const { abort } = one;
+    const bar = element("progress");
+    bar.ariaLabel = `Upload of ${file.name}`;
+    bar.max = Math.max(1, file.size);
+    end.before(bar);
+    remove("Cancel");
     this.#changed();
     const type = file.type || "application/octet-stream";
     try {
@@ -122,8 +147,7 @@ export class Chosen {
       note.role = "alert";
     }
     bar.remove();
-    remove.textContent = "Remove";
-    remove.ariaLabel = `Remove ${file.name}`;
+    remove("Remove");
     this.#changed();
   }
 }

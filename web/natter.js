@@ -50,6 +50,7 @@ export class Natter extends EventTarget {
   #retry = 0; // timer
   #leave = 0; // timer: told to go elsewhere
   #stopped = false;
+  #final = false; // whether the edge has ended it for another reason than the token's end
   #out = false; // whether it may not be in its room
   #rid = 0;
   #calls = new Map(); // rid -> {resolve, reject, timer}
@@ -139,11 +140,12 @@ export class Natter extends EventTarget {
 
   /**
    * Publishes `fields` under `id` until the edge acknowledges it; the same id each time, so it is stored once.
-   * Rejects with {code, message} when the edge will never take it. `wait` is told of an error after which it is repeated.
+   * Rejects with {code, message} when the edge will never take it; `closed` if the session was stopped or needs a new token:
+   * it may be sent in another one. `wait` is told of an error after which it is repeated.
    */
   async publish(id, fields, wait) {
     for (let attempt = 0; ; attempt += 1) {
-      if (this.#stopped) throw { code: "closed", message: "the session has ended" };
+      if (this.#stopped) throw { code: this.#final ? "ended" : "closed", message: "the session has ended" };
       if (this.#out) throw { code: "out", message: "this session is not in the room" };
       try {
         if (this.joined) return await this.call("send", { room: this.#room, id, ...fields });
@@ -163,8 +165,14 @@ export class Natter extends EventTarget {
   /** Until joined again, or a second has passed: a session that was stopped meanwhile must be noticed. */
   #comeback() {
     return new Promise((resolve) => {
-      this.addEventListener("joined", resolve, { once: true });
-      setTimeout(resolve, 1_000);
+      const over = new AbortController(); // or each second leaves a listener behind
+      const done = () => {
+        over.abort();
+        clearTimeout(timer);
+        resolve();
+      };
+      const timer = setTimeout(done, 1_000);
+      this.addEventListener("joined", done, { signal: over.signal });
     });
   }
 
@@ -430,6 +438,7 @@ export class Natter extends EventTarget {
     this.#drop();
     const why = REASONS.get(code) ?? reason;
     if (code === NEW_TOKEN || NEVER.has(code)) {
+      this.#final = code !== NEW_TOKEN;
       this.#end(`${why || "closed"} (${code})`);
       return;
     }

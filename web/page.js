@@ -28,7 +28,11 @@ let shown = null; // {room, user, cursor, messages: […]}: what this tab shows,
 const log = new Log(list, () => showReaders());
 const past = new Past(list, log, { find: $("find"), query: $("query"), hits: $("hits"), now: $("now") }, () => {
   for (const message of shown.messages) log.hear(message);
+  showUnsent();
 });
+
+const ROOM = "natter:room:";
+const storeOf = (roomName) => ROOM + roomName;
 
 /** sessionStorage, which may be full or switched off: the page works without it, only without memory. */
 const memory = {
@@ -40,11 +44,33 @@ const memory = {
     }
   },
   set(key, value) {
+    const content = JSON.stringify(value);
+    for (;;) {
+      try {
+        sessionStorage.setItem(key, content);
+        return;
+      } catch {
+        // Full: the messages of other rooms go first. History has them, and without the cursor a room starts from now.
+        if (!this.spare(key)) break;
+      }
+    }
     try {
-      sessionStorage.setItem(key, JSON.stringify(value));
+      // Of a room nothing old may stay. Anything else stays as it was: without the entry a reload would be asked for a token.
+      if (key.startsWith(ROOM)) sessionStorage.removeItem(key);
     } catch {
-      // Full: what counts is that nothing wrong is kept. Without the cursor a reload starts from now.
-      sessionStorage.removeItem(key);
+      // Switched off.
+    }
+  },
+  /** Drops what is kept of one room, the one that is shown last; false if there is none, except for `key`. */
+  spare(key) {
+    try {
+      const names = Object.keys(sessionStorage).filter((name) => name.startsWith(ROOM) && name !== key);
+      const name = names.find((one) => one !== storeOf(shown?.room)) ?? names[0];
+      if (name == null) return false;
+      sessionStorage.removeItem(name);
+      return true;
+    } catch {
+      return false;
     }
   },
 };
@@ -61,12 +87,15 @@ log.answer = (message) => answer(message);
 
 function openRoom(name) {
   room.value = name;
+  // Another user's token that stands in the form is used by "Join" alone. A new one of the same user is welcome.
+  if (userOf(token.value.trim()) !== userOf(entered)) token.value = entered;
   start();
 }
 
 function start() {
   client?.stop();
   saveNow();
+  keepDraft();
   const roomName = room.value.trim();
   entered = token.value.trim();
   const me = userOf(entered);
@@ -78,10 +107,10 @@ function start() {
   log.clear(me);
   rooms.behind = 0;
   for (const name of [...typists.keys()]) stopTyping(name);
-  answer(null);
-  chosen.clear();
+  compose(drafts.get(draftOf(shown)));
   panel.close();
   entering = true;
+  asked = "";
   app.hidden = false;
   app.dataset.view = roomName ? "room" : "rooms";
   app.dataset.room = roomName;
@@ -98,6 +127,7 @@ function start() {
   rooms.enter(mine, me, entered, roomName);
   past.enter(mine, roomName, entered);
   for (const message of shown.messages) log.hear(message);
+  sendAgain();
   showPeople();
   mine.addEventListener("state", ({ detail }) => showState(detail));
   mine.addEventListener("joined", ({ detail }) => {
@@ -107,12 +137,13 @@ function start() {
       shown.messages = [];
       log.clear();
       log.line(`— can't resume (${detail.reason ?? "reset"}): messages may be missing here —`);
+      showUnsent();
     } else if (first && hadMessages) {
       log.line(`— resumed, ${missed} —`);
     } else if (!first) {
       log.line(`— reconnected, ${missed} —`);
     }
-    past.joined(detail.cursor != null);
+    past.joined(detail.cursor != null, detail.reset);
     rooms.joined(detail.cursor != null);
     // The room that was left a moment ago may have been read a moment ago.
     rooms.ask(first && switched ? SETTLED_MS : 0);
@@ -134,6 +165,7 @@ function start() {
     shown.messages.splice(0, shown.messages.length - KEPT_MESSAGES);
     keep();
     stopTyping(detail.from);
+    if (detail.from === me) forget(detail.id); // it has arrived, though the answer may be lost
     // What is new is not shown below what is far back.
     if (!past.away || !isMessage(message) && message.kind !== "system") log.hear(message);
     if (isMessage(message) && message.from !== me) rooms.behind += 1;
@@ -177,7 +209,6 @@ function start() {
 // Cursor and messages are stored together or not at all: a reload must never ask for what it shows, or skip what it
 // does not. In a burst that is done every SAVE_MS, and when the page goes.
 const SAVE_MS = 50;
-const storeOf = (roomName) => `natter:room:${roomName}`;
 let saving = 0; // timer
 function keep() {
   shown.cursor = client.cursor;
@@ -196,14 +227,15 @@ addEventListener("pagehide", () => {
 });
 addEventListener("pageshow", ({ persisted }) => {
   if (!persisted || !shown) return;
-  room.value = shown.room;
-  start();
+  openRoom(shown.room);
 });
 
 // State of the connection -----------------------------------------------------------------------------------------------
 
 let countdown = 0;
 let entering = false; // whether it was not connected yet
+let asked = ""; // what the status line says besides, until a room is entered
+const sayState = (content) => { state.textContent = [content, asked].filter(Boolean).join(" · "); };
 function showState({ state: name, why, retryMs }) {
   clearInterval(countdown);
   state.dataset.state = name;
@@ -212,21 +244,21 @@ function showState({ state: name, why, retryMs }) {
     const due = performance.now() + retryMs;
     const tick = () => {
       const left = Math.max(0, Math.ceil((due - performance.now()) / 1000));
-      state.textContent = `reconnecting in ${left} s`;
+      sayState(`reconnecting in ${left} s`);
     };
     tick();
     countdown = setInterval(tick, 500);
   } else {
-    state.textContent = name === "closed" ? `closed: ${why}` : name === "out" ? "connected, but not in this room" : name;
+    sayState(name === "closed" ? `closed: ${why}` : name === "out" ? "connected, but not in this room" : name);
   }
   here.classList.toggle("stale", name !== "connected");
   // Once, or it would close on those who type there while the connection comes back.
-  if (name === "connected" && entering) $("door").open = entering = false;
+  if (name === "connected" && entering && !asked) $("door").open = entering = false;
   if (name === "closed") $("door").open = true;
   showWriting();
 }
 
-/** Whether one can write. While the connection is lost, too: it is sent when it is back. */
+/** Whether one can write. While the connection is lost, too: it is sent when it is back, or the room is entered again. */
 function showWriting() {
   const isOver = ["out", "closed", "idle"].includes(state.dataset.state);
   const can = Boolean(shown?.room) && !isOver && (client.joined || !text.disabled);
@@ -260,45 +292,110 @@ list.addEventListener("scroll", () => markRead());
 // Sending ---------------------------------------------------------------------------------------------------------------
 
 let answering = null; // the message that is answered: {from, id, text}
-function answer(message) {
+function answer(message, focus = true) {
   answering = message;
   const bar = $("answering");
   bar.hidden = message == null;
   bar.firstElementChild.textContent = message ? `Answer to ${message.from}: ${message.text}` : "";
-  if (message) text.focus();
+  if (message && focus) text.focus();
 }
 $("answering").lastElementChild.addEventListener("click", () => {
   answer(null);
   text.focus();
 });
 
-$("say").addEventListener("submit", async (event) => {
+// What is being written, of each room that was shown: `${room} ${user}` -> {content, attachments, answering}.
+const drafts = new Map();
+const draftOf = ({ room: name, user: whose }) => `${name} ${whose}`;
+const isBlank = () => !text.value && !answering && chosen.isEmpty;
+function keepDraft() {
+  if (!shown) return;
+  if (isBlank()) drafts.delete(draftOf(shown));
+  else drafts.set(draftOf(shown), { content: text.value, attachments: chosen.attachments, answering });
+}
+function compose({ content = "", attachments = [], answering: to = null } = {}) {
+  text.value = content;
+  answer(to, false);
+  chosen.clear();
+  chosen.take(attachments);
+}
+
+// Messages that no edge has acknowledged yet, of all rooms of this tab: {user, room, id, body, answering}. They outlive a
+// change of the room and a reload, and are sent again when their room is entered again. An edge knows a repeat by its id.
+const UNSENT = "natter:unsent";
+let unsent = memory.get(UNSENT) ?? [];
+const unsentHere = () => unsent.filter((one) => one.user === shown.user && one.room === shown.room);
+const refTo = (message) => (message ? `${message.from}/${message.id}` : undefined);
+
+function forget(id) {
+  const rest = unsent.filter((one) => one.id !== id);
+  if (rest.length === unsent.length) return;
+  unsent = rest;
+  memory.set(UNSENT, unsent);
+}
+
+/** Shows those of this room that the log does not show. */
+function showUnsent() {
+  for (const { id, body, answering: to } of unsentHere()) {
+    if (!log.find(shown.user, id)) log.note(log.send(id, body, refTo(to)), "not sent yet");
+  }
+}
+
+/** A room was entered: what was not acknowledged there goes out with the join. */
+function sendAgain() {
+  // What came back as a message has arrived.
+  for (const { id } of unsentHere()) if (log.find(shown.user, id)) forget(id);
+  showUnsent();
+  for (const one of unsentHere()) deliver(one);
+  const others = unsent.filter((one) => one.user === shown.user && one.room !== shown.room).map((one) => one.room);
+  if (others.length > 0) log.line(`— not sent yet in ${[...new Set(others)].join(", ")}: it is sent when you open that room —`);
+}
+
+/** Sends a message that the log shows as one that is on its way. */
+async function deliver({ id, body, answering: to }) {
+  const mine = client;
+  // The log may have been drawn anew meanwhile.
+  const settle = (how) => {
+    const item = log.find(mine.user, id);
+    if (item) log.settle(item, how);
+  };
+  const note = (content) => {
+    const item = log.find(mine.user, id);
+    if (item) log.note(item, content);
+  };
+  try {
+    const ack = await mine.publish(id, { body, reply_to: refTo(to) }, (error) => note(`${sentence(error, shown.room)} It is sent then.`));
+    forget(id);
+    // In a durable room the pushed message settles it; ephemeral rooms, too, but a lost push must not leave it grey.
+    settle({ ts: ack.ts });
+  } catch (error) {
+    if (mine !== client) return; // it is still kept, for when the room is entered again
+    if (error.code === "closed") {
+      note("not sent yet: it is sent when you join again");
+      return;
+    }
+    forget(id);
+    settle({ note: "not sent" });
+    log.line(`Not sent. ${sentence(error, shown.room)}`, "error");
+    // What can be said later, or otherwise, is not lost. But what is being written now comes first.
+    if (isBlank()) compose({ content: body.text, attachments: body.attachments, answering: to });
+  }
+}
+
+$("say").addEventListener("submit", (event) => {
   event.preventDefault();
   const content = text.value;
   const { attachments } = chosen;
   if (!client || chosen.isBusy || (!content.trim() && attachments.length === 0)) return;
-  text.value = "";
-  lastTyping = 0;
-  const id = newId();
   const body = { text: content, ...(attachments.length > 0 && { attachments }) };
-  const reply_to = answering ? `${answering.from}/${answering.id}` : undefined;
-  chosen.clear();
-  answer(null);
+  const one = { user: shown.user, room: shown.room, id: newId(), body, answering };
+  compose();
+  lastTyping = 0;
   if (past.away) past.goToNow();
-  const item = log.send(id, body, reply_to);
-  const mine = client;
-  try {
-    const ack = await mine.publish(id, { body, reply_to }, (error) => log.note(item, `${sentence(error, shown.room)} It is sent then.`));
-    // In a durable room the pushed message settles it; ephemeral rooms, too, but a lost push must not leave it grey.
-    log.settle(item, { ts: ack.ts });
-  } catch (error) {
-    if (mine !== client && error.code === "closed") return;
-    log.settle(item, { note: "not sent" });
-    if (mine !== client) return;
-    log.line(`Not sent. ${sentence(error, shown.room)}`, "error");
-    // What can be said later is not lost.
-    if (error.code === "rate_limited" && !text.value) text.value = content;
-  }
+  log.send(one.id, body, refTo(one.answering));
+  unsent.push(one);
+  memory.set(UNSENT, unsent);
+  deliver(one);
 });
 
 // Files -----------------------------------------------------------------------------------------------------------------
@@ -513,15 +610,26 @@ $("entry").addEventListener("submit", (event) => {
   start();
 });
 
-/** Token and room: from the address (`#token=…&room=…`, which no server sees), else as they were before a reload. */
+/**
+ * Token and room: from the address (`#token=…&room=…`, which no server sees), else as they were before a reload. Any page
+ * can have made such a link: it must not put somebody who is here as one user into a room as another one.
+ */
 function enter() {
   const given = new URLSearchParams(location.hash.slice(1));
   const kept = memory.get("natter:entry") ?? {};
+  const me = userOf(entered || kept.token);
   token.value = given.get("token") ?? kept.token ?? "";
   room.value = given.get("room") ?? kept.room ?? room.value;
-  user.value = userOf(token.value);
-  // The token must not stay in the address bar, the history, or a screenshot.
-  if (given.has("token")) history.replaceState(null, "", location.pathname);
+  user.value = userOf(token.value.trim());
+  // The token must not stay in the address bar, the history, or a screenshot; the room would win over a later one.
+  if (given.has("token") || given.has("room")) history.replaceState(null, "", location.pathname);
+  if (given.has("token") && me && user.value !== me) {
+    asked = `This link is for ${user.value || "another user"}, and this tab is ${me}'s: “Join” changes the user`;
+    if (client) sayState(state.dataset.state);
+    else sayState("not connected");
+    $("door").open = true;
+    return;
+  }
   if (token.value && room.checkValidity()) start();
   else token.focus();
 }

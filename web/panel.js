@@ -5,6 +5,7 @@ import { grantsOf } from "./natter.js";
 import { button, clock, element, sentence, titleOf } from "./words.js";
 
 const MUTE_MS = 3_600_000;
+const SURE_MS = 4_000; // how long a button that asked back waits for the answer
 const ROLES = ["reader", "member", "moderator", "owner"];
 const KINDS = { dm: "A direct room", group: "A group", open: "An open room" };
 
@@ -212,7 +213,14 @@ export class Panel {
   #drawMembers() {
     const focused = this.#dialog.contains(document.activeElement) ? document.activeElement.dataset.focus : null;
     const members = this.#record?.members ?? [];
+    const selects = () => [...$("members").querySelectorAll("select")];
+    const picked = new Map(selects().filter((one) => one.value !== one.dataset.role).map((one) => [one.dataset.focus, one.value]));
     $("members").replaceChildren(...members.map((member) => this.#memberRow(member)));
+    // A role that was chosen, but not set yet, stays chosen.
+    for (const one of selects()) {
+      const value = picked.get(one.dataset.focus);
+      if ([...one.options].some((option) => option.value === value)) one.value = value;
+    }
     if (members.length === 0) {
       const nobody = this.#record ? "No members are named." : "Nobody has made this room: whoever has a grant is in it.";
       $("members").append(element("li", "quiet", nobody));
@@ -253,10 +261,14 @@ export class Panel {
     options(roles, this.#roles.includes(role) ? this.#roles : [...this.#roles, role], role);
     roles.ariaLabel = `Role of ${user}`;
     roles.dataset.focus = `role ${user}`;
-    roles.addEventListener("change", async () => {
-      if (!await this.#member("PUT", user, { role: roles.value })) roles.value = role;
+    roles.dataset.role = role;
+    // Not when another one is chosen: the arrow keys choose each role on the way.
+    const set = button("plain", "Set", async () => {
+      if (roles.value !== role && !await this.#member("PUT", user, { role: roles.value })) roles.value = role;
     });
-    row.append(roles);
+    set.ariaLabel = `Set the role of ${user}`;
+    set.dataset.focus = `set ${user}`;
+    row.append(roles, set);
     if (isMuted) act("Unmute", "PUT", { muted_until: 0 });
     else act("Mute 1 h", "PUT", { muted_until: Date.now() + MUTE_MS });
     act("Remove", "DELETE");
@@ -292,11 +304,22 @@ export class Panel {
 
   /** A button that asks back. */
   #twice(content, question, act) {
+    let timer = 0;
+    const calm = () => {
+      clearTimeout(timer);
+      made.textContent = content;
+    };
     const made = button("plain bad", content, () => {
-      if (made.textContent === question) act();
-      else made.textContent = question;
+      if (made.textContent === question) {
+        calm();
+        act();
+      } else {
+        made.textContent = question;
+        timer = setTimeout(calm, SURE_MS);
+      }
     });
-    made.addEventListener("blur", () => { made.textContent = content; });
+    // Where a click does not focus a button, it never loses the focus: then the time ends it.
+    made.addEventListener("blur", calm);
     return made;
   }
 }

@@ -20,6 +20,7 @@ export class Past {
   #token = "";
   #more = false; // whether there may be older messages than shown
   #loading = false;
+  #turn = 0; // the list is another one than in the turn before: pages that were asked for then have no place in it
   #rest = 0; // nothing is asked for by scrolling before this time
   #search = 0; // number of the last search
   #button = element("button", "quiet", "");
@@ -44,7 +45,7 @@ export class Past {
     parts.now.addEventListener("click", () => this.goToNow());
     parts.find.addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#find();
+      this.#find(parts.query.value.trim());
     });
     parts.query.addEventListener("input", () => parts.query.value || this.#closeHits());
     parts.find.addEventListener("keydown", ({ key }) => key === "Escape" && this.#closeHits());
@@ -60,7 +61,7 @@ export class Past {
     this.#client = client;
     this.#room = room;
     this.#token = token;
-    this.#loading = false;
+    this.#anew();
     this.#setAway(false);
     this.#offer(false);
     this.#closeHits();
@@ -68,10 +69,12 @@ export class Past {
     this.#parts.find.hidden = true;
   }
 
-  /** The client has joined: what was said before is loaded. */
-  async joined(durable) {
-    if (!durable || this.away) return;
-    this.#loading = false; // what a lost connection did not answer
+  /** The client has joined: what was said before is loaded. `reset`: the log was cleared, wherever one was in it. */
+  async joined(durable, reset = false) {
+    if (reset) this.#setAway(false);
+    if (!durable) return;
+    this.#anew(); // what a lost connection did not answer
+    if (this.away) return;
     await this.#load({}, (page) => {
       this.#parts.find.hidden = false;
       this.#offerAfter(page, this.#log.end(true) === page.messages[0]?.cursor);
@@ -81,6 +84,7 @@ export class Past {
 
   /** One may not be in the room any more: nothing more is to be had. */
   left() {
+    this.#anew();
     this.#parts.find.hidden = true;
     this.#offer(false);
     this.#closeHits();
@@ -122,25 +126,33 @@ export class Past {
     }
   }
 
-  async #load(where, then) {
+  /** Nobody waits any more for a page that is under way. */
+  #anew() {
+    this.#turn += 1;
+    this.#loading = false;
+  }
+
+  /** Loads a page, and calls `first` before and `then` after it is shown. */
+  async #load(where, then, first = () => {}) {
     if (this.#loading) return;
     this.#loading = true;
+    const turn = this.#turn;
     const page = await this.#page(where);
-    if (page === undefined) return; // another room, or another connection
+    if (turn !== this.#turn) return; // another room, another connection, or another place in the past
     this.#loading = false;
-    if (page === null) return;
+    if (page == null) return;
+    first();
     this.#log.learn(page.messages);
     then(page);
   }
 
-  /** A page; `null` where it is not to be had, `undefined` where nobody waits for it any more. */
+  /** A page; `null` where it is not to be had, or nobody waits for it any more. */
   async #page(where) {
-    const mine = this.#client;
+    const turn = this.#turn;
     try {
-      const page = await mine.call("history", { room: this.#room, limit: PAGE, ...where });
-      return mine === this.#client ? page : undefined;
+      return await this.#client.call("history", { room: this.#room, limit: PAGE, ...where });
     } catch (error) {
-      if (mine !== this.#client || error.code === "disconnected") return undefined;
+      if (turn !== this.#turn || error.code === "disconnected") return null;
       if (error.retry) {
         this.#wait();
       } else {
@@ -183,8 +195,7 @@ export class Past {
 
   // Search ----------------------------------------------------------------------------------------------------------------
 
-  async #find(before) {
-    const words = this.#parts.query.value.trim();
+  async #find(words, before) {
     if (!words) {
       this.#closeHits();
       return;
@@ -198,7 +209,7 @@ export class Past {
       answer = { problem: sentence(error) };
     }
     if (number !== this.#search) return;
-    this.#show(answer, before, () => this.#find(answer.next));
+    this.#show(answer, before, () => this.#find(words, answer.next));
   }
 
   /** The answers to a message. */
@@ -261,17 +272,18 @@ export class Past {
 
   async #jump({ from, id, cursor }) {
     if (!this.#log.find(from, id)) {
-      const page = await this.#page({ around: cursor });
-      if (page == null) return;
-      this.#setAway(true);
-      this.#log.clear();
-      this.#log.bottom = false;
-      this.#log.learn(page.messages);
-      this.#offerAfter(page, true);
-      if (page.next == null && !page.partial) {
-        this.#setAway(false);
-        this.#redraw();
-      }
+      this.#anew();
+      await this.#load({ around: cursor }, (page) => {
+        this.#offerAfter(page, true);
+        if (page.next == null && !page.partial) {
+          this.#setAway(false);
+          this.#redraw();
+        }
+      }, () => {
+        this.#setAway(true);
+        this.#log.clear();
+        this.#log.bottom = false;
+      });
     }
     const item = this.#log.find(from, id);
     if (!item) return;

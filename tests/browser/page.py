@@ -418,6 +418,15 @@ def entry(up, user, room="chat:lobby"):
     return f"{up.url()}#token={up.token(user)}&room={room}"
 
 
+def come(window, url):
+    """Opens the page anew. Where the tab was another user's, the link only fills the form, and the rest is a click."""
+    window.go("about:blank")
+    window.go(url)
+    if window.state() == "idle":
+        assert "This link is for " in window.text("#state"), window.text("#state")
+        window.click("#join")
+
+
 def open_door(window):
     """Shows the form for token and room, which is closed while the page is connected."""
     window.run("document.querySelector('#door').open = true")
@@ -642,6 +651,47 @@ def edge_killed_and_restarted(up, kim, lee):
     until("read", lambda: kim.read_by("said while the edge was down") == ["read by 1", "lee"])
 
 
+def drafts_stay_and_unsent_messages_go_out_later(up, kim, lee):
+    go_to_room(lee, "chat:annex")
+    lee.write("#text", "half a sentence")
+    go_to_room(lee, "chat:lobby")
+    field = "return document.querySelector('#text').value"
+    assert lee.run(field) == "", "a draft came along into another room"
+    # Nothing answers any more. What is said then outlives another room and a reload, and is sent once.
+    lee.run("WebSocket.prototype.send = () => {}")
+    lee.say("said into the void")
+    until("it is on its way", lambda: lee.messages()[-1] == ["lee", "said into the void", True])
+    lee.click("#rooms [data-room='chat:annex']")
+    until("the draft", lambda: lee.run(field) == "half a sentence")
+    assert any("not sent yet in chat:lobby" in line for line in lee.lines()), lee.lines()
+    lee.reload()
+    lee.until_state("connected")
+    assert any("not sent yet in chat:lobby" in line for line in lee.lines()), lee.lines()
+    lee.click("#rooms [data-room='chat:lobby']")
+    for window in (kim, lee):
+        window.until_shows("lee", "said into the void")
+        assert texts(window).count("said into the void") == 1, texts(window)
+    until("nothing is unsent", lambda: lee.run("return sessionStorage.getItem('natter:unsent')") == "[]")
+
+
+def a_link_does_not_change_the_user(up, kim, lee):
+    token = up.token("mallory")
+    for first in ("about:blank", up.url()):  # as a page that is opened, and in one that is there
+        lee.go(first)
+        lee.go(f"{up.url()}#token={token}&room=chat:annex")
+        until("the question", lambda: "This link is for mallory, and this tab is lee's" in lee.text("#state"))
+        assert lee.run("return [document.querySelector('#token').value, location.hash]") == [token, ""]
+        assert lee.run("return JSON.parse(sessionStorage.getItem('natter:entry')).token") != token
+    lee.click("#rooms [data-room='chat:lobby']")
+    lee.until_state("connected")
+    assert lee.run("return document.querySelector('#user').value") == "lee", "a click on a room changed the user"
+    lee.go(f"{up.url()}#room=chat:annex")
+    until("the other room", lambda: lee.run("return document.querySelector('#app').dataset.room") == "chat:annex")
+    assert lee.run("return location.hash") == "", "the room is still in the address"
+    come(lee, entry(up, "lee"))
+    lee.until_state("connected")
+
+
 class Frozen:
     """A window whose connection is frozen. A page needs half a minute to notice that; other checks run meanwhile."""
 
@@ -675,8 +725,7 @@ def frozen_connection_is_left_in_the_quiet(up, kim, lee):
     once = ["before", "said meanwhile", "into the void", "said in the quiet"]
     assert texts(window) == once, texts(window)
     # And stored once.
-    window.go("about:blank")
-    window.go(entry(up, "cho", Frozen.room))
+    come(window, entry(up, "cho", Frozen.room))
     window.until_state("connected")
     until("all of it once", lambda: texts(window) == once)
     Frozen.relay.close()
@@ -739,7 +788,7 @@ def search_finds_parts_of_words(up, kim, lee):
     for n in range(60):
         up.post(room, "park", body={"text": f"later {n}"})
     # A user whose tab has nothing to show from before.
-    lee.go(entry(up, "cho", room))
+    come(lee, entry(up, "cho", room))
     lee.until_state("connected")
     lee.until_shows("park", "later 59")
     found = "return [...document.querySelectorAll('#hits .hit .body')].map((body) => body.textContent)"
@@ -799,8 +848,7 @@ def erased_messages_go_away(up, kim, lee):
     kim.say("a new beginning")
     until("only what is new", lambda: texts(lee) == ["a new beginning"])
     go_to_room(kim, "chat:lobby")
-    lee.go("about:blank")
-    lee.go(entry(up, "lee"))
+    come(lee, entry(up, "lee"))
     lee.until_state("connected")
 
 
@@ -812,16 +860,14 @@ def refusals_are_shown(up, kim, lee):
     lee.until_state("out")
     assert any(line.startswith("There is no such namespace: ") for line in lee.lines()), lee.lines()
     assert lee.run("return document.querySelector('#text').disabled"), "one can write where one is not"
-    lee.go("about:blank")
-    lee.go(f"{up.url()}#token=not.a.token&room=chat:lobby")
+    come(lee, f"{up.url()}#token=not.a.token&room=chat:lobby")
     lee.until_state("closed")
     assert "4001" in lee.text("#state"), lee.text("#state")
 
 
 def fits_a_phone(up, kim, lee):
     lee.resize(360, 640)
-    lee.go("about:blank")
-    lee.go(entry(up, "lee"))
+    come(lee, entry(up, "lee"))
     lee.until_state("connected")
 
     def assert_fits(what):
@@ -869,6 +915,8 @@ CHECKS = [
     reload_resumes_with_what_was_missed,
     reload_without_loss_repeats_nothing,
     edge_killed_and_restarted,
+    drafts_stay_and_unsent_messages_go_out_later,
+    a_link_does_not_change_the_user,
     frozen_connection_is_left,
     counts_where_names_are_not_told,
     without_the_right_no_presence,

@@ -5,7 +5,7 @@ import struct
 import tempfile
 import zlib
 
-from page import until
+from page import come, until
 
 CONFIG = """
 [uploads]
@@ -42,9 +42,8 @@ def shoot(window, name):
 
 
 def enter(window, up, token, room=""):
-    window.go("about:blank")
     window.resize(*DESK)
-    window.go(f"{up.url()}#token={token}&room={room}")
+    come(window, f"{up.url()}#token={token}&room={room}")
     window.until_state("connected")
 
 
@@ -294,6 +293,15 @@ def dental_lab(up, olga, dentist, lab, _):
     press(olga, "Save")
     until("the conflict", lambda: olga.text("#panel-problem").startswith("Somebody else has changed it meanwhile."))
     until("what is there now", lambda: olga.run("return document.querySelector('#settings').title.value") == "Case 12: crown")
+    # A role is made by "Set", and not by looking through the list.
+    olga.run("const roles = document.querySelector('#members [data-user=lab-lee] select'); roles.value = 'reader';"
+             "roles.dispatchEvent(new Event('change', { bubbles: true }))")
+    press(olga, "Set the role of lab-lee")
+    until_told(lab, "olga made lab-lee a reader")
+    until("it is drawn", lambda: olga.run("return document.querySelector('#members [data-user=lab-lee] select').dataset.role") == "reader")
+    up.request("PUT", f"v1/rooms/{olga.run('return document.querySelector(`#rooms [aria-current]`).dataset.room')}/members/lab-lee",
+               up.token("service", can=["manage"]), {"role": "member"})
+    until("a member again", lambda: olga.run("return document.querySelector('#members [data-user=lab-lee] select').dataset.role") == "member")
     press(olga, "Mute 1 h lab-lee")
     until_told(lab, "olga muted lab-lee until ")
     until("it is shown", lambda: "muted until" in olga.text("#members [data-user=lab-lee]"))
