@@ -25,7 +25,7 @@ pub use change::{Change, Create, PutMember, Settings, Told};
 pub use filter::Filter;
 pub use followed::Found;
 pub use inbox::{InboxOf, Whose, page_limit, preview};
-pub use known::{Known, People};
+pub use known::{Known, People, RecordChange};
 pub use names::{direct, group};
 pub use record::{MemberState, Record, RoomKind};
 pub use sweep::Sweep;

@@ -7,7 +7,7 @@ use super::reply::text;
 use crate::model::{Cursor, RoomId};
 
 /// A room in a list of conversations.
-#[derive(Debug, Clone, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct RoomSummary {
     /// The room.
     #[schema(value_type = String)]

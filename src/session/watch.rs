@@ -333,7 +333,7 @@ impl Session {
     /// Tells the client what is new in rooms that it watches, if anything is, and the watch has not ended.
     fn tell_watch(&self, push: WatchPush) {
         let is_over = !self.watching.borrow().by_number.contains_key(&push.watch);
-        if is_over || push.rooms.is_empty() && push.gone.is_empty() {
+        if is_over || push.rooms.is_empty() && push.gone.is_empty() && push.more == 0 {
             return;
         }
         count(Counter::SummaryDelivered, push.rooms.len() as u64);

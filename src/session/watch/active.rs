@@ -1,5 +1,7 @@
 //! A room of a list in which something has happened: its summary, kept up with what is heard. No I/O and no clock.
 
+use std::time::{Duration, Instant};
+
 use crate::{
     model::Cursor,
     protocol::{LastMessage, RoomSummary},
@@ -7,6 +9,9 @@ use crate::{
 
 /// Reads of a room in a row that do not show what was heard. After that it was probably erased.
 const MAX_TRIES: u8 = 8;
+
+/// A room in which messages came during a read is read again after this time at the earliest.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// A room in which something has happened.
 #[derive(Debug, Default)]
@@ -25,6 +30,8 @@ pub(super) struct Active {
     expects_marker: Option<Cursor>,
     /// Whether something else than a message has happened since a read began.
     again: bool,
+    /// When it may be read again at the earliest.
+    not_before: Option<Instant>,
     tries: u8,
     /// The newest message of an ephemeral room, which can't be read.
     ephemeral: Option<LastMessage>,
@@ -104,16 +111,16 @@ impl Active {
             None => cursor.clone(),
         };
         let only_origin = head.positions().len() == 1;
-        summary.head = Some(head);
         let unread = summary.unread.unwrap_or_default();
+        // Sending moves the sender's marker. What is unread of other regions stays so.
+        if last.from == user && !only_origin && unread > 0 {
+            return self.expect(cursor);
+        }
+        summary.head = Some(head);
         if last.from == user {
-            // Sending moves the sender's marker. What is unread of other regions stays so.
             if only_origin {
                 (summary.unread, summary.capped, summary.mentions) = (Some(0), false, Some(0));
                 summary.marker = Some(cursor.clone());
-            } else if unread > 0 {
-                self.expect(cursor);
-                return;
             }
         } else if !summary.capped {
             let now = unread + 1;
@@ -187,16 +194,35 @@ impl Active {
         });
     }
 
+    /// Whether it is to be read now.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.is_stale && self.not_before.is_none_or(|at| at <= now)
+    }
+
+    /// Whether the summary is not what is stored. The newest message of an ephemeral room is not stored.
+    pub(super) fn differs(&self, stored: &RoomSummary) -> bool {
+        match &self.ephemeral {
+            None => self.summary.as_ref() != Some(stored),
+            Some(last) => {
+                let mut stored = stored.clone();
+                stored.last = Some(last.clone());
+                self.summary.as_ref() != Some(&stored)
+            }
+        }
+    }
+
     /// A read begins.
     pub(super) fn begin_read(&mut self) {
         self.again = false;
     }
 
-    /// A read has ended. `read`: `None` if the room is not one of the list; `false` if messages came meanwhile.
-    pub(super) fn end_read(&mut self, read: Option<(RoomSummary, bool)>) {
-        // A room in which messages come all the time is read again with the next ones.
+    /// A read has ended. `read`: `None` if the room is not one of the list; `false` if messages came meanwhile. Returns
+    /// `false` if it was read often enough, and what was heard never showed.
+    pub(super) fn end_read(&mut self, read: Option<(RoomSummary, bool)>, now: Instant) -> bool {
         let is_exact = read.as_ref().is_none_or(|(_, exact)| *exact);
-        self.summary = read.map(|(summary, _)| summary);
+        // A room in which messages come all the time is not read all the time.
+        self.not_before = (!is_exact).then(|| now + PAUSE);
+        let before = std::mem::replace(&mut self.summary, read.map(|(summary, _)| summary));
         if let (Some(summary), Some(last)) = (&mut self.summary, &self.ephemeral) {
             summary.last = Some(last.clone());
         }
@@ -210,13 +236,18 @@ impl Active {
             has(summary.head.as_ref(), &self.expects)
                 && has(summary.marker.as_ref(), &self.expects_marker)
         });
-        self.tries = if shows { 0 } else { self.tries + 1 };
+        self.tries = match shows {
+            true => 0,
+            false => self.tries + u8::from(is_exact),
+        };
         let lags = !shows && self.tries < MAX_TRIES;
         if !lags {
             (self.expects, self.expects_marker, self.tries) = (None, None, 0);
         }
         self.is_stale = !is_exact || lags || self.again;
-        self.is_new = true;
+        // Without a summary it is not known what the client was told.
+        self.is_new |= before.is_none() || before != self.summary;
+        shows || lags
     }
 }
 
@@ -282,7 +313,7 @@ mod tests {
         say(&mut active, 3, None, "lee");
         assert!(active.is_stale && active.summary.is_none());
         active.begin_read();
-        active.end_read(Some((summary(3, 1), true)));
+        active.end_read(Some((summary(3, 1), true)), Instant::now());
         assert!(!active.is_stale);
         for (seq, expected) in [
             (4, (Some(2), false, Some(1))),
@@ -299,7 +330,7 @@ mod tests {
         assert_eq!(counts(&active), (Some(0), false, Some(0)));
         // What is heard a second time is not counted a second time.
         say(&mut active, 11, Some(10), "lee");
-        active.end_read(Some((summary(11, 1), true)));
+        active.end_read(Some((summary(11, 1), true)), Instant::now());
         say(&mut active, 11, Some(10), "lee");
         assert_eq!(counts(&active).0, Some(1));
     }
@@ -308,7 +339,7 @@ mod tests {
     fn what_can_not_be_told_from_what_was_heard_is_read() {
         let read = || {
             let mut active = Active::default();
-            active.end_read(Some((summary(3, 1), true)));
+            active.end_read(Some((summary(3, 1), true)), Instant::now());
             active
         };
         // One is missing.
@@ -317,21 +348,22 @@ mod tests {
         assert!(active.is_stale);
         // The answer of a replica that lags behind does not count, nor does one from before a change.
         active.begin_read();
-        active.end_read(Some((summary(4, 2), true)));
+        active.end_read(Some((summary(4, 2), true)), Instant::now());
         assert!(active.is_stale);
         active.begin_read();
         active.changed();
-        active.end_read(Some((summary(5, 3), true)));
+        active.end_read(Some((summary(5, 3), true)), Instant::now());
         assert!(active.is_stale);
         active.begin_read();
-        active.end_read(Some((summary(5, 3), true)));
+        active.end_read(Some((summary(5, 3), true)), Instant::now());
         assert!(!active.is_stale);
         // What was erased meanwhile is not waited for without end.
         say(&mut active, 9, Some(8), "lee");
-        for _ in 0..MAX_TRIES {
+        for tries in 1..=MAX_TRIES {
             assert!(active.is_stale);
             active.begin_read();
-            active.end_read(Some((summary(5, 3), true)));
+            let shows = active.end_read(Some((summary(5, 3), true)), Instant::now());
+            assert_eq!(shows, tries < MAX_TRIES);
         }
         assert!(!active.is_stale);
         // A message while a read is under way.
@@ -339,7 +371,7 @@ mod tests {
         active.changed();
         active.begin_read();
         say(&mut active, 4, Some(3), "lee");
-        active.end_read(Some((summary(3, 1), true)));
+        active.end_read(Some((summary(3, 1), true)), Instant::now());
         assert!(active.is_stale);
         // A marker that covers the head, and one that does not.
         let mut active = read();
@@ -352,8 +384,61 @@ mod tests {
             assert!(active.is_stale);
             active.begin_read();
             stored.marker = marker.map(cursor);
-            active.end_read(Some((stored.clone(), true)));
+            active.end_read(Some((stored.clone(), true)), Instant::now());
             assert_eq!(active.is_stale, is_stale, "{marker:?}");
         }
+    }
+
+    #[test]
+    fn a_busy_room_is_read_again_after_a_pause() {
+        let now = Instant::now();
+        let mut active = Active::default();
+        say(&mut active, 3, None, "lee");
+        assert!(active.is_due(now));
+        // However often: the messages that came during the reads are not missing.
+        for head in 3..3 + 2 * u64::from(MAX_TRIES) {
+            active.begin_read();
+            say(&mut active, head + 1, Some(head), "lee");
+            assert!(active.end_read(Some((summary(head, 1), false)), now));
+            active.changed();
+            assert!(active.is_stale && !active.is_due(now) && active.is_due(now + PAUSE));
+        }
+        active.begin_read();
+        assert!(active.end_read(Some((summary(99, 1), true)), now));
+        assert!(!active.is_stale);
+        active.changed();
+        assert!(active.is_due(now));
+    }
+
+    #[test]
+    fn only_what_differs_from_what_was_told_is_new() {
+        let now = Instant::now();
+        let mut active = Active::default();
+        let mut stored = summary(3, 1);
+        for (read, is_new) in [
+            (Some(stored.clone()), true),
+            (Some(stored.clone()), false),
+            (None, true),
+            (None, true),
+            (Some(stored.clone()), true),
+        ] {
+            active.is_new = false;
+            active.end_read(read.map(|it| (it, true)), now);
+            assert_eq!(active.is_new, is_new);
+        }
+        // What is not told yet stays new.
+        active.end_read(Some((stored.clone(), true)), now);
+        assert!(active.is_new && !active.differs(&stored));
+        stored.title = Some("other".to_owned());
+        assert!(active.differs(&stored));
+        // What nothing keeps is no difference.
+        let last = LastMessage {
+            id: "1".to_owned(),
+            from: "lee".to_owned(),
+            ts: 1,
+            text: None,
+        };
+        active.ephemeral(last);
+        assert!(!active.differs(&summary(3, 1)) && active.differs(&stored));
     }
 }

@@ -5,22 +5,24 @@
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
+    pin::pin,
     rc::{Rc, Weak},
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio::{
     sync::Notify,
     time::{MissedTickBehavior, interval, sleep},
 };
 
-use super::{active::Caps, follow::Follow, list::List};
+use super::{active::Caps, follow::Follow, follower::Said, list::List};
 use crate::{
     bus::{Arrival, Line, Listener, News, Origins, Record, Signal},
     model::{Class, Cursor, Kind, Position, Region, RoomId, partition_of},
-    people::{Filter, People, preview},
+    people::{self, Filter, MemberState, People, preview},
     protocol::LastMessage,
     read_marker::Markers,
     runtime::unix_ms,
@@ -30,6 +32,9 @@ use crate::{
 
 /// Summaries of the rooms of a list are sent at most this often.
 const INTERVAL: Duration = Duration::from_millis(250);
+
+/// Lists that are read at once.
+const READ_AT_ONCE: usize = 8;
 
 /// How often it is checked whether the rooms of a list have to be compared.
 const TICK: Duration = Duration::from_secs(1);
@@ -258,8 +263,20 @@ impl Desk {
         }
     }
 
-    /// The record of a room has changed.
-    pub fn on_record(&self, room: &RoomId) {
+    /// The record of a room has changed. `record`: what it is now; `None` if it was only read for the first time.
+    pub fn on_record(&self, room: &RoomId, record: Option<&people::Record>) {
+        for (user, member) in record.iter().flat_map(|record| &record.members) {
+            let is_in = member.state == MemberState::In;
+            self.heard_by(&self.subjects.signals(user), |ear| {
+                if let Ear::List(list) = ear
+                    && list.mine().is_some()
+                    // Who is out was told so, unless the room is kept.
+                    && (is_in || list.keeps(room))
+                {
+                    self.mark_if(list, list.changed(room));
+                }
+            });
+        }
         let namespace = room.namespace();
         let subjects = match self.is_durable(namespace) {
             true => {
@@ -274,15 +291,26 @@ impl Desk {
             ],
         };
         for subject in subjects {
-            let sid = self.by_subject.borrow().get(&*subject).copied();
-            let source = sid.and_then(|sid| self.by_sid.borrow().get(&sid).cloned());
-            let Some(source) = source else { continue };
-            for ear in source.heard_by.borrow().iter() {
-                match ear {
-                    Ear::List(list) => self.mark_if(list, list.changed(room)),
-                    Ear::Follow(follow) => follow.changed(room),
-                }
-            }
+            self.heard_by(&subject, |ear| match ear {
+                Ear::List(list) => self.mark_if(list, list.changed(room)),
+                Ear::Follow(follow) => follow.changed(room),
+            });
+        }
+    }
+
+    /// Changes of records may have been missed.
+    pub fn on_missed(&self) {
+        for list in self.lists.borrow().iter().filter_map(Weak::upgrade) {
+            list.compare_soon(FIRST_RESYNC.mul_f64(rand::random_range(0.3..1.0)));
+        }
+    }
+
+    /// Does something with each watch that hears this subject.
+    fn heard_by(&self, subject: &str, mut each: impl FnMut(&Ear)) {
+        let sid = self.by_subject.borrow().get(subject).copied();
+        let source = sid.and_then(|sid| self.by_sid.borrow().get(&sid).cloned());
+        if let Some(source) = source {
+            source.heard_by.borrow().iter().for_each(&mut each);
         }
     }
 
@@ -369,7 +397,7 @@ impl Desk {
                     let wanted = |filter: &Filter| {
                         record().and_then(|(record, _)| filter.of_message(record))
                     };
-                    follow.heard(&room, (place, None), wanted, matches);
+                    follow.heard(&room, (place, Said::Nothing), wanted, matches);
                 }
             }
         }
@@ -394,13 +422,16 @@ impl Desk {
                 }
                 Ear::Follow(follow) => {
                     let wanted = follow.filter.of_message(&record);
-                    let last = wanted.map(|_| LastMessage {
-                        id: record.id.clone(),
-                        from: record.from.clone(),
-                        ts: record.ts,
-                        text: preview(&record.body),
-                    });
-                    follow.heard(&room, (None, last), |_| wanted, |_| true);
+                    let said = match wanted {
+                        None => Said::Other,
+                        Some(_) => Said::Message(LastMessage {
+                            id: record.id.clone(),
+                            from: record.from.clone(),
+                            ts: record.ts,
+                            text: preview(&record.body),
+                        }),
+                    };
+                    follow.heard(&room, (None, said), |_| wanted, |_| true);
                 }
             }
         }
@@ -408,27 +439,58 @@ impl Desk {
 
     /// Has the session of a list told what is new, if there is something.
     pub(super) fn mark_if(&self, list: &Rc<List>, tells: bool) {
-        if tells && !list.is_dirty.replace(true) {
+        if tells && !list.is_dirty.replace(true) && !list.is_telling.get() {
             self.dirty.borrow_mut().push(Rc::clone(list));
             self.wake.notify_one();
         }
     }
 
-    /// Tells the sessions what is new in their lists, forever.
-    pub async fn run(self: Rc<Self>) {
-        let telling = async {
-            loop {
-                self.wake.notified().await;
-                // What comes meanwhile is told together.
-                sleep(INTERVAL).await;
-                let dirty = self.dirty.take();
-                for list in dirty {
-                    list.is_dirty.set(false);
-                    let again = list.tell(&self).await;
-                    self.mark_if(&list, again);
-                }
-            }
+    /// Tells the session of a list what is new.
+    async fn tell(&self, list: Rc<List>) {
+        list.is_dirty.set(false);
+        list.is_telling.set(true);
+        let again = list.tell(self).await;
+        list.is_telling.set(false);
+        // What happened while it was told did not put it among the others.
+        let again = list.is_dirty.replace(false) || again;
+        self.mark_if(&list, again);
+    }
+
+    /// Tells the sessions what is new in their lists, forever. Lists of which nothing has to be read do not wait for the
+    /// others.
+    async fn tell_all(&self) {
+        let round = async || {
+            self.wake.notified().await;
+            // What comes meanwhile is told together.
+            sleep(INTERVAL).await;
         };
+        let mut next = pin!(round());
+        let mut waiting = VecDeque::new();
+        let mut reading = FuturesUnordered::new();
+        loop {
+            tokio::select! {
+                () = &mut next => {
+                    next.set(round());
+                    for list in self.dirty.take() {
+                        match list.has_to_read() {
+                            true => waiting.push_back(list),
+                            false => reading.push(self.tell(list)),
+                        }
+                    }
+                }
+                Some(()) = reading.next() => {}
+            }
+            while reading.len() < READ_AT_ONCE
+                && let Some(list) = waiting.pop_front()
+            {
+                reading.push(self.tell(list));
+            }
+        }
+    }
+
+    /// Tells the sessions what is new in their lists, and compares those, forever.
+    pub async fn run(self: Rc<Self>) {
+        let telling = self.tell_all();
         let comparing = async {
             let mut tick = interval(TICK);
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);

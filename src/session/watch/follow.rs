@@ -20,7 +20,7 @@ use super::{
     super::Session,
     active::covers,
     desk::{Desk, FIRST_RESYNC},
-    follower::{Follower, News},
+    follower::{Follower, News, Said},
     list::CLOCKS_MS,
 };
 use crate::{
@@ -29,7 +29,7 @@ use crate::{
     config::Config,
     model::{Class, Cursor, Region, RoomId},
     people::{Filter, Found},
-    protocol::{ErrorCode, LastMessage, Refused, WatchPush, WatchReply},
+    protocol::{ErrorCode, Refused, WatchPush, WatchReply},
     runtime::unix_ms,
 };
 
@@ -147,14 +147,14 @@ impl Follow {
     pub(super) fn heard(
         &self,
         room: &RoomId,
-        (place, last): (Option<(Region, u64)>, Option<LastMessage>),
+        (place, said): (Option<(Region, u64)>, Said),
         wanted: impl FnOnce(&Filter) -> Option<u64>,
         matches: impl FnOnce(&Filter) -> bool,
     ) {
         let mut state = self.state.borrow_mut();
         let news = News {
             place,
-            last,
+            said,
             ..News::default()
         };
         if self.filter.is_empty() {
@@ -313,7 +313,7 @@ impl Follow {
             let newest = markers.latest(user, rooms, Class::Msg, &look).await?;
             for (room, newest) in newest {
                 if newest.last.ts >= since {
-                    self.heard(&room, (None, None), |_| newest.wanted, |_| true);
+                    self.heard(&room, (None, Said::Nothing), |_| newest.wanted, |_| true);
                 } else if let Some(at) = newest.wanted.filter(|at| *at > now) {
                     self.state.borrow_mut().wait(&room, at);
                 }
@@ -362,7 +362,10 @@ impl Follow {
     }
 
     async fn tell(&self, desk: &Desk) {
-        let taken = self.state.borrow_mut().take(unix_ms(), MAX_ROOMS);
+        let (taken, left) = {
+            let mut state = self.state.borrow_mut();
+            (state.take(unix_ms(), MAX_ROOMS), state.left())
+        };
         let Some((session, identity)) = self.who().filter(|_| !taken.is_empty()) else {
             return;
         };
@@ -394,6 +397,7 @@ impl Follow {
         let is_filtered = !self.filter.is_empty();
         let mut push = WatchPush {
             watch: self.number,
+            more: left,
             ..WatchPush::default()
         };
         let mut bytes = 0;
@@ -416,10 +420,11 @@ impl Follow {
             if !(reached && read) && state.try_again(&room, &news) {
                 continue;
             }
-            let found = match (look.found, &news.last) {
-                // Nothing keeps the messages of an ephemeral room.
-                (Found::Room(room), None) if room.last.is_none() => Found::Nothing,
-                (Found::Room(mut room), Some(last)) if room.last.is_none() => {
+            let found = match (look.found, &news.said) {
+                // Nothing keeps the messages of an ephemeral room. Whether the newest one matches is as it was.
+                (Found::Room(room), Said::Nothing) if room.last.is_none() => continue,
+                (Found::Room(room), Said::Other) if room.last.is_none() => Found::Nothing,
+                (Found::Room(mut room), Said::Message(last)) if room.last.is_none() => {
                     room.last = Some(last.clone());
                     Found::Room(room)
                 }
@@ -431,6 +436,7 @@ impl Follow {
             };
             if bytes > 0 && bytes + size > MAX_BYTES {
                 state.put_back(room, news);
+                push.more += 1;
                 continue;
             }
             let is_gone = match found {
@@ -453,7 +459,7 @@ impl Follow {
                 push.gone.push(room);
             }
         }
-        push.more = state.more();
+        push.more += state.take_lost();
         drop(state);
         session.tell_watch(push);
     }

@@ -16,6 +16,28 @@ const MAX_ROOMS: usize = 16_384;
 /// Reads of a room in a row that do not show the message that was heard. After that it was probably erased.
 const MAX_TRIES: u8 = 4;
 
+/// What was said in a room whose messages nothing keeps.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) enum Said {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// The newest message matches the filter.
+    Message(LastMessage),
+    /// The newest message does not.
+    Other,
+}
+
+impl Said {
+    /// What stands after `self`, if `older` was before it.
+    fn after(self, older: Self) -> Self {
+        match self {
+            Self::Nothing => older,
+            Self::Message(_) | Self::Other => self,
+        }
+    }
+}
+
 /// What is new in a room.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct News {
@@ -23,8 +45,8 @@ pub(super) struct News {
     pub(super) place: Option<(Region, u64)>,
     /// Where the user's read marker was heard to be.
     pub(super) marker: Option<Cursor>,
-    /// The newest message, if nothing keeps it.
-    pub(super) last: Option<LastMessage>,
+    /// What was said, if nothing keeps it.
+    pub(super) said: Said,
     /// Whether the record of the room has changed.
     pub(super) by_record: bool,
     /// When it came, relative to others.
@@ -65,7 +87,7 @@ impl Follower {
         *known = News {
             place: news.place.or(known.place.take()),
             marker: news.marker.or(known.marker.take()),
-            last: news.last.or(known.last.take()),
+            said: news.said.after(std::mem::take(&mut known.said)),
             by_record,
             order,
             tries: 0,
@@ -99,7 +121,9 @@ impl Follower {
             Entry::Occupied(mut entry) => {
                 let newer = entry.get_mut();
                 newer.by_record |= news.by_record;
+                newer.place = newer.place.take().or(news.place);
                 newer.marker = newer.marker.take().or(news.marker);
+                newer.said = std::mem::take(&mut newer.said).after(news.said);
             }
         }
     }
@@ -120,9 +144,14 @@ impl Follower {
         again
     }
 
-    /// The number of rooms with something new that were not told; those that did not fit are counted once.
-    pub(super) fn more(&mut self) -> usize {
-        self.news.len() + std::mem::take(&mut self.lost)
+    /// The number of rooms with something new that were not taken.
+    pub(super) fn left(&self) -> usize {
+        self.news.len()
+    }
+
+    /// The number of rooms that did not fit since this was called last.
+    pub(super) fn take_lost(&mut self) -> usize {
+        std::mem::take(&mut self.lost)
     }
 
     /// Whether there is anything to tell, except what becomes due.
@@ -211,7 +240,7 @@ mod tests {
         }
         let taken = follower.take(0, 2);
         assert_eq!(names(&taken), [room(1), room(4)]);
-        assert_eq!(follower.more(), 2);
+        assert_eq!(follower.left(), 2);
         // What was not told does not replace what is newer.
         follower.note(
             &room(4),
@@ -238,7 +267,8 @@ mod tests {
         }
         let newest = follower.take(0, 1);
         assert_eq!(names(&newest), [room(3 * MAX_ROOMS - 1)]);
-        assert_eq!(follower.more(), 3 * MAX_ROOMS - 1);
+        assert_eq!(follower.left() + follower.take_lost(), 3 * MAX_ROOMS - 1);
+        assert_eq!(follower.take_lost(), 0);
         for number in 0..MAX_ROOMS + 3 {
             assert_eq!(follower.show(&room(number)), number < MAX_ROOMS);
             follower.annotated(&room(number), true);
@@ -246,6 +276,37 @@ mod tests {
         }
         assert!(follower.holding.len() == MAX_ROOMS && follower.due.len() == MAX_ROOMS);
         assert!(follower.timers.len() == MAX_ROOMS && follower.shown.len() == MAX_ROOMS);
+    }
+
+    #[test]
+    fn the_newest_message_decides_what_was_said() {
+        let message = |id: &str| {
+            Said::Message(LastMessage {
+                id: id.to_owned(),
+                from: "lee".to_owned(),
+                ts: 1,
+                text: None,
+            })
+        };
+        let mut follower = Follower::default();
+        for (said, expected) in [
+            (message("1"), message("1")),
+            (Said::Nothing, message("1")),
+            (Said::Other, Said::Other),
+            (Said::Nothing, Said::Other),
+            (message("2"), message("2")),
+        ] {
+            let news = News {
+                said,
+                ..News::default()
+            };
+            follower.note(&room(1), news);
+            let (room, news) = follower.take(0, 1).remove(0);
+            assert_eq!(news.said, expected);
+            // Neither does something else that happens while it could not be told.
+            follower.note(&room, News::default());
+            follower.put_back(room, news);
+        }
     }
 
     #[test]

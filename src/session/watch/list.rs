@@ -5,16 +5,16 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     rc::Weak,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use super::{
     super::Session,
     active::{Active, Caps, Heard},
-    desk::Desk,
+    desk::{Desk, FIRST_RESYNC},
 };
 use crate::{
     auth::Right,
@@ -29,6 +29,10 @@ use crate::{
 /// something happens.
 const MAX_KEPT: usize = 500;
 
+/// Bytes of the rooms in one push, if there are several. A client that has as many still to receive is told nothing more,
+/// so that a list alone never fills its outbox.
+const MAX_BYTES: usize = 64 * 1024;
+
 /// How much clocks may differ, in ms, when it is told whether a message came since then.
 pub(super) const CLOCKS_MS: u64 = 10_000;
 
@@ -42,6 +46,8 @@ pub(super) struct List {
     rooms: RefCell<HashMap<RoomId, Active>>,
     /// Whether it is among those that have something to be told.
     pub(super) is_dirty: Cell<bool>,
+    /// Whether it is being told. It is not told twice at once.
+    pub(super) is_telling: Cell<bool>,
     /// Whether the client knows of the watch. Nothing is told before.
     pub(super) has_begun: Cell<bool>,
     /// When its rooms are compared with what is stored.
@@ -84,10 +90,30 @@ impl List {
             named,
             rooms: RefCell::default(),
             is_dirty: Cell::new(false),
+            is_telling: Cell::new(false),
             has_begun: Cell::new(false),
             due: Cell::new(due),
             compared_at: Cell::new(unix_ms()),
         }
+    }
+
+    /// The user, if the rooms are those that the user is in.
+    pub(super) fn mine(&self) -> Option<&str> {
+        self.named.is_none().then_some(&*self.user)
+    }
+
+    /// Whether a summary of a room is kept.
+    pub(super) fn keeps(&self, room: &RoomId) -> bool {
+        self.rooms.borrow().contains_key(room)
+    }
+
+    /// Whether something has to be read before it can be told.
+    pub(super) fn has_to_read(&self) -> bool {
+        let now = Instant::now();
+        self.rooms
+            .borrow()
+            .values()
+            .any(|active| active.is_due(now))
     }
 
     /// The rooms that the client has named; `None`: it has named none.
@@ -174,7 +200,8 @@ impl List {
         named.iter().filter(|room| self.changed(room)).count() > 0
     }
 
-    /// Reads what has to be read, and tells the session what is new. Returns whether something has to be read again.
+    /// Reads what has to be read, and tells the session what is new. Returns whether something has to be read again, or
+    /// could not be told yet.
     pub(super) async fn tell(&self, desk: &Desk) -> bool {
         let Some((session, identity)) = self.session.upgrade().and_then(|session| {
             let identity = session.who()?;
@@ -182,20 +209,19 @@ impl List {
         }) else {
             return false;
         };
-        if !self.has_begun.get() {
+        if !self.has_begun.get() || session.queued_bytes() >= MAX_BYTES {
             return true;
         }
         let whose = self.whose();
         let stale: Vec<RoomId> = {
-            let mut rooms = self.rooms.borrow_mut();
-            let stale = rooms.iter_mut().filter(|(_, active)| active.is_stale);
+            let (mut rooms, now) = (self.rooms.borrow_mut(), Instant::now());
+            let stale = rooms.iter_mut().filter(|(_, active)| active.is_due(now));
             let begin = stale.map(|(room, active)| {
                 active.begin_read();
                 room.clone()
             });
             begin.collect()
         };
-        let mut again = false;
         if !stale.is_empty() {
             let read = desk
                 .people
@@ -204,27 +230,42 @@ impl List {
             let mut rooms = self.rooms.borrow_mut();
             match read {
                 Ok(mut read) => {
+                    let (now, mut all_show) = (Instant::now(), true);
                     for room in stale {
                         if let Some(active) = rooms.get_mut(&room) {
-                            active.end_read(read.remove(&room));
+                            all_show &= active.end_read(read.remove(&room), now);
                         }
+                    }
+                    if !all_show {
+                        // It was erased, or a replica lags behind for longer.
+                        self.compare_soon(FIRST_RESYNC);
                     }
                 }
                 Err(refused) => {
                     tracing::debug!(%refused, "what is new in rooms can't be read");
                 }
             }
-            again = rooms.values().any(|active| active.is_stale);
         }
         let mut push = WatchPush {
             watch: self.number,
             ..WatchPush::default()
         };
+        let (mut again, mut bytes) = (false, 0);
         self.rooms.borrow_mut().retain(|room, active| {
-            if std::mem::take(&mut active.is_new) {
+            if active.is_new {
                 // The token may have changed since it was read.
-                let summary = active.summary.as_ref();
-                match summary.filter(|_| identity.may(Right::Read, room)) {
+                active.summary.take_if(|_| !identity.may(Right::Read, room));
+                let size = match &active.summary {
+                    Some(summary) => serde_json::to_vec(summary).map_or(0, |json| json.len()),
+                    None => room.as_str().len() + 3,
+                };
+                if bytes > 0 && bytes + size > MAX_BYTES {
+                    again = true;
+                    return true;
+                }
+                bytes += size;
+                active.is_new = false;
+                match &active.summary {
                     Some(summary) => {
                         self.set_out(room, false);
                         push.rooms.push(summary.clone());
@@ -233,6 +274,7 @@ impl List {
                     None => {}
                 }
             }
+            again |= active.is_stale;
             active.summary.is_some() || active.is_stale
         });
         if whose == Whose::Mine {
@@ -240,6 +282,11 @@ impl List {
         }
         session.tell_watch(push);
         again
+    }
+
+    /// Has the list compared after this time at the latest.
+    pub(super) fn compare_soon(&self, after: Duration) {
+        self.due.set(self.due.get().min(Instant::now() + after));
     }
 
     /// Notes whether the client may see a room. Returns whether that is new.
@@ -284,23 +331,107 @@ impl List {
         let before = unix_ms();
         let stored = self.stored(desk).await?;
         let since = self.compared_at.replace(before).saturating_sub(CLOCKS_MS);
+        Ok(self.differs(stored, since))
+    }
+
+    /// Marks the rooms that are not as they are stored. `since`: when that was compared before, in ms since 1970.
+    fn differs(&self, stored: Vec<RoomSummary>, since: u64) -> bool {
         let mut rooms = self.rooms.borrow_mut();
-        let mut differs = false;
+        // They have ended, the user is not in them any more, or they are not on the first page.
+        let mut missing: HashSet<RoomId> = rooms.keys().cloned().collect();
+        if let Some(named) = &self.named {
+            let named = named.borrow();
+            let seen = named.iter().filter(|(_, named)| !named.is_out);
+            missing.extend(seen.map(|(room, _)| room.clone()));
+        }
+        let mut changed = Vec::new();
         for summary in stored {
-            let told = rooms.get(&summary.room).and_then(|it| it.summary.as_ref());
-            let same = match told {
-                Some(told) => {
-                    (&told.head, told.unread, told.mentions)
-                        == (&summary.head, summary.unread, summary.mentions)
-                }
+            missing.remove(&summary.room);
+            let same = match rooms.get(&summary.room) {
+                Some(active) if active.summary.is_some() => !active.differs(&summary),
                 // Nothing was told of it, and there was nothing to tell.
-                None => summary.last.as_ref().is_none_or(|last| last.ts < since),
+                Some(_) | None => summary.last.as_ref().is_none_or(|last| last.ts < since),
             };
             if !same {
-                differs = true;
-                rooms.entry(summary.room).or_default().changed();
+                changed.push(summary.room);
             }
         }
-        Ok(differs)
+        changed.extend(missing);
+        let differs = !changed.is_empty();
+        for room in changed {
+            rooms.entry(room).or_default().changed();
+        }
+        differs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn room(name: &str) -> RoomId {
+        RoomId::parse(&format!("chat:{name}")).unwrap()
+    }
+
+    fn summary(name: &str, title: &str) -> RoomSummary {
+        RoomSummary {
+            room: room(name),
+            kind: None,
+            about: None,
+            title: Some(title.to_owned()),
+            info: None,
+            peers: Vec::new(),
+            head: None,
+            last: None,
+            unread: Some(0),
+            capped: false,
+            mentions: Some(0),
+            marker: None,
+            muted: false,
+            pinned: false,
+            archived: false,
+            assignee: None,
+        }
+    }
+
+    fn list(kept: &[&str], named: Option<&[&str]>) -> List {
+        let named = named.map(|named| {
+            let named = named.iter();
+            named
+                .map(|name| (room(name), Arc::new(Known::default())))
+                .collect()
+        });
+        let list = List::new(Weak::new(), 1, &Arc::from("kim"), named, Instant::now());
+        for name in kept {
+            let mut active = Active::default();
+            active.end_read(Some((summary(name, "old"), true)), Instant::now());
+            list.rooms.borrow_mut().insert(room(name), active);
+        }
+        list
+    }
+
+    fn stale(list: &List) -> Vec<String> {
+        let rooms = list.rooms.borrow();
+        let stale = rooms.iter().filter(|(_, active)| active.is_stale);
+        let mut stale: Vec<String> = stale.map(|(room, _)| room.to_string()).collect();
+        stale.sort_unstable();
+        stale
+    }
+
+    #[test]
+    fn a_comparison_finds_rooms_that_are_gone_and_records_that_have_changed() {
+        let stored = || vec![summary("a", "old"), summary("b", "new"), summary("d", "x")];
+        let mine = list(&["a", "b", "c"], None);
+        assert!(mine.differs(stored(), 0));
+        assert_eq!(stale(&mine), ["chat:b", "chat:c"]);
+        let mine = list(&["a"], None);
+        assert!(!mine.differs(stored(), 0));
+
+        let named = list(&["a"], Some(&["a", "b", "c", "d"]));
+        assert!(named.differs(stored(), 0));
+        assert_eq!(stale(&named), ["chat:c"]);
+        named.set_out(&room("c"), true);
+        named.rooms.borrow_mut().remove(&room("c"));
+        assert!(!named.differs(stored(), 0));
     }
 }

@@ -589,4 +589,150 @@ async fn what_is_said_in_another_region_is_told() {
         watcher.settles(seoul, "a message of the own region").await;
     }
     assert!(watchers[3].rooms.is_empty(), "{:?}", watchers[3].rooms);
+
+    // The signal may arrive before the record does.
+    let path = format!("/v1/rooms/{room}");
+    done(virginia, "PATCH", &path, &boss(), json!({ "title": "Far" })).await;
+    for watcher in &mut watchers[..3] {
+        eventually("the title is told", LONG, async || {
+            watcher.settles(seoul, "a title of another region").await;
+            match watcher.rooms.get(&room) {
+                Some(summary) if summary["title"] == "Far" => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_long_list_is_told_in_parts_and_once() {
+    let toml = format!("limits.outbox = '128KiB'\n{TOML}");
+    let mesh = Mesh::start(support::nats_url(), 1, &toml).await;
+    let at = mesh.edges[0].address;
+    let rooms = groups(&mesh, 30).await;
+    let info = json!({ "info": { "about": "x".repeat(8000) } });
+    for room in &rooms {
+        done(
+            at,
+            "PATCH",
+            &format!("/v1/rooms/{room}"),
+            &boss(),
+            info.clone(),
+        )
+        .await;
+    }
+    let mut raw = Raw::open(at, &user("ann")).await;
+    let reply = raw
+        .call(json!({ "op": "watch", "rid": 1, "rooms": rooms, "limit": 1 }))
+        .await;
+    assert_eq!(reply["op"], "watching", "{reply}");
+    // All rooms are looked at again.
+    let refresh = json!({ "op": "refresh", "rid": 2, "token": user("ann") });
+    let reply = raw.call(refresh.clone()).await;
+    assert_eq!(reply["op"], "refreshed", "{reply}");
+    let mut wanted: BTreeSet<String> = rooms.iter().cloned().collect();
+    while !wanted.is_empty() {
+        let push = push(&mut raw).await;
+        let bytes = push.to_string().len();
+        assert!(bytes <= 65 * 1024, "{bytes}");
+        for room in by_room(&push["rooms"]).into_keys() {
+            assert!(wanted.remove(&room), "{room} is told twice");
+        }
+    }
+    // What is as it was told is not told again.
+    let reply = raw.call(refresh).await;
+    assert_eq!(reply["op"], "refreshed", "{reply}");
+    say(at, &rooms[7], "bob", "hello").await;
+    let push = push(&mut raw).await;
+    assert_eq!(
+        by_room(&push["rooms"]).into_keys().collect::<Vec<_>>(),
+        [&*rooms[7]]
+    );
+}
+
+#[tokio::test]
+async fn a_room_with_many_members_is_told_to_those_whom_its_record_concerns() {
+    let mesh = Mesh::start(support::nats_url(), 2, TOML).await;
+    let [one, other] = [0, 1].map(|edge| mesh.edges[edge].address);
+    let mut members: Vec<String> = (0..120).map(|number| format!("m{number}")).collect();
+    members.push("ann".to_owned());
+    let large =
+        json!({ "namespace": "crew", "kind": "group", "name": "large", "members": members });
+    let room = make(one, large, &boss()).await;
+    let mut ann = Watcher::new(other, &user("ann"), json!({ "mine": true })).await;
+    assert!(ann.rooms.contains_key(&room));
+    let path = format!("/v1/rooms/{room}");
+    done(one, "PATCH", &path, &boss(), json!({ "title": "Many" })).await;
+    assert_eq!(told(&mut ann.raw, &room).await["title"], "Many");
+    let path = format!("{path}/members/ann");
+    done(one, "DELETE", &path, &boss(), Value::Null).await;
+    gone(&mut ann.raw, &room).await;
+}
+
+#[tokio::test]
+async fn an_assignment_in_a_room_that_the_edge_has_not_read_is_told() {
+    let mesh = Mesh::start(support::nats_url(), 2, TOML).await;
+    let [one, other] = [0, 1].map(|edge| mesh.edges[edge].address);
+    let rooms = groups(&mesh, 2).await;
+    let assign = async |room: &str| {
+        let path = format!("/v1/rooms/{room}");
+        done(one, "PATCH", &path, &boss(), json!({ "assignee": "op" })).await;
+    };
+    for room in &rooms {
+        say(one, room, "bob", "help").await;
+    }
+    assign(&rooms[0]).await;
+    let mut op = Raw::open(other, &follower("op")).await;
+    let filter = json!({ "assignee": "op" });
+    let reply = op
+        .call(json!({ "op": "watch", "rid": 1, "pattern": "crew:*", "filter": filter, "limit": 1 }))
+        .await;
+    assert_eq!(
+        by_room(&reply["rooms"]).into_keys().collect::<Vec<_>>(),
+        [&*rooms[0]],
+        "{reply}"
+    );
+    assign(&rooms[1]).await;
+    assert_eq!(told(&mut op, &rooms[1]).await["last"]["text"], "help");
+}
+
+#[tokio::test]
+async fn the_record_of_an_ephemeral_room_does_not_hide_it() {
+    let mesh = Mesh::start(support::nats_url(), 1, TOML).await;
+    let at = mesh.edges[0].address;
+    let all = token_with(
+        "all",
+        Duration::from_secs(3600),
+        vec![Grant::new("*:*", &Right::ALL)],
+    );
+    let mut op = Raw::open(at, &all).await;
+    let filter = json!({ "text": "goal" });
+    let reply = op
+        .call(json!({ "op": "watch", "rid": 1, "pattern": "live:*", "filter": filter }))
+        .await;
+    assert_eq!(reply["op"], "watching", "{reply}");
+    let shout = async |room: &str, text: &str| {
+        let path = format!("/v1/rooms/{room}/messages");
+        let body = json!({ "body": { "text": text } });
+        done(at, "POST", &path, &all, body).await;
+    };
+    let tv = json!({ "namespace": "live", "kind": "open", "name": "tv" });
+    let tv = make(at, tv, &all).await;
+    shout(&tv, "goal").await;
+    assert_eq!(told(&mut op, &tv).await["last"]["text"], "goal");
+    let path = format!("/v1/rooms/{tv}");
+    done(at, "PATCH", &path, &all, json!({ "title": "TV" })).await;
+    shout("live:radio", "goal").await;
+    loop {
+        let push = push(&mut op).await;
+        assert!(push["gone"].is_null(), "{push}");
+        if by_room(&push["rooms"]).contains_key("live:radio") {
+            break;
+        }
+    }
+    // The newest message decides.
+    shout(&tv, "a second goal").await;
+    shout(&tv, "nothing").await;
+    gone(&mut op, &tv).await;
 }
