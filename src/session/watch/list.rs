@@ -25,6 +25,10 @@ use crate::{
     runtime::unix_ms,
 };
 
+/// Rooms that are read before those are told that are ready. The longer a read takes, the more rooms have new messages when
+/// it ends, and must be read again.
+const READ_AT_ONCE: usize = 50;
+
 /// Rooms whose summaries are kept of a list. Above it, those that are up to date are dropped, and read again when
 /// something happens.
 const MAX_KEPT: usize = 500;
@@ -216,6 +220,7 @@ impl List {
         let stale: Vec<RoomId> = {
             let (mut rooms, now) = (self.rooms.borrow_mut(), Instant::now());
             let stale = rooms.iter_mut().filter(|(_, active)| active.is_due(now));
+            let stale = stale.take(READ_AT_ONCE);
             let begin = stale.map(|(room, active)| {
                 active.begin_read();
                 room.clone()
