@@ -70,7 +70,7 @@ impl Watching {
     }
 
     fn is_mine(&self) -> bool {
-        matches!(&self.ear, Ear::List(list) if list.named().is_none())
+        matches!(&self.ear, Ear::List(list) if list.mine().is_some())
     }
 }
 

@@ -156,14 +156,27 @@ pub(super) fn watch_rooms(bench: &mut Bench) -> Table {
             runs.add(figures);
         }
     }
+    let names = cases.map(|(name, ..)| name);
+    table(
+        "Watch: 200 durable rooms of two at 10 messages/s each, nobody in them",
+        &COLUMNS,
+        &names,
+        &all,
+    )
+}
+
+/// A row for each of `names`, with its runs.
+fn table(
+    title: &'static str,
+    columns: &'static [&'static str],
+    names: &[&str],
+    all: &[Runs],
+) -> Table {
+    let rows = names.iter().zip(all);
     Table {
-        title: "Watch: 200 durable rooms of two at 10 messages/s each, nobody in them",
-        columns: &COLUMNS,
-        rows: cases
-            .iter()
-            .zip(&all)
-            .map(|((name, ..), runs)| row(&[name], runs))
-            .collect(),
+        title,
+        columns,
+        rows: rows.map(|(name, runs)| row(&[name], runs)).collect(),
     }
 }
 
@@ -201,15 +214,12 @@ pub(super) fn follow(bench: &mut Bench) -> Table {
             runs.add(figures);
         }
     }
-    Table {
-        title: "Follow: 10,000 durable rooms at 1,000 messages/s in all, nobody in them",
-        columns: &COLUMNS,
-        rows: names
-            .iter()
-            .zip(&all)
-            .map(|(name, runs)| row(&[name], runs))
-            .collect(),
-    }
+    table(
+        "Follow: 10,000 durable rooms at 1,000 messages/s in all, nobody in them",
+        &COLUMNS,
+        &names,
+        &all,
+    )
 }
 
 /// The list of a user with 500 rooms.
@@ -269,9 +279,10 @@ pub(super) fn inbox(bench: &mut Bench) -> Table {
             runs.add(figures);
         }
     }
-    Table {
-        title: "Inbox: a user with 500 durable rooms, 5 unread messages in each; one request after the other",
-        columns: &[
+    let names = questions.map(|(name, _)| name);
+    table(
+        "Inbox: a user with 500 durable rooms, 5 unread messages in each; one request after the other",
+        &[
             "question",
             "ms",
             "edge, ms of CPU",
@@ -279,12 +290,9 @@ pub(super) fn inbox(bench: &mut Bench) -> Table {
             "requests to JetStream",
             "kB",
         ],
-        rows: questions
-            .iter()
-            .zip(&all)
-            .map(|((name, _), runs)| row(&[name], runs))
-            .collect(),
-    }
+        &names,
+        &all,
+    )
 }
 
 /// The bytes of the answer.

@@ -252,7 +252,7 @@ impl Active {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::model::RoomId;
 
@@ -265,7 +265,7 @@ mod tests {
         format!("seoul.k3.{seq}.7f02").parse().unwrap()
     }
 
-    fn summary(head: u64, unread: u64) -> RoomSummary {
+    pub(in super::super) fn summary(head: u64, unread: u64) -> RoomSummary {
         RoomSummary {
             room: RoomId::parse("chat:a").unwrap(),
             kind: None,

@@ -265,6 +265,10 @@ impl Desk {
 
     /// The record of a room has changed. `record`: what it is now; `None` if it was only read for the first time.
     pub fn on_record(&self, room: &RoomId, record: Option<&people::Record>) {
+        // A record may have a thousand members, and mostly nobody watches.
+        if self.by_subject.borrow().is_empty() {
+            return;
+        }
         for (user, member) in record.iter().flat_map(|record| &record.members) {
             let is_in = member.state == MemberState::In;
             self.heard_by(&self.subjects.signals(user), |ear| {

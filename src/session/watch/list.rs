@@ -381,21 +381,9 @@ mod tests {
     fn summary(name: &str, title: &str) -> RoomSummary {
         RoomSummary {
             room: room(name),
-            kind: None,
-            about: None,
             title: Some(title.to_owned()),
-            info: None,
-            peers: Vec::new(),
             head: None,
-            last: None,
-            unread: Some(0),
-            capped: false,
-            mentions: Some(0),
-            marker: None,
-            muted: false,
-            pinned: false,
-            archived: false,
-            assignee: None,
+            ..super::super::active::tests::summary(0, 0)
         }
     }
 
