@@ -257,7 +257,14 @@ impl Session {
         }
         let number = self.new_watch()?;
         let desk = &self.context.desk;
-        let follow = Rc::new(Follow::new(Rc::downgrade(self), number, namespaces, filter));
+        let follow = Follow::new(
+            Rc::downgrade(self),
+            number,
+            &identity.user,
+            namespaces,
+            filter,
+        );
+        let follow = Rc::new(follow);
         let hearing = desk.hear_all(&identity.user, &follow).await;
         follow.prepare(desk, identity).await?;
         let watching = Watching::new(Ear::Follow(follow), hearing);

@@ -65,9 +65,16 @@ pub(super) fn covers(head: &Cursor, other: &Cursor) -> bool {
     })
 }
 
+fn add(expects: &mut Option<Cursor>, cursor: &Cursor) {
+    *expects = Some(match expects {
+        Some(expects) => expects.merge(cursor, |_, _| true),
+        None => cursor.clone(),
+    });
+}
+
 impl Active {
     /// Takes in a message of a user's room. Without a summary, or if the message may be of another log, or one before it
-    /// was missed, the room has to be read.
+    /// was missed, the room has to be read. Sending moves the sender's marker, but that is stored later than the message.
     pub(super) fn message(&mut self, user: &str, heard: Heard<'_>, caps: Caps) {
         let Heard {
             last,
@@ -75,8 +82,9 @@ impl Active {
             previous,
             mentions,
         } = heard;
+        let is_own = last.from == user;
         let Some(summary) = self.summary.as_mut().filter(|_| !self.is_stale) else {
-            return self.expect(cursor);
+            return self.expect(cursor, is_own);
         };
         let Some(position) = cursor.positions().first() else {
             return;
@@ -86,24 +94,27 @@ impl Active {
             .as_ref()
             .and_then(|head| head.get(&position.origin));
         match known {
-            Some(known) if known.epoch != position.epoch => return self.expect(cursor),
+            Some(known) if known.epoch != position.epoch => return self.expect(cursor, is_own),
             Some(known) if known.seq >= position.seq => {
                 // It was counted when the summary was read, or comes late: signals have no order.
                 let read = self
                     .read_at
                     .as_ref()
                     .and_then(|read| read.get(&position.origin));
+                let marker = summary.marker.as_ref();
                 if read.is_none_or(|read| read.seq < position.seq) {
-                    self.expect(cursor);
+                    self.expect(cursor, is_own);
+                } else if is_own && !marker.is_some_and(|marker| covers(marker, cursor)) {
+                    self.read(cursor);
                 }
                 return;
             }
             Some(known) if previous.is_some_and(|previous| previous != known.seq) => {
-                return self.expect(cursor);
+                return self.expect(cursor, is_own);
             }
             Some(_) => {}
             // The first message of another region: what else is there is not known.
-            None if summary.head.is_some() => return self.expect(cursor),
+            None if summary.head.is_some() => return self.expect(cursor, is_own),
             None => {}
         }
         let head = match &summary.head {
@@ -112,12 +123,12 @@ impl Active {
         };
         let only_origin = head.positions().len() == 1;
         let unread = summary.unread.unwrap_or_default();
-        // Sending moves the sender's marker. What is unread of other regions stays so.
-        if last.from == user && !only_origin && unread > 0 {
-            return self.expect(cursor);
+        // What is unread of other regions stays so.
+        if is_own && !only_origin && unread > 0 {
+            return self.expect(cursor, is_own);
         }
         summary.head = Some(head);
-        if last.from == user {
+        if is_own {
             if only_origin {
                 (summary.unread, summary.capped, summary.mentions) = (Some(0), false, Some(0));
                 summary.marker = Some(cursor.clone());
@@ -174,10 +185,7 @@ impl Active {
     /// The room has to be read. What is heard of a marker comes before it is stored.
     fn expect_marker(&mut self, marker: &Cursor) {
         self.changed();
-        self.expects_marker = Some(match &self.expects_marker {
-            Some(expects) => expects.merge(marker, |_, _| true),
-            None => marker.clone(),
-        });
+        add(&mut self.expects_marker, marker);
     }
 
     /// Something has changed that can only be read.
@@ -185,13 +193,13 @@ impl Active {
         (self.is_stale, self.again) = (true, true);
     }
 
-    /// The room has to be read, and the read must show what stands at `cursor`.
-    fn expect(&mut self, cursor: &Cursor) {
+    /// The room has to be read, and the read must show what stands at `cursor`. `is_own`: the user has sent it.
+    fn expect(&mut self, cursor: &Cursor, is_own: bool) {
         self.is_stale = true;
-        self.expects = Some(match &self.expects {
-            Some(expects) => expects.merge(cursor, |_, _| true),
-            None => cursor.clone(),
-        });
+        add(&mut self.expects, cursor);
+        if is_own {
+            add(&mut self.expects_marker, cursor);
+        }
     }
 
     /// Whether it is to be read now.
@@ -387,6 +395,41 @@ pub(super) mod tests {
             active.end_read(Some((stored.clone(), true)), Instant::now());
             assert_eq!(active.is_stale, is_stale, "{marker:?}");
         }
+    }
+
+    #[test]
+    fn the_senders_marker_is_stored_after_the_message() {
+        let stored = |marker: Option<u64>, unread| RoomSummary {
+            marker: marker.map(cursor),
+            ..summary(4, unread)
+        };
+        let read = |active: &mut Active, stored| {
+            active.begin_read();
+            active.end_read(Some((stored, true)), Instant::now());
+        };
+        // Heard before the room is read: until the marker shows.
+        let mut active = Active::default();
+        say(&mut active, 4, Some(3), "kim");
+        for (marker, unread, is_stale) in [(None, 2, true), (Some(2), 2, true), (Some(4), 0, false)]
+        {
+            assert!(active.is_stale);
+            read(&mut active, stored(marker, unread));
+            assert_eq!(active.is_stale, is_stale, "{marker:?}");
+        }
+        // Heard after it: it is the newest message.
+        let mut active = Active::default();
+        read(&mut active, stored(None, 2));
+        say(&mut active, 4, Some(3), "kim");
+        assert!(!active.is_stale && !active.differs(&stored(Some(4), 0)));
+        // Or it is not, and what is unread after it has to be counted.
+        let mut active = Active::default();
+        read(&mut active, stored(None, 2));
+        say(&mut active, 3, Some(2), "kim");
+        assert!(active.is_stale);
+        read(&mut active, stored(Some(3), 1));
+        assert!(!active.is_stale);
+        say(&mut active, 3, Some(2), "kim");
+        assert!(!active.is_stale && counts(&active).0 == Some(1));
     }
 
     #[test]

@@ -18,7 +18,12 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep},
 };
 
-use super::{active::Caps, follow::Follow, follower::Said, list::List};
+use super::{
+    active::Caps,
+    follow::Follow,
+    follower::{self, Said},
+    list::List,
+};
 use crate::{
     bus::{Arrival, Line, Listener, News, Origins, Record, Signal},
     model::{Class, Cursor, Kind, Position, Region, RoomId, partition_of},
@@ -395,13 +400,21 @@ impl Desk {
                     }
                 }
                 Ear::Follow(follow) => {
-                    let seq = arrival.headers().last(header::SEQUENCE);
+                    let headers = arrival.headers();
+                    let seq = headers.last(header::SEQUENCE);
                     let seq = seq.and_then(|seq| seq.parse().ok());
-                    let place = seq.map(|seq| (origin.clone(), seq));
+                    // Sending moves the sender's marker.
+                    let is_own = headers.last(header::FROM) == Some(&*follow.from);
+                    let own = is_own.then(&record).flatten();
+                    let news = follower::News {
+                        place: seq.map(|seq| (origin.clone(), seq)),
+                        marker: own.map(|(_, cursor)| cursor.clone()),
+                        ..follower::News::default()
+                    };
                     let wanted = |filter: &Filter| {
                         record().and_then(|(record, _)| filter.of_message(record))
                     };
-                    follow.heard(&room, (place, Said::Nothing), wanted, matches);
+                    follow.heard(&room, news, wanted, matches);
                 }
             }
         }
@@ -435,7 +448,11 @@ impl Desk {
                             text: preview(&record.body),
                         }),
                     };
-                    follow.heard(&room, (None, said), |_| wanted, |_| true);
+                    let news = follower::News {
+                        said,
+                        ..follower::News::default()
+                    };
+                    follow.heard(&room, news, |_| wanted, |_| true);
                 }
             }
         }

@@ -27,7 +27,7 @@ use crate::{
     auth::{Identity, Right},
     bus::Record,
     config::Config,
-    model::{Class, Cursor, Region, RoomId},
+    model::{Class, Cursor, RoomId, header_escape},
     people::{Filter, Found},
     protocol::{ErrorCode, Refused, WatchPush, WatchReply},
     runtime::unix_ms,
@@ -49,6 +49,8 @@ const SCANNED_AT_ONCE: usize = 512;
 pub(super) struct Follow {
     session: Weak<Session>,
     number: u64,
+    /// The user, as a header names the sender of a message.
+    pub(super) from: Box<str>,
     pub(super) namespaces: Vec<Box<str>>,
     pub(super) filter: Filter,
     state: RefCell<Follower>,
@@ -122,12 +124,14 @@ impl Follow {
     pub(super) fn new(
         session: Weak<Session>,
         number: u64,
+        user: &str,
         namespaces: Vec<Box<str>>,
         filter: Filter,
     ) -> Self {
         Self {
             session,
             number,
+            from: header_escape(user).into(),
             namespaces,
             filter,
             state: RefCell::default(),
@@ -147,16 +151,11 @@ impl Follow {
     pub(super) fn heard(
         &self,
         room: &RoomId,
-        (place, said): (Option<(Region, u64)>, Said),
+        news: News,
         wanted: impl FnOnce(&Filter) -> Option<u64>,
         matches: impl FnOnce(&Filter) -> bool,
     ) {
         let mut state = self.state.borrow_mut();
-        let news = News {
-            place,
-            said,
-            ..News::default()
-        };
         if self.filter.is_empty() {
             state.note(room, news);
             return self.wake.notify_one();
@@ -313,7 +312,7 @@ impl Follow {
             let newest = markers.latest(user, rooms, Class::Msg, &look).await?;
             for (room, newest) in newest {
                 if newest.last.ts >= since {
-                    self.heard(&room, (None, Said::Nothing), |_| newest.wanted, |_| true);
+                    self.heard(&room, News::default(), |_| newest.wanted, |_| true);
                 } else if let Some(at) = newest.wanted.filter(|at| *at > now) {
                     self.state.borrow_mut().wait(&room, at);
                 }
