@@ -14,6 +14,7 @@ mod directory;
 mod event;
 mod inbox;
 mod order;
+mod people;
 mod publication;
 mod reply;
 
@@ -27,6 +28,7 @@ pub use directory::{RoomBody, RoomsReply};
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
 pub use inbox::{InboxReply, LastMessage, RefusedRoom, RoomSummary, WatchPush, WatchReply};
 pub use order::{Obeyed, Order, OrderKind};
+pub use people::{Arrangement, MemberState, PutMember, Role, Settings};
 pub use publication::{Draft, Mentions, Publication};
 pub use reply::{
     AuthReply, HistoryReply, JoinReply, MemberBody, MessageBody, PollReply, PresenceReply,
