@@ -501,6 +501,12 @@ pub fn record_key(room: &RoomId) -> String {
     format!("{}.{}", room.namespace(), room.name())
 }
 
+/// The keys of the records of a namespace.
+#[must_use]
+pub fn record_keys(namespace: &str) -> String {
+    format!("{namespace}.*")
+}
+
 /// The keys of all records.
 pub const RECORD_KEYS: &str = "*.*";
 

@@ -4,20 +4,21 @@
 //! Formats: a bucket is the stream `KV_<bucket>_<origin>` with one subject per key (NATS ADR-8). Per-key TTLs and the
 //! server's markers are ADR-43 and ADR-48.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use async_nats::{HeaderMap, Message, Request, RequestErrorKind};
 use bytes::Bytes;
 use tokio::time::timeout;
 
 use super::{
-    Connection, LiveFeed, MAX_HEADS, ReadError, Reader,
+    Connection, LiveFeed, MAX_HEADS, ReadError, Reader, StreamError,
     jetstream::{self, Problem, PubAck, Purged, StreamInfo},
     record::{BadRecord, last, rfc3339_ms, stored_time},
+    rooms::rooms_of,
 };
 use crate::{
     config::Config,
-    model::Region,
+    model::{Region, RoomId},
     subject::{Subjects, api, bucket_key, bucket_stream, header},
 };
 
@@ -324,6 +325,31 @@ impl Bucket {
             next = after;
         }
         Ok(entries)
+    }
+
+    /// The rooms of the matching keys, about `most` of them; `room` finds the room of a key. Removed keys count for a while.
+    ///
+    /// # Errors
+    /// [`StreamError`].
+    pub async fn rooms(
+        &self,
+        keys: &str,
+        room: impl Fn(&str) -> Option<RoomId>,
+        most: usize,
+    ) -> Result<BTreeSet<RoomId>, StreamError> {
+        let filter = bucket_key(self.bucket, &self.origin, keys);
+        let prefix = bucket_key(self.bucket, &self.origin, "");
+        let of_subject = |subject: &str| room(subject.strip_prefix(&prefix)?);
+        let connection = self.reader.connection();
+        rooms_of(
+            connection,
+            &self.stream,
+            &filter,
+            of_subject,
+            self.timeout,
+            most,
+        )
+        .await
     }
 
     /// Some of the matching keys that have changed since the revision `from`, ordered by the time of their last change,

@@ -1,4 +1,4 @@
-//! Which rooms a stream has messages of. Not for the path of a message: the server counts all subjects that match.
+//! Which rooms a stream has messages or records of. Not for the path of a message: the server counts all subjects that match.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -9,10 +9,7 @@ use serde::{Deserialize, de::IgnoredAny};
 use tokio::time::timeout;
 
 use super::{Connection, StreamError, jetstream};
-use crate::{
-    model::RoomId,
-    subject::{Subjects, api},
-};
+use crate::{model::RoomId, subject::api};
 
 /// The part of the answer to a stream info request that names subjects.
 #[derive(Deserialize)]
@@ -29,15 +26,16 @@ struct State {
     subjects: Option<HashMap<String, IgnoredAny>>,
 }
 
-/// The rooms of which `stream` has messages whose subjects match `filter`. No further page is read once there are `most`.
+/// The rooms of which `stream` has something whose subject matches `filter`; `room` finds them in the subjects. No further
+/// page is read once there are `most`.
 ///
 /// # Errors
 /// [`StreamError`].
 pub async fn rooms_of(
     connection: &Connection,
-    subjects: &Subjects,
     stream: &str,
     filter: &str,
+    room: impl Fn(&str) -> Option<RoomId>,
     wait: Duration,
     most: usize,
 ) -> Result<BTreeSet<RoomId>, StreamError> {
@@ -59,10 +57,7 @@ pub async fn rooms_of(
             })?;
         let found = state.subjects.unwrap_or_default();
         offset += found.len();
-        let of_rooms = found
-            .keys()
-            .filter_map(|found| subjects.parse_stored(found));
-        rooms.extend(of_rooms.map(|found| found.room));
+        rooms.extend(found.keys().filter_map(|subject| room(subject)));
         if found.is_empty() || offset >= total || rooms.len() >= most {
             return Ok(rooms);
         }

@@ -220,6 +220,12 @@ impl Filter {
         self.unanswered.is_some() || self.annotation.is_some()
     }
 
+    /// Whether only a room with a message can match.
+    #[must_use]
+    pub fn needs_message(&self) -> bool {
+        self.needs_log() || self.from.is_some() || self.mentions.is_some() || self.text.is_some()
+    }
+
     /// Whether it looks at annotations.
     #[must_use]
     pub fn has_annotation(&self) -> bool {

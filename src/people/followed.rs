@@ -1,6 +1,7 @@
 //! Rooms as those see them who follow a pattern: without being in them, and only those that match a filter.
 //!
-//! What is live is what the streams hold, so this works without MongoDB. Rooms are listed by their names.
+//! The streams say in which rooms something was said, and the buckets which rooms have records, so this works without
+//! MongoDB. Rooms are listed by their names.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -18,6 +19,7 @@ use crate::{
     model::{Class, Cursor, RoomId},
     protocol::{Refused, RoomSummary},
     read_marker::{Counted, Latest, Markers},
+    subject::{parse_record_key, record_keys},
 };
 
 /// Rooms of a namespace that are listed. If there are more, pages are partial.
@@ -36,6 +38,8 @@ pub struct Look {
     pub head: Option<Cursor>,
     /// What is to be told.
     pub found: Found,
+    /// Whether nothing keeps its messages.
+    pub is_ephemeral: bool,
 }
 
 /// What is told of a room.
@@ -91,6 +95,33 @@ impl People {
         Ok((rooms, all))
     }
 
+    /// The rooms of these namespaces that are live or have a record, and whether these are all.
+    async fn listed_rooms(
+        &self,
+        markers: &Markers,
+        identity: &Identity,
+        namespaces: &[Box<str>],
+    ) -> Result<(BTreeSet<RoomId>, bool), Refused> {
+        let (mut rooms, mut all) = self.live_rooms(markers, identity, namespaces).await?;
+        for name in namespaces {
+            for origin in self.origins.all() {
+                let bucket = self.records.of(origin.origin());
+                let keys = record_keys(name);
+                match bucket.rooms(&keys, parse_record_key, MAX_LISTED).await {
+                    Ok(found) => {
+                        all &= found.len() < MAX_LISTED;
+                        rooms.extend(found);
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "the records of a region are not listed");
+                        all = false;
+                    }
+                }
+            }
+        }
+        Ok((rooms, all))
+    }
+
     /// A page of the rooms of these namespaces that match, after the room `after`. `holds`: whether a condition on
     /// annotations is fulfilled in a room.
     ///
@@ -105,7 +136,7 @@ impl People {
         holds: impl Fn(&RoomId) -> bool,
         now: u64,
     ) -> Result<Page, Refused> {
-        let (mut all, complete) = self.live_rooms(markers, identity, namespaces).await?;
+        let (mut all, complete) = self.listed_rooms(markers, identity, namespaces).await?;
         if let Some(after) = after {
             all = all.split_off(after);
             all.remove(after);
@@ -125,10 +156,15 @@ impl People {
                 .await?;
             page.next = rooms.last().cloned();
             for room in rooms {
-                match looks.remove(&room).map(|look| look.found) {
-                    Some(Found::Room(summary)) => page.rooms.push(*summary),
-                    Some(Found::Later(at)) => page.later.push((room, at)),
-                    Some(Found::Nothing | Found::Hidden) | None => {}
+                let Some(look) = looks.remove(&room) else {
+                    continue;
+                };
+                match look.found {
+                    // What was said there is not known.
+                    Found::Room(_) if look.is_ephemeral && filter.needs_message() => {}
+                    Found::Room(summary) => page.rooms.push(*summary),
+                    Found::Later(at) => page.later.push((room, at)),
+                    Found::Nothing | Found::Hidden => {}
                 }
             }
         }
@@ -166,39 +202,48 @@ impl People {
                 && filter.of_record(record.as_deref())
                 && (!filter.has_annotation() || holds(room));
             // What was said in an ephemeral room is not kept anywhere: whoever has heard it knows whether it matches.
-            let ephemeral = (!durable.contains(&room)).then_some(0);
-            let wanted = latest.as_ref().map_or(ephemeral, |latest| latest.wanted);
+            let is_ephemeral = !durable.contains(&room);
+            let is_enough = is_ephemeral || record.is_some() && !filter.needs_message();
+            let without = is_enough.then_some(0);
+            let wanted = latest.as_ref().map_or(without, |latest| latest.wanted);
             let found = match wanted.filter(|_| matches) {
                 Some(at) if at > now => Found::Later(at),
                 Some(_) => {
-                    seen.push(Seen {
+                    let one = Seen {
                         room: room.clone(),
                         entry: index::Entry::default(),
                         record,
                         latest,
-                    });
+                    };
+                    seen.push((one, is_ephemeral));
                     continue;
                 }
                 None if visible => Found::Nothing,
                 None => Found::Hidden,
             };
-            looks.insert(room.clone(), Look { head, found });
+            let look = Look {
+                head,
+                found,
+                is_ephemeral,
+            };
+            looks.insert(room.clone(), look);
         }
-        let names: Vec<RoomId> = seen.iter().map(|one| one.room.clone()).collect();
+        let names: Vec<RoomId> = seen.iter().map(|(one, _)| one.room.clone()).collect();
         let entries = self.entries_of(user, &names).await?;
         let mut entries: HashMap<RoomId, index::Entry> = entries.into_iter().collect();
-        for one in &mut seen {
+        for (one, _) in &mut seen {
             one.entry = entries.remove(&one.room).unwrap_or_default();
         }
-        let durable = seen.iter().filter(|one| one.latest.is_some());
+        let durable = seen.iter().filter(|(one, _)| one.latest.is_some());
         let unread = markers
-            .unread(user, durable.map(|one| &one.room), Counted::Marked)
+            .unread(user, durable.map(|(one, _)| &one.room), Counted::Marked)
             .await?;
-        for one in &seen {
+        for (one, is_ephemeral) in &seen {
             let summary = one.summary(user, unread.get(&one.room).cloned());
             let look = Look {
                 head: summary.head.clone(),
                 found: Found::Room(Box::new(summary)),
+                is_ephemeral: *is_ephemeral,
             };
             looks.insert(one.room.clone(), look);
         }

@@ -144,7 +144,8 @@ impl Markers {
                     .stored_messages(streams.origin(), part, namespace);
                 let connection = self.counting.reader.connection();
                 let (stream, wait) = (streams.stream(part), self.timeout);
-                let found = rooms_of(connection, &self.subjects, stream, &filter, wait, left);
+                let of_subject = |subject: &str| Some(self.subjects.parse_stored(subject)?.room);
+                let found = rooms_of(connection, stream, &filter, of_subject, wait, left);
                 let found = found
                     .await
                     .map_err(|error| MarkerError::Refused(error.to_string()))?;

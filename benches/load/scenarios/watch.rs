@@ -10,7 +10,10 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream};
-use natter::testing::auth::{Grant, Right};
+use natter::testing::{
+    auth::{Grant, Right},
+    client::{Connection, Endpoint},
+};
 use serde_json::{Value, json};
 use tokio::{
     task::JoinSet,
@@ -231,21 +234,23 @@ pub(super) fn inbox_memory(bench: &mut Bench) -> Table {
         for ((_, rooms), runs) in cases.iter().zip(&mut all) {
             let target = bench.target(Peer::Durable);
             let address = target.addresses[0];
-            let told = Arc::new(Told::default());
-            let mut tasks = JoinSet::new();
+            let endpoint: Endpoint = format!("ws://{address}/ws").parse().unwrap();
             let bytes = bench.runtime.block_on(async {
                 make_rooms(address, rooms * USERS, USERS).await;
+                // They answer pings, however long it takes.
                 let mut sessions = Vec::new();
                 for user in 0..USERS {
-                    sessions.push(Raw::open(address, &token(&format!("w{user}"))).await);
+                    let token = token(&format!("w{user}"));
+                    sessions.push(Connection::open(&endpoint, Some(&token)).await.unwrap());
                 }
                 let mut before = 0;
-                for (number, raw) in sessions.into_iter().enumerate() {
+                for (number, session) in sessions.iter().enumerate() {
                     if number == FIRST {
                         sleep(COMPARED).await;
                         before = target.edge().memory().0;
                     }
-                    watch(&mut tasks, raw, json!({ "mine": true }), &told).await;
+                    let watching = session.commands().call("watch", &json!({ "mine": true }));
+                    watching.await.unwrap();
                 }
                 sleep(COMPARED).await;
                 target.edge().memory().0.saturating_sub(before)

@@ -78,17 +78,9 @@ impl<'d> Export<'d> {
                         let (origin, wait) = (streams.origin(), config.nats.read_timeout);
                         let filter = self.subjects.stored_namespace(origin, part, name);
                         let stream = rooms_stream(origin, part);
-                        rooms.extend(
-                            rooms_of(
-                                connection,
-                                &self.subjects,
-                                &stream,
-                                &filter,
-                                wait,
-                                usize::MAX,
-                            )
-                            .await?,
-                        );
+                        let room = |subject: &str| Some(self.subjects.parse_stored(subject)?.room);
+                        let found = rooms_of(connection, &stream, &filter, room, wait, usize::MAX);
+                        rooms.extend(found.await?);
                     }
                 }
                 if let Some(store) = store.as_ref().filter(|_| namespace.history) {

@@ -447,9 +447,9 @@ impl Follow {
             }
             let found = match (look.found, &news.said) {
                 // Nothing keeps the messages of an ephemeral room. Whether the newest one matches is as it was.
-                (Found::Room(room), Said::Nothing) if room.last.is_none() => continue,
-                (Found::Room(room), Said::Other) if room.last.is_none() => Found::Nothing,
-                (Found::Room(mut room), Said::Message(last)) if room.last.is_none() => {
+                (Found::Room(_), Said::Nothing) if look.is_ephemeral => continue,
+                (Found::Room(_), Said::Other) if look.is_ephemeral => Found::Nothing,
+                (Found::Room(mut room), Said::Message(last)) if look.is_ephemeral => {
                     room.last = Some(last.clone());
                     Found::Room(room)
                 }

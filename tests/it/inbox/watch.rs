@@ -700,6 +700,32 @@ async fn an_assignment_in_a_room_that_the_edge_has_not_read_is_told() {
 }
 
 #[tokio::test]
+async fn a_room_with_a_record_matches_before_anything_is_said_there() {
+    let mesh = Mesh::start(support::nats_url(), 2, TOML).await;
+    let [one, other] = [0, 1].map(|edge| mesh.edges[edge].address);
+    let rooms = groups(&mesh, 2).await;
+    let path = format!("/v1/rooms/{}", rooms[0]);
+    done(one, "PATCH", &path, &boss(), json!({ "assignee": "op" })).await;
+    let listed = async |filter: Value| {
+        let what = json!({ "pattern": "crew:*", "filter": filter });
+        let (raw, _, rooms) = pages(other, &follower("op"), &what).await;
+        (raw, rooms.into_keys().collect::<Vec<_>>())
+    };
+    assert_eq!(listed(json!({ "from": "*" })).await.1, [""; 0]);
+    let (mut mine, found) = listed(json!({ "assignee": "op" })).await;
+    assert_eq!(found, rooms[..1]);
+    let (mut all, found) = listed(json!({})).await;
+    assert_eq!(found, rooms);
+    // Also one that is made later.
+    let more = json!({ "namespace": "crew", "kind": "group", "name": "later", "members": ["bob"] });
+    let later = make(one, more, &boss()).await;
+    assert!(told(&mut all, &later).await["last"].is_null());
+    let path = format!("/v1/rooms/{later}");
+    done(one, "PATCH", &path, &boss(), json!({ "assignee": "op" })).await;
+    assert_eq!(told(&mut mine, &later).await["assignee"], "op");
+}
+
+#[tokio::test]
 async fn the_record_of_an_ephemeral_room_does_not_hide_it() {
     let mesh = Mesh::start(support::nats_url(), 1, TOML).await;
     let at = mesh.edges[0].address;
