@@ -11,7 +11,7 @@
 //! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
 //! codec                    how client protocols spell the words of `protocol`
 //! mesh                     NATS for operators: streams, accounts, mirrors, what is wrong with a deployment
-//! auth   bus   store   servers   client   wire   http1   web   uploads
+//! auth   bus   store   servers   client   wire   http1   web   uploads   outbound
 //! config   telemetry   runtime
 //! model   protocol   subject
 //! ```
@@ -35,6 +35,7 @@ mod history;
 mod http1;
 mod mesh;
 mod model;
+mod outbound;
 mod people;
 mod presence;
 mod protocol;

@@ -2,6 +2,7 @@
 //!
 //! No other module reads the environment. Secrets print as `***`.
 
+mod outbound;
 mod uploads;
 mod value;
 
@@ -20,6 +21,7 @@ use figment::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use outbound::{Network, SigningSecrets};
 pub use uploads::{Storage as UploadStorage, Uploads};
 pub use value::Secret;
 
@@ -389,7 +391,7 @@ pub enum ConfigError {
     /// A file named by a key can't be read.
     #[error("configuration: {key} = {}: can't be read", path.display())]
     File {
-        key: &'static str,
+        key: String,
         path: PathBuf,
         source: std::io::Error,
     },
@@ -422,7 +424,7 @@ impl Config {
         if let Some(file) = file {
             if let Err(source) = fs::metadata(file) {
                 return Err(ConfigError::File {
-                    key: "--config",
+                    key: "--config".to_owned(),
                     path: file.to_owned(),
                     source,
                 });
