@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! cli                      roles and tools; the only place that exits or prints
-//! edge                     accepts: sockets, requests
+//! edge   worker            accepts: sockets, requests; asks receivers for annotations
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! people                   room records: members, settings, and what they allow
@@ -51,6 +51,7 @@ pub mod testing;
 mod uploads;
 mod web;
 mod wire;
+mod worker;
 
 pub use cli::main;
 

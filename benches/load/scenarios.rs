@@ -1,6 +1,7 @@
 //! What is measured.
 
 mod uploads;
+mod workers;
 
 use std::{
     net::SocketAddr,
@@ -50,6 +51,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("slow", slow),
     ("small", small),
     ("uploads", uploads::uploads),
+    ("workers", workers::workers),
 ];
 
 /// What all scenarios share.

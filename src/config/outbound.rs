@@ -1,13 +1,14 @@
 //! What entries of the configuration that name a URL have in common: how its requests are signed, and which addresses
 //! they may reach.
 
-use std::{fmt, fs, net::IpAddr, path::Path};
+use std::{collections::BTreeMap, fmt, fs, net::IpAddr, path::Path};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use hyper::Uri;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{ConfigError, Secret};
+use super::{ConfigError, Namespace, Secret};
+use crate::model::RoomScope;
 
 /// What a secret for signatures begins with (Standard Webhooks).
 const SECRET_PREFIX: &str = "whsec_";
@@ -141,6 +142,39 @@ impl From<Network> for String {
 impl fmt::Display for Network {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.address, self.bits)
+    }
+}
+
+/// Checks the patterns of rooms of the entry `key`, whose messages come from streams.
+pub(super) fn check_patterns(
+    key: &str,
+    patterns: &[String],
+    namespaces: &BTreeMap<String, Namespace>,
+    check: &mut impl FnMut(bool, String),
+) {
+    check(
+        !patterns.is_empty(),
+        format!("{key}.rooms is empty: there would be nothing to send"),
+    );
+    for pattern in patterns {
+        let scope = match RoomScope::of_patterns([&**pattern]) {
+            Ok(scope) => scope,
+            Err(bad) => {
+                let rule = "is not namespace:name, namespace:* or *:*";
+                check(false, format!("{key}.rooms: {bad:?} {rule}"));
+                continue;
+            }
+        };
+        let of_rooms = scope.rooms.iter().map(|room| room.namespace());
+        for name in of_rooms.chain(scope.namespaces.iter().map(String::as_str)) {
+            let is_durable = namespaces.get(name).map(|its| its.durable);
+            let fault = match is_durable {
+                Some(true) => continue,
+                Some(false) => format!("{name} is not durable, so no stream has its messages"),
+                None => format!("there is no namespace {name}"),
+            };
+            check(false, format!("{key}.rooms: {pattern:?}: {fault}"));
+        }
     }
 }
 

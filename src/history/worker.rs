@@ -31,8 +31,8 @@ use super::{
 };
 use crate::{
     bus::{
-        Answer, DeadLetters, Delivery, Pull, PullError, Stored, StreamError, Suspect, answer,
-        message_key,
+        Answer, Consumer, DeadLetters, Delivery, Pull, PullError, Stored, StreamError, Suspect,
+        answer, message_key,
     },
     model::{Epoch, Place, Reference},
     runtime::Phase,
@@ -115,7 +115,7 @@ pub(super) async fn run(parts: Parts, part: u16) {
         () = parts.tasks.stopping() => return,
     }
     let subjects = Subjects::new(&parts.config.nats.prefix);
-    let dead = DeadLetters::new(
+    let dead = DeadLetters::of_history(
         parts.connection.clone(),
         parts.reader.clone(),
         &parts.config,
@@ -131,7 +131,9 @@ pub(super) async fn run(parts: Parts, part: u16) {
         parts,
     });
     let (connection, stream) = (worker.parts.connection.clone(), worker.stream.clone());
-    let mut pull = match Pull::new(connection, stream, &worker.parts.config).await {
+    let config = &worker.parts.config;
+    let consumer = Consumer::of_history(&connection, config);
+    let mut pull = match Pull::new(connection, stream, consumer, config.nats.read_timeout).await {
         Ok(pull) => pull,
         Err(error) => return tracing::error!(%error, "a partition is not written"),
     };
@@ -518,7 +520,7 @@ impl Worker {
         let stream = &self.stream;
         let seq = delivery.seq;
         if times >= self.parts.config.history.max_deliver {
-            match self.dead.keep(delivery, stream, epoch, reason).await {
+            match self.dead.keep(delivery, "", stream, epoch, reason).await {
                 Ok(()) => {
                     count(Counter::HistoryDead, 1);
                     tracing::error!(stream, seq, reason, "a message went to the dead letters");

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use super::{
     access::Standing,
-    record::{Field, Made, Member, MemberState, Record, Role, RoomKind, Stamp},
+    record::{Alert, Field, Made, Member, MemberState, Record, Role, RoomKind, Stamp},
 };
 use crate::{
     auth::{Identity, Right},
@@ -51,6 +51,8 @@ pub enum Change {
     },
     /// Ends the room.
     Close,
+    /// Marks the room with what a worker has noticed. Only workers make it: nobody's rights are checked.
+    Alert(Alert),
     /// Pins or unpins a message.
     Pin {
         /// The message, `<user>/<id>`.
@@ -67,7 +69,7 @@ impl Change {
         match self {
             Self::Create(create) => &create.members,
             Self::Put { user, .. } | Self::Remove { user } => std::slice::from_ref(user),
-            Self::Set(_) | Self::Close | Self::Pin { .. } => &[],
+            Self::Set(_) | Self::Close | Self::Alert(_) | Self::Pin { .. } => &[],
         }
     }
 }
@@ -103,6 +105,8 @@ pub struct Settings {
     pub slow_mode_s: Option<u32>,
     /// Who of the staff looks after it; empty: nobody.
     pub assignee: Option<String>,
+    /// `false`: somebody has seen to the alert of a worker.
+    pub alert: Option<bool>,
 }
 
 /// What of a member changes. What is absent stays; a new member has the role `member`.
@@ -131,6 +135,14 @@ fn told(action: &str, by: &str) -> Told {
     let mut told = Map::new();
     told.insert("action".to_owned(), action.into());
     told.insert("by".to_owned(), by.into());
+    told
+}
+
+/// What the room is told of an alert.
+#[must_use]
+pub fn alert_told(alert: &Alert, by: &str) -> Told {
+    let mut told = told("alert", by);
+    told.insert("message".to_owned(), alert.message.clone().into());
     told
 }
 
@@ -237,7 +249,7 @@ impl Ask<'_> {
             // In a room that grants open, the first mute, ban or setting makes the record.
             if !matches!(
                 change,
-                Change::Put { .. } | Change::Set(_) | Change::Pin { .. }
+                Change::Put { .. } | Change::Set(_) | Change::Alert(_) | Change::Pin { .. }
             ) || self.members_only
             {
                 return Err(Refused::new(
@@ -268,6 +280,16 @@ impl Ask<'_> {
                 self.needs(Some(record), Role::Owner, "ending the room")?;
                 new.closed = Some(Field { value: true, stamp });
                 told("closed", by)
+            }
+            Change::Alert(alert) => {
+                let known = record.alert.as_ref().and_then(|field| field.value.as_ref());
+                if known != Some(alert) {
+                    new.alert = Some(Field {
+                        value: Some(alert.clone()),
+                        stamp,
+                    });
+                }
+                alert_told(alert, by)
             }
             Change::Pin { message, on } => self.pin(&mut new, message, *on, stamp)?,
         };
@@ -387,7 +409,11 @@ impl Ask<'_> {
             frozen,
             slow_mode_s,
             assignee,
+            alert,
         } = settings;
+        if *alert == Some(true) {
+            return bad("alert can only be false: workers set it".to_owned());
+        }
         if let Some(title) = title {
             check_text("title", title)?;
         }
@@ -406,6 +432,9 @@ impl Ask<'_> {
         put(&mut new.frozen, frozen.as_ref(), stamp);
         put(&mut new.slow_mode_s, slow_mode_s.as_ref(), stamp);
         put(&mut new.assignee, assignee.as_ref(), stamp);
+        if new.alert().is_some() {
+            put(&mut new.alert, alert.map(|_ended| None).as_ref(), stamp);
+        }
         Ok(())
     }
 
@@ -417,6 +446,7 @@ impl Ask<'_> {
             frozen,
             slow_mode_s,
             assignee,
+            alert,
         } = settings;
         let of_owner = title.is_some() || info.is_some() || assignee.is_some();
         let role = if of_owner {
@@ -434,6 +464,7 @@ impl Ask<'_> {
             ("frozen", frozen.map(|it| json!(it))),
             ("slow_mode_s", slow_mode_s.map(|it| json!(it))),
             ("assignee", assignee.as_ref().map(|it| json!(it))),
+            ("alert", alert.map(|it| json!(it))),
         ];
         for (name, value) in values {
             if let Some(value) = value {
@@ -442,7 +473,7 @@ impl Ask<'_> {
         }
         if told.len() == 2 {
             return bad(
-                "one of title, info, archived, frozen, slow_mode_s and assignee is needed"
+                "one of title, info, archived, frozen, slow_mode_s, assignee and alert is needed"
                     .to_owned(),
             );
         }

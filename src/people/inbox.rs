@@ -141,6 +141,7 @@ impl Mine {
             pinned: is_on(self.entry.pinned.as_ref()),
             archived: is_on(self.entry.archived.as_ref()),
             assignee: record.assignee(),
+            alert: record.alert(),
         }
     }
 }

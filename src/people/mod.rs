@@ -18,9 +18,9 @@ mod write;
 mod tests;
 
 pub use access::Removal;
-pub use change::{Change, Create, PutMember, Settings, Told};
+pub use change::{Change, Create, PutMember, Settings, Told, alert_told};
 pub use inbox::{InboxOf, preview};
 pub use known::{Known, People};
 pub use names::{direct, group};
-pub use record::{MemberState, Record, RoomKind};
+pub use record::{Alert, MemberState, Record, RoomKind};
 pub use write::{Arrangement, Changed};

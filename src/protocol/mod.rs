@@ -23,7 +23,7 @@ pub use command::{
     SearchFor, Since, SubscribedTo, Wants,
 };
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
-pub use inbox::{InboxReply, LastMessage, RoomSummary, WatchReply};
+pub use inbox::{AlertBody, InboxReply, LastMessage, RoomSummary, WatchReply};
 pub use order::{Obeyed, Order, OrderKind};
 pub use publication::{Draft, Mentions, Publication};
 pub use reply::{

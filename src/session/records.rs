@@ -5,7 +5,9 @@ use crate::{
     auth::{Identity, Right},
     bus::{Acked, News, Outgoing, Publisher, Signal},
     model::{Kind, RoomId},
-    people::{self, Change, Changed, Create, MemberState, People, Record, RoomKind, Told, preview},
+    people::{
+        self, Alert, Change, Changed, Create, MemberState, People, Record, RoomKind, Told, preview,
+    },
     protocol::{ErrorCode, LastMessage, Mentions, NewRoom, Publication, RecordReply, Refused},
     subject::FROM_NATTER,
 };
@@ -120,13 +122,36 @@ pub(crate) async fn change(
         let (room, what) = (room.clone(), News::Changed {});
         publisher.signal(&gone, &Signal { room, what });
     }
+    let id = ulid::Ulid::new().to_string();
     if let Some(told) = &changed.told
-        && let Err(error) = tell(publisher, room, told, durable).await
+        && let Err(error) = tell(publisher, room, told, &id, durable).await
     {
         // The change is made, and those whom it concerns find it in the record.
         tracing::warn!(room.id = %room, %error, "a room can't be told of a change of its record");
     }
     Ok(changed)
+}
+
+/// Marks a room with an alert, and tells the room by an entry with this id. Unlike after other changes, the room is told
+/// for certain: a repeat tells it, if the first attempt did not get that far.
+///
+/// # Errors
+/// Why it was refused, or that it can't be done now. A repeat with the same id is safe.
+pub(crate) async fn alert(
+    people: &People,
+    publisher: &Publisher,
+    identity: &Identity,
+    room: &RoomId,
+    alert: &Alert,
+    id: &str,
+) -> Result<(), Refused> {
+    let change = Change::Alert(alert.clone());
+    let changed = people.change(identity, room, &change, None).await?;
+    if changed.told.is_some() {
+        signal_members(publisher, room, &changed.record, || News::Changed {});
+    }
+    let told = people::alert_told(alert, &identity.user);
+    tell(publisher, room, &told, id, true).await
 }
 
 /// Members up to which a room signals its messages to each of them. In a larger one, those who watch find them when they
@@ -178,6 +203,7 @@ async fn tell(
     publisher: &Publisher,
     room: &RoomId,
     told: &Told,
+    id: &str,
     durable: bool,
 ) -> Result<(), Refused> {
     let body = serde_json::value::to_raw_value(told)
@@ -194,7 +220,7 @@ async fn tell(
     let outgoing = Outgoing {
         publication: &publication,
         user: FROM_NATTER,
-        id: &ulid::Ulid::new().to_string(),
+        id,
         after: None,
         original_ts: None,
     };

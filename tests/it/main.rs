@@ -58,3 +58,4 @@ mod transfer;
 mod unread;
 mod up;
 mod uploads;
+mod workers;
