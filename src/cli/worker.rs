@@ -141,16 +141,21 @@ async fn again(config: Config, numbers: &[u64]) -> anyhow::Result<ExitCode> {
     }
     let (mut done, mut left) = (0, 0);
     for letter in letters {
+        let (number, name) = (letter.number, letter_name(&letter));
         let why = match retry.retry(&letter).await {
             Retried::Done => {
                 done += 1;
+                continue;
+            }
+            Retried::Gone => {
+                done += 1;
+                print_line(&format!("{number}\t{name}\tthe message is gone"))?;
                 continue;
             }
             Retried::NotRemoved(error) => format!("done, but not removed: {error}"),
             Retried::Refused(reason) => reason,
         };
         left += 1;
-        let (number, name) = (letter.number, letter_name(&letter));
         print_line(&format!("{number}\t{name}\t{why}"))?;
     }
     retry.close().await;

@@ -16,8 +16,10 @@ use crate::{
 /// The outcome of another attempt.
 #[derive(Debug)]
 pub enum Retried {
-    /// The message is annotated, or there is nothing to annotate; its dead letter is removed.
+    /// The worker has answered; the dead letter is removed.
     Done,
+    /// The message is gone, or not for the worker any more; the dead letter is removed.
+    Gone,
     /// The same, but its dead letter could not be removed. It is safe to retry.
     NotRemoved(LetterError),
     /// It still can't be done, with the reason.
@@ -65,16 +67,17 @@ impl Retry {
             let text = format!("there is no worker {name:?} in the configuration");
             return Retried::Refused(text);
         };
-        match worker.work(&self.parts, stored, letter.epoch, true).await {
-            Ok(Done::Annotated | Done::Empty | Done::Skipped) => {}
+        let retried = match worker.work(&self.parts, stored, letter.epoch, true).await {
+            Ok(Done::Annotated | Done::Empty) => Retried::Done,
+            Ok(Done::Skipped) => Retried::Gone,
             Ok(Done::Rejected(reason)) | Err(Failed::Natter(reason)) => {
                 return Retried::Refused(reason);
             }
             Err(Failed::Receiver { fault, .. }) => return Retried::Refused(fault.to_string()),
-        }
+        };
         let dead: &DeadLetters = &self.parts.dead;
         match dead.remove(letter.number).await {
-            Ok(()) => Retried::Done,
+            Ok(()) => retried,
             Err(error) => Retried::NotRemoved(error),
         }
     }

@@ -1,6 +1,6 @@
 //! One message for one worker: the request, the annotation, the alert.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use hyper::StatusCode;
@@ -276,16 +276,15 @@ impl Worker {
 
     /// The body of the annotation for an answer; what is wrong with the answer, if it can't be one.
     fn annotation(&self, parts: &Parts, answer: &[u8]) -> Result<Bytes, String> {
-        let fields: Map<String, Value> = serde_json::from_slice(answer)
-            .map_err(|error| format!("the answer is not a JSON object: {error}"))?;
+        let bad = |error| format!("the answer is not a JSON object: {error}");
+        let _is_object: Map<String, Value> = serde_json::from_slice(answer).map_err(bad)?;
+        // As it is: its numbers may be longer than those of this process.
+        let answer_text: &RawValue = serde_json::from_slice(answer).map_err(bad)?;
         if let Some(flaw) = json_flaw(answer, parts.config.limits.json_depth - 1) {
             return Err(format!("the answer {flaw}"));
         }
-        let body = Value::Object(Map::from_iter([(
-            self.config.annotation.clone(),
-            Value::Object(fields),
-        )]));
-        Ok(Bytes::from(body.to_string()))
+        let body = BTreeMap::from([(&self.config.annotation, answer_text)]);
+        serde_json::to_vec(&body).map(Bytes::from).map_err(bad)
     }
 
     /// Publishes the annotation. Returns something if it was not taken, and a repeat makes no sense.
