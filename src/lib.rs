@@ -7,8 +7,9 @@
 //! edge   worker            accepts: sockets, requests; asks receivers for annotations
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
+//! history                  what was said, in MongoDB and the streams; the directory of rooms
 //! people                   room records: members, settings, and what they allow
-//! read_marker   history    who has read up to where, how much is new; what was said, in MongoDB and the streams
+//! read_marker              who has read up to where, how much is new
 //! codec                    how client protocols spell the words of `protocol`
 //! mesh                     NATS for operators: streams, accounts, mirrors, what is wrong with a deployment
 //! auth   bus   store   servers   client   wire   http1   web   uploads   outbound

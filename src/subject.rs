@@ -192,6 +192,37 @@ impl Subjects {
         )
     }
 
+    /// Subscription of an edge of `region` for one class of a durable room: all origins.
+    #[must_use]
+    pub fn live_class(&self, region: &Region, part: u16, room: &RoomId, class: Class) -> String {
+        let (namespace, name) = (room.namespace(), room.name());
+        let class = class.as_str();
+        format!(
+            "{}.live.{region}.*.{part}.{namespace}.{name}.{class}",
+            self.prefix
+        )
+    }
+
+    /// Subscription of an edge of `region` for one class of all durable rooms of a namespace.
+    #[must_use]
+    pub fn live_namespace(&self, region: &Region, namespace: &str, class: Class) -> String {
+        let class = class.as_str();
+        format!("{}.live.{region}.*.*.{namespace}.*.{class}", self.prefix)
+    }
+
+    /// Subject of ephemeral messages and signals of all rooms of a namespace.
+    #[must_use]
+    pub fn ephemeral_namespace(&self, namespace: &str) -> String {
+        format!("{}.eph.{namespace}.*", self.prefix)
+    }
+
+    /// The room of a subject of ephemeral messages.
+    #[must_use]
+    pub fn parse_ephemeral(&self, subject: &str) -> Option<RoomId> {
+        let rest = subject.strip_prefix(&*self.prefix)?.strip_prefix(".eph.")?;
+        parse_record_key(rest)
+    }
+
     /// Subject of ephemeral messages and signals of a room.
     #[must_use]
     pub fn ephemeral(&self, room: &RoomId) -> String {
@@ -238,6 +269,13 @@ impl Subjects {
     #[must_use]
     pub fn stored_namespace(&self, origin: &Region, part: u16, namespace: &str) -> String {
         format!("{}.in.{origin}.{part}.{namespace}.*.*", self.prefix)
+    }
+
+    /// The subjects of messages, without what refers to them, of a partition's rooms of one namespace.
+    #[must_use]
+    pub fn stored_messages(&self, origin: &Region, part: u16, namespace: &str) -> String {
+        let class = Class::Msg.as_str();
+        format!("{}.in.{origin}.{part}.{namespace}.*.{class}", self.prefix)
     }
 
     /// Subject of a message that history can't write: its subject in the stream, below `dead`.
@@ -903,6 +941,16 @@ mod tests {
             subjects.live(&seoul, 3, &room),
             "natter.live.seoul.*.3.chat.lobby.*"
         );
+        assert_eq!(
+            subjects.live_namespace(&seoul, "chat", Class::Msg),
+            "natter.live.seoul.*.*.chat.*.msg"
+        );
+        assert_eq!(
+            subjects.live_class(&seoul, 3, &room, Class::Ev),
+            "natter.live.seoul.*.3.chat.lobby.ev"
+        );
+        let ephemeral = subjects.ephemeral(&room);
+        assert_eq!(subjects.parse_ephemeral(&ephemeral), Some(room.clone()));
         assert_eq!(
             subjects.republished(&seoul, &virginia, 0),
             "natter.live.seoul.virginia.0.>"

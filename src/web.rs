@@ -8,32 +8,72 @@ use axum::{
 };
 
 const HTML: &str = include_str!("../web/index.html");
-const PAGE: &str = include_str!("../web/page.js");
-const CLIENT: &str = include_str!("../web/natter.js");
-const LOG: &str = include_str!("../web/log.js");
-const PAST: &str = include_str!("../web/past.js");
+const STYLE: &str = include_str!("../web/page.css");
 
-/// The page may load only its own files, and connect only to its own server.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; \
-                      img-src data:; base-uri 'none'; form-action 'none'";
+/// The scripts, by the names under which the page loads them.
+const SCRIPTS: [(&str, &str); 9] = [
+    ("/page.js", include_str!("../web/page.js")),
+    ("/natter.js", include_str!("../web/natter.js")),
+    ("/log.js", include_str!("../web/log.js")),
+    ("/past.js", include_str!("../web/past.js")),
+    ("/rooms.js", include_str!("../web/rooms.js")),
+    ("/panel.js", include_str!("../web/panel.js")),
+    ("/files.js", include_str!("../web/files.js")),
+    ("/http.js", include_str!("../web/http.js")),
+    ("/words.js", include_str!("../web/words.js")),
+];
 
-/// Adds `/`, and the scripts beside it.
-pub(crate) fn routes<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
-    router
-        .route("/", get(html))
-        .route("/page.js", get(|| async { script(PAGE) }))
-        .route("/natter.js", get(|| async { script(CLIENT) }))
-        .route("/log.js", get(|| async { script(LOG) }))
-        .route("/past.js", get(|| async { script(PAST) }))
-}
-
-async fn html() -> impl IntoResponse {
-    ([(header::CONTENT_SECURITY_POLICY, POLICY)], Html(HTML))
-}
-
-fn script(text: &'static str) -> impl IntoResponse {
-    (
-        [(header::CONTENT_TYPE, "text/javascript; charset=utf-8")],
-        text,
+/// What the page may load and connect to: its own server, and the storage of uploads, if that is elsewhere.
+fn policy(storage: Option<&str>) -> String {
+    let storage = storage
+        .map(|origin| format!(" {origin}"))
+        .unwrap_or_default();
+    format!(
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'{storage}; \
+         img-src 'self' data:{storage}; base-uri 'none'; form-action 'none'; \
+         frame-ancestors 'none'"
     )
+}
+
+/// Adds `/`, and the files beside it. `storage`: the origin of uploads, if it is not the edge.
+pub(crate) fn routes<S: Clone + Send + Sync + 'static>(
+    router: Router<S>,
+    storage: Option<&str>,
+) -> Router<S> {
+    let policy = policy(storage);
+    let html = move || async move { ([(header::CONTENT_SECURITY_POLICY, policy)], Html(HTML)) };
+    let router = router
+        .route("/", get(html))
+        .route("/page.css", get(|| async { file("text/css", STYLE) }));
+    SCRIPTS.into_iter().fold(router, |router, (path, text)| {
+        router.route(
+            path,
+            get(move || async move { file("text/javascript", text) }),
+        )
+    })
+}
+
+fn file(media_type: &str, text: &'static str) -> impl IntoResponse + use<> {
+    let media_type = format!("{media_type}; charset=utf-8");
+    ([(header::CONTENT_TYPE, media_type)], text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_may_use_the_storage_and_nothing_else() {
+        let own = policy(None);
+        assert!(own.contains("connect-src 'self';") && own.contains("img-src 'self' data:;"));
+        let s3 = policy(Some("https://files.example.org"));
+        for source in ["connect-src 'self'", "img-src 'self' data:"] {
+            let allowed = format!("{source} https://files.example.org;");
+            assert!(s3.contains(&allowed), "{s3}");
+        }
+        for policy in [own, s3] {
+            assert!(policy.starts_with("default-src 'none';") && !policy.contains("unsafe"));
+            assert!(policy.ends_with("; frame-ancestors 'none'"), "{policy}");
+        }
+    }
 }

@@ -1,5 +1,7 @@
 // What was said, as a list on the page: live pushes and pages of history, each message once.
 
+import { NATTER, button, clock, element, told } from "./words.js";
+
 const MOST = 400; // messages kept on the page while its end is shown
 const MOST_PAST = 4_000; // and while somebody reads further up
 
@@ -7,23 +9,16 @@ const MOST_PAST = 4_000; // and while somebody reads further up
 export const keyOf = (from, id) => `${from}/${id}`;
 const refOf = (from, ref) => (ref.includes("/") ? ref : keyOf(from, ref));
 export const isMessage = ({ kind }) => kind == null || kind === "message";
-export const bodyText = (body) => (typeof body?.text === "string" ? body.text : JSON.stringify(body ?? null));
+const isTold = ({ kind, from }) => kind === "system" && from === NATTER;
+const attached = (body) =>
+  (Array.isArray(body?.attachments) ? body.attachments : []).filter((one) => typeof one?.upload === "string");
 
-const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
-const dayFormat = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "short", day: "numeric" });
-const today = () => new Date().toDateString();
-export const clock = (ms) => {
-  const time = new Date(ms);
-  const day = time.toDateString() === today() ? "" : `${dayFormat.format(time)}, `;
-  return day + clockFormat.format(time);
-};
-
-export function element(name, className, content = "") {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  made.textContent = content;
-  return made;
+export function bodyText(body) {
+  if (typeof body === "string") return body;
+  if (typeof body?.text === "string") return body.text;
+  return attached(body).length > 0 ? "" : JSON.stringify(body ?? null);
 }
+
 
 /** The reaction that a body means, as the history service reads it. */
 function reactionOf(body) {
@@ -44,6 +39,9 @@ export class Log {
     this.user = "";
     this.bottom = true; // whether it is scrolled to its end
     this.cut = () => {}; // called when the oldest messages were taken off the page
+    this.showFile = () => ""; // what an attachment looks like
+    this.answer = () => {}; // called with a message that is to be answered
+    this.showThread = () => {}; // called with a message whose answers are to be shown
     let height = list.clientHeight;
     list.addEventListener("scroll", () => {
       // Where the list itself has become smaller, nobody has scrolled.
@@ -80,25 +78,25 @@ export class Log {
 
   /** Takes what came live. */
   hear(message) {
-    const { id, from, ts, cursor, body } = message;
-    if (!isMessage(message)) {
+    const { id, from, ts, cursor, body, reply_to: answered } = message;
+    if (!isMessage(message) && !isTold(message)) {
       this.#change(message);
       return;
     }
     const key = keyOf(from, id);
     const known = this.#items.get(key);
-    const item = known ?? this.#newItem(from, id);
+    const item = known ?? this.#newItem(from, id, isTold(message));
     const facts = this.#facts.get(item);
     // A message that a page brought before has its place, and may have been edited since.
     if (facts.ts == null) {
       facts.ts = ts;
-      facts.body = body;
-      facts.note = "";
+      Object.assign(facts, { body, answered, note: "" });
       this.#draw(item); // first: the list follows what it is as high as
       // A pending one moves to its place in the room's order. Without a cursor there is no order but that of arrival.
       const later = cursor == null ? null : this.#laterThan(item, message);
       if (later) this.#list.insertBefore(item, later);
       else this.#add(item);
+      this.#countAnswer(from, answered);
     }
     item.classList.remove("pending", "failed");
     if (cursor != null) item.dataset.cursor = cursor;
@@ -107,15 +105,22 @@ export class Log {
   }
 
   /** A message of ours that is on its way. */
-  send(id, body) {
+  send(id, body, answered) {
     const item = this.#newItem(this.user, id);
     item.classList.add("pending");
-    Object.assign(this.#facts.get(item), { body, note: "sending…" });
+    Object.assign(this.#facts.get(item), { body, answered, note: "sending…" });
     this.#items.set(keyOf(this.user, id), item);
     this.#draw(item);
     this.bottom = true;
     this.#add(item);
     return item;
+  }
+
+  /** Why it is still on its way. */
+  note(item, note) {
+    if (!item.classList.contains("pending")) return;
+    this.#facts.get(item).note = note;
+    this.#draw(item);
   }
 
   /** What became of it: `ts` if it was sent, else why not. In a durable room the push settles it before or after that. */
@@ -135,12 +140,11 @@ export class Log {
     const fromEnd = list.scrollHeight - list.scrollTop;
     for (const message of messages) {
       const key = keyOf(message.from, message.id);
-      const item = this.#items.get(key) ?? this.#newItem(message.from, message.id);
+      const item = this.#items.get(key) ?? this.#newItem(message.from, message.id, isTold(message));
       const facts = this.#facts.get(item);
       item.classList.remove("pending", "failed");
       if (facts.ts == null) {
-        facts.ts = message.ts;
-        facts.note = "";
+        Object.assign(facts, { ts: message.ts, note: "", answered: message.reply_to });
         item.dataset.cursor = message.cursor;
         list.insertBefore(item, this.#laterThan(item, message));
         this.#items.set(key, item);
@@ -152,6 +156,7 @@ export class Log {
       }
       facts.deleted ||= message.deleted_at != null;
       facts.counts = new Map(Object.entries(message.reactions ?? {}));
+      facts.answers = message.replies ?? { count: 0 };
       this.#draw(item);
     }
     list.scrollTop = this.bottom ? list.scrollHeight : list.scrollHeight - fromEnd;
@@ -169,6 +174,14 @@ export class Log {
       }
     }
     this.#changed();
+  }
+
+  /** A message has one answer more. A page of history brings the true number. */
+  #countAnswer(from, answered) {
+    const item = typeof answered === "string" ? this.#items.get(refOf(from, answered)) : null;
+    if (!item) return;
+    this.#facts.get(item).answers.count += 1;
+    this.#draw(item);
   }
 
   #change({ from, ts, kind, target, body }) {
@@ -211,8 +224,8 @@ export class Log {
     return origin === other ? Number(seq) > Number(at) : origin > other;
   }
 
-  #newItem(from, id) {
-    const item = element("li", "message");
+  #newItem(from, id, isSystem = false) {
+    const item = element("li", isSystem ? "message system" : "message");
     item.dataset.id = id;
     item.dataset.from = from;
     if (from === this.user) item.classList.add("own");
@@ -222,20 +235,45 @@ export class Log {
     read.hidden = true;
     read.ariaExpanded = "false";
     read.ariaLive = "off"; // it is inside of a log, which reads out every change
-    meta.append(element("span", "from", from), element("time", ""), element("span", "note"), read);
-    item.append(meta, element("div", "body"), element("div", "reactions"));
-    this.#facts.set(item, { ts: null, body: null, note: "", edited: null, deleted: false, counts: new Map(), reactions: new Map() });
+    const answer = button("quiet answer", "Answer", () => this.answer({ from, id, text: this.#textOf(item) }));
+    answer.ariaLabel = `Answer ${from}`;
+    meta.append(element("span", "from", from), element("time", ""), element("span", "note"), answer, read);
+    item.append(meta, element("div", "answered"), ...["body", "files", "reactions", "answers"].map((part) => element("div", part)));
+    this.#facts.set(item, {
+      ts: null, body: null, isSystem, note: "", edited: null, deleted: false, counts: new Map(), reactions: new Map(),
+      answered: null, answers: { count: 0 }, drawn: null,
+    });
     return item;
   }
 
+  #textOf(item) {
+    const { body, deleted, isSystem } = this.#facts.get(item);
+    if (deleted) return "";
+    return isSystem ? told(body) : bodyText(body);
+  }
+
   #draw(item) {
-    const { ts, body, note, edited, deleted, counts, reactions } = this.#facts.get(item);
+    const facts = this.#facts.get(item);
+    const { ts, body, note, edited, deleted, counts, reactions, answered, answers } = facts;
     const time = item.querySelector("time");
     if (ts != null) {
       time.textContent = clock(ts);
       time.dateTime = new Date(ts).toISOString();
     }
-    item.querySelector(".body").textContent = deleted ? "" : bodyText(body);
+    if (facts.isSystem && ts != null) item.title = clock(ts);
+    item.querySelector(".body").textContent = this.#textOf(item);
+    item.querySelector(".answer").hidden = facts.isSystem || deleted || ts == null;
+    this.#drawAnswered(item, answered);
+    const files = deleted ? null : body;
+    if (facts.drawn !== files) {
+      // Not with every reaction: a picture would be loaded again.
+      facts.drawn = files;
+      item.querySelector(".files").replaceChildren(...attached(files).map((one) => this.showFile(one)));
+    }
+    const { from, id } = item.dataset;
+    const thread = button("quiet", answers.count === 1 ? "1 answer" : `${answers.count}${answers.capped ? "+" : ""} answers`, () =>
+      this.showThread({ from, id, text: this.#textOf(item) }));
+    item.querySelector(".answers").replaceChildren(...(answers.count > 0 ? [thread] : []));
     item.querySelector(".note").textContent = deleted ? "deleted" : note || (edited == null ? "" : "edited");
     const shown = [];
     for (const key of deleted ? [] : new Set([...counts.keys(), ...reactions.keys()])) {
@@ -248,6 +286,22 @@ export class Log {
       if (total > 0) shown.push(element("span", "reaction", total > 1 ? `${key} ${total}` : key));
     }
     item.querySelector(".reactions").replaceChildren(...shown);
+  }
+
+  /** What a message answers, where that is on the page; else by whom it was. */
+  #drawAnswered(item, answered) {
+    const line = item.querySelector(".answered");
+    line.hidden = typeof answered !== "string";
+    if (line.hidden) return;
+    const key = refOf(item.dataset.from, answered);
+    const first = this.#items.get(key);
+    const words = first ? this.#textOf(first).slice(0, 80) : "";
+    line.textContent = `to ${key.slice(0, key.lastIndexOf("/"))}${words && `: ${words}`}`;
+  }
+
+  /** Something on the page has become as high as it is now. */
+  settled() {
+    this.#follow();
   }
 
   #add(item) {

@@ -13,6 +13,7 @@ const QUIET_MS = 25_000; // after so long without a frame we ask whether the edg
 const JOIN_MS = 15_000;
 const READ_EVERY_MS = 300; // between two moves of our read marker
 const LOOK_AGAIN_MS = 2_000; // at least, before the list of who is here is asked for once more
+const WAIT_MS = 15_000; // a message is repeated by itself after at most so long; longer waits are for its writer to decide
 const LISTED = 1_000; // people, and readers: the first page of the list, which is as long as the edge makes one
 
 // What close codes advise (1006 and unknown ones below 4000: come back).
@@ -30,12 +31,14 @@ const REASONS = new Map([
 ]);
 
 /**
- * One session that follows one room through reconnects.
+ * One session that follows one room, or none, through reconnects, and watches all rooms of its user.
+ *
+ * A session that may not be in its room, or not any more, goes on without it: its state is `out`.
  *
  * Events (CustomEvent, data in `detail`): `state` {state, why?, retryMs?}, `joined` {cursor, replay, reset?, reason?},
  * `msg`, `typing`, `people` {user?, info?, state?, counted?} (`here`, `people` or `named` changed; with a user where one
- * came or left, `counted` where names are not told any more), `readers` (`readers` changed), `token_expiring`, `kicked`,
- * `refused` {code, message}.
+ * came or left, `counted` where names are not told any more), `readers` (`readers` changed), `watching` {rooms, next?},
+ * `inbox` {rooms, gone?}, `token_expiring`, `kicked` {code}, `refused` {code, message, retry}.
  */
 export class Natter extends EventTarget {
   #url; #token; #room;
@@ -47,6 +50,8 @@ export class Natter extends EventTarget {
   #retry = 0; // timer
   #leave = 0; // timer: told to go elsewhere
   #stopped = false;
+  #final = false; // whether the edge has ended it for another reason than the token's end
+  #out = false; // whether it may not be in its room
   #rid = 0;
   #calls = new Map(); // rid -> {resolve, reject, timer}
   #presence = true; // whether to ask for it; until the edge says that it is off, or that the token does not cover it
@@ -56,7 +61,7 @@ export class Natter extends EventTarget {
   #told = null; // the one that the edge was told last
   #telling = false;
 
-  /** @param {{url: string, token: string, room: string, cursor?: string}} options */
+  /** @param {{url: string, token: string, room?: string, cursor?: string}} options */
   constructor({ url, token, room, cursor }) {
     super();
     this.#url = url;
@@ -84,7 +89,9 @@ export class Natter extends EventTarget {
       if (socket !== this.#socket) return;
       this.#opened = this.#heard = performance.now();
       this.#watch();
-      this.#join();
+      this.#watchRooms();
+      if (this.#room && !this.#out) this.#join();
+      else this.#emit("state", { state: this.#out ? "out" : "connected" });
     };
     socket.onmessage = (event) => {
       if (socket !== this.#socket) return;
@@ -132,16 +139,23 @@ export class Natter extends EventTarget {
   }
 
   /**
-   * Publishes `body` under `id` until the edge acknowledges it; the same id each time, so it is stored once.
-   * Rejects with {code, message} when the edge will never take it.
+   * Publishes `fields` under `id` until the edge acknowledges it; the same id each time, so it is stored once.
+   * Rejects with {code, message} when the edge will never take it; `closed` if the session was stopped or needs a new token:
+   * it may be sent in another one. `wait` is told of an error after which it is repeated.
    */
-  async publish(id, body) {
+  async publish(id, fields, wait) {
     for (let attempt = 0; ; attempt += 1) {
-      if (this.#stopped) throw { code: "closed", message: "the session has ended" };
+      if (this.#stopped) throw { code: this.#final ? "ended" : "closed", message: "the session has ended" };
+      if (this.#out) throw { code: "out", message: "this session is not in the room" };
       try {
-        if (this.joined) return await this.call("send", { room: this.#room, id, body });
+        if (this.joined) return await this.call("send", { room: this.#room, id, ...fields });
       } catch (error) {
-        if (!error.retry) throw error;
+        if (!error.retry || error.retry_after_ms > WAIT_MS) throw error;
+        if (error.retry_after_ms != null) {
+          wait(error);
+          await sleep(error.retry_after_ms);
+          continue;
+        }
       }
       if (this.joined) await sleep(jitter(attempt));
       else await this.#comeback();
@@ -151,8 +165,14 @@ export class Natter extends EventTarget {
   /** Until joined again, or a second has passed: a session that was stopped meanwhile must be noticed. */
   #comeback() {
     return new Promise((resolve) => {
-      this.addEventListener("joined", resolve, { once: true });
-      setTimeout(resolve, 1_000);
+      const over = new AbortController(); // or each second leaves a listener behind
+      const done = () => {
+        over.abort();
+        clearTimeout(timer);
+        resolve();
+      };
+      const timer = setTimeout(done, 1_000);
+      this.addEventListener("joined", done, { signal: over.signal });
     });
   }
 
@@ -253,12 +273,29 @@ export class Natter extends EventTarget {
         }
         this.#emit("refused", error);
         if (error.retry) again(3);
-        else this.#end(`${error.code}: ${error.message}`);
+        else this.#leaveRoom();
       },
     });
     const since = this.cursor ?? undefined; // `undefined` is left out
     const wants = { presence: this.#presence || undefined, read: true };
     socket.send(JSON.stringify({ op: "join", rid, room: this.#room, since, ...wants }));
+  }
+
+  /** The session may not be in its room, or not any more. */
+  #leaveRoom() {
+    this.#out = true;
+    this.joined = false;
+    this.here = null;
+    this.#early = null;
+    clearTimeout(this.#look);
+    this.#look = 0;
+    this.#emit("people", {});
+    this.#emit("state", { state: "out" });
+  }
+
+  async #watchRooms() {
+    const watching = await this.#ask("watch", { mine: true });
+    if (watching) this.#emit("watching", watching);
   }
 
   /** After a join: who is here, and who has read up to where. */
@@ -280,12 +317,12 @@ export class Natter extends EventTarget {
     });
   }
 
-  /** Asks for a list of the room until this connection answers; null where it refuses. */
-  async #ask(op) {
+  /** Asks for a list, by default of the room, until this connection answers; null where it refuses. */
+  async #ask(op, fields = { room: this.#room, limit: LISTED }) {
     const socket = this.#socket;
     for (let attempt = 1; socket === this.#socket; attempt += 1) {
       try {
-        return await this.call(op, { room: this.#room, limit: LISTED });
+        return await this.call(op, fields);
       } catch (error) {
         if (!error.retry) break;
       }
@@ -376,8 +413,8 @@ export class Natter extends EventTarget {
           this.joined = false;
           this.#join();
         } else {
+          this.#leaveRoom();
           this.#emit("kicked", frame);
-          this.#end(`removed from the room (${frame.code})`);
         }
         break;
       case "reconnect":
@@ -401,6 +438,7 @@ export class Natter extends EventTarget {
     this.#drop();
     const why = REASONS.get(code) ?? reason;
     if (code === NEW_TOKEN || NEVER.has(code)) {
+      this.#final = code !== NEW_TOKEN;
       this.#end(`${why || "closed"} (${code})`);
       return;
     }
@@ -472,13 +510,22 @@ export function newId() {
   return head + Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => alphabet[byte % 32]).join("");
 }
 
-/** The user a token is for; only for display, the edge is the judge. */
-export function userOf(token) {
+/** What a token says; only for display, the edge is the judge. */
+function claimsOf(token) {
   try {
     const claims = token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/");
     const bytes = Uint8Array.from(atob(claims), (c) => c.charCodeAt(0));
-    return JSON.parse(new TextDecoder().decode(bytes)).sub ?? "";
+    return JSON.parse(new TextDecoder().decode(bytes)) ?? {};
   } catch {
-    return "";
+    return {};
   }
+}
+
+/** The user a token is for. */
+export const userOf = (token) => claimsOf(token).sub ?? "";
+
+/** The rooms that a token covers, with its rights there. */
+export function grantsOf(token) {
+  const { grants } = claimsOf(token);
+  return Array.isArray(grants) ? grants : [];
 }

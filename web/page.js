@@ -1,33 +1,38 @@
 // natter's chat page, on top of the client in natter.js. Nothing from the network is ever put into it as HTML.
 
-import { Log, clock, element, isMessage } from "./log.js";
+import { Chosen, fileOf } from "./files.js";
+import { Log, isMessage } from "./log.js";
 import { Natter, newId, reaches, userOf } from "./natter.js";
+import { Panel, makeDialog } from "./panel.js";
 import { Past } from "./past.js";
+import { Rooms } from "./rooms.js";
+import { NATTER, clock, element, sentence, whyOut } from "./words.js";
 
 const TYPING_EVERY_MS = 2_000;
 const TYPING_SHOWN_MS = 3_000;
 const KEPT_MESSAGES = 200; // shown again after a reload
-const KEPT_ROOMS = 30;
-const UNREAD_EVERY_MS = 5_000;
 const SETTLED_MS = 1_000; // an edge stores a read marker within that
 const NEWS_MS = 1_000;
 const NAMED = 20; // most names in one line
 
 const $ = (id) => document.getElementById(id);
-const NATTER = "$natter"; // what natter itself says
 
 const state = $("state"), list = $("log"), text = $("text"), send = $("send");
 const room = $("room"), token = $("token"), user = $("user"), typing = $("typing"), where = $("where");
-const here = $("here"), nav = $("rooms");
+const here = $("here"), app = $("app"), attach = $("attach");
 
 let client = null;
+let entered = ""; // the token that is used, whatever is typed into its field meanwhile
 let shown = null; // {room, user, cursor, messages: […]}: what this tab shows, kept over a reload
-let behind = 0; // messages that came while nobody was looking
 
 const log = new Log(list, () => showReaders());
 const past = new Past(list, log, { find: $("find"), query: $("query"), hits: $("hits"), now: $("now") }, () => {
   for (const message of shown.messages) log.hear(message);
+  showUnsent();
 });
+
+const ROOM = "natter:room:";
+const storeOf = (roomName) => ROOM + roomName;
 
 /** sessionStorage, which may be full or switched off: the page works without it, only without memory. */
 const memory = {
@@ -39,41 +44,90 @@ const memory = {
     }
   },
   set(key, value) {
+    const content = JSON.stringify(value);
+    for (;;) {
+      try {
+        sessionStorage.setItem(key, content);
+        return;
+      } catch {
+        // Full: the messages of other rooms go first. History has them, and without the cursor a room starts from now.
+        if (!this.spare(key)) break;
+      }
+    }
     try {
-      sessionStorage.setItem(key, JSON.stringify(value));
+      // Of a room nothing old may stay. Anything else stays as it was: without the entry a reload would be asked for a token.
+      if (key.startsWith(ROOM)) sessionStorage.removeItem(key);
     } catch {
-      // Full: what counts is that nothing wrong is kept. Without the cursor a reload starts from now.
-      sessionStorage.removeItem(key);
+      // Switched off.
+    }
+  },
+  /** Drops what is kept of one room, the one that is shown last; false if there is none, except for `key`. */
+  spare(key) {
+    try {
+      const names = Object.keys(sessionStorage).filter((name) => name.startsWith(ROOM) && name !== key);
+      const name = names.find((one) => one !== storeOf(shown?.room)) ?? names[0];
+      if (name == null) return false;
+      sessionStorage.removeItem(name);
+      return true;
+    } catch {
+      return false;
     }
   },
 };
 
+const rooms = new Rooms(
+  { list: $("rooms"), more: $("more"), aside: $("aside"), problem: $("side-problem") },
+  { memory, open: openRoom, tell, changed: showRoom },
+);
+const panel = new Panel(() => ({ token: entered, user: shown.user, room: shown.room }));
+const chosen = new Chosen($("chosen"), () => showWriting());
+log.showFile = (attachment) => fileOf(attachment, { token: entered, room: shown.room }, () => log.settled());
+log.showThread = (message) => past.showThread(message);
+log.answer = (message) => answer(message);
+
+function openRoom(name) {
+  room.value = name;
+  // Another user's token that stands in the form is used by "Join" alone. A new one of the same user is welcome.
+  if (userOf(token.value.trim()) !== userOf(entered)) token.value = entered;
+  start();
+}
+
 function start() {
   client?.stop();
   saveNow();
+  keepDraft();
   const roomName = room.value.trim();
-  const me = userOf(token.value.trim());
+  entered = token.value.trim();
+  const me = userOf(entered);
   const kept = memory.get(storeOf(roomName));
   // Another user's view is not ours to show.
   shown = kept && kept.user === me ? kept : { room: roomName, user: me, cursor: null, messages: [] };
-  memory.set("natter:entry", { token: token.value.trim(), room: roomName });
+  memory.set("natter:entry", { token: entered, room: roomName });
   user.value = me;
-  where.textContent = roomName;
   log.clear(me);
-  behind = 0;
+  rooms.behind = 0;
   for (const name of [...typists.keys()]) stopTyping(name);
-  enterRoom();
+  compose(drafts.get(draftOf(shown)));
+  panel.close();
+  entering = true;
+  asked = "";
+  app.hidden = false;
+  app.dataset.view = roomName ? "room" : "rooms";
+  app.dataset.room = roomName;
+  $("me").textContent = me && ` · ${me}`;
 
   let first = true; // the first join of this page load
   const hadMessages = shown.messages.length > 0;
   const url = new URL("ws", document.baseURI);
   url.protocol = location.protocol === "https:" ? "wss:" : "ws:";
   url.hash = "";
-  const mine = new Natter({ url: url.href, token: token.value.trim(), room: roomName, cursor: shown.cursor });
+  const mine = new Natter({ url: url.href, token: entered, room: roomName, cursor: shown.cursor });
   const switched = client != null;
   client = mine;
-  past.enter(mine, roomName, token.value.trim());
+  rooms.enter(mine, me, entered, roomName);
+  past.enter(mine, roomName, entered);
   for (const message of shown.messages) log.hear(message);
+  sendAgain();
   showPeople();
   mine.addEventListener("state", ({ detail }) => showState(detail));
   mine.addEventListener("joined", ({ detail }) => {
@@ -83,19 +137,19 @@ function start() {
       shown.messages = [];
       log.clear();
       log.line(`— can't resume (${detail.reason ?? "reset"}): messages may be missing here —`);
+      showUnsent();
     } else if (first && hadMessages) {
       log.line(`— resumed, ${missed} —`);
     } else if (!first) {
       log.line(`— reconnected, ${missed} —`);
     }
-    past.joined(detail.cursor != null);
-    rememberRoom(detail.cursor != null);
+    past.joined(detail.cursor != null, detail.reset);
+    rooms.joined(detail.cursor != null);
     // The room that was left a moment ago may have been read a moment ago.
-    askUnread(first && switched ? SETTLED_MS : 0);
+    rooms.ask(first && switched ? SETTLED_MS : 0);
     first = false;
     keep();
-    text.disabled = false;
-    send.disabled = false;
+    showWriting();
     markRead();
   });
   mine.addEventListener("msg", ({ detail }) => {
@@ -105,15 +159,17 @@ function start() {
     }
     const message = {
       id: detail.id, from: detail.from, ts: detail.ts, kind: detail.kind, target: detail.target, body: detail.body,
-      cursor: detail.cursor,
+      cursor: detail.cursor, reply_to: detail.reply_to,
     };
     shown.messages.push(message);
     shown.messages.splice(0, shown.messages.length - KEPT_MESSAGES);
     keep();
     stopTyping(detail.from);
+    if (detail.from === me) forget(detail.id); // it has arrived, though the answer may be lost
     // What is new is not shown below what is far back.
-    if (!past.away || !isMessage(message)) log.hear(message);
-    if (isMessage(message) && message.from !== me) behind += 1;
+    if (!past.away || !isMessage(message) && message.kind !== "system") log.hear(message);
+    if (isMessage(message) && message.from !== me) rooms.behind += 1;
+    if (message.kind === "system" && message.from === NATTER) panel.changed();
     markRead();
   });
   mine.addEventListener("people", ({ detail }) => {
@@ -125,7 +181,25 @@ function start() {
   });
   mine.addEventListener("readers", showReaders);
   mine.addEventListener("typing", ({ detail }) => detail.user !== me && startTyping(detail.user));
-  mine.addEventListener("refused", ({ detail }) => log.line(`${detail.code}: ${detail.message}`, "error"));
+  mine.addEventListener("refused", ({ detail }) => {
+    log.line(sentence(detail, roomName), "error");
+    if (!detail.retry) leave();
+  });
+  mine.addEventListener("kicked", ({ detail }) => {
+    if (detail.code === "closed") {
+      // What was said there is erased.
+      shown.messages = [];
+      log.clear();
+    }
+    log.line(whyOut(detail.code), "error");
+    keep();
+    leave();
+  });
+  const leave = () => {
+    panel.close();
+    past.left();
+    rooms.forget(roomName);
+  };
   mine.addEventListener("token_expiring", ({ detail }) => {
     log.line(`This token ends at ${clock(detail.exp * 1000)}. Paste a new one and join again.`);
   });
@@ -135,7 +209,6 @@ function start() {
 // Cursor and messages are stored together or not at all: a reload must never ask for what it shows, or skip what it
 // does not. In a burst that is done every SAVE_MS, and when the page goes.
 const SAVE_MS = 50;
-const storeOf = (roomName) => `natter:room:${roomName}`;
 let saving = 0; // timer
 function keep() {
   shown.cursor = client.cursor;
@@ -154,13 +227,15 @@ addEventListener("pagehide", () => {
 });
 addEventListener("pageshow", ({ persisted }) => {
   if (!persisted || !shown) return;
-  room.value = shown.room;
-  start();
+  openRoom(shown.room);
 });
 
 // State of the connection -----------------------------------------------------------------------------------------------
 
 let countdown = 0;
+let entering = false; // whether it was not connected yet
+let asked = ""; // what the status line says besides, until a room is entered
+const sayState = (content) => { state.textContent = [content, asked].filter(Boolean).join(" · "); };
 function showState({ state: name, why, retryMs }) {
   clearInterval(countdown);
   state.dataset.state = name;
@@ -169,18 +244,29 @@ function showState({ state: name, why, retryMs }) {
     const due = performance.now() + retryMs;
     const tick = () => {
       const left = Math.max(0, Math.ceil((due - performance.now()) / 1000));
-      state.textContent = `reconnecting in ${left} s`;
+      sayState(`reconnecting in ${left} s`);
     };
     tick();
     countdown = setInterval(tick, 500);
   } else {
-    state.textContent = name === "closed" ? `closed: ${why}` : name;
+    sayState(name === "closed" ? `closed: ${why}` : name === "out" ? "connected, but not in this room" : name);
   }
   here.classList.toggle("stale", name !== "connected");
-  if (name === "closed") {
-    text.disabled = true;
-    send.disabled = true;
-  }
+  // Once, or it would close on those who type there while the connection comes back.
+  if (name === "connected" && entering && !asked) $("door").open = entering = false;
+  if (name === "closed") $("door").open = true;
+  showWriting();
+}
+
+/** Whether one can write. While the connection is lost, too: it is sent when it is back, or the room is entered again. */
+function showWriting() {
+  const isOver = ["out", "closed", "idle"].includes(state.dataset.state);
+  const can = Boolean(shown?.room) && !isOver && (client.joined || !text.disabled);
+  text.disabled = !can;
+  attach.disabled = !can;
+  send.disabled = !can || chosen.isBusy;
+  send.title = chosen.isBusy ? "Files are still being uploaded" : "";
+  text.placeholder = isOver && shown?.room ? "You can't write here" : "Message";
 }
 addEventListener("online", () => client?.hurry());
 // The timers of a tab that nobody looks at are late, and a laptop that slept has none.
@@ -205,26 +291,139 @@ list.addEventListener("scroll", () => markRead());
 
 // Sending ---------------------------------------------------------------------------------------------------------------
 
-$("say").addEventListener("submit", async (event) => {
+let answering = null; // the message that is answered: {from, id, text}
+function answer(message, focus = true) {
+  answering = message;
+  const bar = $("answering");
+  bar.hidden = message == null;
+  bar.firstElementChild.textContent = message ? `Answer to ${message.from}: ${message.text}` : "";
+  if (message && focus) text.focus();
+}
+$("answering").lastElementChild.addEventListener("click", () => {
+  answer(null);
+  text.focus();
+});
+
+// What is being written, of each room that was shown: `${room} ${user}` -> {content, attachments, answering}.
+const drafts = new Map();
+const draftOf = ({ room: name, user: whose }) => `${name} ${whose}`;
+const isBlank = () => !text.value && !answering && chosen.isEmpty;
+function keepDraft() {
+  if (!shown) return;
+  if (isBlank()) drafts.delete(draftOf(shown));
+  else drafts.set(draftOf(shown), { content: text.value, attachments: chosen.attachments, answering });
+}
+function compose({ content = "", attachments = [], answering: to = null } = {}) {
+  text.value = content;
+  answer(to, false);
+  chosen.clear();
+  chosen.take(attachments);
+}
+
+// Messages that no edge has acknowledged yet, of all rooms of this tab: {user, room, id, body, answering}. They outlive a
+// change of the room and a reload, and are sent again when their room is entered again. An edge knows a repeat by its id.
+const UNSENT = "natter:unsent";
+let unsent = memory.get(UNSENT) ?? [];
+const unsentHere = () => unsent.filter((one) => one.user === shown.user && one.room === shown.room);
+const refTo = (message) => (message ? `${message.from}/${message.id}` : undefined);
+
+function forget(id) {
+  const rest = unsent.filter((one) => one.id !== id);
+  if (rest.length === unsent.length) return;
+  unsent = rest;
+  memory.set(UNSENT, unsent);
+}
+
+/** Shows those of this room that the log does not show. */
+function showUnsent() {
+  for (const { id, body, answering: to } of unsentHere()) {
+    if (!log.find(shown.user, id)) log.note(log.send(id, body, refTo(to)), "not sent yet");
+  }
+}
+
+/** A room was entered: what was not acknowledged there goes out with the join. */
+function sendAgain() {
+  // What came back as a message has arrived.
+  for (const { id } of unsentHere()) if (log.find(shown.user, id)) forget(id);
+  showUnsent();
+  for (const one of unsentHere()) deliver(one);
+  const others = unsent.filter((one) => one.user === shown.user && one.room !== shown.room).map((one) => one.room);
+  if (others.length > 0) log.line(`— not sent yet in ${[...new Set(others)].join(", ")}: it is sent when you open that room —`);
+}
+
+/** Sends a message that the log shows as one that is on its way. */
+async function deliver({ id, body, answering: to }) {
+  const mine = client;
+  // The log may have been drawn anew meanwhile.
+  const settle = (how) => {
+    const item = log.find(mine.user, id);
+    if (item) log.settle(item, how);
+  };
+  const note = (content) => {
+    const item = log.find(mine.user, id);
+    if (item) log.note(item, content);
+  };
+  try {
+    const ack = await mine.publish(id, { body, reply_to: refTo(to) }, (error) => note(`${sentence(error, shown.room)} It is sent then.`));
+    forget(id);
+    // In a durable room the pushed message settles it; ephemeral rooms, too, but a lost push must not leave it grey.
+    settle({ ts: ack.ts });
+  } catch (error) {
+    if (mine !== client) return; // it is still kept, for when the room is entered again
+    if (error.code === "closed") {
+      note("not sent yet: it is sent when you join again");
+      return;
+    }
+    forget(id);
+    settle({ note: "not sent" });
+    log.line(`Not sent. ${sentence(error, shown.room)}`, "error");
+    // What can be said later, or otherwise, is not lost. But what is being written now comes first.
+    if (isBlank()) compose({ content: body.text, attachments: body.attachments, answering: to });
+  }
+}
+
+$("say").addEventListener("submit", (event) => {
   event.preventDefault();
   const content = text.value;
-  if (!content.trim() || !client) return;
-  text.value = "";
+  const { attachments } = chosen;
+  if (!client || chosen.isBusy || (!content.trim() && attachments.length === 0)) return;
+  const body = { text: content, ...(attachments.length > 0 && { attachments }) };
+  const one = { user: shown.user, room: shown.room, id: newId(), body, answering };
+  compose();
   lastTyping = 0;
-  const id = newId();
   if (past.away) past.goToNow();
-  const item = log.send(id, { text: content });
-  const mine = client;
-  try {
-    const ack = await mine.publish(id, { text: content });
-    // In a durable room the pushed message settles it; ephemeral rooms, too, but a lost push must not leave it grey.
-    log.settle(item, { ts: ack.ts });
-  } catch (error) {
-    if (mine !== client && error.code === "closed") return;
-    log.settle(item, { note: `not sent: ${error.code}` });
-    log.line(`${error.code}: ${error.message}`, "error");
-  }
+  log.send(one.id, body, refTo(one.answering));
+  unsent.push(one);
+  memory.set(UNSENT, unsent);
+  deliver(one);
 });
+
+// Files -----------------------------------------------------------------------------------------------------------------
+
+function choose(files) {
+  if (!attach.disabled && files.length > 0) chosen.add(entered, shown.room, files);
+}
+attach.addEventListener("click", () => $("files").click());
+$("files").addEventListener("change", ({ target }) => {
+  choose([...target.files]);
+  target.value = ""; // the same file can be chosen again
+});
+text.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length === 0) return;
+  event.preventDefault();
+  choose([...event.clipboardData.files]);
+});
+const talk = $("talk");
+const holdsFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
+for (const name of ["dragover", "dragleave", "drop"]) {
+  addEventListener(name, (event) => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault(); // or a file that misses the place is opened in place of the page
+    const isHere = talk.contains(event.target) && !attach.disabled;
+    talk.classList.toggle("drop", name === "dragover" && isHere);
+    if (name === "drop" && isHere) choose([...event.dataTransfer.files]);
+  });
+}
 
 // Typing ----------------------------------------------------------------------------------------------------------------
 
@@ -310,14 +509,14 @@ const tellNews = soon(() => {
 
 // Read marks ------------------------------------------------------------------------------------------------------------
 
-/** A room is read when its end can be seen. */
+/** A room is read when its end can be seen. On a phone the list may be in front of it. */
 function markRead() {
   if (!client) return;
-  if (client.joined && log.bottom && !past.away && document.visibilityState === "visible") {
-    behind = 0;
+  if (client.joined && list.offsetParent && log.bottom && !past.away && document.visibilityState === "visible") {
+    rooms.behind = 0;
     client.read(client.cursor);
   }
-  showTitle();
+  rooms.drawCurrent();
 }
 document.addEventListener("visibilitychange", markRead);
 
@@ -357,96 +556,48 @@ list.addEventListener("click", ({ target }) => {
   showReaders();
 });
 
-// Rooms of this tab -----------------------------------------------------------------------------------------------------
+// The room that is shown --------------------------------------------------------------------------------------------------
 
-let tab = null; // {user, rooms: [{room, durable}]}: those joined, in the order in which they came; kept over a reload
-let unread = new Map(); // room -> {count, capped?}
-const badgeOf = ({ count, capped }) => `${count}${capped ? "+" : ""}`;
+$("back").addEventListener("click", () => {
+  app.dataset.view = "rooms";
+  ($("rooms").querySelector("[aria-current]") ?? $("new")).focus();
+});
+$("about").addEventListener("click", () => panel.open());
+const make = makeDialog(
+  () => ({ token: entered, user: shown.user, namespace: (shown.room || rooms.namespaces[0] || "chat:").split(":")[0] }),
+  openRoom,
+);
+$("new").addEventListener("click", make);
 
-function enterRoom() {
-  tab ??= memory.get("natter:tab");
-  if (tab?.user !== shown.user) {
-    tab = { user: shown.user, rooms: [] };
-    unread.clear();
-  }
-  unread.delete(shown.room);
-  showRooms();
-}
-
-function rememberRoom(durable) {
-  const { rooms } = tab;
-  const known = rooms.find((one) => one.room === shown.room);
-  if (known) known.durable = durable;
-  else rooms.push({ room: shown.room, durable });
-  rooms.splice(0, rooms.length - KEPT_ROOMS);
-  memory.set("natter:tab", tab);
-  showRooms();
-  nav.querySelector("[aria-current]").scrollIntoView({ block: "nearest", inline: "nearest" });
-}
-
-function showRooms() {
-  nav.hidden = tab.rooms.length < 2;
-  const buttons = new Map([...nav.children].map((button) => [button.dataset.room, button]));
-  for (const { room: name } of tab.rooms) {
-    const button = buttons.get(name) ?? newRoomButton(name);
-    buttons.delete(name);
-    if (!button.parentNode) nav.append(button); // one that is there and moved would lose the focus
-    button.ariaCurrent = name === shown.room ? "true" : null;
-    const waiting = unread.get(name) ?? { count: 0 };
-    const badge = button.querySelector(".badge");
-    badge.hidden = waiting.count === 0;
-    badge.firstElementChild.textContent = badgeOf(waiting);
-  }
-  for (const button of buttons.values()) button.remove();
-  showTitle();
-}
-
-function newRoomButton(name) {
-  const button = element("button");
-  button.type = "button";
-  button.dataset.room = name;
-  const badge = element("span", "badge");
-  badge.append(element("span"), element("span", "hidden", " unread"));
-  button.append(element("span", "name", name), " ", badge);
-  button.addEventListener("click", () => {
-    room.value = name;
-    start();
-  });
-  return button;
-}
-
-function showTitle() {
-  const counts = [{ count: behind }, ...unread.values()];
-  const total = { count: counts.reduce((sum, { count }) => sum + count, 0), capped: counts.some(({ capped }) => capped) };
-  document.title = `${total.count > 0 ? `(${badgeOf(total)}) ` : ""}${shown.room} · natter`;
-}
-
-// This tab is in one room at a time. What is new in the others it asks for.
-let asking = 0; // timer
-function askUnread(after) {
-  clearTimeout(asking);
-  asking = setTimeout(async () => {
-    const mine = client;
-    const others = tab.rooms.filter((one) => one.durable && one.room !== shown.room).map((one) => one.room);
-    if (!mine.joined) return; // the next join begins anew
+const OWN = [["pinned", "Pin", "Unpin"], ["muted", "Mute", "Unmute"], ["archived", "Archive", "Take back"]];
+for (const [name] of OWN) {
+  $(name).addEventListener("click", async () => {
+    const { room: current } = shown;
     try {
-      const counts = others.length === 0 ? [] : (await mine.call("unread", { rooms: others })).rooms;
-      if (mine !== client) return;
-      for (const { room: name, count } of counts) {
-        if (count > 0 && !unread.get(name)?.count) tell(`${count} unread in ${name}`);
-      }
-      unread = new Map(counts.map((one) => [one.room, one]));
+      await rooms.arrange(current, { [name]: !rooms.summary(current)?.[name] });
     } catch (error) {
-      if (mine !== client) return;
-      if (!error.retry) {
-        unread.clear(); // not to be had here
-        showRooms();
-        return;
-      }
+      if (current === shown.room) log.line(sentence(error, current), "error");
     }
-    showRooms();
-    askUnread(UNREAD_EVERY_MS);
-  }, after);
+  });
+}
+
+/** Its title, what is unread, and what one has made of it for oneself. */
+function showRoom() {
+  if (!shown) return;
+  const { room: current } = shown;
+  where.textContent = rooms.title;
+  where.title = current;
+  const summary = rooms.summary(current);
+  for (const [name, on, off] of OWN) {
+    $(name).hidden = !summary;
+    $(name).textContent = summary?.[name] ? off : on;
+  }
+  $("about").hidden = !current || state.dataset.state === "out";
+  const { waiting } = rooms;
+  const badge = $("back").querySelector(".badge");
+  badge.hidden = !waiting;
+  badge.firstElementChild.textContent = waiting;
+  document.title = `${waiting && `(${waiting}) `}${current && `${rooms.title} · `}natter`;
 }
 
 // Entry -----------------------------------------------------------------------------------------------------------------
@@ -459,15 +610,26 @@ $("entry").addEventListener("submit", (event) => {
   start();
 });
 
-/** Token and room: from the address (`#token=…&room=…`, which no server sees), else as they were before a reload. */
+/**
+ * Token and room: from the address (`#token=…&room=…`, which no server sees), else as they were before a reload. Any page
+ * can have made such a link: it must not put somebody who is here as one user into a room as another one.
+ */
 function enter() {
   const given = new URLSearchParams(location.hash.slice(1));
   const kept = memory.get("natter:entry") ?? {};
+  const me = userOf(entered || kept.token);
   token.value = given.get("token") ?? kept.token ?? "";
   room.value = given.get("room") ?? kept.room ?? room.value;
-  user.value = userOf(token.value);
-  // The token must not stay in the address bar, the history, or a screenshot.
-  if (given.has("token")) history.replaceState(null, "", location.pathname);
+  user.value = userOf(token.value.trim());
+  // The token must not stay in the address bar, the history, or a screenshot; the room would win over a later one.
+  if (given.has("token") || given.has("room")) history.replaceState(null, "", location.pathname);
+  if (given.has("token") && me && user.value !== me) {
+    asked = `This link is for ${user.value || "another user"}, and this tab is ${me}'s: “Join” changes the user`;
+    if (client) sayState(state.dataset.state);
+    else sayState("not connected");
+    $("door").open = true;
+    return;
+  }
   if (token.value && room.checkValidity()) start();
   else token.focus();
 }

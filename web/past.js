@@ -1,8 +1,9 @@
 // The past of a room: pages of its history above what came live, and a search that leads there.
 
-import { bodyText, clock, element } from "./log.js";
+import { request, roomPath } from "./http.js";
+import { bodyText } from "./log.js";
+import { button, clock, element, sentence } from "./words.js";
 
-const ANSWER_MS = 15_000; // longer than an edge waits for its database
 const PAGE = 50; // messages a page
 const NEAR = 120; // px from the end of the list at which the next page is asked for
 const REST_MS = 3_000; // after an answer that did not reach far enough
@@ -19,6 +20,7 @@ export class Past {
   #token = "";
   #more = false; // whether there may be older messages than shown
   #loading = false;
+  #turn = 0; // the list is another one than in the turn before: pages that were asked for then have no place in it
   #rest = 0; // nothing is asked for by scrolling before this time
   #search = 0; // number of the last search
   #button = element("button", "quiet", "");
@@ -43,7 +45,7 @@ export class Past {
     parts.now.addEventListener("click", () => this.goToNow());
     parts.find.addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#find();
+      this.#find(parts.query.value.trim());
     });
     parts.query.addEventListener("input", () => parts.query.value || this.#closeHits());
     parts.find.addEventListener("keydown", ({ key }) => key === "Escape" && this.#closeHits());
@@ -59,7 +61,7 @@ export class Past {
     this.#client = client;
     this.#room = room;
     this.#token = token;
-    this.#loading = false;
+    this.#anew();
     this.#setAway(false);
     this.#offer(false);
     this.#closeHits();
@@ -67,15 +69,25 @@ export class Past {
     this.#parts.find.hidden = true;
   }
 
-  /** The client has joined: what was said before is loaded. */
-  async joined(durable) {
-    if (!durable || this.away) return;
-    this.#loading = false; // what a lost connection did not answer
+  /** The client has joined: what was said before is loaded. `reset`: the log was cleared, wherever one was in it. */
+  async joined(durable, reset = false) {
+    if (reset) this.#setAway(false);
+    if (!durable) return;
+    this.#anew(); // what a lost connection did not answer
+    if (this.away) return;
     await this.#load({}, (page) => {
       this.#parts.find.hidden = false;
       this.#offerAfter(page, this.#log.end(true) === page.messages[0]?.cursor);
     });
     this.#fill();
+  }
+
+  /** One may not be in the room any more: nothing more is to be had. */
+  left() {
+    this.#anew();
+    this.#parts.find.hidden = true;
+    this.#offer(false);
+    this.#closeHits();
   }
 
   async goToNow() {
@@ -114,25 +126,33 @@ export class Past {
     }
   }
 
-  async #load(where, then) {
+  /** Nobody waits any more for a page that is under way. */
+  #anew() {
+    this.#turn += 1;
+    this.#loading = false;
+  }
+
+  /** Loads a page, and calls `first` before and `then` after it is shown. */
+  async #load(where, then, first = () => {}) {
     if (this.#loading) return;
     this.#loading = true;
+    const turn = this.#turn;
     const page = await this.#page(where);
-    if (page === undefined) return; // another room, or another connection
+    if (turn !== this.#turn) return; // another room, another connection, or another place in the past
     this.#loading = false;
-    if (page === null) return;
+    if (page == null) return;
+    first();
     this.#log.learn(page.messages);
     then(page);
   }
 
-  /** A page; `null` where it is not to be had, `undefined` where nobody waits for it any more. */
+  /** A page; `null` where it is not to be had, or nobody waits for it any more. */
   async #page(where) {
-    const mine = this.#client;
+    const turn = this.#turn;
     try {
-      const page = await mine.call("history", { room: this.#room, limit: PAGE, ...where });
-      return mine === this.#client ? page : undefined;
+      return await this.#client.call("history", { room: this.#room, limit: PAGE, ...where });
     } catch (error) {
-      if (mine !== this.#client || error.code === "disconnected") return undefined;
+      if (turn !== this.#turn || error.code === "disconnected") return null;
       if (error.retry) {
         this.#wait();
       } else {
@@ -175,54 +195,72 @@ export class Past {
 
   // Search ----------------------------------------------------------------------------------------------------------------
 
-  async #find(before) {
-    const { query, hits } = this.#parts;
-    const words = query.value.trim();
+  async #find(words, before) {
     if (!words) {
       this.#closeHits();
       return;
     }
     const number = (this.#search += 1);
     const fields = new URLSearchParams({ q: words, limit: HITS, ...(before && { before }) });
-    const path = `v1/rooms/${encodeURIComponent(this.#room)}/search?${fields}`;
     let answer;
     try {
-      const headers = { Authorization: `Bearer ${this.#token}` };
-      const signal = AbortSignal.timeout(ANSWER_MS);
-      const response = await fetch(new URL(path, document.baseURI), { headers, signal });
-      answer = await response.json();
-    } catch {
-      answer = { message: "The edge did not answer." };
+      answer = await request(this.#token, "GET", `${roomPath(this.#room)}/search?${fields}`);
+    } catch (error) {
+      answer = { problem: sentence(error) };
     }
     if (number !== this.#search) return;
+    this.#show(answer, before, () => this.#find(words, answer.next));
+  }
+
+  /** The answers to a message. */
+  async showThread({ from, id, text }, before) {
+    const number = (this.#search += 1);
+    const mine = this.#client;
+    let answer;
+    try {
+      const page = await mine.call("history", { room: this.#room, thread: `${from}/${id}`, limit: HITS, before });
+      answer = { messages: page.messages.toReversed(), next: page.prev, partial: page.partial };
+    } catch (error) {
+      answer = { problem: sentence(error) };
+    }
+    if (number !== this.#search || mine !== this.#client) return;
+    this.#show(answer, before, () => this.showThread({ from, id, text }, answer.next));
+    if (before) return;
+    const title = element("li", "bar");
+    const close = button("plain", "Close", () => {
+      this.#closeHits();
+      this.#list.focus();
+    });
+    title.append(element("h2", "", `Answers to ${from}: ${text}`), close);
+    this.#parts.hits.prepend(title);
+    close.focus();
+  }
+
+  #show({ messages, problem, partial, next }, before, more) {
+    const { hits } = this.#parts;
     hits.hidden = false;
     if (before) hits.lastElementChild.remove();
     else hits.replaceChildren();
-    const found = (answer.messages ?? []).map((message) => this.#hit(message));
+    const found = (messages ?? []).map((message) => this.#hit(message));
     hits.append(...found);
-    if (answer.messages == null) hits.append(element("li", "error", answer.message));
-    else if (answer.partial) hits.append(element("li", "quiet", "Not everything could be searched just now."));
+    if (problem) hits.append(element("li", "error", problem));
+    else if (partial) hits.append(element("li", "quiet", "Not everything could be read just now."));
     else if (hits.childElementCount === 0) hits.append(element("li", "quiet", "No messages found."));
-    if (answer.next != null) {
-      const more = element("button", "quiet", "More");
-      more.type = "button";
-      more.addEventListener("click", () => this.#find(answer.next));
+    if (next != null) {
       const item = element("li");
-      item.append(more);
+      item.append(button("quiet", "More", more));
       hits.append(item);
     }
     if (before) found[0]?.firstElementChild.focus();
   }
 
   #hit(message) {
-    const button = element("button", "hit");
-    button.type = "button";
+    const hit = button("hit", "", () => this.#jump(message));
     const meta = element("span", "meta");
     meta.append(element("span", "from", message.from), element("time", "", clock(message.ts)));
-    button.append(meta, element("span", "body", bodyText(message.body)));
-    button.addEventListener("click", () => this.#jump(message));
+    hit.append(meta, element("span", "body", bodyText(message.body)));
     const item = element("li");
-    item.append(button);
+    item.append(hit);
     return item;
   }
 
@@ -234,17 +272,18 @@ export class Past {
 
   async #jump({ from, id, cursor }) {
     if (!this.#log.find(from, id)) {
-      const page = await this.#page({ around: cursor });
-      if (page == null) return;
-      this.#setAway(true);
-      this.#log.clear();
-      this.#log.bottom = false;
-      this.#log.learn(page.messages);
-      this.#offerAfter(page, true);
-      if (page.next == null && !page.partial) {
-        this.#setAway(false);
-        this.#redraw();
-      }
+      this.#anew();
+      await this.#load({ around: cursor }, (page) => {
+        this.#offerAfter(page, true);
+        if (page.next == null && !page.partial) {
+          this.#setAway(false);
+          this.#redraw();
+        }
+      }, () => {
+        this.#setAway(true);
+        this.#log.clear();
+        this.#log.bottom = false;
+      });
     }
     const item = this.#log.find(from, id);
     if (!item) return;

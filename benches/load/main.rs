@@ -40,6 +40,9 @@ struct Args {
     /// How long each lasts, in seconds.
     #[arg(long, default_value_t = 10)]
     seconds: u64,
+    /// Of `fan-out`, only loads whose name has this.
+    #[arg(long, default_value = "")]
+    only: String,
     /// Puts the tables into benches/RESULTS.md, under this name.
     #[arg(long)]
     save: Option<String>,
@@ -63,7 +66,7 @@ fn main() -> ExitCode {
         return ExitCode::from(64);
     }
     raise_file_limit();
-    let mut bench = scenarios::Bench::new(args.runs, Duration::from_secs(args.seconds));
+    let mut bench = scenarios::Bench::new(args.runs, Duration::from_secs(args.seconds), args.only);
     let mut text = String::new();
     for (name, scenario) in scenarios::ALL {
         if args.scenarios.is_empty() || args.scenarios.iter().any(|wanted| wanted == name) {

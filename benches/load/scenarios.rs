@@ -1,6 +1,7 @@
 //! What is measured.
 
 mod uploads;
+mod watch;
 mod workers;
 
 use std::{
@@ -51,6 +52,9 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("slow", slow),
     ("small", small),
     ("uploads", uploads::uploads),
+    ("inbox", watch::inbox),
+    ("watch", watch::watch_rooms),
+    ("follow", watch::follow),
     ("workers", workers::workers),
 ];
 
@@ -59,6 +63,8 @@ pub(crate) struct Bench {
     runtime: Runtime,
     runs: usize,
     time: Duration,
+    /// Loads whose name has this; empty: all.
+    only: String,
     nats: DedicatedNats,
     /// Messages lost or repeated so far, in all runs.
     pub(crate) faults: u64,
@@ -153,7 +159,7 @@ struct Load {
 }
 
 impl Bench {
-    pub(crate) fn new(runs: usize, time: Duration) -> Self {
+    pub(crate) fn new(runs: usize, time: Duration, only: String) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -164,6 +170,7 @@ impl Bench {
             runtime,
             runs,
             time,
+            only,
             nats,
             faults: 0,
         }
@@ -224,12 +231,17 @@ impl Bench {
         let figures = self.quiet(|| {
             let target = self.target(peer);
             let mut swarm = target.swarm(load.rooms);
-            let publishers = publishers(&mut swarm, load.rooms);
-            // In an order that has nothing to do with the rooms, as people come.
             let mut members: Vec<_> = (0..load.rooms * load.members)
                 .map(|i| Some(i % load.rooms))
                 .collect();
-            members.shuffle(&mut StdRng::seed_from_u64(7));
+            let publishers = if scenario == MEMBERS_SPEAK {
+                // The first member of each room.
+                0..load.rooms
+            } else {
+                // In an order that has nothing to do with the rooms, as people come.
+                members.shuffle(&mut StdRng::seed_from_u64(7));
+                publishers(&mut swarm, load.rooms)
+            };
             swarm.connect(members.into_iter());
             swarm.load(publishers.clone(), load.rooms, load.rate, WARM_UP);
             swarm.reset();
@@ -312,8 +324,11 @@ fn fan_out(bench: &mut Bench) -> Table {
         ("1 x 1,000 at 100/s", 1, 1000, 100.0),
         ("100 x 20 at 10/s", 100, 20, 10.0),
         ("1,000 x 2 at 1/s", 1000, 2, 1.0),
+        ("1,000 x 2 at 5/s", 1000, 2, 5.0),
+        (MEMBERS_SPEAK, 1000, 2, 5.0),
     ] {
-        for peer in Peer::ALL {
+        let wanted = |peer: &&Peer| format!("{name}, {}", peer.name()).contains(&bench.only);
+        for peer in Peer::ALL.iter().filter(wanted).copied().collect::<Vec<_>>() {
             rows.push(bench.load_row(
                 name,
                 peer,
@@ -331,6 +346,9 @@ fn fan_out(bench: &mut Bench) -> Table {
         rows,
     }
 }
+
+/// The one load in which it is a member that says something, and gets it, too.
+const MEMBERS_SPEAK: &str = "1,000 x 2 at 5/s, said by members";
 
 /// Messages under way at once in the saturated room.
 const WINDOW: u64 = 64;

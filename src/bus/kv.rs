@@ -316,19 +316,34 @@ impl Bucket {
     /// # Errors
     /// [`KvError`].
     pub async fn scan(&self, keys: &str) -> Result<Vec<Entry>, KvError> {
-        let filter = bucket_key(self.bucket, &self.origin, keys);
         let mut entries = Vec::new();
-        let mut from = 1;
-        loop {
-            let (messages, end) = self.reader.raw_page(&self.stream, &filter, from).await?;
-            for message in &messages {
-                entries.push(self.stored(message)?);
-            }
-            match (entries.last(), end) {
-                (Some(last), Some(1..)) if !messages.is_empty() => from = last.revision + 1,
-                _ => return Ok(entries),
-            }
+        let mut next = Some(1);
+        while let Some(from) = next {
+            let (page, after) = self.scan_from(keys, from).await?;
+            entries.extend(page);
+            next = after;
         }
+        Ok(entries)
+    }
+
+    /// Some of the matching keys that have changed since the revision `from`, ordered by the time of their last change,
+    /// and the revision to continue from if there are more.
+    ///
+    /// # Errors
+    /// [`KvError`].
+    pub async fn scan_from(
+        &self,
+        keys: &str,
+        from: u64,
+    ) -> Result<(Vec<Entry>, Option<u64>), KvError> {
+        let filter = bucket_key(self.bucket, &self.origin, keys);
+        let (messages, left) = self.reader.raw_page(&self.stream, &filter, from).await?;
+        let entries = messages.iter().map(|message| self.stored(message));
+        let entries: Vec<Entry> = entries.collect::<Result<_, _>>()?;
+        let more = left.is_some_and(|left| left > 0);
+        let next = entries.last().filter(|_| more);
+        let next = next.map(|last| last.revision + 1);
+        Ok((entries, next))
     }
 
     /// Revision of the newest change of the matching keys; 0 if there is none.

@@ -215,6 +215,15 @@ impl Record {
         self.original_ts.unwrap_or(self.ts)
     }
 
+    /// Whether it mentions a user.
+    #[must_use]
+    pub fn mentions_user(&self, user: &str) -> bool {
+        let users = self.mentions.as_deref().map(serde_json::from_str);
+        users
+            .and_then(Result::ok)
+            .is_some_and(|users: Vec<std::borrow::Cow<'_, str>>| users.iter().any(|it| it == user))
+    }
+
     /// Reads an ephemeral message; `now` in ms replaces a missing time.
     #[must_use]
     pub fn ephemeral<'a>(

@@ -1,4 +1,4 @@
-//! Which rooms a stream has messages of. For tools: the server counts all subjects that match.
+//! Which rooms a stream has messages of. Not for the path of a message: the server counts all subjects that match.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -29,7 +29,7 @@ struct State {
     subjects: Option<HashMap<String, IgnoredAny>>,
 }
 
-/// The rooms of which `stream` has messages whose subjects match `filter`.
+/// The rooms of which `stream` has messages whose subjects match `filter`. No further page is read once there are `most`.
 ///
 /// # Errors
 /// [`StreamError`].
@@ -39,6 +39,7 @@ pub async fn rooms_of(
     stream: &str,
     filter: &str,
     wait: Duration,
+    most: usize,
 ) -> Result<BTreeSet<RoomId>, StreamError> {
     let mut rooms = BTreeSet::new();
     let mut offset = 0;
@@ -62,7 +63,7 @@ pub async fn rooms_of(
             .keys()
             .filter_map(|found| subjects.parse_stored(found));
         rooms.extend(of_rooms.map(|found| found.room));
-        if found.is_empty() || offset >= total {
+        if found.is_empty() || offset >= total || rooms.len() >= most {
             return Ok(rooms);
         }
     }

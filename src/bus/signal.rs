@@ -32,6 +32,9 @@ pub enum News {
         /// Its cursor.
         #[serde(with = "text")]
         cursor: Cursor,
+        /// The users that it mentions.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        mentions: Vec<String>,
     },
     /// The user has read up to there.
     Read(#[serde(with = "text")] Cursor),
@@ -88,8 +91,9 @@ mod tests {
                 News::Message {
                     last,
                     cursor: cursor.clone(),
+                    mentions: vec!["lee".to_owned()],
                 },
-                r#"{"room":"chat:a","message":{"id":"1","from":"kim","ts":5,"text":"hi","cursor":"seoul.k3.1042.7f02"}}"#,
+                r#"{"room":"chat:a","message":{"id":"1","from":"kim","ts":5,"text":"hi","cursor":"seoul.k3.1042.7f02","mentions":["lee"]}}"#,
             ),
             (
                 News::Read(cursor),

@@ -203,14 +203,22 @@ fn figures(figures: &serde_json::Value) -> Vec<String> {
             number(writing, "last_batch"),
         ),
         format!(
-            "  answered    {} pages, {} partial ones, {} searches, {} erasures, {} refusals",
+            "  answered    {} pages, {} partial ones, {} searches, {} directory pages, {} erasures, {} refusals",
             number(figures, "pages"),
             number(figures, "partial_pages"),
             number(figures, "searches"),
+            number(figures, "directory"),
             number(figures, "erasures"),
             number(figures, "refused"),
         ),
     ];
+    let (listed, repaired) = (
+        number(writing, "rooms_listed"),
+        number(writing, "index_repaired"),
+    );
+    lines.push(format!(
+        "  rooms       {listed} listed in the directory, {repaired} entries of the index repaired"
+    ));
     let erasing = number(writing, "erasures_running");
     if erasing > 0 {
         lines.push(format!("  under way   {erasing} erasures"));

@@ -82,6 +82,7 @@ enum Command {
     Send(send::Send),
     Room(room::RoomCommand),
     Inbox(room::Inbox),
+    Follow(room::Follow),
 }
 
 /// Runs the command line of this process.
@@ -142,6 +143,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Send(send) => send::run(send, load)?,
         Command::Room(command) => room::run(command, load)?,
         Command::Inbox(inbox) => room::inbox(&inbox, load)?,
+        Command::Follow(follow) => room::follow(follow, load)?,
     }
     Ok(ExitCode::SUCCESS)
 }

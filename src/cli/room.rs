@@ -1,4 +1,4 @@
-//! `natter room` and `natter inbox`: rooms and their members, for a person at a terminal.
+//! `natter room`, `natter inbox` and `natter follow`: rooms and their members, for a person at a terminal.
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
@@ -65,6 +65,39 @@ pub(super) struct Inbox {
     /// Stay, and print each room again when something happens in it.
     #[arg(long, conflicts_with = "archived")]
     watch: bool,
+    /// Print JSON, one room per line.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// Print the rooms that match a pattern, and each again when something happens in it, without being in them.
+#[derive(Debug, Args)]
+pub(super) struct Follow {
+    /// The rooms: NAMESPACE:*, or *:* for all.
+    pattern: String,
+    /// Only rooms whose newest message is of nobody among the staff and older than this, such as 5m.
+    #[arg(long, value_name = "TIME", requires = "staff")]
+    unanswered_for: Option<String>,
+    /// A user who can answer, or a pattern such as 'staff-*'; may be repeated.
+    #[arg(long, value_name = "USER", requires = "unanswered_for")]
+    staff: Vec<String>,
+    /// Only rooms whose newest annotation fulfils this, such as 'sentiment.score < -0.5'.
+    #[arg(long, value_name = "CONDITION")]
+    annotation: Option<String>,
+    /// Only rooms whose newest message mentions this user.
+    #[arg(long, value_name = "USER")]
+    mentions: Option<String>,
+    /// Only rooms whose newest message is of this user, or matches a pattern such as 'guest-*'.
+    #[arg(long, value_name = "USER")]
+    from: Option<String>,
+    /// Only rooms that this user looks after.
+    #[arg(long, value_name = "USER")]
+    assignee: Option<String>,
+    /// Only rooms whose newest message contains this text.
+    #[arg(long, value_name = "TEXT")]
+    text: Option<String>,
     /// Print JSON, one room per line.
     #[arg(long)]
     json: bool,
@@ -149,48 +182,88 @@ pub(super) fn inbox(
 ) -> anyhow::Result<()> {
     let target = inbox.connect.target_in("*:*", &[Right::Read], config)?;
     run_tool(async move {
-        let mut connection = open(&target).await?;
-        let commands = connection.commands().clone();
+        let connection = open(&target).await?;
+        if inbox.watch {
+            return watch(connection, json!({ "mine": true }), inbox.json).await;
+        }
         let mut after = Value::Null;
         loop {
             let page = json!({ "after": after, "archived": inbox.archived });
-            let page = match inbox.watch && after.is_null() {
-                true => commands
-                    .call("watch", json!({ "mine": true }))
-                    .await?
-                    .json(),
-                false => commands.call("inbox", page).await?.json(),
-            };
-            if !print_rooms(&page["rooms"], inbox.json)? {
-                return Ok(());
-            }
+            let page = connection.commands().call("inbox", page).await?.json();
             after = page["next"].clone();
-            if after.is_null() {
-                break;
-            }
-        }
-        if !inbox.watch {
-            return Ok(());
-        }
-        loop {
-            let Some(push) = connection.next().await else {
-                let end = connection.end().map(|end| end.reason).unwrap_or_default();
-                bail!("the edge has ended the connection: {end}");
-            };
-            if push.op() != "inbox" {
-                continue;
-            }
-            let push = push.json();
-            if !print_rooms(&push["rooms"], inbox.json)? {
+            if !print_rooms(&page["rooms"], inbox.json)? || after.is_null() {
                 return Ok(());
-            }
-            for room in push["gone"].as_array().into_iter().flatten() {
-                if !print_line(&format!("{} is no longer one of them", text(room)))? {
-                    return Ok(());
-                }
             }
         }
     })
+}
+
+/// Prints the rooms that match a pattern and a filter.
+pub(super) fn follow(
+    follow: Follow,
+    config: impl FnOnce() -> Result<Config, ConfigError>,
+) -> anyhow::Result<()> {
+    let target = follow
+        .connect
+        .target_in(&follow.pattern, &[Right::Follow], config)?;
+    let texts = [
+        ("unanswered_for", follow.unanswered_for),
+        ("annotation", follow.annotation),
+        ("mentions", follow.mentions),
+        ("from", follow.from),
+        ("assignee", follow.assignee),
+        ("text", follow.text),
+    ];
+    let texts = texts
+        .into_iter()
+        .filter_map(|(name, text)| Some((name.to_owned(), json!(text?))));
+    let mut filter: serde_json::Map<String, Value> = texts.collect();
+    if !follow.staff.is_empty() {
+        filter.insert("staff".to_owned(), json!(follow.staff));
+    }
+    let what = json!({ "pattern": follow.pattern, "filter": filter });
+    run_tool(async move { watch(open(&target).await?, what, follow.json).await })
+}
+
+/// Prints the rooms of a watch, and each again when something happens in it.
+async fn watch(mut connection: Connection, what: Value, as_json: bool) -> anyhow::Result<()> {
+    let commands = connection.commands().clone();
+    let mut page = commands.call("watch", what).await?.json();
+    loop {
+        if !print_rooms(&page["rooms"], as_json)? {
+            return Ok(());
+        }
+        if page["next"].is_null() {
+            break;
+        }
+        let next = json!({ "watch": page["watch"], "after": page["next"] });
+        page = commands.call("watch", next).await?.json();
+    }
+    loop {
+        let Some(push) = connection.next().await else {
+            let end = connection.end().map(|end| end.reason).unwrap_or_default();
+            bail!("the edge has ended the connection: {end}");
+        };
+        if push.op() != "inbox" {
+            continue;
+        }
+        let push = push.json();
+        if push["ended"].is_string() {
+            bail!("the watch has ended: {}", text(&push["ended"]));
+        }
+        if !print_rooms(&push["rooms"], as_json)? {
+            return Ok(());
+        }
+        for room in push["gone"].as_array().into_iter().flatten() {
+            let line = match as_json {
+                true => json!({ "room": room, "gone": true }).to_string(),
+                false => format!("{} is no longer one of them", text(room)),
+            };
+            if !print_line(&line)? {
+                return Ok(());
+            }
+        }
+    }
 }
 
 /// `false`: the reader has gone.
@@ -215,7 +288,6 @@ fn text(value: &Value) -> String {
 
 /// A room as a line: how many unread messages, its name or its title, and the newest message.
 fn line_of(room: &Value) -> String {
-    let unread = room["unread"].as_u64().unwrap_or_default();
     let more = if room["capped"] == true { "+" } else { "" };
     let peers = room["peers"].as_array().into_iter().flatten();
     let peers = peers.map(text).collect::<Vec<_>>().join(", ");
@@ -228,6 +300,9 @@ fn line_of(room: &Value) -> String {
         true => format!("  {}: {}", text(&last["from"]), text(&last["text"])),
         false => String::new(),
     };
+    let unread = room["unread"]
+        .as_u64()
+        .map_or_else(String::new, |unread| unread.to_string());
     format!("{unread:>4}{more:1} {}  {named}{said}", text(&room["room"]))
 }
 

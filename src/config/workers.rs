@@ -221,11 +221,7 @@ mod tests {
             ("http://127", "http://me:pw@127", "without user or password"),
             ("whsec_M", "whsec-M", "must begin with whsec_"),
             ("'translation'", "'t'\nkind = 1", "kind"),
-            (
-                "'translation'",
-                "'t'\nalert = 'x'",
-                "\"x\" is not a condition",
-            ),
+            ("'translation'", "'t'\nalert = 'x'", "must be like"),
             (
                 "'translation'",
                 "'t'\nallow = ['10/8']",

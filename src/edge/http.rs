@@ -1,6 +1,7 @@
-//! Plain HTTP: publishing, history, presence, read markers, erasing, events and polls, uploads, sessions of others, the API
+//! Plain HTTP: publishing, history, the directory of rooms, presence, read markers, erasing, events and polls, uploads, sessions of others, the API
 //! for back ends, health, metrics, the OpenAPI document, the page.
 
+mod directory;
 mod erase;
 mod history;
 mod inbox;
@@ -45,7 +46,7 @@ use crate::{
         upgrade::websocket, upgrade::centrifugal, upgrade::stomp, publish::publish, publish::publish_many,
         history::messages, history::search_room, history::search,
         streams::events_of_room, streams::events, streams::poll, streams::ticket, transports::http_stream, transports::sse,
-        transports::emulation, erase::close, erase::room, erase::user, rooms::create, rooms::record, rooms::settings, rooms::put_member,
+        transports::emulation, erase::close, erase::room, erase::user, directory::rooms, rooms::create, rooms::record, rooms::settings, rooms::put_member,
         rooms::remove_member, rooms::pin, rooms::unpin, rooms::block, rooms::unblock, inbox::inbox, inbox::arrange, sessions::end, sessions::remove, server_api::call,
         presence::presence, read::readers, read::read, read::unread,
         uploads::grant, uploads::download, uploads::receive, uploads::send,
@@ -102,7 +103,7 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/rooms/{room}/sessions/{user}", delete(sessions::remove))
         .route("/v1/inbox", get(inbox::inbox))
         .route("/v1/inbox/{room}", patch(inbox::arrange))
-        .route("/v1/rooms", post(rooms::create))
+        .route("/v1/rooms", get(directory::rooms).post(rooms::create))
         .route(
             "/v1/rooms/{room}",
             get(rooms::record)
@@ -133,7 +134,8 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/rooms/{room}/poll", get(streams::poll))
         .route("/v1/events", get(streams::events))
         .route("/v1/tickets", post(streams::ticket));
-    let router = match shared.uploads.as_ref().map(|uploads| &uploads.storage) {
+    let storage = shared.uploads.as_ref().map(|uploads| &uploads.storage);
+    let router = match storage {
         None => router,
         Some(storage) => {
             let router = router
@@ -152,7 +154,10 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         "" => router,
         _ => router.route("/api/{method}", post(server_api::call)),
     };
-    let router = if page { web::routes(router) } else { router };
+    let router = match page {
+        true => web::routes(router, storage.and_then(Storage::origin).as_deref()),
+        false => router,
+    };
     router
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)

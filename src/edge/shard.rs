@@ -37,7 +37,7 @@ use crate::{
     config::Config,
     history,
     model::{Cursor, RoomId, partition_of},
-    people::People,
+    people::{People, RecordChange},
     presence::{Presence, Push},
     protocol::{Close, Order, PollReply, Refused},
     read_marker::Markers,
@@ -613,6 +613,7 @@ impl Shard {
         let desk = Desk::new(
             live.clone(),
             Subjects::new(&config.nats.prefix),
+            Arc::clone(&origins),
             Arc::clone(&people),
             Arc::clone(&markers),
         );
@@ -729,10 +730,16 @@ impl Shard {
     }
 
     /// Lets a change of a room's record act on the sessions that are in it.
-    fn on_record(&self, changed: Result<RoomId, RecvError>) {
+    fn on_record(&self, changed: Result<RecordChange, RecvError>) {
         let sessions = self.sessions.borrow();
+        match &changed {
+            Ok(RecordChange { room, record }) => {
+                self.context.desk.on_record(room, record.as_deref());
+            }
+            Err(_lagged) => self.context.desk.on_missed(),
+        }
         match changed {
-            Ok(room) if self.context.rooms.is_open(&room) => {
+            Ok(RecordChange { room, .. }) if self.context.rooms.is_open(&room) => {
                 sessions
                     .values()
                     .for_each(|session| session.on_record(&room));

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use parking_lot::Mutex;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     sync::{Semaphore, SemaphorePermit},
     time::{Instant, timeout},
@@ -12,14 +13,17 @@ use tokio::{
 use super::{
     erase::{ANSWER_WITHIN, EraseAnswer, EraseRequest},
     pages::Pages,
-    question::{PageAnswer, PageRequest, SearchAnswer, SearchRequest, encode, endpoint, refusal},
+    question::{
+        PageAnswer, PageRequest, RoomsAnswer, SearchAnswer, SearchRequest, encode, endpoint,
+        refusal,
+    },
 };
 use crate::{
     bus::{AskError, Origins, Reader, Streams, ask},
     config::Config,
     model::{Class, Region, RoomId, partition_of},
     protocol::{ErrorCode, Refused},
-    store::Upload,
+    store::{Upload, WhichRooms},
     subject::{Subjects, rooms_stream},
     telemetry::metrics::{Counter, Histogram, HistoryAnswer, count, record},
 };
@@ -148,28 +152,45 @@ impl Client {
         (self.pages.page(request).await, HistoryAnswer::Streams)
     }
 
+    /// The answer of the service to a question that nobody else can answer.
+    async fn answer<T: DeserializeOwned>(
+        &self,
+        endpoint: &str,
+        question: &impl Serialize,
+    ) -> Result<T, Refused> {
+        let _turn = self.turn().await?;
+        let away = || {
+            let text = "the history service does not answer".to_owned();
+            Refused::new(ErrorCode::Unavailable, text)
+        };
+        let asked = self.ask(endpoint, encode(question)?).await;
+        let answer = asked.map_err(|error| match error {
+            AskError::Refused(error) => {
+                refusal(&error).unwrap_or(Refused::new(ErrorCode::Unavailable, error.message))
+            }
+            AskError::Nobody { .. }
+            | AskError::Timeout { .. }
+            | AskError::TooLarge { .. }
+            | AskError::Failed { .. } => away(),
+        })?;
+        serde_json::from_slice(&answer).map_err(|_other_version| away())
+    }
+
+    /// What the directory of rooms finds.
+    ///
+    /// # Errors
+    /// `unavailable`.
+    pub async fn rooms(&self, which: &WhichRooms) -> Result<RoomsAnswer, Refused> {
+        self.answer(endpoint::ROOMS, which).await
+    }
+
     /// A search. There is no fallback, since the streams can't be searched.
     ///
     /// # Errors
     /// `bad_cursor`, `unavailable`.
     pub async fn search(&self, request: &SearchRequest) -> Result<SearchAnswer, Refused> {
         let started = Instant::now();
-        let search = async {
-            let _turn = self.turn().await?;
-            let away = |_cause| {
-                let text = "the history service does not answer".to_owned();
-                Refused::new(ErrorCode::Unavailable, text)
-            };
-            let asked = self.ask(endpoint::SEARCH, encode(request)?).await;
-            let answer = asked.map_err(|error| match error {
-                AskError::Refused(error) => {
-                    refusal(&error).unwrap_or(Refused::new(ErrorCode::Unavailable, error.message))
-                }
-                error => away(error.to_string()),
-            })?;
-            serde_json::from_slice(&answer).map_err(|error| away(error.to_string()))
-        };
-        let answer = search.await;
+        let answer = self.answer(endpoint::SEARCH, request).await;
         let source = match &answer {
             Ok(_) => HistoryAnswer::Full,
             Err(_) => HistoryAnswer::Failed,

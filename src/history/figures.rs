@@ -36,6 +36,10 @@ pub(super) struct ShownFigures {
     pub last_batch: usize,
     /// Erasures not yet carried out, in the whole database.
     pub erasures_running: u64,
+    /// Rooms written to the directory, because their records have changed.
+    pub rooms_listed: u64,
+    /// Entries of the index of users that were repaired.
+    pub index_repaired: u64,
     /// The last error.
     pub last_error: Option<String>,
     /// When it occurred, in ms since 1970.
@@ -49,6 +53,16 @@ impl Figures {
         inner.shown.batches += 1;
         inner.shown.messages += messages as u64;
         inner.shown.last_batch = messages;
+    }
+
+    /// Counts rooms written to the directory.
+    pub(super) fn listed(&self, rooms: usize) {
+        self.0.lock().shown.rooms_listed += rooms as u64;
+    }
+
+    /// Counts entries of the index that were repaired.
+    pub(super) fn repaired(&self, entries: u64) {
+        self.0.lock().shown.index_repaired += entries;
     }
 
     /// Notes a problem. It is logged if it is new, and then every [`TELL_AGAIN`].

@@ -10,6 +10,7 @@
 mod ask;
 mod client;
 mod dead;
+mod directory;
 mod entry;
 mod erase;
 mod figures;
@@ -19,6 +20,7 @@ mod merge;
 mod pages;
 mod question;
 mod removals;
+mod repair;
 mod service;
 mod show;
 mod status;
@@ -36,11 +38,13 @@ use crate::{
     config::Config,
     http1,
     mesh::mirrors,
+    people::People,
     runtime::{Late, Lifecycle, Phase, Tasks},
     store::{Migrated, Store, StoreError},
     subject::bucket,
     uploads::{OpenError, Storage},
 };
+use directory::Directory;
 use figures::Figures;
 
 pub use client::{Client, Heads};
@@ -75,6 +79,9 @@ struct Parts {
     /// The own region's bucket with the record of erased messages.
     control: Bucket,
     remembered: Arc<Remembered>,
+    /// The room records of all regions, and the index of users.
+    people: Arc<People>,
+    directory: Arc<Directory>,
     tasks: Tasks,
     /// Ready once MongoDB is prepared.
     lifecycle: Lifecycle,
@@ -222,9 +229,13 @@ async fn start(
         let follow = follow.follow(control.clone(), Arc::clone(&origins), feed);
         tasks.keep_running("follow what was erased", follow);
     }
+    // What edges keep of records is not used: they are read when they are needed.
+    let (people, _loads) = People::new(&config, &reader, &origins);
     let parts = Parts {
         control,
         remembered,
+        people,
+        directory: Arc::default(),
         config,
         connection,
         reader,
@@ -243,6 +254,9 @@ async fn start(
     tasks.keep_running("keep figures", status::keep(parts.clone()));
     let erasing = erase::Erasing::new(parts.clone());
     tasks.spawn_until_stopping("take over erasures", erasing.clone().keep());
+    tasks.spawn_until_stopping("list rooms", directory::list(parts.clone()));
+    tasks.spawn_until_stopping("note activity", directory::note_activity(parts.clone()));
+    tasks.spawn_until_stopping("repair the index", repair::keep(parts.clone()));
     tasks.spawn_until_stopping("remove what is too old", keep::keep(parts.clone()));
     tasks.spawn_until_stopping("take out of the streams", removals::keep(parts.clone()));
     if let Some(storage) = storage {

@@ -9,6 +9,7 @@ use crate::{
     bus::ServiceError,
     model::{Cursor, Reference, RoomId, RoomScope},
     protocol::{Anchor, ErrorCode, HistoryOf, Refused},
+    store::RoomPlace,
 };
 
 /// Endpoints of the service.
@@ -21,6 +22,8 @@ pub(super) mod endpoint {
     pub(crate) const SEARCH: &str = "search";
     /// An erasure.
     pub(crate) const ERASE: &str = "erase";
+    /// A question to the directory of rooms.
+    pub(crate) const ROOMS: &str = "rooms";
     /// An upload.
     pub(crate) const UPLOAD: &str = "upload";
 }
@@ -111,6 +114,16 @@ pub struct SearchAnswer {
     /// The place to continue from, if there may be more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+}
+
+/// What the directory finds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RoomsAnswer {
+    /// The rooms, newest activity first.
+    pub rooms: Vec<RoomPlace>,
+    /// Whether there may be more.
+    #[serde(default)]
+    pub more: bool,
 }
 
 impl PageRequest {

@@ -1,4 +1,4 @@
-//! Serves requests over NATS: pages, searches, erasures, uploads.
+//! Serves requests over NATS: pages, searches, erasures, uploads, questions to the directory of rooms.
 
 use std::sync::{
     Arc,
@@ -8,7 +8,7 @@ use std::sync::{
 use serde_json::json;
 
 use super::{
-    Parts,
+    Parts, directory,
     erase::Erasing,
     figures::Figures,
     pages::Pages,
@@ -22,7 +22,8 @@ use crate::{
 };
 
 /// The description in `nats micro ls`.
-const DESCRIPTION: &str = "What was said in durable rooms: pages, searches, erasures, uploads";
+const DESCRIPTION: &str =
+    "What was said in durable rooms: pages, searches, erasures, uploads; the directory of rooms";
 
 /// Numbers of answers given by this instance.
 #[derive(Debug, Default)]
@@ -32,6 +33,7 @@ struct Answered {
     searches: AtomicU64,
     erasures: AtomicU64,
     uploads: AtomicU64,
+    directory: AtomicU64,
     refused: AtomicU64,
 }
 
@@ -44,6 +46,7 @@ impl Answered {
             "searches": of(&self.searches),
             "erasures": of(&self.erasures),
             "uploads": of(&self.uploads),
+            "directory": of(&self.directory),
             "refused": of(&self.refused),
             "writing": writing.shown(),
         })
@@ -135,8 +138,22 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
             }
         })
     };
+    let rooms = {
+        let (answered, parts) = (Arc::clone(&answered), parts.clone());
+        let subject = subjects.history(&region, endpoint::ROOMS);
+        Endpoint::new(endpoint::ROOMS, subject, move |question| {
+            let (parts, answered) = (parts.clone(), Arc::clone(&answered));
+            async move {
+                let answer =
+                    async { encode(&directory::answer(&parts, &decode(&question)?).await?) };
+                answered
+                    .note(answer.await, &answered.directory)
+                    .map_err(|error| refused(&error))
+            }
+        })
+    };
     let (page, thread) = (page_at(endpoint::PAGE), page_at(endpoint::THREAD));
-    let endpoints = vec![page, thread, search, erase, upload];
+    let endpoints = vec![page, thread, search, erase, upload, rooms];
     let writing = Arc::clone(figures);
     let figures = move || answered.figures(&writing);
     serve_endpoints(

@@ -34,10 +34,10 @@ use crate::{
         Answer, Consumer, DeadLetters, Delivery, Pull, PullError, Stored, StreamError, Suspect,
         answer, message_key,
     },
-    model::{Epoch, Place, Reference},
+    model::{Class, Epoch, Place, Reference},
     runtime::Phase,
     store::{Claim, Entry, Removal, What},
-    subject::{Subjects, rooms_stream},
+    subject::{FROM_NATTER, Subjects, rooms_stream},
     telemetry::metrics::{Counter, Histogram, HistoryEntry, count, record},
 };
 
@@ -286,6 +286,8 @@ impl Worker {
         // duplicate.
         let (mut said, mut said_at) = (Vec::new(), Vec::new());
         let (mut messages, mut changes, mut nothing) = (0, 0, 0);
+        // Where and when messages came that history does not keep.
+        let mut spoken = Vec::new();
         for (index, delivery) in deliveries.iter().enumerate() {
             let Some(stored) = delivery.stored(&self.subjects, epoch) else {
                 faults.push((index, "its subject is not a room's".to_owned()));
@@ -299,6 +301,9 @@ impl Worker {
             let namespace = self.parts.config.namespaces.get(stored.room.namespace());
             // A namespace that is unknown here is kept: what is not written now can't be written later.
             if namespace.is_some_and(|namespace| !namespace.history) {
+                if stored.record.class == Class::Msg {
+                    spoken.push((stored.room.clone(), stored.record.ts));
+                }
                 continue;
             }
             let removal = stored
@@ -342,6 +347,14 @@ impl Worker {
             }
             faults.extend(of.get(index).map(|index| (*index, reason)));
         }
+        let said = entries.iter().filter_map(|entry| match &entry.what {
+            What::Message { .. } if entry.from != FROM_NATTER => {
+                Some((&entry.room, entry.place.ts))
+            }
+            What::Message { .. } | What::Change { .. } | What::Nothing(_) => None,
+        });
+        let spoken = spoken.iter().map(|(room, ts)| (room, *ts));
+        self.parts.directory.spoke(said.chain(spoken));
         let mut undone = HashSet::new();
         for (index, reason) in faults {
             let Some(delivery) = deliveries.get(index) else {

@@ -31,37 +31,40 @@ enum Comparison {
 /// A text is not a condition.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is not a condition, as sentiment.score < -0.5: a path, one of < <= > >= = !=, and a number, a text in \
-     quotes, true or false; of the latter two only = and !="
+    "must be like \"sentiment.score < -0.5\": a path of names, one of < <= > >= = !=, and a number, or, after = and !=, \
+     a text in quotes, true or false; {MAX_TEXT} bytes at most; {0:?} is not"
 )]
 pub struct BadCondition(String);
 
 impl Condition {
-    /// Whether the condition is true of `json`. A value that is absent, or of another type, fulfils none, not even
-    /// `!=`.
+    /// The first name of the path.
     #[must_use]
-    pub fn holds(&self, json: &Value) -> bool {
-        let found = self.path.iter().try_fold(json, |at, name| at.get(name));
-        let Some(found) = found else { return false };
+    pub fn name(&self) -> &str {
+        self.path.first().map_or("", |name| name)
+    }
+
+    /// Whether `json` fulfils the condition; `None` if the value is not in it. A value of another type fulfils none, not
+    /// even `!=`.
+    #[must_use]
+    pub fn holds(&self, json: &Value) -> Option<bool> {
+        let found = self.path.iter().try_fold(json, |at, name| at.get(name))?;
         if let (Some(found), Some(value)) = (found.as_f64(), self.value.as_f64()) {
-            return match self.is {
+            return Some(match self.is {
                 Comparison::Less => found < value,
                 Comparison::AtMost => found <= value,
                 Comparison::More => found > value,
                 Comparison::AtLeast => found >= value,
                 Comparison::Equal => found.total_cmp(&value).is_eq(),
                 Comparison::Unequal => !found.total_cmp(&value).is_eq(),
-            };
+            });
         }
         let same_type = std::mem::discriminant(found) == std::mem::discriminant(&self.value);
-        same_type
-            && match self.is {
-                Comparison::Equal => *found == self.value,
-                Comparison::Unequal => *found != self.value,
-                Comparison::Less | Comparison::AtMost | Comparison::More | Comparison::AtLeast => {
-                    false
-                }
-            }
+        let holds = match self.is {
+            Comparison::Equal => *found == self.value,
+            Comparison::Unequal => *found != self.value,
+            Comparison::Less | Comparison::AtMost | Comparison::More | Comparison::AtLeast => false,
+        };
+        Some(same_type && holds)
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -133,32 +136,44 @@ mod tests {
 
     #[test]
     fn conditions_are_true_of_what_they_say() {
-        let json = json!({ "sentiment": { "score": -0.7, "mood": "angry", "sure": true, "words": ["no"] } });
+        let json = json!({
+            "sentiment": { "score": -0.7, "mood": "angry", "sure": true, "words": ["no"] },
+            "lang": "a = b",
+            "n": 1,
+            "none": null,
+        });
         for (text, expected) in [
-            ("sentiment.score < -0.5", true),
-            ("sentiment.score<-0.5", true),
-            ("sentiment.score <= -0.7", true),
-            ("sentiment.score > -0.7", false),
-            ("sentiment.score >= -0.7", true),
-            ("sentiment.score = -0.7", true),
-            ("sentiment.score == -0.7", true),
-            ("sentiment.score != -0.7", false),
-            ("sentiment.score > -1", true),
-            ("sentiment.mood = \"angry\"", true),
-            ("sentiment.mood != \"glad\"", true),
-            ("sentiment.sure = true", true),
-            ("sentiment.sure != true", false),
-            // Another type, or nothing at all.
-            ("sentiment.mood < 1", false),
-            ("sentiment.mood != 1", false),
-            ("sentiment.words != \"no\"", false),
-            ("sentiment.nothing != 1", false),
-            ("sentiment.score.deeper < 1", false),
-            ("score < 1", false),
+            ("sentiment.score < -0.5", Some(true)),
+            ("sentiment.score<-0.5", Some(true)),
+            ("sentiment.score < -0.7", Some(false)),
+            ("sentiment.score <= -0.7", Some(true)),
+            ("sentiment.score > -0.7", Some(false)),
+            ("sentiment.score >= -0.7", Some(true)),
+            ("sentiment.score = -0.7", Some(true)),
+            ("sentiment.score == -0.7", Some(true)),
+            ("sentiment.score != -0.7", Some(false)),
+            ("sentiment.score > -1", Some(true)),
+            ("sentiment.mood = \"angry\"", Some(true)),
+            ("sentiment.mood != \"glad\"", Some(true)),
+            ("sentiment.sure = true", Some(true)),
+            ("sentiment.sure != true", Some(false)),
+            ("sentiment.sure = false", Some(false)),
+            ("lang == \"a = b\"", Some(true)),
+            ("n = 1.0", Some(true)),
+            // Another type.
+            ("sentiment.mood < 1", Some(false)),
+            ("sentiment.mood != 1", Some(false)),
+            ("sentiment.words != \"no\"", Some(false)),
+            ("none != 1", Some(false)),
+            // Nothing at all.
+            ("sentiment.nothing != 1", None),
+            ("sentiment.score.deeper < 1", None),
+            ("score < 1", None),
         ] {
             assert_eq!(condition(text).unwrap().holds(&json), expected, "{text}");
         }
-        assert!(!condition("a < 1").unwrap().holds(&json!(7)));
+        assert_eq!(condition("a < 1").unwrap().holds(&json!(7)), None);
+        assert_eq!(condition("a.b < 1").unwrap().name(), "a");
     }
 
     #[test]
@@ -171,6 +186,7 @@ mod tests {
             "< 1",
             "a < b",
             "a << 1",
+            "a => 1",
             "a <> 1",
             "a = null",
             "a = {}",
@@ -184,7 +200,7 @@ mod tests {
             &long,
         ] {
             let error = condition(text).unwrap_err().to_string();
-            assert!(error.contains("is not a condition"), "{text}: {error}");
+            assert!(error.contains("must be like"), "{text}: {error}");
         }
         assert_eq!(condition("a.b < -1").unwrap().to_string(), "a.b < -1");
     }

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, ToSocketAddrs as _},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -20,7 +20,9 @@ use hyper_util::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpStream, lookup_host},
+    net::TcpStream,
+    sync::Semaphore,
+    task::spawn_blocking,
     time::timeout,
 };
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
@@ -28,6 +30,10 @@ use tower_service::Service;
 
 use super::address::is_allowed;
 use crate::config::Network;
+
+/// Names that are looked up at once for one client. Each look-up occupies a thread until the system's resolver gives up,
+/// which may be long after the request has.
+const LOOKUPS: usize = 8;
 
 /// Every address of the host is refused.
 #[derive(Debug, thiserror::Error)]
@@ -40,13 +46,44 @@ pub(super) struct RefusedAddress {
 /// Opens connections to the host of a URL.
 #[derive(Clone)]
 pub(super) struct Connector {
-    pub(super) tls: TlsConnector,
-    pub(super) allow: Arc<[Network]>,
-    /// For all addresses of the host together.
-    pub(super) timeout: Duration,
+    tls: TlsConnector,
+    allow: Arc<[Network]>,
+    /// From the look-up of the name to the end of the handshake, and for all addresses of the host together.
+    timeout: Duration,
+    lookups: Arc<Semaphore>,
 }
 
 impl Connector {
+    pub(super) fn new(tls: TlsConnector, allow: Arc<[Network]>, timeout: Duration) -> Self {
+        Self {
+            tls,
+            allow,
+            timeout,
+            lookups: Arc::new(Semaphore::new(LOOKUPS)),
+        }
+    }
+
+    /// The client goes on with a connection that it has begun, also when the request has ended: so it needs a timeout of
+    /// its own.
+    async fn connect_in_time(self, url: Uri) -> io::Result<Link> {
+        timeout(self.timeout, self.clone().connect(url)).await?
+    }
+
+    /// The addresses of a host.
+    async fn look_up(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        if let Ok(address) = host.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(address, port)]);
+        }
+        let turn = Arc::clone(&self.lookups).acquire_owned().await;
+        let host = host.to_owned();
+        let look_up = move || {
+            // Given back when the resolver has answered, whether or not somebody still waits for that.
+            let _turn = turn;
+            (host, port).to_socket_addrs().map(Iterator::collect)
+        };
+        spawn_blocking(look_up).await.map_err(io::Error::other)?
+    }
+
     async fn connect(self, url: Uri) -> io::Result<Link> {
         let is_secure = url.scheme_str() == Some("https");
         let host = url.host().unwrap_or_default();
@@ -66,7 +103,7 @@ impl Connector {
 
     /// Connects to the first allowed address of the host that answers.
     async fn reach(&self, host: &str, port: u16) -> io::Result<TcpStream> {
-        let all: Vec<SocketAddr> = lookup_host((host, port)).await?.collect();
+        let all: Vec<SocketAddr> = self.look_up(host, port).await?;
         let allowed = all.iter().filter(|its| is_allowed(its.ip(), &self.allow));
         let allowed: Vec<SocketAddr> = allowed.copied().collect();
         if let (true, Some(refused)) = (allowed.is_empty(), all.first()) {
@@ -97,7 +134,7 @@ impl Service<Uri> for Connector {
     }
 
     fn call(&mut self, url: Uri) -> Self::Future {
-        Box::pin(self.clone().connect(url))
+        Box::pin(self.clone().connect_in_time(url))
     }
 }
 

@@ -38,6 +38,12 @@ const IDLE: Duration = Duration::from_secs(30);
 /// Unused connections that are kept.
 const MAX_IDLE: usize = 32;
 
+/// Interval of the pings on an HTTP/2 connection with open requests, and the timeout of their answers.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
+/// Most bytes of an answer that an HTTP/2 server may send before they are read.
+const WINDOW: u32 = 64 * 1024;
+
 /// Most bytes of an answer's headers.
 const HEADER_BYTES: u32 = 64 * 1024;
 
@@ -113,11 +119,8 @@ impl Client {
     /// # Errors
     /// The system's certificate authorities can't be read.
     pub fn new(limits: Limits) -> io::Result<Self> {
-        let connector = Connector {
-            tls: tls(&[b"h2", b"http/1.1"])?,
-            allow: limits.allow.into(),
-            timeout: limits.timeout,
-        };
+        let tls = tls(&[b"h2", b"http/1.1"])?;
+        let connector = Connector::new(tls, limits.allow.into(), limits.timeout);
         let inner = legacy::Client::builder(TokioExecutor::new())
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
@@ -125,6 +128,11 @@ impl Client {
             .pool_max_idle_per_host(MAX_IDLE)
             .http1_max_buf_size(HEADER_BYTES as usize)
             .http2_max_header_list_size(HEADER_BYTES)
+            .http2_initial_stream_window_size(WINDOW)
+            .http2_initial_connection_window_size(16 * WINDOW)
+            // All requests share one connection: if its other end is gone, they must not all wait for TCP to notice.
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .http2_keep_alive_timeout(KEEP_ALIVE)
             .build(connector);
         Ok(Self {
             inner,

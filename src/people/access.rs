@@ -104,6 +104,14 @@ impl<'r> Standing<'r> {
         })
     }
 
+    /// Whether a user who has the right `follow` may watch the room without being in it.
+    #[must_use]
+    pub fn may_be_followed(&self, identity: &Identity) -> bool {
+        let member = self.record.and_then(|record| record.member(&identity.user));
+        let is_banned = member.is_some_and(|member| member.state == MemberState::Banned);
+        !is_banned && !self.record.is_some_and(Record::is_closed)
+    }
+
     /// How long a user waits between two messages, in ms, if the room is in slow mode and the user is no moderator.
     #[must_use]
     pub fn slow_mode(&self, identity: &Identity, room: &RoomId) -> Option<u64> {

@@ -3,7 +3,7 @@
 //! Nothing is kept for it: the index names the rooms, the records say what they are, and the streams have the newest
 //! messages and count what is unread. So it works without MongoDB, and costs nothing while nobody asks.
 
-use std::{cmp::Reverse, collections::HashMap};
+use std::{cmp::Reverse, collections::HashMap, sync::Arc};
 
 use futures_util::future::try_join_all;
 use serde_json::Value;
@@ -15,9 +15,11 @@ use super::{
 };
 use crate::{
     auth::{Identity, Right},
-    model::RoomId,
+    bus,
+    model::{Class, RoomId},
     protocol::{ErrorCode, InboxReply, Refused, RoomSummary},
-    read_marker::{Latest, Markers, Unread},
+    read_marker::{Counted, Latest, Markers, Unread},
+    runtime::unix_ms,
 };
 
 /// Rooms on a page: the default, and the maximum.
@@ -84,67 +86,127 @@ impl InboxOf {
         let after = after.map(|text| {
             Order::parse(text).ok_or_else(|| bad("after is no next of an inbox".to_owned()))
         });
-        let limit = match limit.map(usize::try_from) {
-            None => PAGE,
-            Some(Ok(limit @ 1..=MAX_PAGE)) => limit,
-            Some(_) => return Err(bad(format!("limit must be 1 to {MAX_PAGE}"))),
-        };
         Ok(Self {
             after: after.transpose()?,
-            limit,
+            limit: page_limit(limit)?,
             archived,
         })
+    }
+}
+
+/// How many rooms are on a page.
+///
+/// # Errors
+/// `bad_request`.
+pub fn page_limit(limit: Option<u64>) -> Result<usize, Refused> {
+    match limit.map(usize::try_from) {
+        None => Ok(PAGE),
+        Some(Ok(limit @ 1..=MAX_PAGE)) => Ok(limit),
+        Some(_) => {
+            let text = format!("limit must be 1 to {MAX_PAGE}");
+            Err(Refused::new(ErrorCode::BadRequest, text))
+        }
+    }
+}
+
+/// The text of a message, if it has one.
+#[must_use]
+pub fn text_of(body: &[u8]) -> Option<String> {
+    match serde_json::from_slice(body).ok()? {
+        Value::String(text) => Some(text),
+        Value::Object(mut fields) => match fields.remove("text")? {
+            Value::String(text) => Some(text),
+            _ => None,
+        },
+        _ => None,
     }
 }
 
 /// The beginning of the text of a message, if it has one.
 #[must_use]
 pub fn preview(body: &[u8]) -> Option<String> {
-    let text = match serde_json::from_slice(body).ok()? {
-        Value::String(text) => text,
-        Value::Object(mut fields) => match fields.remove("text")? {
-            Value::String(text) => text,
-            _ => return None,
-        },
-        _ => return None,
-    };
-    Some(text.chars().take(TEXT).collect())
+    let mut text = text_of(body)?;
+    if let Some((end, _)) = text.char_indices().nth(TEXT) {
+        text.truncate(end);
+    }
+    Some(text)
 }
 
-/// A room of a user, before it is summarized.
-struct Mine {
-    entry: index::Entry,
-    record: std::sync::Arc<Record>,
-    latest: Option<Latest>,
-    order: Order,
+/// What a summary shows of a message.
+pub(super) fn shown(record: &bus::Record) -> (Option<String>, Option<u64>) {
+    (preview(&record.body), Some(0))
 }
 
-impl Mine {
-    fn summary(&self, user: &str, markers: &Markers, unread: Unread) -> RoomSummary {
-        let (room, latest) = (&self.order.room, self.latest.as_ref());
-        let peers = self.record.present().map(|(name, _)| name);
-        let peers = peers.filter(|name| *name != user).take(PEERS);
-        let record = &self.record;
+/// A room, before it is summarized for a user.
+pub(super) struct Seen {
+    pub(super) room: RoomId,
+    /// The user's entry of it; empty if the user is not in it.
+    pub(super) entry: index::Entry,
+    pub(super) record: Option<Arc<Record>>,
+    /// Its newest message, if it is durable and has one.
+    pub(super) latest: Option<Latest>,
+}
+
+impl Seen {
+    /// `unread`: `None` if the user has not read there, and it was not counted.
+    pub(super) fn summary(
+        &self,
+        user: &str,
+        markers: &Markers,
+        unread: Option<Unread>,
+    ) -> RoomSummary {
+        let (room, latest, record) = (&self.room, self.latest.as_ref(), self.record.as_deref());
+        let peers = record.into_iter().flat_map(Record::present);
+        let peers = peers
+            .map(|(name, _)| name)
+            .filter(|name| *name != user)
+            .take(PEERS);
         RoomSummary {
             room: room.clone(),
-            kind: Some(record.kind.as_str()),
-            about: record.about.clone(),
-            title: record.title(),
-            info: record.info(),
+            kind: record.map(|record| record.kind.as_str()),
+            about: record.and_then(|record| record.about.clone()),
+            title: record.and_then(Record::title),
+            info: record.and_then(Record::info),
             peers: peers.map(str::to_owned).collect(),
             head: latest.map(|latest| latest.head.clone()),
             last: latest.map(|latest| latest.last.clone()),
-            unread: unread.count,
-            capped: unread.capped,
+            unread: unread.map(|unread| unread.count),
+            capped: unread.is_some_and(|unread| unread.capped),
+            mentions: unread.and_then(|unread| unread.mentions),
             marker: markers.marker(room, user),
             muted: is_on(self.entry.muted.as_ref()),
             pinned: is_on(self.entry.pinned.as_ref()),
             archived: is_on(self.entry.archived.as_ref()),
-            assignee: record.assignee(),
-            alert: record.alert(),
+            assignee: record.and_then(Record::assignee),
+            alert: record.and_then(Record::alert),
+        }
+    }
+
+    fn order(&self) -> Order {
+        let made = || self.record.as_ref().map_or(0, |record| record.made.created);
+        Order {
+            pinned: Reverse(is_on(self.entry.pinned.as_ref())),
+            active_at: Reverse(self.latest.as_ref().map_or_else(made, |its| its.last.ts)),
+            room: self.room.clone(),
         }
     }
 }
+
+/// Which rooms are summarized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// Those that the user is in.
+    Mine,
+    /// All that the user may read.
+    Readable,
+}
+
+/// No unread messages.
+const NOTHING: Unread = Unread {
+    count: 0,
+    capped: false,
+    mentions: Some(0),
+};
 
 impl People {
     /// A page of the user's rooms.
@@ -157,36 +219,32 @@ impl People {
         identity: &Identity,
         page: &InboxOf,
     ) -> Result<InboxReply, Refused> {
-        let mut mine = self.mine(markers, identity).await?;
-        mine.retain(|one| is_on(one.entry.archived.as_ref()) == page.archived);
-        mine.sort_unstable_by(|a, b| a.order.cmp(&b.order));
+        let mut indexed = self.rooms_of(&identity.user).await?;
+        indexed.retain(|(room, entry)| {
+            identity.may(Right::Read, room) && is_on(entry.archived.as_ref()) == page.archived
+        });
+        let mine = self.look(markers, identity, indexed, Whose::Mine).await?;
+        let mut mine: Vec<(Order, Seen)> = mine.into_iter().map(|one| (one.order(), one)).collect();
+        mine.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
         let start = page
             .after
             .as_ref()
-            .map_or(0, |after| mine.partition_point(|one| one.order <= *after));
+            .map_or(0, |after| mine.partition_point(|(order, _)| order <= after));
         let shown = &mine[start..mine.len().min(start + page.limit)];
         let more = start + shown.len() < mine.len();
         let next = shown
             .last()
             .filter(|_| more)
-            .map(|one| one.order.to_string());
-        let durable = shown.iter().filter(|one| one.latest.is_some());
-        let user = &identity.user;
-        let unread = markers
-            .unread(user, durable.map(|one| &one.order.room))
-            .await?;
-        let rooms = shown.iter().map(|one| {
-            let unread = unread.get(&one.order.room).copied().unwrap_or_default();
-            one.summary(user, markers, unread)
-        });
+            .map(|(order, _)| order.to_string());
+        let rooms = shown.iter().map(|(_, one)| one);
         Ok(InboxReply {
-            rooms: rooms.collect(),
+            rooms: self.summarize(markers, &identity.user, rooms).await?,
             next,
         })
     }
 
-    /// Summaries of rooms of the user; without those that the user is not in. `false`: messages came while it was read,
-    /// so the number of unread ones may be too high.
+    /// Summaries of rooms; without those that the user is not in, or may not read. `false`: messages came while it was
+    /// read, so the number of unread ones may be too high.
     ///
     /// # Errors
     /// `unavailable`.
@@ -195,83 +253,104 @@ impl People {
         markers: &Markers,
         identity: &Identity,
         rooms: &[RoomId],
+        whose: Whose,
     ) -> Result<HashMap<RoomId, (RoomSummary, bool)>, Refused> {
         let user = &identity.user;
-        let indexed = self.entries_of(user, rooms).await?;
-        // For all sessions of the user, whose tokens may differ.
-        let mine = self.look(markers, identity, indexed).await?;
-        let durable: Vec<&RoomId> = mine
+        let mut indexed = self.entries_of(user, rooms).await?;
+        if whose == Whose::Readable {
+            let mut entries: HashMap<RoomId, index::Entry> = indexed.into_iter().collect();
+            let all = rooms.iter().map(|room| {
+                let entry = entries.remove(room).unwrap_or_default();
+                (room.clone(), entry)
+            });
+            indexed = all.collect();
+        }
+        let seen = self.look(markers, identity, indexed, whose).await?;
+        let summaries = self.summarize(markers, user, seen.iter()).await?;
+        let durable: Vec<&RoomId> = seen
             .iter()
             .filter(|one| one.latest.is_some())
-            .map(|one| &one.order.room)
+            .map(|one| &one.room)
             .collect();
-        let unread = markers.unread(user, durable.iter().copied()).await?;
-        let after = markers.latest(user, &durable, preview).await?;
-        let summaries = mine.iter().map(|one| {
-            let room = &one.order.room;
-            let head = |latest: Option<&Latest>| latest.map(|latest| latest.head.clone());
-            let is_exact = head(after.get(room)) == head(one.latest.as_ref());
-            let unread = unread.get(room).copied().unwrap_or_default();
-            (room.clone(), (one.summary(user, markers, unread), is_exact))
+        let after = markers.latest(user, &durable, Class::Msg, &shown).await?;
+        let summaries = summaries.into_iter().map(|summary| {
+            let head = after.get(&summary.room).map(|latest| &latest.head);
+            let is_exact = head == summary.head.as_ref();
+            (summary.room.clone(), (summary, is_exact))
         });
         Ok(summaries.collect())
     }
 
-    /// The rooms that the user is in and may read.
-    async fn mine(&self, markers: &Markers, identity: &Identity) -> Result<Vec<Mine>, Refused> {
-        let mut indexed = self.rooms_of(&identity.user).await?;
-        indexed.retain(|(room, _)| identity.may(Right::Read, room));
-        self.look(markers, identity, indexed).await
+    async fn summarize<'s>(
+        &self,
+        markers: &Markers,
+        user: &str,
+        rooms: impl Iterator<Item = &'s Seen> + Clone + Send,
+    ) -> Result<Vec<RoomSummary>, Refused> {
+        let durable: Vec<&RoomId> = rooms
+            .clone()
+            .filter(|one| one.latest.is_some())
+            .map(|one| &one.room)
+            .collect();
+        let unread = markers.unread(user, durable, Counted::Mentions).await?;
+        let rooms = rooms.map(|one| {
+            let unread = unread.get(&one.room).copied().unwrap_or(NOTHING);
+            one.summary(user, markers, Some(unread))
+        });
+        Ok(rooms.collect())
     }
 
-    /// Looks at rooms of the user: those that the user is in.
+    /// Those of the rooms whose messages are kept in streams.
+    pub(super) fn durable<'r>(&self, rooms: impl Iterator<Item = &'r RoomId>) -> Vec<&'r RoomId> {
+        let namespaces = &self.config().namespaces;
+        rooms
+            .filter(|room| {
+                namespaces
+                    .get(room.namespace())
+                    .is_some_and(|its| its.durable)
+            })
+            .collect()
+    }
+
+    /// Looks at rooms: those that the user is in, or may read.
     async fn look(
         &self,
         markers: &Markers,
         identity: &Identity,
-        indexed: Vec<(RoomId, index::Entry)>,
-    ) -> Result<Vec<Mine>, Refused> {
-        let indexed: Vec<_> = indexed
-            .into_iter()
-            .filter(|(_, entry)| entry.is_in())
-            .collect();
-        let known = try_join_all(indexed.iter().map(|(room, _)| self.of(room))).await?;
-        let durable: Vec<&RoomId> = indexed
-            .iter()
-            .map(|(room, _)| room)
-            .filter(|room| {
-                let namespace = self.config().namespaces.get(room.namespace());
-                namespace.is_some_and(|its| its.durable)
-            })
-            .collect();
-        let mut latest: HashMap<RoomId, Latest> =
-            markers.latest(&identity.user, &durable, preview).await?;
-        let mut mine = Vec::with_capacity(indexed.len());
-        for ((room, entry), known) in indexed.into_iter().zip(known) {
+        mut rooms: Vec<(RoomId, index::Entry)>,
+        whose: Whose,
+    ) -> Result<Vec<Seen>, Refused> {
+        rooms.retain(|(room, entry)| match whose {
+            // For all sessions of the user, whose tokens may differ.
+            Whose::Mine => entry.is_in(),
+            Whose::Readable => identity.may(Right::Read, room),
+        });
+        let known = try_join_all(rooms.iter().map(|(room, _)| self.of(room))).await?;
+        let durable = self.durable(rooms.iter().map(|(room, _)| room));
+        let mut latest: HashMap<RoomId, Latest> = markers
+            .latest(&identity.user, &durable, Class::Msg, &shown)
+            .await?;
+        let mut seen = Vec::with_capacity(rooms.len());
+        for ((room, entry), known) in rooms.into_iter().zip(known) {
             // The record is right where the index is behind.
-            let removed = known.standing(self.config(), &room, |standing| {
-                standing.removal(identity, &room).is_some()
+            let is_out = known.standing(self.config(), &room, |standing| match whose {
+                Whose::Mine => standing.removal(identity, &room).is_some(),
+                Whose::Readable => standing
+                    .check(identity, Right::Read, &room, unix_ms())
+                    .is_err(),
             });
-            let Some(record) = known.record().filter(|_| !removed) else {
+            let record = known.record();
+            if is_out || whose == Whose::Mine && record.is_none() {
                 continue;
-            };
-            let latest = latest.remove(&room);
-            let active_at = latest
-                .as_ref()
-                .map_or(record.made.created, |its| its.last.ts);
-            let order = Order {
-                pinned: Reverse(is_on(entry.pinned.as_ref())),
-                active_at: Reverse(active_at),
+            }
+            seen.push(Seen {
+                latest: latest.remove(&room),
                 room,
-            };
-            mine.push(Mine {
                 entry,
                 record,
-                latest,
-                order,
             });
         }
-        Ok(mine)
+        Ok(seen)
     }
 }
 

@@ -86,7 +86,7 @@ pub struct People {
     pub(super) origins: Arc<Origins>,
     known: RwLock<HashMap<RoomId, Arc<Known>>>,
     loads: mpsc::Sender<Load>,
-    changes: broadcast::Sender<RoomId>,
+    changes: broadcast::Sender<RecordChange>,
     /// When the bucket last failed to answer.
     failed: RwLock<Option<Instant>>,
     /// Whether what another region has could not be read, and is to be read again.
@@ -95,6 +95,15 @@ pub struct People {
     blocks: AtomicU64,
     /// Rooms that are read once more, because a replica that lags behind may have answered.
     again: Mutex<Vec<(Instant, RoomId, Arc<Known>)>>,
+}
+
+/// The record of a room is another one than was known.
+#[derive(Debug, Clone)]
+pub struct RecordChange {
+    /// The room.
+    pub room: RoomId,
+    /// What the record is now; `None` if it was only read for the first time.
+    pub record: Option<Arc<Record>>,
 }
 
 /// A request for a record.
@@ -121,6 +130,12 @@ impl Known {
     #[must_use]
     pub fn record(&self) -> Option<Arc<Record>> {
         self.record.read().clone()
+    }
+
+    /// Whether the buckets were read. Otherwise the room may have a record although none is known.
+    #[must_use]
+    pub fn is_read(&self) -> bool {
+        self.is_read.load(Ordering::Acquire)
     }
 
     /// What it means for one user whether the room has a record, and which.
@@ -207,9 +222,9 @@ impl People {
         &self.config
     }
 
-    /// The rooms whose records change, from now on.
+    /// The records that change, from now on: also those of rooms that nobody has asked for.
     #[must_use]
-    pub fn changes(&self) -> broadcast::Receiver<RoomId> {
+    pub fn changes(&self) -> broadcast::Receiver<RecordChange> {
         self.changes.subscribe()
     }
 
@@ -225,7 +240,7 @@ impl People {
         if !known.used.load(Ordering::Relaxed) {
             known.used.store(true, Ordering::Relaxed);
         }
-        if known.is_read.load(Ordering::Acquire) {
+        if known.is_read() {
             return Ok(known);
         }
         let needed = self.config.namespaces.get(room.namespace());
@@ -351,11 +366,13 @@ impl People {
                     let Some((origin, entry)) = self.records.change(message) else {
                         continue;
                     };
-                    let newest = seen.entry((true, origin)).or_insert(entry.revision);
+                    let before = entry.revision.saturating_sub(1);
+                    let newest = seen.entry((true, origin)).or_insert(before);
                     // What is republished a second time, by a new mirror, is older.
+                    let is_new = entry.revision > *newest;
                     suspect |= entry.revision > *newest + 1;
                     *newest = entry.revision.max(*newest);
-                    self.apply(&entry);
+                    self.apply(&entry, is_new);
                 }
                 for message in &of_blocks {
                     if let Some((_origin, entry)) = self.index.change(message) {
@@ -447,7 +464,7 @@ impl People {
     async fn load(&self, loads: Vec<Load>) {
         let rooms: Vec<_> = loads
             .iter()
-            .filter(|load| !load.known.is_read.load(Ordering::Acquire))
+            .filter(|load| !load.known.is_read())
             .map(|load| (load.room.clone(), Arc::clone(&load.known)))
             .collect();
         let read = self.read(&rooms).await;
@@ -478,9 +495,11 @@ impl People {
             if let Some(room) = parse_record_key(&entry.key)
                 && let Some(known) = by_room.get(&room)
                 && let Some(record) = record_of(entry)
-                && known.learn(&record)
             {
-                changed.push(room);
+                let is_first = known.record.read().is_none();
+                if known.learn(&record) {
+                    changed.push((room, is_first));
+                }
             }
         }
         let blocks = self.blocks.load(Ordering::Relaxed);
@@ -500,9 +519,10 @@ impl People {
         for (_, known) in rooms {
             known.is_read.store(true, Ordering::Release);
         }
-        for room in changed {
-            // Nobody may be listening yet.
-            let _nobody = self.changes.send(room);
+        for (room, is_first) in changed {
+            let known = by_room.get(&room).filter(|_| !is_first);
+            let record = known.and_then(|known| known.record());
+            self.announce(room, record);
         }
         Ok(())
     }
@@ -552,15 +572,32 @@ impl People {
         Ok(blocks.values().any(|block| block.value))
     }
 
-    /// Applies a change of a record.
-    fn apply(&self, entry: &Entry) {
+    /// Applies a change of a record. `is_new`: whether it has not arrived before.
+    fn apply(&self, entry: &Entry, is_new: bool) {
         // A record that was removed by hand is kept: other regions may not hear of it.
-        if let Some(room) = parse_record_key(&entry.key)
-            && let Some(known) = self.known.read().get(&room).cloned()
-            && let Some(record) = record_of(entry)
-        {
-            self.learn_of(&room, &known, &record);
+        let Some(room) = parse_record_key(&entry.key) else {
+            return;
+        };
+        match self.known(&room) {
+            Some(known) => {
+                if let Some(record) = record_of(entry) {
+                    self.learn_of(&room, &known, &record);
+                }
+            }
+            // Those who watch may want to know of it.
+            None if is_new => {
+                if let Some(record) = record_of(entry) {
+                    self.announce(room, Some(Arc::new(record)));
+                }
+            }
+            None => {}
         }
+    }
+
+    /// Tells those who listen that a record has changed.
+    fn announce(&self, room: RoomId, record: Option<Arc<Record>>) {
+        // Nobody may be listening yet.
+        let _nobody = self.changes.send(RecordChange { room, record });
     }
 
     fn learn_of(&self, room: &RoomId, known: &Known, record: &Record) {
@@ -570,8 +607,7 @@ impl People {
                 // Whether one of the two has blocked the other is read with it.
                 known.is_read.store(false, Ordering::Release);
             }
-            // Nobody may be listening yet.
-            let _nobody = self.changes.send(room.clone());
+            self.announce(room.clone(), known.record());
         }
     }
 

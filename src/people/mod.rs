@@ -7,11 +7,14 @@
 
 mod access;
 mod change;
+mod filter;
+mod followed;
 mod inbox;
 mod index;
 mod known;
 mod names;
 mod record;
+mod sweep;
 mod write;
 
 #[cfg(test)]
@@ -19,8 +22,11 @@ mod tests;
 
 pub use access::Removal;
 pub use change::{Change, Create, PutMember, Settings, Told, alert_told};
-pub use inbox::{InboxOf, preview};
-pub use known::{Known, People};
+pub use filter::Filter;
+pub use followed::Found;
+pub use inbox::{InboxOf, Whose, page_limit, preview};
+pub use known::{Known, People, RecordChange};
 pub use names::{direct, group};
 pub use record::{Alert, MemberState, Record, RoomKind};
+pub use sweep::Sweep;
 pub use write::{Arrangement, Changed};

@@ -314,6 +314,21 @@ impl Record {
         serde_json::to_string(self).unwrap_or_default()
     }
 
+    /// This record, merged with the one that has this text, if it is one.
+    #[must_use]
+    pub fn merged_with(mut self, text: &str) -> Self {
+        if let Ok(other) = serde_json::from_str(text) {
+            self.merge_from(&other);
+        }
+        self
+    }
+
+    /// Whether it is put aside.
+    #[must_use]
+    pub fn is_archived(&self) -> bool {
+        is_on(self.archived.as_ref())
+    }
+
     /// Names this state of the record: different after each change, and the same in every region that has it.
     #[must_use]
     pub fn version(&self) -> String {
@@ -417,7 +432,7 @@ impl Record {
             info: self.info(),
             at: self.made.created,
             by: self.made.by.clone(),
-            archived: is_on(self.archived.as_ref()),
+            archived: self.is_archived(),
             frozen: self.is_frozen(),
             closed: self.is_closed(),
             slow_mode_s: Some(self.slow_mode_s()).filter(|seconds| *seconds > 0),

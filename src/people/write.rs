@@ -12,7 +12,7 @@ use super::{
     change::{Ask, Change, Told, check_user},
     index,
     known::People,
-    record::{Field, Merge, Record, Stamp},
+    record::{Field, Member, Merge, Record, Stamp},
 };
 use crate::{
     auth::{Identity, Right},
@@ -61,7 +61,7 @@ pub struct Arrangement {
     pub archived: Option<bool>,
 }
 
-fn refusal(error: KvError) -> Refused {
+pub(super) fn refusal(error: KvError) -> Refused {
     let code = match &error {
         KvError::Conflict
         | KvError::Unavailable
@@ -231,25 +231,14 @@ impl People {
         })
     }
 
-    /// Writes into the index what the record says of these users. What can't be written is repaired later, by whoever
-    /// compares the two.
+    /// Writes into the index what the record says of these users. What can't be written is repaired later
+    /// ([`Self::repair_index`]).
     pub async fn write_index(&self, room: &RoomId, record: &Record, users: &[String]) {
         let writes = users.iter().filter_map(|user| {
-            let member = record.member(user)?.clone();
+            let key = inbox_key(user, room);
+            let member = record.member(user)?;
             Some(async move {
-                let new = index::Entry {
-                    member: Some(member),
-                    ..index::Entry::default()
-                };
-                let merged = |known: Option<&index::Entry>| {
-                    let mut merged = known.cloned().unwrap_or_default();
-                    merged.merge_from(&new);
-                    Ok(((known != Some(&merged)).then_some(merged), ()))
-                };
-                let written = self
-                    .update(&self.index, &inbox_key(user, room), merged)
-                    .await;
-                if let Err(error) = written {
+                if let Err(error) = self.write_entry(&key, member).await {
                     count(Counter::IndexFailed, 1);
                     tracing::warn!(room.id = %room, %error, "the index of a user can't be written");
                 }
@@ -260,6 +249,21 @@ impl People {
             .buffer_unordered(INDEX_WRITES)
             .collect::<Vec<()>>()
             .await;
+    }
+
+    /// Merges what a record says of a user into the user's entry, whose own settings stay. Returns whether that has
+    /// changed the entry.
+    pub(super) async fn write_entry(&self, key: &str, member: &Member) -> Result<bool, Refused> {
+        let merged = |known: Option<&index::Entry>| match known {
+            Some(known) if !known.is_behind(member) => Ok((None, false)),
+            known => {
+                let mut merged = known.cloned().unwrap_or_default();
+                merged.member.merge_from(&Some(member.clone()));
+                Ok((Some(merged), true))
+            }
+        };
+        let (_entry, written) = self.update(&self.index, key, merged).await?;
+        Ok(written)
     }
 
     /// The record of a room, as all regions that can be read have it now.

@@ -119,8 +119,8 @@ pub enum Command {
         /// Those that the user has put aside, instead of the others.
         archived: bool,
     },
-    /// Be told what happens in the user's rooms.
-    Watch,
+    /// Be told what happens in rooms without joining them, or get a further page of a watch.
+    Watch(Box<WatchOf>),
     /// No longer be told.
     Unwatch {
         /// The number of the watch.
@@ -137,6 +137,38 @@ pub enum Command {
     Ping,
     /// The answer to a ping of the server, in a protocol whose pings are not those of WebSocket.
     Pong,
+}
+
+/// What to watch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WatchOf {
+    /// The rooms.
+    pub what: Watched,
+    /// At most this many rooms in the reply.
+    pub limit: Option<u64>,
+}
+
+/// The rooms of a watch.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Watched {
+    /// Those that the user is in.
+    Mine,
+    /// These.
+    Rooms(Vec<RoomId>),
+    /// Those that match.
+    Pattern {
+        /// `ns:*` or `*:*`, not yet parsed.
+        pattern: String,
+        /// Which of them, not yet parsed.
+        filter: serde_json::Map<String, serde_json::Value>,
+    },
+    /// The next ones of a watch that exists.
+    Page {
+        /// Its number.
+        watch: u64,
+        /// The `next` of the page before.
+        after: String,
+    },
 }
 
 /// A room to make, as a client describes it.

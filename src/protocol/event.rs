@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::value::RawValue;
 
-use super::RoomSummary;
+use super::WatchPush;
 use crate::model::{Cursor, Position, RoomId};
 
 /// What clients are told besides messages.
@@ -41,14 +41,7 @@ pub enum Event {
         code: &'static str,
     },
     /// Something is new in rooms that the session watches.
-    Inbox {
-        /// The number of the watch.
-        watch: u64,
-        /// These rooms, as they are now.
-        rooms: Vec<RoomSummary>,
-        /// Rooms that the user is not in any more.
-        gone: Vec<RoomId>,
-    },
+    Inbox(WatchPush),
     /// The session's token is about to expire.
     TokenExpiring {
         /// When, in seconds since 1970.
@@ -70,7 +63,7 @@ impl Event {
             Self::Read { .. } => "read",
             Self::Presence { .. } => "presence",
             Self::Kicked { .. } => "kicked",
-            Self::Inbox { .. } => "inbox",
+            Self::Inbox(_) => "inbox",
             Self::TokenExpiring { .. } => "token_expiring",
             Self::Reconnect { .. } => "reconnect",
         }

@@ -7,7 +7,7 @@ use super::reply::text;
 use crate::model::{Cursor, RoomId};
 
 /// A room in a list of conversations.
-#[derive(Debug, Clone, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct RoomSummary {
     /// The room.
     #[schema(value_type = String)]
@@ -35,11 +35,15 @@ pub struct RoomSummary {
     /// The newest message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last: Option<LastMessage>,
-    /// How many messages the user has not read.
-    pub unread: u64,
+    /// How many messages the user has not read. Absent in a watch of a pattern, where the user has no read marker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unread: Option<u64>,
     /// Whether there are more than that.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub capped: bool,
+    /// How many of them mention the user. Absent if there are more than 200, and in a watch of a pattern.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mentions: Option<u64>,
     /// The user's read marker.
     #[serde(serialize_with = "text", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -96,7 +100,7 @@ pub struct InboxReply {
     pub next: Option<String>,
 }
 
-/// The reply to a watch: the first page of the user's rooms.
+/// The reply to a watch: a page of its rooms.
 #[derive(Debug, Clone, Serialize)]
 pub struct WatchReply {
     /// The number of the watch.
@@ -104,4 +108,60 @@ pub struct WatchReply {
     /// The page.
     #[serde(flatten)]
     pub inbox: InboxReply,
+    /// Rooms that were asked for and are not watched.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub refused: Vec<RefusedRoom>,
+    /// Whether there may be rooms that no page shows.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub partial: bool,
+}
+
+impl WatchReply {
+    /// A page that is the last one.
+    #[must_use]
+    pub fn new(watch: u64, rooms: Vec<RoomSummary>) -> Self {
+        Self {
+            watch,
+            inbox: InboxReply { rooms, next: None },
+            refused: Vec::new(),
+            partial: false,
+        }
+    }
+}
+
+/// A room that is not watched.
+#[derive(Debug, Clone, Serialize)]
+pub struct RefusedRoom {
+    /// The room.
+    pub room: RoomId,
+    /// The code of the refusal.
+    pub code: &'static str,
+    /// Why.
+    pub message: String,
+}
+
+/// What is new in the rooms of a watch.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct WatchPush {
+    /// The number of the watch.
+    pub watch: u64,
+    /// These rooms, as they are now.
+    pub rooms: Vec<RoomSummary>,
+    /// Rooms that are not among those of the watch any more.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gone: Vec<RoomId>,
+    /// The number of further rooms in which something has happened.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub more: usize,
+    /// The code of the reason for which the watch has ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended: Option<&'static str>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "what serde calls it with"
+)]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 mod codec;
 mod codes;
 mod command;
+mod directory;
 mod event;
 mod inbox;
 mod order;
@@ -20,10 +21,13 @@ pub use codec::{Codec, Form};
 pub use codes::{Close, ErrorCode, Refused};
 pub use command::{
     Anchor, Beats, Command, First, HistoryOf, NewRoom, PageOf, ResumeAt, RoomSubscription,
-    SearchFor, Since, SubscribedTo, Wants,
+    SearchFor, Since, SubscribedTo, Wants, WatchOf, Watched,
 };
+pub use directory::{RoomBody, RoomsReply};
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
-pub use inbox::{AlertBody, InboxReply, LastMessage, RoomSummary, WatchReply};
+pub use inbox::{
+    AlertBody, InboxReply, LastMessage, RefusedRoom, RoomSummary, WatchPush, WatchReply,
+};
 pub use order::{Obeyed, Order, OrderKind};
 pub use publication::{Draft, Mentions, Publication};
 pub use reply::{

@@ -26,9 +26,12 @@ use crate::{
     telemetry::metrics::{Counter, MarkerWrite, count},
 };
 
-/// Length of a round. After the first time, a key is written at most once in a round. Writes that are not urgent wait
-/// for the end of the round, so that many writes wake this process and the server only once.
+/// Length of a round. After the first time, a key is written at most once in a round.
 pub const WRITE_PAUSE: Duration = Duration::from_millis(250);
+
+/// Length of a round of the markers that only sending has moved. They wait for its end, so that many writes wake this
+/// process and the server only once, and what somebody says in one breath is one write.
+pub const SENT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Maximum number of writes in flight. More have to wait; a marker that grows while it waits is written once.
 const WRITES: usize = 64;
@@ -96,37 +99,46 @@ impl Queues {
         self.checks.push_back((now + self.check_after, key));
     }
 
-    /// The end of the round that contains `at`.
-    fn end_of_round(&self, at: Instant) -> Instant {
-        let pause = WRITE_PAUSE.as_nanos();
-        let rounds = at.duration_since(self.began).as_nanos().div_ceil(pause);
-        self.began + WRITE_PAUSE * u32::try_from(rounds).unwrap_or(u32::MAX)
+    /// The end of the round of this length that contains `at`.
+    fn end_of_round(&self, at: Instant, pause: Duration) -> Instant {
+        let rounds = at.duration_since(self.began).as_nanos();
+        let rounds = rounds.div_ceil(pause.as_nanos());
+        self.began + pause * u32::try_from(rounds).unwrap_or(u32::MAX)
+    }
+
+    fn gather(&mut self, key: Key, now: Instant) {
+        let due = self.end_of_round(now, SENT_PAUSE);
+        self.gathering.push_back((due, key));
     }
 }
 
 impl State {
     /// Queues a marker to be written now, if this edge has to write it. Returns a receiver that resolves after the
-    /// write. Returns `None` if the marker is already queued, is being written, or was just written: then it is written
-    /// later.
+    /// write. Returns `None` if somebody waits for it already, if it is being written, or was just written: then it is
+    /// written later.
     pub(super) fn queue(&mut self, key: &Key) -> Option<oneshot::Receiver<()>> {
         let marker = self.marker(key);
         if !marker.is_owed() {
             return None;
         }
+        marker.promise();
         match marker.phase() {
             Phase::Resting | Phase::Checking | Phase::Gathering => {
                 marker.set_phase(Phase::Queued);
-                self.queues.now.push_back(Arc::clone(key));
-                let (done, written) = oneshot::channel();
-                self.queues.waiting.insert(Arc::clone(key), done);
-                Some(written)
+                // Before those that only sending has moved, of which a round may bring thousands.
+                self.queues.now.push_front(Arc::clone(key));
             }
-            Phase::Queued | Phase::Writing | Phase::Pausing => None,
+            // Sending has moved it before.
+            Phase::Queued if !self.queues.waiting.contains_key(key) => {}
+            Phase::Queued | Phase::Writing | Phase::Pausing => return None,
         }
+        let (done, written) = oneshot::channel();
+        self.queues.waiting.insert(Arc::clone(key), done);
+        Some(written)
     }
 
-    /// Queues a marker to be written at the end of this round, if this edge has to write it. Returns whether it is the
-    /// first one of the queue.
+    /// Queues a marker to be written at the end of this round of [`SENT_PAUSE`], if this edge has to write it. Returns
+    /// whether it is the first one of the queue.
     pub(super) fn gather(&mut self, key: &Key, now: Instant) -> bool {
         let marker = self.marker(key);
         let rests = matches!(marker.phase(), Phase::Resting | Phase::Checking);
@@ -134,8 +146,7 @@ impl State {
             return false;
         }
         marker.set_phase(Phase::Gathering);
-        let due = self.queues.end_of_round(now);
-        self.queues.gathering.push_back((due, Arc::clone(key)));
+        self.queues.gather(Arc::clone(key), now);
         self.queues.gathering.len() == 1
     }
 
@@ -164,9 +175,12 @@ impl State {
             let Some(marker) = self.markers.get_mut(&key) else {
                 continue;
             };
-            if marker.is_owed() {
+            if marker.is_owed() && (marker.is_promised() || flushing) {
                 marker.set_phase(Phase::Queued);
                 self.queues.now.push_back(key);
+            } else if marker.is_owed() {
+                marker.set_phase(Phase::Gathering);
+                self.queues.gather(key, now);
             } else if marker.is_ahead() != Some(false) {
                 marker.set_phase(Phase::Checking);
                 self.queues.check_later(key, now);
@@ -224,7 +238,7 @@ impl State {
         }
         if written {
             self.marker(&key).set_phase(Phase::Pausing);
-            let due = self.queues.end_of_round(now);
+            let due = self.queues.end_of_round(now, WRITE_PAUSE);
             self.queues.later.push_back((due, key));
         } else {
             self.marker(&key).set_phase(Phase::Queued);

@@ -1,12 +1,12 @@
 //! The newest messages of many rooms at once.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use futures_util::future::try_join_all;
 
 use super::{MarkerError, Markers};
 use crate::{
-    bus::Streams,
+    bus::{Record, Streams, rooms_of},
     model::{Class, Cursor, Position, RoomId},
     protocol::LastMessage,
     subject::{marker_key, rooms_stream},
@@ -20,13 +20,18 @@ const AT_ONCE: usize = 128;
 pub struct Latest {
     /// A cursor with the newest message of each origin.
     pub head: Cursor,
-    /// What a summary shows of it; `text` has made its text of its body.
+    /// What a summary shows of it.
     pub last: LastMessage,
+    /// From when on it is wanted, in ms since 1970; `None`: never.
+    pub wanted: Option<u64>,
 }
 
+/// Looks at the newest message of a room: gives the text that a summary shows, and from when on it is wanted, in ms since
+/// 1970. Bodies are not kept.
+pub type Look<'l> = &'l (dyn Fn(&Record) -> (Option<String>, Option<u64>) + Sync);
+
 impl Markers {
-    /// The newest messages of durable rooms. Rooms without one are left out. `text` takes from a body what is needed: the
-    /// bodies are not kept.
+    /// The newest messages, or what refers to them, of durable rooms. Rooms without one are left out.
     ///
     /// # Errors
     /// [`MarkerError`].
@@ -34,7 +39,8 @@ impl Markers {
         &self,
         user: &str,
         rooms: &[&RoomId],
-        text: fn(&[u8]) -> Option<String>,
+        class: Class,
+        look: Look<'_>,
     ) -> Result<HashMap<RoomId, Latest>, MarkerError> {
         if rooms.is_empty() {
             return Ok(HashMap::new());
@@ -52,7 +58,7 @@ impl Markers {
             for rooms in rooms.chunks(AT_ONCE) {
                 let mut reads = Vec::with_capacity(origins.len());
                 for streams in &origins {
-                    reads.push(self.latest_of(streams, part, rooms, text));
+                    reads.push(self.latest_of(streams, part, rooms, (class, look)));
                 }
                 for (room, one) in try_join_all(reads).await?.into_iter().flatten() {
                     match all.get_mut(&room) {
@@ -76,13 +82,13 @@ impl Markers {
         streams: &Streams,
         part: u16,
         rooms: &[&RoomId],
-        text: fn(&[u8]) -> Option<String>,
+        (class, look): (Class, Look<'_>),
     ) -> Result<Vec<(RoomId, Latest)>, MarkerError> {
         let origin = streams.origin();
         let epoch = streams.known(part).epoch;
         let subjects: Vec<String> = rooms
             .iter()
-            .map(|room| self.subjects.publish(origin, part, room, Class::Msg))
+            .map(|room| self.subjects.publish(origin, part, room, class))
             .collect();
         let stream = rooms_stream(origin, part);
         let heads = self
@@ -98,10 +104,12 @@ impl Markers {
                 seq: record.seq,
                 fingerprint: record.fingerprint,
             });
+            let (text, wanted) = look(&record);
             let latest = Latest {
                 head: head_cursor,
+                wanted,
                 last: LastMessage {
-                    text: text(&record.body),
+                    text,
                     id: record.id,
                     from: record.from,
                     ts: record.ts,
@@ -110,6 +118,47 @@ impl Markers {
             (head.room, latest)
         });
         Ok(latest.collect())
+    }
+
+    /// The rooms of a durable namespace of which the streams hold messages, and whether these are all: about `most` are
+    /// listed.
+    ///
+    /// # Errors
+    /// [`MarkerError`].
+    pub async fn live_rooms(
+        &self,
+        user: &str,
+        namespace: &str,
+        most: usize,
+    ) -> Result<(BTreeSet<RoomId>, bool), MarkerError> {
+        let _turn = self.counting.turn(user).await?;
+        let mut rooms = BTreeSet::new();
+        for streams in self.origins.all() {
+            for part in 0..streams.partitions() {
+                let left = most.saturating_sub(rooms.len());
+                if left == 0 {
+                    return Ok((rooms, false));
+                }
+                let filter = self
+                    .subjects
+                    .stored_messages(streams.origin(), part, namespace);
+                let connection = self.counting.reader.connection();
+                let (stream, wait) = (streams.stream(part), self.timeout);
+                let found = rooms_of(connection, &self.subjects, stream, &filter, wait, left);
+                let found = found
+                    .await
+                    .map_err(|error| MarkerError::Refused(error.to_string()))?;
+                rooms.extend(found);
+            }
+        }
+        let all = rooms.len() < most;
+        Ok((rooms, all))
+    }
+
+    /// Most unread messages that are counted (`limits.unread_cap`).
+    #[must_use]
+    pub fn unread_cap(&self) -> u64 {
+        self.unread_cap
     }
 
     /// The marker of a user, as it was read last.

@@ -25,6 +25,8 @@ pub(super) struct Marker {
     phase: Phase,
     /// Whether it grew by a command to this edge, and not by a receipt of another edge.
     own: bool,
+    /// Whether a client was told that it has read this far, so that the write is not put off longer than a round.
+    promised: bool,
 }
 
 /// What the key held when this edge last wrote or read it.
@@ -62,6 +64,7 @@ impl Marker {
             key: None,
             phase: Phase::Resting,
             own: false,
+            promised: false,
         }
     }
 
@@ -81,6 +84,15 @@ impl Marker {
 
     pub(super) fn set_phase(&mut self, phase: Phase) {
         self.phase = phase;
+    }
+
+    /// Notes that the write must not be put off longer than a round.
+    pub(super) fn promise(&mut self) {
+        self.promised = true;
+    }
+
+    pub(super) fn is_promised(&self) -> bool {
+        self.promised
     }
 
     /// Whether `cursor` would move the marker.
@@ -170,6 +182,7 @@ impl Marker {
     pub(super) fn written(&mut self, cursor: Cursor, revision: u64, now: Instant) {
         if self.cursor.as_ref() == Some(&cursor) {
             self.own = false;
+            self.promised = false;
         }
         self.key = Some(Key {
             cursor: Some(cursor),

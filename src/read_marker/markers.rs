@@ -54,7 +54,7 @@ pub struct Markers {
     pub(super) unread_cap: u64,
     pub(super) counting: Counting,
     /// Timeout of a `read`, and of loading keys.
-    timeout: Duration,
+    pub(super) timeout: Duration,
     pub(super) state: Mutex<State>,
     /// Notified when there is something to load.
     pub(super) load: Notify,
@@ -263,7 +263,7 @@ impl Markers {
 
     /// A user has sent the message at `cursor`, so the user has read up to it. No receipt is published: the message
     /// itself tells the members. Nothing waits for the write, which is done together with others within
-    /// [`WRITE_PAUSE`](super::keeper::WRITE_PAUSE). A separate write for each message would cost more than the message.
+    /// [`SENT_PAUSE`](super::keeper::SENT_PAUSE). A separate write for each message would cost more than the message.
     pub fn sent(&self, room: &RoomId, user: &str, cursor: &Cursor) {
         let part = self.part(room);
         let key: Key = marker_key(room, user).into();

@@ -29,6 +29,23 @@ pub struct Unread {
     pub count: u64,
     /// Whether there are more.
     pub capped: bool,
+    /// How many of them mention the user; `None` if that was not counted.
+    pub mentions: Option<u64>,
+}
+
+/// Unread messages up to which those are counted that mention the user: they have to be read.
+const MENTIONS_COUNTED: u64 = 200;
+
+/// What is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    /// Unread messages.
+    Unread,
+    /// Also those of them that mention the user.
+    Mentions,
+    /// Unread messages, only in rooms where the user has a marker. Without one, the stream would be searched from its
+    /// beginning.
+    Marked,
 }
 
 /// Maximum number of requests of one user that wait or are being answered. More are refused, so that one user can't
@@ -110,15 +127,14 @@ impl Markers {
         &self,
         user: &str,
         rooms: impl IntoIterator<Item = &'r RoomId>,
+        counted: Counted,
     ) -> Result<HashMap<&'r RoomId, Unread>, MarkerError> {
         let keys: BTreeMap<&RoomId, Key> = rooms
             .into_iter()
             .map(|room| (room, Key::from(marker_key(room, user))))
             .collect();
-        let mut unread: HashMap<&RoomId, Unread> =
-            keys.keys().map(|room| (*room, Unread::default())).collect();
         if keys.is_empty() {
-            return Ok(unread);
+            return Ok(HashMap::new());
         }
         let reader = &self.counting.reader;
         if !reader.connection().is_up() || !self.bucket.connection().is_up() {
@@ -132,8 +148,18 @@ impl Markers {
             .iter()
             .filter_map(|(room, key)| Some((*room, self.known(room, key)?)))
             .collect();
+        let keys = keys.keys().copied();
+        let rooms: Vec<&RoomId> = match counted {
+            Counted::Marked => keys.filter(|room| markers.contains_key(room)).collect(),
+            Counted::Unread | Counted::Mentions => keys.collect(),
+        };
+        let none = Unread {
+            mentions: (counted == Counted::Mentions).then_some(0),
+            ..Unread::default()
+        };
+        let mut unread: HashMap<&RoomId, Unread> = rooms.iter().map(|room| (*room, none)).collect();
         let mut by_part: BTreeMap<u16, Vec<&RoomId>> = BTreeMap::new();
-        for room in keys.keys() {
+        for room in rooms {
             let part = self.part(room);
             by_part.entry(part).or_default().push(room);
         }
@@ -154,19 +180,65 @@ impl Markers {
         );
         let (rooms, newer): (Vec<&RoomId>, Vec<Newer>) = behind.into_iter().unzip();
         let mut counts: HashMap<&RoomId, u64> = HashMap::new();
-        for (room, count) in rooms.into_iter().zip(reader.count_newer(&newer).await?) {
+        for (room, count) in rooms.iter().zip(reader.count_newer(&newer).await?) {
             *counts.entry(room).or_default() += count;
         }
-        for (room, count) in counts {
+        let few = |room: &RoomId| {
+            counts
+                .get(room)
+                .is_some_and(|its| *its <= self.mentions_cap())
+        };
+        let read = rooms.iter().zip(&newer).filter(|(room, _)| few(room));
+        let read = read.map(async |(room, newer)| {
+            Ok::<_, MarkerError>((*room, self.mentions(user, room, newer).await?))
+        });
+        let mentions = match counted {
+            Counted::Mentions => try_join_all(read).await?,
+            Counted::Unread | Counted::Marked => Vec::new(),
+        };
+        for (room, count) in &counts {
+            let its = mentions.iter().filter(|(of, _)| of == room);
+            let all = its.map(|(_, mentions)| *mentions).sum::<Option<u64>>();
+            let is_counted = counted == Counted::Mentions && few(room);
             unread.insert(
                 room,
                 Unread {
-                    count: count.min(self.unread_cap),
-                    capped: count > self.unread_cap,
+                    count: (*count).min(self.unread_cap),
+                    capped: *count > self.unread_cap,
+                    mentions: all.filter(|_| is_counted),
                 },
             );
         }
         Ok(unread)
+    }
+
+    /// Unread messages up to which mentions are counted.
+    #[must_use]
+    pub fn mentions_cap(&self) -> u64 {
+        self.unread_cap.min(MENTIONS_COUNTED)
+    }
+
+    /// How many of few messages mention the user; `None` if they are too large to be read at once.
+    async fn mentions(
+        &self,
+        user: &str,
+        room: &RoomId,
+        newer: &Newer,
+    ) -> Result<Option<u64>, MarkerError> {
+        let Newer {
+            stream,
+            subject,
+            after,
+        } = newer;
+        let part = self.part(room);
+        let epoch = self.origins.own().known(part).epoch;
+        let (messages, more) = self
+            .counting
+            .reader
+            .log(stream, epoch, subject, after + 1)
+            .await?;
+        let mentions = messages.iter().filter(|it| it.record.mentions_user(user));
+        Ok((more == 0).then(|| mentions.count() as u64))
     }
 
     /// Which of `rooms`, all of one partition, have messages of one origin after the marker, and from which position

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 
+pub(crate) use super::checks::{admitted, granted, namespace};
 use super::records;
 use crate::{
     auth::{AuthError, Identity, Right},
     bus::{Outgoing, PublishError, Publisher},
-    config::{Access, Config, Namespace, PresencePolicy},
+    config::{Access, Config, PresencePolicy},
     history::{self, PageRequest, SearchRequest},
     model::{BadCursor, Cursor, Kind, Position, Reference, RoomId, RoomScope, json_flaw},
     people::{Known, People},
@@ -21,7 +22,7 @@ use crate::{
         Publication, PublishReply, ReadReply, ReaderBody, ReadersReply, Refused, SearchFor,
         SearchReply, UnreadBody, UnreadReply,
     },
-    read_marker::Markers,
+    read_marker::{Counted, Markers},
     runtime::unix_ms,
     uploads,
 };
@@ -33,14 +34,6 @@ const MAX_QUERY: usize = 256;
 const FOUND: usize = 20;
 const MAX_FOUND: usize = 100;
 
-/// The namespace of a room.
-pub(crate) fn namespace<'c>(config: &'c Config, room: &RoomId) -> Result<&'c Namespace, Refused> {
-    config.namespaces.get(room.namespace()).ok_or_else(|| {
-        let text = format!("there is no namespace {:?}", room.namespace());
-        Refused::new(ErrorCode::UnknownNamespace, text)
-    })
-}
-
 /// Why a connection is closed whose token was refused.
 pub(crate) fn refusal_of(error: &AuthError) -> Close {
     match error {
@@ -50,28 +43,7 @@ pub(crate) fn refusal_of(error: &AuthError) -> Close {
     }
 }
 
-/// Checks that a token grants a right on a room.
-pub(crate) fn granted(identity: &Identity, right: Right, room: &RoomId) -> Result<(), Refused> {
-    if identity.may(right, room) {
-        return Ok(());
-    }
-    let text = format!("the token does not grant {} on {room}", right.as_str());
-    Err(Refused::new(ErrorCode::Forbidden, text))
-}
-
-/// Checks that a token grants a right on a room, and that the record of the room does not say otherwise. Returns what is
-/// known of the record.
-pub(crate) async fn admitted(
-    people: &People,
-    identity: &Identity,
-    right: Right,
-    room: &RoomId,
-) -> Result<Arc<Known>, Refused> {
-    granted(identity, right, room)?;
-    people.check(identity, right, room).await
-}
-
-fn bad(text: String) -> Refused {
+pub(super) fn bad(text: String) -> Refused {
     Refused::new(ErrorCode::BadRequest, text)
 }
 
@@ -374,7 +346,9 @@ pub(crate) async fn unread(
         .iter()
         .map(|room| people.check(identity, Right::Read, room));
     try_join_all(checks).await?;
-    let counts = markers.unread(&identity.user, durable).await?;
+    let counts = markers
+        .unread(&identity.user, durable, Counted::Unread)
+        .await?;
     let rooms = rooms.iter().map(|room| {
         let unread = counts.get(room).copied().unwrap_or_default();
         UnreadBody {

@@ -18,7 +18,6 @@ use super::{
     answers::{self, check_epochs, namespace, refusal_of},
     records,
     replies::MAX_WAITING_BYTES,
-    watch::WATCH,
 };
 use crate::{
     auth::{AuthError, Identity, LAST_SECOND, Right},
@@ -232,17 +231,8 @@ impl Session {
                 let record = records::record(people, &identity, &room).await?;
                 now(Reply::Room(Box::new(record)))
             }
-            Command::Watch => Box::pin(self.watch(&identity)).await,
-            Command::Unwatch { watch } => {
-                let known = watch == WATCH && self.watching.borrow_mut().take().is_some();
-                match known {
-                    true => now(Reply::Done),
-                    false => {
-                        let text = format!("this session has no watch {watch}");
-                        Err(Refused::new(ErrorCode::BadRequest, text))
-                    }
-                }
-            }
+            Command::Watch(of) => Box::pin(self.watch(&identity, *of)).await,
+            Command::Unwatch { watch } => self.unwatch(watch),
             Command::Inbox {
                 after,
                 limit,
@@ -734,7 +724,7 @@ fn label(command: &Command) -> metrics::Op {
         Command::Create(_) => metrics::Op::Create,
         Command::Room { .. } => metrics::Op::Room,
         Command::Inbox { .. } => metrics::Op::Inbox,
-        Command::Watch => metrics::Op::Watch,
+        Command::Watch(_) => metrics::Op::Watch,
         Command::Unwatch { .. } => metrics::Op::Unwatch,
         Command::Refresh { .. } | Command::RefreshJoin { .. } => metrics::Op::Refresh,
         Command::Ping | Command::Pong => metrics::Op::Ping,

@@ -20,7 +20,9 @@
 //! - Pushes of a room begin after the reply to its join and end with the reply to its leave.
 
 pub(crate) mod answers;
+mod checks;
 mod commands;
+pub(crate) mod directory;
 mod join;
 mod orders;
 mod poll;
@@ -57,7 +59,7 @@ use replies::Replies;
 pub use stream::Stream;
 use stream::{Further, Streamed};
 pub use watch::Desk;
-use watch::Watching;
+use watch::Watches;
 
 /// A peer that was silent for this long is closed. With the grace time of a close, it is gone within 60 s.
 const DEAD_AFTER: Duration = Duration::from_secs(45);
@@ -214,7 +216,7 @@ pub struct Session {
     /// The signs of life that were agreed on.
     beats: OnceCell<Box<Beating>>,
     streamed: Option<Box<Streamed>>,
-    watching: RefCell<Option<Box<Watching>>>,
+    watching: RefCell<Watches>,
     /// Counts the session under its protocol.
     active: Cell<Held>,
 }
@@ -442,7 +444,7 @@ impl Session {
         // What was not processed is dropped, and the rooms are left, however long the connection takes to end.
         drop((decoder, reader, inbox));
         self.rooms.borrow_mut().clear();
-        self.watching.borrow_mut().take();
+        drop(self.watching.take());
         self.user_slot.borrow_mut().take();
         self.conn.close(Close::Normal);
         count(
@@ -463,7 +465,7 @@ impl Session {
             && !self.draining.get()
             && self.identity.borrow().is_some()
             && self.rooms.borrow().is_empty()
-            && self.watching.borrow().is_none()
+            && self.watching.borrow().is_empty()
             && self.replies.is_idle();
         if !may_go {
             return None;

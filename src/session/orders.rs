@@ -50,6 +50,7 @@ impl Session {
         for room in self.rooms() {
             self.on_record(&room);
         }
+        self.judge_watches();
     }
 
     /// The rooms that it is in.

@@ -1,6 +1,6 @@
 //! Room records, as commands: reading one, changing one.
 
-use super::answers::{admitted, namespace};
+use super::checks::{admitted, namespace};
 use crate::{
     auth::{Identity, Right},
     bus::{Acked, News, Outgoing, Publisher, Signal},
@@ -165,7 +165,12 @@ pub(crate) fn signal(
     outgoing: &Outgoing<'_>,
     acked: &Acked,
 ) {
-    let Publication { room, body, .. } = outgoing.publication;
+    let Publication {
+        room,
+        body,
+        mentions,
+        ..
+    } = outgoing.publication;
     let Some(record) = people.known(room).and_then(|known| known.record()) else {
         return;
     };
@@ -177,6 +182,10 @@ pub(crate) fn signal(
             text: preview(body.get().as_bytes()),
         },
         cursor: acked.cursor.clone(),
+        mentions: mentions
+            .json()
+            .and_then(|users| serde_json::from_str(users).ok())
+            .unwrap_or_default(),
     });
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashSet, VecDeque},
+    collections::VecDeque,
     rc::Rc,
 };
 
@@ -120,6 +120,7 @@ impl Replies {
 
     /// Takes the next place in the order for the ack of a publish of `bytes` to `room`.
     pub(super) fn promise(&self, room: RoomId, bytes: usize) -> Ticket {
+        self.outlet.more_follows(true);
         self.place(Some(room), bytes)
     }
 
@@ -172,6 +173,9 @@ impl Replies {
             let mut state = self.state.borrow_mut();
             let at = usize::try_from(ticket.number - state.base).unwrap_or(usize::MAX);
             if let Some(slot) = state.slots.get_mut(at) {
+                if slot.room.is_some() {
+                    self.outlet.more_follows(false);
+                }
                 self.held
                     .set(self.held.get() + reply.as_ref().map_or(0, weight));
                 match reply {
@@ -329,24 +333,28 @@ impl State {
         if *held == 0 || budget.below.is_some() {
             return ready;
         }
-        // Acks behind an awaited one: those of other rooms may overtake it, up to the first reply that is not an ack.
-        let mut blocked = HashSet::new();
-        for slot in slots.iter_mut() {
-            let Some(room) = &slot.room else { break };
-            match std::mem::replace(&mut slot.reply, Reply::Sent) {
-                Reply::Held(reply) if !blocked.contains(room) && budget.fits(&reply) => {
-                    ready.push(reply);
-                    *held -= 1;
-                }
-                Reply::Sent => {}
-                kept @ (Reply::Held(_) | Reply::Awaited) => {
-                    blocked.insert(room.clone());
-                    slot.reply = kept;
-                }
+        // Acks behind an awaited one: those of other rooms may overtake it, up to the first reply that is not an ack. Few
+        // are held at once, while many may be awaited.
+        let mut at = 0;
+        while *held > 0
+            && budget.below.is_none()
+            && let Some(Slot {
+                room: Some(room),
+                reply,
+            }) = slots.get(at)
+        {
+            let unsent = |slot: &Slot| !matches!(slot.reply, Reply::Sent);
+            if let Reply::Held(reply) = reply
+                && !slots
+                    .range(..at)
+                    .any(|earlier| unsent(earlier) && earlier.room.as_ref() == Some(room))
+                && budget.fits(reply)
+                && let Reply::Held(reply) = std::mem::replace(&mut slots[at].reply, Reply::Sent)
+            {
+                ready.push(reply);
+                *held -= 1;
             }
-            if budget.below.is_some() {
-                break;
-            }
+            at += 1;
         }
         ready
     }

@@ -1,484 +1,314 @@
 //! Watching: sessions that are told what is new in rooms that they have not joined.
-//!
-//! A desk serves the sessions of one shard. It has one subscription per user who watches, and keeps a summary of a room
-//! only after something has happened there. A summary is read once, and then kept up from the signals, which say where in
-//! the log their message stands; so nothing is counted twice. What a signal can't say is read again.
 
-use std::{
-    cell::{Cell, RefCell},
-    collections::HashMap,
-    rc::{Rc, Weak},
-    sync::Arc,
-    time::{Duration, Instant},
-};
+mod active;
+mod desk;
+mod follow;
+mod follower;
+mod list;
 
-use tokio::{
-    sync::Notify,
-    time::{MissedTickBehavior, interval, sleep},
-};
+use std::{collections::BTreeMap, rc::Rc, sync::Arc, time::Instant};
+
+use futures_util::future::join_all;
+use tokio::task::{AbortHandle, spawn_local};
+
+pub use desk::Desk;
+use desk::{Ear, FIRST_RESYNC, Hearing};
+use follow::Follow;
+use list::List;
 
 use super::{
     Session,
+    answers::{admitted, namespace},
     commands::{Answered, now},
 };
 use crate::{
     auth::{Identity, Right},
-    bus::{Arrival, Line, Listener, News, Signal},
-    model::{Cursor, RoomId},
-    people::{InboxOf, People},
-    protocol::{ErrorCode, Event, LastMessage, Refused, Reply, RoomSummary, WatchReply},
-    read_marker::Markers,
-    runtime::unix_ms,
-    subject::Subjects,
+    model::RoomId,
+    people::{Filter, InboxOf, Known, Whose, page_limit},
+    protocol::{
+        ErrorCode, Event, Refused, RefusedRoom, Reply, WatchOf, WatchPush, WatchReply, Watched,
+    },
     telemetry::metrics::{Counter, Gauge, Held, count},
 };
 
-/// The number of a session's watch: it has one, of the user's own rooms.
-pub(super) const WATCH: u64 = 1;
+/// Watches of a session.
+const MAX_WATCHES: usize = 8;
 
-/// Summaries are sent at most this often.
-const INTERVAL: Duration = Duration::from_millis(250);
+/// Rooms that one watch names.
+const MAX_NAMED: usize = 500;
 
-/// Rooms whose summaries are kept per user. Above it, those that are up to date are dropped, and read again when
-/// something happens.
-const MAX_KEPT: usize = 500;
-
-/// How often it is checked whether the rooms of a user have to be compared.
-const TICK: Duration = Duration::from_secs(1);
-
-/// How long after its start a watch is compared with what is stored: a signal that was sent just when the subscription
-/// was made may be lost.
-const FIRST_RESYNC: Duration = Duration::from_secs(3);
-
-/// How much clocks may differ, in ms, when it is told whether a message came since then.
-const CLOCKS_MS: u64 = 10_000;
-
-/// How often it is compared after that.
-const RESYNC: Duration = Duration::from_secs(300);
-
-/// Serves the watches of a shard.
-pub struct Desk {
-    line: Line,
-    subjects: Subjects,
-    people: Arc<People>,
-    markers: Arc<Markers>,
-    by_user: RefCell<HashMap<Arc<str>, Rc<Watched>>>,
-    by_sid: RefCell<HashMap<u64, Rc<Watched>>>,
-    dirty: RefCell<Vec<Rc<Watched>>>,
-    wake: Notify,
+/// The watches of a session, by number.
+#[derive(Default)]
+pub(super) struct Watches {
+    last: u64,
+    by_number: BTreeMap<u64, Watching>,
 }
 
-impl std::fmt::Debug for Desk {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Desk").finish_non_exhaustive()
+impl Watches {
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_number.is_empty()
     }
 }
 
-/// A user who watches.
-struct Watched {
-    user: Arc<str>,
-    sid: u64,
-    sessions: RefCell<Vec<Weak<Session>>>,
-    rooms: RefCell<HashMap<RoomId, Active>>,
-    /// Whether it is in the list of those who have something to be told.
-    is_dirty: Cell<bool>,
-    /// When its rooms are compared with what is stored.
-    due: Cell<Instant>,
-    /// When they were compared last, or the watch began; in ms since 1970.
-    compared_at: Cell<u64>,
-}
-
-/// A room in which something has happened.
-#[derive(Debug, Default)]
-struct Active {
-    /// `None` if it must be read, or if the user is not in the room.
-    summary: Option<RoomSummary>,
-    /// The head of the room when the summary was read.
-    read_at: Option<Cursor>,
-    /// Whether it must be read.
-    is_stale: bool,
-    /// Whether the sessions have to be told.
-    is_new: bool,
-}
-
-/// A session's watch. It ends when it is dropped.
-pub struct Watching {
-    desk: Rc<Desk>,
-    user: Arc<str>,
-    session: Weak<Session>,
+/// A watch of a session. It ends when it is dropped.
+struct Watching {
+    ear: Ear,
+    _hearing: Hearing,
+    /// The task of a watch of a pattern.
+    task: Option<AbortHandle>,
     _counted: Held,
 }
 
-impl std::fmt::Debug for Watching {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Watching").finish_non_exhaustive()
+impl Watching {
+    fn new(ear: Ear, hearing: Hearing) -> Self {
+        Self {
+            ear,
+            _hearing: hearing,
+            task: None,
+            _counted: Held::new(Gauge::Watching),
+        }
+    }
+
+    fn is_mine(&self) -> bool {
+        matches!(&self.ear, Ear::List(list) if list.mine().is_some())
     }
 }
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        let mut by_user = self.desk.by_user.borrow_mut();
-        let Some(watched) = by_user.get(&self.user) else {
-            return;
-        };
-        let mut sessions = watched.sessions.borrow_mut();
-        let at = sessions.iter().position(|it| it.ptr_eq(&self.session));
-        if let Some(at) = at {
-            sessions.swap_remove(at);
-        }
-        if sessions.is_empty() {
-            drop(sessions);
-            self.desk.line.unsubscribe(watched.sid);
-            self.desk.by_sid.borrow_mut().remove(&watched.sid);
-            by_user.remove(&self.user);
+        if let Some(task) = &self.task {
+            task.abort();
         }
     }
 }
 
-impl Active {
-    /// Takes in a message. Without a summary, or if the message may be of another log, the room has to be read.
-    fn message(&mut self, user: &str, last: LastMessage, cursor: &Cursor) {
-        let Some(summary) = self.summary.as_mut().filter(|_| !self.is_stale) else {
-            self.is_stale = true;
-            return;
-        };
-        let Some(position) = cursor.positions().first() else {
-            return;
-        };
-        let known = summary
-            .head
-            .as_ref()
-            .and_then(|head| head.get(&position.origin));
-        match known {
-            Some(known) if known.epoch != position.epoch => {
-                self.is_stale = true;
-                return;
-            }
-            Some(known) if known.seq >= position.seq => {
-                // It was counted when the summary was read, or comes late: signals have no order.
-                let read = self
-                    .read_at
-                    .as_ref()
-                    .and_then(|read| read.get(&position.origin));
-                self.is_stale |= read.is_none_or(|read| read.seq < position.seq);
-                return;
-            }
-            Some(_) => {}
-            None if summary.head.is_some() => {
-                // The first message of another region: what else is there is not known.
-                self.is_stale = true;
-                return;
-            }
-            None => {}
-        }
-        let head = match &summary.head {
-            Some(head) => head.merge(cursor, |_, _| true),
-            None => cursor.clone(),
-        };
-        let only_origin = head.positions().len() == 1;
-        summary.head = Some(head);
-        if last.from == user {
-            // Sending moves the sender's marker. What is unread of other regions stays so.
-            if only_origin {
-                (summary.unread, summary.capped) = (0, false);
-                summary.marker = Some(cursor.clone());
-            } else if summary.unread > 0 {
-                self.is_stale = true;
-            }
-        } else if !summary.capped {
-            summary.unread += 1;
-        }
-        if summary
-            .last
-            .as_ref()
-            .is_none_or(|known| known.ts <= last.ts)
-        {
-            summary.last = Some(last);
-        }
-        self.is_new = true;
-    }
-
-    /// Takes in that the user has read.
-    fn read(&mut self, marker: Cursor) {
-        let Some(summary) = self.summary.as_mut().filter(|_| !self.is_stale) else {
-            self.is_stale = true;
-            return;
-        };
-        let covers = |head: &Cursor| {
-            head.positions().iter().all(|at| {
-                let marked = marker.get(&at.origin);
-                marked.is_some_and(|marked| marked.epoch == at.epoch && marked.seq >= at.seq)
-            })
-        };
-        if summary.head.as_ref().is_some_and(covers) {
-            (summary.unread, summary.capped) = (0, false);
-            summary.marker = Some(marker);
-            self.is_new = true;
-        } else {
-            self.is_stale = true;
-        }
-    }
-}
-
-impl Desk {
-    /// The desk of a shard whose line for live messages is `line`.
-    #[must_use]
-    pub fn new(
-        line: Line,
-        subjects: Subjects,
-        people: Arc<People>,
-        markers: Arc<Markers>,
-    ) -> Rc<Self> {
-        Rc::new(Self {
-            line,
-            subjects,
-            people,
-            markers,
-            by_user: RefCell::default(),
-            by_sid: RefCell::default(),
-            dirty: RefCell::default(),
-            wake: Notify::new(),
-        })
-    }
-
-    /// Begins to tell a session what happens in the rooms of its user. The subscription is made when this returns; the
-    /// caller reads what is there after that.
-    pub(super) async fn watch(self: &Rc<Self>, session: &Rc<Session>, user: &Arc<str>) -> Watching {
-        let existing = self.by_user.borrow().get(user).cloned();
-        let watched = match existing {
-            Some(watched) => watched,
-            None => {
-                let sid = self.line.new_sid();
-                let watched = Rc::new(Watched {
-                    user: Arc::clone(user),
-                    sid,
-                    sessions: RefCell::default(),
-                    rooms: RefCell::default(),
-                    is_dirty: Cell::new(false),
-                    due: Cell::new(Instant::now() + FIRST_RESYNC),
-                    compared_at: Cell::new(unix_ms()),
-                });
-                self.by_sid.borrow_mut().insert(sid, Rc::clone(&watched));
-                self.by_user
-                    .borrow_mut()
-                    .insert(Arc::clone(user), Rc::clone(&watched));
-                self.line.subscribe(&self.subjects.signals(user), sid);
-                watched
-            }
-        };
-        watched.sessions.borrow_mut().push(Rc::downgrade(session));
-        let watching = Watching {
-            desk: Rc::clone(self),
-            user: Arc::clone(user),
-            session: Rc::downgrade(session),
-            _counted: Held::new(Gauge::Watching),
-        };
-        // If the line is down, the subscription is made when it is up again, and the rooms are compared then.
-        let _down = self.line.round_trip().await;
-        watching
-    }
-
-    /// What arrives over the line goes here first, and to `rooms` if it is not for the desk.
-    pub fn listener<L: Listener>(self: &Rc<Self>, rooms: L) -> impl Listener + use<L> {
-        Ear {
-            desk: Rc::clone(self),
-            rooms,
-        }
-    }
-
-    fn arrived(&self, watched: &Rc<Watched>, arrival: &Arrival) {
-        count(Counter::SignalReceived, 1);
-        let Some(Signal { room, what }) = Signal::parse(&arrival.payload()) else {
-            return;
-        };
-        let mut rooms = watched.rooms.borrow_mut();
-        if rooms.len() >= MAX_KEPT && !rooms.contains_key(&room) {
-            rooms.retain(|_, active| active.is_stale || active.is_new);
-        }
-        let active = rooms.entry(room).or_default();
-        match what {
-            News::Message { last, cursor } => active.message(&watched.user, last, &cursor),
-            News::Read(marker) => active.read(marker),
-            News::Changed {} => active.is_stale = true,
-        }
-        if active.is_stale || active.is_new {
-            self.mark(watched);
-        }
-    }
-
-    fn mark(&self, watched: &Rc<Watched>) {
-        if !watched.is_dirty.replace(true) {
-            self.dirty.borrow_mut().push(Rc::clone(watched));
-            self.wake.notify_one();
-        }
-    }
-
-    /// Tells the sessions what is new, forever.
-    pub async fn run(self: Rc<Self>) {
-        let telling = async {
-            loop {
-                self.wake.notified().await;
-                // What comes meanwhile is told together.
-                sleep(INTERVAL).await;
-                let dirty = self.dirty.take();
-                for watched in dirty {
-                    watched.is_dirty.set(false);
-                    if !watched.sessions.borrow().is_empty() {
-                        self.tell(&watched).await;
-                    }
-                }
-            }
-        };
-        let comparing = async {
-            let mut tick = interval(TICK);
-            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                tick.tick().await;
-                let now = Instant::now();
-                let due: Vec<_> = {
-                    let by_user = self.by_user.borrow();
-                    by_user
-                        .values()
-                        .filter(|it| it.due.get() <= now)
-                        .cloned()
-                        .collect()
-                };
-                for watched in due {
-                    let again = RESYNC.mul_f64(rand::random_range(0.8..1.2));
-                    watched.due.set(now + again);
-                    self.compare(&watched).await;
-                }
-            }
-        };
-        tokio::join!(telling, comparing);
-    }
-
-    /// The sessions of a user that watch, and have not ended.
-    fn sessions(watched: &Watched) -> Vec<Rc<Session>> {
-        let sessions = watched.sessions.borrow();
-        sessions.iter().filter_map(Weak::upgrade).collect()
-    }
-
-    /// Reads what has to be read, and tells the sessions of a user what is new.
-    async fn tell(&self, watched: &Rc<Watched>) {
-        let stale: Vec<RoomId> = {
-            let mut rooms = watched.rooms.borrow_mut();
-            let stale = rooms.iter_mut().filter(|(_, active)| active.is_stale);
-            stale.map(|(room, _)| room.clone()).collect()
-        };
-        let sessions = Self::sessions(watched);
-        if !stale.is_empty()
-            && let Some(identity) = sessions.iter().find_map(|session| session.who())
-        {
-            let read = self
-                .people
-                .summaries(&self.markers, &identity, &stale)
-                .await;
-            let mut rooms = watched.rooms.borrow_mut();
-            match read {
-                Ok(mut read) => {
-                    for room in stale {
-                        let Some(active) = rooms.get_mut(&room) else {
-                            continue;
-                        };
-                        let summary = read.remove(&room);
-                        // A room in which messages come all the time is read again with the next ones.
-                        let is_exact = summary.as_ref().is_none_or(|(_, exact)| *exact);
-                        active.summary = summary.map(|(summary, _)| summary);
-                        let read = active.summary.as_ref();
-                        active.read_at = read.and_then(|summary| summary.head.clone());
-                        active.is_stale = !is_exact;
-                        active.is_new = true;
-                    }
-                }
-                Err(refused) => {
-                    tracing::debug!(%refused, "what is new in rooms can't be read");
-                }
-            }
-            if rooms.values().any(|active| active.is_stale) {
-                self.mark(watched);
-            }
-        }
-        let (mut news, mut gone) = (Vec::new(), Vec::new());
-        watched.rooms.borrow_mut().retain(|room, active| {
-            if std::mem::take(&mut active.is_new) {
-                match &active.summary {
-                    Some(summary) => news.push(summary.clone()),
-                    None => gone.push(room.clone()),
-                }
-            }
-            active.summary.is_some() || active.is_stale
-        });
-        for session in sessions {
-            session.tell_inbox(&news, &gone);
-        }
-    }
-
-    /// Compares what the sessions of a user were told with what is stored.
-    async fn compare(&self, watched: &Rc<Watched>) {
-        let sessions = Self::sessions(watched);
-        let Some(identity) = sessions.iter().find_map(|session| session.who()) else {
-            return;
-        };
-        let Ok(page) = InboxOf::new(None, None, false) else {
-            return;
-        };
-        match self.people.inbox(&self.markers, &identity, &page).await {
-            Ok(inbox) => {
-                let since = watched.compared_at.replace(unix_ms());
-                let since = since.saturating_sub(CLOCKS_MS);
-                let mut rooms = watched.rooms.borrow_mut();
-                let mut differs = false;
-                for summary in inbox.rooms {
-                    let told = rooms.get(&summary.room).and_then(|it| it.summary.as_ref());
-                    let same = match told {
-                        Some(told) => (&told.head, told.unread) == (&summary.head, summary.unread),
-                        // Nothing was told of it, and there was nothing to tell.
-                        None => summary.last.as_ref().is_none_or(|last| last.ts < since),
-                    };
-                    if !same {
-                        differs = true;
-                        rooms.entry(summary.room).or_default().is_stale = true;
-                    }
-                }
-                drop(rooms);
-                if differs {
-                    self.mark(watched);
-                }
-            }
-            Err(refused) => {
-                tracing::debug!(%refused, "the rooms of a user can't be compared");
-                watched.due.set(Instant::now() + FIRST_RESYNC);
-            }
-        }
-    }
+fn bad(text: String) -> Refused {
+    Refused::new(ErrorCode::BadRequest, text)
 }
 
 impl Session {
-    /// Is told what happens in the user's rooms, from the reply on.
-    pub(super) async fn watch(self: &Rc<Self>, identity: &Identity) -> Answered {
+    /// Is told what happens in rooms, from the reply on; or gets a further page of a watch.
+    pub(super) async fn watch(
+        self: &Rc<Self>,
+        identity: &Arc<Identity>,
+        WatchOf { what, limit }: WatchOf,
+    ) -> Answered {
+        let per_page = page_limit(limit)?;
+        let reply = match what {
+            Watched::Page { watch, after } => {
+                let ear = self.ear(watch).ok_or_else(|| no_watch(watch))?;
+                let after = Some(&*after);
+                self.page(identity, watch, &ear, (after, per_page)).await?
+            }
+            Watched::Mine => self.watch_mine(identity, per_page).await?,
+            Watched::Rooms(rooms) => self.watch_rooms(identity, rooms, per_page).await?,
+            Watched::Pattern { pattern, filter } => {
+                let filter = Filter::parse(&filter)?;
+                let namespaces = follow::namespaces(&self.context.config, identity, &pattern)?;
+                self.watch_pattern(identity, (namespaces, filter), per_page)
+                    .await?
+            }
+        };
+        now(Reply::Watching(reply))
+    }
+
+    /// The watch of this number.
+    fn ear(&self, watch: u64) -> Option<Ear> {
+        let watches = self.watching.borrow();
+        let watching = watches.by_number.get(&watch)?;
+        Some(watching.ear.clone())
+    }
+
+    /// Ends a watch.
+    pub(super) fn unwatch(&self, watch: u64) -> Answered {
+        let ended = self.watching.borrow_mut().by_number.remove(&watch);
+        ended.map(drop).ok_or_else(|| no_watch(watch))?;
+        now(Reply::Done)
+    }
+
+    /// A number for one more watch.
+    fn new_watch(&self) -> Result<u64, Refused> {
+        let mut watches = self.watching.borrow_mut();
+        if watches.by_number.len() >= MAX_WATCHES {
+            let text = format!("a session has at most {MAX_WATCHES} watches");
+            return Err(Refused::new(ErrorCode::Limit, text));
+        }
+        watches.last += 1;
+        Ok(watches.last)
+    }
+
+    /// Begins a watch, unless its first page can't be read.
+    async fn begin(
+        &self,
+        identity: &Identity,
+        number: u64,
+        watching: Watching,
+        limit: usize,
+    ) -> Result<WatchReply, Refused> {
+        let ear = watching.ear.clone();
+        self.watching
+            .borrow_mut()
+            .by_number
+            .insert(number, watching);
+        let page = self.page(identity, number, &ear, (None, limit)).await;
+        match &ear {
+            Ear::List(list) => list.has_begun.set(true),
+            Ear::Follow(follow) => {
+                let task = spawn_local(Rc::clone(follow).run(Rc::clone(&self.context.desk)));
+                if let Some(watching) = self.watching.borrow_mut().by_number.get_mut(&number) {
+                    watching.task = Some(task.abort_handle());
+                }
+            }
+        }
+        if page.is_err() {
+            self.watching.borrow_mut().by_number.remove(&number);
+        }
+        page
+    }
+
+    async fn watch_mine(
+        self: &Rc<Self>,
+        identity: &Arc<Identity>,
+        limit: usize,
+    ) -> Result<WatchReply, Refused> {
         if identity.is_anonymous {
-            let text = "users without a token are in no rooms";
-            return Err(Refused::new(ErrorCode::BadRequest, text));
+            return Err(bad("users without a token are in no rooms".to_owned()));
         }
-        let context = &self.context;
-        if self.watching.borrow().is_none() {
-            // Before the rooms are read, so that nothing is missed in between.
-            let watching = context.desk.watch(self, &identity.user).await;
-            *self.watching.borrow_mut() = Some(Box::new(watching));
+        let existing = {
+            let watches = self.watching.borrow();
+            let mut mine = watches.by_number.iter().filter(|(_, it)| it.is_mine());
+            mine.next().map(|(number, it)| (*number, it.ear.clone()))
+        };
+        if let Some((number, ear)) = existing {
+            return self.page(identity, number, &ear, (None, limit)).await;
         }
-        let page = InboxOf::new(None, None, false)?;
-        let inbox = context
-            .people
-            .inbox(&context.markers, identity, &page)
-            .await;
-        if inbox.is_err() {
-            self.watching.borrow_mut().take();
+        let number = self.new_watch()?;
+        let watching = self.list(identity, number, None).await;
+        self.begin(identity, number, watching, limit).await
+    }
+
+    /// Hears of a list before its rooms are read, so that nothing is missed in between.
+    async fn list(
+        self: &Rc<Self>,
+        identity: &Identity,
+        number: u64,
+        named: Option<Vec<(RoomId, Arc<Known>)>>,
+    ) -> Watching {
+        let (session, due) = (Rc::downgrade(self), Instant::now() + FIRST_RESYNC);
+        let list = Rc::new(List::new(session, number, &identity.user, named, due));
+        let hearing = self.context.desk.hear_list(&identity.user, &list).await;
+        Watching::new(Ear::List(list), hearing)
+    }
+
+    async fn watch_rooms(
+        self: &Rc<Self>,
+        identity: &Arc<Identity>,
+        mut rooms: Vec<RoomId>,
+        limit: usize,
+    ) -> Result<WatchReply, Refused> {
+        rooms.sort_unstable();
+        rooms.dedup();
+        if !(1..=MAX_NAMED).contains(&rooms.len()) {
+            let text = format!("rooms must name 1 to {MAX_NAMED} rooms");
+            return Err(bad(text));
         }
-        now(Reply::Watching(WatchReply {
-            watch: WATCH,
-            inbox: inbox?,
-        }))
+        let people = &self.context.people;
+        let checks = rooms.iter().map(async |room| {
+            namespace(&self.context.config, room)?;
+            admitted(people, identity, Right::Read, room).await
+        });
+        let checks = join_all(checks).await;
+        let (mut named, mut refused) = (Vec::new(), Vec::new());
+        for (room, checked) in rooms.into_iter().zip(checks) {
+            match checked {
+                Ok(known) => named.push((room, known)),
+                Err(why) if why.code == ErrorCode::Unavailable => return Err(why),
+                Err(why) => refused.push((room, why)),
+            }
+        }
+        if named.is_empty() {
+            return Err(refused.swap_remove(0).1);
+        }
+        let number = self.new_watch()?;
+        let watching = self.list(identity, number, Some(named)).await;
+        let mut reply = self.begin(identity, number, watching, limit).await?;
+        let refused = refused.into_iter().map(|(room, why)| RefusedRoom {
+            room,
+            code: why.code.as_str(),
+            message: why.message,
+        });
+        reply.refused = refused.collect();
+        Ok(reply)
+    }
+
+    async fn watch_pattern(
+        self: &Rc<Self>,
+        identity: &Arc<Identity>,
+        (namespaces, filter): (Vec<Box<str>>, Filter),
+        limit: usize,
+    ) -> Result<WatchReply, Refused> {
+        let config = &self.context.config;
+        let mut its = namespaces
+            .iter()
+            .filter_map(|name| config.namespaces.get(&**name));
+        if filter.needs_log() && !its.any(|namespace| namespace.durable) {
+            let text = "filter.unanswered_for and filter.annotation need a durable namespace";
+            return Err(bad(text.to_owned()));
+        }
+        let number = self.new_watch()?;
+        let desk = &self.context.desk;
+        let follow = Follow::new(
+            Rc::downgrade(self),
+            number,
+            &identity.user,
+            namespaces,
+            filter,
+        );
+        let follow = Rc::new(follow);
+        let hearing = desk.hear_all(&identity.user, &follow).await;
+        follow.prepare(desk, identity).await?;
+        let watching = Watching::new(Ear::Follow(follow), hearing);
+        self.begin(identity, number, watching, limit).await
+    }
+
+    /// A page of a watch.
+    async fn page(
+        &self,
+        identity: &Identity,
+        watch: u64,
+        ear: &Ear,
+        (after, limit): (Option<&str>, usize),
+    ) -> Result<WatchReply, Refused> {
+        let (people, markers) = (&self.context.people, &self.context.markers);
+        let list = match ear {
+            Ear::Follow(follow) => {
+                return follow
+                    .page(&self.context.desk, identity, (after, limit))
+                    .await;
+            }
+            Ear::List(list) => list,
+        };
+        let Some(named) = list.named() else {
+            let page = InboxOf::new(after, Some(limit as u64), false)?;
+            let inbox = people.inbox(markers, identity, &page).await?;
+            let mut reply = WatchReply::new(watch, inbox.rooms);
+            reply.inbox.next = inbox.next;
+            return Ok(reply);
+        };
+        let after = after.map(|text| {
+            RoomId::parse(text).map_err(|_any| bad("after is no next of this watch".to_owned()))
+        });
+        let after = after.transpose()?;
+        let start = after.map_or(0, |after| named.partition_point(|room| *room <= after));
+        let page = &named[start..named.len().min(start + limit)];
+        let mut read = people
+            .summaries(markers, identity, page, Whose::Readable)
+            .await?;
+        let rooms = page.iter().filter_map(|room| read.remove(room));
+        let mut reply = WatchReply::new(watch, rooms.map(|(summary, _)| summary).collect());
+        let last = page.last().filter(|last| named.last() != Some(*last));
+        reply.inbox.next = last.map(RoomId::to_string);
+        Ok(reply)
     }
 
     /// The user, if the session is open.
@@ -486,51 +316,38 @@ impl Session {
         self.identity.borrow().clone()
     }
 
-    /// Tells the client what is new in rooms that it watches.
-    fn tell_inbox(&self, news: &[RoomSummary], gone: &[RoomId]) {
+    /// Ends the watches that the token does not cover any more, and has those of named rooms look at them again.
+    pub(super) fn judge_watches(&self) {
         let Some(identity) = self.who() else { return };
-        let may = |room: &RoomId| identity.may(Right::Read, room);
-        let rooms: Vec<_> = news.iter().filter(|it| may(&it.room)).cloned().collect();
-        let gone: Vec<_> = gone.iter().filter(|room| may(room)).cloned().collect();
-        if rooms.is_empty() && gone.is_empty() {
+        let mut ended = Vec::new();
+        for (number, watching) in &self.watching.borrow().by_number {
+            match &watching.ear {
+                Ear::List(list) => self.context.desk.mark_if(list, list.judge()),
+                Ear::Follow(follow) if !follow.is_covered(&identity) => ended.push(*number),
+                Ear::Follow(_) => {}
+            }
+        }
+        for watch in ended {
+            self.watching.borrow_mut().by_number.remove(&watch);
+            self.push(&Event::Inbox(WatchPush {
+                watch,
+                ended: Some(ErrorCode::Forbidden.as_str()),
+                ..WatchPush::default()
+            }));
+        }
+    }
+
+    /// Tells the client what is new in rooms that it watches, if anything is, and the watch has not ended.
+    fn tell_watch(&self, push: WatchPush) {
+        let is_over = !self.watching.borrow().by_number.contains_key(&push.watch);
+        if is_over || push.rooms.is_empty() && push.gone.is_empty() && push.more == 0 {
             return;
         }
-        count(Counter::SummaryDelivered, rooms.len() as u64);
-        self.push(&Event::Inbox {
-            watch: WATCH,
-            rooms,
-            gone,
-        });
+        count(Counter::SummaryDelivered, push.rooms.len() as u64);
+        self.push(&Event::Inbox(push));
     }
 }
 
-/// Listens for the desk and for the rooms of a shard.
-struct Ear<L> {
-    desk: Rc<Desk>,
-    rooms: L,
-}
-
-impl<L: Listener> Listener for Ear<L> {
-    fn up(&mut self) {
-        for watched in self.desk.by_user.borrow().values() {
-            let subject = self.desk.subjects.signals(&watched.user);
-            self.desk.line.subscribe(&subject, watched.sid);
-            // Signals may be lost that were sent meanwhile.
-            let soon = FIRST_RESYNC.mul_f64(rand::random_range(0.3..1.0));
-            watched.due.set(Instant::now() + soon);
-        }
-        self.rooms.up();
-    }
-
-    fn arrived(&mut self, arrival: Arrival) {
-        let watched = self.desk.by_sid.borrow().get(&arrival.sid()).cloned();
-        match watched {
-            Some(watched) => self.desk.arrived(&watched, &arrival),
-            None => self.rooms.arrived(arrival),
-        }
-    }
-
-    fn turn(&mut self) {
-        self.rooms.turn();
-    }
+fn no_watch(watch: u64) -> Refused {
+    bad(format!("this session has no watch {watch}"))
 }

@@ -101,6 +101,7 @@ impl Store {
         self.prepare_erasures().await?;
         self.prepare_removals().await?;
         self.prepare_uploads().await?;
+        self.prepare_rooms().await?;
         match known {
             None => self.record_version().await?,
             Some(found) if found < VERSION => {

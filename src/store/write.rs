@@ -32,7 +32,7 @@ pub(super) const DUPLICATE_KEY: i32 = 11000;
 const MAX_DOCUMENT: usize = (16 << 20) - (16 << 10);
 
 /// Bytes of documents or statements in one command, unless a single one is larger.
-const MAX_COMMAND: usize = 12 << 20;
+pub(super) const MAX_COMMAND: usize = 12 << 20;
 
 /// Places read at once: few enough for one answer.
 const PLACES: usize = 1000;
@@ -409,6 +409,15 @@ fn key(entry: &Entry) -> Option<&str> {
         What::Message { key, .. } => Some(key),
         What::Change { target, .. } => Some(target),
         What::Nothing(_) => None,
+    }
+}
+
+/// Fails if an answer reports an error, unless another writer was faster.
+pub(super) fn unless_duplicate(answer: &Fields) -> Result<(), StoreError> {
+    let mut errors = write_errors(answer)?.into_iter();
+    match errors.find(|error| error.code != DUPLICATE_KEY) {
+        Some(error) => Err(StoreError::Unavailable(error.text())),
+        None => Ok(()),
     }
 }
 

@@ -186,10 +186,10 @@ labels! {
     }
     /// The answer of the registry of uploads.
     UploadGrant "result" { Granted "granted", Limit "limit", Unavailable "unavailable" }
-    /// The end of an upload to the local storage: the file was stored, had another size than announced, did not arrive, or
-    /// could not be written.
+    /// The end of an upload to the local storage: the file was stored, had another size than announced, did not arrive,
+    /// was being uploaded by another request, or could not be written.
     UploadEnd "result" {
-        Stored "stored", WrongSize "wrong_size", Aborted "aborted", Failed "failed",
+        Stored "stored", WrongSize "wrong_size", Aborted "aborted", Busy "busy", Failed "failed",
     }
     /// How a gap was noticed.
     GapCause "cause" {
@@ -360,10 +360,14 @@ counted! {
     RecordChanged = "natter.record.changed", "{change}";
     /// Entries of the index of users that could not be written. They are repaired later.
     IndexFailed = "natter.record.index_failed", "{entry}";
+    /// Entries of the index of users that this history service has repaired.
+    IndexRepaired = "natter.record.index_repaired", "{entry}";
     /// Signals to users who watch that this edge has published: one per named member of a room and message.
     SignalPublished = "natter.signal.published", "{signal}";
     /// Signals received for users who watch here.
     SignalReceived = "natter.signal.received", "{signal}";
+    /// Messages received because a session watches their rooms by name or by pattern.
+    WatchReceived = "natter.watch.received", "{message}";
     /// Summaries of rooms handed to sessions that watch.
     SummaryDelivered = "natter.inbox.delivered", "{summary}";
     /// Messages that clients published, and that were stored or (ephemeral) sent on.
@@ -484,8 +488,10 @@ counted! {
     RoomActive = "natter.room.active", "{room}";
     /// Memberships: the sum of the rooms of all sessions.
     MemberActive = "natter.member.active", "{member}";
-    /// Sessions that watch the rooms of their users.
-    Watching = "natter.session.watching", "{session}";
+    /// Watches of sessions.
+    Watching = "natter.session.watching", "{watch}";
+    /// Subscriptions that these watches have.
+    WatchSubscription = "natter.watch.subscriptions", "{subscription}";
     /// Sessions that are present in rooms.
     PresenceSessions = "natter.presence.sessions", "{session}";
     /// Rooms whose users are followed, because a session watches their presence.

@@ -3,15 +3,20 @@
 //! ```text
 //! <folder>/<last two characters of the id>/<id>             the file
 //!                                          <id>.json         what the client said of it
-//!                                          <id>.<number>.part  an upload that is under way
+//!                                          <id>.part         an upload that is under way
+//!                                          <id>.json.part    the same of what the client said
 //! ```
 //!
 //! # Invariants
 //! - A file that is there is whole: it has exactly the bytes that were announced, and is renamed to its name at the end.
 //! - A file that is there does not change.
+//! - Whoever writes a part holds the lock of its file, which ends with the process: so one upload has one part, however
+//!   many edges share the folder.
 
 use std::{
+    fs::TryLockError,
     io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -56,6 +61,9 @@ pub enum LocalError {
     /// Its time is over.
     #[error("the URL has expired")]
     Expired,
+    /// Another request uploads the same file now.
+    #[error("this file is being uploaded by another request now")]
+    Busy,
     /// More bytes came than were announced.
     #[error("the file has more than the {0} bytes that were announced")]
     TooLarge(u64),
@@ -135,18 +143,19 @@ impl Local {
     /// Begins to receive a file.
     ///
     /// # Errors
-    /// The folder can't be written.
-    pub async fn receive(&self, id: UploadId, file: File) -> io::Result<Receiving> {
+    /// [`LocalError::Busy`]; the folder can't be written.
+    pub async fn receive(&self, id: UploadId, file: File) -> Result<Receiving, LocalError> {
         let path = self.path(&id);
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).await?;
         }
-        let part = with_end(&path, &format!(".{:016x}.part", rand::random::<u64>()));
-        let mut options = fs::OpenOptions::new();
-        let to = options.write(true).create_new(true).open(&part).await?;
+        let part = with_end(&path, ".part");
+        let named = part.clone();
+        let locked = tokio::task::spawn_blocking(move || locked(&named)).await;
+        let to = locked.map_err(io::Error::other)??;
         Ok(Receiving {
-            to,
-            part: Part(part),
+            to: fs::File::from_std(to.ok_or(LocalError::Busy)?),
+            part: Part(Some(part)),
             path,
             file,
             got: 0,
@@ -206,14 +215,52 @@ fn with_end(path: &Path, end: &str) -> PathBuf {
     path.into()
 }
 
-/// A file under way. Removed when it is dropped.
+/// Opens a part to write it from its beginning; `None` if somebody else writes it. What a killed process has left is
+/// overwritten.
+fn locked(part: &Path) -> io::Result<Option<std::fs::File>> {
+    loop {
+        let mut options = std::fs::OpenOptions::new();
+        let file = options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(part)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        // Between opening and locking, its writer may have removed it or given it its name.
+        let is_there = match std::fs::metadata(part) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            there => there?.ino() == file.metadata()?.ino(),
+        };
+        if is_there {
+            file.set_len(0)?;
+            return Ok(Some(file));
+        }
+    }
+}
+
+/// A file under way. Removed when it is dropped, unless it was given its name.
 #[derive(Debug)]
-struct Part(PathBuf);
+struct Part(Option<PathBuf>);
+
+impl Part {
+    /// Gives the file its name. After that, its old name may be that of another one.
+    async fn rename(mut self, to: &Path) -> io::Result<()> {
+        if let Some(part) = &self.0 {
+            fs::rename(part, to).await?;
+        }
+        self.0 = None;
+        Ok(())
+    }
+}
 
 impl Drop for Part {
     fn drop(&mut self) {
-        // It has a new name when the upload was finished, so this fails then.
-        if let Err(error) = std::fs::remove_file(&self.0)
+        if let Some(part) = &self.0
+            && let Err(error) = std::fs::remove_file(part)
             && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(%error, "the part of an upload can't be removed");
@@ -224,8 +271,9 @@ impl Drop for Part {
 /// An upload that is being received. Nothing is left of it if it is dropped before [`Receiving::finish`].
 #[derive(Debug)]
 pub struct Receiving {
-    to: fs::File,
+    // Before the file, whose lock ends when it is dropped: then the name may be that of another one.
     part: Part,
+    to: fs::File,
     path: PathBuf,
     file: File,
     got: u64,
@@ -259,9 +307,14 @@ impl Receiving {
         self.to.sync_all().await?;
         // First, so that a file that is there has it.
         let about = serde_json::to_vec(&self.file).map_err(io::Error::from)?;
-        fs::write(with_end(&self.path, ".json"), about).await?;
+        let part = with_end(&self.path, ".json.part");
+        let mut to = fs::File::create(&part).await?;
+        let part = Part(Some(part));
+        to.write_all(&about).await?;
+        to.sync_all().await?;
+        part.rename(&with_end(&self.path, ".json")).await?;
         if !fs::try_exists(&self.path).await? {
-            fs::rename(&self.part.0, &self.path).await?;
+            self.part.rename(&self.path).await?;
         }
         Ok(())
     }
@@ -382,6 +435,13 @@ mod tests {
         let mut sent = sent.from(1, 2).await.unwrap();
         assert_eq!(sent.next().await.unwrap().unwrap(), &b"bc"[..]);
         assert!(sent.next().await.unwrap().is_none());
+        // One request at a time; who goes away makes room for the next.
+        let first = local.receive(id, file(4)).await.unwrap();
+        let second = local.receive(id, file(4)).await.unwrap_err();
+        assert!(matches!(second, LocalError::Busy), "{second}");
+        drop(first);
+        receive(&local, id, 4, &[b"wxyz"]).await.unwrap();
+        assert_eq!(files(folder.path()).len(), 2);
         // What a killed process left goes, too.
         std::fs::write(with_end(&local.path(&id), ".0.part"), "a").unwrap();
         local.remove(&id).await.unwrap();

@@ -92,6 +92,10 @@ impl S3 {
         (action.sign(self.url_ttl).into(), self.expires(now))
     }
 
+    pub(super) fn origin(&self) -> String {
+        self.bucket.base_url().origin().ascii_serialization()
+    }
+
     pub(super) async fn remove(&self, id: &UploadId) -> Result<(), StorageError> {
         let object = object(id);
         let action = self.bucket.delete_object(Some(&self.credentials), &object);

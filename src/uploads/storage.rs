@@ -99,6 +99,15 @@ impl Storage {
         }
     }
 
+    /// The origin from which clients get the files (`https://host`), if it is not the edge itself.
+    #[must_use]
+    pub fn origin(&self) -> Option<String> {
+        match self {
+            Self::Local(_) => None,
+            Self::S3(s3) => Some(s3.origin()),
+        }
+    }
+
     /// Removes the file of an upload. It is no error if there is none.
     ///
     /// # Errors

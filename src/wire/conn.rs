@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            send, queue empty ──► one direct write
-//!                 │ would block, or partly written
+//!                 │ would block, or partly written, or more follows
 //!                 ▼
 //!  OPEN ◄── queue empty ── BEHIND: send only appends; one writer task waits for the socket
 //!    │                        │
@@ -19,7 +19,7 @@
 //! - The bytes on the wire are whole frames, in the order of `send`, followed by the close frame. Only a connection
 //!   that dies may end inside a frame.
 //! - There is a queue if and only if something is unwritten. While there is one and the connection is open, exactly one
-//!   writer task waits for the socket. Without a queue there is none.
+//!   writer task waits for the socket, or for its turn. It ends when it finds no queue.
 //! - Only the `async` methods wait, and only [`Conn::read_with`] runs code of its caller: wakers only mark tasks as
 //!   ready. No borrow is held across an await.
 
@@ -37,7 +37,10 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use tokio::{io::AsyncWrite, net::TcpStream};
+use tokio::{
+    io::{AsyncWrite, Interest},
+    net::TcpStream,
+};
 
 use crate::protocol::Close;
 
@@ -51,6 +54,8 @@ const COPIED: usize = 1024;
 /// It is counted against [`ConnSettings::outbox_bytes`]. Otherwise a peer that only sends pings and never reads could
 /// make the queue hold many times the limit in pongs of two bytes.
 pub(crate) const FRAME_COST: usize = 64;
+/// Frames that are put off because more follows are written when they are more than this, in bytes.
+const DEFERRED: usize = 16 * 1024;
 /// Size that [`Conn::read_with`] gives to an empty buffer.
 const READ_BYTES: usize = 64 * 1024;
 /// Size of the stack buffer for what a peer still sends during a close.
@@ -77,6 +82,10 @@ pub struct Conn {
     stream: RefCell<Option<TcpStream>>,
     outbox: RefCell<Option<Box<Outbox>>>,
     closing: Cell<Option<Close>>,
+    /// Number of frames that are about to follow, see [`Conn::more_follows`].
+    following: Cell<u32>,
+    /// Whether there is a writer task. It may find that the queue was written meanwhile.
+    has_writer: Cell<bool>,
     /// Whether the peer has ended its half: there is nothing more to read.
     read_ended: Cell<bool>,
     /// The session's waker in [`read_with`](Self::read_with). Woken when the connection closes or dies. For data, the
@@ -170,6 +179,8 @@ impl Conn {
             stream: RefCell::new(Some(stream)),
             outbox: RefCell::new(None),
             closing: Cell::new(None),
+            following: Cell::new(0),
+            has_writer: Cell::new(false),
             read_ended: Cell::new(false),
             reader: Cell::new(None),
             writer: Cell::new(None),
@@ -185,14 +196,21 @@ impl Conn {
     /// A socket does not count as writable until the runtime has seen its first event, one turn of the shard after
     /// [`new`](Self::new). Frames sent before that go through the queue.
     ///
+    /// While [more follows](Self::more_follows), frames are written at the end of the shard's turn.
+    ///
     /// Frames for a connection that is closing or dead are dropped. A caller that counts frames checks
     /// [`closing`](Self::closing) first.
     pub fn send(self: &Rc<Self>, frames: &[Bytes]) {
         if self.closing.get().is_some() {
             return;
         }
+        let follows = self.following.get() > 0;
+        if follows && self.queued_bytes() > DEFERRED {
+            // The client may well read all of it now: what is put off must not count as what it is behind.
+            self.flush();
+        }
         let behind = self.outbox.borrow().is_some();
-        let rest = if behind {
+        let rest = if behind || follows {
             Some((frames, 0))
         } else {
             self.write_direct(frames)
@@ -202,9 +220,20 @@ impl Conn {
         };
         if !self.append(rest, written) {
             self.close(Close::TooSlow);
-        } else if !behind && self.outbox.borrow().is_some() {
+        } else if self.outbox.borrow().is_some() && !self.has_writer.replace(true) {
             tokio::task::spawn_local(write_queue(Rc::downgrade(self)));
         }
+    }
+
+    /// Says that another frame is likely to follow soon, or (`false`) that it has come. Until then, what is sent in one
+    /// turn of the shard is written together at its end: the message of a client and its acknowledgement arrive
+    /// together, and a second write would cost more than all else that is done for them.
+    pub fn more_follows(&self, follows: bool) {
+        let following = self.following.get();
+        self.following.set(match follows {
+            true => following.saturating_add(1),
+            false => following.saturating_sub(1),
+        });
     }
 
     /// The size of what was accepted by [`send`](Self::send), and the close frame, and not taken by the socket yet: its
@@ -327,7 +356,16 @@ impl Conn {
                             if buffer.is_empty() {
                                 buffer.resize(READ_BYTES, 0);
                             }
-                            stream.try_read(&mut buffer)
+                            let read = stream.try_read(&mut buffer);
+                            if matches!(read, Ok(n) if 0 < n && n < buffer.len()) {
+                                // The socket is empty: the next wait need not find that out by another read. No event
+                                // can come in between, since this thread drives the runtime that would take it in.
+                                let _cleared: io::Result<()> = stream
+                                    .try_io(Interest::READABLE, || {
+                                        Err(io::ErrorKind::WouldBlock.into())
+                                    });
+                            }
+                            read
                         }
                     }
                 };
@@ -669,6 +707,7 @@ async fn write_queue(conn: Weak<Conn>) {
         let flushed = conn.poll_flush(cx);
         if flushed.is_ready() {
             conn.writer.take();
+            conn.has_writer.set(false);
         }
         flushed
     })

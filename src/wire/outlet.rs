@@ -269,6 +269,13 @@ impl Outlet {
         }
     }
 
+    /// Says that another frame is likely to follow soon, or that it has come. See [`Conn::more_follows`].
+    pub fn more_follows(&self, follows: bool) {
+        if let Ok(conn) = self.conn() {
+            conn.more_follows(follows);
+        }
+    }
+
     /// Starts to close. The first reason wins. See [`Conn::close`].
     pub fn close(&self, reason: Close) {
         match self.conn() {

@@ -344,7 +344,7 @@ impl Worker {
             return Ok(());
         };
         let body: Value = serde_json::from_slice(body).map_err(|error| later(&error))?;
-        if !condition.holds(&body) {
+        if condition.holds(&body) != Some(true) {
             return Ok(());
         }
         let alert = Alert {

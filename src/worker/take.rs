@@ -201,7 +201,10 @@ impl Taking {
             worker.count(Counter::WorkerExpired);
             return Answer::Done;
         }
-        let again = delivery.deliveries > 1;
+        // A server that was killed may have lost acknowledgements, and then counts from 1 again. As long as the message is
+        // younger than the stream's duplicate window, so is its annotation, and the stream remembers its id.
+        let is_old = age > self.parts.config.streams.duplicate_window / 2;
+        let again = delivery.deliveries > 1 || is_old;
         let (stream, seq) = (&self.stream, delivery.seq);
         let name = worker.name();
         match worker.work(&self.parts, &stored, epoch, again).await {

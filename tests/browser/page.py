@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The edge's chat page in headless Chromium, driven over plain WebDriver (no packages needed).
 
-    page.py NATTER [SCREENSHOT.png]
+    page.py NATTER [FOLDER]
 
 NATTER is the binary. The script starts `natter up` with a data folder of its own on a free port, opens the page in two
-windows as two users, and takes everything down again. It prints `N passed, N failed` and exits 0 or 1; 77 (with the
-reason) if Chromium or chromedriver is missing.
+windows as two users, and takes everything down again. The stories of stories.py have a second browser with two more windows.
+With FOLDER they put pictures of the page there. It prints `N passed, N failed` and exits 0 or 1; 77 (with the reason) if
+Chromium or chromedriver is missing.
 
 Nothing here sleeps for a guessed time: every wait is for a condition, with a deadline.
 """
@@ -14,6 +15,7 @@ import argparse
 import base64
 import hashlib
 import hmac
+import inspect
 import json
 import os
 import pathlib
@@ -177,7 +179,9 @@ class Window:
         self.command("POST", "/refresh")
 
     def resize(self, width, height):
-        self.command("POST", "/window/rect", {"width": width, "height": height})
+        """The size of the page. A window of Chromium can't be as narrow as a phone."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.command("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
 
     def run(self, script, *args):
         return self.command("POST", "/execute/sync", {"script": script, "args": list(args)})
@@ -304,32 +308,31 @@ class Up:
     def kill_edge(self):
         os.kill(self.edge["pid"], signal.SIGKILL)
 
-    def post(self, room, user, edge=0, **fields):
-        """Says something over HTTP."""
+    def request(self, method, path, token, fields=None, edge=0):
+        """A request over HTTP, and its answer."""
         request = urllib.request.Request(
-            f"{self.edges[edge]['http'].rstrip('/')}/v1/rooms/{room}/messages",
-            data=json.dumps(fields).encode(),
-            headers={"Authorization": f"Bearer {self.token(user)}"},
+            f"{self.edges[edge]['http'].rstrip('/')}/{path}",
+            method=method,
+            data=None if fields is None else json.dumps(fields).encode(),
+            headers={"Authorization": f"Bearer {token}"},
         )
         with HTTP.open(request, timeout=30) as response:
             return json.load(response)
 
+    def post(self, room, user, edge=0, **fields):
+        """Says something over HTTP."""
+        return self.request("POST", f"v1/rooms/{room}/messages", self.token(user), fields, edge)
+
     def erase(self, path):
         """Erases for good; `running` is repeated until it is done."""
-        request = urllib.request.Request(
-            f"{self.url()}{path}",
-            method="DELETE",
-            headers={"Authorization": f"Bearer {self.token('mod', can=['erase'])}"},
-        )
-        with HTTP.open(request, timeout=30) as response:
-            return json.load(response)["state"] == "done"
+        return self.request("DELETE", path, self.token("mod", can=["erase"]))["state"] == "done"
 
-    def token(self, user, ttl=3600, can=("read", "write", "presence", "history")):
+    def token(self, user, ttl=3600, can=("read", "write", "presence", "history"), more=()):
         def part(value):
             return base64.urlsafe_b64encode(value).rstrip(b"=")
 
         secret = (self.data / "dev-secret").read_text().rstrip().encode()
-        grants = [{"rooms": "*:*", "can": can}]
+        grants = [{"rooms": "*:*", "can": can}, *more]
         now = int(time.time())
         claims = {"sub": user, "iat": now, "exp": now + ttl, "grants": grants}
         if user in NAMES:
@@ -415,7 +418,22 @@ def entry(up, user, room="chat:lobby"):
     return f"{up.url()}#token={up.token(user)}&room={room}"
 
 
+def come(window, url):
+    """Opens the page anew. Where the tab was another user's, the link only fills the form, and the rest is a click."""
+    window.go("about:blank")
+    window.go(url)
+    if window.state() == "idle":
+        assert "This link is for " in window.text("#state"), window.text("#state")
+        window.click("#join")
+
+
+def open_door(window):
+    """Shows the form for token and room, which is closed while the page is connected."""
+    window.run("document.querySelector('#door').open = true")
+
+
 def go_to_room(window, room):
+    open_door(window)
     window.clear("#room")
     window.write("#room", room)
     window.click("#join")
@@ -500,7 +518,7 @@ def read_marks_follow_who_looks(up, kim, lee):
 
 def what_is_off_screen_is_not_read(up, kim, lee):
     for n in range(25):
-        kim.say(f"line {n}")
+        up.post("chat:lobby", "kim", body={"text": f"line {n}"})
     lee.until_shows("kim", "line 24")
     until("all read", lambda: kim.read_by("line 24") == ["read by 1", "lee"])
     lee.run("document.querySelector('#log').scrollTop = 0")
@@ -633,35 +651,85 @@ def edge_killed_and_restarted(up, kim, lee):
     until("read", lambda: kim.read_by("said while the edge was down") == ["read by 1", "lee"])
 
 
-def frozen_connection_is_left(up, kim, lee):
+def drafts_stay_and_unsent_messages_go_out_later(up, kim, lee):
+    go_to_room(lee, "chat:annex")
+    lee.write("#text", "half a sentence")
+    go_to_room(lee, "chat:lobby")
+    field = "return document.querySelector('#text').value"
+    assert lee.run(field) == "", "a draft came along into another room"
+    # Nothing answers any more. What is said then outlives another room and a reload, and is sent once.
+    lee.run("WebSocket.prototype.send = () => {}")
+    lee.say("said into the void")
+    until("it is on its way", lambda: lee.messages()[-1] == ["lee", "said into the void", True])
+    lee.click("#rooms [data-room='chat:annex']")
+    until("the draft", lambda: lee.run(field) == "half a sentence")
+    assert any("not sent yet in chat:lobby" in line for line in lee.lines()), lee.lines()
+    lee.reload()
+    lee.until_state("connected")
+    assert any("not sent yet in chat:lobby" in line for line in lee.lines()), lee.lines()
+    lee.click("#rooms [data-room='chat:lobby']")
+    for window in (kim, lee):
+        window.until_shows("lee", "said into the void")
+        assert texts(window).count("said into the void") == 1, texts(window)
+    until("nothing is unsent", lambda: lee.run("return sessionStorage.getItem('natter:unsent')") == "[]")
+
+
+def a_link_does_not_change_the_user(up, kim, lee):
+    token = up.token("mallory")
+    for first in ("about:blank", up.url()):  # as a page that is opened, and in one that is there
+        lee.go(first)
+        lee.go(f"{up.url()}#token={token}&room=chat:annex")
+        until("the question", lambda: "This link is for mallory, and this tab is lee's" in lee.text("#state"))
+        assert lee.run("return [document.querySelector('#token').value, location.hash]") == [token, ""]
+        assert lee.run("return JSON.parse(sessionStorage.getItem('natter:entry')).token") != token
+    lee.click("#rooms [data-room='chat:lobby']")
+    lee.until_state("connected")
+    assert lee.run("return document.querySelector('#user').value") == "lee", "a click on a room changed the user"
+    lee.go(f"{up.url()}#room=chat:annex")
+    until("the other room", lambda: lee.run("return document.querySelector('#app').dataset.room") == "chat:annex")
+    assert lee.run("return location.hash") == "", "the room is still in the address"
+    come(lee, entry(up, "lee"))
+    lee.until_state("connected")
+
+
+class Frozen:
+    """A window whose connection is frozen. A page needs half a minute to notice that; other checks run meanwhile."""
+
     room = "chat:frozen"
-    relay = Relay(int(up.url().rstrip("/").rsplit(":", 1)[1]))
+    relay = window = None
+
+
+def frozen_connection_is_left(up, kim, lee):
+    relay = Frozen.relay = Relay(int(up.url().rstrip("/").rsplit(":", 1)[1]))
     window = kim.browser.window()
-    try:
-        window.go(f"http://127.0.0.1:{relay.port}/#token={up.token('kim')}&room={room}")
-        window.until_state("connected")
-        window.say("before")
-        window.until_shows("kim", "before")
-        relay.freeze()
-        up.post(room, "lee", body={"text": "said meanwhile"})
-        window.say("into the void")
-        until("what was missed", lambda: "said meanwhile" in texts(window), deadline=40)
-        window.until_shows("kim", "into the void")
-        # Nothing is sent, so nothing waits for an answer.
-        relay.freeze()
-        up.post(room, "lee", body={"text": "said in the quiet"})
-        until("what was missed in the quiet", lambda: "said in the quiet" in texts(window), deadline=42)
-        window.until_state("connected")
-        once = ["before", "said meanwhile", "into the void", "said in the quiet"]
-        assert texts(window) == once, texts(window)
-        # And stored once.
-        window.go("about:blank")
-        window.go(entry(up, "cho", room))
-        window.until_state("connected")
-        until("all of it once", lambda: texts(window) == once)
-    finally:
-        relay.close()
-        window.command("DELETE", "/window")
+    window.go(f"http://127.0.0.1:{relay.port}/#token={up.token('kim')}&room={Frozen.room}")
+    window.until_state("connected")
+    window.say("before")
+    window.until_shows("kim", "before")
+    relay.freeze()
+    up.post(Frozen.room, "lee", body={"text": "said meanwhile"})
+    window.say("into the void")
+    until("what was missed", lambda: "said meanwhile" in texts(window), deadline=40)
+    window.until_shows("kim", "into the void")
+    # Nothing is sent, so nothing waits for an answer.
+    relay.freeze()
+    up.post(Frozen.room, "lee", body={"text": "said in the quiet"})
+    Frozen.window = window
+
+
+def frozen_connection_is_left_in_the_quiet(up, kim, lee):
+    window = Frozen.window
+    assert window, "there is no frozen connection"
+    until("what was missed in the quiet", lambda: "said in the quiet" in texts(window), deadline=42)
+    window.until_state("connected")
+    once = ["before", "said meanwhile", "into the void", "said in the quiet"]
+    assert texts(window) == once, texts(window)
+    # And stored once.
+    come(window, entry(up, "cho", Frozen.room))
+    window.until_state("connected")
+    until("all of it once", lambda: texts(window) == once)
+    Frozen.relay.close()
+    window.command("DELETE", "/window")
 
 
 def texts(window):
@@ -720,7 +788,7 @@ def search_finds_parts_of_words(up, kim, lee):
     for n in range(60):
         up.post(room, "park", body={"text": f"later {n}"})
     # A user whose tab has nothing to show from before.
-    lee.go(entry(up, "cho", room))
+    come(lee, entry(up, "cho", room))
     lee.until_state("connected")
     lee.until_shows("park", "later 59")
     found = "return [...document.querySelectorAll('#hits .hit .body')].map((body) => body.textContent)"
@@ -780,27 +848,26 @@ def erased_messages_go_away(up, kim, lee):
     kim.say("a new beginning")
     until("only what is new", lambda: texts(lee) == ["a new beginning"])
     go_to_room(kim, "chat:lobby")
-    lee.go("about:blank")
-    lee.go(entry(up, "lee"))
+    come(lee, entry(up, "lee"))
     lee.until_state("connected")
 
 
 def refusals_are_shown(up, kim, lee):
+    open_door(lee)
     lee.clear("#room")
     lee.write("#room", "nowhere:lobby")
     lee.click("#join")
-    lee.until_state("closed")
-    assert any(line.startswith("unknown_namespace:") for line in lee.lines()), lee.lines()
-    lee.go("about:blank")
-    lee.go(f"{up.url()}#token=not.a.token&room=chat:lobby")
+    lee.until_state("out")
+    assert any(line.startswith("There is no such namespace: ") for line in lee.lines()), lee.lines()
+    assert lee.run("return document.querySelector('#text').disabled"), "one can write where one is not"
+    come(lee, f"{up.url()}#token=not.a.token&room=chat:lobby")
     lee.until_state("closed")
     assert "4001" in lee.text("#state"), lee.text("#state")
 
 
 def fits_a_phone(up, kim, lee):
     lee.resize(360, 640)
-    lee.go("about:blank")
-    lee.go(entry(up, "lee"))
+    come(lee, entry(up, "lee"))
     lee.until_state("connected")
 
     def assert_fits(what):
@@ -808,7 +875,7 @@ def fits_a_phone(up, kim, lee):
         assert wide <= inner, f"{what} makes it {wide} px wide in {inner} px"
 
     assert_fits("an empty room")
-    lee.say("a" * 300)
+    up.post("chat:lobby", "lee", body={"text": "a" * 300})
     lee.until_shows("lee", "a" * 300)
     assert_fits("a long word")
     last = "chat:" + "r" * 60
@@ -821,16 +888,18 @@ def fits_a_phone(up, kim, lee):
 
 
 def has_names_for_screen_readers(up, kim, lee):
+    open_door(kim)
     for css, name in [("#text", "Message"), ("#room", "Room"), ("#token", "Token"), ("#send", "Send")]:
         label = kim.label(css)
         assert label == name, f"{css} is called {label!r}"
 
 
-def console_is_clean(up, kim, lee):
-    entries = kim.command("POST", "/se/log", {"type": "browser"})
-    # A refused connection is logged by the browser itself while the edge is down.
-    faults = [e["message"] for e in entries if "Uncaught" in e["message"] or "Content Security" in e["message"]]
-    assert not faults, faults
+def console_is_clean(up, *windows):
+    for window in windows:
+        entries = window.command("POST", "/se/log", {"type": "browser"})
+        # A refused connection is logged by the browser itself while the edge is down.
+        faults = [e["message"] for e in entries if "Uncaught" in e["message"] or "Content Security" in e["message"]]
+        assert not faults, faults
 
 
 CHECKS = [
@@ -846,6 +915,8 @@ CHECKS = [
     reload_resumes_with_what_was_missed,
     reload_without_loss_repeats_nothing,
     edge_killed_and_restarted,
+    drafts_stay_and_unsent_messages_go_out_later,
+    a_link_does_not_change_the_user,
     frozen_connection_is_left,
     counts_where_names_are_not_told,
     without_the_right_no_presence,
@@ -856,12 +927,20 @@ CHECKS = [
     has_names_for_screen_readers,
     refusals_are_shown,
     fits_a_phone,
-    console_is_clean,
 ]
 
 
-def run(natter, checks, windows=1, flags=(), screenshot=None):
-    """Runs checks one after the other, each with a `natter up` and windows of a browser; the exit code."""
+def windows_of(check):
+    """How many windows a check takes; None for all."""
+    code = check.__code__
+    return None if code.co_flags & inspect.CO_VARARGS else code.co_argcount - 1
+
+
+def run(natter, checks, windows=(1,), flags=()):
+    """
+    Runs checks one after the other, each with a `natter up` and as many windows as it takes; the exit code. `windows` has the
+    number of windows of each browser. Each browser has a profile of its own.
+    """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     chromedriver = shutil.which("chromedriver")
     if not chromium or not chromedriver:
@@ -870,28 +949,29 @@ def run(natter, checks, windows=1, flags=(), screenshot=None):
         return SKIPPED
 
     passed = failed = 0
-    up = browser = None
+    up, browsers = None, []
     with tempfile.TemporaryDirectory(prefix="natter-page-", ignore_cleanup_errors=True) as folder:
         try:
             up = Up(natter, os.path.join(folder, "data"), flags)
-            browser = Browser(chromium, chromedriver, os.path.join(folder, "profile"))
-            opened = [browser.first_window(), *(browser.window() for _ in range(1, windows))]
-            opened[0].resize(760, 820)
+            opened = []
+            for n, count in enumerate(windows):
+                browser = Browser(chromium, chromedriver, os.path.join(folder, f"profile-{n}"))
+                browsers.append(browser)
+                opened += [browser.first_window(), *(browser.window() for _ in range(1, count))]
+                opened[-count].resize(760, 820)
             for check in checks:
                 try:
-                    check(up, *opened)
+                    check(up, *opened[: windows_of(check)])
                     print(f"ok    {check.__name__}", flush=True)
                     passed += 1
                 except (Failed, AssertionError, WebDriverError) as error:
                     print(f"FAIL  {check.__name__}: {error}", flush=True)
                     failed += 1
-            if screenshot:
-                opened[0].screenshot(screenshot)
         except Failed as error:
             print(f"FAIL  start: {error}")
             failed += 1
         finally:
-            if browser:
+            for browser in browsers:
                 browser.quit()
             if up:
                 stop(up.process)
@@ -902,10 +982,20 @@ def run(natter, checks, windows=1, flags=(), screenshot=None):
 def main():
     parser = argparse.ArgumentParser(description="The chat page in headless Chromium.")
     parser.add_argument("natter", help="the natter binary")
-    parser.add_argument("screenshot", nargs="?", help="where to put a picture of the page")
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, help="where to put pictures of the page")
     arguments = parser.parse_args()
-    return run(arguments.natter, CHECKS, windows=2, screenshot=arguments.screenshot)
+    import stories  # which imports this module
+
+    stories.FOLDER = arguments.folder
+    checks = [*CHECKS, *stories.STORIES, frozen_connection_is_left_in_the_quiet, console_is_clean]
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
+        config.write(stories.CONFIG)
+        config.flush()
+        return run(arguments.natter, checks, windows=(2, 2), flags=("--config", config.name))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # As the module that the stories import, so that there is one of everything.
+    from page import main as main_of_page
+
+    sys.exit(main_of_page())

@@ -356,6 +356,22 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
     let seen = live.next().await.unwrap();
     assert_eq!(&seen.payload[..], br#"{"text":"by hand"}"#);
 
+    // A record without an index is listed, and gets its index, by the history service.
+    let stamp = json!({"at": 1, "origin": "local", "role": "member", "state": "in"});
+    let record = json!({"kind": "group", "created": 1, "by": "kim", "members": {"kim": stamp}});
+    ask(&admin, "$KV.rooms_local.chat.lost", &record.to_string()).await;
+    for path in ["/v1/inbox", "/v1/rooms"] {
+        eventually(path, LONG, async || {
+            let page = call(first_address, "GET", path, &Value::Null).await?;
+            let found = page["rooms"].as_array().unwrap().iter();
+            let lost = found
+                .map(|room| &room["room"])
+                .any(|room| room == "chat:lost");
+            lost.then_some(()).ok_or(page.to_string())
+        })
+        .await;
+    }
+
     // The keys of an edge that died are purged by another one: the only purge an edge may do.
     let endpoint = format!("ws://{first_address}/ws").parse().unwrap();
     let mut last = natter::testing::client::Connection::open(&endpoint, Some(&token("choi")))
@@ -435,6 +451,8 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         "natter.eph.chat.lobby",
         "natter.edge.orders",
         "$KV.presence_local.x",
+        "$KV.rooms_local.chat.x",
+        "$KV.inbox_local.kim.blocks.user.lee",
     ]);
     denied(&servers, &url, "history", &tried, &rooms).await;
     let mut tried = with(&[

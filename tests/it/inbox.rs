@@ -1,5 +1,7 @@
 //! The rooms of a user: the list, and what a session that watches is told.
 
+mod watch;
+
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use natter::testing::auth::{Grant, Right};
@@ -74,25 +76,57 @@ fn by_room(rooms: &Value) -> BTreeMap<String, Value> {
         .collect()
 }
 
-/// A client that watches, and what it knows from the first reply and the pushes alone.
+/// A client that watches, and what it knows from the first pages and the pushes alone.
 struct Watcher {
     raw: Raw,
+    token: String,
+    what: Value,
+    number: Value,
     rooms: BTreeMap<String, Value>,
 }
 
-impl Watcher {
-    async fn new(address: SocketAddr, token: &str) -> Self {
+/// The rooms of a new watch: all its pages. Reads of one user at once are limited, so it may have to be repeated.
+async fn pages(
+    address: SocketAddr,
+    token: &str,
+    what: &Value,
+) -> (Raw, Value, BTreeMap<String, Value>) {
+    eventually("a watch begins", LONG, async || {
         let mut raw = Raw::open(address, token).await;
-        let reply = raw
-            .call(json!({ "op": "watch", "rid": 1, "mine": true }))
-            .await;
-        assert_eq!(
-            (&reply["op"], &reply["watch"]),
-            (&json!("watching"), &json!(1)),
-            "{reply}"
-        );
-        let rooms = by_room(&reply["rooms"]);
-        Self { raw, rooms }
+        let mut command = json!({ "op": "watch", "rid": 1 });
+        let fields = command.as_object_mut().unwrap();
+        fields.extend(what.as_object().unwrap().clone());
+        let mut rooms = BTreeMap::new();
+        loop {
+            let reply = raw.call(command).await;
+            if reply["code"] == "unavailable" {
+                return Err(reply.to_string());
+            }
+            if reply["code"] == "forbidden" {
+                // None of the rooms may be read.
+                return Ok((raw, Value::Null, rooms));
+            }
+            assert_eq!(reply["op"], "watching", "{what}: {reply}");
+            rooms.extend(by_room(&reply["rooms"]));
+            if reply["next"].is_null() {
+                return Ok((raw, reply["watch"].clone(), rooms));
+            }
+            command = json!({ "op": "watch", "rid": 2, "watch": reply["watch"], "after": reply["next"], "limit": 7 });
+        }
+    })
+    .await
+}
+
+impl Watcher {
+    async fn new(address: SocketAddr, token: &str, what: Value) -> Self {
+        let (raw, number, rooms) = pages(address, token, &what).await;
+        Self {
+            raw,
+            token: token.to_owned(),
+            what,
+            number,
+            rooms,
+        }
     }
 
     /// Takes in what was pushed, until the rooms are as `wanted`, or nothing came for a while.
@@ -103,7 +137,7 @@ impl Watcher {
             };
             assert_eq!(
                 (&push["op"], &push["watch"]),
-                (&json!("inbox"), &json!(1)),
+                (&json!("inbox"), &self.number),
                 "{push}"
             );
             self.rooms.extend(by_room(&push["rooms"]));
@@ -113,14 +147,16 @@ impl Watcher {
         }
     }
 
-    /// Waits until what it knows equals a fresh list.
-    async fn settles(&mut self, address: SocketAddr, token: &str, why: &str) {
-        let end = tokio::time::Instant::now() + LONG;
+    /// Waits until what it knows equals what a new watch is told.
+    async fn settles(&mut self, address: SocketAddr, why: &str) {
+        // Before the edge closes the other connections, which do not answer pings.
+        let end = tokio::time::Instant::now() + LONG / 2;
         loop {
-            let mut fresh = by_room(&get(address, "/v1/inbox?limit=200", token).await["rooms"]);
-            fresh.extend(by_room(
-                &get(address, "/v1/inbox?archived=true", token).await["rooms"],
-            ));
+            let (_raw, _, mut fresh) = pages(address, &self.token, &self.what).await;
+            if self.what["mine"] == true {
+                let path = "/v1/inbox?archived=true";
+                fresh.extend(by_room(&get(address, path, &self.token).await["rooms"]));
+            }
             self.take_in(&fresh).await;
             if self.rooms == fresh {
                 return;
@@ -131,10 +167,20 @@ impl Watcher {
                     .filter(|(room, it)| self.rooms.get(*room) != Some(it))
                     .map(|(room, it)| format!("{it}\n  is {:?}", self.rooms.get(room)))
                     .collect();
-                panic!("{why}: {} {} {differs:#?}", fresh.len(), self.rooms.len());
+                let names: Vec<_> = self.rooms.keys().collect();
+                panic!(
+                    "{} {why}: {} {names:?} {differs:#?}",
+                    self.what,
+                    fresh.len()
+                );
             }
         }
     }
+}
+
+/// A user who may follow, without being in any room.
+fn follower(name: &str) -> String {
+    token(name, &[Right::Read, Right::Follow])
 }
 
 /// As Zulip does for its events: after random operations, over two edges, what a client derived from the pushes equals what
@@ -152,10 +198,33 @@ async fn what_a_watcher_knows_equals_a_fresh_list() {
         let group = json!({ "namespace": "crew", "kind": "group", "key": format!("g{number}"), "members": ["ann", "bob", "cat"] });
         rooms.push(make(edges[number % 2], group, &boss).await);
     }
-    let mut watcher = Watcher::new(edges[0], &ann).await;
-    assert_eq!(watcher.rooms.len(), 6);
+    let mut watchers = vec![
+        Watcher::new(edges[0], &ann, json!({ "mine": true })).await,
+        Watcher::new(edges[1], &ann, json!({ "rooms": rooms })).await,
+    ];
+    assert!(watchers.iter().all(|watcher| watcher.rooms.len() == 6));
+    for (number, filter) in [
+        json!({}),
+        json!({ "from": "b*" }),
+        json!({ "text": ".1" }),
+        json!({ "mentions": "ann" }),
+        json!({ "assignee": "op" }),
+        json!({ "unanswered_for": "1s", "staff": ["a*"] }),
+        json!({ "from": "cat", "mentions": "ann", "assignee": "op" }),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let what = json!({ "pattern": "crew:*", "filter": filter });
+        let token = match number {
+            // Who is let in everywhere has read markers, too.
+            0 => boss.clone(),
+            _ => follower(&format!("op{number}")),
+        };
+        watchers.push(Watcher::new(edges[number % 2], &token, what).await);
+    }
     let mut done_so_far = Vec::new();
-    for round in 0..12 {
+    for round in 0..8 {
         for step in 0..rng.random_range(1..12) {
             let edge = edges[rng.random_range(0..2)];
             let room = rooms[rng.random_range(0..rooms.len())].clone();
@@ -163,15 +232,14 @@ async fn what_a_watcher_knows_equals_a_fresh_list() {
             let groups = room.contains("group-");
             let op = rng.random_range(0..20);
             match op {
-                0..=9 => drop(
-                    say(
-                        edge,
-                        &room,
-                        ["bob", "cat"][op % 2 * usize::from(groups)],
-                        &format!("{round}.{step}"),
-                    )
-                    .await,
-                ),
+                0..=9 => {
+                    let from = ["bob", "cat"][op % 2 * usize::from(groups)];
+                    let users = ["ann", "cat"];
+                    let mentions = &users[..rng.random_range(0..3)];
+                    let body = json!({ "body": { "text": format!("{round}.{step}") }, "mentions": mentions });
+                    let path = format!("/v1/rooms/{room}/messages");
+                    done(edge, "POST", &path, &user(from), body).await;
+                }
                 10 | 11 if is_in => drop(say(edge, &room, "ann", "me").await),
                 12..=14 if is_in => {
                     let list = by_room(&get(edge, "/v1/inbox", &ann).await["rooms"]);
@@ -181,7 +249,9 @@ async fn what_a_watcher_knows_equals_a_fresh_list() {
                         .unwrap_or_default();
                     if head.is_string() {
                         let path = format!("/v1/rooms/{room}/read");
-                        done(edge, "PUT", &path, &ann, json!({ "cursor": head })).await;
+                        let cursor = json!({ "cursor": head });
+                        done(edge, "PUT", &path, &ann, cursor.clone()).await;
+                        done(edge, "PUT", &path, &boss, cursor).await;
                     }
                 }
                 15 if is_in => drop(
@@ -205,7 +275,9 @@ async fn what_a_watcher_knows_equals_a_fresh_list() {
                     .await,
                 ),
                 17 => {
-                    let title = json!({ "title": format!("title {round}.{step}") });
+                    let assignee = ["op", ""][rng.random_range(0..2)];
+                    let title =
+                        json!({ "title": format!("title {round}.{step}"), "assignee": assignee });
                     done(edge, "PATCH", &format!("/v1/rooms/{room}"), &boss, title).await;
                 }
                 18 => {
@@ -219,13 +291,10 @@ async fn what_a_watcher_knows_equals_a_fresh_list() {
             }
             done_so_far.push((op, room));
         }
-        watcher
-            .settles(
-                edges[round % 2],
-                &ann,
-                &format!("round {round}: {done_so_far:?}"),
-            )
-            .await;
+        for watcher in &mut watchers {
+            let why = format!("round {round}: {done_so_far:?}");
+            watcher.settles(edges[round % 2], &why).await;
+        }
     }
 }
 

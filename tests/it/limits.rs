@@ -189,7 +189,7 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
     // A path that is there, but not for this method.
     for (method, path, allowed) in [
         ("PUT", "/v1/rooms/chat:a/messages", "get,head,post,delete"),
-        ("GET", "/v1/rooms", "post"),
+        ("PUT", "/v1/rooms", "get,head,post"),
         ("POST", "/healthz", "get,head"),
         ("POST", "/ws", "get,head"),
     ] {

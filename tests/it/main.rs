@@ -13,6 +13,7 @@ mod architecture;
 mod centrifugal;
 mod codes;
 mod deploy;
+mod directory;
 mod docs;
 mod doctor;
 mod drain;

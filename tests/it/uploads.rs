@@ -573,6 +573,12 @@ async fn a_put_is_exact_and_in_time(kind: Kind) {
             })
             .await;
             assert!(!site.has(&granted.id));
+            // Meanwhile nobody else uploads it.
+            let mut second = TcpStream::connect(address).await.unwrap();
+            second.write_all(head.as_bytes()).await.unwrap();
+            let mut status = [0; 12];
+            second.read_exact(&mut status).await.unwrap();
+            assert_eq!(&status, b"HTTP/1.1 409");
         }
     }
     if let Kind::Local = kind {
@@ -583,11 +589,15 @@ async fn a_put_is_exact_and_in_time(kind: Kind) {
             }
         })
         .await;
-        let aborted = site
-            .mesh
-            .metric(0, "natter_upload_received_total", "aborted")
-            .await;
-        assert_eq!(aborted, 1);
+        let counted = "natter_upload_received_total";
+        // It is counted after the part is removed.
+        eventually("the end is counted", LONG, async || {
+            match site.mesh.metric(0, counted, "aborted").await {
+                1 => Ok(()),
+                other => Err(other.to_string()),
+            }
+        })
+        .await;
     }
     assert!(!site.has(&granted.id));
     // After its time a URL is worth nothing.

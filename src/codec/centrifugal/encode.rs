@@ -480,7 +480,7 @@ pub(in crate::codec) fn event(form: Form, event: &Event) -> Option<Bytes> {
             change: PresenceChange::Count(_),
             ..
         }
-        | Event::Inbox { .. }
+        | Event::Inbox(_)
         | Event::TokenExpiring { .. }
         | Event::Reconnect { .. } => return None,
     };

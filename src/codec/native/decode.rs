@@ -10,7 +10,7 @@ use crate::{
     model::{RoomId, without_mark},
     protocol::{
         Command, Draft, ErrorCode, HistoryOf, NewRoom, PageOf, Publication, Refused, ResumeAt,
-        SearchFor, Wants,
+        SearchFor, Wants, WatchOf, Watched,
     },
 };
 
@@ -62,6 +62,9 @@ struct Fields<'a> {
     archived: Option<bool>,
     mine: Option<bool>,
     watch: Option<u64>,
+    #[serde(borrow)]
+    pattern: Option<Cow<'a, str>>,
+    filter: Option<serde_json::Value>,
     namespace: Option<String>,
     #[serde(rename = "ref")]
     about: Option<String>,
@@ -241,11 +244,7 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
             limit: fields.limit,
             archived: fields.archived.unwrap_or_default(),
         },
-        Some("watch") if fields.mine == Some(true) => Command::Watch,
-        Some("watch") => {
-            let text = "what to watch is missing: mine: true";
-            return Err(Refused::new(ErrorCode::BadRequest, text));
-        }
+        Some("watch") => Command::Watch(Box::new(watch(fields)?)),
         Some("unwatch") => Command::Unwatch {
             watch: fields.watch.ok_or_else(|| missing("watch"))?,
         },
@@ -256,6 +255,47 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
             return Err(Refused::new(ErrorCode::UnknownOp, text));
         }
     })
+}
+
+fn watch(fields: Fields<'_>) -> Result<WatchOf, Refused> {
+    let bad = |text: &str| Refused::new(ErrorCode::BadRequest, text);
+    let Fields {
+        mine,
+        rooms: named,
+        pattern,
+        filter,
+        watch,
+        after,
+        limit,
+        ..
+    } = fields;
+    let filter = match filter {
+        Some(_) if pattern.is_none() => return Err(bad("filter goes with pattern only")),
+        Some(serde_json::Value::Object(filter)) => filter,
+        Some(_) => return Err(bad("filter must be an object")),
+        None => serde_json::Map::new(),
+    };
+    let what = match (mine == Some(true), named, pattern, watch) {
+        (true, None, None, None) => Watched::Mine,
+        (false, Some(named), None, None) => Watched::Rooms(rooms(Some(named))?),
+        (false, None, Some(pattern), None) => Watched::Pattern {
+            pattern: pattern.into_owned(),
+            filter,
+        },
+        (false, None, None, Some(watch)) => Watched::Page {
+            watch,
+            after: after
+                .map(Cow::into_owned)
+                .ok_or_else(|| bad("after is missing: the next of the page before"))?,
+        },
+        (false, None, None, None) => {
+            return Err(bad(
+                "what to watch is missing: mine: true, rooms, pattern, or watch with after",
+            ));
+        }
+        _ => return Err(bad("only one of mine, rooms, pattern and watch")),
+    };
+    Ok(WatchOf { what, limit })
 }
 
 fn cursor(cursor: Option<Cow<'_, str>>) -> Result<String, Refused> {

@@ -79,12 +79,6 @@ impl Writer {
         self
     }
 
-    /// A value as JSON.
-    fn json(&mut self, key: &str, value: &impl serde::Serialize) -> &mut Self {
-        let json = serde_json::to_vec(value).expect("writing plain data to memory");
-        self.raw(key, &json)
-    }
-
     /// `true` or `false`.
     fn boolean(&mut self, key: &str, value: bool) -> &mut Self {
         self.raw(key, if value { b"true" } else { b"false" })
@@ -206,12 +200,7 @@ pub(in crate::codec) fn event(framing: Framing, event: &Event) -> Bytes {
         Event::Kicked { room, code } => {
             writer.string("room", room.as_str()).string("code", code);
         }
-        Event::Inbox { watch, rooms, gone } => {
-            writer.number("watch", *watch).json("rooms", rooms);
-            if !gone.is_empty() {
-                writer.json("gone", gone);
-            }
-        }
+        Event::Inbox(push) => return writer.end_with(push),
         Event::TokenExpiring { exp } => {
             writer.number("exp", *exp);
         }

@@ -158,7 +158,7 @@ pub(in crate::codec) fn event(codec: Codec, event: &Event) -> Option<Bytes> {
         }
         Event::Read { .. }
         | Event::Kicked { .. }
-        | Event::Inbox { .. }
+        | Event::Inbox(_)
         | Event::TokenExpiring { .. }
         | Event::Reconnect { .. } => return None,
     };

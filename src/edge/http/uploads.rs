@@ -261,6 +261,7 @@ impl From<LocalError> for HttpError {
     fn from(error: LocalError) -> Self {
         let code = match &error {
             LocalError::Forged | LocalError::Expired => ErrorCode::Forbidden,
+            LocalError::Busy => ErrorCode::Conflict,
             LocalError::TooLarge(_) => ErrorCode::TooLarge,
             LocalError::TooSmall { .. } => ErrorCode::BadRequest,
             LocalError::Folder(cause) => {
@@ -286,6 +287,7 @@ impl From<LocalError> for HttpError {
         (status = 403, body = ErrorBody, description = "forbidden: the URL is not signed, was changed, has expired, or is for downloads"),
         (status = 404, body = ErrorBody, description = "bad_id; bad_request where the storage is not local"),
         (status = 408, body = ErrorBody, description = "timeout: nothing arrived for http.body_timeout, or the edge is draining"),
+        (status = 409, body = ErrorBody, description = "conflict: another request uploads the same file now"),
         (status = 413, body = ErrorBody, description = "too_large: more bytes than announced"),
         (status = 503, body = ErrorBody, description = "unavailable: the file can't be written"),
     ),
@@ -319,7 +321,7 @@ pub(super) async fn receive(
     }
     let within = within(&api.shared, file.size);
     let receiving = local.receive(id, file).await;
-    let receiving = receiving.map_err(|error| end.by(error.into()))?;
+    let receiving = receiving.map_err(|error| end.by(error))?;
     take(
         &api.shared,
         receiving,
@@ -346,6 +348,7 @@ impl Counted {
     fn by(&mut self, error: LocalError) -> HttpError {
         self.0 = match &error {
             LocalError::TooLarge(_) | LocalError::TooSmall { .. } => UploadEnd::WrongSize,
+            LocalError::Busy => UploadEnd::Busy,
             LocalError::Folder(_) | LocalError::Forged | LocalError::Expired => UploadEnd::Failed,
         };
         error.into()

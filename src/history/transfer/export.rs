@@ -79,7 +79,15 @@ impl<'d> Export<'d> {
                         let filter = self.subjects.stored_namespace(origin, part, name);
                         let stream = rooms_stream(origin, part);
                         rooms.extend(
-                            rooms_of(connection, &self.subjects, &stream, &filter, wait).await?,
+                            rooms_of(
+                                connection,
+                                &self.subjects,
+                                &stream,
+                                &filter,
+                                wait,
+                                usize::MAX,
+                            )
+                            .await?,
                         );
                     }
                 }

@@ -1,0 +1,430 @@
+//! A watch of rooms that are known by name: those that the user is in, or those that the client has named.
+//!
+//! A summary is read once, and then kept up from what is heard, which says where in the log its message stands; so nothing
+//! is counted twice. What that can't say is read again.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, HashMap, HashSet},
+    rc::Weak,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    super::Session,
+    active::{Active, Caps, Heard},
+    desk::{Desk, FIRST_RESYNC},
+};
+use crate::{
+    auth::Right,
+    bus::{News, Record, Signal},
+    model::{Cursor, RoomId},
+    people::{InboxOf, Known, Whose, preview},
+    protocol::{LastMessage, Refused, RoomSummary, WatchPush},
+    runtime::unix_ms,
+};
+
+/// Rooms that are read before those are told that are ready. The longer a read takes, the more rooms have new messages when
+/// it ends, and must be read again.
+const READ_AT_ONCE: usize = 50;
+
+/// Rooms whose summaries are kept of a list. Above it, those that are up to date are dropped, and read again when
+/// something happens.
+const MAX_KEPT: usize = 500;
+
+/// Bytes of the rooms in one push, if there are several. A client that has as many still to receive is told nothing more,
+/// so that a list alone never fills its outbox.
+const MAX_BYTES: usize = 64 * 1024;
+
+/// How much clocks may differ, in ms, when it is told whether a message came since then.
+pub(super) const CLOCKS_MS: u64 = 10_000;
+
+/// A watch of a list of rooms.
+pub(super) struct List {
+    session: Weak<Session>,
+    number: u64,
+    user: Arc<str>,
+    /// The rooms that the client has named; `None`: those that the user is in.
+    named: Option<RefCell<BTreeMap<RoomId, Named>>>,
+    rooms: RefCell<HashMap<RoomId, Active>>,
+    /// Whether it is among those that have something to be told.
+    pub(super) is_dirty: Cell<bool>,
+    /// Whether it is being told. It is not told twice at once.
+    pub(super) is_telling: Cell<bool>,
+    /// Whether the client knows of the watch. Nothing is told before.
+    pub(super) has_begun: Cell<bool>,
+    /// When its rooms are compared with what is stored.
+    pub(super) due: Cell<Instant>,
+    /// When they were compared last, or the watch began; in ms since 1970.
+    compared_at: Cell<u64>,
+}
+
+/// A room that the client has named.
+struct Named {
+    /// Held, so that the record is followed.
+    _known: Arc<Known>,
+    /// Whether the client knows that it may not see it any more.
+    is_out: bool,
+}
+
+impl List {
+    /// A watch of the rooms of a user, or of those that are named.
+    pub(super) fn new(
+        session: Weak<Session>,
+        number: u64,
+        user: &Arc<str>,
+        named: Option<Vec<(RoomId, Arc<Known>)>>,
+        due: Instant,
+    ) -> Self {
+        let named = named.map(|named| {
+            let named = named.into_iter().map(|(room, known)| {
+                let named = Named {
+                    _known: known,
+                    is_out: false,
+                };
+                (room, named)
+            });
+            RefCell::new(named.collect())
+        });
+        Self {
+            session,
+            number,
+            user: Arc::clone(user),
+            named,
+            rooms: RefCell::default(),
+            is_dirty: Cell::new(false),
+            is_telling: Cell::new(false),
+            has_begun: Cell::new(false),
+            due: Cell::new(due),
+            compared_at: Cell::new(unix_ms()),
+        }
+    }
+
+    /// The user, if the rooms are those that the user is in.
+    pub(super) fn mine(&self) -> Option<&str> {
+        self.named.is_none().then_some(&*self.user)
+    }
+
+    /// Whether a summary of a room is kept.
+    pub(super) fn keeps(&self, room: &RoomId) -> bool {
+        self.rooms.borrow().contains_key(room)
+    }
+
+    /// Whether something has to be read before it can be told.
+    pub(super) fn has_to_read(&self) -> bool {
+        let now = Instant::now();
+        self.rooms
+            .borrow()
+            .values()
+            .any(|active| active.is_due(now))
+    }
+
+    /// The rooms that the client has named; `None`: it has named none.
+    pub(super) fn named(&self) -> Option<Vec<RoomId>> {
+        let named = self.named.as_ref()?;
+        Some(named.borrow().keys().cloned().collect())
+    }
+
+    /// Changes what is known of a room. Returns whether there is something to tell.
+    fn change(&self, room: &RoomId, change: impl FnOnce(&mut Active)) -> bool {
+        let is_named = |named: &RefCell<BTreeMap<RoomId, Named>>| named.borrow().contains_key(room);
+        if !self.named.as_ref().is_none_or(is_named) {
+            return false;
+        }
+        let mut rooms = self.rooms.borrow_mut();
+        if rooms.len() >= MAX_KEPT && !rooms.contains_key(room) {
+            rooms.retain(|_, active| active.is_stale || active.is_new);
+        }
+        let active = rooms.entry(room.clone()).or_default();
+        change(active);
+        active.is_stale || active.is_new
+    }
+
+    /// Takes in a signal to the user.
+    pub(super) fn signalled(&self, Signal { room, what }: &Signal, caps: Caps) -> bool {
+        match what {
+            // Messages of rooms that the client has named are heard themselves.
+            News::Message { .. } if self.named.is_some() => false,
+            News::Message {
+                last,
+                cursor,
+                mentions,
+            } => self.change(room, |active| {
+                let heard = Heard {
+                    last: last.clone(),
+                    cursor,
+                    previous: None,
+                    mentions: mentions.iter().any(|user| **user == *self.user),
+                };
+                active.message(&self.user, heard, caps);
+            }),
+            News::Read(marker) => self.change(room, |active| active.read(marker)),
+            News::Changed {} => self.changed(room),
+        }
+    }
+
+    /// Takes in a message of a room that the client has named. `cursor`: `None` if the room is ephemeral.
+    pub(super) fn heard(
+        &self,
+        room: &RoomId,
+        record: &Record,
+        cursor: Option<&Cursor>,
+        caps: Caps,
+    ) -> bool {
+        let last = LastMessage {
+            id: record.id.clone(),
+            from: record.from.clone(),
+            ts: record.ts,
+            text: preview(&record.body),
+        };
+        self.change(room, |active| match cursor {
+            None => active.ephemeral(last),
+            Some(cursor) => {
+                let heard = Heard {
+                    last,
+                    cursor,
+                    previous: record.previous,
+                    mentions: record.mentions_user(&self.user),
+                };
+                active.message(&self.user, heard, caps);
+            }
+        })
+    }
+
+    /// The record of a room, or the user's entry of it, has changed.
+    pub(super) fn changed(&self, room: &RoomId) -> bool {
+        self.change(room, Active::changed)
+    }
+
+    /// What the token allows has changed.
+    pub(super) fn judge(&self) -> bool {
+        let named = self.named().unwrap_or_default();
+        // Each of them, not only up to the first.
+        named.iter().filter(|room| self.changed(room)).count() > 0
+    }
+
+    /// Reads what has to be read, and tells the session what is new. Returns whether something has to be read again, or
+    /// could not be told yet.
+    pub(super) async fn tell(&self, desk: &Desk) -> bool {
+        let Some((session, identity)) = self.session.upgrade().and_then(|session| {
+            let identity = session.who()?;
+            Some((session, identity))
+        }) else {
+            return false;
+        };
+        if !self.has_begun.get() || session.queued_bytes() >= MAX_BYTES {
+            return true;
+        }
+        let whose = self.whose();
+        let stale: Vec<RoomId> = {
+            let (mut rooms, now) = (self.rooms.borrow_mut(), Instant::now());
+            let stale = rooms.iter_mut().filter(|(_, active)| active.is_due(now));
+            let stale = stale.take(READ_AT_ONCE);
+            let begin = stale.map(|(room, active)| {
+                active.begin_read();
+                room.clone()
+            });
+            begin.collect()
+        };
+        if !stale.is_empty() {
+            let read = desk
+                .people
+                .summaries(&desk.markers, &identity, &stale, whose)
+                .await;
+            let mut rooms = self.rooms.borrow_mut();
+            match read {
+                Ok(mut read) => {
+                    let (now, mut all_show) = (Instant::now(), true);
+                    for room in stale {
+                        if let Some(active) = rooms.get_mut(&room) {
+                            all_show &= active.end_read(read.remove(&room), now);
+                        }
+                    }
+                    if !all_show {
+                        // It was erased, or a replica lags behind for longer.
+                        self.compare_soon(FIRST_RESYNC);
+                    }
+                }
+                Err(refused) => {
+                    tracing::debug!(%refused, "what is new in rooms can't be read");
+                }
+            }
+        }
+        let mut push = WatchPush {
+            watch: self.number,
+            ..WatchPush::default()
+        };
+        let (mut again, mut bytes) = (false, 0);
+        self.rooms.borrow_mut().retain(|room, active| {
+            if active.is_new {
+                // The token may have changed since it was read.
+                active.summary.take_if(|_| !identity.may(Right::Read, room));
+                let size = match &active.summary {
+                    Some(summary) => serde_json::to_vec(summary).map_or(0, |json| json.len()),
+                    None => room.as_str().len() + 3,
+                };
+                if bytes > 0 && bytes + size > MAX_BYTES {
+                    again = true;
+                    return true;
+                }
+                bytes += size;
+                active.is_new = false;
+                match &active.summary {
+                    Some(summary) => {
+                        self.set_out(room, false);
+                        push.rooms.push(summary.clone());
+                    }
+                    None if self.set_out(room, true) => push.gone.push(room.clone()),
+                    None => {}
+                }
+            }
+            again |= active.is_stale;
+            active.summary.is_some() || active.is_stale
+        });
+        if whose == Whose::Mine {
+            push.gone.retain(|room| identity.may(Right::Read, room));
+        }
+        session.tell_watch(push);
+        again
+    }
+
+    /// Has the list compared after this time at the latest.
+    pub(super) fn compare_soon(&self, after: Duration) {
+        self.due.set(self.due.get().min(Instant::now() + after));
+    }
+
+    /// Notes whether the client may see a room. Returns whether that is new.
+    fn set_out(&self, room: &RoomId, is_out: bool) -> bool {
+        let Some(named) = &self.named else {
+            return true;
+        };
+        let mut named = named.borrow_mut();
+        let known = named.get_mut(room);
+        known.is_some_and(|known| std::mem::replace(&mut known.is_out, is_out) != is_out)
+    }
+
+    fn whose(&self) -> Whose {
+        match self.named {
+            Some(_) => Whose::Readable,
+            None => Whose::Mine,
+        }
+    }
+
+    /// What is stored: of the user's rooms the first page.
+    async fn stored(&self, desk: &Desk) -> Result<Vec<RoomSummary>, Refused> {
+        let identity = self.session.upgrade().and_then(|session| session.who());
+        let Some(identity) = identity else {
+            return Ok(Vec::new());
+        };
+        let (people, markers) = (&desk.people, &desk.markers);
+        match self.named() {
+            Some(named) => {
+                let whose = self.whose();
+                let read = people.summaries(markers, &identity, &named, whose).await?;
+                Ok(read.into_values().map(|(summary, _)| summary).collect())
+            }
+            None => {
+                let page = InboxOf::new(None, None, false)?;
+                Ok(people.inbox(markers, &identity, &page).await?.rooms)
+            }
+        }
+    }
+
+    /// Compares what the session was told with what is stored. Returns whether there is something to tell.
+    pub(super) async fn compare(&self, desk: &Desk) -> Result<bool, Refused> {
+        let before = unix_ms();
+        let stored = self.stored(desk).await?;
+        let since = self.compared_at.replace(before).saturating_sub(CLOCKS_MS);
+        Ok(self.differs(stored, since))
+    }
+
+    /// Marks the rooms that are not as they are stored. `since`: when that was compared before, in ms since 1970.
+    fn differs(&self, stored: Vec<RoomSummary>, since: u64) -> bool {
+        let mut rooms = self.rooms.borrow_mut();
+        // They have ended, the user is not in them any more, or they are not on the first page.
+        let mut missing: HashSet<RoomId> = rooms.keys().cloned().collect();
+        if let Some(named) = &self.named {
+            let named = named.borrow();
+            let seen = named.iter().filter(|(_, named)| !named.is_out);
+            missing.extend(seen.map(|(room, _)| room.clone()));
+        }
+        let mut changed = Vec::new();
+        for summary in stored {
+            missing.remove(&summary.room);
+            let same = match rooms.get(&summary.room) {
+                Some(active) if active.summary.is_some() => !active.differs(&summary),
+                // Nothing was told of it, and there was nothing to tell.
+                Some(_) | None => summary.last.as_ref().is_none_or(|last| last.ts < since),
+            };
+            if !same {
+                changed.push(summary.room);
+            }
+        }
+        changed.extend(missing);
+        let differs = !changed.is_empty();
+        for room in changed {
+            rooms.entry(room).or_default().changed();
+        }
+        differs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn room(name: &str) -> RoomId {
+        RoomId::parse(&format!("chat:{name}")).unwrap()
+    }
+
+    fn summary(name: &str, title: &str) -> RoomSummary {
+        RoomSummary {
+            room: room(name),
+            title: Some(title.to_owned()),
+            head: None,
+            ..super::super::active::tests::summary(0, 0)
+        }
+    }
+
+    fn list(kept: &[&str], named: Option<&[&str]>) -> List {
+        let named = named.map(|named| {
+            let named = named.iter();
+            named
+                .map(|name| (room(name), Arc::new(Known::default())))
+                .collect()
+        });
+        let list = List::new(Weak::new(), 1, &Arc::from("kim"), named, Instant::now());
+        for name in kept {
+            let mut active = Active::default();
+            active.end_read(Some((summary(name, "old"), true)), Instant::now());
+            list.rooms.borrow_mut().insert(room(name), active);
+        }
+        list
+    }
+
+    fn stale(list: &List) -> Vec<String> {
+        let rooms = list.rooms.borrow();
+        let stale = rooms.iter().filter(|(_, active)| active.is_stale);
+        let mut stale: Vec<String> = stale.map(|(room, _)| room.to_string()).collect();
+        stale.sort_unstable();
+        stale
+    }
+
+    #[test]
+    fn a_comparison_finds_rooms_that_are_gone_and_records_that_have_changed() {
+        let stored = || vec![summary("a", "old"), summary("b", "new"), summary("d", "x")];
+        let mine = list(&["a", "b", "c"], None);
+        assert!(mine.differs(stored(), 0));
+        assert_eq!(stale(&mine), ["chat:b", "chat:c"]);
+        let mine = list(&["a"], None);
+        assert!(!mine.differs(stored(), 0));
+
+        let named = list(&["a"], Some(&["a", "b", "c", "d"]));
+        assert!(named.differs(stored(), 0));
+        assert_eq!(stale(&named), ["chat:c"]);
+        named.set_out(&room("c"), true);
+        named.rooms.borrow_mut().remove(&room("c"));
+        assert!(!named.differs(stored(), 0));
+    }
+}

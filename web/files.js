@@ -1,0 +1,206 @@
+// Files: those that are chosen and uploaded before a message names them, and those that came with messages.
+
+import { request, roomPath } from "./http.js";
+import { button, element, sentence, size } from "./words.js";
+
+const PICTURES = /^image\/(png|jpeg|gif|webp|avif)$/;
+const WIDEST = 320; // px of a picture on the page
+const HIGHEST = 256;
+
+/** Where a file is uploaded to, or comes from. */
+function addressOf(url) {
+  const address = new URL(url, document.baseURI);
+  if (!/^https?:$/.test(address.protocol)) throw { code: "bad_request", message: "the address of the file is not one of the web" };
+  return address.href;
+}
+
+function whyNot(error) {
+  const isOff = error.status === 404 && error.code !== "unknown_namespace";
+  return isOff ? "Files can't be sent here: uploads are switched off." : sentence(error);
+}
+
+/** Sends the bytes. `fetch` does not tell how far it is. */
+function put({ url, headers }, file, progress, signal) {
+  return new Promise((resolve, reject) => {
+    const sending = new XMLHttpRequest();
+    signal.addEventListener("abort", () => sending.abort());
+    sending.upload.addEventListener("progress", ({ loaded }) => progress(loaded));
+    sending.addEventListener("load", () => {
+      if (sending.status >= 200 && sending.status < 300) {
+        resolve();
+        return;
+      }
+      let answer = {};
+      try {
+        answer = JSON.parse(sending.responseText);
+      } catch {
+        // Not an answer of natter's own: the status is all there is.
+      }
+      reject({ code: "internal", message: `the storage answered ${sending.status}`, ...answer });
+    });
+    sending.addEventListener("error", () => reject({ code: "disconnected" }));
+    sending.addEventListener("abort", () => reject({ code: "aborted" }));
+    sending.open("PUT", addressOf(url));
+    for (const [name, value] of Object.entries(headers)) sending.setRequestHeader(name, value);
+    sending.send(file);
+  });
+}
+
+/** Width and height of a picture, so that the page does not jump when it comes. */
+async function measure(file) {
+  if (!PICTURES.test(file.type)) return {};
+  try {
+    const picture = await createImageBitmap(file);
+    const { width, height } = picture;
+    picture.close();
+    return { width, height };
+  } catch {
+    return {}; // not a picture, whatever its name says
+  }
+}
+
+/** The files that are chosen for the next message. */
+export class Chosen {
+  #list; #changed;
+  #files = []; // {item, abort, attachment}: `attachment` once it is uploaded
+
+  /** `changed` is called when one was added, removed or has arrived. */
+  constructor(list, changed) {
+    this.#list = list;
+    this.#changed = changed;
+  }
+
+  get isBusy() {
+    return this.#files.some(({ attachment, failed }) => !attachment && !failed);
+  }
+
+  get isEmpty() {
+    return this.#files.length === 0;
+  }
+
+  get attachments() {
+    return this.#files.flatMap(({ attachment }) => attachment ?? []);
+  }
+
+  clear() {
+    for (const { abort } of this.#files) abort.abort();
+    this.#files = [];
+    this.#list.replaceChildren();
+    this.#changed();
+  }
+
+  add(token, room, files) {
+    for (const file of files) this.#add(token, room, file);
+  }
+
+  /** Puts files back that have been uploaded: of a draft, or of a message that was refused. */
+  take(attachments) {
+    for (const attachment of attachments) {
+      const { one, remove } = this.#newOne(attachment);
+      one.attachment = attachment;
+      remove("Remove");
+    }
+    this.#changed();
+  }
+
+  #newOne({ name, size: bytes }) {
+    const abort = new AbortController();
+    const item = element("li");
+    const note = element("span", "quiet", size(bytes));
+    const one = { item, abort, attachment: null, failed: false };
+    const end = button("plain", "", () => {
+      abort.abort();
+      this.#files = this.#files.filter((other) => other !== one);
+      item.remove();
+      this.#changed();
+    });
+    const remove = (content) => {
+      end.textContent = content;
+      end.ariaLabel = `${content} ${name}`;
+    };
+    item.append(element("span", "name", name), note, end);
+    this.#files.push(one);
+    this.#list.append(item);
+    return { one, note, end, remove };
+  }
+
+  async #add(token, room, file) {
+    const { one, note, end, remove } = this.#newOne(file);
+    const { abort } = one;
+    const bar = element("progress");
+    bar.ariaLabel = `Upload of ${file.name}`;
+    bar.max = Math.max(1, file.size);
+    end.before(bar);
+    remove("Cancel");
+    this.#changed();
+    const type = file.type || "application/octet-stream";
+    try {
+      const granted = await request(token, "POST", `${roomPath(room)}/uploads`, { body: { name: file.name, type, size: file.size } });
+      abort.signal.throwIfAborted();
+      await put(granted.put, file, (sent) => { bar.value = sent; }, abort.signal);
+      one.attachment = { upload: granted.upload, name: file.name, type, size: file.size, ...await measure(file) };
+    } catch (error) {
+      if (abort.signal.aborted) return;
+      one.failed = true;
+      note.className = "error";
+      note.textContent = whyNot(error);
+      note.role = "alert";
+    }
+    bar.remove();
+    remove("Remove");
+    this.#changed();
+  }
+}
+
+/**
+ * A file that came with a message: its name and size, and the picture, if it is one. What `attachment` says was written by
+ * its sender.
+ */
+export function fileOf(attachment, { token, room }, settled) {
+  const { upload, type } = attachment;
+  const name = typeof attachment.name === "string" && attachment.name ? attachment.name : "file";
+  const box = element("div");
+  const open = async (use) => {
+    try {
+      const path = `${roomPath(room)}/uploads/${encodeURIComponent(upload)}?redirect=false`;
+      use(addressOf((await request(token, "GET", path)).url));
+    } catch (error) {
+      problem.textContent = error.code === "bad_id" ? "This file is not there any more." : sentence(error);
+    }
+  };
+  const show = () => open((url) => {
+    const link = element("a");
+    Object.assign(link, { href: url, target: "_blank", rel: "noopener noreferrer" });
+    link.click();
+  });
+  const link = button("file", name, show);
+  link.role = "link";
+  link.append(" ", element("span", "quiet", size(attachment.size)));
+  const problem = element("div", "problem");
+  box.append(link, problem);
+  if (PICTURES.test(type)) box.prepend(pictureOf(attachment, name, show, open, settled));
+  return box;
+}
+
+function pictureOf({ width, height }, name, show, open, settled) {
+  const frame = button("picture", "", show);
+  frame.ariaLabel = `Open the picture ${name}`;
+  const picture = element("img");
+  picture.alt = name;
+  if (width > 0 && height > 0) {
+    const scale = Math.min(1, WIDEST / width, HIGHEST / height);
+    picture.width = Math.max(1, Math.round(width * scale));
+    picture.height = Math.max(1, Math.round(height * scale));
+  }
+  picture.addEventListener("load", settled);
+  picture.addEventListener("error", () => frame.remove()); // the link beside it says what is the matter
+  frame.append(picture);
+  // Only what is looked at is loaded.
+  const near = new IntersectionObserver((entries) => {
+    if (!entries.some(({ isIntersecting }) => isIntersecting)) return;
+    near.disconnect();
+    open((url) => { picture.src = url; });
+  }, { rootMargin: "300px" });
+  near.observe(frame);
+  return frame;
+}
