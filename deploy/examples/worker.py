@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""A worker for natter: translates with a small list of words, and scores the mood with rules. Needs no packages.
+"""A worker for natter: translates between English and Korean with a small list of words, and scores the mood with rules.
+It needs no packages.
 
     NATTER_WORKER_SECRET=whsec_… python3 worker.py 9000
 
@@ -19,27 +20,29 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = base64.b64decode(os.environ["NATTER_WORKER_SECRET"].removeprefix("whsec_"))
 
-SPANISH = {
-    "hello": "hola", "hi": "hola", "good": "buen", "morning": "día", "bye": "adiós", "thanks": "gracias",
-    "please": "por favor", "yes": "sí", "no": "no", "and": "y", "the": "el", "is": "es", "my": "mi",
-    "friend": "amigo", "friends": "amigos", "water": "agua", "bread": "pan", "tea": "té", "price": "precio",
-    "today": "hoy", "tomorrow": "mañana", "late": "tarde", "broken": "roto", "terrible": "terrible",
+KOREAN = {
+    "hello": "안녕하세요", "hi": "안녕하세요", "thanks": "감사합니다", "yes": "네", "no": "아니요", "please": "제발",
+    "today": "오늘", "tomorrow": "내일", "when": "언제", "late": "늦은", "good": "좋은", "bad": "나쁜", "broken": "부러진",
+    "awful": "끔찍한", "terrible": "최악", "friend": "친구", "dentist": "치과의사", "patient": "환자", "lab": "기공소",
+    "tooth": "치아", "crown": "크라운", "bridge": "브리지", "shade": "색상", "price": "가격", "refund": "환불",
 }
+ENGLISH = {korean: english for english, korean in KOREAN.items()}
 
 MOOD = {
     "good": 1, "great": 2, "love": 2, "thanks": 1, "nice": 1, "happy": 2, "perfect": 2, "bad": -1, "late": -1,
     "broken": -1, "angry": -2, "hate": -2, "awful": -2, "terrible": -2, "useless": -2, "refund": -1,
+    "감사합니다": 1, "좋은": 1, "좋아요": 2, "나쁜": -1, "늦은": -1, "부러진": -1, "끔찍한": -2, "최악": -2, "엉망": -2,
 }
 
 WORD = re.compile(r"\w+")
+HANGUL = re.compile("[가-힣]")
 
 
 def translate(text):
-    """Each known word in Spanish; nothing to say if none is known."""
-    words = [word.lower() for word in WORD.findall(text)]
-    if not any(word in SPANISH for word in words):
-        return None
-    return {"es": WORD.sub(lambda found: SPANISH.get(found[0].lower(), found[0]), text)}
+    """Each known word in the other language; nothing to say if none is known."""
+    language, words = ("en", ENGLISH) if HANGUL.search(text) else ("ko", KOREAN)
+    translated = WORD.sub(lambda found: words.get(found[0].lower(), found[0]), text)
+    return None if translated == text else {language: translated}
 
 
 def mood(text):

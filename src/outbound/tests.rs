@@ -226,3 +226,46 @@ fn pauses_are_doubled_up_to_the_longest() {
     let asked = Duration::from_secs(90);
     assert_eq!(pause(1, bounds, Some(asked)), asked);
 }
+
+#[tokio::test]
+async fn an_answer_that_breaks_off_is_retried() {
+    let answers = [
+        "",
+        "HTTP/1.1 200 OK\r\ncontent-le",
+        "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n",
+        "220 mail.example.org ESMTP\r\n",
+    ];
+    for answer in answers {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut given = [0; 4096];
+                let read = stream.read(&mut given).await.unwrap();
+                assert!(read > 0);
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        let told = shown(post(port).await);
+        assert!(told.starts_with("retry None: "), "{answer:?}: {told}");
+        assert!(!told.contains("hidden"), "{told}");
+    }
+}
+
+#[tokio::test]
+async fn a_handshake_that_does_not_go_on_is_a_timeout() {
+    // It accepts connections, and says nothing.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let url = format!("https://127.0.0.1:{port}/").parse().unwrap();
+    let mut connector = Connector::new(
+        tls(&[]).unwrap(),
+        [network("127.0.0.1")].into(),
+        Duration::from_millis(50),
+    );
+    let failed = tower_service::Service::call(&mut connector, url).await;
+    let failed = failed.err().unwrap();
+    assert_eq!(failed.kind(), io::ErrorKind::TimedOut);
+}

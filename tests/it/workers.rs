@@ -1,5 +1,7 @@
 //! Workers: annotations by HTTP, whatever the endpoints do and whoever is killed.
 
+mod kills;
+
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -15,13 +17,15 @@ use natter::testing::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use sha2::Sha256;
+use tokio::time::timeout;
 
 use crate::support::{
     LONG,
     endpoint::{Asked, Endpoint, Say},
     eventually, is_running,
     mesh::{Edge, Mesh, ask, http, token},
-    nats_url,
+    mongodb_url, nats_url,
+    raw::Raw,
     up::Up,
 };
 
@@ -36,10 +40,12 @@ fn worker(name: &str, endpoint: &Endpoint, more: &str) -> String {
     )
 }
 
+/// So that a test may say much at once.
+const LIMITS: &str = "limits.commands_per_second = 100000\nlimits.commands_burst = 100000\n";
+
 /// An edge with these workers, without MongoDB, and the process that runs them.
 async fn start(toml: &str) -> (Mesh, Edge) {
-    let limits = "limits.commands_per_second = 100000\nlimits.commands_burst = 100000\n";
-    let mesh = Mesh::start(nats_url(), 1, &format!("{limits}{toml}")).await;
+    let mesh = Mesh::start(nats_url(), 1, &format!("{LIMITS}{toml}")).await;
     let workers = mesh.start_workers().await;
     (mesh, workers)
 }
@@ -151,6 +157,46 @@ async fn dead(mesh: &Mesh, count: usize) -> Vec<Value> {
     .await
 }
 
+/// Waits until who follows all rooms is told of `chat:a` with a summary that is right.
+async fn told(staff: &mut Raw, is_right: impl Fn(&Value) -> bool) {
+    let is_told = async {
+        loop {
+            let push = staff.json().await;
+            let mut rooms = push["rooms"].as_array().into_iter().flatten();
+            if rooms.any(|room| room["room"] == "chat:a" && is_right(room)) {
+                return;
+            }
+        }
+    };
+    timeout(LONG, is_told).await.expect("nothing was told");
+}
+
+/// Publishes an annotation of a worker, as its process does.
+async fn said_by_hand(mesh: &Mesh, room: &str, worker: &str, of: (&str, &str), body: &Value) {
+    let ((id, target), parsed) = (of, RoomId::parse(room).unwrap());
+    let subjects = Subjects::new(&mesh.config.nats.prefix);
+    let part = partition_of(&parsed, mesh.config.nats.partitions);
+    let subject = subjects.publish(&mesh.config.region(), part, &parsed, Class::Ev);
+    let user = format!("$worker.{worker}");
+    let mut headers = HeaderMap::new();
+    for (name, value) in [
+        ("Nats-Msg-Id", &*format!("{room}/{user}/{id}")),
+        ("Natter-From", &user),
+        ("Natter-Id", id),
+        ("Natter-Kind", "annotation"),
+        ("Natter-Target", target),
+    ] {
+        headers.insert(name, value);
+    }
+    let client = connect(&mesh.config.nats).await.unwrap();
+    let request = async_nats::Request::new()
+        .headers(headers)
+        .payload(body.to_string().into());
+    let ack = client.send_request(subject, request).await.unwrap();
+    let ack: Value = serde_json::from_slice(&ack.payload).unwrap();
+    assert!(ack["seq"].is_u64(), "{ack}");
+}
+
 /// Checks a signature as the specification says, not as natter does.
 fn assert_signed(asked: &Asked) {
     let (id, timestamp) = (
@@ -177,7 +223,12 @@ async fn answers_become_annotations_and_alerts() {
             },
         )
         .await;
-    let (mesh, workers) = start(&worker("mood", &endpoint, "alert = 'mood.score < -0.5'")).await;
+    let toml = worker("mood", &endpoint, "alert = 'mood.score < -0.5'");
+    let mesh = Mesh::with_history(nats_url(), mongodb_url(), (1, 1), &toml).await;
+    let workers = mesh.start_workers().await;
+    let mut staff = Raw::open(mesh.edges[0].address, &token("staff")).await;
+    let watch = json!({"op": "watch", "rid": 1, "pattern": "chat:*"});
+    assert_eq!(staff.call(watch).await["watch"], 1);
     let group = json!({"namespace": "chat", "kind": "group", "name": "a", "members": ["kim", "lee"], "title": "A"});
     call(&mesh, "POST", "/v1/rooms", group).await;
     text(&mesh, "chat:a", "m1", "fine").await;
@@ -226,6 +277,15 @@ async fn answers_become_annotations_and_alerts() {
     assert!(unix_ms().abs_diff(alert["at"].as_u64().unwrap()) < 60_000);
     let inbox = call(&mesh, "GET", "/v1/inbox", Value::Null).await;
     assert_eq!(inbox["rooms"][0]["alert"], alert, "{inbox}");
+    told(&mut staff, |room| room["alert"] == alert).await;
+    eventually("the directory has it", LONG, async || {
+        let found = mesh.get(0, "/v1/rooms?namespace=chat").await?;
+        match found["rooms"][0]["alert"] == alert {
+            true => Ok(()),
+            false => Err(found.to_string()),
+        }
+    })
+    .await;
     eventually("the room is told", LONG, async || {
         let told = log(&mesh, "chat:a", "system").await;
         let told: Vec<Value> = told
@@ -243,6 +303,7 @@ async fn answers_become_annotations_and_alerts() {
     metric_is(&workers, "alerts_total", 1).await;
     let record = call(&mesh, "PATCH", "/v1/rooms/chat:a", json!({"alert": false})).await;
     assert_eq!(record["alert"], Value::Null);
+    told(&mut staff, |room| room["alert"].is_null()).await;
     // A room that nobody has made gets a record.
     text(&mesh, "chat:b", "m3", "awful").await;
     eventually("the other room is marked", LONG, async || {
@@ -302,63 +363,6 @@ async fn never_more_requests_are_open_than_allowed() {
         targets.dedup();
         assert_eq!((said.len(), targets.len()), (20, 20), "{room}");
     }
-}
-
-/// The process is killed with jobs in hand: some were not answered, of one the annotation is stored, and the stream has
-/// forgotten its id when the message is redelivered.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_killed_process_leaves_no_message_with_two_annotations_or_none() {
-    let endpoint = Endpoint::closed(|asked| Say::Json(json!({"id": asked.id()}))).await;
-    let toml = worker(
-        "sure",
-        &endpoint,
-        "timeout = '60s'\nalert = 'sure.id = \"m0\"'",
-    );
-    let (mesh, mut workers) = start(&format!("streams.duplicate_window = '1s'\n{toml}")).await;
-    for n in 0..5 {
-        text(&mesh, "chat:a", &format!("m{n}"), "hi").await;
-    }
-    let asked = endpoint.asked_times(5).await;
-    workers.process.kill().await;
-    // What it had still published of the first one.
-    let first = asked.iter().find(|asked| asked.id() == "m0").unwrap();
-    let room = RoomId::parse("chat:a").unwrap();
-    let subjects = Subjects::new(&mesh.config.nats.prefix);
-    let part = partition_of(&room, mesh.config.nats.partitions);
-    let subject = subjects.publish(&mesh.config.region(), part, &room, Class::Ev);
-    let mut headers = HeaderMap::new();
-    let id = first.header("webhook-id");
-    for (name, value) in [
-        ("Nats-Msg-Id", format!("chat:a/$worker.sure/{id}")),
-        ("Natter-From", "$worker.sure".to_owned()),
-        ("Natter-Id", id.to_owned()),
-        ("Natter-Kind", "annotation".to_owned()),
-        ("Natter-Target", "kim/m0".to_owned()),
-    ] {
-        headers.insert(name, value);
-    }
-    let client = connect(&mesh.config.nats).await.unwrap();
-    let body = json!({"sure": {"id": "m0"}}).to_string();
-    let published = client.publish_with_headers(subject, headers, body.into());
-    published.await.unwrap();
-    client.flush().await.unwrap();
-    endpoint.open_gate();
-    let workers = mesh.start_workers().await;
-    for n in 0..5 {
-        let id = format!("m{n}");
-        annotated(&mesh, "chat:a", &id, "sure", json!({"id": id})).await;
-    }
-    metric_is(&workers, "pending", 0).await;
-    let said = log(&mesh, "chat:a", "annotation").await;
-    assert_eq!(said.len(), 5, "{said:?}");
-    // The first one was not asked about again, and yet the rest of its work was done.
-    let again = endpoint.asked().into_iter().skip(asked.len());
-    let mut again: Vec<String> = again.map(|asked| asked.id().to_owned()).collect();
-    again.sort_unstable();
-    assert_eq!(again, ["m1", "m2", "m3", "m4"]);
-    let told = log(&mesh, "chat:a", "system").await;
-    assert_eq!(told.len(), 1, "{told:?}");
-    assert_eq!(metric(&workers, "alerts_total").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -538,7 +542,7 @@ async fn up_shows_how_a_worker_works() {
         let (_, page) = ask(edge, ("GET", &path), token, &Value::Null).await;
         let (_, record) = ask(edge, ("GET", room), token, &Value::Null).await;
         let said = &page["messages"][0]["annotations"];
-        let is_translated = said["translation"]["es"] == "hola, this es awful";
+        let is_translated = said["translation"]["ko"] == "안녕하세요, this is 끔찍한";
         match is_translated && record["alert"]["worker"] == "mood" {
             true => Ok(()),
             false => Err(format!("{page} {record}")),
