@@ -86,7 +86,7 @@ impl Consumer {
             .batch_messages
             .min(connection.subscription_capacity() / 4);
         Self {
-            name: HISTORY_CONSUMER.to_owned(),
+            name: String::from(HISTORY_CONSUMER),
             description: "Takes messages to MongoDB: natter history".to_owned(),
             filters: Vec::new(),
             from: "all",

@@ -334,17 +334,17 @@ async fn the_command_reports_and_exits_by_what_it_did() {
     let (code, out, _) = run("2", "30d", &["--dry-run"]).await;
     assert_eq!(
         (code, out.matches(" create").count()),
-        (Some(0), 9),
+        (Some(0), 10),
         "{out}"
     );
     let (code, out, _) = run("2", "30d", &[]).await;
     assert_eq!(
         (code, out.matches(" create").count()),
-        (Some(0), 9),
+        (Some(0), 10),
         "{out}"
     );
     let (code, out, _) = run("2", "30d", &[]).await;
-    assert_eq!((code, out.matches(" ok").count()), (Some(0), 9), "{out}");
+    assert_eq!((code, out.matches(" ok").count()), (Some(0), 10), "{out}");
     let (code, out, _) = run("2", "1d", &[]).await;
     assert_eq!((code, out.matches(" skip").count()), (Some(1), 2), "{out}");
     assert!(
