@@ -69,7 +69,7 @@ class Worker(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def answer(self, status, body=None):
-        text = b"" if body is None else json.dumps(body).encode()
+        text = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
         self.send_response(status)
         if status != 204:
             self.send_header("content-type", "application/json")
