@@ -53,6 +53,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("small", small),
     ("uploads", uploads::uploads),
     ("inbox", watch::inbox),
+    ("inbox-memory", watch::inbox_memory),
     ("watch", watch::watch_rooms),
     ("follow", watch::follow),
     ("workers", workers::workers),

@@ -371,7 +371,7 @@ impl Publisher {
         let payload = signal.to_json();
         for user in users {
             let subject = self.subjects.signals(user);
-            match self.line.publish(&subject, |_| {}, &payload) {
+            match self.line.publish_later(&subject, &payload) {
                 Ok(()) => count(Counter::SignalPublished, 1),
                 Err(error) => tracing::debug!(%error, "a signal can't be published"),
             }

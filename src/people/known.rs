@@ -27,8 +27,7 @@ use tokio::{
 
 use super::{
     access::Standing,
-    record::{Field, Merge as _, Record, RoomKind},
-    write::merged,
+    record::{Field, Merge as _, Record, RoomKind, merged},
 };
 use crate::{
     auth::{Identity, Right},

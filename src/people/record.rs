@@ -7,11 +7,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
 use crate::{
+    bus::Entry,
     model::{Region, RoomId},
     protocol::{AlertBody, MemberBody, RecordReply},
 };
@@ -227,6 +228,26 @@ fn wins<T: Serialize + PartialEq>(old: (&Stamp, &T), new: (&Stamp, &T)) -> bool 
 pub(super) trait Merge {
     /// Takes over what is later in `other`.
     fn merge_from(&mut self, other: &Self);
+}
+
+/// The values of the entries by key, those of all regions merged.
+pub(super) fn merged<'e, T: Merge + DeserializeOwned>(
+    entries: impl IntoIterator<Item = &'e Entry>,
+) -> BTreeMap<&'e str, T> {
+    let mut all: BTreeMap<&str, T> = BTreeMap::new();
+    for entry in entries {
+        let Some(value) = &entry.value else { continue };
+        match serde_json::from_slice::<T>(value) {
+            Ok(one) => match all.get_mut(&*entry.key) {
+                Some(known) => known.merge_from(&one),
+                None => drop(all.insert(&entry.key, one)),
+            },
+            Err(error) => {
+                tracing::warn!(key = entry.key, %error, "a key is not understood");
+            }
+        }
+    }
+    all
 }
 
 impl<T: Clone + Serialize + PartialEq> Merge for Field<T> {

@@ -15,8 +15,8 @@ use tokio::time::Instant;
 use super::{
     index,
     known::People,
-    record::{Member, Record},
-    write::{merged, refusal},
+    record::{Member, Record, merged},
+    write::refusal,
 };
 use crate::{
     bus::KvError,

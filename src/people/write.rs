@@ -1,6 +1,6 @@
 //! Writing records, the index of users, and blocks.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
@@ -12,7 +12,7 @@ use super::{
     change::{Ask, Change, Told, check_user},
     index,
     known::People,
-    record::{Field, Member, Merge, Record, Stamp},
+    record::{Field, Member, Merge, Record, Stamp, merged},
 };
 use crate::{
     auth::{Identity, Right},
@@ -70,26 +70,6 @@ pub(super) fn refusal(error: KvError) -> Refused {
         KvError::Refused(_) => ErrorCode::Internal,
     };
     Refused::new(code, format!("the record: {error}"))
-}
-
-/// The values of the entries by key, those of all regions merged.
-pub(super) fn merged<'e, T: Merge + DeserializeOwned>(
-    entries: impl IntoIterator<Item = &'e Entry>,
-) -> BTreeMap<&'e str, T> {
-    let mut all: BTreeMap<&str, T> = BTreeMap::new();
-    for entry in entries {
-        let Some(value) = &entry.value else { continue };
-        match serde_json::from_slice::<T>(value) {
-            Ok(one) => match all.get_mut(&*entry.key) {
-                Some(known) => known.merge_from(&one),
-                None => drop(all.insert(&entry.key, one)),
-            },
-            Err(error) => {
-                tracing::warn!(key = entry.key, %error, "a key is not understood");
-            }
-        }
-    }
-    all
 }
 
 /// The entries of the index by room, those of all regions merged.

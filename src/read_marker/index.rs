@@ -12,7 +12,10 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{marker::Marker, markers::Key};
+use super::marker::Marker;
+
+/// A marker's key in the bucket. It names room and user.
+pub(super) type Key = Arc<str>;
 
 /// Number of markers that are visited each time the lock is held.
 pub(super) const STEP: usize = 512;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use futures_util::future::try_join_all;
 
-use super::{MarkerError, Markers};
+use super::{error::MarkerError, markers::Markers};
 use crate::{
     bus::{Record, Streams, rooms_of},
     model::{Class, Cursor, Position, RoomId},

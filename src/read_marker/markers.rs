@@ -14,16 +14,17 @@ use tokio::{
 };
 
 use super::{
-    index::{Index, STEP},
-    keeper::Queues,
-    marker::{Marker, Phase},
-    unread::Counting,
+    counting::Counting,
+    error::MarkerError,
+    index::{Key, STEP},
+    marker::Phase,
+    queue::{Load, State},
 };
 use crate::{
     bus::{Bucket, Entry, KvError, News, Origins, Publisher, ReadError, Reader, Signal, Streams},
     config::Config,
     model::{Class, Cursor, Epoch, Fingerprint, Position, Region, RoomId, partition_of},
-    protocol::{ErrorCode, PageOf, Refused},
+    protocol::PageOf,
     runtime::unix_ms,
     subject::{Subjects, bucket, marker_key, marker_keys, parse_marker_key, rooms_stream},
     telemetry::metrics::{Counter, count},
@@ -64,25 +65,6 @@ pub struct Markers {
     pub(super) written: Notify,
 }
 
-/// A marker's key in the bucket. It names room and user.
-pub(super) type Key = Arc<str>;
-
-#[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) markers: Index,
-    pub(super) queues: Queues,
-    pub(super) loads: Vec<Load>,
-    /// When the bucket last failed to answer.
-    failed: Option<Instant>,
-}
-
-/// A request for keys to be read.
-#[derive(Debug)]
-pub(super) struct Load {
-    pub(super) keys: Vec<Key>,
-    pub(super) done: oneshot::Sender<Result<(), MarkerError>>,
-}
-
 /// What is read from each region's bucket.
 #[derive(Debug, Clone, Copy)]
 enum Wanted<'k> {
@@ -99,66 +81,6 @@ pub struct Reading {
     pub cursor: Cursor,
     /// When the marker reached it, in ms since 1970.
     pub at: u64,
-}
-
-/// A marker can't be moved or read.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum MarkerError {
-    /// NATS can't be reached, or does not answer.
-    #[error("read markers are not reachable now")]
-    Unavailable,
-    /// There are too many requests for unread counts at once.
-    #[error("too many unread counts are asked for at once")]
-    Busy,
-    /// The cursor is not one of this room's log.
-    #[error("the cursor {0} is not of this room's log")]
-    BadCursor(Cursor),
-    /// The bucket answered with an error.
-    #[error("read markers can't be read: {0}")]
-    Refused(String),
-}
-
-impl MarkerError {
-    /// The error code for the client.
-    #[must_use]
-    pub fn code(&self) -> ErrorCode {
-        match self {
-            Self::Unavailable | Self::Busy => ErrorCode::Unavailable,
-            Self::BadCursor(_) => ErrorCode::BadCursor,
-            Self::Refused(_) => ErrorCode::Internal,
-        }
-    }
-}
-
-impl From<MarkerError> for Refused {
-    fn from(error: MarkerError) -> Self {
-        Self::new(error.code(), error.to_string())
-    }
-}
-
-impl From<ReadError> for MarkerError {
-    fn from(error: ReadError) -> Self {
-        match error {
-            ReadError::Timeout { .. } | ReadError::NoStream { .. } | ReadError::Closed => {
-                Self::Unavailable
-            }
-            ReadError::Refused { .. } | ReadError::Malformed { .. } => {
-                Self::Refused(error.to_string())
-            }
-        }
-    }
-}
-
-impl From<KvError> for MarkerError {
-    fn from(error: KvError) -> Self {
-        match error {
-            KvError::Conflict | KvError::Unavailable | KvError::UnknownOutcome(_) => {
-                Self::Unavailable
-            }
-            KvError::Refused(text) => Self::Refused(text),
-            KvError::Read(error) => error.into(),
-        }
-    }
 }
 
 impl Markers {
@@ -263,7 +185,7 @@ impl Markers {
 
     /// A user has sent the message at `cursor`, so the user has read up to it. No receipt is published: the message
     /// itself tells the members. Nothing waits for the write, which is done together with others within
-    /// [`SENT_PAUSE`](super::keeper::SENT_PAUSE). A separate write for each message would cost more than the message.
+    /// [`SENT_PAUSE`](super::queue::SENT_PAUSE). A separate write for each message would cost more than the message.
     pub fn sent(&self, room: &RoomId, user: &str, cursor: &Cursor) {
         let part = self.part(room);
         let key: Key = marker_key(room, user).into();
@@ -632,12 +554,6 @@ impl Markers {
                 ..position
             }
         })
-    }
-}
-
-impl State {
-    pub(super) fn marker(&mut self, key: &Key) -> &mut Marker {
-        self.markers.marker(key)
     }
 }
 

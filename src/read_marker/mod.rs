@@ -10,22 +10,25 @@
 //!
 //! # What is lost, and when
 //! A marker that was answered with `ok` is stored, except in two cases: it waits (at most
-//! [`WRITE_PAUSE`](keeper::WRITE_PAUSE)) because the same key was just written, or NATS does not answer. If the edge dies
+//! [`WRITE_PAUSE`](queue::WRITE_PAUSE)) because the same key was just written, or NATS does not answer. If the edge dies
 //! in that time, every other edge with members in the room has heard the receipt. Some seconds later it finds that the
 //! bucket has less, and writes the marker. If there is no such edge, the marker stays where it was written last.
 //!
-//! A marker that was moved by a send alone waits at most [`SENT_PAUSE`](keeper::SENT_PAUSE). If the edge dies in that
+//! A marker that was moved by a send alone waits at most [`SENT_PAUSE`](queue::SENT_PAUSE). If the edge dies in that
 //! time, it stays behind the sender's own last messages, until the sender reads or sends again.
 
+mod counting;
+mod error;
 mod index;
 mod keeper;
 mod latest;
 mod marker;
 mod markers;
+mod queue;
 mod table;
 mod unread;
 
 pub use latest::Latest;
-pub use markers::{MarkerError, Markers};
+pub use markers::Markers;
 pub use table::Table;
 pub use unread::{Counted, Unread};

@@ -5,6 +5,7 @@ mod desk;
 mod follow;
 mod follower;
 mod list;
+mod sources;
 
 use std::{collections::BTreeMap, rc::Rc, sync::Arc, time::Instant};
 
@@ -12,9 +13,10 @@ use futures_util::future::join_all;
 use tokio::task::{AbortHandle, spawn_local};
 
 pub use desk::Desk;
-use desk::{Ear, FIRST_RESYNC, Hearing};
+use desk::{Ear, Hearing};
 use follow::Follow;
 use list::List;
+use sources::FIRST_RESYNC;
 
 use super::{
     Session,
@@ -154,7 +156,7 @@ impl Session {
         match &ear {
             Ear::List(list) => list.has_begun.set(true),
             Ear::Follow(follow) => {
-                let task = spawn_local(Rc::clone(follow).run(Rc::clone(&self.context.desk)));
+                let task = spawn_local(Rc::clone(follow).run(self.context.desk.sources.clone()));
                 if let Some(watching) = self.watching.borrow_mut().by_number.get_mut(&number) {
                     watching.task = Some(task.abort_handle());
                 }
@@ -266,7 +268,7 @@ impl Session {
         );
         let follow = Rc::new(follow);
         let hearing = desk.hear_all(&identity.user, &follow).await;
-        follow.prepare(desk, identity).await?;
+        follow.prepare(&desk.sources, identity).await?;
         let watching = Watching::new(Ear::Follow(follow), hearing);
         self.begin(identity, number, watching, limit).await
     }
@@ -283,7 +285,7 @@ impl Session {
         let list = match ear {
             Ear::Follow(follow) => {
                 return follow
-                    .page(&self.context.desk, identity, (after, limit))
+                    .page(&self.context.desk.sources, identity, (after, limit))
                     .await;
             }
             Ear::List(list) => list,

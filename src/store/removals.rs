@@ -28,7 +28,7 @@ use mongodb::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::{Store, StoreError, within, write::DUPLICATE_KEY};
+use super::{Store, StoreError, schema::DUPLICATE_KEY, within};
 use crate::model::{Place, Region, RoomId};
 
 /// The collection of removals.

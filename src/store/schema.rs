@@ -24,7 +24,10 @@ use mongodb::{
 };
 use tokio::time::Duration;
 
-use super::{MESSAGES, Store, StoreError, unavailable, write::DUPLICATE_KEY};
+use super::{MESSAGES, Store, StoreError, unavailable};
+
+/// `DuplicateKey` of MongoDB: the document already exists.
+pub(super) const DUPLICATE_KEY: i32 = 11000;
 
 /// The version of the schema that this natter reads and writes.
 ///

@@ -18,15 +18,12 @@ use mongodb::bson::{
 
 use super::{
     Entry, Folded, MESSAGES, RefusedEntry, Removal, Store, StoreError, What, document, query,
-    update,
+    schema::DUPLICATE_KEY, update,
 };
 use crate::{
     model::{Place, RoomId},
     telemetry::metrics::{Counter, count},
 };
-
-/// `DuplicateKey` of MongoDB: the document already exists.
-pub(super) const DUPLICATE_KEY: i32 = 11000;
 
 /// Largest document or statement: MongoDB's limit, minus room for the command around it.
 const MAX_DOCUMENT: usize = (16 << 20) - (16 << 10);

@@ -4,6 +4,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::StreamExt as _;
 use natter::testing::{
     bus::{Line, LineError},
     servers::{Process, Spec, free_port},
@@ -13,7 +14,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::{
-    LONG, binaries, config, dedicated_nats, eventually, launcher,
+    self, LONG, binaries, config, dedicated_nats, eventually, launcher,
     mesh::{SECRET, answers, token},
     natter, natter_command, signal,
 };
@@ -207,4 +208,45 @@ async fn what_is_in_flight_when_the_connection_breaks_is_lost_and_what_comes_lat
     line.close().await;
     driving.await.unwrap();
     assert!(!line.is_up());
+}
+
+#[tokio::test]
+async fn what_is_put_off_arrives_in_order_also_before_the_end() {
+    let subject = format!("later.{}", rand::random::<u64>());
+    let url = support::nats_url();
+    let client = async_nats::connect(url).await.unwrap();
+    let mut heard = client.subscribe(subject.clone()).await.unwrap();
+    client.flush().await.unwrap();
+    let text = format!("[nats]\nurl = {url:?}\n");
+    let (line, driver) = Line::new(&config(&text).nats, "later").unwrap();
+    assert!(matches!(
+        line.publish_later(&subject, b""),
+        Err(LineError::Down)
+    ));
+    let driving = tokio::spawn(driver.run(()));
+    line.ready().await;
+    let mut expect = async |from: usize, to: usize| {
+        for number in from..to {
+            let message = tokio::time::timeout(LONG, heard.next())
+                .await
+                .unwrap()
+                .unwrap();
+            assert_eq!(message.payload, number.to_string());
+        }
+    };
+    // Nothing else is written that could take it along.
+    for round in 0..3 {
+        let (from, to) = (round * 100, (round + 1) * 100);
+        for number in from..to {
+            line.publish_later(&subject, number.to_string().as_bytes())
+                .unwrap();
+        }
+        expect(from, to).await;
+    }
+    let huge = line.publish_later(&subject, &vec![0; 9 << 20]);
+    assert!(matches!(huge, Err(LineError::TooLarge { .. })), "{huge:?}");
+    line.publish_later(&subject, b"300").unwrap();
+    line.close().await;
+    expect(300, 301).await;
+    driving.await.unwrap();
 }

@@ -12,7 +12,10 @@ use std::{
 use futures_util::{StreamExt as _, stream};
 use natter::testing::auth::{Grant, Right};
 use serde_json::{Value, json};
-use tokio::{task::JoinSet, time::Instant};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep},
+};
 
 use super::{Begin, Bench, Cost, Peer, Runs, Table, Target, WARM_UP, print, publishers, row};
 use crate::support::{
@@ -49,15 +52,8 @@ async fn make_rooms(address: SocketAddr, rooms: usize, watchers: usize) {
         .await;
 }
 
-/// A session that watches, on a task of its own, and counts what it is told.
-async fn watch(
-    tasks: &mut JoinSet<()>,
-    address: SocketAddr,
-    user: &str,
-    what: Value,
-    told: &Arc<Told>,
-) {
-    let mut raw = Raw::open(address, &token(user)).await;
+/// A session that begins to watch, goes on in a task of its own, and counts what it is told.
+async fn watch(tasks: &mut JoinSet<()>, mut raw: Raw, what: Value, told: &Arc<Told>) {
     let mut command = json!({ "op": "watch", "rid": 1 });
     let fields = what.as_object().unwrap().clone();
     command.as_object_mut().unwrap().extend(fields);
@@ -148,7 +144,8 @@ pub(super) fn watch_rooms(bench: &mut Bench) -> Table {
                     }
                     for user in 0..*watching {
                         let (user, mine) = (format!("w{user}"), json!({ "mine": true }));
-                        watch(&mut tasks, address, &user, mine, &told).await;
+                        let raw = Raw::open(address, &token(&user)).await;
+                        watch(&mut tasks, raw, mine, &told).await;
                     }
                 });
                 load(bench, ("watch", name), &target, (ROOMS, RATE), &told)
@@ -206,7 +203,8 @@ pub(super) fn follow(bench: &mut Bench) -> Table {
                     for number in 0..followers {
                         let user = format!("desk{number}");
                         let what = json!({ "pattern": "log:*" });
-                        watch(&mut tasks, address, &user, what, &told).await;
+                        let raw = Raw::open(address, &token(&user)).await;
+                        watch(&mut tasks, raw, what, &told).await;
                     }
                 });
                 load(bench, ("follow", name), &target, (ROOMS, RATE), &told)
@@ -221,6 +219,50 @@ pub(super) fn follow(bench: &mut Bench) -> Table {
         &all,
     )
 }
+
+/// What the edge keeps for a session that watches its own rooms, in which nothing happens.
+pub(super) fn inbox_memory(bench: &mut Bench) -> Table {
+    const USERS: usize = 1000;
+    /// What the first ones bring with them is not theirs.
+    const FIRST: usize = 200;
+    let cases = [("10 rooms", 10), ("100 rooms", 100)];
+    let mut all = [(); 2].map(|()| Runs::default());
+    for _ in 0..bench.runs {
+        for ((_, rooms), runs) in cases.iter().zip(&mut all) {
+            let target = bench.target(Peer::Durable);
+            let address = target.addresses[0];
+            let told = Arc::new(Told::default());
+            let mut tasks = JoinSet::new();
+            let bytes = bench.runtime.block_on(async {
+                make_rooms(address, rooms * USERS, USERS).await;
+                let mut sessions = Vec::new();
+                for user in 0..USERS {
+                    sessions.push(Raw::open(address, &token(&format!("w{user}"))).await);
+                }
+                let mut before = 0;
+                for (number, raw) in sessions.into_iter().enumerate() {
+                    if number == FIRST {
+                        sleep(COMPARED).await;
+                        before = target.edge().memory().0;
+                    }
+                    watch(&mut tasks, raw, json!({ "mine": true }), &told).await;
+                }
+                sleep(COMPARED).await;
+                target.edge().memory().0.saturating_sub(before)
+            });
+            runs.add(vec![bytes as f64 / (USERS - FIRST) as f64]);
+        }
+    }
+    table(
+        "Inbox, idle: 1,000 sessions that watch their own durable rooms",
+        &["rooms of each", "bytes a session"],
+        &cases.map(|(name, _)| name),
+        &all,
+    )
+}
+
+/// After this time the edge has compared a new watch with what is stored.
+const COMPARED: Duration = Duration::from_secs(6);
 
 /// The list of a user with 500 rooms.
 pub(super) fn inbox(bench: &mut Bench) -> Table {

@@ -12,7 +12,7 @@ use std::{
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _},
-    time::{Interval, MissedTickBehavior, interval, sleep},
+    time::{Interval, MissedTickBehavior, Sleep, interval, sleep},
 };
 
 use super::{
@@ -162,6 +162,7 @@ impl Driver {
             writing: Vec::new(),
             written: 0,
             unflushed: false,
+            round: Box::pin(sleep(Duration::ZERO)),
             tick,
             unanswered: 0,
             pinged: Instant::now(),
@@ -202,6 +203,8 @@ struct Serving<'a> {
     writing: Vec<u8>,
     written: usize,
     unflushed: bool,
+    /// The end of the round, if something was put off until then.
+    round: Pin<Box<Sleep>>,
     tick: Interval,
     /// When the last ping was sent, and how many pings were sent since the server was last heard. The limit is a count,
     /// not a time, because this process itself may have been paused.
@@ -312,10 +315,19 @@ impl Serving<'_> {
                 self.writing.clear();
                 self.writing.shrink_to(KEEP);
                 let mut state = self.shared.state.lock();
+                let later = state.end_round();
                 if state.out.is_empty() {
                     let closing = state.closing;
                     state.waker = Some(cx.waker().clone());
                     drop(state);
+                    if let Some(at) = later {
+                        if self.round.deadline() != at.into() {
+                            self.round.as_mut().reset(at.into());
+                        }
+                        if self.round.as_mut().poll(cx).is_ready() {
+                            continue;
+                        }
+                    }
                     let flushed = self.poll_flush(cx)?.is_ready();
                     return if closing && flushed {
                         Poll::Ready(Ok(()))

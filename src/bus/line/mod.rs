@@ -43,13 +43,17 @@ use tokio::{
 };
 
 use super::connection::{CLOSE_WITHIN, ConnectError, new_inbox};
-use crate::config;
+use crate::{config, runtime::unix_ms};
 pub(crate) use dial::{DialError, Dialed, introduce_leaf_node};
 pub use driver::{Driver, Listener};
 pub use protocol::{Arrival, HeaderWriter};
 
-/// Bytes waiting to be written above which nothing more is accepted: the server does not read.
+/// Bytes waiting to be written, now or later, above which nothing more is accepted: the server does not read.
 const MAX_OUT: usize = 16 << 20;
+
+/// Length of a round: what does not hurry leaves at its end, written at once. The rounds of all lines end together, so that
+/// they wake the server, and those who receive, once.
+const ROUND: Duration = Duration::from_millis(50);
 
 /// Limit for the headers of one message, in bytes. A stream of nats-server stores at most 64 KiB of headers; the
 /// server's own headers, or those of a dead letter, are added to the message's.
@@ -77,6 +81,9 @@ struct Shared {
 struct State {
     /// Bytes for the driver to write.
     out: Vec<u8>,
+    /// Bytes for the driver to write when this round ends, and when that is.
+    later: Vec<u8>,
+    later_at: Instant,
     /// Buffer for the headers of one message.
     scratch: Vec<u8>,
     /// Prefix of the subjects for answers; the number of the request follows.
@@ -142,6 +149,8 @@ impl Line {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 out: Vec::new(),
+                later: Vec::new(),
+                later_at: Instant::now(),
                 scratch: Vec::new(),
                 inbox: new_inbox(config) + ".",
                 max_payload: usize::MAX,
@@ -203,16 +212,18 @@ impl Line {
 
     /// Lets `write` queue something for the driver; `None` if the line is not up.
     fn leave<T>(&self, write: impl FnOnce(&mut State) -> T) -> Option<T> {
+        self.leave_quietly(|state| {
+            let left = write(state);
+            state.wake();
+            left
+        })
+    }
+
+    /// As [`Self::leave`], without waking the driver.
+    fn leave_quietly<T>(&self, write: impl FnOnce(&mut State) -> T) -> Option<T> {
         let mut state = self.0.state.lock();
         // Checked under the lock, since the driver also takes the line down under it.
-        if !self.is_up() {
-            return None;
-        }
-        let left = write(&mut state);
-        if let Some(waker) = state.waker.take() {
-            waker.wake();
-        }
-        Some(left)
+        self.is_up().then(|| write(&mut state))
     }
 
     /// Queues a message for the driver. It is not acknowledged.
@@ -227,6 +238,26 @@ impl Line {
     ) -> Result<(), LineError> {
         self.leave(|state| state.publish(subject, None, headers, payload))
             .unwrap_or(Err(LineError::Down))
+    }
+
+    /// Queues a message without headers that the driver writes at the end of this [`ROUND`], together with others. It is not
+    /// acknowledged.
+    ///
+    /// # Errors
+    /// [`LineError::Down`], [`LineError::TooLarge`].
+    pub fn publish_later(&self, subject: &str, payload: &[u8]) -> Result<(), LineError> {
+        let left = self.leave_quietly(|state| {
+            let begins = state.later.is_empty();
+            state.check(0, payload.len())?;
+            protocol::publish(&mut state.later, subject, None, &[], payload);
+            if begins {
+                let into = unix_ms() % ROUND.as_millis() as u64;
+                state.later_at = Instant::now() + ROUND - Duration::from_millis(into);
+                state.wake();
+            }
+            Ok(())
+        });
+        left.unwrap_or(Err(LineError::Down))
     }
 
     /// Sends a request and waits for its single answer. The request is queued when the future is first polled.
@@ -303,9 +334,7 @@ impl Line {
         {
             let mut state = self.0.state.lock();
             state.closing = true;
-            if let Some(waker) = state.waker.take() {
-                waker.wake();
-            }
+            state.wake();
         }
         self.0.changed.notify_waiters();
         let ended = self.0.when(|shared| shared.ended.load(Ordering::Acquire));
@@ -334,6 +363,41 @@ impl Shared {
 }
 
 impl State {
+    /// Wakes the driver.
+    fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Moves what was put off to what is written, if its time has come. Returns when the rest is due.
+    fn end_round(&mut self) -> Option<Instant> {
+        if self.later.is_empty() {
+            return None;
+        }
+        if !self.closing && Instant::now() < self.later_at {
+            return Some(self.later_at);
+        }
+        self.out.append(&mut self.later);
+        None
+    }
+
+    /// Whether a message of this size can be queued.
+    fn check(&self, headers: usize, payload: usize) -> Result<(), LineError> {
+        if self.out.len() + self.later.len() > MAX_OUT {
+            return Err(LineError::Down);
+        }
+        for (what, size, most) in [
+            ("headers", headers, MAX_HEADERS),
+            ("a message", headers + payload, self.max_payload),
+        ] {
+            if size > most {
+                return Err(LineError::TooLarge { what, size, most });
+            }
+        }
+        Ok(())
+    }
+
     fn publish(
         &mut self,
         subject: &str,
@@ -341,9 +405,6 @@ impl State {
         headers: impl FnOnce(&mut HeaderWriter<'_>),
         payload: &[u8],
     ) -> Result<(), LineError> {
-        if self.out.len() > MAX_OUT {
-            return Err(LineError::Down);
-        }
         self.scratch.clear();
         let mut writer = HeaderWriter::new(&mut self.scratch);
         headers(&mut writer);
@@ -352,15 +413,7 @@ impl State {
         let headers = Some(&*self.scratch)
             .filter(|block| block.len() > b"NATS/1.0\r\n\r\n".len())
             .unwrap_or_default();
-        let all = headers.len() + payload.len();
-        for (what, size, most) in [
-            ("headers", headers.len(), MAX_HEADERS),
-            ("a message", all, self.max_payload),
-        ] {
-            if size > most {
-                return Err(LineError::TooLarge { what, size, most });
-            }
-        }
+        self.check(headers.len(), payload.len())?;
         let reply = token.map(|token| (&*self.inbox, token));
         protocol::publish(&mut self.out, subject, reply, headers, payload);
         Ok(())
@@ -433,6 +486,7 @@ impl State {
     /// Drops everything in flight, since the connection is lost.
     fn lose(&mut self) {
         self.out = Vec::new();
+        self.later = Vec::new();
         self.pinged_at = None;
         // Dropping the senders tells the callers that there will be no answer.
         self.pings.clear();

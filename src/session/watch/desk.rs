@@ -23,6 +23,7 @@ use super::{
     follow::Follow,
     follower::{self, Said},
     list::List,
+    sources::{FIRST_RESYNC, Sources},
 };
 use crate::{
     bus::{Arrival, Line, Listener, News, Origins, Record, Signal},
@@ -44,10 +45,6 @@ const READ_AT_ONCE: usize = 8;
 /// How often it is checked whether the rooms of a list have to be compared.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How long after its start a watch is compared with what is stored: what was sent just when the subscription was made
-/// may be lost.
-pub(super) const FIRST_RESYNC: Duration = Duration::from_secs(3);
-
 /// How often a list is compared after that.
 const RESYNC: Duration = Duration::from_secs(300);
 
@@ -60,8 +57,7 @@ pub struct Desk {
     subjects: Subjects,
     region: Region,
     origins: Arc<Origins>,
-    pub(super) people: Arc<People>,
-    pub(super) markers: Arc<Markers>,
+    pub(super) sources: Sources,
     by_sid: RefCell<HashMap<u64, Rc<Source>>>,
     by_subject: RefCell<HashMap<Box<str>, u64>>,
     lists: RefCell<Vec<Weak<List>>>,
@@ -147,8 +143,7 @@ impl Desk {
             line,
             subjects,
             origins,
-            people,
-            markers,
+            sources: Sources { people, markers },
             by_sid: RefCell::default(),
             by_subject: RefCell::default(),
             lists: RefCell::default(),
@@ -242,7 +237,7 @@ impl Desk {
     }
 
     fn is_durable(&self, namespace: &str) -> bool {
-        let its = self.people.config().namespaces.get(namespace);
+        let its = self.sources.people.config().namespaces.get(namespace);
         its.is_some_and(|its| its.durable)
     }
 
@@ -255,8 +250,8 @@ impl Desk {
 
     fn caps(&self) -> Caps {
         Caps {
-            unread: self.markers.unread_cap(),
-            mentions: self.markers.mentions_cap(),
+            unread: self.sources.markers.unread_cap(),
+            mentions: self.sources.markers.mentions_cap(),
         }
     }
 
@@ -381,7 +376,9 @@ impl Desk {
             parsed.get_or_init(parse).as_ref()
         };
         let matches = |filter: &Filter| {
-            let known = filter.has_assignee().then(|| self.people.known(&room));
+            let known = filter
+                .has_assignee()
+                .then(|| self.sources.people.known(&room));
             let its = known.flatten().and_then(|known| known.record());
             its.is_none_or(|its| filter.of_record(Some(&its)))
         };
@@ -470,7 +467,7 @@ impl Desk {
     async fn tell(&self, list: Rc<List>) {
         list.is_dirty.set(false);
         list.is_telling.set(true);
-        let again = list.tell(self).await;
+        let again = list.tell(&self.sources).await;
         list.is_telling.set(false);
         // What happened while it was told did not put it among the others.
         let again = list.is_dirty.replace(false) || again;
@@ -529,7 +526,7 @@ impl Desk {
                 for list in due {
                     let again = RESYNC.mul_f64(rand::random_range(0.8..1.2));
                     list.due.set(now + again);
-                    match list.compare(&self).await {
+                    match list.compare(&self.sources).await {
                         Ok(differs) => self.mark_if(&list, differs),
                         Err(refused) => {
                             tracing::debug!(%refused, "watched rooms can't be compared");

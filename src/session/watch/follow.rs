@@ -19,9 +19,9 @@ use tokio::{
 use super::{
     super::Session,
     active::covers,
-    desk::{Desk, FIRST_RESYNC},
     follower::{Follower, News, Said},
     list::CLOCKS_MS,
+    sources::{FIRST_RESYNC, Sources},
 };
 use crate::{
     auth::{Identity, Right},
@@ -242,9 +242,13 @@ impl Follow {
     }
 
     /// Looks at all rooms before the first page, if the filter needs more than the newest messages that will come.
-    pub(super) async fn prepare(&self, desk: &Desk, identity: &Identity) -> Result<(), Refused> {
+    pub(super) async fn prepare(
+        &self,
+        sources: &Sources,
+        identity: &Identity,
+    ) -> Result<(), Refused> {
         match self.filter.needs_log() {
-            true => self.scan(desk, identity, u64::MAX).await,
+            true => self.scan(sources, identity, u64::MAX).await,
             false => Ok(()),
         }
     }
@@ -252,7 +256,7 @@ impl Follow {
     /// A page of the rooms that match.
     pub(super) async fn page(
         &self,
-        desk: &Desk,
+        sources: &Sources,
         identity: &Identity,
         (after, limit): (Option<&str>, usize),
     ) -> Result<WatchReply, Refused> {
@@ -267,9 +271,9 @@ impl Follow {
         let of = (&*self.namespaces, &self.filter);
         let part = (after.as_ref(), limit);
         let reading = Reading::new(&self.reads);
-        let page = desk
+        let page = sources
             .people
-            .followed_page(&desk.markers, identity, of, part, holds, unix_ms())
+            .followed_page(&sources.markers, identity, of, part, holds, unix_ms())
             .await?;
         drop(reading);
         let mut state = self.state.borrow_mut();
@@ -290,8 +294,13 @@ impl Follow {
 
     /// Looks at the newest messages of all live rooms: notes those that came at `since` or later, in ms since 1970, and
     /// the others that will match by themselves.
-    async fn scan(&self, desk: &Desk, identity: &Identity, since: u64) -> Result<(), Refused> {
-        let (people, markers, user) = (&desk.people, &desk.markers, &*identity.user);
+    async fn scan(
+        &self,
+        sources: &Sources,
+        identity: &Identity,
+        since: u64,
+    ) -> Result<(), Refused> {
+        let (people, markers, user) = (&sources.people, &sources.markers, &*identity.user);
         let filter = &self.filter;
         let (rooms, _) = people
             .live_rooms(markers, identity, &self.namespaces)
@@ -322,7 +331,7 @@ impl Follow {
     }
 
     /// Tells the session what is new, until it ends.
-    pub(super) async fn run(self: Rc<Self>, desk: Rc<Desk>) {
+    pub(super) async fn run(self: Rc<Self>, sources: Sources) {
         // What was sent just when the subscription was made may be missed.
         let mut scan_at = Instant::now() + FIRST_RESYNC;
         self.suspect(unix_ms());
@@ -346,12 +355,12 @@ impl Follow {
                 self.missed_since.set(None);
                 scan_at = started + FIRST_RESYNC;
                 let since_then = since.saturating_sub(CLOCKS_MS);
-                if let Err(refused) = self.scan(&desk, &identity, since_then).await {
+                if let Err(refused) = self.scan(&sources, &identity, since_then).await {
                     tracing::debug!(%refused, "followed rooms can't be compared");
                     self.missed_since.set(Some(since));
                 }
             }
-            self.tell(&desk).await;
+            self.tell(&sources).await;
             // What comes meanwhile is told together.
             sleep(INTERVAL.saturating_sub(started.elapsed())).await;
             if self.state.borrow().has_news() {
@@ -360,7 +369,7 @@ impl Follow {
         }
     }
 
-    async fn tell(&self, desk: &Desk) {
+    async fn tell(&self, sources: &Sources) {
         let (taken, left) = {
             let mut state = self.state.borrow_mut();
             (state.take(unix_ms(), MAX_ROOMS), state.left())
@@ -371,10 +380,10 @@ impl Follow {
         let rooms: Vec<RoomId> = taken.iter().map(|(room, _)| room.clone()).collect();
         let holds = |room: &RoomId| self.state.borrow().holds(room);
         let reading = Reading::new(&self.reads);
-        let looks = desk
+        let looks = sources
             .people
             .followed(
-                &desk.markers,
+                &sources.markers,
                 &identity,
                 (&rooms, &self.filter),
                 holds,

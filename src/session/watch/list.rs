@@ -14,7 +14,7 @@ use std::{
 use super::{
     super::Session,
     active::{Active, Caps, Heard},
-    desk::{Desk, FIRST_RESYNC},
+    sources::{FIRST_RESYNC, Sources},
 };
 use crate::{
     auth::Right,
@@ -206,7 +206,7 @@ impl List {
 
     /// Reads what has to be read, and tells the session what is new. Returns whether something has to be read again, or
     /// could not be told yet.
-    pub(super) async fn tell(&self, desk: &Desk) -> bool {
+    pub(super) async fn tell(&self, sources: &Sources) -> bool {
         let Some((session, identity)) = self.session.upgrade().and_then(|session| {
             let identity = session.who()?;
             Some((session, identity))
@@ -228,9 +228,9 @@ impl List {
             begin.collect()
         };
         if !stale.is_empty() {
-            let read = desk
+            let read = sources
                 .people
-                .summaries(&desk.markers, &identity, &stale, whose)
+                .summaries(&sources.markers, &identity, &stale, whose)
                 .await;
             let mut rooms = self.rooms.borrow_mut();
             match read {
@@ -312,12 +312,12 @@ impl List {
     }
 
     /// What is stored: of the user's rooms the first page.
-    async fn stored(&self, desk: &Desk) -> Result<Vec<RoomSummary>, Refused> {
+    async fn stored(&self, sources: &Sources) -> Result<Vec<RoomSummary>, Refused> {
         let identity = self.session.upgrade().and_then(|session| session.who());
         let Some(identity) = identity else {
             return Ok(Vec::new());
         };
-        let (people, markers) = (&desk.people, &desk.markers);
+        let (people, markers) = (&sources.people, &sources.markers);
         match self.named() {
             Some(named) => {
                 let whose = self.whose();
@@ -332,9 +332,9 @@ impl List {
     }
 
     /// Compares what the session was told with what is stored. Returns whether there is something to tell.
-    pub(super) async fn compare(&self, desk: &Desk) -> Result<bool, Refused> {
+    pub(super) async fn compare(&self, sources: &Sources) -> Result<bool, Refused> {
         let before = unix_ms();
-        let stored = self.stored(desk).await?;
+        let stored = self.stored(sources).await?;
         let since = self.compared_at.replace(before).saturating_sub(CLOCKS_MS);
         Ok(self.differs(stored, since))
     }
