@@ -81,6 +81,8 @@ struct Parts {
     people: Arc<People>,
     history: Arc<history::Client>,
     publisher: Publisher,
+    /// What was erased.
+    remembered: Arc<Remembered>,
     dead: DeadLetters,
     tasks: Tasks,
 }
@@ -219,7 +221,7 @@ impl Parts {
             line.clone(),
             reader(),
             Arc::clone(&streams),
-            remembered,
+            Arc::clone(&remembered),
             &config.nats,
             "worker",
         );
@@ -232,6 +234,7 @@ impl Parts {
             streams,
             people,
             publisher,
+            remembered,
             tasks,
             config,
         }

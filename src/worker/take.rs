@@ -15,9 +15,9 @@ use super::{
     job::{Done, Failed},
 };
 use crate::{
-    bus::{Answer, Consumer, Delivery, Pull, PullError, StreamError, answer},
+    bus::{Answer, Consumer, Delivery, Pull, PullError, Stored, StreamError, Suspect, answer},
     config::WorkerKind,
-    model::{Class, Epoch},
+    model::{Class, Epoch, Reference},
     outbound::pause,
     runtime::unix_ms,
     subject::{Subjects, rooms_stream},
@@ -234,7 +234,7 @@ impl Taking {
                 worker.count(Counter::WorkerFailed);
                 let reason = fault.to_string();
                 if delivery.deliveries >= worker.config.max_deliver
-                    && self.bury(delivery, epoch, &reason).await
+                    && self.bury(delivery, &stored, epoch, &reason).await
                 {
                     return Answer::Done;
                 }
@@ -244,9 +244,27 @@ impl Taking {
         }
     }
 
-    /// Makes a dead letter of a message. Returns whether it is kept.
-    async fn bury(&self, delivery: &Delivery, epoch: Epoch, reason: &str) -> bool {
+    /// Makes a dead letter of a message, unless it was erased: the letter would keep it. Returns whether nothing is left
+    /// to do.
+    async fn bury(&self, delivery: &Delivery, stored: &Stored, epoch: Epoch, reason: &str) -> bool {
         let (name, stream, seq) = (self.worker.name(), &self.stream, delivery.seq);
+        let Stored { room, record } = stored;
+        let target = record.target.as_deref();
+        let target = target.and_then(|target| Reference::parse(target).ok());
+        let suspect = Suspect {
+            room,
+            from: &record.from,
+            id: &record.id,
+            target: target.as_ref(),
+        };
+        match self.parts.remembered.has(suspect).await {
+            Ok(false) => {}
+            Ok(true) => return true,
+            Err(error) => {
+                tracing::debug!(worker = name, %error, "what was erased can't be read");
+                return false;
+            }
+        }
         let kept = self
             .parts
             .dead

@@ -405,6 +405,23 @@ async fn a_failed_request_is_repeated_and_then_kept_until_somebody_retries_it() 
     annotated(&mesh, "chat:a", "m2", "keeps", json!({"well": true})).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_erased_is_in_no_dead_letter() {
+    let endpoint = Endpoint::start(|_| Say::Status(500)).await;
+    let toml = worker("keeps", &endpoint, "max_deliver = 1");
+    let mesh = Mesh::with_history(nats_url(), mongodb_url(), (1, 1), &toml).await;
+    let _workers = mesh.start_workers().await;
+    for room in ["chat:a", "chat:b"] {
+        text(&mesh, room, "m1", "hi").await;
+    }
+    dead(&mesh, 2).await;
+    call(&mesh, "DELETE", "/v1/rooms/chat:a/messages", Value::Null).await;
+    let letters = dead(&mesh, 1).await;
+    assert_eq!(letters[0]["room"], "chat:b");
+    call(&mesh, "DELETE", "/v1/users/kim/messages", Value::Null).await;
+    assert!(letters_are_gone(&mesh).await);
+}
+
 async fn letters_are_gone(mesh: &Mesh) -> bool {
     dead(mesh, 0).await.is_empty()
 }
