@@ -195,7 +195,7 @@ impl People {
             .unread(user, durable.map(|one| &one.room), Counted::Marked)
             .await?;
         for one in &seen {
-            let summary = one.summary(user, markers, unread.get(&one.room).copied());
+            let summary = one.summary(user, unread.get(&one.room).cloned());
             let look = Look {
                 head: summary.head.clone(),
                 found: Found::Room(Box::new(summary)),

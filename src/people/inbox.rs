@@ -149,12 +149,7 @@ pub(super) struct Seen {
 
 impl Seen {
     /// `unread`: `None` if the user has not read there, and it was not counted.
-    pub(super) fn summary(
-        &self,
-        user: &str,
-        markers: &Markers,
-        unread: Option<Unread>,
-    ) -> RoomSummary {
+    pub(super) fn summary(&self, user: &str, unread: Option<Unread>) -> RoomSummary {
         let (room, latest, record) = (&self.room, self.latest.as_ref(), self.record.as_deref());
         let peers = record.into_iter().flat_map(Record::present);
         let peers = peers
@@ -170,10 +165,10 @@ impl Seen {
             peers: peers.map(str::to_owned).collect(),
             head: latest.map(|latest| latest.head.clone()),
             last: latest.map(|latest| latest.last.clone()),
-            unread: unread.map(|unread| unread.count),
-            capped: unread.is_some_and(|unread| unread.capped),
-            mentions: unread.and_then(|unread| unread.mentions),
-            marker: markers.marker(room, user),
+            unread: unread.as_ref().map(|unread| unread.count),
+            capped: unread.as_ref().is_some_and(|unread| unread.capped),
+            mentions: unread.as_ref().and_then(|unread| unread.mentions),
+            marker: unread.and_then(|unread| unread.marker),
             muted: is_on(self.entry.muted.as_ref()),
             pinned: is_on(self.entry.pinned.as_ref()),
             archived: is_on(self.entry.archived.as_ref()),
@@ -206,6 +201,7 @@ const NOTHING: Unread = Unread {
     count: 0,
     capped: false,
     mentions: Some(0),
+    marker: None,
 };
 
 impl People {
@@ -294,8 +290,8 @@ impl People {
             .collect();
         let unread = markers.unread(user, durable, Counted::Mentions).await?;
         let rooms = rooms.map(|one| {
-            let unread = unread.get(&one.room).copied().unwrap_or(NOTHING);
-            one.summary(user, markers, Some(unread))
+            let unread = unread.get(&one.room).cloned().unwrap_or(NOTHING);
+            one.summary(user, Some(unread))
         });
         Ok(rooms.collect())
     }

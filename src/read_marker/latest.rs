@@ -9,7 +9,7 @@ use crate::{
     bus::{Record, Streams, rooms_of},
     model::{Class, Cursor, Position, RoomId},
     protocol::LastMessage,
-    subject::{marker_key, rooms_stream},
+    subject::rooms_stream,
 };
 
 /// Rooms whose newest messages are read in one request, so that they fit into memory however large they are.
@@ -159,11 +159,5 @@ impl Markers {
     #[must_use]
     pub fn unread_cap(&self) -> u64 {
         self.unread_cap
-    }
-
-    /// The marker of a user, as it was read last.
-    #[must_use]
-    pub fn marker(&self, room: &RoomId, user: &str) -> Option<Cursor> {
-        self.known(room, &marker_key(room, user))
     }
 }

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The number of a user's unread messages in a room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Unread {
     /// At most `limits.unread_cap`.
     pub count: u64,
@@ -24,6 +24,8 @@ pub struct Unread {
     pub capped: bool,
     /// How many of them mention the user; `None` if that was not counted.
     pub mentions: Option<u64>,
+    /// The marker from which they were counted.
+    pub marker: Option<Cursor>,
 }
 
 /// Unread messages up to which those are counted that mention the user: they have to be read.
@@ -80,11 +82,13 @@ impl Markers {
             Counted::Marked => keys.filter(|room| markers.contains_key(room)).collect(),
             Counted::Unread | Counted::Mentions => keys.collect(),
         };
-        let none = Unread {
+        let none = |room: &&'r RoomId| Unread {
             mentions: (counted == Counted::Mentions).then_some(0),
+            marker: markers.get(*room).cloned(),
             ..Unread::default()
         };
-        let mut unread: HashMap<&RoomId, Unread> = rooms.iter().map(|room| (*room, none)).collect();
+        let none = rooms.iter().map(|room| (*room, none(room)));
+        let mut unread: HashMap<&RoomId, Unread> = none.collect();
         let mut by_part: BTreeMap<u16, Vec<&RoomId>> = BTreeMap::new();
         for room in rooms {
             let part = self.part(room);
@@ -133,6 +137,7 @@ impl Markers {
                     count: (*count).min(self.unread_cap),
                     capped: *count > self.unread_cap,
                     mentions: all.filter(|_| is_counted),
+                    marker: markers.get(*room).cloned(),
                 },
             );
         }

@@ -350,7 +350,7 @@ pub(crate) async fn unread(
         .unread(&identity.user, durable, Counted::Unread)
         .await?;
     let rooms = rooms.iter().map(|room| {
-        let unread = counts.get(room).copied().unwrap_or_default();
+        let unread = counts.get(room).cloned().unwrap_or_default();
         UnreadBody {
             room: room.clone(),
             count: unread.count,

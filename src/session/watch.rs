@@ -6,6 +6,7 @@ mod follow;
 mod follower;
 mod list;
 mod sources;
+mod told;
 
 use std::{collections::BTreeMap, rc::Rc, sync::Arc, time::Instant};
 
@@ -293,6 +294,7 @@ impl Session {
         let Some(named) = list.named() else {
             let page = InboxOf::new(after, Some(limit as u64), false)?;
             let inbox = people.inbox(markers, identity, &page).await?;
+            list.tell_page(&inbox.rooms, limit, after.is_none());
             let mut reply = WatchReply::new(watch, inbox.rooms);
             reply.inbox.next = inbox.next;
             return Ok(reply);
@@ -307,7 +309,9 @@ impl Session {
             .summaries(markers, identity, page, Whose::Readable)
             .await?;
         let rooms = page.iter().filter_map(|room| read.remove(room));
-        let mut reply = WatchReply::new(watch, rooms.map(|(summary, _)| summary).collect());
+        let rooms: Vec<_> = rooms.map(|(summary, _)| summary).collect();
+        list.tell_page(&rooms, limit, start == 0);
+        let mut reply = WatchReply::new(watch, rooms);
         let last = page.last().filter(|last| named.last() != Some(*last));
         reply.inbox.next = last.map(RoomId::to_string);
         Ok(reply)

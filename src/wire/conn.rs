@@ -204,8 +204,11 @@ impl Conn {
         if self.closing.get().is_some() {
             return;
         }
-        let follows = self.following.get() > 0;
-        if follows && self.queued_bytes() > DEFERRED {
+        let puts_off = self.following.get() > 0;
+        let bytes: usize = frames.iter().map(|frame| frame.len() + FRAME_COST).sum();
+        let most = DEFERRED.min(self.settings.outbox_bytes / 2);
+        let follows = puts_off && self.queued_bytes() + bytes <= most;
+        if puts_off && !follows {
             // The client may well read all of it now: what is put off must not count as what it is behind.
             self.flush();
         }

@@ -51,9 +51,9 @@ pub use protocol::{Arrival, HeaderWriter};
 /// Bytes waiting to be written, now or later, above which nothing more is accepted: the server does not read.
 const MAX_OUT: usize = 16 << 20;
 
-/// Length of a round: what does not hurry leaves at its end, written at once. The rounds of all lines end together, so that
+/// Length of a round, in ms: what does not hurry leaves at its end, written at once. The rounds of all lines end together, so that
 /// they wake the server, and those who receive, once.
-const ROUND: Duration = Duration::from_millis(50);
+const ROUND_MS: u64 = 50;
 
 /// Limit for the headers of one message, in bytes. A stream of nats-server stores at most 64 KiB of headers; the
 /// server's own headers, or those of a dead letter, are added to the message's.
@@ -240,8 +240,8 @@ impl Line {
             .unwrap_or(Err(LineError::Down))
     }
 
-    /// Queues a message without headers that the driver writes at the end of this [`ROUND`], together with others. It is not
-    /// acknowledged.
+    /// Queues a message without headers that the driver writes at the end of this round of [`ROUND_MS`], together with
+    /// others. It is not acknowledged.
     ///
     /// # Errors
     /// [`LineError::Down`], [`LineError::TooLarge`].
@@ -251,8 +251,8 @@ impl Line {
             state.check(0, payload.len())?;
             protocol::publish(&mut state.later, subject, None, &[], payload);
             if begins {
-                let into = unix_ms() % ROUND.as_millis() as u64;
-                state.later_at = Instant::now() + ROUND - Duration::from_millis(into);
+                let into = Duration::from_millis(unix_ms() % ROUND_MS);
+                state.later_at = Instant::now() + Duration::from_millis(ROUND_MS) - into;
                 state.wake();
             }
             Ok(())

@@ -7,8 +7,13 @@ use crate::{
     protocol::{LastMessage, RoomSummary},
 };
 
-/// Reads of a room in a row that do not show what was heard. After that it was probably erased.
-const MAX_TRIES: u8 = 8;
+/// Reads of a room in a row that do not show what was heard, within one and a half minutes. After that it was probably
+/// erased.
+const MAX_TRIES: u8 = 13;
+
+/// Pause after the first of these reads. Each pause is half as long again as the one before: what is heard may be minutes
+/// ahead of a mirror of another region.
+const LAG: Duration = Duration::from_millis(250);
 
 /// A room in which messages came during a read is read again after this time at the earliest.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -33,6 +38,8 @@ pub(super) struct Active {
     /// When it may be read again at the earliest.
     not_before: Option<Instant>,
     tries: u8,
+    /// Whether it is not read before `not_before` because the last read did not show what was heard.
+    lags: bool,
     /// The newest message of an ephemeral room, which can't be read.
     ephemeral: Option<LastMessage>,
 }
@@ -127,13 +134,17 @@ impl Active {
         if is_own && !only_origin && unread > 0 {
             return self.expect(cursor, is_own);
         }
+        // That it was read on another device may have been heard before.
+        let marked = summary.marker.as_ref();
+        let marked = marked.and_then(|marker| marker.get(&position.origin));
+        let is_read = marked.is_some_and(|at| at.epoch == position.epoch && at.seq >= position.seq);
         summary.head = Some(head);
         if is_own {
             if only_origin {
                 (summary.unread, summary.capped, summary.mentions) = (Some(0), false, Some(0));
                 summary.marker = Some(cursor.clone());
             }
-        } else if !summary.capped {
+        } else if !summary.capped && !is_read {
             let now = unread + 1;
             summary.capped = now > caps.unread;
             summary.unread = Some(now.min(caps.unread));
@@ -191,11 +202,20 @@ impl Active {
     /// Something has changed that can only be read.
     pub(super) fn changed(&mut self) {
         (self.is_stale, self.again) = (true, true);
+        self.hurry();
+    }
+
+    /// There is something new, so the next read may show more than the last one.
+    fn hurry(&mut self) {
+        if std::mem::take(&mut self.lags) {
+            (self.not_before, self.tries) = (None, 0);
+        }
     }
 
     /// The room has to be read, and the read must show what stands at `cursor`. `is_own`: the user has sent it.
     fn expect(&mut self, cursor: &Cursor, is_own: bool) {
         self.is_stale = true;
+        self.hurry();
         add(&mut self.expects, cursor);
         if is_own {
             add(&mut self.expects_marker, cursor);
@@ -249,6 +269,11 @@ impl Active {
             false => self.tries + u8::from(is_exact),
         };
         let lags = !shows && self.tries < MAX_TRIES;
+        self.lags = lags && is_exact;
+        if self.lags {
+            let pause = LAG.mul_f64(1.5_f64.powi(i32::from(self.tries) - 1));
+            self.not_before = Some(now + pause);
+        }
         if !lags {
             (self.expects, self.expects_marker, self.tries) = (None, None, 0);
         }
@@ -431,6 +456,56 @@ pub(super) mod tests {
         assert!(!active.is_stale);
         say(&mut active, 3, Some(2), "kim");
         assert!(!active.is_stale && counts(&active).0 == Some(1));
+    }
+
+    #[test]
+    fn what_was_read_before_it_was_heard_is_not_unread() {
+        let mut active = Active::default();
+        active.end_read(Some((summary(4, 1), true)), Instant::now());
+        active.read(&cursor(5));
+        say(&mut active, 5, Some(4), "lee");
+        assert_eq!(counts(&active), (Some(0), false, Some(0)));
+        say(&mut active, 6, Some(5), "lee");
+        assert_eq!(counts(&active), (Some(1), false, Some(1)));
+        // A marker of an older log says nothing.
+        let mut active = Active::default();
+        let stored = RoomSummary {
+            marker: Some("seoul.k2.9.7f02".parse().unwrap()),
+            ..summary(4, 1)
+        };
+        active.end_read(Some((stored, true)), Instant::now());
+        say(&mut active, 5, Some(4), "lee");
+        assert_eq!(counts(&active).0, Some(2));
+    }
+
+    #[test]
+    fn a_room_that_lags_is_read_less_and_less_often_until_something_new_comes() {
+        let mut now = Instant::now();
+        let began = now;
+        let mut active = Active::default();
+        say(&mut active, 5, None, "lee");
+        let mut read = |active: &mut Active| {
+            while !active.is_due(now) {
+                now += Duration::from_millis(1);
+            }
+            active.begin_read();
+            let shows = active.end_read(Some((summary(3, 1), true)), now);
+            (shows, now - began)
+        };
+        let waits: Vec<Duration> = (0..4).map(|_| read(&mut active).1).collect();
+        let pauses: Vec<Duration> = waits.windows(2).map(|two| two[1] - two[0]).collect();
+        assert!(pauses[0] >= LAG && pauses.is_sorted(), "{pauses:?}");
+        say(&mut active, 6, None, "lee");
+        assert!(active.is_due(began + waits[3]));
+        let mut shows = true;
+        let mut last = Duration::ZERO;
+        while shows {
+            (shows, last) = read(&mut active);
+        }
+        assert!(
+            last > Duration::from_secs(60) && !active.is_stale,
+            "{last:?}"
+        );
     }
 
     #[test]

@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use futures_util::{
+    StreamExt as _,
+    stream::{self, FuturesUnordered},
+};
 use tokio::{
     sync::Notify,
     time::{MissedTickBehavior, interval, sleep},
@@ -274,8 +277,7 @@ impl Desk {
             self.heard_by(&self.subjects.signals(user), |ear| {
                 if let Ear::List(list) = ear
                     && list.mine().is_some()
-                    // Who is out was told so, unless the room is kept.
-                    && (is_in || list.keeps(room))
+                    && (is_in || list.may_leave(room, member.stamp.at))
                 {
                     self.mark_if(list, list.changed(room));
                 }
@@ -304,6 +306,13 @@ impl Desk {
 
     /// Changes of records may have been missed.
     pub fn on_missed(&self) {
+        for source in self.by_sid.borrow().values() {
+            for ear in source.heard_by.borrow().iter() {
+                if let Ear::Follow(follow) = ear {
+                    follow.doubt();
+                }
+            }
+        }
         for list in self.lists.borrow().iter().filter_map(Weak::upgrade) {
             list.compare_soon(FIRST_RESYNC.mul_f64(rand::random_range(0.3..1.0)));
         }
@@ -523,7 +532,7 @@ impl Desk {
                     let lists = lists.iter().filter_map(Weak::upgrade);
                     lists.filter(|list| list.due.get() <= now).collect()
                 };
-                for list in due {
+                let compare = async |list: Rc<List>| {
                     let again = RESYNC.mul_f64(rand::random_range(0.8..1.2));
                     list.due.set(now + again);
                     match list.compare(&self.sources).await {
@@ -533,7 +542,10 @@ impl Desk {
                             list.due.set(Instant::now() + FIRST_RESYNC);
                         }
                     }
-                }
+                };
+                stream::iter(due)
+                    .for_each_concurrent(READ_AT_ONCE, compare)
+                    .await;
             }
         };
         tokio::join!(telling, comparing);
@@ -558,7 +570,10 @@ impl<L: Listener> Listener for Listening<L> {
                         let soon = FIRST_RESYNC.mul_f64(rand::random_range(0.3..1.0));
                         list.due.set(Instant::now() + soon);
                     }
-                    Ear::Follow(follow) => follow.suspect(missed_since),
+                    Ear::Follow(follow) => {
+                        follow.suspect(missed_since);
+                        follow.doubt();
+                    }
                 }
             }
         }

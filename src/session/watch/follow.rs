@@ -42,6 +42,9 @@ const MAX_ROOMS: usize = 64;
 /// Bytes of the rooms in one push, if there are several.
 const MAX_BYTES: usize = 19_000;
 
+/// A client that has as many bytes still to receive is told nothing more, so that a watch alone never fills its outbox.
+const MAX_QUEUED: usize = 64 * 1024;
+
 /// Rooms whose newest messages are read at once when all of them are looked at.
 const SCANNED_AT_ONCE: usize = 512;
 
@@ -174,10 +177,8 @@ impl Follow {
                 state.forget_timer(room);
                 (!self.filter.has_annotation() || state.holds(room)) && matches(&self.filter)
             }
-            None => {
-                state.forget_timer(room);
-                false
-            }
+            // It may be an older message, of another region: then the read sets the timer again.
+            None => state.forget_timer(room),
         };
         if tells || is_shown || self.reads.get() > 0 {
             state.note(room, news);
@@ -188,10 +189,9 @@ impl Follow {
     /// Takes in what an entry of class `ev` says of the annotations of its room.
     pub(super) fn annotated(&self, room: &RoomId, holds: bool) {
         let mut state = self.state.borrow_mut();
-        if state.holds(room) == holds {
+        if !state.annotated(room, holds) {
             return;
         }
-        state.annotated(room, holds);
         if holds || state.is_shown(room) || self.reads.get() > 0 {
             state.note(room, News::default());
             self.wake.notify_one();
@@ -224,6 +224,14 @@ impl Follow {
             may_match || self.filter.is_empty() || state.is_shown(room) || self.reads.get() > 0;
         if is_ours && tells {
             state.note(room, news);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Looks again at the rooms that the client takes for matching: something else than a message may have been missed.
+    pub(super) fn doubt(&self) {
+        let mut state = self.state.borrow_mut();
+        if state.note_shown() {
             self.wake.notify_one();
         }
     }
@@ -309,10 +317,13 @@ impl Follow {
         let now = unix_ms();
         for rooms in rooms.chunks(SCANNED_AT_ONCE) {
             if filter.has_annotation() {
+                self.state.borrow_mut().begin_scan();
                 let look = |record: &Record| (None, filter.of_annotation(record).map(u64::from));
                 let newest = markers.latest(user, rooms, Class::Ev, &look).await?;
                 for (room, newest) in newest {
-                    if let Some(holds) = newest.wanted {
+                    // What was heard meanwhile is newer.
+                    let is_newest = !self.state.borrow().was_annotated(&room);
+                    if let Some(holds) = newest.wanted.filter(|_| is_newest) {
                         self.annotated(&room, holds == 1);
                     }
                 }
@@ -370,6 +381,12 @@ impl Follow {
     }
 
     async fn tell(&self, sources: &Sources) {
+        if self
+            .who()
+            .is_some_and(|(session, _)| session.queued_bytes() >= MAX_QUEUED)
+        {
+            return;
+        }
         let (taken, left) = {
             let mut state = self.state.borrow_mut();
             (state.take(unix_ms(), MAX_ROOMS), state.left())

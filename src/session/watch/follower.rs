@@ -66,6 +66,8 @@ pub(super) struct Follower {
     due: HashMap<RoomId, u64>,
     /// Rooms whose newest annotation fulfils the condition.
     holding: HashSet<RoomId>,
+    /// Rooms that were annotated since the last scan began.
+    annotated: HashSet<RoomId>,
     /// Rooms that did not fit.
     lost: usize,
 }
@@ -185,11 +187,13 @@ impl Follower {
         self.timers.insert((at, room.clone()));
     }
 
-    /// The room will not match by itself.
-    pub(super) fn forget_timer(&mut self, room: &RoomId) {
-        if let Some(at) = self.due.remove(room) {
+    /// The room will not match by itself. Returns whether it would have.
+    pub(super) fn forget_timer(&mut self, room: &RoomId) -> bool {
+        let at = self.due.remove(room);
+        if let Some(at) = at {
             self.timers.remove(&(at, room.clone()));
         }
+        at.is_some()
     }
 
     /// When the next room will match, in ms since 1970.
@@ -202,12 +206,35 @@ impl Follower {
         self.holding.contains(room)
     }
 
-    /// What a new annotation says of the condition.
-    pub(super) fn annotated(&mut self, room: &RoomId, holds: bool) {
+    /// What a new annotation says of the condition. Returns whether that has changed.
+    pub(super) fn annotated(&mut self, room: &RoomId, holds: bool) -> bool {
+        if self.annotated.len() < MAX_ROOMS {
+            self.annotated.insert(room.clone());
+        }
+        let changed = self.holding.contains(room) != holds;
         match holds {
             true => drop(Self::keep(&mut self.holding, room, &mut self.lost)),
             false => drop(self.holding.remove(room)),
         }
+        changed
+    }
+
+    /// A scan of the newest annotations begins.
+    pub(super) fn begin_scan(&mut self) {
+        self.annotated = HashSet::new();
+    }
+
+    /// Whether a room was annotated since then.
+    pub(super) fn was_annotated(&self, room: &RoomId) -> bool {
+        self.annotated.contains(room)
+    }
+
+    /// Has all rooms looked at that the client takes for matching. Returns whether there are any.
+    pub(super) fn note_shown(&mut self) -> bool {
+        for room in self.shown.iter().cloned().collect::<Vec<_>>() {
+            self.note(&room, News::default());
+        }
+        !self.shown.is_empty()
     }
 
     fn keep(rooms: &mut HashSet<RoomId>, room: &RoomId, lost: &mut usize) -> bool {

@@ -15,6 +15,7 @@ use super::{
     super::Session,
     active::{Active, Caps, Heard},
     sources::{FIRST_RESYNC, Sources},
+    told::{Told, json},
 };
 use crate::{
     auth::Right,
@@ -58,6 +59,12 @@ pub(super) struct List {
     pub(super) due: Cell<Instant>,
     /// When they were compared last, or the watch began; in ms since 1970.
     compared_at: Cell<u64>,
+    /// When the watch began, in ms since 1970.
+    began_at: u64,
+    /// What the client was told of the rooms that are compared.
+    told: RefCell<Told>,
+    /// How many of the user's rooms are compared: as many as were on the first page.
+    compared: Cell<usize>,
 }
 
 /// A room that the client has named.
@@ -98,6 +105,9 @@ impl List {
             has_begun: Cell::new(false),
             due: Cell::new(due),
             compared_at: Cell::new(unix_ms()),
+            began_at: unix_ms(),
+            told: RefCell::default(),
+            compared: Cell::new(0),
         }
     }
 
@@ -106,9 +116,21 @@ impl List {
         self.named.is_none().then_some(&*self.user)
     }
 
-    /// Whether a summary of a room is kept.
-    pub(super) fn keeps(&self, room: &RoomId) -> bool {
-        self.rooms.borrow().contains_key(room)
+    /// Whether the client may have to be told that the user is out of a room, since this time in ms since 1970. It was
+    /// told before if that is older than the watch, unless the room is kept.
+    pub(super) fn may_leave(&self, room: &RoomId, since: u64) -> bool {
+        since.saturating_add(CLOCKS_MS) >= self.began_at || self.rooms.borrow().contains_key(room)
+    }
+
+    /// The client is told a page of at most `limit` rooms. `is_first`: whether none is before it.
+    pub(super) fn tell_page(&self, rooms: &[RoomSummary], limit: usize, is_first: bool) {
+        if is_first {
+            self.compared.set(limit);
+        }
+        if is_first || self.named.is_some() {
+            let mut told = self.told.borrow_mut();
+            rooms.iter().for_each(|it| told.tell(it, &json(it)));
+        }
     }
 
     /// Whether something has to be read before it can be told.
@@ -199,9 +221,12 @@ impl List {
 
     /// What the token allows has changed.
     pub(super) fn judge(&self) -> bool {
-        let named = self.named().unwrap_or_default();
+        let rooms = self.named().unwrap_or_else(|| {
+            self.due.set(Instant::now());
+            self.rooms.borrow().keys().cloned().collect()
+        });
         // Each of them, not only up to the first.
-        named.iter().filter(|room| self.changed(room)).count() > 0
+        rooms.iter().filter(|room| self.changed(room)).count() > 0
     }
 
     /// Reads what has to be read, and tells the session what is new. Returns whether something has to be read again, or
@@ -256,23 +281,23 @@ impl List {
             ..WatchPush::default()
         };
         let (mut again, mut bytes) = (false, 0);
+        let mut told = self.told.borrow_mut();
         self.rooms.borrow_mut().retain(|room, active| {
             if active.is_new {
                 // The token may have changed since it was read.
                 active.summary.take_if(|_| !identity.may(Right::Read, room));
-                let size = match &active.summary {
-                    Some(summary) => serde_json::to_vec(summary).map_or(0, |json| json.len()),
-                    None => room.as_str().len() + 3,
-                };
+                let its = active.summary.as_ref().map(json);
+                let size = its.as_ref().map_or(room.as_str().len() + 3, Vec::len);
                 if bytes > 0 && bytes + size > MAX_BYTES {
                     again = true;
                     return true;
                 }
                 bytes += size;
                 active.is_new = false;
-                match &active.summary {
-                    Some(summary) => {
+                match active.summary.as_ref().zip(its) {
+                    Some((summary, its)) => {
                         self.set_out(room, false);
+                        told.tell(summary, &its);
                         push.rooms.push(summary.clone());
                     }
                     None if self.set_out(room, true) => push.gone.push(room.clone()),
@@ -283,8 +308,12 @@ impl List {
             active.summary.is_some() || active.is_stale
         });
         if whose == Whose::Mine {
-            push.gone.retain(|room| identity.may(Right::Read, room));
+            // A room that another token of the user covers is not named.
+            push.gone
+                .retain(|room| told.has(room) || identity.may(Right::Read, room));
         }
+        push.gone.iter().for_each(|room| told.forget(room));
+        drop(told);
         session.tell_watch(push);
         again
     }
@@ -311,7 +340,7 @@ impl List {
         }
     }
 
-    /// What is stored: of the user's rooms the first page.
+    /// What is stored: of the user's rooms as many as were on the first page.
     async fn stored(&self, sources: &Sources) -> Result<Vec<RoomSummary>, Refused> {
         let identity = self.session.upgrade().and_then(|session| session.who());
         let Some(identity) = identity else {
@@ -325,7 +354,7 @@ impl List {
                 Ok(read.into_values().map(|(summary, _)| summary).collect())
             }
             None => {
-                let page = InboxOf::new(None, None, false)?;
+                let page = InboxOf::new(None, Some(self.compared.get() as u64), false)?;
                 Ok(people.inbox(markers, &identity, &page).await?.rooms)
             }
         }
@@ -350,14 +379,24 @@ impl List {
             missing.extend(seen.map(|(room, _)| room.clone()));
         }
         let mut changed = Vec::new();
+        let mut told = self.told.borrow_mut();
+        if self.named.is_none() {
+            told.keep(stored.iter().map(|summary| &summary.room));
+        }
         for summary in stored {
             missing.remove(&summary.room);
-            let same = match rooms.get(&summary.room) {
-                Some(active) if active.summary.is_some() => !active.differs(&summary),
-                // Nothing was told of it, and there was nothing to tell.
-                Some(_) | None => summary.last.as_ref().is_none_or(|last| last.ts < since),
+            let kept = rooms.get(&summary.room);
+            let same = match kept.filter(|active| active.summary.is_some()) {
+                Some(active) => Some(!active.differs(&summary)),
+                None => told.is_told(&summary),
             };
-            if !same {
+            // One that was on no page yet is told when something happens in it. Of the user's rooms all that are compared
+            // were on a page, or are new there.
+            let is_same = same.unwrap_or_else(|| {
+                let is_old = summary.last.as_ref().is_none_or(|last| last.ts < since);
+                self.named.is_some() && is_old
+            });
+            if !is_same {
                 changed.push(summary.room);
             }
         }
@@ -415,9 +454,16 @@ mod tests {
     fn a_comparison_finds_rooms_that_are_gone_and_records_that_have_changed() {
         let stored = || vec![summary("a", "old"), summary("b", "new"), summary("d", "x")];
         let mine = list(&["a", "b", "c"], None);
+        mine.tell_page(&[summary("d", "x")], 50, true);
         assert!(mine.differs(stored(), 0));
         assert_eq!(stale(&mine), ["chat:b", "chat:c"]);
+        // One that is new on the page, and one of which something else was told.
         let mine = list(&["a"], None);
+        mine.tell_page(&[summary("d", "w")], 50, true);
+        assert!(mine.differs(stored(), 0));
+        assert_eq!(stale(&mine), ["chat:b", "chat:d"]);
+        let mine = list(&["a"], None);
+        mine.tell_page(&stored(), 50, true);
         assert!(!mine.differs(stored(), 0));
 
         let named = list(&["a"], Some(&["a", "b", "c", "d"]));

@@ -732,3 +732,30 @@ proptest! {
         });
     }
 }
+
+#[test]
+fn what_is_put_off_does_not_count_as_what_a_reader_is_behind() {
+    on_shard(async {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (peer, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let stream = accepted.unwrap().0;
+        stream.writable().await.unwrap();
+        let conn = Conn::new(stream, settings(16 * 1024));
+        conn.more_follows(true);
+        // Together more than the bound, which the socket takes at once: one by one, and in one call.
+        for n in 0..20 {
+            conn.send(&[frame(n, 1000)]);
+        }
+        let more: Vec<Bytes> = (20..40).map(|n| frame(n, 1000)).collect();
+        conn.send(&more);
+        assert_eq!(conn.closing(), None);
+        conn.more_follows(false);
+        conn.close(Close::GoingAway);
+        let mut bytes = Vec::new();
+        let mut peer = peer.unwrap();
+        peer.read_to_end(&mut bytes).await.unwrap();
+        let texts: Vec<String> = (0..40).map(|n| numbered(n, 1000)).collect();
+        assert_eq!(parse(&bytes).texts, texts);
+    });
+}

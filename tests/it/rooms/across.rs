@@ -134,7 +134,7 @@ async fn a_room_that_is_made_on_both_sides_of_a_cut_is_one_room() {
 async fn who_is_removed_in_one_region_is_out_in_the_other_also_after_a_cut() {
     let regions = two().await;
     let seoul = regions.at(SEOUL).edges[0].address;
-    let room = &group(seoul, "club", "wide", &["kim", "lee", "ann"]).await;
+    let room = &group(seoul, "club", "wide", &["kim", "lee", "ann", "dan"]).await;
     let mut kim = joined(&regions, VIRGINIA, "kim", room).await;
     let mut lee = joined(&regions, VIRGINIA, "lee", room).await;
     let mut ann = joined(&regions, VIRGINIA, "ann", room).await;
@@ -148,9 +148,22 @@ async fn who_is_removed_in_one_region_is_out_in_the_other_also_after_a_cut() {
     done(seoul, ("DELETE", &path), &boss(), Value::Null).await;
     assert_eq!(kicked(&mut kim).await, "removed");
 
+    // One who is not in the room, but has it in a list, and is not signalled behind the cut.
+    let mut dan = super::open(regions.at(VIRGINIA), 0, &may("dan", &[])).await;
+    eventually("the list has the room", LONG, async || {
+        let listed = reply(&mut dan, "watch", json!({ "mine": true })).await;
+        match listed["rooms"][0]["room"] == **room {
+            true => Ok(()),
+            false => Err(listed.to_string()),
+        }
+    })
+    .await;
+
     // Behind a cut the region goes by what it knew; then it follows.
     regions.cut(VIRGINIA);
     put(seoul, room, "lee", json!({"state": "banned"})).await;
+    let path = format!("/v1/rooms/{room}/members/dan");
+    done(seoul, ("DELETE", &path), &boss(), Value::Null).await;
     let still = reply(
         &mut lee,
         "send",
@@ -161,6 +174,13 @@ async fn who_is_removed_in_one_region_is_out_in_the_other_also_after_a_cut() {
     regions.heal(VIRGINIA);
     assert_eq!(kicked(&mut lee).await, "banned");
     assert_eq!(heard(&mut ann, 1).await, ["still"]);
+    loop {
+        let frame = next(&mut dan).await.json();
+        if frame["gone"] == json!([room]) {
+            break;
+        }
+        assert_eq!(frame["rooms"][0]["room"], **room, "{frame}");
+    }
     for (connection, word) in [(&mut kim, "not a member"), (&mut lee, "banned")] {
         let refused = reply(connection, "join", json!({ "room": room })).await;
         assert_eq!(refused["code"], "forbidden", "{refused}");
