@@ -31,10 +31,10 @@ use super::{
 };
 use crate::{
     bus::{
-        Answer, Consumer, DeadLetters, Delivery, Pull, PullError, Stored, StreamError, Suspect,
-        answer, message_key,
+        Answer, Consumer, DeadLetters, Delivery, Pull, PullError, Stored, StreamError, answer,
+        message_key,
     },
-    model::{Class, Epoch, Place, Reference},
+    model::{Class, Epoch, Place},
     runtime::Phase,
     store::{Claim, Entry, Removal, What},
     subject::{FROM_NATTER, Subjects, rooms_stream},
@@ -388,18 +388,9 @@ impl Worker {
     /// Whether an erased message was stored again by an edge that did not know of the erasure. Retries until this can
     /// be read.
     async fn was_erased(&self, stored: &Stored) -> bool {
-        let Stored { room, record } = stored;
-        let target = record.target.as_deref();
-        let target = target.and_then(|target| Reference::parse(target).ok());
-        let suspect = Suspect {
-            room,
-            from: &record.from,
-            id: &record.id,
-            target: target.as_ref(),
-        };
         let mut pause = Backoff::default();
         loop {
-            match self.parts.remembered.has(suspect).await {
+            match self.parts.remembered.has_stored(stored).await {
                 Ok(erased) => return erased,
                 Err(error) => {
                     tracing::debug!(%error, "what was erased can't be read");

@@ -15,9 +15,9 @@ use super::{
     job::{Done, Failed},
 };
 use crate::{
-    bus::{Answer, Consumer, Delivery, Pull, PullError, Stored, StreamError, Suspect, answer},
+    bus::{Answer, Consumer, Delivery, Pull, PullError, Stored, StreamError, answer},
     config::WorkerKind,
-    model::{Class, Epoch, Reference},
+    model::{Class, Epoch},
     outbound::pause,
     runtime::unix_ms,
     subject::{Subjects, rooms_stream},
@@ -248,16 +248,7 @@ impl Taking {
     /// to do.
     async fn bury(&self, delivery: &Delivery, stored: &Stored, epoch: Epoch, reason: &str) -> bool {
         let (name, stream, seq) = (self.worker.name(), &self.stream, delivery.seq);
-        let Stored { room, record } = stored;
-        let target = record.target.as_deref();
-        let target = target.and_then(|target| Reference::parse(target).ok());
-        let suspect = Suspect {
-            room,
-            from: &record.from,
-            id: &record.id,
-            target: target.as_ref(),
-        };
-        match self.parts.remembered.has(suspect).await {
+        match self.parts.remembered.has_stored(stored).await {
             Ok(false) => {}
             Ok(true) => return true,
             Err(error) => {
