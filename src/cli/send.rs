@@ -33,10 +33,10 @@ pub(super) struct Send {
     /// Id of the message: a repeated id is stored once.
     #[arg(long, requires = "text", value_parser = id)]
     id: Option<MessageId>,
-    /// message, edit, delete, reaction or annotation.
+    /// message, edit, delete, reaction, annotation, pin or unpin.
     #[arg(long, value_parser = kind)]
     kind: Option<Kind>,
-    /// The message to which an edit, delete, reaction or annotation refers: USER/ID, or ID for one of your own.
+    /// The message to which any other kind than a message refers: USER/ID, or ID for one of your own.
     #[arg(long, value_name = "REFERENCE", value_parser = reference)]
     target: Option<String>,
     /// The message that this one answers: USER/ID, or ID for one of your own.
@@ -75,14 +75,17 @@ pub(super) fn run(
     if about && send.target.is_none() {
         bail!("--kind needs --target: the message it refers to");
     }
-    let target = send
-        .connect
-        .target(&send.room, &[Right::Read, Right::Write], config)?;
+    let pins = send.kind.is_some_and(|kind| kind.pins().is_some());
+    let mut rights = vec![Right::Read, Right::Write];
+    if pins {
+        rights.push(Right::Moderate);
+    }
+    let target = send.connect.target(&send.room, &rights, config)?;
     run_tool(async move {
         let publisher = Publisher::open(target);
-        // A delete needs no text.
-        let wordless = send.text.is_empty() && send.kind == Some(Kind::Delete);
-        if wordless {
+        // A delete and a pin need no text.
+        let wordless = pins || send.kind == Some(Kind::Delete);
+        if wordless && send.text.is_empty() {
             return publish(&publisher, &send, Value::Null).await.map(drop);
         }
         if !send.text.is_empty() {

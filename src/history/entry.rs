@@ -73,7 +73,9 @@ fn what(room: &RoomId, record: &Record) -> What {
         Kind::Delete => Ok(Change::Delete),
         Kind::Reaction => reaction(body).map(|(key, on)| Change::React { key, on }),
         Kind::Annotation => annotations(body).map(Change::Annotate),
-        Kind::Message | Kind::Erase | Kind::System => Err(BadRemark::OtherForm),
+        Kind::Message | Kind::Pin | Kind::Unpin | Kind::Erase | Kind::System => {
+            Err(BadRemark::OtherForm)
+        }
     };
     match change {
         Ok(change) => What::Change {

@@ -58,6 +58,10 @@ pub enum Kind {
     Annotation,
     /// Announces that messages were erased for good: those of one user, or all. Only natter itself sends it.
     Erase,
+    /// Pins `target`. It is kept as an entry about the room, and in the room's record.
+    Pin,
+    /// Unpins `target`.
+    Unpin,
     /// An entry about the room: who was added, muted, banned, what was changed by whom. Only natter itself sends it.
     System,
 }
@@ -114,6 +118,12 @@ impl Reference {
         }
     }
 
+    /// The reference as `user` has made it, with the author: `<user>/<id>`.
+    #[must_use]
+    pub fn of(&self, user: &str) -> String {
+        format!("{}/{}", self.user.as_deref().unwrap_or(user), self.id)
+    }
+
     /// Whether the message was sent by `user`, who made the reference.
     #[must_use]
     pub fn is_by(&self, user: &str) -> bool {
@@ -134,12 +144,14 @@ impl Class {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Message,
         Self::Edit,
         Self::Delete,
         Self::Reaction,
         Self::Annotation,
+        Self::Pin,
+        Self::Unpin,
         Self::Erase,
         Self::System,
     ];
@@ -153,6 +165,8 @@ impl Kind {
             Self::Delete => "delete",
             Self::Reaction => "reaction",
             Self::Annotation => "annotation",
+            Self::Pin => "pin",
+            Self::Unpin => "unpin",
             Self::Erase => "erase",
             Self::System => "system",
         }
@@ -173,8 +187,26 @@ impl Kind {
             | Self::Delete
             | Self::Reaction
             | Self::Annotation
+            | Self::Pin
+            | Self::Unpin
             | Self::Erase
             | Self::System => Class::Ev,
+        }
+    }
+
+    /// Whether it pins (`true`) or unpins (`false`) a message; `None`: neither.
+    #[must_use]
+    pub fn pins(self) -> Option<bool> {
+        match self {
+            Self::Pin => Some(true),
+            Self::Unpin => Some(false),
+            Self::Message
+            | Self::Edit
+            | Self::Delete
+            | Self::Reaction
+            | Self::Annotation
+            | Self::Erase
+            | Self::System => None,
         }
     }
 }

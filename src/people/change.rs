@@ -1,8 +1,6 @@
 //! Changes of a record: who may make them, what they do to it, and what the room is told.
 
-use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use utoipa::ToSchema;
 
 use super::{
     access::Standing,
@@ -11,7 +9,7 @@ use super::{
 use crate::{
     auth::{Identity, Right},
     model::{MAX_USER, Reference, Region, RoomId},
-    protocol::{ErrorCode, Refused},
+    protocol::{ErrorCode, PutMember, Refused, Settings},
 };
 
 /// Most users of a direct room.
@@ -59,7 +57,18 @@ pub enum Change {
         message: String,
         /// Whether it is pinned.
         on: bool,
+        /// The entry of the room's log that says so, if it was written before the record.
+        said: Option<Said>,
     },
+}
+
+/// An entry of a room's log that tells of a change before the change is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Said {
+    /// When it was stored, in ms since 1970; 0 if that is unknown.
+    pub ts: u64,
+    /// Whether it was there before: the change was made then, unless the edge could not make it.
+    pub again: bool,
 }
 
 impl Change {
@@ -89,37 +98,6 @@ pub struct Create {
     pub info: Option<Map<String, Value>>,
 }
 
-/// New settings. What is absent stays.
-#[derive(Debug, Clone, PartialEq, Default, Deserialize, ToSchema)]
-pub struct Settings {
-    /// What people call it.
-    pub title: Option<String>,
-    /// Whatever the application keeps with it.
-    #[schema(value_type = Option<Object>)]
-    pub info: Option<Map<String, Value>>,
-    /// Whether it is put aside.
-    pub archived: Option<bool>,
-    /// Whether only moderators write.
-    pub frozen: Option<bool>,
-    /// Seconds between two messages of a member, at most 86400; 0: no limit.
-    pub slow_mode_s: Option<u32>,
-    /// Who of the staff looks after it; empty: nobody.
-    pub assignee: Option<String>,
-    /// `false`: somebody has seen to the alert of a worker.
-    pub alert: Option<bool>,
-}
-
-/// What of a member changes. What is absent stays; a new member has the role `member`.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, ToSchema)]
-pub struct PutMember {
-    /// What the user may do.
-    pub role: Option<Role>,
-    /// `in` or `banned`.
-    pub state: Option<MemberState>,
-    /// Until when the user may not write, in ms since 1970; 0: the user may.
-    pub muted_until: Option<u64>,
-}
-
 /// What the room is told of a change: the body of an entry in its log.
 pub type Told = Map<String, Value>;
 
@@ -143,6 +121,14 @@ fn told(action: &str, by: &str) -> Told {
 pub fn alert_told(alert: &Alert, by: &str) -> Told {
     let mut told = told("alert", by);
     told.insert("message".to_owned(), alert.message.clone().into());
+    told
+}
+
+/// What the room is told when `by` has pinned or unpinned a message.
+#[must_use]
+pub fn told_of_pin(by: &str, message: &str, on: bool) -> Told {
+    let mut told = told(if on { "pinned" } else { "unpinned" }, by);
+    told.insert("message".to_owned(), message.into());
     told
 }
 
@@ -236,7 +222,13 @@ impl Ask<'_> {
         change: &Change,
     ) -> Result<Option<(Record, Told)>, Refused> {
         // Later than everything in the record, also if the clocks of two regions differ.
-        let at = record.map_or(self.now, |record| self.now.max(record.newest() + 1));
+        let mut at = record.map_or(self.now, |record| self.now.max(record.newest() + 1));
+        if let Change::Pin {
+            said: Some(said), ..
+        } = change
+        {
+            at = at.max(said.ts);
+        }
         let stamp = Stamp {
             at,
             origin: self.origin.clone(),
@@ -291,7 +283,9 @@ impl Ask<'_> {
                 }
                 alert_told(alert, by)
             }
-            Change::Pin { message, on } => self.pin(&mut new, message, *on, stamp)?,
+            Change::Pin { message, on, said } => {
+                self.pin(&mut new, message, (*on, *said), stamp)?
+            }
         };
         Ok((new != *record).then_some((new, told)))
     }
@@ -613,7 +607,7 @@ impl Ask<'_> {
         &self,
         new: &mut Record,
         message: &str,
-        on: bool,
+        (on, said): (bool, Option<Said>),
         stamp: Stamp,
     ) -> Result<Told, Refused> {
         // In a direct room everybody pins.
@@ -625,16 +619,20 @@ impl Ask<'_> {
         }
         let named = Reference::parse(message)
             .map_err(|error| Refused::new(ErrorCode::BadId, error.to_string()))?;
-        let user = named.user.as_deref().unwrap_or(&self.identity.user);
-        let message = format!("{user}/{}", named.id);
+        let message = named.of(&self.identity.user);
+        let told = told_of_pin(&self.identity.user, &message, on);
+        // Said before, and done then: others may have pinned or unpinned since.
+        if let (Some(Said { ts, again: true }), Some(pins)) = (said, &new.pins)
+            && pins.stamp.at >= ts
+        {
+            return Ok(told);
+        }
         let mut pins = new.pins().to_vec();
         let at = pins.iter().position(|pin| *pin == message);
         if on && at.is_none() && pins.len() >= MAX_PINS {
             let text = format!("a room has at most {MAX_PINS} pinned messages");
             return Err(Refused::new(ErrorCode::Limit, text));
         }
-        let mut told = told(if on { "pinned" } else { "unpinned" }, &self.identity.user);
-        told.insert("message".to_owned(), message.clone().into());
         match (on, at) {
             (true, None) => pins.push(message),
             (false, Some(at)) => drop(pins.remove(at)),

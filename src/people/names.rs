@@ -1,5 +1,5 @@
 //! Names of rooms that need no coordination: two regions that make the same room while they are cut off from each other
-//! give it the same name.
+//! give it the same name. And ids of entries in a room's log that a repeat must not store twice.
 
 use sha2::{Digest as _, Sha256};
 
@@ -36,11 +36,22 @@ pub fn group(namespace: &str, about: Option<&str>, key: &str) -> Result<RoomId, 
     named(namespace, "group", parts.into_iter())
 }
 
+/// The id of the entry in a room's log that a user causes by sending a message with the id `id`.
+#[must_use]
+pub fn entry_id(user: &str, id: &str) -> String {
+    hashed("pin", [user, id].into_iter())
+}
+
 fn named<'p>(
     namespace: &str,
     prefix: &str,
     parts: impl Iterator<Item = &'p str>,
 ) -> Result<RoomId, BadRoom> {
+    RoomId::from_parts(namespace, &hashed(prefix, parts))
+}
+
+/// `prefix` with a hash of it and of `parts`.
+fn hashed<'p>(prefix: &str, parts: impl Iterator<Item = &'p str>) -> String {
     let mut hash = Sha256::new();
     hash.update(prefix);
     for part in parts {
@@ -59,7 +70,7 @@ fn named<'p>(
             name.push(char::from(DIGITS[value]));
         }
     }
-    RoomId::from_parts(namespace, &name)
+    name
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
+pub use crate::protocol::{MemberState, Role};
 use crate::{
     bus::Entry,
     model::{Region, RoomId},
@@ -49,36 +50,6 @@ pub enum RoomKind {
     Group,
     /// No list of members: grants say who is in it. Members are named only to mute or ban them, or to give them a role.
     Open,
-}
-
-/// What a member may do.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Reads.
-    Reader,
-    /// Reads and writes.
-    Member,
-    /// Also mutes, bans and removes members, adds some, freezes the room, and deletes messages of others.
-    Moderator,
-    /// Also gives roles, and changes title and info.
-    Owner,
-}
-
-/// Whether a user is in a room.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum MemberState {
-    /// Left, or was removed. The entry stays, so that an older one of another region does not bring the user back.
-    Out,
-    /// A member.
-    In,
-    /// Not a member, and can't become one.
-    Banned,
 }
 
 /// A user in a record.
@@ -175,31 +146,6 @@ impl RoomKind {
             Self::Dm => "dm",
             Self::Group => "group",
             Self::Open => "open",
-        }
-    }
-}
-
-impl Role {
-    /// Its name.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Reader => "reader",
-            Self::Member => "member",
-            Self::Moderator => "moderator",
-            Self::Owner => "owner",
-        }
-    }
-}
-
-impl MemberState {
-    /// Its name.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::In => "in",
-            Self::Out => "out",
-            Self::Banned => "banned",
         }
     }
 }

@@ -7,14 +7,14 @@ use proptest::prelude::*;
 
 use super::{
     access::Standing,
-    change::{Ask, Change, Create, PutMember, Settings},
+    change::{Ask, Change, Create, Said},
     record::{Alert, Made, MemberState, Merge as _, Record, Role, RoomKind},
 };
 use crate::{
     auth::{Claims, Grant, Identity, Right, Verifier, issue},
     config::Config,
     model::{Region, RoomId},
-    protocol::ErrorCode,
+    protocol::{ErrorCode, PutMember, Settings},
 };
 
 const SECRET: &str = "a secret of thirty-two bytes or more, for tests";
@@ -94,6 +94,7 @@ fn change() -> impl Strategy<Value = Change> {
     let pin = ("[a-d]", any::<bool>()).prop_map(|(id, on)| Change::Pin {
         message: format!("ann/{id}"),
         on,
+        said: None,
     });
     let alert = "[a-b]".prop_map(|id| {
         Change::Alert(Alert {
@@ -355,6 +356,7 @@ fn who_may_change_what() {
             Change::Pin {
                 message: user("member/1"),
                 on: true,
+                said: None,
             },
         ),
         ("title", titled),
@@ -467,6 +469,41 @@ fn rooms_are_made_once_and_direct_rooms_keep_their_members() {
             .unwrap_err();
         assert_eq!(refused.code, ErrorCode::Forbidden);
     }
+}
+
+#[test]
+fn a_repeated_pin_makes_up_for_a_lost_write_and_undoes_nothing() {
+    let boss = identity("boss", &[Right::Manage]);
+    let (room, origin) = (room(), region(0));
+    let ask = ask(&boss, &room, &origin);
+    let pin = |on, ts, again| Change::Pin {
+        message: "ann/1".to_owned(),
+        on,
+        said: Some(Said { ts, again }),
+    };
+    let made = new_record();
+    // The clock of the edge is behind the one of the stream.
+    let (pinned, _) = ask
+        .apply(Some(&made), &pin(true, 9000, false))
+        .unwrap()
+        .unwrap();
+    assert_eq!(pinned.pins(), ["ann/1"]);
+    assert_eq!(pinned.newest(), 9000);
+    let unpin = Change::Pin {
+        message: "ann/1".to_owned(),
+        on: false,
+        said: None,
+    };
+    let (unpinned, _) = ask.apply(Some(&pinned), &unpin).unwrap().unwrap();
+    for record in [&pinned, &unpinned] {
+        assert_eq!(ask.apply(Some(record), &pin(true, 9000, true)), Ok(None));
+    }
+    // The first attempt has only reached the log.
+    let (again, _) = ask
+        .apply(Some(&made), &pin(true, 9000, true))
+        .unwrap()
+        .unwrap();
+    assert_eq!(again.pins(), ["ann/1"]);
 }
 
 #[test]

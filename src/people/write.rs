@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::sleep;
-use utoipa::ToSchema;
 
 use super::{
     change::{Ask, Change, Told, check_user},
@@ -19,7 +18,7 @@ use crate::{
     bus::{Bucket, Entry, KvError, Put},
     config::{Access, Create as WhoCreates},
     model::RoomId,
-    protocol::{ErrorCode, Refused},
+    protocol::{Arrangement, ErrorCode, Refused},
     runtime::unix_ms,
     subject::{block_key, inbox_key, inbox_keys, parse_inbox_key, record_key},
     telemetry::metrics::{Counter, count},
@@ -48,17 +47,6 @@ pub struct Changed {
     pub created: bool,
     /// The users whose entries have changed.
     pub concerned: Vec<String>,
-}
-
-/// How a user wants to see a room. What is absent stays.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, ToSchema)]
-pub struct Arrangement {
-    /// Without notifications.
-    pub muted: Option<bool>,
-    /// First in the list.
-    pub pinned: Option<bool>,
-    /// Put aside.
-    pub archived: Option<bool>,
 }
 
 pub(super) fn refusal(error: KvError) -> Refused {
@@ -125,6 +113,39 @@ impl People {
         Err(Refused::new(ErrorCode::Unavailable, text))
     }
 
+    /// A change that is made now.
+    fn ask<'a>(&'a self, identity: &'a Identity, room: &'a RoomId) -> Result<Ask<'a>, Refused> {
+        let namespace = self.config.namespaces.get(room.namespace());
+        let namespace = namespace.ok_or_else(|| {
+            let text = format!("there is no namespace {:?}", room.namespace());
+            Refused::new(ErrorCode::UnknownNamespace, text)
+        })?;
+        Ok(Ask {
+            room,
+            identity,
+            members_only: namespace.access == Access::Members,
+            users_create: namespace.create == WhoCreates::Members,
+            room_members: self.config.limits.room_members,
+            now: unix_ms(),
+            origin: self.records.origin(),
+        })
+    }
+
+    /// Checks whether a change could be made now.
+    ///
+    /// # Errors
+    /// Why it would be refused, or `unavailable`.
+    pub async fn judge(
+        &self,
+        identity: &Identity,
+        room: &RoomId,
+        change: &Change,
+    ) -> Result<(), Refused> {
+        let ask = self.ask(identity, room)?;
+        let record = self.read_record(room).await?;
+        ask.apply(record.as_ref(), change).map(drop)
+    }
+
     /// Makes a change of a room's record, and writes the index of the users concerned. `version`: only if the record has
     /// this version.
     ///
@@ -137,14 +158,6 @@ impl People {
         change: &Change,
         version: Option<&str>,
     ) -> Result<Changed, Refused> {
-        let namespace = self
-            .config
-            .namespaces
-            .get(room.namespace())
-            .ok_or_else(|| {
-                let text = format!("there is no namespace {:?}", room.namespace());
-                Refused::new(ErrorCode::UnknownNamespace, text)
-            })?;
         if let Change::Create(create) = change
             && let [one, other] = &create.members[..]
             && create.kind == super::RoomKind::Dm
@@ -154,7 +167,6 @@ impl People {
             let text = format!("this user can't write in {room}");
             return Err(Refused::new(ErrorCode::Forbidden, text));
         }
-        let own = self.records.origin();
         let made = |record: Option<&Record>| {
             if let (Some(version), record) = (version, record)
                 && record.is_none_or(|record| record.version() != version)
@@ -162,15 +174,7 @@ impl People {
                 let text = "the record has another version: read it again";
                 return Err(Refused::new(ErrorCode::Conflict, text));
             }
-            let ask = Ask {
-                room,
-                identity,
-                members_only: namespace.access == Access::Members,
-                users_create: namespace.create == WhoCreates::Members,
-                room_members: self.config.limits.room_members,
-                now: unix_ms(),
-                origin: own,
-            };
+            let ask = self.ask(identity, room)?;
             let created = record.is_none();
             Ok(match ask.apply(record, change)? {
                 Some((new, told)) => {

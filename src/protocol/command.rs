@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::{ErrorCode, Publication, Refused};
+use super::{Arrangement, ErrorCode, Publication, PutMember, Refused, Settings};
 use crate::model::{Region, RoomId};
 
 /// A command.
@@ -109,6 +109,38 @@ pub enum Command {
     Room {
         /// The room.
         room: RoomId,
+    },
+    /// Change the settings of a room.
+    Settings {
+        /// The room.
+        room: RoomId,
+        /// What changes.
+        settings: Box<Settings>,
+        /// Only if the record has this version.
+        version: Option<String>,
+    },
+    /// Add, change or remove a member of a room, or leave it for good.
+    Member {
+        /// The room.
+        room: RoomId,
+        /// The user.
+        user: String,
+        /// What changes. With the state `out`, and nothing else, the user is removed.
+        what: PutMember,
+    },
+    /// Mute, pin or archive a room for oneself.
+    Arrange {
+        /// The room.
+        room: RoomId,
+        /// What changes.
+        how: Arrangement,
+    },
+    /// Block a user, or no longer.
+    Block {
+        /// The one who is blocked.
+        user: String,
+        /// Whether that begins, or ends.
+        blocked: bool,
     },
     /// Request the user's rooms.
     Inbox {

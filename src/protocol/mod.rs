@@ -14,6 +14,7 @@ mod directory;
 mod event;
 mod inbox;
 mod order;
+mod people;
 mod publication;
 mod reply;
 
@@ -29,6 +30,7 @@ pub use inbox::{
     AlertBody, InboxReply, LastMessage, RefusedRoom, RoomSummary, WatchPush, WatchReply,
 };
 pub use order::{Obeyed, Order, OrderKind};
+pub use people::{Arrangement, MemberState, PutMember, Role, Settings};
 pub use publication::{Draft, Mentions, Publication};
 pub use reply::{
     AuthReply, HistoryReply, JoinReply, MemberBody, MessageBody, PollReply, PresenceReply,

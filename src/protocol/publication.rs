@@ -44,7 +44,7 @@ pub struct Publication {
     pub kind: Kind,
     /// The body's JSON text as the client sent it.
     pub body: Box<RawValue>,
-    /// The message to which an edit, delete, reaction or annotation refers: as it was sent, and parsed.
+    /// The message to which any other kind than a message refers: as it was sent, and parsed.
     pub target: Option<(String, Reference)>,
     /// The message that it answers, as it was sent.
     pub reply_to: Option<String>,
@@ -68,7 +68,10 @@ impl Publication {
             Some(word) => Kind::parse(word)
                 .filter(|kind| !matches!(kind, Kind::Erase | Kind::System))
                 .ok_or_else(|| {
-                    bad("kind is not one of message, edit, delete, reaction, annotation".to_owned())
+                    bad(
+                        "kind is not one of message, edit, delete, reaction, annotation, pin, unpin"
+                            .to_owned(),
+                    )
                 })?,
         };
         let reference = |name: &str, text: &str| {
@@ -96,13 +99,19 @@ impl Publication {
             .map(|text| reference("reply_to", text).map(|_valid| text.to_owned()));
         let body = match (kind, draft.body) {
             (_, Some(body)) => body.to_owned(),
-            (Kind::Delete, None) => RawValue::NULL.to_owned(),
+            (Kind::Delete | Kind::Pin | Kind::Unpin, None) => RawValue::NULL.to_owned(),
             (_, None) => return Err(bad("body is missing".to_owned())),
         };
         let remark = match kind {
             Kind::Reaction => model::reaction(body.get()).map(|_reaction| ()),
             Kind::Annotation => model::annotations(body.get()).map(|_annotations| ()),
-            Kind::Message | Kind::Edit | Kind::Delete | Kind::Erase | Kind::System => Ok(()),
+            Kind::Message
+            | Kind::Edit
+            | Kind::Delete
+            | Kind::Pin
+            | Kind::Unpin
+            | Kind::Erase
+            | Kind::System => Ok(()),
         };
         // A reaction or annotation of another form is accepted as it is.
         if let Err(BadRemark::TooLarge(message)) = remark {

@@ -98,6 +98,11 @@ async fn checked(
         ..
     } = publication;
     let durable = namespace(config, room)?.durable;
+    if let Some(pinning) = records::Pinning::of(identity, publication) {
+        // Boxed: rare, and a large future.
+        Box::pin(pinning.check(people, identity)).await?;
+        return Ok((durable, people.of(room).await?));
+    }
     let known = admitted(people, identity, Right::Write, room).await?;
     if let (Kind::Edit | Kind::Delete, Some((_, reference))) = (kind, target)
         && !reference.is_by(&identity.user)

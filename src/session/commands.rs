@@ -16,7 +16,7 @@ use tracing::Instrument as _;
 use super::{
     Beating, MAX_RATE_STRIKES, MAX_UNDECODABLE, Session,
     answers::{self, check_epochs, namespace, refusal_of},
-    records,
+    records::{self, Pinning},
     replies::MAX_WAITING_BYTES,
 };
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
     codec::{Codec, Request, Tag},
     history::PageRequest,
     model::{Cursor, RoomId},
-    people::InboxOf,
+    people::{Change, InboxOf},
     protocol::{
         AuthReply, Beats, Close, Command, ErrorCode, Event, HistoryOf, HistoryReply, PageOf,
         Publication, PublishReply, Refused, Reply, Since, Validity,
@@ -231,6 +231,28 @@ impl Session {
                 let record = records::record(people, &identity, &room).await?;
                 now(Reply::Room(Box::new(record)))
             }
+            Command::Settings {
+                room,
+                settings,
+                version,
+            } => {
+                let set = Change::Set(settings);
+                let set = self.change(&identity, &room, &set, version.as_deref());
+                Box::pin(set).await
+            }
+            Command::Member { room, user, what } => {
+                let change = records::of_member(user, what)?;
+                Box::pin(self.change(&identity, &room, &change, None)).await
+            }
+            Command::Arrange { room, how } => {
+                let arrange = records::arrange(people, &context.publisher, &identity, room, &how);
+                Box::pin(arrange).await?;
+                now(Reply::Done)
+            }
+            Command::Block { user, blocked } => {
+                Box::pin(records::block(people, &identity, &user, blocked)).await?;
+                now(Reply::Done)
+            }
             Command::Watch(of) => Box::pin(self.watch(&identity, *of)).await,
             Command::Unwatch { watch } => self.unwatch(watch),
             Command::Inbox {
@@ -243,6 +265,19 @@ impl Session {
                 now(Reply::Inbox(Box::pin(inbox).await?))
             }
         }
+    }
+
+    /// Changes the record of a room.
+    async fn change(
+        &self,
+        identity: &Identity,
+        room: &RoomId,
+        change: &Change,
+        version: Option<&str>,
+    ) -> Answered {
+        let (people, publisher) = (&self.context.people, &self.context.publisher);
+        let record = records::changed(people, publisher, identity, room, (change, version)).await?;
+        now(Reply::Room(Box::new(record)))
     }
 
     /// A command that is not allowed at this point.
@@ -597,6 +632,13 @@ impl Session {
     ) -> Answered {
         let people = &self.context.people;
         let durable = answers::accept_publication(people, &identity, &publication).await?;
+        if let Some(pinning) = Pinning::of(&identity, &publication) {
+            // Before the next command: what a session pins and unpins reaches the record in that order.
+            let pinned = pinning.carry_out(people, &self.context.publisher, &identity);
+            let pinned = Box::pin(pinned).await?;
+            count(Counter::MessagePublished(way_of(durable)), 1);
+            return now(Reply::Published(pinned));
+        }
         self.replies.room_for_one().await;
         let room = publication.room.clone();
         let ticket = self.replies.promise(room, publication.body.get().len());
@@ -677,12 +719,7 @@ impl Session {
                 .await?
             }
         };
-        let way = if durable {
-            Published::Durable
-        } else {
-            Published::Ephemeral
-        };
-        count(Counter::MessagePublished(way), 1);
+        count(Counter::MessagePublished(way_of(durable)), 1);
         Ok(published)
     }
 
@@ -700,6 +737,14 @@ impl Session {
             .said_before(class, (outgoing.user, outgoing.id), window)?;
         count(Counter::PublishDuplicate, 1);
         Some(found)
+    }
+}
+
+fn way_of(durable: bool) -> Published {
+    if durable {
+        Published::Durable
+    } else {
+        Published::Ephemeral
     }
 }
 
@@ -723,6 +768,10 @@ fn label(command: &Command) -> metrics::Op {
         Command::Search { .. } => metrics::Op::Search,
         Command::Create(_) => metrics::Op::Create,
         Command::Room { .. } => metrics::Op::Room,
+        Command::Settings { .. } => metrics::Op::Settings,
+        Command::Member { .. } => metrics::Op::Member,
+        Command::Arrange { .. } => metrics::Op::Arrange,
+        Command::Block { .. } => metrics::Op::Block,
         Command::Inbox { .. } => metrics::Op::Inbox,
         Command::Watch(_) => metrics::Op::Watch,
         Command::Unwatch { .. } => metrics::Op::Unwatch,

@@ -156,7 +156,8 @@ labels! {
     Op "op" {
         Auth "auth", Join "join", Leave "leave", Send "send", Typing "typing", Read "read",
         Presence "presence", Readers "readers", Unread "unread", History "history",
-        Search "search", Create "create", Room "room", Inbox "inbox", Watch "watch", Unwatch "unwatch", Refresh "refresh", Ping "ping", Unknown "unknown",
+        Search "search", Create "create", Room "room", Settings "settings", Member "member",
+        Arrange "arrange", Block "block", Inbox "inbox", Watch "watch", Unwatch "unwatch", Refresh "refresh", Ping "ping", Unknown "unknown",
     }
     /// How a message was published and where it went: into a stream, or past all streams.
     Published "kind" {

@@ -361,6 +361,8 @@ async fn everybody_has_the_rights_of_an_open_namespace_and_nobody_else_has_other
     let read =
         json!({ "method": "room.read", "data": { "room": "open:a", "cursor": "local.k.1.1" } });
     assert_eq!(nobody.call("rpc", read).await["error"]["code"], 107);
+    let block = json!({ "method": "room.block", "data": { "user": "kim", "blocked": true } });
+    assert_eq!(nobody.call("rpc", block).await["error"]["code"], 107);
     // With a token of natter without grants, over HTTP and in natter.v1.
     let bare = foreign(json!({ "sub": "kim" }));
     let answer = request(

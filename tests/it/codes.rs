@@ -22,12 +22,8 @@ use crate::support::{
 /// Codes that have no HTTP request: it has no `op`, and no room to be in.
 const NOT_OVER_HTTP: [ErrorCode; 2] = [ErrorCode::UnknownOp, ErrorCode::NotJoined];
 
-/// Codes that only an HTTP request has: a frame has come when it is looked at, and records are for HTTP.
-const NOT_OVER_THE_SOCKET: [ErrorCode; 3] = [
-    ErrorCode::Timeout,
-    ErrorCode::UnknownRoom,
-    ErrorCode::Conflict,
-];
+/// Codes that only an HTTP request has: a frame has come when it is looked at.
+const NOT_OVER_THE_SOCKET: [ErrorCode; 1] = [ErrorCode::Timeout];
 
 /// The codes that were seen, each with all that belongs to it.
 #[derive(Debug, Default)]
@@ -403,6 +399,11 @@ async fn refused_by_the_edge() -> Seen {
     let headers = format!("{}If-Match: \"0\"\r\n", bearer(&token));
     let answer = request(address, "PATCH", path, &headers, r#"{"title":"x"}"#).await;
     seen.answer("another version", &answer, ErrorCode::Conflict);
+    let room = "chat:nobody-made-it";
+    let command = json!({"op": "room", "rid": 1, "room": room});
+    seen.call(&mut kim, command, ErrorCode::UnknownRoom).await;
+    let command = json!({"op": "settings", "rid": 1, "room": room, "title": "x", "version": "0"});
+    seen.call(&mut kim, command, ErrorCode::Conflict).await;
 
     // Membership.
     for op in ["leave", "typing"] {

@@ -1,6 +1,7 @@
 //! Room records: who may do what in a room, on every protocol, and how changes reach everybody.
 
 mod across;
+mod commands;
 mod live;
 mod made;
 
@@ -208,6 +209,18 @@ async fn over_the_socket(
         (Reads, "readers", json!({})),
         (Reads, "read", json!({"cursor": cursor})),
         (Reads, "search", json!({"q": "hello"})),
+        (Reads, "room", json!({})),
+        (
+            Moderates,
+            "send",
+            json!({"kind": "pin", "target": "author/m1"}),
+        ),
+        (Moderates, "settings", json!({"frozen": false})),
+        (
+            Moderates,
+            "member",
+            json!({"user": "author", "role": "member"}),
+        ),
         (Reads, "unread", json!({"rooms": [room]})),
     ] {
         let mut fields = fields;
@@ -242,9 +255,19 @@ async fn over_http(
     let (address, token) = (mesh.edges[0].address, token_of(user));
     let of_room = |rest: &str| format!("/v1/rooms/{room}{rest}");
     let edit = json!({"kind": "edit", "target": "author/m1", "body": user});
+    let pin = json!({"kind": "pin", "target": "author/m1"});
     for (needs, method, path, body) in [
         (Writes, "POST", of_room("/messages"), json!({"body": user})),
         (Moderates, "POST", of_room("/messages"), edit),
+        (Moderates, "POST", of_room("/messages"), pin),
+        (Moderates, "PUT", of_room("/pins/author%2Fm1"), Value::Null),
+        (Moderates, "PATCH", of_room(""), json!({"frozen": false})),
+        (
+            Moderates,
+            "PUT",
+            of_room("/members/author"),
+            json!({"role": "member"}),
+        ),
         (Reads, "GET", of_room(""), Value::Null),
         (Reads, "GET", of_room("/messages"), Value::Null),
         (Reads, "GET", of_room("/presence"), Value::Null),
@@ -299,10 +322,31 @@ async fn over_centrifugal(
         (Writes, "publish", json!({"data": user})),
         (Reads, "history", json!({"limit": 1})),
         (Reads, "presence", json!({})),
+        (Reads, "room.room", json!({})),
+        (
+            Moderates,
+            "room.send",
+            json!({"kind": "pin", "target": "author/m1"}),
+        ),
+        (Moderates, "room.settings", json!({"frozen": false})),
+        (
+            Moderates,
+            "room.member",
+            json!({"user": "author", "role": "member"}),
+        ),
     ] {
         let mut fields = fields;
-        fields["channel"] = json!(room);
-        let answer = client.call(method, fields).await;
+        let answer = match method.starts_with("room.") {
+            true => {
+                fields["room"] = json!(room);
+                let call = json!({"method": method, "data": fields});
+                client.call("rpc", call).await
+            }
+            false => {
+                fields["channel"] = json!(room);
+                client.call(method, fields).await
+            }
+        };
         let code = match answer["error"]["code"].as_u64() {
             None => None,
             Some(103) => Some("forbidden"),

@@ -274,9 +274,9 @@ pub(super) fn history(request: &HistoryRequest) -> Result<Command, Refused> {
 
 /// A call of a method that natter has: the commands of `natter.v1` besides those that are methods of this protocol.
 fn call(method: &str, data: &Bytes) -> Result<Command, Refused> {
-    const METHODS: [&str; 11] = [
+    const METHODS: [&str; 15] = [
         "send", "typing", "read", "readers", "presence", "unread", "history", "search", "create",
-        "room", "inbox",
+        "room", "inbox", "settings", "member", "arrange", "block",
     ];
     let op = method
         .strip_prefix("room.")

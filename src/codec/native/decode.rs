@@ -112,7 +112,7 @@ pub fn decode(text: &str) -> Request {
     };
     Request {
         tag: Tag::Number(rid),
-        command: command(fields),
+        command: command(fields, text),
     }
 }
 
@@ -120,10 +120,10 @@ pub fn decode(text: &str) -> Request {
 ///
 /// # Errors
 /// The refusal for the client.
-pub fn decode_command(op: &str, fields: &str) -> Result<Command, Refused> {
-    let mut fields: Fields<'_> = serde_json::from_str(fields).map_err(|it| json_refusal(&it))?;
+pub fn decode_command(op: &str, text: &str) -> Result<Command, Refused> {
+    let mut fields: Fields<'_> = fields_of(text)?;
     fields.op = Some(op.into());
-    command(fields)
+    command(fields, text)
 }
 
 /// Decodes the body of an HTTP publish to `room`: the fields of a `send` without `op`, `rid` and `room`.
@@ -132,6 +132,10 @@ pub fn decode_command(op: &str, fields: &str) -> Result<Command, Refused> {
 /// The refusal for the client.
 pub fn decode_publication(room: RoomId, json: &[u8]) -> Result<Publication, Refused> {
     decode_body(json, |fields| publication(room, fields))
+}
+
+fn fields_of<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Refused> {
+    serde_json::from_str(text).map_err(|error| json_refusal(&error))
 }
 
 fn json_refusal(error: &serde_json::Error) -> Refused {
@@ -144,7 +148,8 @@ fn json_refusal(error: &serde_json::Error) -> Refused {
     }
 }
 
-fn command(fields: Fields<'_>) -> Result<Command, Refused> {
+/// `text`: what the fields were read from. The fields that only one command has are read from it when it is that one.
+fn command(fields: Fields<'_>, text: &str) -> Result<Command, Refused> {
     let missing = |what: &str| Refused::new(ErrorCode::BadRequest, format!("{what} is missing"));
     let room = || {
         let room = fields.room.as_deref().ok_or_else(|| missing("room"))?;
@@ -239,6 +244,33 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
             info: fields.info,
         })),
         Some("room") => Command::Room { room: room()? },
+        Some("settings") => {
+            let OfChange { version, .. } = fields_of(text)?;
+            Command::Settings {
+                room: room()?,
+                settings: Box::new(fields_of(text)?),
+                version,
+            }
+        }
+        Some("member") => {
+            let OfChange { user, .. } = fields_of(text)?;
+            Command::Member {
+                room: room()?,
+                user: user.ok_or_else(|| missing("user"))?,
+                what: fields_of(text)?,
+            }
+        }
+        Some("arrange") => Command::Arrange {
+            room: room()?,
+            how: fields_of(text)?,
+        },
+        Some("block") => {
+            let OfChange { user, blocked, .. } = fields_of(text)?;
+            Command::Block {
+                user: user.ok_or_else(|| missing("user"))?,
+                blocked: blocked.ok_or_else(|| missing("blocked"))?,
+            }
+        }
         Some("inbox") => Command::Inbox {
             after: fields.after.map(Cow::into_owned),
             limit: fields.limit,
@@ -255,6 +287,14 @@ fn command(fields: Fields<'_>) -> Result<Command, Refused> {
             return Err(Refused::new(ErrorCode::UnknownOp, text));
         }
     })
+}
+
+/// What `settings`, `member` and `block` have besides what changes.
+#[derive(Deserialize)]
+struct OfChange {
+    user: Option<String>,
+    blocked: Option<bool>,
+    version: Option<String>,
 }
 
 fn watch(fields: Fields<'_>) -> Result<WatchOf, Refused> {

@@ -121,6 +121,38 @@ fn refusals_name_the_code_and_keep_the_rid() {
         ),
         (r#"{"op":"unread","rid":7}"#, (Some(7), "bad_request")),
         (
+            r#"{"op":"send","rid":7,"room":"chat:x","kind":"pin"}"#,
+            (Some(7), "bad_request"),
+        ),
+        (
+            r#"{"op":"settings","rid":7,"title":"x"}"#,
+            (Some(7), "bad_request"),
+        ),
+        (
+            r#"{"op":"settings","rid":7,"room":"chat:x","frozen":"no"}"#,
+            (Some(7), "bad_request"),
+        ),
+        (
+            r#"{"op":"settings","rid":7,"room":"chat:x","version":7}"#,
+            (Some(7), "bad_request"),
+        ),
+        (
+            r#"{"op":"member","rid":7,"room":"chat:x","role":"owner"}"#,
+            (Some(7), "bad_request"),
+        ),
+        (
+            r#"{"op":"member","rid":7,"room":"chat:x","user":"kim","role":"king"}"#,
+            (Some(7), "bad_request"),
+        ),
+        (
+            r#"{"op":"arrange","rid":7,"room":"chat.x","muted":true}"#,
+            (Some(7), "bad_room"),
+        ),
+        (
+            r#"{"op":"block","rid":7,"user":"kim"}"#,
+            (Some(7), "bad_request"),
+        ),
+        (
             r#"{"op":"unread","rid":7,"rooms":["chat:x","chat.y"]}"#,
             (Some(7), "bad_room"),
         ),
@@ -203,6 +235,16 @@ fn fields_with_body(mut fields: serde_json::Value) -> serde_json::Value {
     fields
 }
 
+/// What only one command reads, others ignore, whatever it is.
+#[test]
+fn fields_of_other_commands_are_ignored() {
+    let send = json!({
+        "op": "send", "rid": 1, "room": "chat:x", "body": 1, "user": 7, "role": "king", "state": [], "muted_until": -1,
+        "frozen": "no", "slow_mode_s": "x", "assignee": {}, "version": 7, "muted": 1, "pinned": "x", "blocked": "x",
+    });
+    assert_eq!(sent(&send.to_string()).body.get(), "1");
+}
+
 /// A refusal does not repeat long input in full.
 #[test]
 fn complaints_are_short() {
@@ -216,6 +258,7 @@ fn complaints_are_short() {
         json!({"op": "send", "rid": 1, "room": "chat:x", "body": 1, "kind": long}),
         json!({"op": "send", "rid": 1, "room": "chat:x", "body": 1, "reply_to": long}),
         json!({"op": "unread", "rid": 1, "rooms": [long]}),
+        json!({"op": "member", "rid": 1, "room": "chat:x", "user": "kim", "role": long}),
         json!(long),
     ] {
         let refusal = decoded(&text.to_string()).unwrap_err();

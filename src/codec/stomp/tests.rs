@@ -107,6 +107,12 @@ fn bodies_are_json_or_texts() {
     assert_eq!(publication.id.unwrap().as_str(), "m1");
     assert_eq!(publication.reply_to.as_deref(), Some("lee/m0"));
     assert_eq!(publication.mentions.json(), Some("[\"lee\"]"));
+    let publication = sent(
+        reader,
+        "SEND\ndestination:/topic/chat:a\nkind:unpin\ntarget:lee/m0\n\n\0",
+    );
+    assert_eq!(publication.kind.pins(), Some(false));
+    assert_eq!(publication.target.unwrap().0, "lee/m0");
 }
 
 #[test]

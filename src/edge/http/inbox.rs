@@ -14,10 +14,10 @@ use utoipa::IntoParams;
 
 use super::rooms::fields_of;
 use crate::{
-    bus::{News, Signal},
     edge::request::{Api, ErrorBody, HttpError, authorize, command_span, room_of},
-    people::{Arrangement, InboxOf},
-    protocol::{ErrorCode, InboxReply},
+    people::InboxOf,
+    protocol::{Arrangement, ErrorCode, InboxReply},
+    session::records,
 };
 
 /// Which of the user's rooms.
@@ -91,11 +91,8 @@ pub(super) async fn arrange(
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let room = room_of(room)?;
         let how: Arrangement = fields_of(&api, request).await?;
-        ready.people.arrange(&identity.user, &room, &how).await?;
-        let what = News::Changed {};
-        ready
-            .publisher
-            .signal(&[&identity.user], &Signal { room, what });
+        let (people, publisher) = (&ready.people, &ready.publisher);
+        records::arrange(people, publisher, &identity, room, &how).await?;
         Ok(StatusCode::NO_CONTENT)
     };
     ask.instrument(span).await

@@ -7,7 +7,7 @@ use axum::{
         rejection::{PathRejection, QueryRejection},
     },
 };
-use futures_util::future::join_all;
+use futures_util::{StreamExt as _, stream};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use tracing::Instrument as _;
@@ -26,7 +26,7 @@ use crate::{
     },
     model::RoomId,
     protocol::{ErrorCode, Publication, PublishReply, Refused},
-    session::answers,
+    session::{answers, records},
     telemetry::metrics::{Counter, Published, count},
 };
 
@@ -44,10 +44,9 @@ pub(super) struct PublishRequest {
     id: Option<String>,
     /// Any JSON.
     body: serde_json::Value,
-    /// `message` (default), `edit`, `delete`, `reaction` or `annotation`.
+    /// `message` (default), `edit`, `delete`, `reaction`, `annotation`, `pin` or `unpin`.
     kind: Option<String>,
-    /// The message to which an edit, delete, reaction or annotation refers: `<user>/<id>`, or `<id>` for an own
-    /// message.
+    /// The message to which any other kind than a message refers: `<user>/<id>`, or `<id>` for an own message.
     target: Option<String>,
     /// The message that this one answers.
     reply_to: Option<String>,
@@ -144,6 +143,17 @@ async fn store_accepted(
         Some(id) => id.to_string(),
         None => ulid::Ulid::new().to_string(),
     };
+    let (people, publisher) = (&ready.people, &ready.publisher);
+    let way = if durable {
+        Published::HttpDurable
+    } else {
+        Published::HttpEphemeral
+    };
+    if let Some(pinning) = records::Pinning::of(identity, publication) {
+        let pinned = Box::pin(pinning.carry_out(people, publisher, identity)).await?;
+        count(Counter::MessagePublished(way), 1);
+        return Ok(pinned);
+    }
     let outgoing = Outgoing {
         after: None,
         original_ts: None,
@@ -153,20 +163,8 @@ async fn store_accepted(
     };
     // What begins with `$` is no user, and has read nothing.
     let markers = (!identity.user.starts_with('$')).then_some(&*ready.markers);
-    let published = answers::publish(
-        &ready.people,
-        &ready.publisher,
-        markers,
-        &outgoing,
-        durable,
-        |_seq| None,
-    );
+    let published = answers::publish(people, publisher, markers, &outgoing, durable, |_seq| None);
     let published = published.await.map_err(Refused::from)?;
-    let way = if durable {
-        Published::HttpDurable
-    } else {
-        Published::HttpEphemeral
-    };
     count(Counter::MessagePublished(way), 1);
     Ok(published)
 }
@@ -282,13 +280,17 @@ pub(super) async fn publish_many(
         for (number, message) in messages.iter().enumerate() {
             accepted.push(Box::pin(accept(number, message)).await);
         }
+        let is_pin = |publication: &Publication| publication.kind.pins().is_some();
+        let pins = accepted.iter().flatten().any(|(_, it, _)| is_pin(it));
         let publishes = accepted.into_iter().map(async |accepted| {
             let (other, publication, durable) = accepted?;
             let sender = other.as_ref().unwrap_or(&identity);
             store_accepted(ready, sender, &publication, durable).await
         });
-        // The publishes reach NATS in the order in which they are begun.
-        let results = join_all(publishes.map(Box::pin)).await;
+        // The publishes reach NATS in the order in which they are begun. Pinning reads and writes the record, too.
+        let at_once = if pins { 1 } else { MAX_MESSAGES };
+        let publishes: Vec<_> = publishes.map(Box::pin).collect();
+        let results: Vec<_> = stream::iter(publishes).buffered(at_once).collect().await;
         let results = results.into_iter().map(|result| match result {
             Ok(published) => PublishedOne::Published(published),
             Err(refused) => PublishedOne::Refused {

@@ -19,8 +19,8 @@ use crate::{
         },
     },
     model::RoomId,
-    people::{self, Change, PutMember, Record, Settings},
-    protocol::{ErrorCode, NewRoom, RecordReply, Refused},
+    people::Change,
+    protocol::{ErrorCode, NewRoom, PutMember, RecordReply, Refused, Settings},
     session::records,
 };
 
@@ -35,23 +35,17 @@ pub(super) async fn fields_of<T: DeserializeOwned>(
     json_of(&read_body(&api.shared, request.into_body(), MAX_BYTES).await?)
 }
 
-/// Makes a change, and tells the room.
+/// Makes a change, tells the room, and answers with the record after it.
 async fn change(
     ready: &Ready,
     identity: &Identity,
     room: &RoomId,
     change: &Change,
     version: Option<&str>,
-) -> Result<people::Changed, Refused> {
-    records::change(
-        &ready.people,
-        &ready.publisher,
-        identity,
-        room,
-        change,
-        version,
-    )
-    .await
+) -> Result<Response, Refused> {
+    let (people, publisher) = (&ready.people, &ready.publisher);
+    let record = records::changed(people, publisher, identity, room, (change, version)).await?;
+    Ok(answer(StatusCode::OK, record))
 }
 
 fn answer(status: StatusCode, record: RecordReply) -> Response {
@@ -62,13 +56,6 @@ fn answer(status: StatusCode, record: RecordReply) -> Response {
         response.headers_mut().insert(header::ETAG, tag);
     }
     response
-}
-
-fn shown(ready: &Ready, identity: &Identity, room: &RoomId, record: &Record) -> Response {
-    answer(
-        StatusCode::OK,
-        records::shown(&ready.people, identity, room, record),
-    )
 }
 
 /// The version that a request is for.
@@ -185,8 +172,7 @@ pub(super) async fn settings(
         let version = version_of(request.headers());
         let settings: Settings = fields_of(&api, request).await?;
         let set = Change::Set(Box::new(settings));
-        let changed = change(ready, &identity, &room, &set, version.as_deref()).await?;
-        Ok(shown(ready, &identity, &room, &changed.record))
+        Ok(change(ready, &identity, &room, &set, version.as_deref()).await?)
     };
     ask.instrument(span).await
 }
@@ -227,8 +213,7 @@ pub(super) async fn put_member(
             false => json_of(&body)?,
         };
         let put = Change::Put { user, what };
-        let changed = change(ready, &identity, &room, &put, None).await?;
-        Ok(shown(ready, &identity, &room, &changed.record))
+        Ok(change(ready, &identity, &room, &put, None).await?)
     };
     ask.instrument(span).await
 }
@@ -261,8 +246,8 @@ pub(super) async fn remove_member(
         let identity = authorize(&api, &headers)?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let (room, user) = room_and_name(path)?;
-        let removed = change(ready, &identity, &room, &Change::Remove { user }, None).await?;
-        Ok(shown(ready, &identity, &room, &removed.record))
+        let remove = Change::Remove { user };
+        Ok(change(ready, &identity, &room, &remove, None).await?)
     };
     ask.instrument(command_span("member", &headers)).await
 }
@@ -331,8 +316,12 @@ async fn pinned(
         let identity = authorize(api, headers)?;
         let ready = api.shared.ready.get().ok_or_else(HttpError::not_ready)?;
         let (room, message) = room_and_name(path)?;
-        let changed = change(ready, &identity, &room, &Change::Pin { message, on }, None).await?;
-        Ok(shown(ready, &identity, &room, &changed.record))
+        let pin = Change::Pin {
+            message,
+            on,
+            said: None,
+        };
+        Ok(change(ready, &identity, &room, &pin, None).await?)
     };
     ask.instrument(command_span("pin", headers)).await
 }

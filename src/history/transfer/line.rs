@@ -167,6 +167,9 @@ pub(super) fn parse(text: &str, rules: &Rules) -> Result<Line, String> {
         },
     )
     .map_err(|refusal| refusal.message)?;
+    if publication.kind.pins().is_some() {
+        return Err("pins are not imported: pin the message when it is there".to_owned());
+    }
     let first = Item {
         publication,
         from: fields.from.clone(),
@@ -478,6 +481,13 @@ mod tests {
                 prop_assert!(!line.first.id.is_empty());
             }
         }
+    }
+
+    #[test]
+    fn a_pin_is_refused() {
+        let text = r#"{"room":"chat:x","from":"kim","ts":1,"kind":"pin","target":"1"}"#;
+        let refusal = parse(text, &rules()).unwrap_err();
+        assert!(refusal.contains("pins are not imported"), "{refusal}");
     }
 
     #[test]
