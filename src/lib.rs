@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! cli                      roles and tools; the only place that exits or prints
-//! edge                     accepts: sockets, requests
+//! edge   worker            accepts: sockets, requests; asks receivers for annotations
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! history                  what was said, in MongoDB and the streams; the directory of rooms
@@ -12,7 +12,7 @@
 //! read_marker              who has read up to where, how much is new
 //! codec                    how client protocols spell the words of `protocol`
 //! mesh                     NATS for operators: streams, accounts, mirrors, what is wrong with a deployment
-//! auth   bus   store   servers   client   wire   http1   web   uploads
+//! auth   bus   store   servers   client   wire   http1   web   uploads   outbound
 //! config   telemetry   runtime
 //! model   protocol   subject
 //! ```
@@ -36,6 +36,7 @@ mod history;
 mod http1;
 mod mesh;
 mod model;
+mod outbound;
 mod people;
 mod presence;
 mod protocol;
@@ -51,6 +52,7 @@ pub mod testing;
 mod uploads;
 mod web;
 mod wire;
+mod worker;
 
 pub use cli::main;
 

@@ -1,8 +1,8 @@
 //! The only place that composes and parses names of NATS subjects, streams and headers.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
-use crate::model::{Class, Region, RoomId, header_unescape, is_token, key_escape};
+use crate::model::{Class, Region, RoomId, RoomScope, header_unescape, is_token, key_escape};
 
 /// Header names of a message on NATS.
 pub mod header {
@@ -73,6 +73,22 @@ pub const FROM_API: &str = "$api";
 
 /// Name of the history service, as `nats micro ls` shows it.
 pub const HISTORY_SERVICE: &str = "natter-history";
+
+/// Before the names of workers: in the names of their users, and of their durable consumers on each stream of rooms.
+const WORKER_USER: &str = "$worker.";
+const WORKER_CONSUMER: &str = "worker_";
+
+/// The user whose annotations are the answers of a worker. No token can have it, since a `sub` must not begin with `$`.
+#[must_use]
+pub fn worker_user(worker: &str) -> String {
+    format!("{WORKER_USER}{worker}")
+}
+
+/// The durable consumer of a worker on each stream of rooms.
+#[must_use]
+pub fn worker_consumer(worker: &str) -> String {
+    format!("{WORKER_CONSUMER}{worker}")
+}
 
 /// Durable consumer of the history service on each stream of rooms.
 pub const HISTORY_CONSUMER: &str = "history";
@@ -282,6 +298,72 @@ impl Subjects {
         format!("{}.dead.{origin}.>", self.prefix)
     }
 
+    /// Subject of a message that a receiver did not accept: a worker, by `role` and `name`.
+    #[must_use]
+    pub fn undelivered(&self, role: &str, name: &str, stored: &str) -> Option<String> {
+        let rest = stored.strip_prefix(&*self.prefix)?.strip_prefix(".in.")?;
+        let (origin, rest) = rest.split_once('.')?;
+        let prefix = &self.prefix;
+        Some(format!(
+            "{prefix}.undelivered.{origin}.{role}.{name}.{rest}"
+        ))
+    }
+
+    /// The inverse of [`Self::undelivered`]: the name, and the subject in the stream.
+    #[must_use]
+    pub fn undelivered_stored<'s>(&self, subject: &'s str) -> Option<(&'s str, String)> {
+        let prefix = &*self.prefix;
+        let rest = subject
+            .strip_prefix(prefix)?
+            .strip_prefix(".undelivered.")?;
+        let mut tokens = rest.splitn(4, '.');
+        let (origin, _role) = (tokens.next()?, tokens.next()?);
+        let (name, rest) = (tokens.next()?, tokens.next()?);
+        Some((name, format!("{prefix}.in.{origin}.{rest}")))
+    }
+
+    /// All messages of `origin` that receivers of a role did not accept; of one of them, if `name` is not `*`.
+    #[must_use]
+    pub fn undelivered_to(&self, origin: &Region, role: &str, name: &str) -> String {
+        format!("{}.undelivered.{origin}.{role}.{name}.>", self.prefix)
+    }
+
+    /// All messages of `origin` that any receiver did not accept.
+    #[must_use]
+    pub fn undelivered_all(&self, origin: &Region) -> String {
+        format!("{}.undelivered.{origin}.>", self.prefix)
+    }
+
+    /// The subjects of a partition's rooms in `scope`, of these classes. None of them overlaps another.
+    #[must_use]
+    pub fn stored_of(
+        &self,
+        origin: &Region,
+        part: u16,
+        scope: &RoomScope,
+        classes: &[Class],
+    ) -> Vec<String> {
+        let mut rooms = BTreeSet::new();
+        if scope.all {
+            rooms.insert("*.*".to_owned());
+        } else {
+            rooms.extend(scope.namespaces.iter().map(|its| format!("{its}.*")));
+            let is_covered =
+                |room: &RoomId| scope.namespaces.iter().any(|its| its == room.namespace());
+            let single = scope.rooms.iter().filter(|room| !is_covered(room));
+            rooms.extend(single.map(record_key));
+        }
+        let subject = |room: &String, class: &Class| {
+            format!(
+                "{}.in.{origin}.{part}.{room}.{}",
+                self.prefix,
+                class.as_str()
+            )
+        };
+        let of_room = |room| classes.iter().map(move |class| subject(room, class));
+        rooms.iter().flat_map(of_room).collect()
+    }
+
     /// Subject on which an edge takes commands for its sessions from other edges. `None`: no edge has this name.
     #[must_use]
     pub fn commands_of(&self, edge: &str) -> Option<String> {
@@ -414,6 +496,12 @@ pub fn rooms_stream(origin: &Region, part: u16) -> String {
 #[must_use]
 pub fn dead_stream(origin: &Region) -> String {
     format!("HISTORY_DEAD_{origin}")
+}
+
+/// Name of the stream of what receivers of `origin` did not accept.
+#[must_use]
+pub fn undelivered_stream(origin: &Region) -> String {
+    format!("UNDELIVERED_{origin}")
 }
 
 /// Origin and partition of a [`rooms_stream`], by its name.
@@ -772,6 +860,44 @@ mod tests {
             prop_assert_eq!(parse_presence_key(&key), Some((user.clone(), "edge-1_x")));
             prop_assert_eq!(parse_marker_key(&marker_key(&room, &user)), Some((room, user)));
         }
+    }
+
+    #[test]
+    fn filters_of_rooms_do_not_overlap() {
+        let subjects = Subjects::new("natter");
+        let region = Region::parse("seoul").unwrap();
+        let of = |patterns: &[&str], classes: &[Class]| {
+            let scope = RoomScope::of_patterns(patterns.iter().copied()).unwrap();
+            subjects.stored_of(&region, 2, &scope, classes)
+        };
+        assert_eq!(
+            of(
+                &["chat:a", "chat:*", "chat:*", "crew:b", "crew:b"],
+                &[Class::Msg]
+            ),
+            [
+                "natter.in.seoul.2.chat.*.msg",
+                "natter.in.seoul.2.crew.b.msg"
+            ]
+        );
+        assert_eq!(
+            of(&["chat:a", "*:*"], &[Class::Msg, Class::Ev]),
+            ["natter.in.seoul.2.*.*.msg", "natter.in.seoul.2.*.*.ev"]
+        );
+    }
+
+    #[test]
+    fn subjects_of_undelivered_messages_lead_back() {
+        let subjects = Subjects::new("natter");
+        let stored = "natter.in.seoul.3.chat.lobby.msg";
+        let subject = subjects.undelivered("worker", "translate", stored).unwrap();
+        assert_eq!(
+            subject,
+            "natter.undelivered.seoul.worker.translate.3.chat.lobby.msg"
+        );
+        let found = subjects.undelivered_stored(&subject);
+        assert_eq!(found, Some(("translate", stored.to_owned())));
+        assert_eq!(subjects.undelivered_stored(stored), None);
     }
 
     #[test]

@@ -102,7 +102,7 @@ pub mod subject {
     pub use crate::subject::{
         ControlKey, EPOCH_METADATA, HISTORY_CONSUMER, REGIONS_METADATA, Subjects, bucket,
         bucket_name, bucket_stream, direct_get, header, marker_key, presence_keys,
-        presence_keys_of, rooms_stream,
+        presence_keys_of, rooms_stream, worker_consumer,
     };
 
     pub mod api {

@@ -85,7 +85,7 @@ export function titleOf({ title, kind, peers, ref, room }) {
 
 const ROLES = { owner: "an owner", moderator: "a moderator", member: "a member", reader: "a reader" };
 
-function settingsOf({ by, title, info, archived, frozen, slow_mode_s: slow, assignee }) {
+function settingsOf({ by, title, info, archived, frozen, slow_mode_s: slow, assignee, alert }) {
   const said = [];
   if (title != null) said.push(title ? `called the room “${title}”` : "took the title away");
   if (info != null) said.push("changed what is kept with the room");
@@ -93,6 +93,7 @@ function settingsOf({ by, title, info, archived, frozen, slow_mode_s: slow, assi
   if (slow != null) said.push(slow > 0 ? `set ${duration(slow * 1000)} between two messages` : "ended slow mode");
   if (archived != null) said.push(archived ? "put the room aside" : "took the room up again");
   if (assignee != null) said.push(assignee ? `gave the room to ${assignee}` : "gave the room to nobody");
+  if (alert != null) said.push("has seen to the alert");
   return `${by} ${said.join(", ") || "changed the room"}`;
 }
 
@@ -114,6 +115,7 @@ export function told(body) {
     case "pinned": return `${by} pinned a message`;
     case "unpinned": return `${by} unpinned a message`;
     case "closed": return `${by} ended this room`;
+    case "alert": return `${by} raised an alert`;
     default: return `${by} changed the room (${action})`;
   }
 }

@@ -2,6 +2,7 @@
 
 mod uploads;
 mod watch;
+mod workers;
 
 use std::{
     net::SocketAddr,
@@ -55,6 +56,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("inbox-memory", watch::inbox_memory),
     ("watch", watch::watch_rooms),
     ("follow", watch::follow),
+    ("workers", workers::workers),
 ];
 
 /// What all scenarios share.

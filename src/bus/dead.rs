@@ -1,4 +1,5 @@
-//! Dead letters: messages that the history service can't write, kept in their own stream with the reason.
+//! Dead letters: messages that the history service can't write, or that a worker does not accept, kept in streams of their
+//! own with the reason.
 
 use std::time::Duration;
 
@@ -17,12 +18,24 @@ use super::{
 use crate::{
     config::Config,
     model::{Epoch, Fingerprint, Region},
-    subject::{Subjects, api, dead_stream, header},
+    subject::{Subjects, api, dead_stream, header, undelivered_stream},
 };
 
-/// The dead letters of a region.
+/// The role of workers in the subjects of dead letters.
+pub const WORKER_ROLE: &str = "worker";
+
+/// Whose dead letters.
+#[derive(Debug, Clone)]
+enum Whose {
+    History,
+    /// Of receivers of this role.
+    Receivers(&'static str),
+}
+
+/// The dead letters of a region: of the history service, or of receivers.
 #[derive(Debug, Clone)]
 pub struct DeadLetters {
+    whose: Whose,
     connection: Connection,
     reader: Reader,
     subjects: Subjects,
@@ -31,14 +44,16 @@ pub struct DeadLetters {
     timeout: Duration,
 }
 
-/// A message that could not be written to history.
+/// A message that could not be written to history, or was not accepted.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {
     /// Its sequence in the stream of dead letters.
     pub number: u64,
     /// When it became a dead letter, in ms since 1970.
     pub at: u64,
-    /// Why it can't be written.
+    /// The receiver that did not accept it; none in the history service.
+    pub receiver: Option<String>,
+    /// Why it can't be written, or was not accepted.
     pub reason: String,
     /// Its subject in its own stream.
     pub subject: String,
@@ -66,27 +81,53 @@ pub enum LetterError {
 }
 
 impl DeadLetters {
-    /// The dead letters of the configured region.
+    /// The dead letters of the configured region's history service.
     #[must_use]
-    pub fn new(connection: Connection, reader: Reader, config: &Config) -> Self {
+    pub fn of_history(connection: Connection, reader: Reader, config: &Config) -> Self {
+        let stream = dead_stream(&config.region());
+        Self::new(Whose::History, stream, connection, reader, config)
+    }
+
+    /// What receivers of a role in the configured region did not accept: [`WORKER_ROLE`].
+    #[must_use]
+    pub fn of_receivers(
+        role: &'static str,
+        connection: Connection,
+        reader: Reader,
+        config: &Config,
+    ) -> Self {
+        let stream = undelivered_stream(&config.region());
+        Self::new(Whose::Receivers(role), stream, connection, reader, config)
+    }
+
+    fn new(
+        whose: Whose,
+        stream: String,
+        connection: Connection,
+        reader: Reader,
+        config: &Config,
+    ) -> Self {
         let origin = config.region();
         Self {
+            whose,
             connection,
             reader,
             subjects: Subjects::new(&config.nats.prefix),
-            stream: dead_stream(&origin),
+            stream,
             origin,
             timeout: config.nats.publish_timeout,
         }
     }
 
-    /// Keeps a message of `stream` with the reason why it can't be written. Retries are deduplicated.
+    /// Keeps a message of `stream` with the reason why it can't be written, or why `receiver` did not accept it (empty for
+    /// history). Retries are deduplicated.
     ///
     /// # Errors
     /// [`LetterError`]. The message may have been kept.
     pub async fn keep(
         &self,
         delivery: &Delivery,
+        receiver: &str,
         stream: &str,
         epoch: Epoch,
         reason: &str,
@@ -94,10 +135,12 @@ impl DeadLetters {
         let Delivery {
             message, seq, ts, ..
         } = delivery;
-        let subject = self
-            .subjects
-            .dead(&message.subject)
-            .ok_or_else(|| self.refused(format!("no place for {}", message.subject)))?;
+        let subject = match self.whose {
+            Whose::History => self.subjects.dead(&message.subject),
+            Whose::Receivers(role) => self.subjects.undelivered(role, receiver, &message.subject),
+        };
+        let subject =
+            subject.ok_or_else(|| self.refused(format!("no place for {}", message.subject)))?;
         let fingerprint = delivery
             .stored(&self.subjects, epoch)
             .map(|stored| stored.record.fingerprint)
@@ -110,7 +153,11 @@ impl DeadLetters {
                 headers.append(name.clone(), value.clone());
             }
         }
-        headers.insert(header::MSG_ID, format!("{stream}-{epoch}-{seq}"));
+        let mut key = format!("{stream}-{epoch}-{seq}");
+        if let Whose::Receivers(role) = self.whose {
+            key.insert_str(0, &format!("{role}.{receiver}-"));
+        }
+        headers.insert(header::MSG_ID, key);
         headers.insert(header::REASON, one_line(reason));
         let place = format!("{epoch} {seq} {ts} {:x}", fingerprint.0);
         headers.insert(header::PLACE, place);
@@ -129,7 +176,7 @@ impl DeadLetters {
     /// # Errors
     /// [`ReadError`].
     pub async fn list(&self, from: u64) -> Result<(Vec<DeadLetter>, u64), ReadError> {
-        let filter = self.subjects.dead_all(&self.origin);
+        let filter = self.filter("*");
         let (messages, after) = self.reader.raw_page(&self.stream, &filter, from).await?;
         let letters: Result<Vec<DeadLetter>, BadRecord> = messages
             .iter()
@@ -142,12 +189,20 @@ impl DeadLetters {
         Ok((letters, after.unwrap_or_default()))
     }
 
-    /// The number of dead letters.
+    /// The subjects of the letters; of one receiver, if `name` is not `*`.
+    fn filter(&self, name: &str) -> String {
+        match self.whose {
+            Whose::History => self.subjects.dead_all(&self.origin),
+            Whose::Receivers(role) => self.subjects.undelivered_to(&self.origin, role, name),
+        }
+    }
+
+    /// The number of dead letters; of one receiver, if `receiver` is not `*`.
     ///
     /// # Errors
     /// [`ReadError`].
-    pub async fn count(&self) -> Result<u64, ReadError> {
-        let filter = self.subjects.dead_all(&self.origin);
+    pub async fn count(&self, receiver: &str) -> Result<u64, ReadError> {
+        let filter = self.filter(receiver);
         count_after(&self.reader, &self.stream, &filter, 0).await
     }
 
@@ -190,10 +245,15 @@ impl DeadLetters {
             .parse()
             .map_err(|_not_a_number: std::num::ParseIntError| BadRecord::Sequence)?;
         let stored_at = StoredAt::parse(text(header::PLACE));
-        let subject = self
-            .subjects
-            .dead_stored(text(header::SUBJECT))
-            .unwrap_or_default();
+        let kept = text(header::SUBJECT);
+        let (receiver, subject) = match self.whose {
+            Whose::History => (None, self.subjects.dead_stored(kept)),
+            Whose::Receivers(_) => match self.subjects.undelivered_stored(kept) {
+                Some((name, subject)) => (Some(name.to_owned()), Some(subject)),
+                None => (None, None),
+            },
+        };
+        let subject = subject.unwrap_or_default();
         let StoredAt {
             epoch,
             seq,
@@ -212,6 +272,7 @@ impl DeadLetters {
         Ok(DeadLetter {
             number,
             at: stored_time(headers)?,
+            receiver,
             reason: text(header::REASON).to_owned(),
             subject,
             epoch,

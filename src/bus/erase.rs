@@ -18,7 +18,7 @@ use crate::{
     config,
     model::{Kind, Reference, RoomId, partition_of},
     runtime::unix_ms,
-    subject::{FROM_NATTER, Subjects, api, dead_stream, header, rooms_stream},
+    subject::{FROM_NATTER, Subjects, api, dead_stream, header, rooms_stream, undelivered_stream},
 };
 
 /// Timeout of a purge. JetStream reads every block of the stream for it.
@@ -84,6 +84,8 @@ pub struct Scan {
     filter: String,
     next: u64,
     end: u64,
+    /// Whether its messages are copies of others.
+    pub has_copies: bool,
 }
 
 /// Messages were not removed, or the outcome is unknown.
@@ -187,6 +189,7 @@ impl Eraser {
             filter: self.subjects.stored_any(origin, part),
             next: 1,
             end: self.streams.fetch(part).await?.last_seq,
+            has_copies: false,
         })
     }
 
@@ -245,16 +248,25 @@ impl Eraser {
         Ok(true)
     }
 
-    /// Begins to read the dead letters.
+    /// Begins to read the dead letters: those of history, and those of receivers.
     #[must_use]
-    pub fn scan_dead(&self) -> Scan {
+    pub fn scan_dead(&self) -> [Scan; 2] {
         let origin = self.streams.origin();
-        Scan {
-            stream: dead_stream(origin),
-            filter: self.subjects.dead_all(origin),
+        let scan = |stream, filter, has_copies| Scan {
+            stream,
+            filter,
             next: 1,
             end: u64::MAX,
-        }
+            has_copies,
+        };
+        [
+            scan(dead_stream(origin), self.subjects.dead_all(origin), false),
+            scan(
+                undelivered_stream(origin),
+                self.subjects.undelivered_all(origin),
+                true,
+            ),
+        ]
     }
 
     /// The next page of a scan, without messages that are not a room's; `None` at the end.
@@ -300,7 +312,9 @@ impl Eraser {
         let headers = message.headers.as_ref()?;
         let subject = last(headers, header::SUBJECT)?;
         // A dead letter keeps its old subject behind another prefix.
+        let undelivered = || self.subjects.undelivered_stored(subject);
         let dead = self.subjects.dead_stored(subject);
+        let dead = dead.or_else(|| undelivered().map(|(_, stored)| stored));
         let subject = self
             .subjects
             .parse_stored(dead.as_deref().unwrap_or(subject))?;

@@ -2,7 +2,7 @@
 //! operators' tools need is in [`mesh`](crate::mesh).
 //!
 //! No consumer and no watcher is created on the path of a message: live messages come from the streams' RePublish,
-//! replay from batched direct gets. Only the history service has consumers, one per stream ([`Pull`]). Every request
+//! replay from batched direct gets. Only the history service and workers have consumers, one per stream ([`Pull`]). Every request
 //! has a deadline set here, since async-nats waits without limit while it is disconnected.
 
 mod connection;
@@ -28,7 +28,7 @@ pub use async_nats::Message;
 pub(crate) use connection::new_inbox;
 pub use connection::{ConnectError, Connection};
 pub use count::Newer;
-pub use dead::{DeadLetter, DeadLetters, LetterError};
+pub use dead::{DeadLetter, DeadLetters, LetterError, WORKER_ROLE};
 pub use direct_get::{MAX_HEADS, ReadError, Reader, Stored};
 pub use erase::{Candidate, EraseError, Eraser, Scan};
 pub use kv::{Bucket, Entry, Heard, KvError, Put};
@@ -36,8 +36,8 @@ pub use line::{Arrival, HeaderWriter, Line, LineError, Listener};
 pub use live::LiveFeed;
 pub use publish::{Acked, Outgoing, PublishError, Publisher};
 pub use pull::{
-    Answer, ConsumerState, Delivery, Pull, PullError, answer, consumer_elsewhere, consumer_state,
-    count_after, stored_after,
+    Answer, Consumer, ConsumerState, Delivery, Pull, PullError, answer, consumer_elsewhere,
+    consumer_state, count_after, stored_after,
 };
 pub use record::{BadRecord, Record, message_key};
 pub use remembered::{Leaving, Remembered, Suspect};

@@ -1,9 +1,11 @@
-//! The history service's durable pull consumer of a stream: messages are redelivered until they are acknowledged.
+//! A durable pull consumer of a stream: messages are redelivered until they are acknowledged.
 //!
-//! Only `history` uses it: nothing on the path of a live message or of a replay uses a consumer.
+//! The history service and workers use it: nothing on the path of a live message or of a replay uses a consumer.
 //!
-//! A fetch is always in progress: while one batch is read from the client's buffer, the next one is arriving. Further
-//! messages are requested only as buffered ones are taken, so the buffer holds at most two batches.
+//! For history, a fetch is always in progress: while one batch is read from the client's buffer, the next one is
+//! arriving. Further messages are requested only as buffered ones are taken, so the buffer holds at most two batches.
+//! Others ([`Consumer::ahead`] is false) request only what they can take, so that no message waits in a buffer until it
+//! is redelivered.
 //!
 //! Format: NATS ADR-13 (pull), ADR-15 and ADR-37 (the subject for acknowledgements, and its fields).
 
@@ -23,7 +25,7 @@ use super::{
 use crate::{
     config::Config,
     model::{Epoch, Region},
-    subject::{HISTORY_CONSUMER, Subjects, api, header},
+    subject::{HISTORY_CONSUMER, Subjects, api, header, worker_consumer},
 };
 
 /// How long a request for messages stays open while there are none.
@@ -42,20 +44,104 @@ const LOOK: Duration = Duration::from_millis(500);
 /// not stop the others.
 const MAX_PENDING_BATCHES: usize = 64;
 
+/// Time after which a message that is not acknowledged is redelivered to a worker. It is extended while one works on it.
+const WORKER_ACK_WAIT: Duration = Duration::from_secs(5);
+
+/// Bytes of one request of a worker.
+const WORKER_BYTES: u64 = 4 << 20;
+
+/// Least number of unacknowledged messages that the server allows a worker: those that wait for another attempt count too.
+const WORKER_PENDING: usize = 1024;
+
 /// Upper bound for a message's headers and subject, in bytes.
 const MESSAGE_OVERHEAD: u64 = 128 * 1024;
 
 /// Timeout for handing the answers of one batch to the client, which waits without limit while it is disconnected.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
+/// A durable consumer as it must be.
+#[derive(Debug, Clone)]
+pub struct Consumer {
+    name: String,
+    description: String,
+    /// Only messages on these subjects; empty: all.
+    filters: Vec<String>,
+    /// Where a new consumer begins, as JetStream names it.
+    from: &'static str,
+    ack_wait: Duration,
+    max_pending: usize,
+    /// Most messages and bytes of one request.
+    batch: usize,
+    bytes: u64,
+    /// Whether messages are requested before somebody waits for them.
+    ahead: bool,
+}
+
+impl Consumer {
+    /// The consumer of the history service.
+    #[must_use]
+    pub fn of_history(connection: &Connection, config: &Config) -> Self {
+        let history = &config.history;
+        let batch = history
+            .batch_messages
+            .min(connection.subscription_capacity() / 4);
+        Self {
+            name: String::from(HISTORY_CONSUMER),
+            description: "Takes messages to MongoDB: natter history".to_owned(),
+            filters: Vec::new(),
+            from: "all",
+            ack_wait: history.ack_wait,
+            max_pending: batch.saturating_mul(MAX_PENDING_BATCHES),
+            batch,
+            bytes: history.batch_bytes.as_u64().max(largest(config)),
+            ahead: true,
+        }
+    }
+
+    /// The consumer of a worker, for messages on the subjects `filters` that are stored after its creation, of which
+    /// `at_once` are worked on at the same time. `ordered`: a message is delivered only when the one before it is done.
+    #[must_use]
+    pub fn of_worker(
+        config: &Config,
+        worker: &str,
+        filters: Vec<String>,
+        at_once: usize,
+        ordered: bool,
+    ) -> Self {
+        Self {
+            name: worker_consumer(worker),
+            description: format!("Takes messages to the worker {worker}: natter worker"),
+            filters,
+            from: "new",
+            ack_wait: WORKER_ACK_WAIT,
+            max_pending: match ordered {
+                true => 1,
+                false => WORKER_PENDING.max(8 * at_once),
+            },
+            batch: at_once,
+            bytes: WORKER_BYTES.max(largest(config)),
+            ahead: false,
+        }
+    }
+
+    /// How often a message in hand must be answered with [`Answer::Busy`].
+    #[must_use]
+    pub fn busy_interval(&self) -> Duration {
+        self.ack_wait / 3
+    }
+}
+
+/// Bytes of the largest message. One that is larger than a request allows would end every request.
+fn largest(config: &Config) -> u64 {
+    config.limits.body.as_u64() + MESSAGE_OVERHEAD
+}
+
 /// A shared durable consumer, and the messages that it delivers to this process.
 #[derive(Debug)]
 pub struct Pull {
     connection: Connection,
     stream: String,
-    batch: usize,
-    bytes: u64,
-    ack_wait: Duration,
+    consumer: Consumer,
     timeout: Duration,
     inbox: String,
     incoming: Subscriber,
@@ -82,6 +168,8 @@ pub struct Delivery {
     pub seq: u64,
     /// When the stream stored it, in ms since 1970.
     pub ts: u64,
+    /// How often it was delivered, including this time.
+    pub deliveries: u32,
     /// The consumer's delivery count.
     given: u64,
 }
@@ -136,25 +224,17 @@ impl Pull {
     pub async fn new(
         connection: Connection,
         stream: String,
-        config: &Config,
+        consumer: Consumer,
+        timeout: Duration,
     ) -> Result<Self, PullError> {
-        let history = &config.history;
         let inbox = connection.client().new_inbox();
         let closed = |_error| PullError::Closed;
         let incoming = connection.client().subscribe(inbox.clone()).await;
         Ok(Self {
             incoming: incoming.map_err(closed)?,
             generation: connection.generation(),
-            batch: history
-                .batch_messages
-                .min(connection.subscription_capacity() / 4),
-            // A message that is larger than a request allows would end every request.
-            bytes: history
-                .batch_bytes
-                .as_u64()
-                .max(config.limits.body.as_u64() + MESSAGE_OVERHEAD),
-            ack_wait: history.ack_wait,
-            timeout: config.nats.read_timeout,
+            consumer,
+            timeout,
             connection,
             stream,
             inbox,
@@ -172,22 +252,23 @@ impl Pull {
     /// [`PullError`].
     pub async fn open(&mut self) -> Result<(), PullError> {
         let generation = self.connection.generation();
-        let pending = self.batch.saturating_mul(MAX_PENDING_BATCHES);
-        let request = json!({
-            "stream_name": self.stream,
-            "config": {
-                "name": HISTORY_CONSUMER,
-                "durable_name": HISTORY_CONSUMER,
-                "description": "Takes messages to MongoDB: natter history",
-                "deliver_policy": "all",
-                "ack_policy": "explicit",
-                "ack_wait": nanos(self.ack_wait),
-                "max_deliver": -1,
-                "max_ack_pending": pending,
-                "replay_policy": "instant",
-            },
+        let consumer = &self.consumer;
+        let mut config = json!({
+            "name": consumer.name,
+            "durable_name": consumer.name,
+            "description": consumer.description,
+            "deliver_policy": consumer.from,
+            "ack_policy": "explicit",
+            "ack_wait": nanos(consumer.ack_wait),
+            "max_deliver": -1,
+            "max_ack_pending": consumer.max_pending,
+            "replay_policy": "instant",
         });
-        let subject = api::consumer_create(&self.stream, HISTORY_CONSUMER);
+        if !consumer.filters.is_empty() {
+            config["filter_subjects"] = json!(consumer.filters);
+        }
+        let request = json!({ "stream_name": self.stream, "config": config });
+        let subject = api::consumer_create(&self.stream, &consumer.name);
         let created = ask(
             &self.connection,
             &self.stream,
@@ -229,7 +310,7 @@ impl Pull {
                 let stream = self.stream.clone();
                 return Err(PullError::Reconnected { stream });
             }
-            self.fetch().await?;
+            self.fetch(most).await?;
             match timeout(LOOK, self.incoming.next()).await {
                 Ok(next) => {
                     if let Some(delivery) = self.take(next.ok_or(PullError::Closed)?)? {
@@ -243,7 +324,9 @@ impl Pull {
             }
         }
         // Taking messages freed buffer space. After this, more than a batch is buffered or requested.
-        self.fetch_at_once();
+        if self.consumer.ahead {
+            self.fetch_at_once();
+        }
         Ok(())
     }
 
@@ -293,16 +376,25 @@ impl Pull {
     fn missing(&self) -> usize {
         match self.asked {
             0 => 2,
-            asked if asked <= self.batch => 1,
+            asked if asked <= self.consumer.batch => 1,
             _ => 0,
         }
     }
 
-    async fn fetch(&mut self) -> Result<(), PullError> {
-        for _ in 0..self.missing() {
-            let request = self.request();
+    /// Requests messages for somebody who takes at most `most`.
+    async fn fetch(&mut self, most: usize) -> Result<(), PullError> {
+        let (requests, batch) = match self.consumer.ahead {
+            true => (self.missing(), self.consumer.batch),
+            // Together with those requested before, they are never more than can be taken.
+            false => {
+                let more = most.saturating_sub(self.asked);
+                (usize::from(self.asked <= most / 2 && more > 0), more)
+            }
+        };
+        for _ in 0..requests {
+            let request = self.request(batch);
             request.await.map_err(|_closed| PullError::Closed)?;
-            self.asked += self.batch;
+            self.asked += batch;
             self.heard = Instant::now();
         }
         Ok(())
@@ -310,22 +402,26 @@ impl Pull {
 
     /// Like [`Self::fetch`], but only as far as it does not have to wait.
     fn fetch_at_once(&mut self) {
+        let batch = self.consumer.batch;
         for _ in 0..self.missing() {
-            if let Some(Ok(())) = self.request().now_or_never() {
-                self.asked += self.batch;
+            if let Some(Ok(())) = self.request(batch).now_or_never() {
+                self.asked += batch;
             }
         }
     }
 
-    fn request(&self) -> impl Future<Output = Result<(), async_nats::PublishError>> + use<> {
+    fn request(
+        &self,
+        batch: usize,
+    ) -> impl Future<Output = Result<(), async_nats::PublishError>> + use<> {
         let request = json!({
-            "batch": self.batch,
-            "max_bytes": self.bytes,
+            "batch": batch,
+            "max_bytes": self.consumer.bytes,
             "expires": nanos(EXPIRES),
             "idle_heartbeat": nanos(HEARTBEAT),
         });
         let client = self.connection.client().clone();
-        let subject = api::consumer_next(&self.stream, HISTORY_CONSUMER);
+        let subject = api::consumer_next(&self.stream, &self.consumer.name);
         let inbox = self.inbox.clone();
         async move {
             let body = Bytes::from(request.to_string());
@@ -376,12 +472,18 @@ impl Pull {
 impl Delivery {
     fn of(message: Message) -> Option<Self> {
         let answer_to = message.reply.clone()?;
-        let Fields { seq, given, ns } = Fields::parse(&answer_to)?;
+        let Fields {
+            deliveries,
+            seq,
+            given,
+            ns,
+        } = Fields::parse(&answer_to)?;
         Some(Self {
             message,
             answer_to,
             seq,
             ts: ns / 1_000_000,
+            deliveries,
             given,
         })
     }
@@ -412,6 +514,7 @@ impl Delivery {
 /// The fields of the subject for acknowledgements.
 #[derive(Debug, PartialEq, Eq)]
 struct Fields {
+    deliveries: u32,
     seq: u64,
     given: u64,
     ns: u64,
@@ -428,9 +531,9 @@ impl Fields {
             _ => return None,
         };
         let mut fields = rest.split('.').skip(skip).map(str::parse);
-        let mut next = || fields.next()?.ok();
-        let _delivered: u64 = next()?;
+        let mut next = || -> Option<u64> { fields.next()?.ok() };
         Some(Self {
+            deliveries: u32::try_from(next()?).unwrap_or(u32::MAX),
             seq: next()?,
             given: next()?,
             ns: next()?,
@@ -466,20 +569,21 @@ pub async fn answer(connection: &Connection, deliveries: Vec<&Delivery>, answer:
     }
 }
 
-/// The progress of the consumer of `stream`; `None` if there is no consumer.
+/// The progress of a consumer of `stream`; `None` if there is no such consumer.
 ///
 /// # Errors
 /// [`PullError`].
 pub async fn consumer_state(
     connection: &Connection,
     stream: &str,
+    consumer: &str,
     wait: Duration,
 ) -> Result<Option<ConsumerState>, PullError> {
-    let subject = api::consumer_info(stream, HISTORY_CONSUMER);
+    let subject = api::consumer_info(stream, consumer);
     state_of(connection, stream, wait, subject).await
 }
 
-/// Like [`consumer_state`], for a stream in another region's own domain.
+/// Like [`consumer_state`], for the history service's consumer in another region's own domain.
 ///
 /// # Errors
 /// [`PullError`]; also when that region can't be reached.
@@ -584,6 +688,7 @@ mod tests {
     #[test]
     fn the_fields_of_both_forms_are_read() {
         let fields = Some(Fields {
+            deliveries: 3,
             seq: 100,
             given: 7,
             ns: 1_795_181_480_706_346_506,

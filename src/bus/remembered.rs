@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
-use super::{Bucket, Entry, KvError, LiveFeed, Origins, Put, record::message_key};
+use super::{Bucket, Entry, KvError, LiveFeed, Origins, Put, Stored, record::message_key};
 use crate::{
     model::{Reference, Region, RoomId, RoomScope},
     runtime::unix_s,
@@ -400,6 +400,23 @@ impl Remembered {
             }
         }
         Ok(false)
+    }
+
+    /// The same of a message of a stream.
+    ///
+    /// # Errors
+    /// [`KvError`] if that can't be checked now.
+    pub async fn has_stored(&self, stored: &Stored) -> Result<bool, KvError> {
+        let Stored { room, record } = stored;
+        let target = record.target.as_deref();
+        let target = target.and_then(|target| Reference::parse(target).ok());
+        let suspect = Suspect {
+            room,
+            from: &record.from,
+            id: &record.id,
+            target: target.as_ref(),
+        };
+        self.has(suspect).await
     }
 
     /// The sets that may contain the message or its target, each with the key to look up.

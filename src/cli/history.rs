@@ -127,7 +127,7 @@ impl Nats {
         let connection = Connection::open(&config.nats, "natter history tool").await?;
         let reader = Reader::new(connection.clone(), &config.nats);
         Ok(Self {
-            dead: DeadLetters::new(connection.clone(), reader.clone(), config),
+            dead: DeadLetters::of_history(connection.clone(), reader.clone(), config),
             connection,
             reader,
         })
@@ -233,44 +233,54 @@ fn figures(figures: &serde_json::Value) -> Vec<String> {
 
 async fn dead(nats: &Nats, json: bool, body: bool) -> anyhow::Result<ExitCode> {
     for letter in dead_letters(&nats.dead).await? {
-        let said = body.then(|| String::from_utf8_lossy(&letter.payload).into_owned());
-        let line = if json {
-            let record = letter.stored.as_ref();
-            json!({
-                "number": letter.number,
-                "room": record.map(|stored| stored.room.to_string()),
-                "from": record.map(|stored| stored.record.from.clone()),
-                "id": record.map(|stored| stored.record.id.clone()),
-                "subject": letter.subject,
-                "seq": letter.seq,
-                "ts": letter.ts,
-                "at": letter.at,
-                "reason": letter.reason,
-                "body": said,
-            })
-            .to_string()
-        } else {
-            let seq = letter.seq;
-            let at = humantime::format_rfc3339_seconds(
-                std::time::UNIX_EPOCH + Duration::from_millis(letter.ts),
-            );
-            let mut line = format!(
-                "{}\t{at}\t{}\t{seq}\t{}",
-                letter.number,
-                name(&letter),
-                letter.reason
-            );
-            if let Some(said) = said {
-                line.push('\t');
-                line.push_str(&said);
-            }
-            one_line(&line)
+        let line = match json {
+            true => letter_json(&letter, body).to_string(),
+            false => letter_line(&letter, body),
         };
         if !print_line(&line)? {
             break;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn body_of(letter: &DeadLetter) -> String {
+    String::from_utf8_lossy(&letter.payload).into_owned()
+}
+
+/// A dead letter as a JSON object, with the body of the message if `body`.
+pub(super) fn letter_json(letter: &DeadLetter, body: bool) -> serde_json::Value {
+    let record = letter.stored.as_ref();
+    json!({
+        "number": letter.number,
+        "room": record.map(|stored| stored.room.to_string()),
+        "from": record.map(|stored| stored.record.from.clone()),
+        "id": record.map(|stored| stored.record.id.clone()),
+        "subject": letter.subject,
+        "seq": letter.seq,
+        "ts": letter.ts,
+        "at": letter.at,
+        "reason": letter.reason,
+        "body": body.then(|| body_of(letter)),
+    })
+}
+
+/// A dead letter as a line, with the body of the message if `body`.
+pub(super) fn letter_line(letter: &DeadLetter, body: bool) -> String {
+    let at =
+        humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + Duration::from_millis(letter.ts));
+    let mut line = format!(
+        "{}\t{at}\t{}\t{}\t{}",
+        letter.number,
+        letter_name(letter),
+        letter.seq,
+        letter.reason
+    );
+    if body {
+        line.push('\t');
+        line.push_str(&body_of(letter));
+    }
+    one_line(&line)
 }
 
 /// Text of others must neither add lines nor contain control characters for the terminal.
@@ -284,7 +294,7 @@ fn one_line(text: &str) -> String {
 }
 
 /// A letter as `<room> <user>/<id>`.
-fn name(letter: &DeadLetter) -> String {
+pub(super) fn letter_name(letter: &DeadLetter) -> String {
     match &letter.stored {
         Some(stored) => format!(
             "{} {}/{}",
@@ -309,7 +319,7 @@ async fn again(nats: &Nats, config: &Config, numbers: &[u64]) -> anyhow::Result<
     }
     let (mut written, mut left) = (0, 0);
     for letter in letters {
-        let (number, name) = (letter.number, name(&letter));
+        let (number, name) = (letter.number, letter_name(&letter));
         let why = match retry(letter, &nats.dead, &store, &config.region()).await? {
             Retried::Written => {
                 written += 1;

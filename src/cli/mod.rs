@@ -23,6 +23,7 @@ mod tail;
 mod token;
 mod transfer;
 mod up;
+mod worker;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -71,6 +72,7 @@ enum Command {
     Token(token::Token),
     Edge(edge::EdgeCommand),
     History(history::HistoryCommand),
+    Worker(worker::WorkerCommand),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
     Revoke(revoke::Args),
@@ -130,6 +132,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::History(history) => return history.run(cli.config.as_deref()),
+        Command::Worker(worker) => return worker.run(cli.config.as_deref()),
         Command::Import(args) => return transfer::import(args, load()?),
         Command::Export(args) => transfer::export(args, load()?)?,
         Command::NatsAccounts => print!("{}", mesh::accounts(&load()?)),

@@ -300,10 +300,17 @@ fn line_of(room: &Value) -> String {
         true => format!("  {}: {}", text(&last["from"]), text(&last["text"])),
         false => String::new(),
     };
+    let alert = match room["alert"].is_object() {
+        true => format!("  [alert: {}]", text(&room["alert"]["worker"])),
+        false => String::new(),
+    };
     let unread = room["unread"]
         .as_u64()
         .map_or_else(String::new, |unread| unread.to_string());
-    format!("{unread:>4}{more:1} {}  {named}{said}", text(&room["room"]))
+    format!(
+        "{unread:>4}{more:1} {}  {named}{alert}{said}",
+        text(&room["room"])
+    )
 }
 
 #[cfg(test)]
@@ -315,7 +322,7 @@ mod tests {
         let room = json!({ "room": "dm:dm-1", "peers": ["kim", "lee"], "unread": 12, "capped": true,
             "last": { "from": "kim", "text": "a\u{1b}[2J\nb" } });
         assert_eq!(line_of(&room), "  12+ dm:dm-1  kim, lee  kim: a[2Jb");
-        let room = json!({ "room": "crew:x", "title": "Desk", "unread": 0 });
-        assert_eq!(line_of(&room), "   0  crew:x  Desk");
+        let room = json!({ "room": "crew:x", "title": "Desk", "unread": 0, "alert": { "worker": "mood" } });
+        assert_eq!(line_of(&room), "   0  crew:x  Desk  [alert: mood]");
     }
 }

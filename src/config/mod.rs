@@ -2,8 +2,10 @@
 //!
 //! No other module reads the environment. Secrets print as `***`.
 
+mod outbound;
 mod uploads;
 mod value;
+mod workers;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,8 +22,10 @@ use figment::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use outbound::{Network, SigningSecrets};
 pub use uploads::{Storage as UploadStorage, Uploads};
 pub use value::Secret;
+pub use workers::{MAX_WORKERS, Worker, WorkerKind, WorkerService};
 
 use crate::model::{MAX_JSON_DEPTH, MAX_REGIONS, Region, is_token};
 
@@ -83,8 +87,11 @@ pub struct Config {
     pub rooms: Rooms,
     pub presence: Presence,
     pub uploads: Uploads,
+    pub worker: WorkerService,
     pub telemetry: Telemetry,
     pub namespaces: BTreeMap<String, Namespace>,
+    #[serde(default)]
+    pub workers: Vec<Worker>,
 }
 
 /// `[nats]`: the connection to the region's cluster.
@@ -389,7 +396,7 @@ pub enum ConfigError {
     /// A file named by a key can't be read.
     #[error("configuration: {key} = {}: can't be read", path.display())]
     File {
-        key: &'static str,
+        key: String,
         path: PathBuf,
         source: std::io::Error,
     },
@@ -422,7 +429,7 @@ impl Config {
         if let Some(file) = file {
             if let Err(source) = fs::metadata(file) {
                 return Err(ConfigError::File {
-                    key: "--config",
+                    key: "--config".to_owned(),
                     path: file.to_owned(),
                     source,
                 });
@@ -483,6 +490,9 @@ impl Config {
             .url
             .read_file("mongodb.url_file", &config.mongodb.url_file)?;
         config.uploads.read_files()?;
+        for worker in &mut config.workers {
+            worker.read_files()?;
+        }
         let faults = config.faults();
         if faults.is_empty() {
             Ok(config)
@@ -850,6 +860,7 @@ impl Config {
             ),
         );
         self.uploads.check(&mut check);
+        workers::check(&self.workers, &self.namespaces, &mut check);
         for name in self.namespaces.keys() {
             check(
                 is_token(name),

@@ -34,10 +34,10 @@ impl Secret {
     }
 
     /// Replaces the secret by the content of `path` (without trailing white space), unless `path` is empty.
-    pub(super) fn read_file(&mut self, key: &'static str, path: &Path) -> Result<(), ConfigError> {
+    pub(super) fn read_file(&mut self, key: &str, path: &Path) -> Result<(), ConfigError> {
         if !path.as_os_str().is_empty() {
             let text = fs::read_to_string(path).map_err(|source| ConfigError::File {
-                key,
+                key: key.to_owned(),
                 path: path.to_owned(),
                 source,
             })?;

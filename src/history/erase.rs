@@ -512,7 +512,7 @@ impl Erasing {
         let mut erased = 0;
         let mut scans = Vec::new();
         if is_own {
-            scans.push(eraser.scan_dead());
+            scans.extend(eraser.scan_dead());
         }
         match &erasure.what {
             Erased::Room(room) => {
@@ -534,7 +534,10 @@ impl Erasing {
                 }
                 eraser.remove(&scan, &found).await?;
                 let messages = found.iter().filter(|one| one.kind == Kind::Message);
-                erased += messages.count() as u64;
+                erased += match scan.has_copies {
+                    true => 0,
+                    false => messages.count() as u64,
+                };
             }
         }
         Ok(if is_own { erased } else { 0 })

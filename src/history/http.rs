@@ -1,4 +1,4 @@
-//! Health and metrics of the service over HTTP.
+//! Health and metrics of a service over HTTP.
 
 use std::net::SocketAddr;
 
@@ -28,7 +28,7 @@ struct Health {
 }
 
 /// Serves until `tasks` stop.
-pub(super) fn serve(
+pub fn serve(
     listener: TcpListener,
     limits: http1::Limits,
     lifecycle: Lifecycle,
@@ -52,7 +52,7 @@ pub(super) fn serve(
     tasks.spawn_essential("http", serve);
 }
 
-/// Whether messages can be written: MongoDB is prepared, and NATS is connected.
+/// Whether the service works: it is prepared, and NATS is connected.
 async fn readyz(State(health): State<Health>) -> (StatusCode, String) {
     let why = match (health.lifecycle.is_ready(), health.connection.is_up()) {
         (true, true) => return (StatusCode::OK, "ready\n".to_owned()),

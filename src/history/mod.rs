@@ -51,8 +51,10 @@ pub use client::{Client, Heads};
 pub use dead::{Retried, dead_letters, retry};
 pub use entry::{entry, key_of};
 pub use erase::{EraseRequest, EraseWhat};
+pub use http::serve as serve_health;
 pub use pages::Pages;
 pub use question::{At, PageAnchor, PageAnswer, PageRequest, SearchRequest};
+pub use show::shown;
 pub use status::{Status, instances, status};
 pub use transfer::{Deployment, Export, Import, Options, Report};
 

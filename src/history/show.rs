@@ -5,8 +5,13 @@ use std::{borrow::Cow, cmp::Reverse, collections::BTreeMap};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
+use super::entry;
 use crate::{
-    model::{Cursor, Fingerprint, Kind, MAX_JSON_DEPTH, Place, RoomId, header_unescape, json_flaw},
+    bus::Stored,
+    model::{
+        Cursor, Epoch, Fingerprint, Kind, MAX_JSON_DEPTH, Place, Region, RoomId, header_unescape,
+        json_flaw,
+    },
     store::{Base, Folded, Replies},
     subject::FROM_NATTER,
 };
@@ -137,6 +142,22 @@ pub(super) fn message(
         json = serde_json::value::to_raw_value(&shown)?;
     }
     Ok(json)
+}
+
+/// The JSON of a message of the stream of `origin` that nothing has changed yet; `None` if it is no message.
+///
+/// # Errors
+/// A part of it is not JSON, which can't be: parts are checked when they are read.
+pub fn shown(
+    stored: Stored,
+    origin: &Region,
+    epoch: Epoch,
+) -> serde_json::Result<Option<Box<RawValue>>> {
+    let mut folded = Folded::default();
+    folded.apply(&entry(stored, origin, epoch));
+    let base = folded.base.as_ref();
+    base.map(|base| message(None, base, &folded, None))
+        .transpose()
 }
 
 fn shown_replies(replies: &Replies) -> ShownReplies<'_> {

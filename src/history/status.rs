@@ -13,7 +13,7 @@ use crate::{
     config::Config,
     mesh::{self, Instance},
     runtime::unix_ms,
-    subject::{HISTORY_SERVICE, Subjects, rooms_stream},
+    subject::{HISTORY_CONSUMER, HISTORY_SERVICE, Subjects, rooms_stream},
     telemetry::metrics::{Gauge, gauge, gauge_add},
 };
 
@@ -89,7 +89,8 @@ pub async fn status(
     let mut partitions = Vec::new();
     for part in 0..config.nats.partitions {
         let stream = rooms_stream(&origin, part);
-        let state = consumer_state(connection, &stream, config.nats.read_timeout).await?;
+        let wait = config.nats.read_timeout;
+        let state = consumer_state(connection, &stream, HISTORY_CONSUMER, wait).await?;
         let filter = subjects.captured(&origin, part);
         let floor = state.map_or(0, |state| state.floor);
         let consumer = state.is_some();
@@ -115,7 +116,7 @@ pub async fn status(
             lag_seconds: oldest.map_or(0, |ts| unix_ms().saturating_sub(ts) / 1000),
         });
     }
-    let dead = DeadLetters::new(connection.clone(), reader.clone(), config);
+    let dead = DeadLetters::of_history(connection.clone(), reader.clone(), config);
     let sum = |part: &PartStatus| part.pending + part.ack_pending;
     Ok(Status {
         lag_messages: partitions.iter().map(sum).sum(),
@@ -124,7 +125,7 @@ pub async fn status(
             .map(|part| part.lag_seconds)
             .max()
             .unwrap_or_default(),
-        dead_letters: dead.count().await?,
+        dead_letters: dead.count("*").await?,
         partitions,
     })
 }

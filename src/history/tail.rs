@@ -15,7 +15,7 @@ use crate::{
     config::Config,
     model::{Class, Place, Position, Region, RoomId, partition_of},
     store::Entry,
-    subject::{Subjects, rooms_stream},
+    subject::{HISTORY_CONSUMER, Subjects, rooms_stream},
 };
 
 /// How long a floor is reused. An old floor is as correct as a new one, but makes the tail longer.
@@ -215,7 +215,7 @@ impl Log {
         now: Instant,
     ) -> Option<Floor> {
         let connection = self.reader.connection();
-        let consumer = consumer_state(connection, stream, self.wait).await;
+        let consumer = consumer_state(connection, stream, HISTORY_CONSUMER, self.wait).await;
         let consumer = consumer
             .inspect_err(|error| tracing::debug!(stream, %error, "no floor"))
             .ok()?;

@@ -18,7 +18,7 @@ use crate::{
     protocol::{ErrorCode, Refused},
     runtime::{Phase, unix_ms},
     store::{Change, Claim, Entry, FileRemoval, StoreError, Upload, What, author},
-    subject::rooms_stream,
+    subject::{HISTORY_CONSUMER, rooms_stream},
     telemetry::metrics::{Counter, UploadGrant, count},
     uploads::{Storage, UploadId, named},
 };
@@ -191,7 +191,7 @@ async fn ends(parts: &Parts) -> Result<Vec<(u16, u64)>, StreamError> {
 async fn is_written(parts: &Parts, part: u16, end: u64) -> Result<bool, PullError> {
     let stream = rooms_stream(parts.streams.origin(), part);
     let wait = parts.config.nats.read_timeout;
-    let state = consumer_state(&parts.connection, &stream, wait).await?;
+    let state = consumer_state(&parts.connection, &stream, HISTORY_CONSUMER, wait).await?;
     Ok(state
         .is_some_and(|state| state.floor >= end || (state.pending == 0 && state.ack_pending == 0)))
 }

@@ -31,10 +31,10 @@ use super::{
 };
 use crate::{
     bus::{
-        Answer, DeadLetters, Delivery, Pull, PullError, Stored, StreamError, Suspect, answer,
+        Answer, Consumer, DeadLetters, Delivery, Pull, PullError, Stored, StreamError, answer,
         message_key,
     },
-    model::{Class, Epoch, Place, Reference},
+    model::{Class, Epoch, Place},
     runtime::Phase,
     store::{Claim, Entry, Removal, What},
     subject::{FROM_NATTER, Subjects, rooms_stream},
@@ -115,7 +115,7 @@ pub(super) async fn run(parts: Parts, part: u16) {
         () = parts.tasks.stopping() => return,
     }
     let subjects = Subjects::new(&parts.config.nats.prefix);
-    let dead = DeadLetters::new(
+    let dead = DeadLetters::of_history(
         parts.connection.clone(),
         parts.reader.clone(),
         &parts.config,
@@ -131,7 +131,9 @@ pub(super) async fn run(parts: Parts, part: u16) {
         parts,
     });
     let (connection, stream) = (worker.parts.connection.clone(), worker.stream.clone());
-    let mut pull = match Pull::new(connection, stream, &worker.parts.config).await {
+    let config = &worker.parts.config;
+    let consumer = Consumer::of_history(&connection, config);
+    let mut pull = match Pull::new(connection, stream, consumer, config.nats.read_timeout).await {
         Ok(pull) => pull,
         Err(error) => return tracing::error!(%error, "a partition is not written"),
     };
@@ -386,18 +388,9 @@ impl Worker {
     /// Whether an erased message was stored again by an edge that did not know of the erasure. Retries until this can
     /// be read.
     async fn was_erased(&self, stored: &Stored) -> bool {
-        let Stored { room, record } = stored;
-        let target = record.target.as_deref();
-        let target = target.and_then(|target| Reference::parse(target).ok());
-        let suspect = Suspect {
-            room,
-            from: &record.from,
-            id: &record.id,
-            target: target.as_ref(),
-        };
         let mut pause = Backoff::default();
         loop {
-            match self.parts.remembered.has(suspect).await {
+            match self.parts.remembered.has_stored(stored).await {
                 Ok(erased) => return erased,
                 Err(error) => {
                     tracing::debug!(%error, "what was erased can't be read");
@@ -531,7 +524,7 @@ impl Worker {
         let stream = &self.stream;
         let seq = delivery.seq;
         if times >= self.parts.config.history.max_deliver {
-            match self.dead.keep(delivery, stream, epoch, reason).await {
+            match self.dead.keep(delivery, "", stream, epoch, reason).await {
                 Ok(()) => {
                     count(Counter::HistoryDead, 1);
                     tracing::error!(stream, seq, reason, "a message went to the dead letters");

@@ -6,7 +6,7 @@ use crate::{
     config::Config,
     model::Region,
     servers::template::{Part, quoted, render},
-    subject::Subjects,
+    subject::{Subjects, api, rooms_stream, undelivered_stream, worker_consumer},
 };
 
 /// The accounts of region `local` with the default configuration.
@@ -65,11 +65,71 @@ pub fn accounts(config: &Config) -> String {
     let namespaces = config.namespaces.iter();
     let namespaces = namespaces.map(|(name, namespace)| (&**name, namespace.durable));
     let mappings = Subjects::new(prefix).mappings(&own, config.nats.partitions, namespaces);
-    render(&text, |name| {
-        let lines = mappings.iter();
-        let lines = lines.map(|(from, to)| format!("{}: {}", quoted(from), quoted(to)));
-        (name == "mappings").then(|| Part::Block(lines.collect()))
+    render(&text, |name| match name {
+        "mappings" => {
+            let lines = mappings.iter();
+            let lines = lines.map(|(from, to)| format!("{}: {}", quoted(from), quoted(to)));
+            Some(Part::Block(lines.collect()))
+        }
+        "workers" => Some(Part::Block(worker_user(config, &own))),
+        _ => None,
     })
+}
+
+/// The lines of the user of `natter worker`; none without workers. One durable consumer per worker and partition, and no
+/// other.
+fn worker_user(config: &Config, own: &Region) -> Vec<String> {
+    if config.workers.is_empty() {
+        return Vec::new();
+    }
+    let prefix = &config.nats.prefix;
+    let letters = undelivered_stream(own);
+    let mut publish = vec![
+        format!("{prefix}.in.{own}.*.*.*.ev"),
+        format!("{prefix}.undelivered.{own}.worker.>"),
+        format!("$KV.rooms_{own}.>"),
+        format!("{prefix}.edge.user.*"),
+        format!("{prefix}.svc.history.{own}.page"),
+        "$JS.API.STREAM.INFO.*".to_owned(),
+        "$JS.API.DIRECT.GET.>".to_owned(),
+        api::message_delete(&letters),
+    ];
+    for worker in &config.workers {
+        let consumer = worker_consumer(&worker.name);
+        let parts = 0..config.nats.partitions;
+        let streams = parts.map(|part| rooms_stream(own, part));
+        publish.extend(streams.map(|stream| api::consumer_create(&stream, &consumer)));
+        publish.extend([
+            api::consumer_info("*", &consumer),
+            api::consumer_next("*", &consumer),
+            format!("{}*.{consumer}.>", api::ACK),
+            // The same with domain and account, as newer servers may write it.
+            format!("{}*.*.*.{consumer}.>", api::ACK),
+        ]);
+    }
+    let subscribe = [
+        format!("{prefix}.kv.{own}.*.control.erased.>"),
+        format!("{prefix}.kv.{own}.*.rooms.>"),
+        format!("{prefix}.kv.{own}.*.inbox.>"),
+        "_INBOX.worker.>".to_owned(),
+    ];
+    let mut lines = vec![
+        "{".to_owned(),
+        "  user: worker, password: $NATTER_WORKER_PASSWORD, allowed_connection_types: [ STANDARD ]"
+            .to_owned(),
+        "  permissions: {".to_owned(),
+    ];
+    for (verb, subjects) in [("publish", &publish[..]), ("subscribe", &subscribe)] {
+        lines.push(format!("    {verb}: {{ allow: ["));
+        lines.extend(
+            subjects
+                .iter()
+                .map(|subject| format!("      {}", quoted(subject))),
+        );
+        lines.push("    ] }".to_owned());
+    }
+    lines.extend(["  }", "}"].map(str::to_owned));
+    lines
 }
 
 #[cfg(test)]
@@ -103,6 +163,7 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} is missing in:\n{text}");
         }
+        assert!(!text.contains("user: worker"));
         let rules = text
             .lines()
             .filter(|line| !line.trim_start().starts_with('#'));
@@ -111,5 +172,22 @@ mod tests {
             !rules.contains("local") && !rules.contains("\"natter."),
             "{rules}"
         );
+    }
+
+    #[test]
+    fn workers_have_a_user_that_takes_from_their_consumers_only() {
+        let toml = "region = 'oslo'\nnats.partitions = 2\n[[workers]]\nname = 'mood'\nrooms = ['chat:*']\nurl = 'https://example.org'\nsecret = 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw'\nannotation = 'mood'";
+        let text = accounts(&Config::with_defaults(Toml::string(toml)).unwrap());
+        for part in [
+            "user: worker, password: $NATTER_WORKER_PASSWORD",
+            "\"$JS.API.CONSUMER.CREATE.ROOMS_oslo_1.worker_mood\"",
+            "\"$JS.API.CONSUMER.MSG.NEXT.*.worker_mood\"",
+            "\"$JS.ACK.*.worker_mood.>\"",
+            "\"$JS.API.STREAM.MSG.DELETE.UNDELIVERED_oslo\"",
+            "\"natter.undelivered.oslo.worker.>\"",
+        ] {
+            assert!(text.contains(part), "{part} is missing in:\n{text}");
+        }
+        assert!(!text.contains("MfKQ"));
     }
 }

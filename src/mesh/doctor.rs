@@ -13,6 +13,7 @@ mod permissions;
 mod servers;
 mod streams;
 mod uploads;
+mod workers;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -79,6 +80,8 @@ pub enum Check {
     Permission,
     /// The storage of uploads.
     Uploads,
+    /// Workers: whether somebody takes their messages, and dead letters.
+    Worker,
 }
 
 /// One result.
@@ -231,6 +234,9 @@ impl<'a> Run<'a> {
                         .unwrap_or_default(),
                 );
             }
+            let of_workers = workers::examine(&site.jetstream, &site.own, self.config).await;
+            let of_workers = of_workers.into_iter().map(|finding| finding.at(&own));
+            self.findings.extend(of_workers);
             sites.push(site);
         }
         let others: Vec<&Region> = regions.iter().filter(|region| **region != own).collect();

@@ -299,7 +299,7 @@ impl fmt::Display for definition::Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Rooms { part } => write!(f, "partition {part}"),
-            Self::HistoryDead => f.write_str("dead letters of history"),
+            Self::Dead => f.write_str("dead letters"),
             Self::Bucket { bucket } => f.write_str(bucket),
         }
     }

@@ -4,6 +4,7 @@
 
 #![warn(missing_docs, clippy::indexing_slicing)]
 
+mod condition;
 mod cursor;
 mod json;
 mod message;
@@ -12,6 +13,7 @@ mod place;
 mod remark;
 mod room;
 
+pub use condition::Condition;
 pub use cursor::{BadCursor, Cursor, Epoch, Fingerprint, MAX_REGIONS, Position, Region};
 pub use json::{Flaw, MAX_JSON_DEPTH, json_flaw, without_mark};
 pub use message::{
@@ -20,5 +22,8 @@ pub use message::{
 };
 pub use partition::partition_of;
 pub use place::Place;
-pub use remark::{BadRemark, MAX_ANNOTATIONS, annotations, normal_reaction, reaction};
+pub use remark::{
+    BadRemark, MAX_ANNOTATION, MAX_ANNOTATION_NAME, MAX_ANNOTATIONS, annotations, normal_reaction,
+    reaction,
+};
 pub use room::{BadRoom, RoomId, RoomScope, is_room_name, is_token};

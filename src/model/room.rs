@@ -158,6 +158,27 @@ impl RoomScope {
         }
     }
 
+    /// The rooms of patterns: `namespace:name`, `namespace:*` or `*:*`.
+    ///
+    /// # Errors
+    /// The first text that is no pattern.
+    pub fn of_patterns<'p>(patterns: impl IntoIterator<Item = &'p str>) -> Result<Self, String> {
+        let mut scope = Self::default();
+        for pattern in patterns {
+            match pattern.split_once(':') {
+                Some(("*", "*")) => scope.all = true,
+                Some((namespace, "*")) if is_token(namespace) => {
+                    scope.namespaces.push(namespace.to_owned());
+                }
+                _ => match RoomId::parse(pattern) {
+                    Ok(room) => scope.rooms.push(room),
+                    Err(_not_a_room) => return Err(pattern.chars().take(80).collect()),
+                },
+            }
+        }
+        Ok(scope)
+    }
+
     /// Whether it contains no room.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -196,6 +217,21 @@ mod tests {
             if let Ok(room) = RoomId::from_parts("chat", &name) {
                 prop_assert_eq!(RoomId::named("chat", &room.text()), Ok(room));
             }
+        }
+    }
+
+    #[test]
+    fn patterns_are_rooms_namespaces_or_all() {
+        let scope = RoomScope::of_patterns(["chat:a", "crew:*"]).unwrap();
+        for (room, expected) in [("chat:a", true), ("chat:b", false), ("crew:x", true)] {
+            let room = RoomId::parse(room).unwrap();
+            assert_eq!(scope.contains(&room), expected, "{room}");
+        }
+        assert!(RoomScope::of_patterns(["*:*"]).unwrap().all);
+        for bad in [
+            "", "chat", "chat:", "*:a", "chat:a*", "c*:*", "a.b:*", "chat:a:b",
+        ] {
+            assert_eq!(RoomScope::of_patterns([bad]), Err(bad.to_owned()));
         }
     }
 

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     access::Standing,
-    record::{Field, Made, Member, MemberState, Record, Role, RoomKind, Stamp},
+    record::{Alert, Field, Made, Member, MemberState, Record, Role, RoomKind, Stamp},
 };
 use crate::{
     auth::{Identity, Right},
@@ -49,6 +49,8 @@ pub enum Change {
     },
     /// Ends the room.
     Close,
+    /// Marks the room with what a worker has noticed. Only workers make it: nobody's rights are checked.
+    Alert(Alert),
     /// Pins or unpins a message.
     Pin {
         /// The message, `<user>/<id>`.
@@ -76,7 +78,7 @@ impl Change {
         match self {
             Self::Create(create) => &create.members,
             Self::Put { user, .. } | Self::Remove { user } => std::slice::from_ref(user),
-            Self::Set(_) | Self::Close | Self::Pin { .. } => &[],
+            Self::Set(_) | Self::Close | Self::Alert(_) | Self::Pin { .. } => &[],
         }
     }
 }
@@ -111,6 +113,14 @@ fn told(action: &str, by: &str) -> Told {
     let mut told = Map::new();
     told.insert("action".to_owned(), action.into());
     told.insert("by".to_owned(), by.into());
+    told
+}
+
+/// What the room is told of an alert.
+#[must_use]
+pub fn alert_told(alert: &Alert, by: &str) -> Told {
+    let mut told = told("alert", by);
+    told.insert("message".to_owned(), alert.message.clone().into());
     told
 }
 
@@ -231,7 +241,7 @@ impl Ask<'_> {
             // In a room that grants open, the first mute, ban or setting makes the record.
             if !matches!(
                 change,
-                Change::Put { .. } | Change::Set(_) | Change::Pin { .. }
+                Change::Put { .. } | Change::Set(_) | Change::Alert(_) | Change::Pin { .. }
             ) || self.members_only
             {
                 return Err(Refused::new(
@@ -262,6 +272,16 @@ impl Ask<'_> {
                 self.needs(Some(record), Role::Owner, "ending the room")?;
                 new.closed = Some(Field { value: true, stamp });
                 told("closed", by)
+            }
+            Change::Alert(alert) => {
+                let known = record.alert.as_ref().and_then(|field| field.value.as_ref());
+                if known != Some(alert) {
+                    new.alert = Some(Field {
+                        value: Some(alert.clone()),
+                        stamp,
+                    });
+                }
+                alert_told(alert, by)
             }
             Change::Pin { message, on, said } => {
                 self.pin(&mut new, message, (*on, *said), stamp)?
@@ -383,7 +403,11 @@ impl Ask<'_> {
             frozen,
             slow_mode_s,
             assignee,
+            alert,
         } = settings;
+        if *alert == Some(true) {
+            return bad("alert can only be false: workers set it".to_owned());
+        }
         if let Some(title) = title {
             check_text("title", title)?;
         }
@@ -402,6 +426,9 @@ impl Ask<'_> {
         put(&mut new.frozen, frozen.as_ref(), stamp);
         put(&mut new.slow_mode_s, slow_mode_s.as_ref(), stamp);
         put(&mut new.assignee, assignee.as_ref(), stamp);
+        if new.alert().is_some() {
+            put(&mut new.alert, alert.map(|_ended| None).as_ref(), stamp);
+        }
         Ok(())
     }
 
@@ -413,6 +440,7 @@ impl Ask<'_> {
             frozen,
             slow_mode_s,
             assignee,
+            alert,
         } = settings;
         let of_owner = title.is_some() || info.is_some() || assignee.is_some();
         let role = if of_owner {
@@ -430,6 +458,7 @@ impl Ask<'_> {
             ("frozen", frozen.map(|it| json!(it))),
             ("slow_mode_s", slow_mode_s.map(|it| json!(it))),
             ("assignee", assignee.as_ref().map(|it| json!(it))),
+            ("alert", alert.map(|it| json!(it))),
         ];
         for (name, value) in values {
             if let Some(value) = value {
@@ -438,7 +467,7 @@ impl Ask<'_> {
         }
         if told.len() == 2 {
             return bad(
-                "one of title, info, archived, frozen, slow_mode_s and assignee is needed"
+                "one of title, info, archived, frozen, slow_mode_s, assignee and alert is needed"
                     .to_owned(),
             );
         }

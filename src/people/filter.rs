@@ -7,14 +7,14 @@ use serde_json::{Map, Value};
 use super::{inbox::text_of, record::Record};
 use crate::{
     bus,
-    model::{Kind, MAX_USER},
+    model::{Condition, Kind, MAX_USER},
     protocol::{ErrorCode, Refused},
 };
 
 /// Patterns in `staff`.
 const MAX_STAFF: usize = 32;
 
-/// Bytes of a text to look for, and of a condition on annotations.
+/// Bytes of a text to look for.
 const MAX_TEXT: usize = 256;
 
 /// The times after which a message may count as unanswered.
@@ -45,24 +45,6 @@ struct Unanswered {
 enum Name {
     Is(String),
     BeginsWith(String),
-}
-
-/// A condition on a value in an annotation.
-#[derive(Debug, Clone, PartialEq)]
-struct Condition {
-    path: Vec<String>,
-    is: Comparison,
-    value: Value,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Comparison {
-    Less,
-    AtMost,
-    More,
-    AtLeast,
-    Equal,
-    Unequal,
 }
 
 fn bad(field: &str, rule: &str) -> Refused {
@@ -99,69 +81,17 @@ impl Name {
     }
 }
 
-impl Condition {
-    fn parse(value: &Value) -> Result<Self, Refused> {
-        const FIELD: &str = "annotation";
-        let rule = || {
-            bad(
-                FIELD,
-                "must be like \"sentiment.score < -0.5\": a path, one of < <= > >= = !=, and a number, a text in quotes, true or false",
-            )
-        };
-        let text = text(FIELD, value, MAX_TEXT)?;
-        let at = text.find(['<', '>', '=', '!']).ok_or_else(rule)?;
-        let (path, rest) = text.split_at(at);
-        let end = rest.find(|c| !"<>=!".contains(c)).unwrap_or(rest.len());
-        let (word, value) = rest.split_at(end);
-        let is = match word {
-            "<" => Comparison::Less,
-            "<=" => Comparison::AtMost,
-            ">" => Comparison::More,
-            ">=" => Comparison::AtLeast,
-            "=" | "==" => Comparison::Equal,
-            "!=" => Comparison::Unequal,
-            _ => return Err(rule()),
-        };
-        let path: Vec<String> = path.trim().split('.').map(str::to_owned).collect();
-        let value: Value = serde_json::from_str(value.trim()).map_err(|_any| rule())?;
-        let is_ordered = !matches!(is, Comparison::Equal | Comparison::Unequal);
-        let fits = match value {
-            Value::Number(_) => true,
-            Value::String(_) | Value::Bool(_) => !is_ordered,
-            Value::Null | Value::Array(_) | Value::Object(_) => false,
-        };
-        let is_path = path
-            .iter()
-            .all(|name| !name.is_empty() && !name.contains(char::is_whitespace));
-        match fits && is_path {
-            true => Ok(Self { path, is, value }),
-            false => Err(rule()),
-        }
-    }
+/// A condition on a value in an annotation.
+fn condition(value: &Value) -> Result<Condition, Refused> {
+    let text = value.as_str().unwrap_or_default().to_owned();
+    Condition::try_from(text).map_err(|error| bad("annotation", &error.to_string()))
+}
 
-    /// Whether the body of an annotation fulfils it; `None` if the value is not in it.
-    fn holds(&self, body: &[u8]) -> Option<bool> {
-        // Most annotations have other names: those are not parsed.
-        let name = self.path.first()?.as_bytes();
-        memchr::memmem::find(body, name)?;
-        let body: Value = serde_json::from_slice(body).ok()?;
-        let found = self.path.iter().try_fold(&body, |at, name| at.get(name))?;
-        let (found_number, number) = (found.as_f64(), self.value.as_f64());
-        let numbers = found_number.zip(number);
-        let compare = |is: fn(&f64, &f64) -> bool| numbers.is_some_and(|(a, b)| is(&a, &b));
-        let equal = match numbers {
-            Some((a, b)) => a.total_cmp(&b).is_eq(),
-            None => *found == self.value,
-        };
-        Some(match self.is {
-            Comparison::Less => compare(f64::lt),
-            Comparison::AtMost => compare(f64::le),
-            Comparison::More => compare(f64::gt),
-            Comparison::AtLeast => compare(f64::ge),
-            Comparison::Equal => equal,
-            Comparison::Unequal => !equal,
-        })
-    }
+/// Whether the body of an annotation fulfils a condition; `None` if the value is not in it.
+fn holds(condition: &Condition, body: &[u8]) -> Option<bool> {
+    // Most annotations have other names: those are not parsed.
+    memchr::memmem::find(body, condition.name().as_bytes())?;
+    condition.holds(&serde_json::from_slice(body).ok()?)
 }
 
 impl Filter {
@@ -185,7 +115,7 @@ impl Filter {
                     let names = names.iter().map(|name| Name::parse("staff", name));
                     staff = Some(names.collect::<Result<_, _>>()?);
                 }
-                "annotation" => filter.annotation = Some(Condition::parse(value)?),
+                "annotation" => filter.annotation = Some(condition(value)?),
                 "mentions" => filter.mentions = Some(text("mentions", value, MAX_USER)?),
                 "from" => filter.from = Some(Name::parse("from", value)?),
                 "assignee" => filter.assignee = Some(text("assignee", value, MAX_USER)?),
@@ -263,10 +193,8 @@ impl Filter {
     #[must_use]
     pub fn of_annotation(&self, record: &bus::Record) -> Option<bool> {
         let is_annotation = record.kind == Some(Kind::Annotation.as_str());
-        self.annotation
-            .as_ref()
-            .filter(|_| is_annotation)?
-            .holds(&record.body)
+        let condition = self.annotation.as_ref().filter(|_| is_annotation)?;
+        holds(condition, &record.body)
     }
 
     /// Whether the record of a room matches.
@@ -353,21 +281,7 @@ mod tests {
             (json!({ "colour": 1 }), "filter.colour is unknown"),
             (json!({ "annotation": "score" }), "filter.annotation must"),
             (json!({ "annotation": "score <" }), "filter.annotation must"),
-            (
-                json!({ "annotation": "score => 1" }),
-                "filter.annotation must",
-            ),
-            (
-                json!({ "annotation": "score < \"a\"" }),
-                "filter.annotation must",
-            ),
-            (
-                json!({ "annotation": "a..b = 1" }),
-                "filter.annotation must",
-            ),
-            (json!({ "annotation": "a b = 1" }), "filter.annotation must"),
-            (json!({ "annotation": "< 1" }), "filter.annotation must"),
-            (json!({ "annotation": "a = [1]" }), "filter.annotation must"),
+            (json!({ "annotation": 1 }), "filter.annotation must"),
         ] {
             let refused = filter(&json).unwrap_err();
             assert_eq!(refused.code, ErrorCode::BadRequest);
@@ -433,33 +347,9 @@ mod tests {
                 r#"{"sentiment":{"score":-0.5}}"#,
                 Some(false),
             ),
-            (
-                "sentiment.score <= -0.5",
-                r#"{"sentiment":{"score":-0.5}}"#,
-                Some(true),
-            ),
-            (
-                "sentiment.score > 0",
-                r#"{"sentiment":{"score":1}}"#,
-                Some(true),
-            ),
-            (
-                "sentiment.score >= 1",
-                r#"{"sentiment":{"score":1.0}}"#,
-                Some(true),
-            ),
-            (
-                "sentiment.score < 1",
-                r#"{"sentiment":{"score":"0"}}"#,
-                Some(false),
-            ),
             ("sentiment.score < 1", r#"{"sentiment":{}}"#, None),
             ("sentiment.score < 1", r#"{"translation":{"en":"x"}}"#, None),
             ("lang = \"ko\"", r#"{"lang":"ko"}"#, Some(true)),
-            ("lang != \"ko\"", r#"{"lang":"en"}"#, Some(true)),
-            ("lang == \"a = b\"", r#"{"lang":"a = b"}"#, Some(true)),
-            ("toxic = true", r#"{"toxic":false}"#, Some(false)),
-            ("n = 1", r#"{"n":1.0}"#, Some(true)),
         ] {
             let filter = filter(&json!({ "annotation": condition })).unwrap();
             let mut record = message("bot", "", body);

@@ -173,6 +173,7 @@ impl Seen {
             pinned: is_on(self.entry.pinned.as_ref()),
             archived: is_on(self.entry.archived.as_ref()),
             assignee: record.and_then(Record::assignee),
+            alert: record.and_then(Record::alert),
         }
     }
 

@@ -15,7 +15,7 @@ pub use crate::protocol::{MemberState, Role};
 use crate::{
     bus::Entry,
     model::{Region, RoomId},
-    protocol::{MemberBody, RecordReply},
+    protocol::{AlertBody, MemberBody, RecordReply},
 };
 
 /// When and where something was last written. The later one wins; of two of the same millisecond, the one of the region
@@ -79,6 +79,15 @@ pub struct Made {
     pub by: String,
 }
 
+/// What a worker has noticed in a room.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alert {
+    /// The worker.
+    pub worker: String,
+    /// The message, `<user>/<id>`.
+    pub message: String,
+}
+
 /// A room record, of one region or merged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -108,6 +117,9 @@ pub struct Record {
     /// The one of the staff who looks after it; empty: nobody.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assignee: Option<Field<String>>,
+    /// What a worker has noticed; no value: somebody has seen to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alert: Option<Field<Option<Alert>>>,
     /// Whether it has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closed: Option<Field<bool>>,
@@ -235,6 +247,7 @@ impl Merge for Record {
         self.frozen.merge_from(&other.frozen);
         self.slow_mode_s.merge_from(&other.slow_mode_s);
         self.assignee.merge_from(&other.assignee);
+        self.alert.merge_from(&other.alert);
         self.closed.merge_from(&other.closed);
         self.members.merge_from(&other.members);
         self.pins.merge_from(&other.pins);
@@ -255,6 +268,7 @@ impl Record {
             frozen: None,
             slow_mode_s: None,
             assignee: None,
+            alert: None,
             closed: None,
             members: BTreeMap::new(),
             pins: None,
@@ -331,6 +345,18 @@ impl Record {
         assignee.filter(|name| !name.is_empty()).cloned()
     }
 
+    /// What a worker has noticed, until somebody has seen to it.
+    #[must_use]
+    pub fn alert(&self) -> Option<AlertBody> {
+        let field = self.alert.as_ref()?;
+        let alert = field.value.as_ref()?;
+        Some(AlertBody {
+            worker: alert.worker.clone(),
+            message: alert.message.clone(),
+            at: field.stamp.at,
+        })
+    }
+
     /// Whether only moderators and owners may write.
     #[must_use]
     pub fn is_frozen(&self) -> bool {
@@ -378,6 +404,7 @@ impl Record {
             closed: self.is_closed(),
             slow_mode_s: Some(self.slow_mode_s()).filter(|seconds| *seconds > 0),
             assignee: self.assignee(),
+            alert: self.alert(),
             members: members.collect(),
             pins: self.pins().to_vec(),
             version: self.version(),
@@ -394,6 +421,7 @@ impl Record {
             self.frozen.as_ref().map(|it| it.stamp.at),
             self.slow_mode_s.as_ref().map(|it| it.stamp.at),
             self.assignee.as_ref().map(|it| it.stamp.at),
+            self.alert.as_ref().map(|it| it.stamp.at),
             self.closed.as_ref().map(|it| it.stamp.at),
             self.pins.as_ref().map(|it| it.stamp.at),
             Some(self.made.created),

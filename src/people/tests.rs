@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::{
     access::Standing,
     change::{Ask, Change, Create, Said},
-    record::{Made, MemberState, Merge as _, Record, Role, RoomKind},
+    record::{Alert, Made, MemberState, Merge as _, Record, Role, RoomKind},
 };
 use crate::{
     auth::{Claims, Grant, Identity, Right, Verifier, issue},
@@ -87,6 +87,7 @@ fn change() -> impl Strategy<Value = Change> {
             title: Some(title.unwrap_or_default()),
             frozen,
             slow_mode_s,
+            alert: slow_mode_s.filter(|seconds| *seconds == 0).map(|_| false),
             ..Settings::default()
         }))
     });
@@ -95,7 +96,13 @@ fn change() -> impl Strategy<Value = Change> {
         on,
         said: None,
     });
-    prop_oneof![4 => put, 2 => remove, 3 => set, 1 => pin]
+    let alert = "[a-b]".prop_map(|id| {
+        Change::Alert(Alert {
+            worker: "mood".to_owned(),
+            message: format!("ann/{id}"),
+        })
+    });
+    prop_oneof![4 => put, 2 => remove, 3 => set, 1 => pin, 1 => alert]
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -120,7 +127,7 @@ fn fields(record: &Record) -> Model {
         );
         all.insert(name, (stamp, value.to_string()));
     };
-    for name in ["title", "frozen", "slow_mode_s", "pins"] {
+    for name in ["title", "frozen", "slow_mode_s", "alert", "pins"] {
         if let Some(value) = json.get(name) {
             add(name.to_owned(), value);
         }
@@ -610,4 +617,39 @@ fn bounds_are_named() {
     for user in ["", "$natter"] {
         assert_eq!(limited(&record, &put(user)), Err(ErrorCode::BadRequest));
     }
+}
+
+#[test]
+fn an_alert_stands_until_a_moderator_has_seen_to_it() {
+    let (room, origin) = (room(), region(0));
+    let worker = Identity::of_back_end("$worker.mood");
+    let alert = |id: &str| {
+        Change::Alert(Alert {
+            worker: "mood".to_owned(),
+            message: format!("ann/{id}"),
+        })
+    };
+    let ask_as = |identity, record: &Record, change: &Change| {
+        ask(identity, &room, &origin).apply(Some(record), change)
+    };
+    let (marked, told) = ask_as(&worker, &crew(), &alert("m1")).unwrap().unwrap();
+    assert_eq!(told["action"], "alert");
+    assert_eq!(marked.alert().unwrap().message, "ann/m1");
+    assert_eq!(ask_as(&worker, &marked, &alert("m1")), Ok(None));
+    let (marked, _) = ask_as(&worker, &marked, &alert("m2")).unwrap().unwrap();
+    let seen = |alert| {
+        Change::Set(Box::new(Settings {
+            alert: Some(alert),
+            ..Settings::default()
+        }))
+    };
+    let member = identity("member", &ALL);
+    let refused = ask_as(&member, &marked, &seen(false)).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Forbidden);
+    let moderator = identity("moderator", &ALL);
+    let refused = ask_as(&moderator, &marked, &seen(true)).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::BadRequest);
+    let (over, _) = ask_as(&moderator, &marked, &seen(false)).unwrap().unwrap();
+    assert_eq!(over.alert(), None);
+    assert_eq!(ask_as(&moderator, &over, &seen(false)), Ok(None));
 }

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::AlertBody;
 use crate::model::RoomId;
 
 /// A part of the rooms that were asked for, newest activity first.
@@ -50,6 +51,9 @@ pub struct RoomBody {
     /// Who of the staff looks after it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub assignee: Option<String>,
+    /// What a worker has noticed, until somebody has seen to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alert: Option<AlertBody>,
     /// How many named members are in it.
     pub member_count: usize,
     /// The first 10 of them, by name.

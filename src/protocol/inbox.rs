@@ -60,6 +60,20 @@ pub struct RoomSummary {
     /// Who of the staff looks after it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub assignee: Option<String>,
+    /// What a worker has noticed, until somebody has seen to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alert: Option<AlertBody>,
+}
+
+/// What a worker has noticed in a room.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct AlertBody {
+    /// The worker.
+    pub worker: String,
+    /// The message, `<user>/<id>`.
+    pub message: String,
+    /// When, in ms since 1970.
+    pub at: u64,
 }
 
 /// The newest message of a room.

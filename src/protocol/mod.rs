@@ -26,7 +26,9 @@ pub use command::{
 };
 pub use directory::{RoomBody, RoomsReply};
 pub use event::{Event, MessagePush, PresenceChange, PresenceState};
-pub use inbox::{InboxReply, LastMessage, RefusedRoom, RoomSummary, WatchPush, WatchReply};
+pub use inbox::{
+    AlertBody, InboxReply, LastMessage, RefusedRoom, RoomSummary, WatchPush, WatchReply,
+};
 pub use order::{Obeyed, Order, OrderKind};
 pub use people::{Arrangement, MemberState, PutMember, Role, Settings};
 pub use publication::{Draft, Mentions, Publication};

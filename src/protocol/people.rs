@@ -46,6 +46,8 @@ pub struct Settings {
     pub slow_mode_s: Option<u32>,
     /// Who of the staff looks after it; empty: nobody.
     pub assignee: Option<String>,
+    /// `false`: somebody has seen to the alert of a worker.
+    pub alert: Option<bool>,
 }
 
 /// What of a member changes. What is absent stays; a new member has the role `member`.

@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
-use super::{ErrorCode, InboxReply, Refused, WatchReply};
+use super::{AlertBody, ErrorCode, InboxReply, Refused, WatchReply};
 use crate::model::{Cursor, Region, RoomId};
 
 /// The reply to a command that was carried out.
@@ -439,6 +439,9 @@ pub struct RecordReply {
     /// Who of the staff looks after it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub assignee: Option<String>,
+    /// What a worker has noticed, until somebody has seen to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alert: Option<AlertBody>,
     /// Its members, by name; for moderators also who is banned.
     pub members: Vec<MemberBody>,
     /// The pinned messages, `<user>/<id>`.

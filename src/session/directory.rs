@@ -239,6 +239,7 @@ fn body(place: &RoomPlace, record: &Record) -> RoomBody {
         archived: record.is_archived(),
         frozen: record.is_frozen(),
         assignee: record.assignee(),
+        alert: record.alert(),
         member_count: record.present().count(),
         members: members.take(NAMED).collect(),
         version: record.version(),

@@ -6,7 +6,8 @@ use crate::{
     bus::{Acked, News, Outgoing, Publisher, Signal},
     model::{Kind, RoomId},
     people::{
-        self, Change, Changed, Create, MemberState, People, Record, RoomKind, Said, Told, preview,
+        self, Alert, Change, Changed, Create, MemberState, People, Record, RoomKind, Said, Told,
+        preview,
     },
     protocol::{
         Arrangement, ErrorCode, LastMessage, Mentions, NewRoom, Publication, PublishReply,
@@ -118,6 +119,26 @@ pub(crate) async fn change(
         }
     }
     Ok(changed)
+}
+
+/// Marks a room with an alert, and tells the room by an entry with this id. Unlike after other changes, the room is told
+/// for certain: a repeat tells it, if the first attempt did not get that far.
+///
+/// # Errors
+/// Why it was refused, or that it can't be done now. A repeat with the same id is safe.
+pub(crate) async fn alert(
+    people: &People,
+    publisher: &Publisher,
+    identity: &Identity,
+    room: &RoomId,
+    alert: &Alert,
+    id: &str,
+) -> Result<(), Refused> {
+    let change = Change::Alert(alert.clone());
+    let changed = people.change(identity, room, &change, None).await?;
+    signal_changed(publisher, room, &changed);
+    let told = people::alert_told(alert, &identity.user);
+    tell(publisher, room, &told, true, id).await.map(drop)
 }
 
 /// As [`change`], for a reply: the record after it, as the user may see it.

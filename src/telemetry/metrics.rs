@@ -9,7 +9,10 @@
 //! edges in the same process (in tests) share them.
 
 use std::{
-    sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed},
+    sync::{
+        OnceLock,
+        atomic::{AtomicI64, AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -69,6 +72,59 @@ impl Label for Codec {
     fn index(self) -> usize {
         self.number()
     }
+}
+
+/// Workers of a process at most, as of the configuration.
+const WORKERS: usize = crate::config::MAX_WORKERS;
+
+/// The names of this process's workers, in the order of the configuration.
+static WORKER_NAMES: OnceLock<Vec<&'static str>> = OnceLock::new();
+
+/// A worker, by its place in the configuration. Its name is the label: the names of a process are set once, when it
+/// starts, and all others have no series.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct WorkerLabel(u8);
+
+/// Every place.
+const WORKER_LABELS: [WorkerLabel; WORKERS] = {
+    let mut all = [WorkerLabel(0); WORKERS];
+    let mut at = 0_u8;
+    while (at as usize) < WORKERS {
+        all[at as usize] = WorkerLabel(at);
+        at += 1;
+    }
+    all
+};
+
+impl Label for WorkerLabel {
+    const NAME: &'static str = "worker";
+    const ALL: &'static [Self] = &WORKER_LABELS;
+
+    fn value(self) -> &'static str {
+        let names = WORKER_NAMES.get();
+        let name = names.and_then(|names| names.get(self.index()));
+        name.copied().unwrap_or_default()
+    }
+
+    fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+/// Names the workers of this process, before telemetry is set up. Later calls have no effect.
+pub fn name_workers<'n>(names: impl IntoIterator<Item = &'n str>) {
+    WORKER_NAMES.get_or_init(|| {
+        let names = names.into_iter().take(WORKERS);
+        // A few names, for as long as the process lives.
+        names.map(|name| &*name.to_owned().leak()).collect()
+    });
+}
+
+/// The label of a worker of this process.
+#[must_use]
+pub fn worker_label(name: &str) -> Option<WorkerLabel> {
+    let at = WORKER_NAMES.get()?.iter().position(|its| *its == name)?;
+    WORKER_LABELS.get(at).copied()
 }
 
 /// Declares label enums: `Name "label" { Variant "value", … }`.
@@ -196,7 +252,11 @@ impl LabelSet {
     const fn of<L: Label>() -> Self {
         Self {
             name: L::NAME,
-            values: || L::ALL.iter().map(|label| label.value()).collect(),
+            // Only the last ones can have no name.
+            values: || {
+                let all = L::ALL.iter().map(|label| label.value());
+                all.take_while(|value| !value.is_empty()).collect()
+            },
         }
     }
 
@@ -394,6 +454,20 @@ counted! {
     HistoryExpired = "natter.history.expired", "{message}";
     /// Messages removed from the streams: duplicates with the same id, or erased before.
     HistoryRemoved = "natter.history.removed", "{message}";
+    /// Answers of workers that became annotations.
+    WorkerAnnotated(worker: WorkerLabel) = "natter.worker.annotated", "{message}";
+    /// Messages to which a worker had nothing to say.
+    WorkerEmpty(worker: WorkerLabel) = "natter.worker.empty", "{message}";
+    /// Messages that a worker refused for good, or to which it gave an answer that can't be used.
+    WorkerRejected(worker: WorkerLabel) = "natter.worker.rejected", "{message}";
+    /// Requests to a worker that failed; another attempt is made, or the message becomes a dead letter.
+    WorkerFailed(worker: WorkerLabel) = "natter.worker.failed", "{request}";
+    /// Messages older than `max_age` of a worker, which were skipped.
+    WorkerExpired(worker: WorkerLabel) = "natter.worker.expired", "{message}";
+    /// Messages for a worker that went to the dead letters.
+    WorkerDead(worker: WorkerLabel) = "natter.worker.dead", "{message}";
+    /// Alerts that the annotations of a worker have raised.
+    WorkerAlerts(worker: WorkerLabel) = "natter.worker.alerts", "{alert}";
     /// Uploads that clients asked for.
     UploadGranted(result: UploadGrant) = "natter.upload.granted", "{upload}";
     /// Files that edges received for the local storage.
@@ -435,6 +509,14 @@ counted! {
     HistoryLag = "natter.history.lag", "s";
     /// Messages in the dead-letter stream.
     HistoryDeadLetters = "natter.history.dead_letters", "{message}";
+    /// Requests to a worker that are open.
+    WorkerOpen(worker: WorkerLabel) = "natter.worker.open", "{request}";
+    /// Messages that a worker has not done yet.
+    WorkerPending(worker: WorkerLabel) = "natter.worker.pending", "{message}";
+    /// Age of the oldest message that was delivered to no process of a worker, or is not done.
+    WorkerLag(worker: WorkerLabel) = "natter.worker.lag", "s";
+    /// Dead letters of a worker.
+    WorkerDeadLetters(worker: WorkerLabel) = "natter.worker.dead_letters", "{message}";
 }
 
 plain! {
@@ -450,6 +532,8 @@ plain! {
     HistoryBatchDuration = "natter.history.batch_duration", "s";
     /// From a request for a page or a search to its answer.
     HistoryReadDuration = "natter.history.read_duration", "s";
+    /// From a request to a worker to its answer, or to the timeout.
+    WorkerRequestDuration = "natter.worker.request_duration", "s";
 }
 
 /// Bounds of the buckets of every histogram, in seconds: from a local acknowledgement to a client's timeout.
@@ -624,7 +708,7 @@ mod tests {
             assert!(
                 [
                     "code", "op", "kind", "reason", "source", "result", "cause", "check", "whose",
-                    "protocol"
+                    "protocol", "worker"
                 ]
                 .contains(&label.name),
                 "{}: label {} is not known; never a room, user or session",
@@ -658,6 +742,7 @@ mod tests {
         check::<Codec>();
         check::<Op>();
         check::<Dropped>();
+        check::<WorkerLabel>();
     }
 
     #[test]
@@ -685,7 +770,8 @@ mod tests {
         let of = |codec: &Codec| Gauge::SessionActive(*codec).slot();
         let mut slots: HashSet<usize> = Codec::ALL.iter().map(of).collect();
         assert!(slots.insert(Gauge::RoomActive.slot()) && slots.len() == Codec::ALL.len() + 1);
-        assert_eq!(Gauge::HistoryDeadLetters.slot(), GAUGE_SLOTS - 1);
+        let last = WORKER_LABELS[WORKERS - 1];
+        assert_eq!(Gauge::WorkerDeadLetters(last).slot(), GAUGE_SLOTS - 1);
     }
 
     #[test]

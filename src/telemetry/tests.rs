@@ -8,7 +8,9 @@ use std::{
 use figment::providers::{Format as _, Toml};
 
 use super::{
-    metrics::{Counter, Dropped, Gauge, Histogram, Metric, count, counted, gauge_add},
+    metrics::{
+        Counter, Dropped, Gauge, Histogram, Metric, count, counted, gauge_add, name_workers,
+    },
     *,
 };
 use crate::{
@@ -25,6 +27,8 @@ fn config(toml: &str) -> config::Telemetry {
 
 #[test]
 fn the_text_has_every_metric_with_its_help_and_what_was_counted() {
+    // Those of workers have a series for each worker.
+    name_workers(["translate"]);
     count(Counter::MessageDropped(Dropped::BadSubject), 3);
     count(Counter::SessionClosed(Close::TooSlow), 1);
     gauge_add(Gauge::OutboxBytes, 7);
@@ -68,6 +72,7 @@ fn the_text_has_every_metric_with_its_help_and_what_was_counted() {
 
 #[test]
 fn every_exported_label_value_is_of_its_closed_set() {
+    name_workers(["translate"]);
     let text = exporters::build(&config(""), "edge", "e1")
         .unwrap()
         .metrics
@@ -82,10 +87,11 @@ fn every_exported_label_value_is_of_its_closed_set() {
         if label == "le" {
             continue;
         }
+        let name = name.trim_end_matches("_total").trim_end_matches("_seconds");
         let metric = Counter::LIST
             .iter()
             .chain(Gauge::LIST)
-            .find(|metric| metric.name.replace('.', "_") == name.trim_end_matches("_total"))
+            .find(|metric| metric.name.replace('.', "_") == name)
             .unwrap();
         let set = metric.label.as_ref().unwrap();
         assert_eq!(set.name, label, "{line}");

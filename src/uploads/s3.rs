@@ -56,7 +56,10 @@ impl S3 {
         Ok(Self {
             credentials: Credentials::new(config.s3_key.clone(), config.s3_secret.expose()),
             url_ttl: config.url_ttl,
-            tls: is_secure.then(tls).transpose().map_err(OpenError::Tls)?,
+            tls: is_secure
+                .then(|| tls(&[]))
+                .transpose()
+                .map_err(OpenError::Tls)?,
             bucket,
         })
     }

@@ -24,6 +24,8 @@ use self::site::{
 use crate::support::{
     LONG,
     calls::reply,
+    config,
+    endpoint::{Endpoint, Say},
     eventually,
     mesh::{self, http, token},
     overheard::Overheard,
@@ -286,6 +288,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         ca: None,
         database: unique("deploy"),
         leafnodes: String::new(),
+        workers: String::new(),
     };
     let ports = Ports::free();
     let accounts =
@@ -501,6 +504,99 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
     assert_eq!(before, after);
 }
 
+/// The user of workers is printed for a configuration that has some.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_user_of_workers_may_do_what_they_need_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let endpoint = Endpoint::start(|asked| match asked.id() {
+        "bad" => Say::Status(500),
+        _ => Say::Json(json!({"score": -1})),
+    })
+    .await;
+    let url = endpoint.url();
+    let workers = format!(
+        "[{{name = \"mood\", rooms = [\"chat:*\"], url = \"{url}\", annotation = \"mood\", max_deliver = 1, \
+         secret = \"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\", alert = \"mood.score < 0\", allow = [\"127.0.0.1\"]}}]"
+    );
+    let ports = Ports::free();
+    let setting = Setting {
+        dir: dir.path(),
+        name: "nats",
+        file: "one.conf",
+        accounts: accounts(&config(&format!("workers = {workers}"))),
+        ports: &ports,
+        env: vec![
+            ("SERVER_NAME", "nats".to_owned()),
+            ("REGION", "local".to_owned()),
+        ],
+        tls: PathBuf::new(),
+        gateways: Vec::new(),
+    };
+    let servers = [start(setting).await];
+    let url = format!("nats://127.0.0.1:{}", servers[0].client);
+    let natter = Natter {
+        dir: dir.path(),
+        region: "local",
+        url: url.clone(),
+        replicas: 1,
+        partitions: 4,
+        regions: &["local"],
+        ca: None,
+        database: unique("deploy"),
+        leafnodes: String::new(),
+        workers,
+    };
+    natter.tool("provision", &["provision"]).await;
+    let (_edge, edge) = natter.start("edge", "edge").await;
+    let (_worker, _) = natter.start("worker", "worker").await;
+    let say = async |body: Value| {
+        let path = "/v1/rooms/chat:lobby/messages";
+        call(edge, "POST", path, &body).await.unwrap();
+    };
+    let group = json!({"namespace": "chat", "kind": "group", "name": "lobby", "members": ["kim"]});
+    let (status, answer) = mesh::ask(edge, ("POST", "/v1/rooms"), &token("kim"), &group).await;
+    assert_eq!(status, 201, "{answer}");
+    say(json!({"id": "m1", "body": "hi"})).await;
+    say(json!({"kind": "edit", "target": "m1", "body": "ho"})).await;
+    say(json!({"id": "bad", "body": "hi"})).await;
+    eventually("everything is done", LONG, async || {
+        let record = call(edge, "GET", "/v1/rooms/chat:lobby", &Value::Null).await?;
+        let page = call(edge, "GET", "/v1/rooms/chat:lobby/messages", &Value::Null).await?;
+        let dead = natter.tool("worker", &["worker", "dead"]).await;
+        let asked = endpoint.asked().len();
+        let is_marked = record["alert"]["worker"] == "mood";
+        if is_marked && page.to_string().contains("\"mood\"") && dead.contains("bad") && asked == 3
+        {
+            Ok(())
+        } else {
+            Err(format!("{record} {page} {dead} {asked}"))
+        }
+    })
+    .await;
+    endpoint.behave(|_| Say::Status(204));
+    natter.tool("worker", &["worker", "retry"]).await;
+    assert_eq!(natter.tool("worker", &["worker", "dead"]).await, "");
+    assert_eq!(violations(&servers), [""; 0]);
+    let tried = [
+        "natter.in.local.0.chat.lobby.msg",
+        "natter.in.virginia.0.chat.lobby.ev",
+        "natter.eph.chat.lobby",
+        "natter.edge.orders",
+        "natter.svc.history.local.erase",
+        "natter.dead.local.0.chat.lobby.msg",
+        "$KV.presence_local.x",
+        "$KV.control_local.x",
+        "$JS.API.STREAM.DELETE.ROOMS_local_0",
+        "$JS.API.STREAM.PURGE.ROOMS_local_0",
+        "$JS.API.STREAM.MSG.DELETE.ROOMS_local_0",
+        "$JS.API.CONSUMER.CREATE.ROOMS_local_0.other",
+        "$JS.API.CONSUMER.MSG.NEXT.ROOMS_local_0.history",
+        "$JS.ACK.ROOMS_local_0.history.1.1.1.1.1",
+    ];
+    let heard = ["natter.in.>", "natter.live.>", "_INBOX.>", ">"];
+    denied(&servers, &url, "worker", &tried, &heard).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn regions_of_three_servers_with_tls_are_a_mesh() {
     let mesh = Mesh::of_three(&REGIONS[..2]).await;
@@ -515,6 +611,7 @@ async fn regions_of_three_servers_with_tls_are_a_mesh() {
         ca: Some(ca.clone()),
         database: unique("deploy"),
         leafnodes: String::new(),
+        workers: String::new(),
     };
     // Both regions, and their mirrors, over one connection, through the spines.
     let text = eventually("the mesh is provisioned", LONG, async || {
@@ -659,6 +756,7 @@ async fn what_a_mirror_asked_during_a_cut_is_asked_again_by_the_history_service(
         ca: Some(mesh.ca()),
         database: unique("deploy"),
         leafnodes: mesh.leafnodes(1),
+        workers: String::new(),
     };
     eventually("the mesh is provisioned", LONG, async || {
         natter.try_tool("provision", &["provision"]).await

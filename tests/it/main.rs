@@ -59,3 +59,4 @@ mod transfer;
 mod unread;
 mod up;
 mod uploads;
+mod workers;

@@ -125,7 +125,7 @@ async fn caught_up(mesh: &Mesh) {
         let stream = rooms_stream(&region, part);
         eventually("history has everything", LONG, async || {
             let last = streams.fetch(part).await.unwrap().last_seq;
-            match consumer_state(&connection, &stream, LONG).await {
+            match consumer_state(&connection, &stream, HISTORY_CONSUMER, LONG).await {
                 Ok(Some(state)) if state.floor >= last => Ok(()),
                 other => Err(format!("{other:?} of {last}")),
             }
@@ -198,7 +198,9 @@ async fn pages_have_no_seam_while_the_room_goes_on_and_the_stream_is_trimmed() {
             let mut trimmed = 0;
             loop {
                 // What is confirmed may go at any time.
-                let state = consumer_state(&connection, &stream, LONG).await.unwrap();
+                let state = consumer_state(&connection, &stream, HISTORY_CONSUMER, LONG)
+                    .await
+                    .unwrap();
                 let floor = state.map_or(0, |state| state.floor);
                 if floor > 0 {
                     trimmed += jetstream.purge().sequence(floor).await.unwrap().purged;

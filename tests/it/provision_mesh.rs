@@ -18,8 +18,8 @@ use crate::support::{
 
 const ONE_PARTITION: &str = "[nats]\npartitions = 1";
 
-/// Streams of one region with one partition: rooms, dead letters, six buckets.
-const OWN: usize = 8;
+/// Streams of one region with one partition: rooms, two of dead letters, six buckets.
+const OWN: usize = 9;
 /// Those of them that are mirrored.
 const MIRRORED: usize = 7;
 

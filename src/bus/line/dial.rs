@@ -181,7 +181,7 @@ impl Dialer {
         let with_tls = info.tls_required || server.tls_required();
         let mut transport: Box<dyn Transport> = if with_tls {
             let name = ServerName::try_from(server.host().to_owned()).map_err(io::Error::other)?;
-            Box::new(tls()?.connect(name, stream).await?)
+            Box::new(tls(&[])?.connect(name, stream).await?)
         } else {
             Box::new(stream)
         };

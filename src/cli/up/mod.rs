@@ -13,6 +13,7 @@ mod stack;
 mod start;
 mod supervise;
 mod token;
+mod worker;
 
 use std::{
     io::{self, Write as _},
@@ -57,6 +58,9 @@ pub(super) struct Args {
     /// Run without MongoDB.
     #[arg(long)]
     no_mongodb: bool,
+    /// Also run a worker that translates and scores what is said, to see how workers do it. Needs python3.
+    #[arg(long)]
+    demo_worker: bool,
     /// Number of edges; with --regions, of each region.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(0..=64))]
     edges: u16,

@@ -23,7 +23,10 @@ pub(super) struct RegionReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spine_pid: Option<u32>,
     pub edges: Vec<EdgeReport>,
-    pub history: Vec<HistoryReport>,
+    pub history: Vec<HealthReport>,
+    /// The process that runs the workers, if there are some.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub workers: Vec<HealthReport>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -35,7 +38,7 @@ pub(super) struct EdgeReport {
 }
 
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct HistoryReport {
+pub(super) struct HealthReport {
     pub pid: Option<u32>,
     /// URL of `/healthz`, `/readyz` and `/metrics`.
     pub http: String,
@@ -59,6 +62,9 @@ impl Report {
             line("NATS", &region.nats);
             for history in &region.history {
                 line("history", &format!("{}/metrics", history.http));
+            }
+            for workers in &region.workers {
+                line("workers", &format!("{}/metrics", workers.http));
             }
         }
         line("MongoDB", self.mongodb.as_deref().unwrap_or("not running"));
@@ -106,10 +112,11 @@ mod tests {
                     ws: "ws://127.0.0.1:8080/ws".to_owned(),
                     pid: Some(3),
                 }],
-                history: vec![HistoryReport {
+                history: vec![HealthReport {
                     pid: Some(4),
                     http: "http://127.0.0.1:8090".to_owned(),
                 }],
+                workers: Vec::new(),
             }],
             mongodb: None,
             mongod_pid: None,

@@ -21,6 +21,8 @@ pub(super) enum Role {
     Mongod,
     Edge { region: usize, index: usize },
     History { region: usize },
+    Workers { region: usize },
+    DemoWorker,
 }
 
 impl Role {
@@ -39,6 +41,12 @@ impl Role {
                 let history = region.and_then(|region| region.history.first_mut());
                 history.map(|history| &mut history.pid)
             }
+            Self::Workers { region } => {
+                let region = report.regions.get_mut(region);
+                let workers = region.and_then(|region| region.workers.first_mut());
+                workers.map(|workers| &mut workers.pid)
+            }
+            Self::DemoWorker => None,
         };
         if let Some(slot) = slot {
             *slot = Some(pid);
@@ -73,6 +81,7 @@ pub(super) struct Stack {
     events: mpsc::Sender<Event>,
     pub names: Vec<Name>,
     edges: Layer,
+    workers: Layer,
     history: Layer,
     mongod: Layer,
     nats: Layer,
@@ -90,6 +99,7 @@ impl Stack {
             events,
             names: Vec::new(),
             edges: Layer::default(),
+            workers: Layer::default(),
             history: Layer::default(),
             mongod: Layer::default(),
             nats: Layer::default(),
@@ -111,6 +121,7 @@ impl Stack {
             Role::Mongod => &mut self.mongod,
             Role::Edge { .. } => &mut self.edges,
             Role::History { .. } => &mut self.history,
+            Role::Workers { .. } | Role::DemoWorker => &mut self.workers,
         };
         let (events, stop) = (self.events.clone(), layer.stop.clone());
         layer
@@ -118,9 +129,10 @@ impl Stack {
             .spawn(supervise(child, process, self.restart, events, stop));
     }
 
-    /// Edges first: their drain needs the servers, and history writes what they still published.
+    /// Edges first: their drain needs the servers, and history writes what they and workers still published.
     pub(super) async fn stop(&mut self) {
         self.edges.stop().await;
+        self.workers.stop().await;
         self.history.stop().await;
         self.mongod.stop().await;
         self.nats.stop().await;

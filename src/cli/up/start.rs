@@ -16,16 +16,17 @@ use super::{
     data_dir::DataDir,
     edge::{self, EdgeTemplate},
     history::HistoryTemplate,
-    report::{EdgeReport, HistoryReport, RegionReport, Report},
+    report::{EdgeReport, HealthReport, RegionReport, Report},
     say,
     stack::{Role, Stack},
     token,
+    worker::{Demo, WorkerTemplate},
 };
 use crate::{
     config::{Config, Secret, UploadStorage},
     mesh::provision::{self, provision_mesh},
     servers::{
-        Binaries, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Process, Sources,
+        Binaries, Launcher, Mongod, MongodOptions, NatsOptions, NatsServer, Process, Sources, Spec,
         SpineFiles, SpineLink, Spines, free_port, free_port_from, joined,
     },
 };
@@ -50,6 +51,7 @@ struct Region {
 struct Ports {
     edges: u16,
     history: u16,
+    workers: u16,
 }
 
 /// Starts everything, in order. Children that were ready once are in `stack`, even if this fails or is dropped; all
@@ -126,12 +128,22 @@ pub(super) async fn start(
         token,
         pid: std::process::id(),
     };
+    let any = args.port == Some(0);
+    let port_of = |listen: SocketAddr| if any { 0 } else { listen.port() };
     let mut ports = Ports {
         edges: args.port.unwrap_or(config.edge.listen.port()),
-        history: match args.port {
-            Some(0) => 0,
-            _ => config.history.listen.port(),
-        },
+        history: port_of(config.history.listen),
+        workers: port_of(config.worker.listen),
+    };
+    let demo = match args.demo_worker {
+        true => {
+            let demo = Demo::prepare(config, data.path(), &data.secret()?, free_port()?)?;
+            let mut process = Process::new(launcher.clone(), demo.spec(&logs));
+            process.start().await?;
+            stack.supervise(Role::DemoWorker, process);
+            Some(demo)
+        }
+        false => None,
     };
     for (number, region) in regions.iter().enumerate() {
         let template = EdgeTemplate {
@@ -154,7 +166,29 @@ pub(super) async fn start(
                 mongodb_url,
                 logs: logs.clone(),
             };
-            history.push(start_history(number, &mut ports, &template, &launcher, stack).await?);
+            let listen = config.history.listen.ip();
+            let role = Role::History { region: number };
+            let spec = |address| template.spec(address);
+            let port = &mut ports.history;
+            let started = start_service("history", role, listen, port, spec, &launcher, stack);
+            history.push(started.await?);
+        }
+        let mut workers = Vec::new();
+        if demo.is_some() || !region.config.workers.is_empty() {
+            let template = WorkerTemplate {
+                binary: &binary,
+                config: &region.config,
+                config_file,
+                nats_url: &region.nats_url,
+                demo: demo.as_ref(),
+                logs: logs.clone(),
+            };
+            let listen = config.worker.listen.ip();
+            let role = Role::Workers { region: number };
+            let spec = |address| template.spec(address);
+            let port = &mut ports.workers;
+            let started = start_service("worker", role, listen, port, spec, &launcher, stack);
+            workers.push(started.await?);
         }
         report.regions.push(RegionReport {
             name: region.config.region.clone(),
@@ -163,6 +197,7 @@ pub(super) async fn start(
             spine_pid: region.spine_pid,
             edges,
             history,
+            workers,
         });
     }
     Ok(report)
@@ -390,28 +425,29 @@ async fn start_edges(
     }
 }
 
-/// Starts the history service of a region on the next free port, or on any port if the edges use any.
-async fn start_history(
-    region: usize,
-    ports: &mut Ports,
-    template: &HistoryTemplate<'_>,
+/// Starts a process of a region on the next free port, or on any port if the edges use any.
+async fn start_service(
+    name: &str,
+    role: Role,
+    ip: IpAddr,
+    wanted: &mut u16,
+    spec: impl Fn(SocketAddr) -> Spec,
     launcher: &Launcher,
     stack: &mut Stack,
-) -> anyhow::Result<HistoryReport> {
-    let ip = template.config.history.listen.ip();
+) -> anyhow::Result<HealthReport> {
     let mut attempt = 1;
     loop {
-        let port = choose_port("history", ip, ports.history)?;
+        let port = choose_port(name, ip, *wanted)?;
         let address = SocketAddr::new(ip, port);
-        let mut process = Process::new(launcher.clone(), template.spec(address));
+        let mut process = Process::new(launcher.clone(), spec(address));
         match process.start().await {
             Ok(()) => {
-                let report = HistoryReport {
+                let report = HealthReport {
                     pid: process.pid(),
                     http: format!("http://{}", edge::reachable(address)),
                 };
-                stack.supervise(Role::History { region }, process);
-                ports.history = following(ports.history, port)?;
+                stack.supervise(role, process);
+                *wanted = following(*wanted, port)?;
                 return Ok(report);
             }
             // Another process may have taken the port after it was found free.

@@ -137,7 +137,7 @@ pub(super) async fn record(
 
 /// Change a room's settings.
 ///
-/// `archived`, `frozen` and `slow_mode_s` are for moderators; `title`, `info` and `assignee` for owners. With `If-Match`
+/// `archived`, `frozen`, `slow_mode_s` and `alert` are for moderators; `title`, `info` and `assignee` for owners. With `If-Match`
 /// only if the record still has that version.
 #[utoipa::path(
     patch,

@@ -16,6 +16,8 @@ const ROOMS: &str = include_str!("../../../nats/streams/rooms.json");
 
 const HISTORY_DEAD: &str = include_str!("../../../nats/streams/history_dead.json");
 
+const UNDELIVERED: &str = include_str!("../../../nats/streams/undelivered.json");
+
 /// The buckets of a region, with their definitions.
 const BUCKETS: [(&str, &str); 6] = [
     (
@@ -49,8 +51,8 @@ const BUCKETS: [(&str, &str); 6] = [
 pub(super) enum Kind {
     /// One partition of the durable rooms.
     Rooms { part: u16 },
-    /// Messages that history could not write.
-    HistoryDead,
+    /// Messages that history could not write, or that receivers did not accept.
+    Dead,
     /// The keys of a bucket.
     Bucket { bucket: &'static str },
 }
@@ -74,7 +76,20 @@ pub fn definitions(config: &Config, origin: &Region) -> Vec<Definition> {
     let rooms = (0..config.nats.partitions).map(|part| rooms(config, &subjects, origin, part));
     let buckets =
         BUCKETS.map(|(bucket, file)| bucket_definition(config, &subjects, origin, bucket, file));
-    let dead = std::iter::once(history_dead(config, &subjects, origin));
+    let dead = [
+        (
+            HISTORY_DEAD,
+            subject::dead_stream(origin),
+            subjects.dead_all(origin),
+        ),
+        (
+            UNDELIVERED,
+            subject::undelivered_stream(origin),
+            subjects.undelivered_all(origin),
+        ),
+    ];
+    let dead =
+        dead.map(|(file, stream, captured)| dead_letters(config, origin, file, stream, captured));
     rooms.chain(dead).chain(buckets).collect()
 }
 
@@ -136,17 +151,22 @@ fn rooms(config: &Config, subjects: &Subjects, origin: &Region, part: u16) -> De
     }
 }
 
-fn history_dead(config: &Config, subjects: &Subjects, origin: &Region) -> Definition {
-    let stream = subject::dead_stream(origin);
-    let mut json = parse(HISTORY_DEAD);
+fn dead_letters(
+    config: &Config,
+    origin: &Region,
+    file: &str,
+    stream: String,
+    captured: String,
+) -> Definition {
+    let mut json = parse(file);
     set(&mut json, "name", json!(stream));
-    set(&mut json, "subjects", json!([subjects.dead_all(origin)]));
+    set(&mut json, "subjects", json!([captured]));
     set(&mut json, "num_replicas", json!(config.streams.replicas));
     Definition {
         stream,
         config: json,
         origin: origin.clone(),
-        kind: Kind::HistoryDead,
+        kind: Kind::Dead,
     }
 }
 
@@ -232,7 +252,7 @@ impl Definition {
                 subjects.captured(&self.origin, part),
                 subjects.republished(region, &self.origin, part),
             ),
-            Kind::HistoryDead => return None,
+            Kind::Dead => return None,
             Kind::Bucket { bucket } => (
                 subject::bucket_captured(bucket, &self.origin),
                 subjects.bucket_republished(region, &self.origin, bucket),
@@ -276,10 +296,11 @@ mod tests {
     #[test]
     fn the_files_are_the_definitions_of_the_defaults() {
         let definitions = definitions(&config(""));
-        assert_eq!(definitions.len(), 11);
+        assert_eq!(definitions.len(), 12);
         assert_eq!(definitions[0].config, parse(ROOMS));
         assert_eq!(definitions[4].config, parse(HISTORY_DEAD));
-        for (definition, (_, file)) in definitions[5..].iter().zip(BUCKETS) {
+        assert_eq!(definitions[5].config, parse(UNDELIVERED));
+        for (definition, (_, file)) in definitions[6..].iter().zip(BUCKETS) {
             assert_eq!(definition.config, parse(file));
         }
     }
@@ -296,6 +317,7 @@ mod tests {
                 "ROOMS_seoul_0",
                 "ROOMS_seoul_1",
                 "HISTORY_DEAD_seoul",
+                "UNDELIVERED_seoul",
                 "KV_presence_seoul",
                 "KV_edges_seoul",
                 "KV_lastread_seoul",
@@ -323,7 +345,7 @@ mod tests {
             json!(["m2.dead.seoul.>"])
         );
         assert_eq!(
-            definitions[3].config["republish"]["dest"],
+            definitions[4].config["republish"]["dest"],
             json!("m2.kv.seoul.seoul.presence.>")
         );
     }
@@ -352,8 +374,10 @@ mod tests {
             rooms.config["republish"],
             json!({ "src": "natter.in.seoul.3.>", "dest": "natter.live.virginia.seoul.3.>" })
         );
-        let presence = definitions[5].mirror_in(&virginia, &subjects).unwrap();
-        assert!(definitions[4].mirror_in(&virginia, &subjects).is_none());
+        let presence = definitions[6].mirror_in(&virginia, &subjects).unwrap();
+        for dead in &definitions[4..6] {
+            assert!(dead.mirror_in(&virginia, &subjects).is_none());
+        }
         assert_eq!(
             presence.config["republish"]["dest"],
             json!("natter.kv.virginia.seoul.presence.>")

@@ -9,6 +9,9 @@ use crate::{model::Region, subject::api};
 /// `err_code` of "stream not found" (nats-server `errors.json`).
 const STREAM_NOT_FOUND: u64 = 10059;
 
+/// `err_code` of "consumer not found".
+const CONSUMER_NOT_FOUND: u64 = 10014;
+
 /// JetStream of one domain. Every request ends within [`REQUEST_DEADLINE`].
 #[derive(Debug, Clone)]
 pub(in crate::mesh) struct JetStream<'a> {
@@ -100,6 +103,23 @@ impl<'a> JetStream<'a> {
             Some(Value::Object(config)) => Some(config),
             _ => None,
         })
+    }
+
+    /// A consumer's info; `None` if there is no such consumer.
+    pub(in crate::mesh) async fn consumer_info(
+        &self,
+        stream: &str,
+        consumer: &str,
+    ) -> Result<Option<Value>, ProvisionError> {
+        let request = api::consumer_info(stream, consumer);
+        match self.request(&request, &json!({})).await {
+            Ok(info) => Ok(Some(info)),
+            Err(ProvisionError::Refused {
+                code: CONSUMER_NOT_FOUND,
+                ..
+            }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     pub(super) async fn create(

@@ -316,6 +316,7 @@ pub(super) mod tests {
             pinned: false,
             archived: false,
             assignee: None,
+            alert: None,
         }
     }
 

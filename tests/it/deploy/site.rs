@@ -24,9 +24,10 @@ use crate::support::{
 
 /// The regions of the examples.
 pub(super) const REGIONS: [&str; 3] = ["seoul", "frankfurt", "virginia"];
-const USERS: [&str; 7] = [
+const USERS: [&str; 8] = [
     "edge",
     "history",
+    "worker",
     "mirrors",
     "provision",
     "operator",
@@ -193,6 +194,8 @@ pub(super) struct Natter<'a> {
     pub(super) database: String,
     /// Where its servers take leaf nodes: for whoever helps mirrors on.
     pub(super) leafnodes: String,
+    /// `workers` of the configuration.
+    pub(super) workers: String,
 }
 
 impl Natter<'_> {
@@ -217,6 +220,9 @@ impl Natter<'_> {
                 ("NATTER__MIRRORS__USER", "mirrors".to_owned()),
                 ("NATTER__MIRRORS__PASSWORD", password("mirrors")),
             ]);
+        }
+        if !self.workers.is_empty() {
+            env.push(("NATTER__WORKERS", self.workers.clone()));
         }
         if let Some(ca) = &self.ca {
             env.push(("SSL_CERT_FILE", ca.display().to_string()));
@@ -256,7 +262,7 @@ impl Natter<'_> {
         }
     }
 
-    /// Starts an edge or a history service and waits until it is ready.
+    /// Starts an edge, a history service or workers, and waits until it is ready.
     pub(super) async fn start(&self, role: &str, name: &str) -> (Process, SocketAddr) {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
         let mut env = self.environment(role);

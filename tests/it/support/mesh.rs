@@ -113,6 +113,21 @@ impl Mesh {
         number
     }
 
+    /// Starts the process that runs the workers of the configuration, and waits until it is ready.
+    pub(crate) async fn start_workers(&self) -> Edge {
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
+        let mut spec = self.spec(0, address);
+        spec.name = "workers".to_owned();
+        spec.log = self.dir.path().join("workers.log");
+        spec.env = vec![("NATTER__WORKER__LISTEN".to_owned(), address.to_string())];
+        if let Some(role) = spec.args.first_mut() {
+            *role = "worker".into();
+        }
+        let mut process = Process::new(launcher(), spec);
+        process.start().await.unwrap();
+        Edge { address, process }
+    }
+
     /// Where a history service writes what it logs.
     pub(crate) fn worker_log(&self, number: usize) -> std::path::PathBuf {
         self.dir.path().join(format!("history-{number}.log"))

@@ -11,6 +11,7 @@
 pub(crate) mod calls;
 pub(crate) mod centrifugal;
 pub(crate) mod checker;
+pub(crate) mod endpoint;
 pub(crate) mod events;
 pub(crate) mod mesh;
 pub(crate) mod overheard;
