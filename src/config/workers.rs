@@ -10,8 +10,9 @@ use super::{
 };
 use crate::model::{Condition, MAX_ANNOTATION_NAME, RoomScope, is_token};
 
-/// Most workers of a region: each has a consumer on every stream of rooms, and metrics of its own.
-pub const MAX_WORKERS: usize = 32;
+/// Most workers of a region: history keeps annotations of as many users of a message, and each worker is one. Each also has
+/// a consumer on every stream of rooms, and metrics of its own.
+pub const MAX_WORKERS: usize = 8;
 
 /// Most requests of one worker at once.
 const MAX_CONCURRENCY: usize = 1000;
@@ -144,6 +145,15 @@ pub(super) fn check(
                 "{key}.annotation = {annotation:?}: must have 1 to {MAX_ANNOTATION_NAME} bytes"
             ),
         );
+        if let Some(alert) = &worker.alert {
+            check(
+                alert.name() == annotation,
+                format!(
+                    "{key}.alert begins with {:?}: must be the annotation, {annotation:?}",
+                    alert.name()
+                ),
+            );
+        }
         check(
             (1..=MAX_CONCURRENCY).contains(&worker.concurrency),
             format!(
@@ -192,8 +202,13 @@ mod tests {
         assert!(!worker.ordered && worker.alert.is_none() && worker.allow.is_empty());
         let shown = toml::to_string_pretty(&load(GOOD).unwrap()).unwrap();
         assert!(shown.contains("secret = \"***\"") && !shown.contains("MfKQ"));
-        let more = format!("{GOOD}alert = 'sentiment.score < -0.5'\nallow = ['127.0.0.0/8']\n");
+        let more = format!("{GOOD}alert = 'translation.score < -0.5'\nallow = ['127.0.0.0/8']\n");
         load(&more).unwrap();
+        let error = load(&format!("{GOOD}alert = 'sentiment.score < 0'\n")).unwrap_err();
+        assert!(
+            error.contains("must be the annotation, \"translation\""),
+            "{error}"
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Conditions on JSON: `sentiment.score < -0.5`.
 
-use std::fmt;
+use std::{cmp::Ordering, fmt};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -54,8 +54,9 @@ impl Condition {
                 Comparison::AtMost => found <= value,
                 Comparison::More => found > value,
                 Comparison::AtLeast => found >= value,
-                Comparison::Equal => found.total_cmp(&value).is_eq(),
-                Comparison::Unequal => !found.total_cmp(&value).is_eq(),
+                // As numbers: -0.0 is 0. JSON has no NaN.
+                Comparison::Equal => found.partial_cmp(&value) == Some(Ordering::Equal),
+                Comparison::Unequal => found.partial_cmp(&value) != Some(Ordering::Equal),
             });
         }
         let same_type = std::mem::discriminant(found) == std::mem::discriminant(&self.value);

@@ -80,6 +80,8 @@ struct Head {
     id: String,
     from: String,
     #[serde(default)]
+    edited_at: Option<u64>,
+    #[serde(default)]
     deleted_at: Option<u64>,
 }
 
@@ -151,7 +153,7 @@ impl Worker {
     ) -> Result<Done, Failed> {
         let Stored { room, record } = stored;
         let about = About::of(room, record, &self.config.kinds);
-        let Some(about) = about.filter(|_| self.scope.contains(room)) else {
+        let Some(about) = about else {
             return Ok(Done::Skipped);
         };
         let user = &*self.identity.user;
@@ -222,20 +224,41 @@ impl Worker {
             limit: PAGE,
             thread: None,
         };
-        let page = match parts.history.page(&request).await {
-            Ok(page) => page,
-            Err(refused) if refused.code == ErrorCode::BadId => return Ok(None),
+        let messages = match parts.history.page(&request).await {
+            Ok(page) => page.messages,
+            Err(refused) if refused.code == ErrorCode::BadId => Vec::new(),
             Err(refused) => return Err(later(&refused)),
         };
-        for message in page.messages {
+        for message in messages {
             let head: Head = serde_json::from_str(message.get()).map_err(|error| later(&error))?;
             let is_it = head.id == about.reference.id.as_str()
                 && Some(&head.from) == about.reference.user.as_ref();
-            if is_it {
-                return Ok(Some(message).filter(|_| head.deleted_at.is_none()));
+            if !is_it {
+                continue;
             }
+            if head.deleted_at.is_some() {
+                return Ok(None);
+            }
+            let edited = stored.record.shown_ts();
+            if about.is_edit && head.edited_at.is_none_or(|at| at < edited) {
+                return Err(later(&"history does not have the edit yet"));
+            }
+            return Ok(Some(message));
         }
-        Ok(None)
+        // It was erased, or history can't be read as far as there: a replica lags, or MongoDB has it not yet.
+        let erased = parts.remembered.has_stored(stored).await;
+        if erased.map_err(|error| later(&error))? {
+            return Ok(None);
+        }
+        if about.is_edit {
+            return Err(later(&"history does not have the message now"));
+        }
+        shown(stored.clone(), parts.streams.origin(), epoch).map_err(|error| later(&error))
+    }
+
+    /// Whether it has to do something with a message.
+    pub(super) fn wants(&self, Stored { room, record }: &Stored) -> bool {
+        self.scope.contains(room) && About::of(room, record, &self.config.kinds).is_some()
     }
 
     /// Asks the worker. Returns the body of the annotation, or what there is in place of one.

@@ -64,12 +64,13 @@ pub(super) async fn run(parts: Parts, worker: Arc<Worker>, part: u16, opened: on
     let subjects = Subjects::new(&parts.config.nats.prefix);
     let origin = parts.streams.origin();
     let stream = rooms_stream(origin, part);
-    let classes = config.kinds.iter().map(|kind| match kind {
+    let class_of = |kind: &WorkerKind| match kind {
         WorkerKind::Message => Class::Msg,
         WorkerKind::Edit => Class::Ev,
-    });
-    let mut classes: Vec<Class> = classes.collect();
-    classes.dedup();
+    };
+    let is_asked = |class: &Class| config.kinds.iter().any(|kind| class_of(kind) == *class);
+    let mut classes = vec![Class::Msg, Class::Ev];
+    classes.retain(is_asked);
     let filters = subjects.stored_of(origin, part, &worker.scope, &classes);
     let name = worker.name();
     let consumer = Consumer::of_worker(&parts.config, name, filters, at_once, config.ordered);
@@ -196,6 +197,9 @@ impl Taking {
         let Some(stored) = delivery.stored(&self.subjects, epoch) else {
             return Answer::Done;
         };
+        if !worker.wants(&stored) {
+            return Answer::Done;
+        }
         let age = Duration::from_millis(unix_ms().saturating_sub(delivery.ts));
         if age > worker.config.max_age {
             worker.count(Counter::WorkerExpired);
@@ -233,13 +237,15 @@ impl Taking {
             Err(Failed::Receiver { fault, after }) => {
                 worker.count(Counter::WorkerFailed);
                 let reason = fault.to_string();
-                if delivery.deliveries >= worker.config.max_deliver
-                    && self.bury(delivery, &stored, epoch, &reason).await
-                {
+                let wait = pause(delivery.deliveries, PAUSES, after);
+                // One that would be too old by then would be dropped without a trace.
+                let is_last = delivery.deliveries >= worker.config.max_deliver
+                    || age + wait > worker.config.max_age;
+                if is_last && self.bury(delivery, &stored, epoch, &reason).await {
                     return Answer::Done;
                 }
                 tracing::debug!(worker = name, stream, seq, reason, "a worker failed");
-                Answer::Again(pause(delivery.deliveries, PAUSES, after))
+                Answer::Again(wait)
             }
         }
     }

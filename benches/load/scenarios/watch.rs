@@ -249,8 +249,8 @@ pub(super) fn inbox_memory(bench: &mut Bench) -> Table {
                         sleep(COMPARED).await;
                         before = target.edge().memory().0;
                     }
-                    let watching = session.commands().call("watch", &json!({ "mine": true }));
-                    watching.await.unwrap();
+                    let mine = json!({ "mine": true });
+                    session.commands().call("watch", mine).await.unwrap();
                 }
                 sleep(COMPARED).await;
                 target.edge().memory().0.saturating_sub(before)
