@@ -935,7 +935,7 @@ mod tests {
             ("regions = ['frankfurt']", "contain region = \"seoul\""),
             ("regions = ['seoul', 'seoul']", "\"seoul\" is named twice"),
             ("regions = ['seoul', 'F_1']", "\"F_1\" must match"),
-            (&*many, "34 of them, at most 8"),
+            (&*many, "34 of them, at most 32"),
         ] {
             let error = regions(toml).unwrap_err().to_string();
             assert!(error.contains(told), "{toml}: {error}");
