@@ -8,9 +8,12 @@ use super::{
 };
 use crate::{
     auth::{Identity, Right},
-    model::{MAX_USER, Reference, Region, RoomId},
+    model::{MAX_USER, Reference, Region, RoomId, json_flaw},
     protocol::{ErrorCode, PutMember, Refused, Settings},
 };
+
+/// Levels of the `info` of a room.
+const MAX_INFO_LEVELS: usize = 32;
 
 /// Most users of a direct room.
 pub const DIRECT_MEMBERS: usize = 10;
@@ -151,10 +154,15 @@ fn check_text(name: &str, text: &str) -> Result<(), Refused> {
 }
 
 fn check_info(info: &Map<String, Value>) -> Result<(), Refused> {
-    let size = serde_json::to_string(info).map_or(usize::MAX, |text| text.len());
-    match size <= MAX_INFO {
-        true => Ok(()),
-        false => bad(format!("info has {size} bytes, the limit is {MAX_INFO}")),
+    let text = serde_json::to_vec(info).unwrap_or_default();
+    if text.len() > MAX_INFO {
+        let size = text.len();
+        return bad(format!("info has {size} bytes, the limit is {MAX_INFO}"));
+    }
+    // What is nested deeper than a parser reads would make the whole record unreadable.
+    match json_flaw(&text, MAX_INFO_LEVELS) {
+        None => Ok(()),
+        Some(flaw) => bad(format!("info {flaw}")),
     }
 }
 
@@ -244,6 +252,10 @@ impl Ask<'_> {
                 Change::Put { .. } | Change::Set(_) | Change::Alert(_) | Change::Pin { .. }
             ) || self.members_only
             {
+                if change.users() == [by] {
+                    // As in a room that was made: who leaves is not told whether there is one.
+                    return self.is_no_member();
+                }
                 return Err(Refused::new(
                     ErrorCode::Forbidden,
                     format!("{} has no record: nobody has made it", self.room),
@@ -572,21 +584,26 @@ impl Ask<'_> {
         Ok(told)
     }
 
+    fn is_no_member<T>(&self) -> Result<T, Refused> {
+        forbidden(format!("this user is not a member of {}", self.room))
+    }
+
     fn remove(&self, new: &mut Record, user: &str, stamp: Stamp) -> Result<Told, Refused> {
         let oneself = *user == *self.identity.user;
         if !oneself {
             self.outranks(new, user, "removing a member")?;
         }
         let Some(member) = new.members.get_mut(user) else {
+            if oneself {
+                return self.is_no_member();
+            }
             return bad(format!("{user} is not named in {}", self.room));
         };
         match member.state {
             MemberState::Banned if oneself => {
                 return forbidden(format!("this user is banned from {}", self.room));
             }
-            MemberState::Out if oneself => {
-                return forbidden(format!("this user is not a member of {}", self.room));
-            }
+            MemberState::Out if oneself => return self.is_no_member(),
             MemberState::Out => {}
             MemberState::In | MemberState::Banned => {
                 // A mute and the role stay: leaving must not end them.

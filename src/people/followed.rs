@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 
 use super::{
     filter::Filter,
@@ -103,19 +103,22 @@ impl People {
         namespaces: &[Box<str>],
     ) -> Result<(BTreeSet<RoomId>, bool), Refused> {
         let (mut rooms, mut all) = self.live_rooms(markers, identity, namespaces).await?;
-        for name in namespaces {
-            for origin in self.origins.all() {
-                let bucket = self.records.of(origin.origin());
-                let keys = record_keys(name);
-                match bucket.rooms(&keys, parse_record_key, MAX_LISTED).await {
-                    Ok(found) => {
-                        all &= found.len() < MAX_LISTED;
-                        rooms.extend(found);
-                    }
-                    Err(error) => {
-                        tracing::debug!(%error, "the records of a region are not listed");
-                        all = false;
-                    }
+        let origins = self.origins.all();
+        let asked = namespaces.iter().flat_map(|name| {
+            origins.iter().map(async move |origin| {
+                let (bucket, keys) = (self.records.of(origin.origin()), record_keys(name));
+                bucket.rooms(&keys, parse_record_key, MAX_LISTED).await
+            })
+        });
+        for found in join_all(asked).await {
+            match found {
+                Ok(found) => {
+                    all &= found.len() < MAX_LISTED;
+                    rooms.extend(found);
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "the records of a region are not listed");
+                    all = false;
                 }
             }
         }

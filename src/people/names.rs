@@ -36,10 +36,11 @@ pub fn group(namespace: &str, about: Option<&str>, key: &str) -> Result<RoomId, 
     named(namespace, "group", parts.into_iter())
 }
 
-/// The id of the entry in a room's log that a user causes by sending a message with the id `id`.
+/// The id of the entry in a room's log that a user causes by pinning (`on`) or unpinning `message` with the id `id`.
 #[must_use]
-pub fn entry_id(user: &str, id: &str) -> String {
-    hashed("pin", [user, id].into_iter())
+pub fn entry_id(user: &str, id: &str, message: &str, on: bool) -> String {
+    let what = if on { "pin" } else { "unpin" };
+    hashed("pin", [user, id, what, message].into_iter())
 }
 
 fn named<'p>(

@@ -472,6 +472,34 @@ fn rooms_are_made_once_and_direct_rooms_keep_their_members() {
 }
 
 #[test]
+fn an_info_that_no_parser_reads_is_refused() {
+    let boss = identity("boss", &[Right::Manage]);
+    let (room, origin) = (room(), region(0));
+    let ask = ask(&boss, &room, &origin);
+    let made = new_record();
+    for (levels, is_taken) in [(1, true), (32, true), (33, false), (126, false)] {
+        let text = format!("{}1{}", "{\"a\":".repeat(levels), "}".repeat(levels));
+        let set = Change::Set(Box::new(Settings {
+            info: Some(serde_json::from_str(&text).unwrap()),
+            ..Settings::default()
+        }));
+        match ask.apply(Some(&made), &set) {
+            Ok(changed) => {
+                let text = serde_json::to_string(&changed.unwrap().0).unwrap();
+                assert!(is_taken && serde_json::from_str::<Record>(&text).is_ok());
+            }
+            Err(refused) => {
+                assert_eq!(refused.code, ErrorCode::BadRequest);
+                assert!(
+                    !is_taken && refused.message.starts_with("info "),
+                    "{refused:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn a_repeated_pin_makes_up_for_a_lost_write_and_undoes_nothing() {
     let boss = identity("boss", &[Right::Manage]);
     let (room, origin) = (room(), region(0));

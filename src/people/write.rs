@@ -60,6 +60,10 @@ pub(super) fn refusal(error: KvError) -> Refused {
     Refused::new(code, format!("the record: {error}"))
 }
 
+fn has_no_record(room: &RoomId) -> Refused {
+    Refused::new(ErrorCode::UnknownRoom, format!("{room} has no record"))
+}
+
 /// The entries of the index by room, those of all regions merged.
 fn by_room(entries: &[Entry]) -> Vec<(RoomId, index::Entry)> {
     let merged = merged(entries).into_iter();
@@ -83,6 +87,12 @@ impl People {
             let entries = self.get(bucket, &keys).await.map_err(refusal)?;
             let own = entries.iter().find(|(own, _)| *own);
             let revision = own.map_or(0, |(_, entry)| entry.revision);
+            let text = own.and_then(|(_, entry)| entry.value.as_deref());
+            if let Some(Err(error)) = text.map(serde_json::from_slice::<T>) {
+                // It is not overwritten: it may say who is banned.
+                let text = format!("the record can't be read: {error}");
+                return Err(Refused::new(ErrorCode::Internal, text));
+            }
             let known: Option<T> = merged(entries.iter().map(|(_, entry)| entry)).remove(key);
             let (new, result) = change(known.as_ref())?;
             let Some(new) = new else {
@@ -142,8 +152,25 @@ impl People {
         change: &Change,
     ) -> Result<(), Refused> {
         let ask = self.ask(identity, room)?;
+        self.may_pin(identity, room, change).await?;
         let record = self.read_record(room).await?;
-        ask.apply(record.as_ref(), change).map(drop)
+        match ask.apply(record.as_ref(), change)? {
+            None if record.is_none() => Err(has_no_record(room)),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Who may not write in a room pins nothing there.
+    async fn may_pin(
+        &self,
+        identity: &Identity,
+        room: &RoomId,
+        change: &Change,
+    ) -> Result<(), Refused> {
+        match change {
+            Change::Pin { .. } => self.check(identity, Right::Write, room).await.map(drop),
+            _ => Ok(()),
+        }
     }
 
     /// Makes a change of a room's record, and writes the index of the users concerned. `version`: only if the record has
@@ -167,6 +194,7 @@ impl People {
             let text = format!("this user can't write in {room}");
             return Err(Refused::new(ErrorCode::Forbidden, text));
         }
+        self.may_pin(identity, room, change).await?;
         let made = |record: Option<&Record>| {
             if let (Some(version), record) = (version, record)
                 && record.is_none_or(|record| record.version() != version)
@@ -192,8 +220,7 @@ impl People {
             })
         };
         let (record, done) = self.update(&self.records, &record_key(room), made).await?;
-        let record = record
-            .ok_or_else(|| Refused::new(ErrorCode::Internal, format!("{room} has no record")))?;
+        let record = record.ok_or_else(|| has_no_record(room))?;
         self.wrote(room, &record);
         let (told, concerned, created) = match done {
             Some((told, concerned, created)) => {

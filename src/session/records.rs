@@ -250,7 +250,7 @@ impl<'p> Pinning<'p> {
         let id = id.as_ref().map(ToString::to_string);
         let id = id.unwrap_or_else(|| ulid::Ulid::new().to_string());
         let told = people::told_of_pin(&identity.user, &self.message, self.on);
-        let entry = people::entry_id(&identity.user, &id);
+        let entry = people::entry_id(&identity.user, &id, &self.message, self.on);
         let entry = tell(publisher, room, &told, durable, &entry).await?;
         let pin = self.change(Some(Said {
             ts: entry.ts,

@@ -447,7 +447,11 @@ impl Follow {
             }
             let found = match (look.found, &news.said) {
                 // Nothing keeps the messages of an ephemeral room. Whether the newest one matches is as it was.
-                (Found::Room(_), Said::Nothing) if look.is_ephemeral => continue,
+                (Found::Room(_), Said::Nothing)
+                    if look.is_ephemeral && (!news.by_record || self.filter.needs_message()) =>
+                {
+                    continue;
+                }
                 (Found::Room(_), Said::Other) if look.is_ephemeral => Found::Nothing,
                 (Found::Room(mut room), Said::Message(last)) if look.is_ephemeral => {
                     room.last = Some(last.clone());

@@ -116,10 +116,12 @@ impl List {
         self.named.is_none().then_some(&*self.user)
     }
 
-    /// Whether the client may have to be told that the user is out of a room, since this time in ms since 1970. It was
-    /// told before if that is older than the watch, unless the room is kept.
+    /// Whether the client may have to be told that the user is out of a room, since this time in ms since 1970. If that is
+    /// older than the watch, only of a room that it was told of: it may have been heard late, from another region.
     pub(super) fn may_leave(&self, room: &RoomId, since: u64) -> bool {
-        since.saturating_add(CLOCKS_MS) >= self.began_at || self.rooms.borrow().contains_key(room)
+        since.saturating_add(CLOCKS_MS) >= self.began_at
+            || self.rooms.borrow().contains_key(room)
+            || self.told.borrow().has(room)
     }
 
     /// The client is told a page of at most `limit` rooms. `is_first`: whether none is before it.

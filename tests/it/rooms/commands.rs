@@ -466,6 +466,12 @@ async fn a_pin_is_an_entry_of_the_log_and_a_repeat_of_it_changes_nothing() {
     );
     assert_eq!(pins().await, json!(["kim/m2"]));
 
+    // An id that stood for something else is another entry.
+    let other = reply(&mut moderates, "send", send("unpin", "p2", "kim/m9")).await;
+    assert_eq!(other["dup"], false, "{other}");
+    let push = next(&mut kim).await.json();
+    assert_eq!(push["body"], told("unpinned", "kim/m9"), "{push}");
+
     // Many at once are carried out in their order. What is pinned already is not pinned twice.
     let one = |kind: &str, target: &str| json!({"room": room, "kind": kind, "target": target});
     let many = json!({"messages": [

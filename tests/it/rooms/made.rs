@@ -536,6 +536,16 @@ async fn members_of_a_direct_room_and_moderators_pin_messages() {
     let pins = answer["pins"].as_array().unwrap();
     let ends = (&pins[0], &pins[49], pins.len());
     assert_eq!(ends, (&json!("kim/m1"), &json!("lee/own"), 50));
+    // Who may not write there pins nothing, by no way.
+    let block = "/v1/users/kim/blocks/lee";
+    done(address, ("PUT", block), &may("kim", &[]), Value::Null).await;
+    eventually("lee is blocked", LONG, async || {
+        let (status, answer) = pin("DELETE", "own").await;
+        (status == 403).then_some(()).ok_or(answer.to_string())
+    })
+    .await;
+    let (status, refused) = send(json!({"kind": "unpin", "target": "own"})).await;
+    assert_eq!(status, 403, "{refused}");
 
     let room = &group(address, "club", "pins", &["kim", "mod"]).await;
     put(address, room, "mod", json!({"role": "moderator"})).await;
