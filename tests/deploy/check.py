@@ -305,6 +305,7 @@ def context(scratch):
     for name in keep:
         source = ROOT / name
         check(f".dockerignore: {name}", source.exists(), "is not there")
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, home / name)
     ok, said = run(["cargo", "metadata", "--no-deps", "--offline", "--format-version", "1"], dict(os.environ), cwd=home)
     check("the manifest in the image's context", ok, said)
