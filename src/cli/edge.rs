@@ -10,17 +10,13 @@ use std::{
 use clap::Args;
 use figment::providers::{Format, Toml};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::runtime::Builder;
 
+use super::run_service;
 use crate::{
     config::Config,
     edge::Edge,
     runtime::{Phase, Signals},
-    telemetry,
 };
-
-/// Timeout of sending the remaining telemetry at the end.
-const TELEMETRY_FLUSH: Duration = Duration::from_secs(2);
 
 /// How long after `edge.drain_timeout` the process is ended, whatever still runs.
 const CUT_AFTER: Duration = Duration::from_secs(5);
@@ -32,16 +28,8 @@ pub(super) struct EdgeCommand {}
 impl EdgeCommand {
     pub(super) fn run(&self, file: Option<&Path>) -> anyhow::Result<ExitCode> {
         let config = Config::load(file, Toml::string(""))?;
-        let telemetry = telemetry::init(&config.telemetry, "natter-edge", &config.edge.id)?;
-        // For accepting, handshakes and HTTP; the shards have threads of their own.
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()?;
-        let result = runtime.block_on(serve(config));
-        runtime.shutdown_timeout(Duration::from_millis(100));
-        telemetry.shutdown(TELEMETRY_FLUSH);
-        result
+        let (telemetry, id) = (config.telemetry.clone(), config.edge.id.clone());
+        run_service(&telemetry, ("natter-edge", &id), serve(config))
     }
 }
 

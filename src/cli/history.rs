@@ -8,21 +8,14 @@ use figment::providers::{Format, Toml};
 use serde_json::json;
 use tokio::runtime::Builder;
 
-use super::{connect::print_line, export};
+use super::{connect::print_line, export, run_service};
 use crate::{
     bus::{Connection, DeadLetter, DeadLetters, Reader},
     config::Config,
     history::{self, History, Retried, dead_letters, retry},
     runtime::{Phase, Signals},
     store::Store,
-    telemetry,
 };
-
-/// Timeout of sending the remaining telemetry at the end.
-const TELEMETRY_FLUSH: Duration = Duration::from_secs(2);
-
-/// Threads of the service: one batch is read while others are written.
-const THREADS: usize = 2;
 
 /// Run the service that keeps the messages of durable rooms in MongoDB, or show its state.
 #[derive(Debug, Args)]
@@ -81,16 +74,8 @@ impl HistoryCommand {
 }
 
 fn service(config: Config) -> anyhow::Result<ExitCode> {
-    let instance = ulid::Ulid::new().to_string();
-    let telemetry = telemetry::init(&config.telemetry, "natter-history", &instance)?;
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(THREADS)
-        .enable_all()
-        .build()?;
-    let result = runtime.block_on(serve(config));
-    runtime.shutdown_timeout(Duration::from_millis(100));
-    telemetry.shutdown(TELEMETRY_FLUSH);
-    result
+    let (telemetry, instance) = (config.telemetry.clone(), ulid::Ulid::new().to_string());
+    run_service(&telemetry, ("natter-history", &instance), serve(config))
 }
 
 async fn serve(config: Config) -> anyhow::Result<ExitCode> {

@@ -25,20 +25,44 @@ mod transfer;
 mod up;
 mod worker;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use figment::providers::{Format, Toml};
+use tokio::runtime::Builder;
 
 use crate::{
     auth::{AuthConfigError, Verifier},
-    config::{Config, ConfigError},
+    config::{self, Config, ConfigError},
     mesh,
-    telemetry::InitError,
+    telemetry::{self, InitError},
 };
 
 /// Exit code of wrong usage or configuration (`EX_USAGE` of sysexits.h).
 const EX_USAGE: u8 = 64;
+
+/// Timeout of sending the remaining telemetry at the end.
+const TELEMETRY_FLUSH: Duration = Duration::from_secs(2);
+
+/// Threads of a service; the shards of an edge have threads of their own.
+const THREADS: usize = 2;
+
+/// Runs a service with its telemetry, which names it and this instance of it.
+fn run_service(
+    config: &config::Telemetry,
+    (name, instance): (&'static str, &str),
+    serve: impl Future<Output = anyhow::Result<ExitCode>>,
+) -> anyhow::Result<ExitCode> {
+    let telemetry = telemetry::init(config, name, instance)?;
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(serve);
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    telemetry.shutdown(TELEMETRY_FLUSH);
+    result
+}
 
 /// An edge messaging mesh on NATS.
 #[derive(Debug, Parser)]

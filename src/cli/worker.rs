@@ -1,6 +1,6 @@
 //! `natter worker`: the process that runs the workers, and tools for its operator.
 
-use std::{path::Path, process::ExitCode, time::Duration};
+use std::{path::Path, process::ExitCode};
 
 use clap::{Args, Subcommand};
 use figment::providers::{Format, Toml};
@@ -10,6 +10,7 @@ use tokio::runtime::Builder;
 use super::{
     connect::print_line,
     history::{letter_json, letter_line, letter_name},
+    run_service,
 };
 use crate::{
     bus::{Connection, DeadLetters, Reader, WORKER_ROLE},
@@ -19,12 +20,6 @@ use crate::{
     telemetry,
     worker::{Retried, Retry, Workers},
 };
-
-/// Timeout of sending the remaining telemetry at the end.
-const TELEMETRY_FLUSH: Duration = Duration::from_secs(2);
-
-/// Threads of the process.
-const THREADS: usize = 2;
 
 /// Run the workers of the configuration, or show the messages that they did not accept.
 #[derive(Debug, Args)]
@@ -68,16 +63,8 @@ impl WorkerCommand {
 
 fn service(config: Config) -> anyhow::Result<ExitCode> {
     telemetry::metrics::name_workers(config.workers.iter().map(|worker| &*worker.name));
-    let instance = ulid::Ulid::new().to_string();
-    let telemetry = telemetry::init(&config.telemetry, "natter-worker", &instance)?;
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(THREADS)
-        .enable_all()
-        .build()?;
-    let result = runtime.block_on(serve(config));
-    runtime.shutdown_timeout(Duration::from_millis(100));
-    telemetry.shutdown(TELEMETRY_FLUSH);
-    result
+    let (telemetry, instance) = (config.telemetry.clone(), ulid::Ulid::new().to_string());
+    run_service(&telemetry, ("natter-worker", &instance), serve(config))
 }
 
 async fn serve(config: Config) -> anyhow::Result<ExitCode> {

@@ -1,13 +1,13 @@
 //! What entries of the configuration that name a URL have in common: how its requests are signed, and which addresses
 //! they may reach.
 
-use std::{collections::BTreeMap, fmt, fs, net::IpAddr, path::Path};
+use std::{collections::BTreeMap, fmt, net::IpAddr, path::Path};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use hyper::Uri;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{ConfigError, Namespace, Secret};
+use super::{ConfigError, Namespace, Secret, value::secret_text};
 use crate::model::RoomScope;
 
 /// What a secret for signatures begins with (Standard Webhooks).
@@ -49,12 +49,7 @@ impl Serialize for SigningSecrets {
 impl SigningSecrets {
     /// Replaces the secrets by those in the file `path`, unless `path` is empty: separated by spaces or lines.
     pub(super) fn read_file(&mut self, key: &str, path: &Path) -> Result<(), ConfigError> {
-        if !path.as_os_str().is_empty() {
-            let text = fs::read_to_string(path).map_err(|source| ConfigError::File {
-                key: key.to_owned(),
-                path: path.to_owned(),
-                source,
-            })?;
+        if let Some(text) = secret_text(key, path)? {
             let secrets = text.split_whitespace().map(str::to_owned);
             self.0 = secrets.map(Secret::new).collect();
         }

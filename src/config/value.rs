@@ -6,6 +6,19 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::ConfigError;
 
+/// The text of the file of a secret; `None` if `path` is empty.
+pub(super) fn secret_text(key: &str, path: &Path) -> Result<Option<String>, ConfigError> {
+    if path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(path).map_err(|source| ConfigError::File {
+        key: key.to_owned(),
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(Some(text))
+}
+
 /// The text of a secret; prints and serialises as `***`, or as the empty text if it is empty.
 #[derive(Clone, Default, Deserialize)]
 #[serde(transparent)]
@@ -35,12 +48,7 @@ impl Secret {
 
     /// Replaces the secret by the content of `path` (without trailing white space), unless `path` is empty.
     pub(super) fn read_file(&mut self, key: &str, path: &Path) -> Result<(), ConfigError> {
-        if !path.as_os_str().is_empty() {
-            let text = fs::read_to_string(path).map_err(|source| ConfigError::File {
-                key: key.to_owned(),
-                path: path.to_owned(),
-                source,
-            })?;
+        if let Some(text) = secret_text(key, path)? {
             text.trim_end().clone_into(&mut self.0);
         }
         Ok(())

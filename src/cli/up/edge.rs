@@ -43,7 +43,6 @@ pub(super) struct EdgeTemplate<'a> {
 impl EdgeTemplate<'_> {
     /// The edge with this id that listens on `listen`.
     pub(super) fn spec(&self, id: &str, listen: SocketAddr) -> Spec {
-        let args = args_of("edge", self.config_file);
         // Quoted, because a name of digits would be read as a number.
         let mut env = vec![
             ("NATTER__EDGE__LISTEN", listen.to_string()),
@@ -53,32 +52,72 @@ impl EdgeTemplate<'_> {
         if let Some(secret) = self.secret {
             env.push(("NATTER__AUTH__HS256_SECRET", secret.to_owned()));
         }
+        let child = Child {
+            role: "edge",
+            of: id,
+            binary: self.binary,
+            config_file: self.config_file,
+            logs: &self.logs,
+            ready_within: READY_WITHIN,
+            stop_within: self.config.edge.drain_timeout + STOP_GRACE,
+        };
+        child.spec(env, listen)
+    }
+}
+
+/// A child of the same binary.
+#[derive(Debug)]
+pub(super) struct Child<'a> {
+    pub role: &'a str,
+    /// Tells it from others of this role; may be empty.
+    pub of: &'a str,
+    pub binary: &'a Path,
+    /// The file given with `--config`, passed on.
+    pub config_file: Option<&'a Path>,
+    pub logs: &'a Path,
+    pub ready_within: Duration,
+    pub stop_within: Duration,
+}
+
+impl Child<'_> {
+    /// The process that listens on `listen`.
+    pub(super) fn spec(&self, env: Vec<(&'static str, String)>, listen: SocketAddr) -> Spec {
+        let (role, of) = (self.role, self.of);
+        let (name, log) = if of.is_empty() {
+            (role.to_owned(), format!("{role}.log"))
+        } else {
+            (format!("{role} {of}"), format!("{role}-{of}.log"))
+        };
+        let mut args: Vec<OsString> = vec![role.into()];
+        if let Some(file) = self.config_file {
+            args.extend(["--config".into(), file.into()]);
+        }
         let reachable = reachable(listen);
         Spec {
-            name: format!("edge {id}"),
+            name,
             program: self.binary.to_owned(),
             args,
             env: env
                 .into_iter()
                 .map(|(key, value)| (key.to_owned(), value))
                 .collect(),
-            log: self.logs.join(format!("edge-{id}.log")),
+            log: self.logs.join(log),
             ready: http_check(reachable, "/readyz"),
-            // Not `/readyz`: an edge that waits for NATS is not ready, and must not be killed for that.
+            // Not `/readyz`: a process that waits for NATS is not ready, and must not be killed for that.
             alive: http_check(reachable, "/healthz"),
-            ready_within: READY_WITHIN,
-            stop_within: self.config.edge.drain_timeout + STOP_GRACE,
+            ready_within: self.ready_within,
+            stop_within: self.stop_within,
         }
     }
 }
 
-/// Arguments of a child that runs `role`.
-pub(super) fn args_of(role: &str, config_file: Option<&Path>) -> Vec<OsString> {
-    let mut args = vec![role.into()];
-    if let Some(file) = config_file {
-        args.extend(["--config".into(), file.into()]);
+/// The region of a child of which each region has one, to tell it from the others; empty if there are no others.
+pub(super) fn region_of(config: &Config) -> &str {
+    if config.regions.is_empty() {
+        ""
+    } else {
+        &config.region
     }
-    args
 }
 
 /// Environment of every child: its region, the server that runs here, and the storage of uploads.

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::edge::{args_of, common_env, http_check, reachable};
+use super::edge::{Child, common_env, region_of};
 use crate::{config::Config, servers::Spec};
 
 /// Timeout of the start, in which it prepares MongoDB.
@@ -36,27 +36,15 @@ impl HistoryTemplate<'_> {
             ("NATTER__MONGODB__URL", self.mongodb_url.to_owned()),
             ("NATTER__MONGODB__URL_FILE", String::new()),
         ]);
-        let reachable = reachable(listen);
-        let (name, log) = if self.config.regions.is_empty() {
-            ("history".to_owned(), "history.log".to_owned())
-        } else {
-            let region = &self.config.region;
-            (format!("history {region}"), format!("history-{region}.log"))
-        };
-        Spec {
-            name,
-            program: self.binary.to_owned(),
-            args: args_of("history", self.config_file),
-            env: env
-                .into_iter()
-                .map(|(key, value)| (key.to_owned(), value))
-                .collect(),
-            log: self.logs.join(log),
-            ready: http_check(reachable, "/readyz"),
-            // Not `/readyz`: a service that waits for NATS must not be killed for that.
-            alive: http_check(reachable, "/healthz"),
+        let child = Child {
+            role: "history",
+            of: region_of(self.config),
+            binary: self.binary,
+            config_file: self.config_file,
+            logs: &self.logs,
             ready_within: READY_WITHIN,
             stop_within: STOP_WITHIN,
-        }
+        };
+        child.spec(env, listen)
     }
 }

@@ -10,7 +10,7 @@ use anyhow::{Context as _, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use sha2::{Digest as _, Sha256};
 
-use super::edge::{args_of, common_env, http_check, reachable};
+use super::edge::{Child, common_env, http_check, region_of};
 use crate::{config::Config, servers::Spec};
 
 /// The reference worker.
@@ -118,28 +118,16 @@ impl WorkerTemplate<'_> {
         if let Some(demo) = self.demo {
             env.push(("NATTER__WORKERS", demo.workers.clone()));
         }
-        let reachable = reachable(listen);
-        let (name, log) = if self.config.regions.is_empty() {
-            ("worker".to_owned(), "worker.log".to_owned())
-        } else {
-            let region = &self.config.region;
-            (format!("worker {region}"), format!("worker-{region}.log"))
-        };
-        Spec {
-            name,
-            program: self.binary.to_owned(),
-            args: args_of("worker", self.config_file),
-            env: env
-                .into_iter()
-                .map(|(key, value)| (key.to_owned(), value))
-                .collect(),
-            log: self.logs.join(log),
-            ready: http_check(reachable, "/readyz"),
-            // Not `/readyz`: workers that wait for NATS must not be killed for that.
-            alive: http_check(reachable, "/healthz"),
+        let child = Child {
+            role: "worker",
+            of: region_of(self.config),
+            binary: self.binary,
+            config_file: self.config_file,
+            logs: &self.logs,
             ready_within: READY_WITHIN,
             stop_within: STOP_WITHIN,
-        }
+        };
+        child.spec(env, listen)
     }
 }
 
