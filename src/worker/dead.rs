@@ -67,7 +67,15 @@ impl Retry {
             let text = format!("there is no worker {name:?} in the configuration");
             return Retried::Refused(text);
         };
-        let retried = match worker.work(&self.parts, stored, letter.epoch, true).await {
+        let work = async {
+            // Its patterns may have changed.
+            let Some(about) = worker.about(stored) else {
+                return Ok(Done::Skipped);
+            };
+            let work = worker.work(&self.parts, (stored, about), letter.epoch, true);
+            work.await
+        };
+        let retried = match work.await {
             Ok(Done::Annotated | Done::Empty) => Retried::Done,
             Ok(Done::Skipped) => Retried::Gone,
             Ok(Done::Rejected(reason)) | Err(Failed::Natter(reason)) => {

@@ -54,7 +54,7 @@ pub(super) enum Failed {
 }
 
 /// The message that a job is about.
-struct About {
+pub(super) struct About {
     reference: Reference,
     /// `<user>/<id>`.
     text: String,
@@ -147,15 +147,11 @@ impl Worker {
     pub(super) async fn work(
         &self,
         parts: &Parts,
-        stored: &Stored,
+        (stored, about): (&Stored, About),
         epoch: Epoch,
         again: bool,
     ) -> Result<Done, Failed> {
         let Stored { room, record } = stored;
-        let about = About::of(room, record, &self.config.kinds);
-        let Some(about) = about else {
-            return Ok(Done::Skipped);
-        };
         let user = &*self.identity.user;
         let key = message_key(room.as_str(), &record.from, &record.id);
         let ids = (
@@ -256,9 +252,10 @@ impl Worker {
         shown(stored.clone(), parts.streams.origin(), epoch).map_err(|error| later(&error))
     }
 
-    /// Whether it has to do something with a message.
-    pub(super) fn wants(&self, Stored { room, record }: &Stored) -> bool {
-        self.scope.contains(room) && About::of(room, record, &self.config.kinds).is_some()
+    /// What it has to do with a message; `None`: nothing.
+    pub(super) fn about(&self, Stored { room, record }: &Stored) -> Option<About> {
+        let about = About::of(room, record, &self.config.kinds);
+        about.filter(|_| self.scope.contains(room))
     }
 
     /// Asks the worker. Returns the body of the annotation, or what there is in place of one.

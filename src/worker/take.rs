@@ -197,9 +197,9 @@ impl Taking {
         let Some(stored) = delivery.stored(&self.subjects, epoch) else {
             return Answer::Done;
         };
-        if !worker.wants(&stored) {
+        let Some(about) = worker.about(&stored) else {
             return Answer::Done;
-        }
+        };
         let age = Duration::from_millis(unix_ms().saturating_sub(delivery.ts));
         if age > worker.config.max_age {
             worker.count(Counter::WorkerExpired);
@@ -211,7 +211,10 @@ impl Taking {
         let again = delivery.deliveries > 1 || is_old;
         let (stream, seq) = (&self.stream, delivery.seq);
         let name = worker.name();
-        match worker.work(&self.parts, &stored, epoch, again).await {
+        match worker
+            .work(&self.parts, (&stored, about), epoch, again)
+            .await
+        {
             Ok(done) => {
                 match done {
                     Done::Annotated => worker.count(Counter::WorkerAnnotated),
