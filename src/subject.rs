@@ -630,6 +630,12 @@ pub fn block_key(user: &str, other: &str) -> String {
     format!("{}.blocks.user.{}", key_escape(user), key_escape(other))
 }
 
+/// The keys of the blocks of a user.
+#[must_use]
+pub fn block_keys(user: &str) -> String {
+    format!("{}.blocks.user.*", key_escape(user))
+}
+
 /// The keys of all blocks.
 pub const BLOCK_KEYS: &str = "*.blocks.user.*";
 

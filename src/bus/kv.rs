@@ -14,7 +14,7 @@ use super::{
     Connection, LiveFeed, MAX_HEADS, ReadError, Reader, StreamError,
     jetstream::{self, Problem, PubAck, Purged, StreamInfo},
     record::{BadRecord, last, rfc3339_ms, stored_time},
-    rooms::rooms_of,
+    rooms::{self, rooms_of},
 };
 use crate::{
     config::Config,
@@ -325,6 +325,21 @@ impl Bucket {
             next = after;
         }
         Ok(entries)
+    }
+
+    /// How many keys match. Removed keys count for a while.
+    ///
+    /// # Errors
+    /// [`StreamError`].
+    pub async fn count(&self, keys: &str) -> Result<usize, StreamError> {
+        let filter = bucket_key(self.bucket, &self.origin, keys);
+        rooms::count(
+            self.reader.connection(),
+            &self.stream,
+            &filter,
+            self.timeout,
+        )
+        .await
     }
 
     /// The rooms of the matching keys, about `most` of them; `room` finds the room of a key. Removed keys count for a while.

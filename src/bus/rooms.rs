@@ -26,6 +26,41 @@ struct State {
     subjects: Option<HashMap<String, IgnoredAny>>,
 }
 
+async fn info(
+    connection: &Connection,
+    stream: &str,
+    (filter, offset): (&str, usize),
+    wait: Duration,
+) -> Result<Info, StreamError> {
+    let request = serde_json::json!({ "subjects_filter": filter, "offset": offset });
+    let subject = api::stream_info(stream);
+    let asked = jetstream::ask(connection, subject, request.to_string().into());
+    timeout(wait, asked)
+        .await
+        .map_err(|_elapsed| StreamError::Timeout {
+            stream: stream.to_owned(),
+            waited: wait,
+        })?
+        .map_err(|problem| StreamError::Refused {
+            stream: stream.to_owned(),
+            problem: problem.into(),
+        })
+}
+
+/// How many subjects of `stream` match `filter`.
+///
+/// # Errors
+/// [`StreamError`].
+pub(super) async fn count(
+    connection: &Connection,
+    stream: &str,
+    filter: &str,
+    wait: Duration,
+) -> Result<usize, StreamError> {
+    let Info { total, state } = info(connection, stream, (filter, 0), wait).await?;
+    Ok(total.max(state.subjects.unwrap_or_default().len()))
+}
+
 /// The rooms of which `stream` has something whose subject matches `filter`; `room` finds them in the subjects. No further
 /// page is read once there are `most`.
 ///
@@ -42,19 +77,7 @@ pub async fn rooms_of(
     let mut rooms = BTreeSet::new();
     let mut offset = 0;
     loop {
-        let request = serde_json::json!({ "subjects_filter": filter, "offset": offset });
-        let subject = api::stream_info(stream);
-        let asked = jetstream::ask(connection, subject, request.to_string().into());
-        let Info { total, state } = timeout(wait, asked)
-            .await
-            .map_err(|_elapsed| StreamError::Timeout {
-                stream: stream.to_owned(),
-                waited: wait,
-            })?
-            .map_err(|problem| StreamError::Refused {
-                stream: stream.to_owned(),
-                problem: problem.into(),
-            })?;
+        let Info { total, state } = info(connection, stream, (filter, offset), wait).await?;
         let found = state.subjects.unwrap_or_default();
         offset += found.len();
         rooms.extend(found.keys().filter_map(|subject| room(subject)));

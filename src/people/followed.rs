@@ -9,7 +9,7 @@ use futures_util::future::{join_all, try_join_all};
 
 use super::{
     filter::Filter,
-    inbox::{Seen, preview},
+    inbox::{Seen, fitting, preview},
     index,
     known::People,
 };
@@ -28,7 +28,7 @@ const MAX_LISTED: usize = 20_000;
 /// Rooms that are looked at for one page. If fewer of them match than the page may have, it is short.
 const MAX_LOOKED_AT: usize = 512;
 
-/// Rooms that are looked at in one request.
+/// Rooms that are looked at in one request. So many may be on a page after its bytes are full.
 const AT_ONCE: usize = 64;
 
 /// What a room is to one who follows.
@@ -150,7 +150,11 @@ impl People {
         };
         let mut rest = all.into_iter().peekable();
         let mut looked_at = 0;
-        while page.rooms.len() < limit && looked_at < MAX_LOOKED_AT && rest.peek().is_some() {
+        while page.rooms.len() < limit
+            && looked_at < MAX_LOOKED_AT
+            && rest.peek().is_some()
+            && (page.rooms.is_empty() || fitting(&page.rooms) == page.rooms.len())
+        {
             let at_once = AT_ONCE.min(limit - page.rooms.len());
             let rooms: Vec<RoomId> = rest.by_ref().take(at_once).collect();
             looked_at += rooms.len();

@@ -26,6 +26,9 @@ use crate::{
 const PAGE: usize = 50;
 const MAX_PAGE: usize = 200;
 
+/// Bytes of the rooms on a page, if there are several.
+const PAGE_BYTES: usize = 256 * 1024;
+
 /// Other members that a summary names.
 const PEERS: usize = 10;
 
@@ -107,6 +110,18 @@ pub fn page_limit(limit: Option<u64>) -> Result<usize, Refused> {
             Err(Refused::new(ErrorCode::BadRequest, text))
         }
     }
+}
+
+/// How many of the first summaries fit on a page; at least one.
+#[must_use]
+pub fn fitting(summaries: &[RoomSummary]) -> usize {
+    let mut bytes = 0;
+    let fits = |summary: &&RoomSummary| {
+        bytes += serde_json::to_vec(summary).map_or(0, |json| json.len());
+        bytes <= PAGE_BYTES
+    };
+    let fitting = summaries.iter().take_while(fits).count();
+    fitting.max(1)
 }
 
 /// The text of a message, if it has one.
@@ -227,15 +242,14 @@ impl People {
             .as_ref()
             .map_or(0, |after| mine.partition_point(|(order, _)| order <= after));
         let shown = &mine[start..mine.len().min(start + page.limit)];
-        let more = start + shown.len() < mine.len();
-        let next = shown
-            .last()
-            .filter(|_| more)
-            .map(|(order, _)| order.to_string());
         let rooms = shown.iter().map(|(_, one)| one);
+        let mut rooms = self.summarize(markers, &identity.user, rooms).await?;
+        rooms.truncate(fitting(&rooms));
+        let end = start + rooms.len();
+        let next = mine[start..end].last().filter(|_| end < mine.len());
         Ok(InboxReply {
-            rooms: self.summarize(markers, &identity.user, rooms).await?,
-            next,
+            rooms,
+            next: next.map(|(order, _)| order.to_string()),
         })
     }
 
@@ -369,6 +383,24 @@ mod tests {
             room: room.clone(),
         };
         assert!(order(true, 1) < order(false, 9) && order(false, 9) < order(false, 8));
+    }
+
+    #[test]
+    fn pages_end_at_their_bytes_but_have_a_room() {
+        let nothing = Seen {
+            room: RoomId::parse("chat:a").unwrap(),
+            entry: index::Entry::default(),
+            record: None,
+            latest: None,
+        };
+        let of = |bytes: usize| RoomSummary {
+            title: Some("x".repeat(bytes)),
+            ..nothing.summary("kim", None)
+        };
+        assert_eq!(fitting(&[of(PAGE_BYTES), of(1)]), 1);
+        let small: Vec<_> = (0..400).map(|_| of(1000)).collect();
+        assert!((200..262).contains(&fitting(&small)));
+        assert_eq!(fitting(&small[..9]), 9);
     }
 
     #[test]

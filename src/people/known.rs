@@ -6,7 +6,7 @@
 //! the newest revision is asked for.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     pin::pin,
     sync::{
         Arc,
@@ -21,8 +21,8 @@ use futures_util::{
 };
 use parking_lot::{Mutex, RwLock};
 use tokio::{
-    sync::{broadcast, mpsc, oneshot},
-    time::{Instant, MissedTickBehavior, interval},
+    sync::{Mutex as Turn, broadcast, mpsc, oneshot},
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 
 use super::{
@@ -59,6 +59,9 @@ const DISTRUST: Duration = Duration::from_secs(10);
 /// How much a replica of a bucket may lag behind.
 const REPLICAS_LAG: Duration = Duration::from_secs(3);
 
+/// Pause between two looks for the direct rooms that a block concerns: each goes through all rooms that are known.
+const BLOCKS_PAUSE: Duration = Duration::from_millis(50);
+
 /// Changes that a shard may leave unread. After that it looks at all its sessions.
 const CHANGES: usize = 1024;
 
@@ -92,6 +95,8 @@ pub struct People {
     is_incomplete: AtomicBool,
     /// Changes of blocks that were applied.
     blocks: AtomicU64,
+    /// When the next block that this edge has written may be applied, for whose turn it is.
+    blocks_turn: Turn<Instant>,
     /// Rooms that are read once more, because a replica that lags behind may have answered.
     again: Mutex<Vec<(Instant, RoomId, Arc<Known>)>>,
 }
@@ -210,6 +215,7 @@ impl People {
             failed: RwLock::default(),
             is_incomplete: AtomicBool::new(false),
             blocks: AtomicU64::new(0),
+            blocks_turn: Turn::new(Instant::now()),
             again: Mutex::default(),
         });
         (people, Loads(requests))
@@ -347,6 +353,7 @@ impl People {
             let mut again_at: Option<Instant> = None;
             let mut regions = self.origins.members_version();
             let (mut of_records, mut of_blocks) = (Vec::new(), Vec::new());
+            let (mut blocks, mut blocks_at) = (HashSet::new(), Instant::now());
             // Changes are applied while records are read again, which may take long.
             let mut reading = pin!(Fuse::terminated());
             loop {
@@ -359,6 +366,7 @@ impl People {
                         let all: bool = read;
                         suspect |= !all;
                     }
+                    () = sleep_until(blocks_at), if !blocks.is_empty() => {}
                     _ = tick.tick() => self.read_once_more().await,
                 }
                 for message in &of_records {
@@ -374,9 +382,12 @@ impl People {
                     self.apply(&entry, is_new);
                 }
                 for message in &of_blocks {
-                    if let Some((_origin, entry)) = self.index.change(message) {
-                        self.apply_block(&entry).await;
-                    }
+                    let change = self.index.change(message);
+                    blocks.extend(change.and_then(|(_, entry)| parse_block_key(&entry.key)));
+                }
+                if !blocks.is_empty() && blocks_at <= Instant::now() {
+                    self.apply_blocks(&std::mem::take(&mut blocks)).await;
+                    blocks_at = Instant::now() + BLOCKS_PAUSE;
                 }
                 let (now, now_regions) = (Instant::now(), self.origins.members_version());
                 suspect |= feeds.records.is_suspect()
@@ -616,37 +627,40 @@ impl People {
         self.learn_of(room, &known, record);
     }
 
-    /// A user has blocked another one, or no longer does.
-    pub(super) async fn apply_block(&self, entry: &Entry) {
-        let Some((user, other)) = parse_block_key(&entry.key) else {
-            return;
-        };
+    /// Applies a block that this edge has written, when it is its turn.
+    pub(super) async fn apply_own_block(&self, user: &str, other: &str) {
+        let mut turn = self.blocks_turn.lock().await;
+        sleep_until(*turn).await;
+        self.apply_blocks(&HashSet::from([(user.to_owned(), other.to_owned())]))
+            .await;
+        *turn = Instant::now() + BLOCKS_PAUSE;
+    }
+
+    /// Users have blocked others, or no longer do.
+    async fn apply_blocks(&self, changed: &HashSet<(String, String)>) {
         self.blocks.fetch_add(1, Ordering::Relaxed);
-        let of_both = |known: &Arc<Known>| {
-            let record = known.record();
-            let both = record.as_deref().and_then(pair);
-            both == Some((&user, &other)) || both == Some((&other, &user))
+        let of_both = |known: &&Arc<Known>| {
+            let record = known.record.read();
+            record.as_deref().and_then(pair).is_some_and(|(one, two)| {
+                let is_changed = |user: &str, other: &str| {
+                    let mut changed = changed.iter();
+                    changed.any(|(its, of)| its == user && of == other)
+                };
+                is_changed(one, two) || is_changed(two, one)
+            })
         };
         let concerned: Vec<Arc<Known>> = {
             let known = self.known.read();
-            known
-                .values()
-                .filter(|known| of_both(known))
-                .cloned()
-                .collect()
+            known.values().filter(of_both).cloned().collect()
         };
-        if concerned.is_empty() {
-            return;
-        }
-        match self.is_blocked_between(&user, &other).await {
-            Ok(blocked) => {
-                for known in concerned {
-                    known.blocked.store(blocked, Ordering::Relaxed);
-                }
-            }
-            Err(error) => {
-                tracing::warn!(%error, "who has blocked whom can't be read");
-                for known in concerned {
+        for known in concerned {
+            let Some(record) = known.record() else {
+                continue;
+            };
+            match self.is_blocked(&record).await {
+                Ok(blocked) => known.blocked.store(blocked, Ordering::Relaxed),
+                Err(error) => {
+                    tracing::warn!(%error, "who has blocked whom can't be read");
                     known.is_read.store(false, Ordering::Release);
                 }
             }

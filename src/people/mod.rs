@@ -24,7 +24,7 @@ pub use access::Removal;
 pub use change::{Change, Create, Said, Told, alert_told, told_of_pin};
 pub use filter::Filter;
 pub use followed::Found;
-pub use inbox::{InboxOf, Whose, page_limit, preview};
+pub use inbox::{InboxOf, Whose, fitting, page_limit, preview};
 pub use known::{Known, People, RecordChange};
 pub use names::{direct, entry_id, group};
 pub use record::{Alert, MemberState, Record, RoomKind};

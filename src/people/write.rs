@@ -20,7 +20,7 @@ use crate::{
     model::RoomId,
     protocol::{Arrangement, ErrorCode, Refused},
     runtime::unix_ms,
-    subject::{block_key, inbox_key, inbox_keys, parse_inbox_key, record_key},
+    subject::{block_key, block_keys, inbox_key, inbox_keys, parse_inbox_key, record_key},
     telemetry::metrics::{Counter, count},
 };
 
@@ -32,6 +32,9 @@ const PAUSE: Duration = Duration::from_millis(2);
 
 /// Largest value of a key, in bytes: what NATS carries by default, with room for headers.
 const MAX_VALUE: usize = 900 * 1024;
+
+/// Most users that a user has blocked, those included that are no longer blocked: their keys stay, for the other regions.
+const MAX_BLOCKS: usize = 1000;
 
 /// Entries of the index that are written at once.
 const INDEX_WRITES: usize = 16;
@@ -196,15 +199,17 @@ impl People {
         }
         self.may_pin(identity, room, change).await?;
         let made = |record: Option<&Record>| {
+            let ask = self.ask(identity, room)?;
+            let created = record.is_none();
+            // First whether the user may: the version of a record is not for everybody.
+            let applied = ask.apply(record, change)?;
             if let (Some(version), record) = (version, record)
                 && record.is_none_or(|record| record.version() != version)
             {
                 let text = "the record has another version: read it again";
                 return Err(Refused::new(ErrorCode::Conflict, text));
             }
-            let ask = self.ask(identity, room)?;
-            let created = record.is_none();
-            Ok(match ask.apply(record, change)? {
+            Ok(match applied {
                 Some((new, told)) => {
                     let concerned: Vec<String> = new
                         .members
@@ -371,7 +376,7 @@ impl People {
     /// Blocks another user, or ends that. Only direct rooms of the two are concerned.
     ///
     /// # Errors
-    /// `bad_request`, or `unavailable`.
+    /// `bad_request`, `limit`, or `unavailable`.
     pub async fn block(&self, user: &str, other: &str, on: bool) -> Result<(), Refused> {
         check_user(user)?;
         check_user(other)?;
@@ -391,18 +396,34 @@ impl People {
                     origin: origin.clone(),
                 },
             };
-            Ok(((!same).then_some(new), ()))
+            Ok(((!same).then_some(new), !same))
         };
-        self.update(&self.index, &key, changed).await?;
-        let entry = Entry {
-            key,
-            value: None,
-            expired: false,
-            revision: 0,
-            at: 0,
-        };
-        // At once, and not when it is republished: the next message may be on its way.
-        self.apply_block(&entry).await;
+        if on
+            && self
+                .get(&self.index, std::slice::from_ref(&key))
+                .await
+                .map_err(refusal)?
+                .is_empty()
+        {
+            let blocks = self.index.count(&block_keys(user)).await;
+            let blocks = blocks.map_err(|error| {
+                Refused::new(
+                    ErrorCode::Unavailable,
+                    format!("the blocks of a user: {error}"),
+                )
+            })?;
+            if blocks >= MAX_BLOCKS {
+                let text = format!(
+                    "a user blocks at most {MAX_BLOCKS} others, those of the past included"
+                );
+                return Err(Refused::new(ErrorCode::Limit, text));
+            }
+        }
+        let (_now, changed) = self.update(&self.index, &key, changed).await?;
+        if changed {
+            // At once, and not when it is republished: the next message may be on its way.
+            self.apply_own_block(user, other).await;
+        }
         Ok(())
     }
 }

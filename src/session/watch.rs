@@ -27,7 +27,7 @@ use super::{
 use crate::{
     auth::{Identity, Right},
     model::RoomId,
-    people::{Filter, InboxOf, Known, Whose, page_limit},
+    people::{Filter, InboxOf, Known, Whose, fitting, page_limit},
     protocol::{
         ErrorCode, Event, Refused, RefusedRoom, Reply, WatchOf, WatchPush, WatchReply, Watched,
     },
@@ -309,11 +309,18 @@ impl Session {
             .summaries(markers, identity, page, Whose::Readable)
             .await?;
         let rooms = page.iter().filter_map(|room| read.remove(room));
-        let rooms: Vec<_> = rooms.map(|(summary, _)| summary).collect();
+        let mut rooms: Vec<_> = rooms.map(|(summary, _)| summary).collect();
+        let fits = fitting(&rooms);
+        // Not all rooms have a summary: the user may not see some of them any more.
+        let last = match rooms.get(fits.saturating_sub(1)) {
+            Some(last) if fits < rooms.len() => Some(last.room.clone()),
+            Some(_) | None => page.last().cloned(),
+        };
+        rooms.truncate(fits);
         list.tell_page(&rooms, limit, start == 0);
         let mut reply = WatchReply::new(watch, rooms);
-        let last = page.last().filter(|last| named.last() != Some(*last));
-        reply.inbox.next = last.map(RoomId::to_string);
+        let last = last.filter(|last| named.last() != Some(last));
+        reply.inbox.next = last.map(|last| last.to_string());
         Ok(reply)
     }
 

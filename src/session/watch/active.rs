@@ -15,8 +15,11 @@ const MAX_TRIES: u8 = 13;
 /// ahead of a mirror of another region.
 const LAG: Duration = Duration::from_millis(250);
 
-/// A room in which messages came during a read is read again after this time at the earliest.
+/// A room in which messages came during a read, or whose read failed, is read again after this time at the earliest.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// Messages that are kept while a room is read. If more are heard, it is read again.
+const MAX_DURING: usize = 64;
 
 /// A room in which something has happened.
 #[derive(Debug, Default)]
@@ -42,6 +45,21 @@ pub(super) struct Active {
     lags: bool,
     /// The newest message of an ephemeral room, which can't be read.
     ephemeral: Option<LastMessage>,
+    /// Whether it is being read.
+    is_reading: bool,
+    /// What was heard during the read. It is counted on top of what the read finds: otherwise a busy room would be read
+    /// without end.
+    during: Vec<During>,
+}
+
+/// A message that was heard while its room was read.
+#[derive(Debug)]
+struct During {
+    last: LastMessage,
+    cursor: Cursor,
+    previous: Option<u64>,
+    mentions: bool,
+    is_own: bool,
 }
 
 /// A message that was heard.
@@ -90,6 +108,15 @@ impl Active {
             mentions,
         } = heard;
         let is_own = last.from == user;
+        if self.is_reading && self.during.len() < MAX_DURING {
+            return self.during.push(During {
+                last,
+                cursor: cursor.clone(),
+                previous,
+                mentions,
+                is_own,
+            });
+        }
         let Some(summary) = self.summary.as_mut().filter(|_| !self.is_stale) else {
             return self.expect(cursor, is_own);
         };
@@ -241,12 +268,40 @@ impl Active {
 
     /// A read begins.
     pub(super) fn begin_read(&mut self) {
-        self.again = false;
+        (self.again, self.is_reading) = (false, true);
     }
 
-    /// A read has ended. `read`: `None` if the room is not one of the list; `false` if messages came meanwhile. Returns
-    /// `false` if it was read often enough, and what was heard never showed.
+    /// A read has failed: it is repeated, but not at once.
+    pub(super) fn fail_read(&mut self, now: Instant) {
+        self.is_reading = false;
+        self.expect_during();
+        self.not_before = Some(now + PAUSE);
+    }
+
+    /// What was heard during a read must show in the next one.
+    fn expect_during(&mut self) {
+        for During { cursor, is_own, .. } in std::mem::take(&mut self.during) {
+            self.expect(&cursor, is_own);
+        }
+    }
+
+    /// Takes in what was heard while the room was read.
+    pub(super) fn catch_up(&mut self, user: &str, caps: Caps) {
+        for heard in std::mem::take(&mut self.during) {
+            let heard_now = Heard {
+                last: heard.last,
+                cursor: &heard.cursor,
+                previous: heard.previous,
+                mentions: heard.mentions,
+            };
+            self.message(user, heard_now, caps);
+        }
+    }
+
+    /// A read has ended, and [`Self::catch_up`] follows. `read`: `None` if the room is not one of the list; `false` if
+    /// messages came meanwhile. Returns `false` if it was read often enough, and what was heard never showed.
     pub(super) fn end_read(&mut self, read: Option<(RoomSummary, bool)>, now: Instant) -> bool {
+        self.is_reading = false;
         let is_exact = read.as_ref().is_none_or(|(_, exact)| *exact);
         // A room in which messages come all the time is not read all the time.
         self.not_before = (!is_exact).then(|| now + PAUSE);
@@ -278,6 +333,14 @@ impl Active {
             (self.expects, self.expects_marker, self.tries) = (None, None, 0);
         }
         self.is_stale = !is_exact || lags || self.again;
+        if self.summary.is_none() {
+            self.during.clear();
+        } else if self.is_stale {
+            let (lags, not_before) = (self.lags, self.not_before);
+            self.expect_during();
+            // It is not read sooner for that.
+            (self.lags, self.not_before) = (lags, not_before);
+        }
         // Without a summary it is not known what the client was told.
         self.is_new |= before.is_none() || before != self.summary;
         shows || lags
@@ -400,13 +463,38 @@ pub(super) mod tests {
             assert_eq!(shows, tries < MAX_TRIES);
         }
         assert!(!active.is_stale);
-        // A message while a read is under way.
-        let mut active = read();
-        active.changed();
-        active.begin_read();
-        say(&mut active, 4, Some(3), "lee");
-        active.end_read(Some((summary(3, 1), true)), Instant::now());
-        assert!(active.is_stale);
+        // A message while a read is under way, which the read shows or not.
+        for shown in [3, 4] {
+            let mut active = read();
+            active.changed();
+            active.begin_read();
+            say(&mut active, 4, Some(3), "lee");
+            active.end_read(Some((summary(shown, shown - 2), true)), Instant::now());
+            active.catch_up("kim", CAPS);
+            assert!(!active.is_stale);
+            assert_eq!(counts(&active).0, Some(2), "{shown}");
+        }
+        // If the read is not exact, or fails, the next one must show it.
+        for exact in [Some(false), None] {
+            let mut active = read();
+            active.changed();
+            active.begin_read();
+            say(&mut active, 4, Some(3), "lee");
+            match exact {
+                Some(exact) => {
+                    active.end_read(Some((summary(3, 2), exact)), Instant::now());
+                    active.catch_up("kim", CAPS);
+                }
+                None => active.fail_read(Instant::now()),
+            }
+            assert!(active.is_stale);
+            for (shown, is_stale) in [(3, true), (4, false)] {
+                active.begin_read();
+                active.end_read(Some((summary(shown, shown - 2), true)), Instant::now());
+                active.catch_up("kim", CAPS);
+                assert_eq!(active.is_stale, is_stale, "{exact:?} {shown}");
+            }
+        }
         // A marker that covers the head, and one that does not.
         let mut active = read();
         active.read(&cursor(3));

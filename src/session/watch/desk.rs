@@ -22,7 +22,6 @@ use tokio::{
 };
 
 use super::{
-    active::Caps,
     follow::Follow,
     follower::{self, Said},
     list::List,
@@ -251,13 +250,6 @@ impl Desk {
             .live_class(&self.region, part, room, Class::Msg)
     }
 
-    fn caps(&self) -> Caps {
-        Caps {
-            unread: self.sources.markers.unread_cap(),
-            mentions: self.sources.markers.mentions_cap(),
-        }
-    }
-
     /// What arrives over the line goes here first, and to `rooms` if it is not for the desk.
     pub fn listener<L: Listener>(self: &Rc<Self>, rooms: L) -> impl Listener + use<L> {
         Listening {
@@ -342,7 +334,7 @@ impl Desk {
         };
         for ear in source.heard_by.borrow().iter() {
             match ear {
-                Ear::List(list) => self.mark_if(list, list.signalled(&signal, self.caps())),
+                Ear::List(list) => self.mark_if(list, list.signalled(&signal, self.sources.caps())),
                 Ear::Follow(follow) => match &signal.what {
                     // Messages are heard themselves.
                     News::Message { .. } => {}
@@ -395,7 +387,7 @@ impl Desk {
             match ear {
                 Ear::List(list) => {
                     if let Some((record, cursor)) = record() {
-                        let tells = list.heard(&room, record, Some(cursor), self.caps());
+                        let tells = list.heard(&room, record, Some(cursor), self.sources.caps());
                         self.mark_if(list, tells);
                     }
                 }
@@ -441,7 +433,7 @@ impl Desk {
         for ear in source.heard_by.borrow().iter() {
             match ear {
                 Ear::List(list) => {
-                    self.mark_if(list, list.heard(&room, &record, None, self.caps()));
+                    self.mark_if(list, list.heard(&room, &record, None, self.sources.caps()));
                 }
                 Ear::Follow(follow) => {
                     let wanted = follow.filter.of_message(&record);

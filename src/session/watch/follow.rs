@@ -60,8 +60,8 @@ pub(super) struct Follow {
     wake: Notify,
     /// Reads under way. What happens meanwhile in a room may not be in what they find, so it is noted whatever it is.
     reads: Cell<usize>,
-    /// Since when messages may have been missed, in ms since 1970.
-    missed_since: Cell<Option<u64>>,
+    /// Since when messages may have been missed, in ms since 1970, and when to look for them.
+    missed: Cell<Option<(u64, Instant)>>,
 }
 
 /// A read that is under way.
@@ -140,7 +140,7 @@ impl Follow {
             state: RefCell::default(),
             wake: Notify::new(),
             reads: Cell::new(0),
-            missed_since: Cell::new(None),
+            missed: Cell::new(None),
         }
     }
 
@@ -236,10 +236,12 @@ impl Follow {
         }
     }
 
-    /// Messages may have been missed since then, in ms since 1970.
+    /// Messages may have been missed since then, in ms since 1970. They are looked for a little later, and not by all
+    /// watches at once.
     pub(super) fn suspect(&self, since: u64) {
-        let earlier = self.missed_since.get().unwrap_or(u64::MAX);
-        self.missed_since.set(Some(earlier.min(since)));
+        let soon = Instant::now() + FIRST_RESYNC.mul_f64(rand::random_range(0.3..1.0));
+        let (earlier, at) = self.missed.get().unwrap_or((u64::MAX, soon));
+        self.missed.set(Some((earlier.min(since), at)));
         self.wake.notify_one();
     }
 
@@ -344,12 +346,11 @@ impl Follow {
     /// Tells the session what is new, until it ends.
     pub(super) async fn run(self: Rc<Self>, sources: Sources) {
         // What was sent just when the subscription was made may be missed.
-        let mut scan_at = Instant::now() + FIRST_RESYNC;
         self.suspect(unix_ms());
         loop {
             let due = self.state.borrow().next_due();
             let due = due.map(|at| Duration::from_millis(at.saturating_sub(unix_ms()) + 1));
-            let scan = self.missed_since.get().map(|_| scan_at);
+            let scan = self.missed.get().map(|(_, at)| at);
             let timer = due.map(|wait| Instant::now() + wait);
             let next = scan.into_iter().chain(timer).min();
             tokio::select! {
@@ -360,15 +361,14 @@ impl Follow {
                 return;
             };
             let started = Instant::now();
-            if let Some(since) = self.missed_since.get()
-                && started >= scan_at
+            if let Some((since, at)) = self.missed.get()
+                && started >= at
             {
-                self.missed_since.set(None);
-                scan_at = started + FIRST_RESYNC;
+                self.missed.set(None);
                 let since_then = since.saturating_sub(CLOCKS_MS);
                 if let Err(refused) = self.scan(&sources, &identity, since_then).await {
                     tracing::debug!(%refused, "followed rooms can't be compared");
-                    self.missed_since.set(Some(since));
+                    self.missed.set(Some((since, started + FIRST_RESYNC)));
                 }
             }
             self.tell(&sources).await;

@@ -65,6 +65,8 @@ pub(super) struct List {
     told: RefCell<Told>,
     /// How many of the user's rooms are compared: as many as were on the first page.
     compared: Cell<usize>,
+    /// Whether the token has changed since they were compared.
+    is_judged: Cell<bool>,
 }
 
 /// A room that the client has named.
@@ -108,6 +110,7 @@ impl List {
             began_at: unix_ms(),
             told: RefCell::default(),
             compared: Cell::new(0),
+            is_judged: Cell::new(false),
         }
     }
 
@@ -225,6 +228,7 @@ impl List {
     pub(super) fn judge(&self) -> bool {
         let rooms = self.named().unwrap_or_else(|| {
             self.due.set(Instant::now());
+            self.is_judged.set(true);
             self.rooms.borrow().keys().cloned().collect()
         });
         // Each of them, not only up to the first.
@@ -263,9 +267,11 @@ impl List {
             match read {
                 Ok(mut read) => {
                     let (now, mut all_show) = (Instant::now(), true);
+                    let caps = sources.caps();
                     for room in stale {
                         if let Some(active) = rooms.get_mut(&room) {
                             all_show &= active.end_read(read.remove(&room), now);
+                            active.catch_up(&self.user, caps);
                         }
                     }
                     if !all_show {
@@ -275,6 +281,12 @@ impl List {
                 }
                 Err(refused) => {
                     tracing::debug!(%refused, "what is new in rooms can't be read");
+                    let now = Instant::now();
+                    for room in stale {
+                        if let Some(active) = rooms.get_mut(&room) {
+                            active.fail_read(now);
+                        }
+                    }
                 }
             }
         }
@@ -366,12 +378,29 @@ impl List {
     pub(super) async fn compare(&self, sources: &Sources) -> Result<bool, Refused> {
         let before = unix_ms();
         let stored = self.stored(sources).await?;
+        let hidden = self.hidden(sources).await?;
         let since = self.compared_at.replace(before).saturating_sub(CLOCKS_MS);
-        Ok(self.differs(stored, since))
+        Ok(self.differs(stored, &hidden, since))
     }
 
-    /// Marks the rooms that are not as they are stored. `since`: when that was compared before, in ms since 1970.
-    fn differs(&self, stored: Vec<RoomSummary>, since: u64) -> bool {
+    /// The user's rooms that the client was told of and that a new token does not cover.
+    async fn hidden(&self, sources: &Sources) -> Result<Vec<RoomId>, Refused> {
+        let identity = self.session.upgrade().and_then(|session| session.who());
+        let Some(identity) = identity.filter(|_| self.is_judged.replace(false)) else {
+            return Ok(Vec::new());
+        };
+        let mine = sources.people.rooms_of(&identity.user).await;
+        let mine = mine.inspect_err(|_refused| self.is_judged.set(true))?;
+        let told = self.told.borrow();
+        let hidden = mine.into_iter().map(|(room, _)| room);
+        Ok(hidden
+            .filter(|room| told.has(room) && !identity.may(Right::Read, room))
+            .collect())
+    }
+
+    /// Marks the rooms that are not as they are stored, and those that are hidden now. `since`: when that was compared
+    /// before, in ms since 1970.
+    fn differs(&self, stored: Vec<RoomSummary>, hidden: &[RoomId], since: u64) -> bool {
         let mut rooms = self.rooms.borrow_mut();
         // They have ended, the user is not in them any more, or they are not on the first page.
         let mut missing: HashSet<RoomId> = rooms.keys().cloned().collect();
@@ -383,8 +412,10 @@ impl List {
         let mut changed = Vec::new();
         let mut told = self.told.borrow_mut();
         if self.named.is_none() {
-            told.keep(stored.iter().map(|summary| &summary.room));
+            let stored = stored.iter().map(|summary| &summary.room);
+            told.keep(stored.chain(hidden));
         }
+        missing.extend(hidden.iter().cloned());
         for summary in stored {
             missing.remove(&summary.room);
             let kept = rooms.get(&summary.room);
@@ -457,22 +488,25 @@ mod tests {
         let stored = || vec![summary("a", "old"), summary("b", "new"), summary("d", "x")];
         let mine = list(&["a", "b", "c"], None);
         mine.tell_page(&[summary("d", "x")], 50, true);
-        assert!(mine.differs(stored(), 0));
+        assert!(mine.differs(stored(), &[], 0));
         assert_eq!(stale(&mine), ["chat:b", "chat:c"]);
         // One that is new on the page, and one of which something else was told.
         let mine = list(&["a"], None);
         mine.tell_page(&[summary("d", "w")], 50, true);
-        assert!(mine.differs(stored(), 0));
+        assert!(mine.differs(stored(), &[], 0));
         assert_eq!(stale(&mine), ["chat:b", "chat:d"]);
         let mine = list(&["a"], None);
         mine.tell_page(&stored(), 50, true);
-        assert!(!mine.differs(stored(), 0));
+        assert!(!mine.differs(stored(), &[], 0));
+        // A new token does not cover one that the client knows of: it stays known until that is told.
+        assert!(mine.differs(stored(), &[room("e")], 0));
+        assert_eq!(stale(&mine), ["chat:e"]);
 
         let named = list(&["a"], Some(&["a", "b", "c", "d"]));
-        assert!(named.differs(stored(), 0));
+        assert!(named.differs(stored(), &[], 0));
         assert_eq!(stale(&named), ["chat:c"]);
         named.set_out(&room("c"), true);
         named.rooms.borrow_mut().remove(&room("c"));
-        assert!(!named.differs(stored(), 0));
+        assert!(!named.differs(stored(), &[], 0));
     }
 }
