@@ -94,7 +94,7 @@ pub mod store {
     pub use crate::store::{
         Annotation, Change, Claim, Document, End, Entry, Erased, Erasure, Folded, MAX_QUERY,
         Migrated, Reaction, RefusedEntry, Removal, Replies, Said, Search, Slot, Span, Store,
-        StoreError, Upload, What,
+        StoreError, Upload, UploadState, Verdict, What,
     };
 }
 

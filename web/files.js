@@ -4,6 +4,13 @@ import { request, roomPath } from "./http.js";
 import { button, element, sentence, size } from "./words.js";
 
 const PICTURES = /^image\/(png|jpeg|gif|webp|avif)$/;
+const THUMBNAIL = /^data:image\/webp;base64,/;
+const WHY = {
+  bad_id: "This file is not there any more.",
+  pending: "This file is being checked.",
+  infected: "This file was checked, and is held back.",
+};
+const TRIES = 20; // questions for a file after its verdict
 const WIDEST = 320; // px of a picture on the page
 const HIGHEST = 256;
 
@@ -160,13 +167,27 @@ export function fileOf(attachment, { token, room }, settled) {
   const { upload, type } = attachment;
   const name = typeof attachment.name === "string" && attachment.name ? attachment.name : "file";
   const box = element("div");
-  const open = async (use) => {
+  let waiting = null; // what is to be done once the file is checked
+  let isJudged = false, tries = 0; // whether a worker has said something of it
+  const open = async (use, isWanted = true) => {
     try {
       const path = `${roomPath(room)}/uploads/${encodeURIComponent(upload)}?redirect=false`;
       use(addressOf((await request(token, "GET", path)).url));
+      problem.textContent = "";
     } catch (error) {
-      problem.textContent = error.code === "bad_id" ? "This file is not there any more." : sentence(error);
+      problem.textContent = WHY[error.code] ?? sentence(error);
+      if (error.code === "infected") picture?.gone();
+      if (error.code !== "pending") return;
+      // A picture comes by itself. What was clicked does not: a window that opens later would surprise.
+      waiting = isWanted ? () => {} : use;
+      // The verdict is seen here a moment before the edge knows of it.
+      if (isJudged && (tries += 1) < TRIES) setTimeout(again, error.retry_after_ms ?? 2000);
     }
+  };
+  const again = () => {
+    const use = waiting;
+    waiting = null;
+    if (use && box.isConnected) open(use, false);
   };
   const show = () => open((url) => {
     const link = element("a");
@@ -178,8 +199,15 @@ export function fileOf(attachment, { token, room }, settled) {
   link.append(" ", element("span", "quiet", size(attachment.size)));
   const problem = element("div", "problem");
   box.append(link, problem);
-  if (PICTURES.test(type)) box.prepend(pictureOf(attachment, name, show, open, settled));
-  return box;
+  const picture = PICTURES.test(type) ? pictureOf(attachment, name, show, open, settled) : null;
+  if (picture) box.prepend(picture.frame);
+  /** What workers say of it. Anybody may have said it who may annotate: whether the file is given out, the edge decides. */
+  const told = (said) => {
+    picture?.told(said);
+    isJudged ||= said.verdict != null;
+    if (isJudged) again();
+  };
+  return { box, told };
 }
 
 function pictureOf({ width, height }, name, show, open, settled) {
@@ -187,11 +215,14 @@ function pictureOf({ width, height }, name, show, open, settled) {
   frame.ariaLabel = `Open the picture ${name}`;
   const picture = element("img");
   picture.alt = name;
-  if (width > 0 && height > 0) {
-    const scale = Math.min(1, WIDEST / width, HIGHEST / height);
-    picture.width = Math.max(1, Math.round(width * scale));
-    picture.height = Math.max(1, Math.round(height * scale));
-  }
+  const measure = (wide, high) => {
+    if (!(wide > 0 && high > 0)) return;
+    const scale = Math.min(1, WIDEST / wide, HIGHEST / high);
+    picture.width = Math.max(1, Math.round(wide * scale));
+    picture.height = Math.max(1, Math.round(high * scale));
+  };
+  measure(width, height);
+  let isWhole = false; // whether it is the file itself, which a thumbnail does not replace
   picture.addEventListener("load", settled);
   picture.addEventListener("error", () => frame.remove()); // the link beside it says what is the matter
   frame.append(picture);
@@ -199,8 +230,22 @@ function pictureOf({ width, height }, name, show, open, settled) {
   const near = new IntersectionObserver((entries) => {
     if (!entries.some(({ isIntersecting }) => isIntersecting)) return;
     near.disconnect();
-    open((url) => { picture.src = url; });
+    open((url) => {
+      isWhole = true;
+      picture.src = url;
+    }, false);
   }, { rootMargin: "300px" });
   near.observe(frame);
-  return frame;
+  return {
+    frame,
+    gone: () => {
+      near.disconnect();
+      frame.remove();
+    },
+    told: ({ width: wide, height: high, thumbnail }) => {
+      if (isWhole) return;
+      measure(wide, high);
+      if (THUMBNAIL.test(thumbnail) && picture.src !== thumbnail) picture.src = thumbnail;
+    },
+  };
 }

@@ -20,6 +20,18 @@ export function bodyText(body) {
 }
 
 
+/** What workers say of the files of a message, by upload: an object (a picture), or a text (a verdict). */
+function filesSaid(into, annotations) {
+  for (const said of Object.values(annotations ?? {})) {
+    for (const [upload, one] of Object.entries(said?.files ?? {})) {
+      const known = into.get(upload) ?? {};
+      if (typeof one === "string") known.verdict = one;
+      else if (one != null) Object.assign(known, { width: one.width, height: one.height, thumbnail: one.thumbnail });
+      into.set(upload, known);
+    }
+  }
+}
+
 /** The reaction that a body means, as the history service reads it. */
 function reactionOf(body) {
   const key = typeof body === "string" ? body : body?.key ?? body?.text;
@@ -39,7 +51,7 @@ export class Log {
     this.user = "";
     this.bottom = true; // whether it is scrolled to its end
     this.cut = () => {}; // called when the oldest messages were taken off the page
-    this.showFile = () => ""; // what an attachment looks like
+    this.showFile = () => ({ box: "", told() {} }); // what an attachment looks like, and how it takes what workers say of it
     this.answer = () => {}; // called with a message that is to be answered
     this.showThread = () => {}; // called with a message whose answers are to be shown
     let height = list.clientHeight;
@@ -157,6 +169,7 @@ export class Log {
       facts.deleted ||= message.deleted_at != null;
       facts.counts = new Map(Object.entries(message.reactions ?? {}));
       facts.answers = message.replies ?? { count: 0 };
+      filesSaid(facts.files, message.annotations);
       this.#draw(item);
     }
     list.scrollTop = this.bottom ? list.scrollHeight : list.scrollHeight - fromEnd;
@@ -198,6 +211,8 @@ export class Log {
       if (key == null) return;
       if (!facts.reactions.has(key)) facts.reactions.set(key, new Map());
       facts.reactions.get(key).set(from, on);
+    } else if (kind === "annotation") {
+      filesSaid(facts.files, body);
     }
     this.#draw(item);
     this.#follow();
@@ -241,7 +256,7 @@ export class Log {
     item.append(meta, element("div", "answered"), ...["body", "files", "reactions", "answers"].map((part) => element("div", part)));
     this.#facts.set(item, {
       ts: null, body: null, isSystem, note: "", edited: null, deleted: false, counts: new Map(), reactions: new Map(),
-      answered: null, answers: { count: 0 }, drawn: null,
+      answered: null, answers: { count: 0 }, drawn: null, files: new Map(), shown: new Map(),
     });
     return item;
   }
@@ -268,8 +283,10 @@ export class Log {
     if (facts.drawn !== files) {
       // Not with every reaction: a picture would be loaded again.
       facts.drawn = files;
-      item.querySelector(".files").replaceChildren(...attached(files).map((one) => this.showFile(one)));
+      facts.shown = new Map(attached(files).map((one) => [one.upload, this.showFile(one)]));
+      item.querySelector(".files").replaceChildren(...[...facts.shown.values()].map(({ box }) => box));
     }
+    for (const [upload, said] of facts.files) facts.shown.get(upload)?.told(said);
     const { from, id } = item.dataset;
     const thread = button("quiet", answers.count === 1 ? "1 answer" : `${answers.count}${answers.capped ? "+" : ""} answers`, () =>
       this.showThread({ from, id, text: this.#textOf(item) }));

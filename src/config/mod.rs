@@ -860,7 +860,12 @@ impl Config {
             ),
         );
         self.uploads.check(&mut check);
-        workers::check(&self.workers, &self.namespaces, &mut check);
+        workers::check(
+            &self.workers,
+            &self.uploads.scan,
+            &self.namespaces,
+            &mut check,
+        );
         for name in self.namespaces.keys() {
             check(
                 is_token(name),

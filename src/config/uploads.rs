@@ -3,9 +3,10 @@
 use std::{path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
+use hyper::Uri;
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, MIN_SECRET, Secret};
+use super::{ConfigError, MIN_SECRET, Secret, workers::is_worker_name};
 
 /// Longest life of a signed URL: the limit of S3.
 const MAX_URL_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -40,6 +41,8 @@ pub struct Uploads {
     pub types: Vec<String>,
     #[serde(with = "humantime_serde")]
     pub unused_ttl: Duration,
+    pub scan: String,
+    pub public_url: String,
     pub folder: PathBuf,
     pub s3_endpoint: String,
     pub s3_bucket: String,
@@ -55,6 +58,12 @@ impl Uploads {
     #[must_use]
     pub fn is_on(&self) -> bool {
         self.storage != Storage::Off
+    }
+
+    /// The worker whose verdict a file needs before it is given out; `None`: files are given out unchecked.
+    #[must_use]
+    pub fn scan(&self) -> Option<&str> {
+        (self.is_on() && !self.scan.is_empty()).then_some(&*self.scan)
     }
 
     /// Whether files of this media type may be uploaded.
@@ -121,6 +130,20 @@ impl Uploads {
                 self.unused_ttl
             ),
         );
+        check(
+            self.scan.is_empty() || is_worker_name(&self.scan),
+            format!(
+                "uploads.scan = {:?}: must be the name of a worker, [A-Za-z0-9_-]{{1,32}}, or empty",
+                self.scan
+            ),
+        );
+        check(
+            self.public_url.is_empty() || is_base(&self.public_url),
+            format!(
+                "uploads.public_url = {:?}: must be like \"https://chat.example.org\", without a path, or empty",
+                self.public_url
+            ),
+        );
         if !self.is_on() {
             return;
         }
@@ -162,6 +185,18 @@ impl Uploads {
             }
         }
     }
+}
+
+/// Whether a text is the scheme and the host of a URL, with or without a port.
+fn is_base(url: &str) -> bool {
+    let is_web = url.starts_with("http://") || url.starts_with("https://");
+    is_web
+        && url.parse::<Uri>().is_ok_and(|url| {
+            let host = url
+                .authority()
+                .is_some_and(|host| !host.as_str().contains('@'));
+            host && url.path() == "/" && url.query().is_none()
+        })
 }
 
 /// Whether a text is a media type, or has `*` in place of its second part or of both.
@@ -225,6 +260,27 @@ mod tests {
             error.contains("uploads.folder = \"files\": must be an absolute path"),
             "{error}"
         );
+        let error = load("scan = 'a b'\npublic_url = 'https://example.org/chat'").unwrap_err();
+        for key in ["uploads.scan = \"a b\"", "uploads.public_url = "] {
+            assert!(error.contains(key), "{key} is missing in: {error}");
+        }
+        let on = "storage = 'local'\nfolder = '/f'\nsecret = 'a secret of the tests, of more than 32 bytes'";
+        for (base, is_good) in [
+            ("http://127.0.0.1:8080", true),
+            ("https://chat.example.org", true),
+            ("ftp://example.org", false),
+            ("https://kim@example.org", false),
+            ("https://", false),
+            ("example.org", false),
+        ] {
+            let loaded = load(&format!("{on}\nscan = 'scan'\npublic_url = '{base}'"));
+            assert_eq!(loaded.is_ok(), is_good, "{base}: {loaded:?}");
+        }
+        assert_eq!(
+            load(&format!("{on}\nscan = 'scan'")).unwrap().scan(),
+            Some("scan")
+        );
+        assert_eq!(load("scan = 'scan'").unwrap().scan(), None);
         let error = load("url_ttl = '8d'\nmax_size = '6GiB'\nmax_per_message = 0").unwrap_err();
         for key in [
             "uploads.url_ttl",

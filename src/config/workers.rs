@@ -59,6 +59,9 @@ pub struct Worker {
     /// Whether messages of a room are worked on one after the other.
     #[serde(default)]
     pub ordered: bool,
+    /// Whether it gets only what names uploads.
+    #[serde(default)]
+    pub attachments: bool,
     /// An annotation that fulfils it marks the room.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alert: Option<Condition>,
@@ -110,9 +113,15 @@ impl Worker {
     }
 }
 
-/// Checks all entries.
+/// Whether a worker may have this name.
+pub(super) fn is_worker_name(name: &str) -> bool {
+    is_token(name) && name.len() <= 32
+}
+
+/// Checks all entries. `scan`: the worker that judges uploads; an edge names it, and has no entry for it.
 pub(super) fn check(
     workers: &[Worker],
+    scan: &str,
     namespaces: &BTreeMap<String, Namespace>,
     check: &mut impl FnMut(bool, String),
 ) {
@@ -124,7 +133,7 @@ pub(super) fn check(
         let name = &worker.name;
         let key = format!("workers.{name}");
         check(
-            is_token(name) && name.len() <= 32,
+            is_worker_name(name),
             format!("workers: name = {name:?}: must match [A-Za-z0-9_-]{{1,32}}"),
         );
         let first = workers.iter().position(|other| other.name == *name);
@@ -143,6 +152,16 @@ pub(super) fn check(
             (1..=MAX_ANNOTATION_NAME).contains(&annotation.len()),
             format!(
                 "{key}.annotation = {annotation:?}: must have 1 to {MAX_ANNOTATION_NAME} bytes"
+            ),
+        );
+        check(
+            name != scan
+                || (worker.attachments
+                    && Worker::kinds()
+                        .iter()
+                        .all(|kind| worker.kinds.contains(kind))),
+            format!(
+                "{key}: uploads.scan is this worker, so it must have attachments = true, and both kinds: files stay back until it has seen them"
             ),
         );
         if let Some(alert) = &worker.alert {
@@ -199,7 +218,17 @@ mod tests {
         assert_eq!((worker.concurrency, worker.max_deliver), (32, 5));
         assert_eq!(worker.timeout, Duration::from_secs(2));
         assert_eq!(worker.max_age, Duration::from_secs(600));
-        assert!(!worker.ordered && worker.alert.is_none() && worker.allow.is_empty());
+        assert!(!worker.ordered && !worker.attachments && worker.alert.is_none());
+        assert!(worker.allow.is_empty());
+        let scan = "[uploads]\nscan = 'translate'\n";
+        for (more, is_good) in [
+            ("attachments = true\n", true),
+            ("", false),
+            ("attachments = true\nkinds = ['message']\n", false),
+        ] {
+            let loaded = load(&format!("{scan}{GOOD}{more}"));
+            assert_eq!(loaded.is_ok(), is_good, "{more}: {:?}", loaded.err());
+        }
         let shown = toml::to_string_pretty(&load(GOOD).unwrap()).unwrap();
         assert!(shown.contains("secret = \"***\"") && !shown.contains("MfKQ"));
         let more = format!("{GOOD}alert = 'translation.score < -0.5'\nallow = ['127.0.0.0/8']\n");

@@ -10,6 +10,7 @@
 //! markers and counters. Of these, the path of a live message uses only the counters.
 
 mod admission;
+mod checked;
 mod control;
 mod http;
 mod orders;
@@ -45,6 +46,7 @@ use crate::{
     uploads::{OpenError, Signer, Storage},
 };
 use admission::Admission;
+use checked::Checked;
 use control::Control;
 use orders::Orders;
 use shard::{Drained, Shards};
@@ -85,6 +87,7 @@ struct Shared {
 struct Uploads {
     storage: Storage,
     signer: Signer,
+    checked: Checked,
 }
 
 /// The parts of a ready edge.
@@ -177,6 +180,7 @@ impl Edge {
             uploads: Storage::open(&config.uploads)?.map(|storage| Uploads {
                 storage,
                 signer: Signer::new(&config.uploads),
+                checked: Checked::default(),
             }),
             id: id.into(),
             lifecycle: Lifecycle::default(),

@@ -23,7 +23,7 @@ use crate::{
     config::Config,
     model::{Class, Region, RoomId, partition_of},
     protocol::{ErrorCode, Refused},
-    store::{Upload, WhichRooms},
+    store::{Upload, UploadState, WhichRooms},
     subject::{Subjects, rooms_stream},
     telemetry::metrics::{Counter, Histogram, HistoryAnswer, count, record},
 };
@@ -235,6 +235,14 @@ impl Client {
             error => away(error.to_string()),
         });
         granted.map(|_granted| ())
+    }
+
+    /// Whether the file of an upload may be given out.
+    ///
+    /// # Errors
+    /// `unavailable`: it is not known.
+    pub async fn upload_state(&self, upload: &str) -> Result<UploadState, Refused> {
+        self.answer(endpoint::UPLOAD_STATE, &upload).await
     }
 
     /// The heads of a room, one per origin; `None` if they can't be read now. Reads one stream per origin.

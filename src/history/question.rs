@@ -26,6 +26,8 @@ pub(super) mod endpoint {
     pub(crate) const ROOMS: &str = "rooms";
     /// An upload.
     pub(crate) const UPLOAD: &str = "upload";
+    /// Whether the file of an upload may be given out.
+    pub(crate) const UPLOAD_STATE: &str = "upload_state";
 }
 
 /// A request for a page of a room's history.

@@ -138,6 +138,22 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
             }
         })
     };
+    let upload_state = {
+        let (answered, parts) = (Arc::clone(&answered), parts.clone());
+        let subject = subjects.history(&region, endpoint::UPLOAD_STATE);
+        Endpoint::new(endpoint::UPLOAD_STATE, subject, move |question| {
+            let (parts, answered) = (parts.clone(), Arc::clone(&answered));
+            async move {
+                let answer = async {
+                    let upload: String = decode(&question)?;
+                    encode(&uploads::state(&parts, &upload).await?)
+                };
+                answered
+                    .note(answer.await, &answered.uploads)
+                    .map_err(|error| refused(&error))
+            }
+        })
+    };
     let rooms = {
         let (answered, parts) = (Arc::clone(&answered), parts.clone());
         let subject = subjects.history(&region, endpoint::ROOMS);
@@ -153,7 +169,7 @@ pub(super) async fn serve(parts: &Parts, erasing: Erasing) -> Result<(), ServeEr
         })
     };
     let (page, thread) = (page_at(endpoint::PAGE), page_at(endpoint::THREAD));
-    let endpoints = vec![page, thread, search, erase, upload, rooms];
+    let endpoints = vec![page, thread, search, erase, upload, upload_state, rooms];
     let writing = Arc::clone(figures);
     let figures = move || answered.figures(&writing);
     serve_endpoints(

@@ -8,8 +8,9 @@
 //! written everything up to there, and then speaks for the uploads that could not be named any more when it noted
 //! them. A file goes when all regions have spoken.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use serde::Deserialize;
 use tokio::time::sleep;
 
 use super::Parts;
@@ -17,8 +18,10 @@ use crate::{
     bus::{PullError, StreamError, consumer_state},
     protocol::{ErrorCode, Refused},
     runtime::{Phase, unix_ms},
-    store::{Change, Claim, Entry, FileRemoval, StoreError, Upload, What, author},
-    subject::{HISTORY_CONSUMER, rooms_stream},
+    store::{
+        Change, Claim, Entry, FileRemoval, StoreError, Upload, UploadState, Verdict, What, author,
+    },
+    subject::{HISTORY_CONSUMER, rooms_stream, worker_user},
     telemetry::metrics::{Counter, UploadGrant, count},
     uploads::{Storage, UploadId, named},
 };
@@ -51,7 +54,9 @@ enum UnusedError {
 /// Grants an upload, within the limit of its user.
 pub(super) async fn grant(parts: &Parts, upload: &Upload) -> Result<(), Refused> {
     let most = parts.config.uploads.max_per_day;
-    let granted = parts.store.grant_upload(upload, most.as_u64()).await;
+    let is_checked = parts.config.uploads.scan().is_some();
+    let granted = parts.store.grant_upload(upload, most.as_u64(), is_checked);
+    let granted = granted.await;
     let granted = granted.map_err(|error| {
         tracing::warn!(%error, "an upload could not be granted");
         count(Counter::UploadGranted(UploadGrant::Unavailable), 1);
@@ -68,6 +73,55 @@ pub(super) async fn grant(parts: &Parts, upload: &Upload) -> Result<(), Refused>
     }
     count(Counter::UploadGranted(UploadGrant::Granted), 1);
     Ok(())
+}
+
+/// Whether the file of an upload may be given out.
+pub(super) async fn state(parts: &Parts, upload: &str) -> Result<UploadState, Refused> {
+    let state = parts.store.upload_state(upload).await;
+    state.map_err(|error| {
+        let text = format!("whether the file was checked is not known: {error}");
+        Refused::new(ErrorCode::Unavailable, text)
+    })
+}
+
+/// What a worker says of uploads: `{"files": {"<upload>": "clean" | "infected"}}`. All else is none of our business.
+#[derive(Deserialize)]
+struct Judged {
+    files: HashMap<String, serde_json::Value>,
+}
+
+/// The verdicts among these entries: what the worker `scan` itself has annotated. Nobody else can have its name, since no
+/// token has one that begins with `$`.
+pub(super) fn verdicts<'a>(entries: &'a [Entry], scan: &str) -> Vec<Verdict<'a>> {
+    let judge = worker_user(scan);
+    let mut verdicts = Vec::new();
+    for entry in entries.iter().filter(|entry| entry.from == judge) {
+        let What::Change {
+            change: Change::Annotate(said),
+            ..
+        } = &entry.what
+        else {
+            continue;
+        };
+        for (_name, json) in said {
+            let Ok(Judged { files }) = serde_json::from_str(json) else {
+                continue;
+            };
+            verdicts.extend(files.into_iter().filter_map(|(upload, verdict)| {
+                let is_infected = match verdict.as_str() {
+                    Some("clean") => false,
+                    Some("infected") => true,
+                    _ => return None,
+                };
+                Some(Verdict {
+                    upload,
+                    room: &entry.room,
+                    is_infected,
+                })
+            }));
+        }
+    }
+    verdicts
 }
 
 /// What messages and edits say of uploads.
@@ -217,6 +271,31 @@ mod tests {
             original_ts: None,
             what,
         }
+    }
+
+    #[test]
+    fn only_the_worker_that_is_asked_gives_verdicts() {
+        let annotated = |from: &str, body: &str| {
+            let said = vec![("scan".to_owned(), body.to_owned())];
+            let change = Change::Annotate(said);
+            let target = "chat:x/kim/1".to_owned();
+            entry(from, What::Change { target, change })
+        };
+        let both = r#"{"files":{"u1":"clean","u2":"infected","u3":"unknown","u4":{"width":1}}}"#;
+        let entries = [
+            annotated("$worker.scan", both),
+            annotated("$worker.scan", r#"{"files":["u1"]}"#),
+            annotated("$worker.image", r#"{"files":{"u5":"clean"}}"#),
+            annotated("scan", r#"{"files":{"u6":"clean"}}"#),
+            annotated("kim", both),
+        ];
+        let verdicts = verdicts(&entries, "scan");
+        let mut told: Vec<_> = verdicts
+            .iter()
+            .map(|one| (&*one.upload, one.room.as_str(), one.is_infected))
+            .collect();
+        told.sort_unstable();
+        assert_eq!(told, [("u1", "chat:x", false), ("u2", "chat:x", true)]);
     }
 
     #[test]

@@ -38,7 +38,7 @@ use crate::{
     runtime::Phase,
     store::{Claim, Entry, Removal, What},
     subject::{FROM_NATTER, Subjects, rooms_stream},
-    telemetry::metrics::{Counter, Histogram, HistoryEntry, count, record},
+    telemetry::metrics::{Counter, Histogram, HistoryEntry, UploadVerdict, count, record},
 };
 
 /// Batches of one partition that are written at once. One more is collected meanwhile.
@@ -452,6 +452,8 @@ impl Worker {
             false => Vec::new(),
         };
         self.claim_uploads(&claims).await;
+        // Before the write too: what is written is not looked at again when it is redelivered.
+        self.judge_uploads(entries).await;
         let mut pause = Backoff::default();
         loop {
             match self.parts.store.write(entries).await {
@@ -476,6 +478,26 @@ impl Worker {
         while let Err(error) = self.parts.store.claim_uploads(claims).await {
             self.parts.figures.batch_failed(&error);
             sleep(pause.next()).await;
+        }
+    }
+
+    /// Records what the worker that checks files has said of them. Retries until MongoDB accepts it.
+    async fn judge_uploads(&self, entries: &[Entry]) {
+        let Some(scan) = self.parts.config.uploads.scan() else {
+            return;
+        };
+        let verdicts = uploads::verdicts(entries, scan);
+        let mut pause = Backoff::default();
+        while let Err(error) = self.parts.store.judge_uploads(&verdicts).await {
+            self.parts.figures.batch_failed(&error);
+            sleep(pause.next()).await;
+        }
+        for (verdict, infected) in [
+            (UploadVerdict::Clean, false),
+            (UploadVerdict::Infected, true),
+        ] {
+            let of_it = verdicts.iter().filter(|one| one.is_infected == infected);
+            count(Counter::UploadJudged(verdict), of_it.count() as u64);
         }
     }
 

@@ -27,6 +27,10 @@ pub enum ErrorCode {
     Unauthorized,
     /// The token's grants do not cover the command.
     Forbidden,
+    /// Only over HTTP: the file is not checked yet.
+    Pending,
+    /// Only over HTTP: the file was checked, and is never given out.
+    Infected,
     /// The command needs a join first.
     NotJoined,
     /// It was changed meanwhile: read it again.
@@ -82,7 +86,7 @@ impl Refused {
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::BadJson,
         Self::BadRequest,
         Self::UnknownOp,
@@ -95,6 +99,8 @@ impl ErrorCode {
         Self::Erased,
         Self::Unauthorized,
         Self::Forbidden,
+        Self::Pending,
+        Self::Infected,
         Self::NotJoined,
         Self::Conflict,
         Self::Timeout,
@@ -122,6 +128,8 @@ impl ErrorCode {
             Self::Erased => "erased",
             Self::Unauthorized => "unauthorized",
             Self::Forbidden => "forbidden",
+            Self::Pending => "pending",
+            Self::Infected => "infected",
             Self::NotJoined => "not_joined",
             Self::Conflict => "conflict",
             Self::Timeout => "timeout",
@@ -138,7 +146,11 @@ impl ErrorCode {
     #[must_use]
     pub fn retry(self) -> bool {
         match self {
-            Self::Timeout | Self::RateLimited | Self::Unavailable | Self::UnknownOutcome => true,
+            Self::Pending
+            | Self::Timeout
+            | Self::RateLimited
+            | Self::Unavailable
+            | Self::UnknownOutcome => true,
             Self::BadJson
             | Self::BadRequest
             | Self::UnknownOp
@@ -151,6 +163,7 @@ impl ErrorCode {
             | Self::Erased
             | Self::Unauthorized
             | Self::Forbidden
+            | Self::Infected
             | Self::NotJoined
             | Self::Conflict
             | Self::Limit
@@ -173,8 +186,8 @@ impl ErrorCode {
             Self::Forbidden => 403,
             Self::UnknownNamespace | Self::UnknownRoom => 404,
             Self::Timeout => 408,
-            Self::NotJoined | Self::Conflict => 409,
-            Self::Erased => 410,
+            Self::NotJoined | Self::Conflict | Self::Pending => 409,
+            Self::Erased | Self::Infected => 410,
             Self::TooLarge => 413,
             Self::RateLimited | Self::Limit => 429,
             Self::Internal => 500,

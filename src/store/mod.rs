@@ -44,7 +44,7 @@ pub use replies::Replies;
 pub use rooms::{ListedRoom, RoomPlace, Sees, WhichRooms};
 pub use slots::{Annotation, Reaction, Slot};
 pub use text::{MAX_QUERY, QueryError};
-pub use uploads::{Claim, FileRemoval, Upload};
+pub use uploads::{Claim, FileRemoval, Upload, UploadState, Verdict};
 
 /// The collection of messages.
 const MESSAGES: &str = "messages";

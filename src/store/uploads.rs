@@ -4,12 +4,14 @@
 //!
 //! ```text
 //! {_id: "<upload>", room, user, name, type, size, at, moment, open?: true, unused_in?: ["<region>"], message?: "<key>",
-//!  due?, gone?: true}
+//!  due?, gone?: true, state?: "pending" | "clean" | "infected"}
 //! ```
 //! - `open`: no message has named it yet. `message`: the key of the message that has.
 //! - `moment`: the time of that message, in ms since 1970; until then the time at which it was granted. An erasure covers
 //!   what is not later than it.
 //! - `unused_in`: the regions in whose streams no message names it. In all: it is removed.
+//! - `state`: the verdict of the worker `uploads.scan`. Absent where nobody checks files, and in uploads that were granted
+//!   before: they count as clean.
 //! - `due`: its file is to be removed, at that time. The field stays until the file is gone, so no removal is forgotten.
 //! - `gone`: the file was removed. It is removed once more when the record is deleted, because a URL to upload was still
 //!   valid after the first time.
@@ -17,6 +19,8 @@
 //! # Invariants
 //! - Of several messages that name an upload, the first one to arrive here counts. What was claimed or is to be removed
 //!   is not `open` any more, and each of these steps needs `open` or a claim, so they exclude each other.
+//! - Verdicts commute: whatever their order, and however often they come, one `infected` makes an upload infected for good.
+//!   They need neither a claim nor a message.
 //! - A record stays for [`QUOTA`] at least, also when its file is gone: it counts against the limit of its user.
 
 use std::time::Duration;
@@ -42,6 +46,11 @@ pub const QUOTA: Duration = Duration::from_secs(24 * 3600);
 /// What an upload counts against the limit of its user at least, in bytes. So the number of records has a limit too.
 const LEAST: u64 = 4096;
 
+/// Values of `state`.
+const PENDING: &str = "pending";
+const CLEAN: &str = "clean";
+const INFECTED: &str = "infected";
+
 /// Claims that are sent at once.
 const AT_ONCE: usize = 1000;
 
@@ -61,6 +70,31 @@ pub struct Upload {
     pub media_type: String,
     /// The bytes of the file.
     pub size: u64,
+}
+
+/// What the registry knows of a file that somebody wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UploadState {
+    /// It was not checked yet.
+    Pending,
+    /// It may be given out.
+    Clean,
+    /// It is never given out.
+    Infected,
+    /// It was removed, or is about to be.
+    Gone,
+}
+
+/// What the worker that checks files says of one of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict<'a> {
+    /// The id of the upload.
+    pub upload: String,
+    /// The room of the message that the worker has seen.
+    pub room: &'a RoomId,
+    /// Whether it is infected; otherwise clean.
+    pub is_infected: bool,
 }
 
 /// A message that names uploads.
@@ -116,7 +150,7 @@ impl Store {
         self.run(create, self.write_timeout).await.map(|_ok| ())
     }
 
-    /// Records an upload, unless its user would then have been granted more than `most` bytes within [`QUOTA`]: then
+    /// Records an upload (`is_checked`: which waits for a verdict), unless its user would then have been granted more than `most` bytes within [`QUOTA`]: then
     /// returns how many there are without it.
     ///
     /// # Errors
@@ -125,14 +159,19 @@ impl Store {
         &self,
         upload: &Upload,
         most: u64,
+        is_checked: bool,
     ) -> Result<Result<(), u64>, StoreError> {
         let uploads = self.confirmed(UPLOADS);
         let now = DateTime::now();
-        let insert = uploads.insert_one(doc! {
+        let mut granted = doc! {
             "_id": &upload.id, "room": upload.room.as_str(), "user": &upload.user,
             "name": &upload.name, "type": &upload.media_type, "size": number(upload.size),
             "at": now, "moment": now.timestamp_millis(), "open": true,
-        });
+        };
+        if is_checked {
+            granted.insert("state", PENDING);
+        }
+        let insert = uploads.insert_one(granted);
         within(self.write_timeout, insert.into_future()).await?;
         // After the insert: of two requests at the same time, at least one sees the other.
         let since = DateTime::from_millis(now.timestamp_millis() - millis(QUOTA));
@@ -176,18 +215,72 @@ impl Store {
                     "multi": true,
                 }
             });
-            let update = doc! {
-                "update": UPLOADS, "updates": updates.collect::<Vec<_>>(), "ordered": false,
-                "writeConcern": { "w": "majority" },
-            };
-            let answer = self.run(update, self.write_timeout).await?;
-            for field in ["writeErrors", "writeConcernError"] {
-                if let Some(error) = answer.get(field) {
-                    return Err(StoreError::Unavailable(error.to_string()));
-                }
+            self.update_uploads(updates.collect()).await?;
+        }
+        Ok(())
+    }
+
+    async fn update_uploads(&self, updates: Vec<Fields>) -> Result<(), StoreError> {
+        let update = doc! {
+            "update": UPLOADS, "updates": updates, "ordered": false,
+            "writeConcern": { "w": "majority" },
+        };
+        let answer = self.run(update, self.write_timeout).await?;
+        for field in ["writeErrors", "writeConcernError"] {
+            if let Some(error) = answer.get(field) {
+                return Err(StoreError::Unavailable(error.to_string()));
             }
         }
         Ok(())
+    }
+
+    /// Notes verdicts. Repeating it changes nothing. The files of infected uploads are doomed.
+    ///
+    /// # Errors
+    /// [`StoreError`]: it must be retried.
+    pub async fn judge_uploads(&self, verdicts: &[Verdict<'_>]) -> Result<(), StoreError> {
+        for verdicts in verdicts.chunks(AT_ONCE) {
+            let updates = verdicts.iter().map(|verdict| {
+                let (before, then) = match verdict.is_infected {
+                    true => {
+                        let mut doomed = doomed();
+                        if let Ok(set) = doomed.get_document_mut("$set") {
+                            set.insert("state", INFECTED);
+                        }
+                        // Also one that was granted before files were checked.
+                        (Bson::from(doc! { "$ne": INFECTED }), doomed)
+                    }
+                    false => (Bson::from(PENDING), doc! { "$set": { "state": CLEAN } }),
+                };
+                doc! {
+                    "q": { "_id": &verdict.upload, "room": verdict.room.as_str(), "state": before },
+                    "u": then,
+                }
+            });
+            self.update_uploads(updates.collect()).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether the file of an upload may be given out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn upload_state(&self, upload: &str) -> Result<UploadState, StoreError> {
+        let uploads = self.confirmed(UPLOADS);
+        let find = uploads
+            .find_one(doc! { "_id": upload })
+            .projection(doc! { "state": 1, "due": 1 });
+        let Some(found) = within(self.read_timeout, find.into_future()).await? else {
+            return Ok(UploadState::Gone);
+        };
+        Ok(match found.get_str("state") {
+            Ok(INFECTED) => UploadState::Infected,
+            // Its URL to upload may still be valid, so another file could be there by now.
+            _ if found.contains_key("due") => UploadState::Gone,
+            Ok(CLEAN) | Err(_) => UploadState::Clean,
+            Ok(_) => UploadState::Pending,
+        })
     }
 
     /// Of these messages, dooms the uploads of those that are deleted. It must come after the messages and their

@@ -187,6 +187,8 @@ labels! {
     }
     /// The answer of the registry of uploads.
     UploadGrant "result" { Granted "granted", Limit "limit", Unavailable "unavailable" }
+    /// The verdict of the worker that checks files.
+    UploadVerdict "result" { Clean "clean", Infected "infected" }
     /// The end of an upload to the local storage: the file was stored, had another size than announced, did not arrive,
     /// was being uploaded by another request, or could not be written.
     UploadEnd "result" {
@@ -472,6 +474,8 @@ counted! {
     UploadGranted(result: UploadGrant) = "natter.upload.granted", "{upload}";
     /// Files that edges received for the local storage.
     UploadReceived(result: UploadEnd) = "natter.upload.received", "{upload}";
+    /// Verdicts that the history service took from the annotations of the worker `uploads.scan`, repeats included.
+    UploadJudged(result: UploadVerdict) = "natter.upload.judged", "{upload}";
     /// Uploads that no message named in time.
     UploadUnused = "natter.upload.unused", "{upload}";
     /// Files removed from the storage, whether they were there or not.

@@ -19,7 +19,7 @@ const ID: usize = ULID + OWNER + SIGNATURE;
 ///
 /// The text is base64url, so it can stand in a path, and can be the name of a file. The owner's mark can't be turned back
 /// into a name, and differs between uploads.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct UploadId([u8; ID]);
 
 /// An upload id was refused.

@@ -78,11 +78,16 @@ pub enum LocalError {
 impl Local {
     pub(super) fn open(config: &Uploads) -> Result<Self, OpenError> {
         std::fs::create_dir_all(&config.folder).map_err(OpenError::Folder)?;
-        Ok(Self {
+        Ok(Self::new(config))
+    }
+
+    /// Without a look at the folder, which need not be there: for who only signs URLs.
+    pub(super) fn new(config: &Uploads) -> Self {
+        Self {
             folder: config.folder.clone(),
             signer: Signer::new(config),
             url_ttl: config.url_ttl,
-        })
+        }
     }
 
     fn url(&self, id: &UploadId, file: Option<File>, now: u64) -> (String, u64) {

@@ -19,5 +19,5 @@ mod storage;
 pub use file::{BadFile, File};
 pub use id::{BadUpload, Signer, UploadId};
 pub use local::{Local, LocalError, Permit, Receiving};
-pub use named::{named, refusal};
+pub use named::{Named, described, named, refusal};
 pub use storage::{OpenError, Put, Storage, StorageError};

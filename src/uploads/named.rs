@@ -1,8 +1,8 @@
 //! The uploads that the body of a message names: `{"attachments": [{"upload": "…", …}, …]}`.
 
 use memchr::memmem;
-use serde::Deserialize;
-use serde_json::value::RawValue;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, value::RawValue};
 
 use super::{BadUpload, Signer};
 use crate::{
@@ -31,7 +31,23 @@ struct Body<'a> {
 
 #[derive(Deserialize)]
 struct Attachment {
-    upload: Option<serde_json::Value>,
+    upload: Option<Value>,
+}
+
+/// An upload that a body names, with what the sender of the body says of its file. Nothing of that is checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Named {
+    /// The id.
+    pub upload: String,
+    /// The name of the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Its media type.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub media_type: Option<String>,
+    /// Its bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
 }
 
 /// The uploads that a body names. Attachments without the field `upload` are the app's own, and so is whatever is not an
@@ -41,22 +57,56 @@ struct Attachment {
 /// [`NamedError`].
 pub fn named(body: &str) -> Result<Vec<String>, NamedError> {
     let mut uploads = Vec::new();
-    if memmem::find(body.as_bytes(), ATTACHMENTS).is_none() || !is(body, '{') {
-        return Ok(uploads);
-    }
-    let Body { attachments } = serde_json::from_str(body)?;
-    let Some(attachments) = attachments.filter(|all| is(all.get(), '[')) else {
-        return Ok(uploads);
-    };
-    let attachments: Vec<&RawValue> = serde_json::from_str(attachments.get())?;
-    for attachment in attachments.into_iter().filter(|one| is(one.get(), '{')) {
+    for attachment in attachments(body)? {
         match serde_json::from_str::<Attachment>(attachment.get())?.upload {
             None => {}
-            Some(serde_json::Value::String(upload)) => uploads.push(upload),
+            Some(Value::String(upload)) => uploads.push(upload),
             Some(_) => return Err(NamedError::NotText),
         }
     }
     Ok(uploads)
+}
+
+/// The uploads that a stored body names, each once, with what it says of the files. What can't be read is left out.
+#[must_use]
+pub fn described(body: &str) -> Vec<Named> {
+    let mut all: Vec<Named> = Vec::new();
+    for attachment in attachments(body).unwrap_or_default() {
+        let Ok(Value::Object(mut said)) = serde_json::from_str(attachment.get()) else {
+            continue;
+        };
+        let mut text = |field: &str| match said.remove(field) {
+            Some(Value::String(text)) => Some(text),
+            _ => None,
+        };
+        let Some(upload) = text("upload") else {
+            continue;
+        };
+        let (name, media_type) = (text("name"), text("type"));
+        if all.iter().all(|other| other.upload != upload) {
+            all.push(Named {
+                upload,
+                name,
+                media_type,
+                size: said.get("size").and_then(Value::as_u64),
+            });
+        }
+    }
+    all
+}
+
+/// The attachments of a body that are objects.
+fn attachments(body: &str) -> Result<Vec<&RawValue>, serde_json::Error> {
+    if memmem::find(body.as_bytes(), ATTACHMENTS).is_none() || !is(body, '{') {
+        return Ok(Vec::new());
+    }
+    let Body { attachments } = serde_json::from_str(body)?;
+    let Some(attachments) = attachments.filter(|all| is(all.get(), '[')) else {
+        return Ok(Vec::new());
+    };
+    let mut attachments: Vec<&RawValue> = serde_json::from_str(attachments.get())?;
+    attachments.retain(|one| is(one.get(), '{'));
+    Ok(attachments)
 }
 
 fn is(json: &str, begin: char) -> bool {
@@ -126,6 +176,14 @@ mod tests {
         ] {
             assert!(of(bad).unwrap_err().starts_with("attachments: "), "{bad}");
         }
+        let body = r#"{"attachments":[{"upload":"x","name":"n","type":"image/png","size":5},
+            {"upload":"x"},{"upload":7},{"name":"no upload"},{"upload":"y","name":7,"size":"5"}]}"#;
+        let told = serde_json::to_string(&described(body)).unwrap();
+        assert_eq!(
+            told,
+            r#"[{"upload":"x","name":"n","type":"image/png","size":5},{"upload":"y"}]"#
+        );
+        assert_eq!(described("{\"attachments\":[],\"attachments\":[]}"), []);
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct S3 {
     bucket: Bucket,
     credentials: Credentials,
     url_ttl: Duration,
+    /// Whether a file that is there can't be replaced. Otherwise another one could take its place after it was checked.
+    once: bool,
     /// `None` for an endpoint without TLS.
     tls: Option<TlsConnector>,
 }
@@ -56,6 +58,7 @@ impl S3 {
         Ok(Self {
             credentials: Credentials::new(config.s3_key.clone(), config.s3_secret.expose()),
             url_ttl: config.url_ttl,
+            once: config.scan().is_some(),
             tls: is_secure
                 .then(|| tls(&[]))
                 .transpose()
@@ -71,7 +74,10 @@ impl S3 {
     pub(super) fn put(&self, id: &UploadId, file: &File, now: u64) -> Put {
         let object = object(id);
         let mut action = self.bucket.put_object(Some(&self.credentials), &object);
-        let headers = file.headers();
+        let mut headers = file.headers();
+        if self.once {
+            headers.insert("if-none-match", "*".to_owned());
+        }
         for (name, value) in &headers {
             action.headers_mut().insert(*name, value.clone());
         }
@@ -109,7 +115,7 @@ impl S3 {
         }
     }
 
-    /// Writes a file with this text.
+    /// Writes a file with this text. [`StorageError::Kept`]: there is one, which can't be replaced.
     pub(super) async fn write(
         &self,
         id: &UploadId,
@@ -118,7 +124,10 @@ impl S3 {
     ) -> Result<(), StorageError> {
         let put = self.put(id, file, 0);
         let headers: Vec<_> = put.headers.into_iter().collect();
-        self.send(Method::PUT, &put.url, &headers, text).await
+        match self.send(Method::PUT, &put.url, &headers, text).await {
+            Err(StorageError::Refused { status: 412, .. }) => Err(StorageError::Kept),
+            written => written,
+        }
     }
 
     /// Sends a request, and waits until S3 has done it.

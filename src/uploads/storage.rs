@@ -57,6 +57,14 @@ pub enum StorageError {
     /// S3 refused a request.
     #[error("S3 answered {status}: {text}")]
     Refused { status: u16, text: String },
+    /// S3 did not write a file because there is one.
+    #[error("there is a file already")]
+    Kept,
+    /// S3 has replaced a file, although it was asked not to.
+    #[error(
+        "S3 lets a file be replaced after it was checked: it ignores If-None-Match, which uploads.scan needs"
+    )]
+    Replaced,
 }
 
 impl From<LocalError> for StorageError {
@@ -78,6 +86,17 @@ impl Storage {
             UploadStorage::Off => None,
             UploadStorage::Local => Some(Self::Local(Local::open(config)?)),
             UploadStorage::S3 => Some(Self::S3(Box::new(S3::open(config)?))),
+        })
+    }
+
+    /// The storage, for who only signs URLs; `None` if there are no uploads. A folder need not be there.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn signing(config: &Uploads) -> Result<Option<Self>, OpenError> {
+        Ok(match config.storage {
+            UploadStorage::Local => Some(Self::Local(Local::new(config))),
+            UploadStorage::Off | UploadStorage::S3 => Self::open(config)?,
         })
     }
 
@@ -133,13 +152,22 @@ impl Storage {
         };
         match self {
             Self::Local(local) => {
-                let mut receiving = local.receive(id, file).await?;
+                let mut receiving = local.receive(id, file.clone()).await?;
                 receiving.write(b"1").await?;
                 receiving.finish().await?;
             }
             Self::S3(s3) => s3.write(&id, &file, "1").await?,
         }
-        self.remove(&id).await
+        let kept = match self {
+            Self::S3(s3) if config.scan().is_some() => s3.write(&id, &file, "2").await,
+            Self::S3(_) | Self::Local(_) => Err(StorageError::Kept),
+        };
+        self.remove(&id).await?;
+        match kept {
+            Ok(()) => Err(StorageError::Replaced),
+            Err(StorageError::Kept) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{
     Links, Parts, Worker, WorkersError,
+    files::Files,
     job::{Done, Failed},
 };
 use crate::{
@@ -40,10 +41,10 @@ impl Retry {
     /// # Errors
     /// [`WorkersError`].
     pub async fn open(config: Config) -> Result<Self, WorkersError> {
-        let workers = Worker::all(&config)?;
+        let (workers, files) = (Worker::all(&config)?, Files::open(&config)?);
         let tasks = Tasks::default();
         let links = Links::open(&config, &tasks).await?;
-        let parts = Parts::open(Arc::new(config), &links, tasks).await;
+        let parts = Parts::open(Arc::new(config), &links, tasks, files).await;
         Ok(Self {
             workers,
             parts,

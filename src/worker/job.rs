@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::{
     Parts, Worker,
+    files::{AskedUpload, names_uploads},
     seen::{self, Seen},
 };
 use crate::{
@@ -72,6 +73,9 @@ struct Asked<'a> {
     message: &'a RawValue,
     #[serde(skip_serializing_if = "Option::is_none")]
     record: Option<RecordReply>,
+    /// The uploads that the message names.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    uploads: Vec<AskedUpload>,
 }
 
 /// The fields of a message as history shows it that decide whether it is the right one.
@@ -255,7 +259,9 @@ impl Worker {
     /// What it has to do with a message; `None`: nothing.
     pub(super) fn about(&self, Stored { room, record }: &Stored) -> Option<About> {
         let about = About::of(room, record, &self.config.kinds);
-        about.filter(|_| self.scope.contains(room))
+        about.filter(|_| {
+            self.scope.contains(room) && (!self.config.attachments || names_uploads(&record.body))
+        })
     }
 
     /// Asks the worker. Returns the body of the annotation, or what there is in place of one.
@@ -267,11 +273,20 @@ impl Worker {
         id: &str,
     ) -> Result<Result<Bytes, Done>, Failed> {
         let known = parts.people.of(room).await.map_err(|error| later(&error))?;
+        let uploads = match &parts.files {
+            Some(files) => files.of(room, message),
+            None => Vec::new(),
+        };
+        if self.config.attachments && uploads.is_empty() {
+            // An edit has taken them out meanwhile, or whoever published it named what is no upload of theirs.
+            return Ok(Err(Done::Skipped));
+        }
         let asked = Asked {
             worker: self.name(),
             room,
             message,
             record: known_record(&known, room),
+            uploads,
         };
         let body = serde_json::to_vec(&asked).map_err(|error| later(&error))?;
         let outcome = {

@@ -15,6 +15,7 @@
 //! - A process has never more than `concurrency` requests of a worker open.
 
 mod dead;
+mod files;
 mod job;
 mod seen;
 mod status;
@@ -42,7 +43,9 @@ use crate::{
     runtime::{Late, Lifecycle, Phase, Tasks},
     subject::{bucket, worker_user},
     telemetry::metrics::{WorkerLabel, worker_label},
+    uploads::OpenError,
 };
+use files::Files;
 
 pub use dead::{Retried, Retry};
 
@@ -84,6 +87,8 @@ struct Parts {
     /// What was erased.
     remembered: Arc<Remembered>,
     dead: DeadLetters,
+    /// What tells workers where the files of messages are.
+    files: Option<Arc<Files>>,
     tasks: Tasks,
 }
 
@@ -122,6 +127,14 @@ pub enum WorkersError {
     /// The configuration can't be used to connect to NATS.
     #[error(transparent)]
     Nats(#[from] ConnectError),
+    /// The configuration can't be used for the files of uploads.
+    #[error(transparent)]
+    Uploads(#[from] OpenError),
+    /// A worker would get nothing.
+    #[error(
+        "workers.{name}.attachments = true, but this configuration has no uploads: natter worker needs [uploads] as the edges have it, and uploads.public_url with storage \"local\""
+    )]
+    NoUploads { name: String },
     /// Requests can't be sent.
     #[error("workers.{name}: requests can't be sent")]
     Receiver { name: String, source: io::Error },
@@ -190,7 +203,12 @@ impl Links {
 
 impl Parts {
     /// Waits for the streams, and begins to follow what the jobs need.
-    async fn open(config: Arc<Config>, links: &Links, tasks: Tasks) -> Self {
+    async fn open(
+        config: Arc<Config>,
+        links: &Links,
+        tasks: Tasks,
+        files: Option<Arc<Files>>,
+    ) -> Self {
         let Links {
             connection,
             reads,
@@ -235,6 +253,7 @@ impl Parts {
             people,
             publisher,
             remembered,
+            files,
             tasks,
             config,
         }
@@ -247,7 +266,7 @@ impl Workers {
     /// # Errors
     /// [`WorkersError`].
     pub async fn start(config: Config) -> Result<Self, WorkersError> {
-        let all = Worker::all(&config)?;
+        let (all, files) = (Worker::all(&config)?, Files::open(&config)?);
         let config = Arc::new(config);
         let address = config.worker.listen;
         let listen = |source| WorkersError::Listen { address, source };
@@ -269,7 +288,7 @@ impl Workers {
         let (links, tasks) = (workers.links.clone(), workers.tasks.clone());
         let lifecycle = workers.lifecycle.clone();
         workers.tasks.spawn_until_stopping("start", async move {
-            let parts = Parts::open(config, &links, tasks.clone()).await;
+            let parts = Parts::open(config, &links, tasks.clone(), files).await;
             let mut opened = Vec::new();
             for worker in all {
                 tasks.keep_running(

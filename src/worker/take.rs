@@ -201,8 +201,14 @@ impl Taking {
             return Answer::Done;
         };
         let age = Duration::from_millis(unix_ms().saturating_sub(delivery.ts));
+        // Its files stay back until there is a verdict, so an operator must be able to ask for one.
+        let holds_back = self.parts.config.uploads.scan() == Some(worker.name());
         if age > worker.config.max_age {
             worker.count(Counter::WorkerExpired);
+            let reason = "it is older than max_age, and its files are held back";
+            if holds_back && !self.bury(delivery, &stored, epoch, reason).await {
+                return Answer::Again(pause(delivery.deliveries, PAUSES, None));
+            }
             return Answer::Done;
         }
         // A server that was killed may have lost acknowledgements, and then counts from 1 again. As long as the message is
@@ -228,6 +234,9 @@ impl Taking {
                             reason,
                             "a message is given up"
                         );
+                        if holds_back && !self.bury(delivery, &stored, epoch, &reason).await {
+                            return Answer::Again(pause(delivery.deliveries, PAUSES, None));
+                        }
                     }
                     Done::Skipped => {}
                 }

@@ -10,20 +10,24 @@ use natter::testing::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{
-    self, LONG,
-    calls::{next, reply},
-    eventually,
-    mesh::{Mesh, token, token_with},
-    raw::{Answer, Raw, bearer, exchange, request},
-    signal, unique,
+use crate::{
+    support::{
+        self, LONG,
+        calls::{next, reply},
+        eventually,
+        mesh::{Mesh, token, token_with},
+        raw::{Answer, Raw, bearer, exchange, request},
+        signal, unique,
+    },
+    workers::said_by_hand,
 };
 
 /// Codes that have no HTTP request: it has no `op`, and no room to be in.
 const NOT_OVER_HTTP: [ErrorCode; 2] = [ErrorCode::UnknownOp, ErrorCode::NotJoined];
 
-/// Codes that only an HTTP request has: a frame has come when it is looked at.
-const NOT_OVER_THE_SOCKET: [ErrorCode; 1] = [ErrorCode::Timeout];
+/// Codes that only an HTTP request has: a frame has come when it is looked at, and files have URLs.
+const NOT_OVER_THE_SOCKET: [ErrorCode; 3] =
+    [ErrorCode::Timeout, ErrorCode::Pending, ErrorCode::Infected];
 
 /// The codes that were seen, each with all that belongs to it.
 #[derive(Debug, Default)]
@@ -113,9 +117,10 @@ async fn every_error_code_is_provoked() {
         Box::pin(refused_by_the_stream()),
         Box::pin(nats_is_away()),
         Box::pin(refused_for_erasure()),
+        Box::pin(files_that_are_held_back()),
     );
     let mut seen = Seen::default();
-    for part in [parts.0, parts.1, parts.2, parts.3, parts.4] {
+    for part in [parts.0, parts.1, parts.2, parts.3, parts.4, parts.5] {
         seen.merge(part);
     }
     let all: BTreeSet<&str> = ErrorCode::ALL.into_iter().map(ErrorCode::as_str).collect();
@@ -190,6 +195,39 @@ async fn refused_for_erasure() -> Seen {
     seen.call(&mut kim, send, ErrorCode::Erased).await;
     let body = r#"{"id":"m1","body":1}"#;
     seen.post(address, &token, "chat:a", body, ErrorCode::Erased)
+        .await;
+    seen
+}
+
+async fn files_that_are_held_back() -> Seen {
+    let mut seen = Seen::default();
+    let folder = tempfile::tempdir().unwrap();
+    let toml = format!(
+        "uploads.storage = 'local'\nuploads.folder = '{}'\nuploads.scan = 'scan'\nuploads.secret = 'a secret of the tests, of more than 32 bytes'",
+        folder.path().display()
+    );
+    let (nats, mongodb) = (support::nats_url(), support::mongodb_url());
+    let mesh = Mesh::with_history(nats, mongodb, (1, 1), &toml).await;
+    let (address, token) = (mesh.edges[0].address, token("kim"));
+    let file = r#"{"name":"a","type":"image/png","size":5}"#;
+    let path = "/v1/rooms/chat:a/uploads";
+    let granted = request(address, "POST", path, &bearer(&token), file).await;
+    let granted = granted.json();
+    let upload = granted["upload"].as_str().unwrap();
+    let path = format!("{path}/{upload}");
+    let get = ("GET", path.as_str(), "");
+    seen.request(address, &token, get, ErrorCode::Pending).await;
+    let verdict = json!({"scan": {"files": {upload: "infected"}}});
+    said_by_hand(&mesh, "chat:a", "scan", ("v1", "kim/m1"), &verdict).await;
+    eventually("the verdict is known", LONG, async || {
+        let answer = request(address, "GET", &path, &bearer(&token), "").await;
+        match answer.status {
+            410 => Ok(()),
+            status => Err(format!("{status} {}", answer.json())),
+        }
+    })
+    .await;
+    seen.request(address, &token, get, ErrorCode::Infected)
         .await;
     seen
 }

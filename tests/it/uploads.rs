@@ -5,6 +5,8 @@
     reason = "cut at what was found in the same text, or in ASCII"
 )]
 
+mod checked;
+
 use std::{
     fs,
     net::SocketAddr,

@@ -32,7 +32,7 @@ use crate::support::{
 const SECRET: &str = "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
 /// The configuration of a worker of this endpoint in all rooms of `chat`, with more keys.
-fn worker(name: &str, endpoint: &Endpoint, more: &str) -> String {
+pub(crate) fn worker(name: &str, endpoint: &Endpoint, more: &str) -> String {
     let url = endpoint.url();
     format!(
         "[[workers]]\nname = '{name}'\nrooms = ['chat:*']\nurl = '{url}'\nsecret = 'whsec_{SECRET}'\n\
@@ -130,7 +130,7 @@ async fn metric_is(workers: &Edge, name: &str, value: u64) {
 }
 
 /// `natter worker dead --json`, and what `natter worker retry` says.
-async fn tool(mesh: &Mesh, args: &[&str]) -> (bool, String) {
+pub(crate) async fn tool(mesh: &Mesh, args: &[&str]) -> (bool, String) {
     let mut command = mesh.command(args).await;
     let output = tokio::task::spawn_blocking(move || command.output().unwrap());
     let output = output.await.unwrap();
@@ -146,7 +146,7 @@ async fn letters(mesh: &Mesh) -> Vec<Value> {
 }
 
 /// Waits until there are so many dead letters.
-async fn dead(mesh: &Mesh, count: usize) -> Vec<Value> {
+pub(crate) async fn dead(mesh: &Mesh, count: usize) -> Vec<Value> {
     eventually(&format!("{count} dead letters"), LONG, async || {
         let letters = letters(mesh).await;
         match letters.len() == count {
@@ -172,7 +172,13 @@ async fn told(staff: &mut Raw, is_right: impl Fn(&Value) -> bool) {
 }
 
 /// Publishes an annotation of a worker, as its process does.
-async fn said_by_hand(mesh: &Mesh, room: &str, worker: &str, of: (&str, &str), body: &Value) {
+pub(crate) async fn said_by_hand(
+    mesh: &Mesh,
+    room: &str,
+    worker: &str,
+    of: (&str, &str),
+    body: &Value,
+) {
     let ((id, target), parsed) = (of, RoomId::parse(room).unwrap());
     let subjects = Subjects::new(&mesh.config.nats.prefix);
     let part = partition_of(&parsed, mesh.config.nats.partitions);

@@ -181,6 +181,7 @@ pub(super) async fn start(
                 config_file,
                 nats_url: &region.nats_url,
                 demo: demo.as_ref(),
+                edge: edges.first().map(|edge| &*edge.http),
                 logs: logs.clone(),
             };
             let listen = config.worker.listen.ip();

@@ -107,6 +107,8 @@ pub(super) struct WorkerTemplate<'a> {
     pub config_file: Option<&'a Path>,
     pub nats_url: &'a str,
     pub demo: Option<&'a Demo>,
+    /// The URL of an edge, from which receivers get the files of messages.
+    pub edge: Option<&'a str>,
     pub logs: PathBuf,
 }
 
@@ -117,6 +119,11 @@ impl WorkerTemplate<'_> {
         env.push(("NATTER__WORKER__LISTEN", listen.to_string()));
         if let Some(demo) = self.demo {
             env.push(("NATTER__WORKERS", demo.workers.clone()));
+        }
+        if let Some(edge) = self.edge
+            && self.config.uploads.public_url.is_empty()
+        {
+            env.push(("NATTER__UPLOADS__PUBLIC_URL", edge.to_owned()));
         }
         let child = Child {
             role: "worker",

@@ -339,7 +339,7 @@ pub(super) fn error(method: Method, refused: &Refused) -> proto::Error {
         ErrorCode::Unauthorized if is_expired(method) => (109, false),
         ErrorCode::Unauthorized => (101, false),
         ErrorCode::UnknownNamespace | ErrorCode::UnknownRoom => (102, false),
-        ErrorCode::Forbidden | ErrorCode::NotJoined => (103, false),
+        ErrorCode::Forbidden | ErrorCode::Infected | ErrorCode::NotJoined => (103, false),
         ErrorCode::UnknownOp => (104, false),
         ErrorCode::Limit => (106, false),
         ErrorCode::BadJson
@@ -353,6 +353,7 @@ pub(super) fn error(method: Method, refused: &Refused) -> proto::Error {
         ErrorCode::StreamFull => (108, false),
         ErrorCode::RateLimited => (111, true),
         ErrorCode::Unavailable
+        | ErrorCode::Pending
         | ErrorCode::UnknownOutcome
         | ErrorCode::Timeout
         | ErrorCode::Internal => (100, true),

@@ -193,8 +193,9 @@ pub(super) async fn grant(
 
 /// Download the file of an upload.
 ///
-/// The answer leads to the storage, with a URL that needs no token and is valid for a short time. It does not depend on
-/// MongoDB. The storage answers 404 when the file was not uploaded, or was removed.
+/// The answer leads to the storage, with a URL that needs no token and is valid for a short time. The storage answers 404
+/// when the file was not uploaded, or was removed. Where files are checked (`uploads.scan`), only a file that was found
+/// clean is given out, and the history service is asked.
 #[utoipa::path(
     get,
     path = "/v1/rooms/{room}/uploads/{upload}",
@@ -210,7 +211,10 @@ pub(super) async fn grant(
         (status = 401, body = ErrorBody, description = "unauthorized"),
         (status = 403, body = ErrorBody, description = "forbidden"),
         (status = 404, body = ErrorBody, description = "unknown_namespace; bad_id: it is not an upload of the room; bad_request where there are no uploads"),
+        (status = 409, body = ErrorBody, description = "pending: the file is not checked yet; with Retry-After"),
+        (status = 410, body = ErrorBody, description = "infected: the file was checked, and is held back for good"),
         (status = 429, body = ErrorBody, description = "rate_limited, with Retry-After"),
+        (status = 503, body = ErrorBody, description = "unavailable: whether the file was checked is not known now"),
     ),
     security(("token" = []))
 )]
@@ -232,6 +236,13 @@ pub(super) async fn download(
         let id = uploads.signer.check(&upload, &room).map_err(|flaw| {
             HttpError::with_status(StatusCode::NOT_FOUND, ErrorCode::BadId, flaw.to_string())
         })?;
+        if api.shared.config.uploads.scan().is_some() {
+            let admitted = uploads.checked.admit(&ready.history, &id).await;
+            admitted.map_err(|refused| match refused.code {
+                ErrorCode::BadId => not_there(),
+                _ => refused.into(),
+            })?;
+        }
         let (url, expires) = uploads.storage.get(&id);
         let private = [(header::CACHE_CONTROL, "private, no-store")];
         if query.redirect == Some(false) {

@@ -1,6 +1,6 @@
 //! The workers of the configuration: whether somebody takes their messages, and what they did not accept.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
@@ -31,30 +31,32 @@ pub(super) async fn examine(
             "natter worker dead says why; natter worker retry asks again",
         ));
     }
-    for worker in &config.workers {
-        let consumer = worker_consumer(&worker.name);
+    // Without the worker that judges files none is given out, wherever its entry is.
+    let names = config.workers.iter().map(|worker| &*worker.name);
+    let names: BTreeSet<&str> = names.chain(config.uploads.scan()).collect();
+    for name in names {
+        let consumer = worker_consumer(name);
         for part in 0..config.nats.partitions {
             let stream = rooms_stream(&region, part);
             let finding = match jetstream.consumer_info(&stream, &consumer).await {
                 Ok(Some(info)) if is_idle(&info) => Finding::new(
                     Level::Warning,
                     Check::Worker,
-                    format!("no process takes messages for the worker {}", worker.name),
-                    "start natter worker with this configuration, as the user worker",
+                    format!("no process takes messages for the worker {name}"),
+                    "start natter worker with this worker in its configuration, as the user worker",
                 ),
                 Ok(Some(_)) => continue,
                 Ok(None) => Finding::new(
                     Level::Warning,
                     Check::Worker,
-                    format!("the worker {} has never run", worker.name),
-                    "start natter worker with this configuration, as the user worker: it makes the consumers, and gets what is said from then on",
+                    format!("the worker {name} has never run"),
+                    "start natter worker with this worker in its configuration, as the user worker: it makes the consumers, and gets what is said from then on",
                 ),
                 Err(ProvisionError::Denied { .. }) => Finding::new(
                     Level::Note,
                     Check::Worker,
                     format!(
-                        "not examined: the worker {}: the user may not ask for its consumer",
-                        worker.name
+                        "not examined: the worker {name}: the user may not ask for its consumer"
                     ),
                     "run natter doctor as the user admin",
                 ),
@@ -62,8 +64,7 @@ pub(super) async fn examine(
                     Level::Problem,
                     Check::Worker,
                     format!(
-                        "the consumer of the worker {} does not report its state: {}",
-                        worker.name,
+                        "the consumer of the worker {name} does not report its state: {}",
                         error.brief()
                     ),
                     "it may have no leader: check whether the servers that hold the stream run",

@@ -1,6 +1,6 @@
 //! The registry of uploads.
 
-use natter::testing::store::{Claim, Upload};
+use natter::testing::store::{Claim, Upload, UploadState, Verdict};
 
 use super::*;
 
@@ -42,7 +42,7 @@ async fn requests_at_the_same_time_never_exceed_the_limit_of_a_user() {
         let store = own.store.clone();
         async move {
             store
-                .grant_upload(&upload(&format!("u{n}"), "kim", 10_000), 50_000)
+                .grant_upload(&upload(&format!("u{n}"), "kim", 10_000), 50_000, false)
                 .await
         }
     });
@@ -53,16 +53,19 @@ async fn requests_at_the_same_time_never_exceed_the_limit_of_a_user() {
     // What was refused does not count, and other users do not.
     for n in granted..5 {
         let more = upload(&format!("more{n}"), "kim", 10_000);
-        assert_eq!(own.store.grant_upload(&more, 50_000).await.unwrap(), Ok(()));
+        assert_eq!(
+            own.store.grant_upload(&more, 50_000, false).await.unwrap(),
+            Ok(())
+        );
     }
     let last = own
         .store
-        .grant_upload(&upload("last", "kim", 1), 50_000)
+        .grant_upload(&upload("last", "kim", 1), 50_000, false)
         .await;
     assert_eq!(last.unwrap(), Err(50_000));
     let other = own
         .store
-        .grant_upload(&upload("other", "lee", 10_000), 50_000)
+        .grant_upload(&upload("other", "lee", 10_000), 50_000, false)
         .await;
     assert_eq!(other.unwrap(), Ok(()));
 }
@@ -72,7 +75,10 @@ async fn an_upload_is_claimed_once_by_its_owner_or_removed_when_all_regions_say_
     let own = Own::new().await;
     let regions = ["a", "b"].map(|name| Region::parse(name).unwrap());
     for id in ["u1", "u2", "u3"] {
-        let granted = own.store.grant_upload(&upload(id, "kim", 1), 1 << 20).await;
+        let granted = own
+            .store
+            .grant_upload(&upload(id, "kim", 1), 1 << 20, false)
+            .await;
         assert_eq!(granted.unwrap(), Ok(()));
     }
     assert!(!own.claim("u1", "lee", "chat:x/lee/1").await);
@@ -123,4 +129,53 @@ async fn an_upload_is_claimed_once_by_its_owner_or_removed_when_all_regions_say_
         uploads.count_documents(doc! { "_id": "u3" }).await.unwrap(),
         0
     );
+}
+
+#[tokio::test]
+async fn verdicts_commute_and_need_neither_claim_nor_message() {
+    let own = Own::new().await;
+    let room = RoomId::parse("chat:x").unwrap();
+    let other = RoomId::parse("chat:y").unwrap();
+    let judge = async |id: &str, room: &RoomId, is_infected| {
+        let upload = id.to_owned();
+        let verdict = Verdict {
+            upload,
+            room,
+            is_infected,
+        };
+        own.store.judge_uploads(&[verdict]).await.unwrap();
+        own.store.upload_state(id).await.unwrap()
+    };
+    // As two regions would say them, in every order, each twice.
+    let orders = [[false, false], [false, true], [true, false], [true, true]];
+    for (n, order) in orders.into_iter().enumerate() {
+        let id = format!("u{n}");
+        let granted = upload(&id, "kim", 1);
+        let granted = own.store.grant_upload(&granted, 1 << 20, true);
+        assert_eq!(granted.await.unwrap(), Ok(()));
+        let state = own.store.upload_state(&id).await.unwrap();
+        assert_eq!(state, UploadState::Pending);
+        assert_eq!(judge(&id, &other, true).await, UploadState::Pending);
+        let mut state = UploadState::Pending;
+        for is_infected in order.into_iter().chain(order) {
+            state = judge(&id, &room, is_infected).await;
+        }
+        let expected = match order.contains(&true) {
+            true => UploadState::Infected,
+            false => UploadState::Clean,
+        };
+        assert_eq!(state, expected, "{order:?}");
+        // A file that is infected goes; one that is clean can still be named.
+        let is_clean = expected == UploadState::Clean;
+        assert_eq!(own.record(&id).await.contains_key("due"), !is_clean);
+        assert_eq!(own.claim(&id, "kim", "chat:x/kim/1").await, is_clean);
+    }
+    // Granted before files were checked.
+    let old = upload("old", "kim", 1);
+    let granted = own.store.grant_upload(&old, 1 << 20, false);
+    assert_eq!(granted.await.unwrap(), Ok(()));
+    assert_eq!(judge("old", &room, false).await, UploadState::Clean);
+    assert_eq!(judge("old", &room, true).await, UploadState::Infected);
+    // What nobody was granted is not made up.
+    assert_eq!(judge("none", &room, false).await, UploadState::Gone);
 }

@@ -120,6 +120,11 @@ impl Mesh {
         spec.name = "workers".to_owned();
         spec.log = self.dir.path().join("workers.log");
         spec.env = vec![("NATTER__WORKER__LISTEN".to_owned(), address.to_string())];
+        if let Some(edge) = self.edges.first() {
+            let url = format!("http://{}", edge.address);
+            spec.env
+                .push(("NATTER__UPLOADS__PUBLIC_URL".to_owned(), url));
+        }
         if let Some(role) = spec.args.first_mut() {
             *role = "worker".into();
         }
