@@ -309,9 +309,11 @@ export class Outbox {
       this.#waits.set(room, { timer, attempt });
       handle._settle("pending", error);
     } else {
+      this.#forgetWait(room);
+      // A message waits for its writer to decide. An edit or a reaction that was refused is over.
+      if (handle.fields.kind) this._remove(handle);
       handle._settle("failed", error);
-      this.#store(handle);
-      this.#waits.delete(room);
+      if (!handle.fields.kind) this.#store(handle);
       this._flush(room);
     }
   }
