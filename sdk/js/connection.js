@@ -36,7 +36,7 @@ export const TRANSITIONS = Object.freeze({
   closed: ["connecting"],
 });
 
-/** @typedef {{name: "idle" | "connecting" | "online" | "offline" | "closed", reason?: string, retryAt?: number}} State */
+/** @typedef {Readonly<{name: "idle" | "connecting" | "online" | "offline" | "closed", reason?: string, retryAt?: number}>} State */
 
 /** @typedef {{reason: "first" | "expiring" | "refused", signal: AbortSignal}} TokenRequest */
 
@@ -372,7 +372,12 @@ export class Connection extends Emitter {
     const { advice, reason } = adviceOf(code, text);
     const why = code === 1006 && text ? text : reason;
     const token = this.#token;
+    const isMoving = this.#drain !== undefined;
     this.#drop();
+    if (isMoving && advice === "back") {
+      this.#move("draining");
+      return;
+    }
     if (advice === "never" || (advice === "token" && !this.#getToken)) {
       this.#end(why);
       return;
@@ -419,6 +424,7 @@ export class Connection extends Emitter {
     clearTimeout(this.#retry);
     clearTimeout(this.#quiet);
     clearTimeout(this.#drain);
+    this.#drain = undefined;
     const calls = [...this.#calls.values()];
     this.#calls.clear();
     for (const { done, timer } of calls) {

@@ -199,7 +199,7 @@ export function compareCursors(a, b) {
 /**
  * What a token says, unchecked: the edge is the judge. An empty object where it can't be read.
  * @param {string} token
- * @returns {{sub?: string, exp?: number, info?: Json, grants?: {rooms: string, can: string[]}[]}}
+ * @returns {{sub?: string, exp?: number, info?: any, grants?: {rooms: string, can: string[]}[]}}
  */
 export function claimsOf(token) {
   try {
