@@ -162,6 +162,7 @@ export class Outbox {
     this.#insert(handle);
     this.#store(handle);
     this._changed(handle);
+    if (this.#client.state.name === "idle") this.#client.connect();
     this._flush(room);
     return handle;
   }

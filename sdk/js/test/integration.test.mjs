@@ -59,12 +59,6 @@ durable = true
 typing = true
 history = true
 presence = "users"
-[namespaces.tiny]
-durable = true
-typing = true
-history = true
-presence = "users"
-replay_max = 5
 [namespaces.live]
 durable = false
 typing = true
@@ -114,7 +108,7 @@ async function noticesAHalfOpenSocket() {
 }
 
 /** The same without a command of one's own: only the heart-beat can notice. */
-test("a half-open socket is noticed within 40 s by who only listens", { skip, timeout: 120_000 }, async (t) => {
+test("a half-open socket is noticed within 40 s by who only listens", { skip, timeout: 170_000 }, async (t) => {
   const relay = await Relay.start(up.address(1));
   t.after(() => relay.close());
   const client = clientOf(t, "quiet", { url: [`ws://${relay.address}`, up.edge(1).ws] });
@@ -138,7 +132,7 @@ test("a half-open socket is noticed within 40 s by who only listens", { skip, ti
 
 // What does not need edge 1 for itself runs meanwhile.
 async function sequence(t) {
-  for (const [name, deed] of scenarios) await t.test(name, { timeout: 60_000 }, deed);
+  for (const [name, deed] of scenarios) await t.test(name, { timeout: 40_000 }, deed);
 }
 
 /** @type {[string, (t: import("node:test").TestContext) => Promise<void>][]} */
@@ -309,9 +303,9 @@ scenario("revoked, ended by a back end, and a bad token: closed, with the reason
   assert.equal(await within(refused, "the refusal"), "bad_token");
 });
 
-scenario("a reset: of another log, and after more than is replayed; the store shows the newest page", async (t) => {
+scenario("a reset: of another log; the store shows the newest page", async (t) => {
   const client = clientOf(t, "kim");
-  const room = client.room(newRoom("tiny"));
+  const room = client.room(newRoom());
   const resets = [];
   room.on("reset", (reset) => resets.push(reset));
   await room.send("m0").done;
@@ -331,6 +325,7 @@ scenario("a reset: of another log, and after more than is replayed; the store sh
   await until("the first page", () => store.getSnapshot().state === "ready");
   relay.cut();
   for (let i = 1; i <= 80; i += 1) await room.send(`m${i}`).done;
+  theirs.join({ since: other }); // its cursor is of no use: the log began anew
   relay.open();
   await until("the reset", () => seen.length === 1);
   await until("the newest page", () => store.getSnapshot().messages.at(-1)?.body === "m80");
@@ -338,7 +333,7 @@ scenario("a reset: of another log, and after more than is replayed; the store sh
   await until("what comes live", () => store.getSnapshot().messages.at(-1)?.body === "m81");
   // Without MongoDB pages are partial, and their beginning is not told.
   await until("all pages", async () => (await store.loadOlder(), store.getSnapshot().messages.length === 82));
-  assert.deepEqual(seen, ["replay_max"]);
+  assert.deepEqual(seen, ["epoch"]);
   assert.deepEqual(store.getSnapshot().messages.map(({ body }) => body), Array.from({ length: 82 }, (_, i) => `m${i}`));
 });
 

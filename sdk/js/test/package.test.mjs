@@ -141,6 +141,7 @@ test("README.md: React", { skip, timeout: 30_000 }, async (t) => {
   const show = `import { JSDOM } from "jsdom";
 const { window } = new JSDOM("<div id=app></div>", { pretendToBeVisual: true });
 Object.assign(globalThis, { window, document: window.document });
+globalThis.navigator ??= window.navigator;
 const { createRoot } = await import("react-dom/client");
 const { createElement, StrictMode } = await import("react");
 const { App } = await import("./react-example.mjs");

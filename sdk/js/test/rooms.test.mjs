@@ -353,6 +353,17 @@ test("a failed message is failed after a reload; what can't be read is dropped; 
   await sent.done;
 });
 
+test("a send connects, and needs no join", async (t) => {
+  fakeTime(t);
+  const edge = fakeRoom(ROOM);
+  const { client, connected } = fakeClient({}, { send: (frame, socket) => edge.send(frame, socket) });
+  const handle = client.room(ROOM).send("x");
+  assert.equal(client.state.name, "connecting");
+  const socket = await connected();
+  await handle.done;
+  assert.equal(socket.commands("join").length, 0);
+});
+
 test("the outbox has an end", async (t) => {
   fakeTime(t);
   const { client } = fakeClient();
