@@ -471,7 +471,6 @@ export class Connection extends Emitter {
       if (this.#state.name !== "online" && this.#state.name !== "connecting") return;
       this._onLeave();
       this.#drop();
-      this.#notBefore = 0;
       this.#become({ name: "offline", reason: "page_hidden" });
     };
     /** @type {[EventTarget, string, () => void][]} */

@@ -352,7 +352,7 @@ export class MessageStore extends Store {
     }
     let at = this.#list.length;
     while (at > 0 && isAfter(this.#list[at - 1].base, message)) at -= 1;
-    if (at === 0 && this.#prev != null) return; // older than what is shown: a repeat of what was stored before
+    if (at === 0 && this.#list.length > 0 && this.#prev != null) return; // older than what is shown: a repeat of what was stored before
     this.#put(message, at);
     if (this.#list.length > MOST + SPARE) this.#cutBeginning();
     if (typeof message.reply_to !== "string") return;

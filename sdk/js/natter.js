@@ -6,7 +6,10 @@ import { Room } from "./room.js";
 import { Watch } from "./watch.js";
 
 export { TRANSITIONS } from "./connection.js";
+export { SendHandle } from "./outbox.js";
 export { NATTER, NatterError, claimsOf, compareCursors, longRef, newId, reaches, refOf } from "./protocol.js";
+export { Room } from "./room.js";
+export { Watch } from "./watch.js";
 
 /** @typedef {import("./connection.js").State} State */
 /** @typedef {import("./connection.js").TokenRequest} TokenRequest */
@@ -16,9 +19,6 @@ export { NATTER, NatterError, claimsOf, compareCursors, longRef, newId, reaches,
 /** @typedef {import("./protocol.js").Ack} Ack */
 /** @typedef {import("./protocol.js").Summary} Summary */
 /** @typedef {import("./protocol.js").RoomRecord} RoomRecord */
-/** @typedef {import("./outbox.js").SendHandle} SendHandle */
-/** @typedef {import("./room.js").Room} RoomType */
-/** @typedef {import("./watch.js").Watch} WatchType */
 
 /**
  * @typedef {object} NatterExtras

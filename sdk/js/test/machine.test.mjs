@@ -164,6 +164,20 @@ test("of several edges the next one is tried, and a drain moves to it at once", 
   assert.equal(client.address("/v1/uploads/x"), "https://three.test/v1/uploads/x");
 });
 
+test("a draining edge that closes early is left at once, too", async (t) => {
+  fakeTime(t);
+  const { client, sockets, connected } = checked(t, fakeClient({ url: ["ws://one.test", "ws://two.test"] }));
+  client.connect();
+  const socket = await connected();
+  socket.push({ op: "reconnect", after_ms: 500 });
+  socket.end(4010, "draining");
+  assert.deepEqual(client.state, { name: "connecting", reason: "draining" });
+  await connected();
+  await tick(1_000);
+  assert.deepEqual(sockets.map(({ url }) => url), ["ws://one.test/ws", "ws://two.test/ws"]);
+  assert.equal(client.state.name, "online");
+});
+
 test("commands wait for a connection, at most 10 s, and are not repeated", async (t) => {
   fakeTime(t);
   const { client, connected } = checked(t, fakeClient({}, { unread: () => ({ op: "unread", rooms: [] }) }));

@@ -184,6 +184,18 @@ test("an acknowledgement before the message itself does not put it in a wrong pl
   assert.equal(store.getSnapshot().messages.at(-1).status, "sent");
 });
 
+test("a repeat of what was stored long ago is not shown above what is loaded; after an erasure of all, new ones are shown", async (t) => {
+  fakeTime(t);
+  const { room, socket, edge, answers, bodies } = await shown({ said: 60 });
+  answers.send = (frame) => ({ op: "ack", room: ROOM, id: frame.id, cursor: edge.cursor(2), ts: 1, dup: true });
+  await room.send("long ago").done;
+  assert.deepEqual(bodies(), names(10, 60));
+  socket.push(edge.say("$natter", "x", { kind: "erase", body: { before: 10_000 } }));
+  assert.deepEqual(bodies(), []);
+  socket.push(edge.say("lee", "new", { body: "new" }));
+  assert.deepEqual(bodies(), ["new"]);
+});
+
 test("a failed message stays until its writer decides; a failed change is taken back", async (t) => {
   fakeTime(t);
   const { store, room, answers } = await shown({ said: 1 });
