@@ -8,8 +8,7 @@ import { Watch } from "./watch.js";
 export { TRANSITIONS } from "./connection.js";
 export { SendHandle } from "./outbox.js";
 export { NATTER, NatterError, claimsOf, compareCursors, longRef, newId, reaches, refOf } from "./protocol.js";
-export { Room } from "./room.js";
-export { Watch } from "./watch.js";
+export { Room, Watch };
 
 /** @typedef {import("./connection.js").State} State */
 /** @typedef {import("./connection.js").TokenRequest} TokenRequest */
