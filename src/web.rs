@@ -88,10 +88,10 @@ mod tests {
     fn what_the_sdk_imports_is_served_beside_it() {
         for (path, text) in SDK {
             let imported = text.lines().filter_map(|line| {
-                let from = line
-                    .strip_prefix("import ")
-                    .or(line.strip_prefix("export "))?;
-                from.split_once(" from \"./")?.1.strip_suffix("\";")
+                let words = ["import ", "export "];
+                let rest = words.iter().find_map(|word| line.strip_prefix(word))?;
+                let (_, file) = rest.split_once(" from \"./")?;
+                file.strip_suffix("\";")
             });
             for file in imported {
                 let wanted = format!("/sdk/{file}");
