@@ -1,4 +1,4 @@
-//! The small chat page of `web/`, embedded in the binary.
+//! The small chat page of `web/`, and the SDK for JavaScript of `sdk/js/`, embedded in the binary.
 
 use axum::{
     Router,
@@ -23,6 +23,24 @@ const SCRIPTS: [(&str, &str); 9] = [
     ("/words.js", include_str!("../web/words.js")),
 ];
 
+/// The SDK, as far as a page without React needs it. The files import each other.
+const SDK: [(&str, &str); 11] = [
+    ("/sdk/natter.js", include_str!("../sdk/js/natter.js")),
+    ("/sdk/store.js", include_str!("../sdk/js/store.js")),
+    (
+        "/sdk/connection.js",
+        include_str!("../sdk/js/connection.js"),
+    ),
+    ("/sdk/emitter.js", include_str!("../sdk/js/emitter.js")),
+    ("/sdk/fold.js", include_str!("../sdk/js/fold.js")),
+    ("/sdk/messages.js", include_str!("../sdk/js/messages.js")),
+    ("/sdk/outbox.js", include_str!("../sdk/js/outbox.js")),
+    ("/sdk/protocol.js", include_str!("../sdk/js/protocol.js")),
+    ("/sdk/room.js", include_str!("../sdk/js/room.js")),
+    ("/sdk/snapshot.js", include_str!("../sdk/js/snapshot.js")),
+    ("/sdk/watch.js", include_str!("../sdk/js/watch.js")),
+];
+
 /// What the page may load and connect to: its own server, and the storage of uploads, if that is elsewhere.
 fn policy(storage: Option<&str>) -> String {
     let storage = storage
@@ -45,12 +63,15 @@ pub(crate) fn routes<S: Clone + Send + Sync + 'static>(
     let router = router
         .route("/", get(html))
         .route("/page.css", get(|| async { file("text/css", STYLE) }));
-    SCRIPTS.into_iter().fold(router, |router, (path, text)| {
-        router.route(
-            path,
-            get(move || async move { file("text/javascript", text) }),
-        )
-    })
+    SCRIPTS
+        .into_iter()
+        .chain(SDK)
+        .fold(router, |router, (path, text)| {
+            router.route(
+                path,
+                get(move || async move { file("text/javascript", text) }),
+            )
+        })
 }
 
 fn file(media_type: &str, text: &'static str) -> impl IntoResponse + use<> {
@@ -61,6 +82,26 @@ fn file(media_type: &str, text: &'static str) -> impl IntoResponse + use<> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A page that loads one of them gets all of them.
+    #[test]
+    fn what_the_sdk_imports_is_served_beside_it() {
+        for (path, text) in SDK {
+            let imported = text.lines().filter_map(|line| {
+                let words = ["import ", "export "];
+                let rest = words.iter().find_map(|word| line.strip_prefix(word))?;
+                let (_, file) = rest.split_once(" from \"./")?;
+                file.strip_suffix("\";")
+            });
+            for file in imported {
+                let wanted = format!("/sdk/{file}");
+                assert!(
+                    SDK.iter().any(|(known, _)| *known == wanted),
+                    "{path} imports {file}"
+                );
+            }
+        }
+    }
 
     #[test]
     fn the_page_may_use_the_storage_and_nothing_else() {
