@@ -246,7 +246,12 @@ impl Rooms {
             // behind.
             let is_elsewhere = |track: usize| track > 0 && resumes[track] == Resume::Ahead;
             if (0..resumes.len()).all(|t| resumes[t] == Resume::Memory || is_elsewhere(t)) {
-                return Ok((hub, Plan::Memory(cursor.clone(), since)));
+                return Ok(
+                    match hub.log.borrow().has_more_after(&since, hub.replay_max) {
+                        true => (Rc::clone(&hub), Plan::Reset(ResetReason::ReplayMax)),
+                        false => (Rc::clone(&hub), Plan::Memory(cursor.clone(), since)),
+                    },
+                );
             }
             let wanted = (0..resumes.len()).map(|t| !is_elsewhere(t)).collect();
             match self.read_backlogs(&hub, &since, wanted).await {

@@ -655,6 +655,15 @@ impl RoomLog {
         }
     }
 
+    /// Whether a session at `since` missed more than `most` of the messages in memory. `false` where this log lags behind
+    /// it: what it gets then is found as it arrives.
+    pub(super) fn has_more_after(&self, since: &Since, most: u64) -> bool {
+        // Mostly there are not so many at all.
+        self.entries.len() as u64 > most
+            && !self.lags(since)
+            && self.after(since, 0).len() as u64 > most
+    }
+
     /// The entries in memory, in the order of delivery.
     pub(super) fn entries(&self) -> impl Iterator<Item = &Rc<Message>> {
         self.entries.iter()

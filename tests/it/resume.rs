@@ -137,26 +137,34 @@ async fn every_cursor_that_leads_nowhere_has_its_reason() {
     }
 }
 
+/// The first ring holds nothing that is asked for, so the stream answers; the second one holds all of it.
 #[tokio::test]
 async fn a_namespace_replays_more_or_less_than_others() {
-    let toml = "rooms.replay_max = 10\nrooms.ring = '1KiB'\n[namespaces.more]\ndurable = true\ntyping = true\n\
-                replay_max = 30\n[namespaces.less]\ndurable = true\ntyping = true\nreplay_max = 5";
-    let mesh = Mesh::start(support::nats_url(), 1, toml).await;
-    let mut kim = mesh.connect(0, "kim").await;
-    for (room, most) in [("chat:a", 10), ("more:a", 30), ("less:a", 5)] {
-        let mut cursors = Vec::new();
-        for i in 0..=most + 1 {
-            cursors.push(send(&mut kim, room, json!(i)).await["cursor"].clone());
-        }
-        for (since, reason) in [
-            (&cursors[1], Value::Null),
-            (&cursors[0], json!("replay_max")),
-        ] {
-            let mut lee = mesh.connect(0, "lee").await;
-            let joined = reply(&mut lee, "join", json!({"room": room, "since": since})).await;
-            assert_eq!(joined["reason"], reason, "{room}: {joined}");
-            if reason.is_null() {
-                assert_eq!(bodies(&mut lee, most).await.len(), most);
+    for ring in ["1KiB", "1MiB"] {
+        let toml = format!(
+            "rooms.replay_max = 10\nrooms.ring = '{ring}'\nedge.shards = 1\n[namespaces.more]\ndurable = true\n\
+             replay_max = 30\n[namespaces.less]\ndurable = true\nreplay_max = 5"
+        );
+        let mesh = Mesh::start(support::nats_url(), 1, &toml).await;
+        let mut kim = mesh.connect(0, "kim").await;
+        for (room, most) in [("chat:a", 10), ("more:a", 30), ("less:a", 5)] {
+            reply(&mut kim, "join", json!({"room": room})).await;
+            let mut cursors = Vec::new();
+            for i in 0..=most + 1 {
+                cursors.push(send(&mut kim, room, json!(i)).await["cursor"].clone());
+            }
+            // So all of them are in the ring, if they fit.
+            assert_eq!(bodies(&mut kim, most + 2).await.len(), most + 2);
+            for (since, reason) in [
+                (&cursors[1], Value::Null),
+                (&cursors[0], json!("replay_max")),
+            ] {
+                let mut lee = mesh.connect(0, "lee").await;
+                let joined = reply(&mut lee, "join", json!({"room": room, "since": since})).await;
+                assert_eq!(joined["reason"], reason, "{ring} {room}: {joined}");
+                if reason.is_null() {
+                    assert_eq!(bodies(&mut lee, most).await.len(), most);
+                }
             }
         }
     }
