@@ -142,8 +142,8 @@ async fn every_cursor_that_leads_nowhere_has_its_reason() {
 async fn a_namespace_replays_more_or_less_than_others() {
     for ring in ["1KiB", "1MiB"] {
         let toml = format!(
-            "rooms.replay_max = 10\nrooms.ring = '{ring}'\nedge.shards = 1\n[namespaces.more]\ndurable = true\n\
-             replay_max = 30\n[namespaces.less]\ndurable = true\nreplay_max = 5"
+            "rooms.replay_max = 10\nrooms.ring = '{ring}'\nedge.shards = 1\n[namespaces.more]\ndurable = true\ntyping = true\n\
+             replay_max = 30\n[namespaces.less]\ndurable = true\ntyping = true\nreplay_max = 5"
         );
         let mesh = Mesh::start(support::nats_url(), 1, &toml).await;
         let mut kim = mesh.connect(0, "kim").await;
