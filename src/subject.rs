@@ -90,6 +90,15 @@ pub fn worker_consumer(worker: &str) -> String {
     format!("{WORKER_CONSUMER}{worker}")
 }
 
+/// Before the names of hooks, in the names of their durable consumers.
+const HOOK_CONSUMER: &str = "hook_";
+
+/// The durable consumer of a hook on each stream of rooms.
+#[must_use]
+pub fn hook_consumer(hook: &str) -> String {
+    format!("{HOOK_CONSUMER}{hook}")
+}
+
 /// Durable consumer of the history service on each stream of rooms.
 pub const HISTORY_CONSUMER: &str = "history";
 
@@ -107,6 +116,8 @@ pub mod bucket {
     pub const ROOMS: &str = "rooms";
     /// Which rooms a user is in, and whom a user has blocked.
     pub const INBOX: &str = "inbox";
+    /// What the processes of hooks remember.
+    pub const HOOKS: &str = "hooks";
 }
 
 /// Metadata key of a stream that holds its epoch.
@@ -533,6 +544,24 @@ pub fn bucket_captured(bucket: &str, origin: &Region) -> String {
 #[must_use]
 pub fn bucket_key(bucket: &str, origin: &Region, key: &str) -> String {
     format!("$KV.{}.{key}", bucket_name(bucket, origin))
+}
+
+/// Key of the lease of the process that sends the events of a hook.
+#[must_use]
+pub fn hook_lease_key(hook: &str) -> String {
+    format!("lease.{hook}")
+}
+
+/// Key that says that a hook is disabled.
+#[must_use]
+pub fn hook_off_key(hook: &str) -> String {
+    format!("off.{hook}")
+}
+
+/// Key of an upload that an entry of a log was the first to name; `id` is a hash.
+#[must_use]
+pub fn hook_upload_key(id: &str) -> String {
+    format!("upload.{id}")
 }
 
 /// Key of a user who is in a room on the edge with `lease`.

@@ -1,6 +1,6 @@
 //! A durable pull consumer of a stream: messages are redelivered until they are acknowledged.
 //!
-//! The history service and workers use it: nothing on the path of a live message or of a replay uses a consumer.
+//! The history service, workers and hooks use it: nothing on the path of a live message or of a replay uses a consumer.
 //!
 //! For history, a fetch is always in progress: while one batch is read from the client's buffer, the next one is
 //! arriving. Further messages are requested only as buffered ones are taken, so the buffer holds at most two batches.
@@ -25,7 +25,7 @@ use super::{
 use crate::{
     config::Config,
     model::{Epoch, Region},
-    subject::{HISTORY_CONSUMER, Subjects, api, header, worker_consumer},
+    subject::{HISTORY_CONSUMER, Subjects, api, header, hook_consumer, worker_consumer},
 };
 
 /// How long a request for messages stays open while there are none.
@@ -46,6 +46,9 @@ const MAX_PENDING_BATCHES: usize = 64;
 
 /// Time after which a message that is not acknowledged is redelivered to a worker. It is extended while one works on it.
 const WORKER_ACK_WAIT: Duration = Duration::from_secs(5);
+
+/// The same for a hook. Its events wait in the process that sends them, which extends the time.
+const HOOK_ACK_WAIT: Duration = Duration::from_secs(10);
 
 /// Bytes of one request of a worker.
 const WORKER_BYTES: u64 = 4 << 20;
@@ -122,6 +125,29 @@ impl Consumer {
             bytes: WORKER_BYTES.max(largest(config)),
             ahead: false,
         }
+    }
+
+    /// The consumer of a hook, for messages on the subjects `filters` that are stored after its creation, of which one
+    /// process has at most `in_hand`. While it has as many, none is delivered.
+    #[must_use]
+    pub fn of_hook(config: &Config, hook: &str, filters: Vec<String>, in_hand: usize) -> Self {
+        Self {
+            name: hook_consumer(hook),
+            description: format!("Takes events to the hook {hook}: natter hooks"),
+            filters,
+            from: "new",
+            ack_wait: HOOK_ACK_WAIT,
+            max_pending: in_hand,
+            batch: in_hand,
+            bytes: WORKER_BYTES.max(largest(config)),
+            ahead: false,
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// How often a message in hand must be answered with [`Answer::Busy`].

@@ -2,6 +2,7 @@
 //!
 //! No other module reads the environment. Secrets print as `***`.
 
+mod hooks;
 mod outbound;
 mod uploads;
 mod value;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 pub use outbound::{Network, SigningSecrets};
 pub use uploads::{Storage as UploadStorage, Uploads};
 pub use value::Secret;
+pub use hooks::{Hook, HookEvent, HookService, MAX_HOOKS};
 pub use workers::{MAX_WORKERS, Worker, WorkerKind, WorkerService};
 
 use crate::model::{MAX_JSON_DEPTH, MAX_REGIONS, Region, is_token};
@@ -88,10 +90,13 @@ pub struct Config {
     pub presence: Presence,
     pub uploads: Uploads,
     pub worker: WorkerService,
+    pub hook: HookService,
     pub telemetry: Telemetry,
     pub namespaces: BTreeMap<String, Namespace>,
     #[serde(default)]
     pub workers: Vec<Worker>,
+    #[serde(default)]
+    pub hooks: Vec<Hook>,
 }
 
 /// `[nats]`: the connection to the region's cluster.
@@ -493,6 +498,9 @@ impl Config {
         for worker in &mut config.workers {
             worker.read_files()?;
         }
+        for hook in &mut config.hooks {
+            hook.read_files()?;
+        }
         let faults = config.faults();
         if faults.is_empty() {
             Ok(config)
@@ -861,6 +869,7 @@ impl Config {
         );
         self.uploads.check(&mut check);
         workers::check(&self.workers, &self.namespaces, &mut check);
+        hooks::check(&self.hooks, &self.hook, &self.namespaces, &mut check);
         for name in self.namespaces.keys() {
             check(
                 is_token(name),
