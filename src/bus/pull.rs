@@ -144,12 +144,6 @@ impl Consumer {
         }
     }
 
-    /// Its name.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// How often a message in hand must be answered with [`Answer::Busy`].
     #[must_use]
     pub fn busy_interval(&self) -> Duration {
@@ -269,6 +263,12 @@ impl Pull {
             given: 0,
             set_aside: None,
         })
+    }
+
+    /// The name of its consumer.
+    #[must_use]
+    pub fn consumer_name(&self) -> &str {
+        &self.consumer.name
     }
 
     /// Creates the consumer if there is none, otherwise updates its settings. Call it again after [`PullError::Lost`]

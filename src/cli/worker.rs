@@ -90,7 +90,10 @@ async fn dead(config: &Config, json: bool, body: bool) -> anyhow::Result<ExitCod
 
 async fn again(config: Config, numbers: &[u64]) -> anyhow::Result<ExitCode> {
     let retry = Retry::open(config).await?;
-    let code = retry_letters(retry.dead(), numbers, async |letter| retry.retry(letter).await).await;
+    let code = retry_letters(retry.dead(), numbers, async |letter| {
+        retry.retry(letter).await
+    })
+    .await;
     retry.close().await;
     code
 }

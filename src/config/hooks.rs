@@ -281,7 +281,11 @@ mod tests {
         for (from, to, told) in [
             ("rooms = ['chat:*']\n", "", "hooks.crm.rooms is empty"),
             ("chat:*", "live:*", "live is not durable"),
-            ("message.created", "message.read", "\"message.read\" is not an event"),
+            (
+                "message.created",
+                "message.read",
+                "\"message.read\" is not an event",
+            ),
         ] {
             let error = load(&GOOD.replace(from, to)).unwrap_err();
             assert!(error.contains(told), "{told} is missing in: {error}");

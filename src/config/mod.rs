@@ -23,10 +23,10 @@ use figment::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use hooks::{Hook, HookEvent, HookService, MAX_HOOKS};
 pub use outbound::{Network, SigningSecrets};
 pub use uploads::{Storage as UploadStorage, Uploads};
 pub use value::Secret;
-pub use hooks::{Hook, HookEvent, HookService, MAX_HOOKS};
 pub use workers::{MAX_WORKERS, Worker, WorkerKind, WorkerService};
 
 use crate::model::{MAX_JSON_DEPTH, MAX_REGIONS, Region, is_token};

@@ -23,7 +23,8 @@ use crate::{
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
 
 /// Pauses after a failure of a stream: the first and the longest.
-pub const STREAM_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+pub const STREAM_PAUSES: (Duration, Duration) =
+    (Duration::from_millis(100), Duration::from_secs(5));
 
 /// How long something in hand may go on during shutdown. Shorter than the whole drain, so that it can be given back.
 pub const LAST_TRY: Duration = Duration::from_secs(5);

@@ -9,7 +9,8 @@ use figment::providers::{Format as _, Toml};
 
 use super::{
     metrics::{
-        Counter, Dropped, Gauge, Histogram, Metric, count, counted, gauge_add, name_hooks, name_workers,
+        Counter, Dropped, Gauge, Histogram, Metric, count, counted, gauge_add, name_hooks,
+        name_workers,
     },
     *,
 };

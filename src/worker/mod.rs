@@ -28,8 +28,8 @@ use tokio::sync::{Semaphore, oneshot};
 use crate::{
     auth::Identity,
     bus::{
-        Bucket, ConnectError, Connection, DeadLetters, Line, Publisher, Reader, Remembered, Streams,
-        WORKER_ROLE,
+        Bucket, ConnectError, Connection, DeadLetters, Line, Publisher, Reader, Remembered,
+        Streams, WORKER_ROLE,
     },
     config::{self, Config},
     history,

@@ -1,0 +1,129 @@
+//! For the operator: dead letters of hooks, another attempt at them, and what enables a hook again.
+
+use std::sync::Arc;
+
+use super::{
+    Hook, Parts,
+    send::{Refusal, Told},
+    state,
+};
+use crate::{
+    bus::{Bucket, Connection, DeadLetter, DeadLetters, KvError, Reader},
+    config::Config,
+    model::partition_of,
+    runtime::Tasks,
+    subject::{bucket, hook_off_key},
+    taking::{Links, Retried, ServiceError},
+};
+
+/// What makes other attempts.
+#[derive(Debug)]
+pub struct Retry {
+    hooks: Vec<Arc<Hook>>,
+    parts: Parts,
+    links: Links,
+}
+
+/// A hook can't be enabled.
+#[derive(Debug, thiserror::Error)]
+pub enum EnableError {
+    #[error("there is no hook {0:?} in the configuration")]
+    Unknown(String),
+    #[error(transparent)]
+    Nats(#[from] crate::bus::ConnectError),
+    #[error("the bucket of hooks can't be read or written")]
+    Bucket(#[from] KvError),
+}
+
+/// Enables a hook that is disabled. Returns whether it was.
+///
+/// # Errors
+/// [`EnableError`].
+pub async fn enable(config: &Config, name: &str) -> Result<bool, EnableError> {
+    if !config.hooks.iter().any(|hook| hook.name == name) {
+        return Err(EnableError::Unknown(name.to_owned()));
+    }
+    let connection = Connection::open(&config.nats, "natter hooks tool").await?;
+    let reader = Reader::new(connection.clone(), &config.nats);
+    let bucket = Bucket::new(connection.clone(), reader, config, bucket::HOOKS);
+    let was_off = state::off(&bucket, name).await?.is_some();
+    if was_off {
+        bucket.remove(&hook_off_key(name)).await?;
+    }
+    connection.close().await;
+    Ok(was_off)
+}
+
+impl Retry {
+    /// Connects, and waits for the streams.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn open(config: Config) -> Result<Self, ServiceError> {
+        let hooks = Hook::all(&config)?;
+        let tasks = Tasks::default();
+        let links = Links::open(&config, "natter hooks tool", &tasks).await?;
+        let parts = Parts::open(Arc::new(config), &links, tasks).await;
+        Ok(Self {
+            hooks,
+            parts,
+            links,
+        })
+    }
+
+    /// The dead letters of all hooks.
+    #[must_use]
+    pub fn dead(&self) -> &DeadLetters {
+        &self.parts.dead
+    }
+
+    /// Sends the events of a dead letter, however old it is, and removes the letter on success.
+    pub async fn retry(&self, letter: &DeadLetter) -> Retried {
+        let name = letter.receiver.as_deref().unwrap_or_default();
+        let hook = self.hooks.iter().find(|hook| hook.name() == name);
+        let (Some(hook), Some(stored)) = (hook, &letter.stored) else {
+            let text = format!("there is no hook {name:?} in the configuration");
+            return Retried::Refused(text);
+        };
+        let told = Told {
+            part: partition_of(&stored.room, self.parts.streams.partitions()),
+            stored: stored.clone(),
+            epoch: letter.epoch,
+        };
+        let retried = match self.send(hook, &told).await {
+            Ok(retried) => retried,
+            Err(reason) => return Retried::Refused(reason),
+        };
+        match self.parts.dead.remove(letter.number).await {
+            Ok(()) => retried,
+            Err(error) => Retried::NotRemoved(error),
+        }
+    }
+
+    async fn send(&self, hook: &Hook, told: &Told) -> Result<Retried, String> {
+        let parts = &self.parts;
+        let erased = parts.remembered.has_stored(&told.stored).await;
+        // What the hook wants may have changed.
+        let events = hook.events(parts, told);
+        if erased.map_err(|error| error.to_string())? || events.is_empty() {
+            return Ok(Retried::Gone);
+        }
+        for event in &events {
+            if !told.is_first(parts, event).await? {
+                continue;
+            }
+            match hook.post(event).await {
+                Ok(()) => {}
+                Err(Refusal::Off(reason)) => return Err(reason),
+                Err(Refusal::Failed { fault, .. }) => return Err(fault.to_string()),
+            }
+        }
+        Ok(Retried::Done)
+    }
+
+    /// Closes the connections.
+    pub async fn close(self) {
+        self.parts.tasks.stop();
+        self.links.close().await;
+    }
+}
