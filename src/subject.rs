@@ -102,6 +102,9 @@ pub fn hook_consumer(hook: &str) -> String {
 /// Durable consumer of the history service on each stream of rooms.
 pub const HISTORY_CONSUMER: &str = "history";
 
+/// What the subjects of events of presence begin with, before the region: keys of the bucket of hooks.
+const HOOK_EVENTS: &str = "$KV.hooks_";
+
 /// Buckets of a region.
 pub mod bucket {
     /// Which users are in which room, by edge.
@@ -312,9 +315,14 @@ impl Subjects {
     /// Subject of a message that a receiver did not accept: a worker, by `role` and `name`.
     #[must_use]
     pub fn undelivered(&self, role: &str, name: &str, stored: &str) -> Option<String> {
-        let rest = stored.strip_prefix(&*self.prefix)?.strip_prefix(".in.")?;
-        let (origin, rest) = rest.split_once('.')?;
-        let prefix = &self.prefix;
+        let prefix = &*self.prefix;
+        let (origin, rest) = match stored.strip_prefix(HOOK_EVENTS) {
+            Some(rest) => rest.split_once('.')?,
+            None => {
+                let rest = stored.strip_prefix(prefix)?.strip_prefix(".in.")?;
+                rest.split_once('.')?
+            }
+        };
         Some(format!(
             "{prefix}.undelivered.{origin}.{role}.{name}.{rest}"
         ))
@@ -330,7 +338,11 @@ impl Subjects {
         let mut tokens = rest.splitn(4, '.');
         let (origin, _role) = (tokens.next()?, tokens.next()?);
         let (name, rest) = (tokens.next()?, tokens.next()?);
-        Some((name, format!("{prefix}.in.{origin}.{rest}")))
+        let subject = match rest.starts_with("event.") {
+            true => format!("{HOOK_EVENTS}{origin}.{rest}"),
+            false => format!("{prefix}.in.{origin}.{rest}"),
+        };
+        Some((name, subject))
     }
 
     /// All messages of `origin` that receivers of a role did not accept; of one of them, if `name` is not `*`.
@@ -558,6 +570,37 @@ pub fn hook_off_key(hook: &str) -> String {
     format!("off.{hook}")
 }
 
+/// Key of what was told of a user (`of` is `user`) or a room (`room`).
+#[must_use]
+pub fn hook_told_key(of: &str, name: &str) -> String {
+    format!("told.{of}.{}", key_escape(name))
+}
+
+/// What the keys of the leases of those who tell of presence begin with. No hook has this lease.
+pub const HOOK_TELLER_LEASE: &str = "teller";
+
+/// All keys of what was told.
+pub const HOOK_TOLD_KEYS: &str = "told.*.*";
+
+/// The parts of a [`hook_told_key`].
+#[must_use]
+pub fn parse_hook_told_key(key: &str) -> Option<(&str, String)> {
+    let (of, name) = key.strip_prefix("told.")?.split_once('.')?;
+    Some((of, header_unescape(name).into_owned()))
+}
+
+/// Key of an event about a user or a room that is to be sent.
+#[must_use]
+pub fn hook_event_key(of: &str, name: &str, at: u64) -> String {
+    format!("event.{of}.{}.{at}", key_escape(name))
+}
+
+/// The subjects of all events about users (`of` is `user`) or rooms (`room`) that `origin` has to send.
+#[must_use]
+pub fn hook_events(origin: &Region, of: &str) -> String {
+    bucket_key(bucket::HOOKS, origin, &format!("event.{of}.>"))
+}
+
 /// Key of an upload that an entry of a log was the first to name; `id` is a hash.
 #[must_use]
 pub fn hook_upload_key(id: &str) -> String {
@@ -582,6 +625,15 @@ pub fn online_key(user: &str, lease: &str) -> String {
     format!("=.=.{}.{lease}", key_escape(user))
 }
 
+/// Key of a room with somebody on the edge with `lease`. No room has this name.
+#[must_use]
+pub fn occupied_key(room: &str, lease: &str) -> String {
+    format!("=.r.{}.{lease}", key_escape(room))
+}
+
+/// The keys of all rooms with somebody.
+pub const OCCUPIED_KEYS: &str = "=.r.*.*";
+
 /// The keys of all users with a session.
 pub const ONLINE_KEYS: &str = "=.=.*.*";
 
@@ -591,7 +643,7 @@ pub fn presence_keys_of(lease: &str) -> String {
     format!("*.*.*.{lease}")
 }
 
-/// User and lease of a [`presence_key`] or an [`online_key`].
+/// User and lease of a [`presence_key`] or an [`online_key`]; room and lease of an [`occupied_key`].
 #[must_use]
 pub fn parse_presence_key(key: &str) -> Option<(String, &str)> {
     let mut tokens = key.split('.').skip(2);

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Dura
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ConfigError, Namespace, Network, SigningSecrets,
+    ConfigError, Namespace, Network, Presence, SigningSecrets,
     outbound::{Common, check_common, check_patterns},
 };
 use crate::model::RoomScope;
@@ -182,6 +182,7 @@ impl Hook {
 pub(super) fn check(
     hooks: &[Hook],
     service: &HookService,
+    presence: &Presence,
     namespaces: &BTreeMap<String, Namespace>,
     check: &mut impl FnMut(bool, String),
 ) {
@@ -212,6 +213,15 @@ pub(super) fn check(
         );
         let of_rooms = hook.events.iter().any(|event| !event.is_of_user());
         let of_log = hook.events.iter().any(|event| !event.is_presence());
+        let of_presence = hook.events.iter().find(|event| event.is_presence());
+        if let Some(event) = of_presence {
+            check(
+                presence.users,
+                format!(
+                    "presence.users = false: must be true, in all edges of the mesh too, for {event} in {key}.events"
+                ),
+            );
+        }
         let patterns = hook.patterns();
         if of_rooms || !patterns.is_empty() {
             check_patterns(&key, &patterns, of_log, namespaces, check);
@@ -253,11 +263,17 @@ mod tests {
         let users = GOOD
             .replace("rooms = ['chat:*']\n", "")
             .replace("message.created", "user.online");
-        load(&users).unwrap();
+        let error = load(&users).unwrap_err();
+        assert!(
+            error.contains("presence.users = false: must be true"),
+            "{error}"
+        );
+        let on = "presence.users = true\n";
+        load(&format!("{on}{users}")).unwrap();
         let live = GOOD
             .replace("chat:*", "live:*")
             .replace("message.created", "room.occupied");
-        load(&live).unwrap();
+        load(&format!("{on}{live}")).unwrap();
     }
 
     #[test]

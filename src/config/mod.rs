@@ -870,7 +870,13 @@ impl Config {
         );
         self.uploads.check(&mut check);
         workers::check(&self.workers, &self.namespaces, &mut check);
-        hooks::check(&self.hooks, &self.hook, &self.namespaces, &mut check);
+        hooks::check(
+            &self.hooks,
+            &self.hook,
+            &self.presence,
+            &self.namespaces,
+            &mut check,
+        );
         for name in self.namespaces.keys() {
             check(
                 is_token(name),

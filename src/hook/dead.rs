@@ -2,11 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{
-    Hook, Parts,
-    send::{Refusal, Told},
-    state,
-};
+use super::{Hook, Parts, send::Refusal, source::Told, state};
 use crate::{
     bus::{Bucket, Connection, DeadLetter, DeadLetters, KvError, Reader},
     config::Config,
@@ -63,7 +59,7 @@ impl Retry {
         let hooks = Hook::all(&config)?;
         let tasks = Tasks::default();
         let links = Links::open(&config, "natter hooks tool", &tasks).await?;
-        let parts = Parts::open(Arc::new(config), &links, tasks).await;
+        let (parts, _origins) = Parts::open(Arc::new(config), &links, tasks).await;
         Ok(Self {
             hooks,
             parts,
@@ -81,14 +77,20 @@ impl Retry {
     pub async fn retry(&self, letter: &DeadLetter) -> Retried {
         let name = letter.receiver.as_deref().unwrap_or_default();
         let hook = self.hooks.iter().find(|hook| hook.name() == name);
-        let (Some(hook), Some(stored)) = (hook, &letter.stored) else {
+        let Some(hook) = hook else {
             let text = format!("there is no hook {name:?} in the configuration");
             return Retried::Refused(text);
         };
-        let told = Told {
-            part: partition_of(&stored.room, self.parts.streams.partitions()),
-            stored: stored.clone(),
-            epoch: letter.epoch,
+        let told = match &letter.stored {
+            Some(stored) => Some(Told::Entry {
+                part: partition_of(&stored.room, self.parts.streams.partitions()),
+                stored: Box::new(stored.clone()),
+                epoch: letter.epoch,
+            }),
+            None => Told::of_note(&letter.payload),
+        };
+        let Some(told) = told else {
+            return Retried::Refused("the letter can't be read".to_owned());
         };
         let retried = match self.send(hook, &told).await {
             Ok(retried) => retried,
@@ -102,10 +104,9 @@ impl Retry {
 
     async fn send(&self, hook: &Hook, told: &Told) -> Result<Retried, String> {
         let parts = &self.parts;
-        let erased = parts.remembered.has_stored(&told.stored).await;
         // What the hook wants may have changed.
-        let events = hook.events(parts, told);
-        if erased.map_err(|error| error.to_string())? || events.is_empty() {
+        let events = told.events(parts, hook);
+        if events.is_empty() || told.was_erased(parts).await? {
             return Ok(Retried::Gone);
         }
         for event in &events {

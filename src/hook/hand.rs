@@ -4,9 +4,10 @@
 //! - If the hook is ordered, of each room at most one entry is being sent, and no later one begins before it is done.
 //! - A bounded number is in hand: the consumer delivers no more ([`IN_HAND`]).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-
-use crate::model::RoomId;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 /// Most entries of one partition in hand.
 pub(super) const IN_HAND: usize = 128;
@@ -19,15 +20,15 @@ const REMEMBERED: usize = 1024;
 pub(super) struct Hand<T> {
     ordered: bool,
     entries: BTreeMap<u64, Held<T>>,
-    rooms: HashMap<RoomId, Room>,
+    rooms: HashMap<Arc<str>, Room>,
     /// Rooms in which something may begin.
-    look: BTreeSet<RoomId>,
+    look: BTreeSet<Arc<str>>,
     done: BTreeSet<u64>,
 }
 
 #[derive(Debug)]
 struct Held<T> {
-    room: RoomId,
+    room: Arc<str>,
     item: T,
 }
 
@@ -67,7 +68,8 @@ impl<T> Hand<T> {
         IN_HAND.saturating_sub(self.len())
     }
 
-    pub(super) fn take(&mut self, seq: u64, room: &RoomId, item: T) -> Taken {
+    /// Takes a delivery of a room, or of whatever else has an order of its own.
+    pub(super) fn take(&mut self, seq: u64, room: &str, item: T) -> Taken {
         if self.done.contains(&seq) {
             return Taken::Done;
         }
@@ -75,7 +77,7 @@ impl<T> Hand<T> {
             held.item = item;
             return Taken::Again;
         }
-        let room = room.clone();
+        let room: Arc<str> = room.into();
         self.rooms
             .entry(room.clone())
             .or_default()
@@ -133,25 +135,21 @@ impl<T> Hand<T> {
 mod tests {
     use super::*;
 
-    fn room(name: &str) -> RoomId {
-        RoomId::parse(&format!("chat:{name}")).unwrap()
-    }
-
     #[test]
     fn a_room_waits_for_its_own_entries_only() {
         let mut hand = Hand::new(true);
         for (seq, of) in [(1, "a"), (2, "b"), (3, "a"), (4, "b"), (5, "c")] {
-            assert_eq!(hand.take(seq, &room(of), "first"), Taken::New);
+            assert_eq!(hand.take(seq, of, "first"), Taken::New);
         }
         assert_eq!(hand.begin(), [1, 2, 5]);
         assert_eq!(hand.begin(), [0; 0]);
         // A redelivery changes nothing but how it is answered.
-        assert_eq!(hand.take(1, &room("a"), "again"), Taken::Again);
+        assert_eq!(hand.take(1, "a", "again"), Taken::Again);
         assert_eq!(hand.begin(), [0; 0]);
         assert_eq!(hand.finish(2), Some("first"));
         assert_eq!(hand.begin(), [4]);
         assert_eq!(hand.finish(1), Some("again"));
-        assert_eq!(hand.take(1, &room("a"), "late"), Taken::Done);
+        assert_eq!(hand.take(1, "a", "late"), Taken::Done);
         assert_eq!(hand.begin(), [3]);
         assert_eq!(hand.len(), 3);
         for seq in [3, 4, 5] {
@@ -164,7 +162,7 @@ mod tests {
     fn what_comes_late_begins_in_its_place() {
         let mut hand = Hand::new(true);
         for seq in [9, 7, 8] {
-            hand.take(seq, &room("a"), ());
+            hand.take(seq, "a", ());
         }
         let mut order = Vec::new();
         while let [seq] = hand.begin()[..] {
@@ -178,10 +176,10 @@ mod tests {
     fn without_order_nothing_waits() {
         let mut hand = Hand::new(false);
         for seq in [3, 1, 2] {
-            hand.take(seq, &room("a"), ());
+            hand.take(seq, "a", ());
         }
         assert_eq!(hand.begin(), [1, 2, 3]);
-        hand.take(4, &room("a"), ());
+        hand.take(4, "a", ());
         assert_eq!(hand.begin(), [4]);
     }
 
@@ -189,7 +187,7 @@ mod tests {
     fn what_is_remembered_is_bounded() {
         let mut hand = Hand::new(true);
         for seq in 0..3 * REMEMBERED as u64 {
-            hand.take(seq, &room("a"), ());
+            hand.take(seq, "a", ());
             hand.begin();
             hand.finish(seq);
         }

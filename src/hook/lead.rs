@@ -9,6 +9,7 @@ use super::{
     Hook, Parts,
     gate::Gate,
     part,
+    source::Source,
     state::{self, Lease},
 };
 use crate::{
@@ -59,7 +60,8 @@ pub(super) async fn run(
             parts: parts.clone(),
             hook: Arc::clone(&hook),
         });
-        let all = (0..parts.streams.partitions()).map(|part| part::take(&leading, part));
+        let all = Source::all(&parts).into_iter();
+        let all = all.map(|source| part::take(&leading, source));
         let all = futures_util::future::join_all(all);
         tracing::info!(hook = hook.name(), "this process sends the events");
         let ended = {
@@ -83,9 +85,9 @@ pub(super) async fn run(
 
 /// Creates the consumers, so that nothing is missed that is stored from now on.
 async fn make_consumers(parts: &Parts, hook: &Hook) {
-    for number in 0..parts.streams.partitions() {
+    for source in Source::all(parts) {
         let mut failures = 0;
-        while let Err(error) = part::make_consumer(parts, hook, number).await {
+        while let Err(error) = part::make_consumer(parts, hook, source).await {
             if failures == 0 {
                 tracing::warn!(hook = hook.name(), %error, "a hook has no consumer yet");
             }

@@ -21,8 +21,10 @@ mod hand;
 mod lead;
 mod part;
 mod send;
+mod source;
 mod state;
 mod status;
+mod tell;
 
 use std::{fmt, sync::Arc};
 
@@ -30,20 +32,18 @@ use futures_util::future::try_join_all;
 use tokio::sync::oneshot;
 
 use crate::{
-    bus::{Bucket, Connection, DeadLetters, HOOK_ROLE, Reader, Remembered, Streams},
+    bus::{Bucket, Connection, DeadLetters, HOOK_ROLE, Origins, Reader, Remembered, Streams},
     config::{self, Config, HookEvent},
-    model::{Class, RoomScope},
+    model::RoomScope,
     outbound::{Limits, Receiver},
     runtime::{Late, Phase, Tasks},
-    subject::{Subjects, bucket},
+    subject::bucket,
     taking::{Links, Service, ServiceError},
     telemetry::metrics::{Counter, HookLabel, count, hook_label},
 };
 
 pub use dead::{Retry, enable};
-
-/// Events that the subjects of messages have.
-const OF_MESSAGES: [HookEvent; 2] = [HookEvent::MessageCreated, HookEvent::UploadCompleted];
+use tell::Of;
 
 /// A hook of the configuration.
 struct Hook {
@@ -123,27 +123,11 @@ impl Hook {
             count(counter(label), 1);
         }
     }
-
-    /// The subjects of a partition that may have events for it; none if it wants none from logs.
-    fn filters(&self, parts: &Parts, part: u16) -> Vec<String> {
-        let events = &self.config.events;
-        let of_changes =
-            |event: &HookEvent| !event.is_presence() && *event != HookEvent::MessageCreated;
-        let mut classes = Vec::new();
-        if self.config.wants(&OF_MESSAGES) {
-            classes.push(Class::Msg);
-        }
-        if events.iter().any(of_changes) {
-            classes.push(Class::Ev);
-        }
-        let subjects = Subjects::new(&parts.config.nats.prefix);
-        subjects.stored_of(parts.streams.origin(), part, &self.scope, &classes)
-    }
 }
 
 impl Parts {
-    /// Waits for the streams, and begins to follow what was erased.
-    async fn open(config: Arc<Config>, links: &Links, tasks: Tasks) -> Self {
+    /// Waits for the streams, and begins to follow what was erased. Also returns all streams.
+    async fn open(config: Arc<Config>, links: &Links, tasks: Tasks) -> (Self, Arc<Origins>) {
         let connection = &links.connection;
         let origins = links.origins(&config, &tasks).await;
         let bucket_of =
@@ -159,7 +143,7 @@ impl Parts {
         }
         let reader = links.reader(&config);
         let dead = DeadLetters::of_receivers(HOOK_ROLE, connection.clone(), reader, &config);
-        Self {
+        let parts = Self {
             dead,
             bucket: bucket_of(bucket::HOOKS),
             reader: links.reader(&config),
@@ -168,7 +152,8 @@ impl Parts {
             remembered,
             tasks,
             config,
-        }
+        };
+        (parts, origins)
     }
 }
 
@@ -185,8 +170,19 @@ impl Hooks {
         let (config, links) = (Arc::new(config), service.links.clone());
         let (tasks, lifecycle) = (service.tasks.clone(), service.lifecycle.clone());
         service.tasks.spawn_until_stopping("start", async move {
-            let parts = Parts::open(config, &links, tasks.clone()).await;
+            let (parts, origins) = Parts::open(config, &links, tasks.clone()).await;
             let mut opened = Vec::new();
+            let wanted = |events: [HookEvent; 2]| all.iter().any(|hook| hook.config.wants(&events));
+            for (of, events) in [
+                (Of::Users, [HookEvent::UserOnline, HookEvent::UserOffline]),
+                (Of::Rooms, [HookEvent::RoomOccupied, HookEvent::RoomVacated]),
+            ] {
+                if wanted(events) {
+                    let (origins, reader) = (Arc::clone(&origins), parts.reader.clone());
+                    let tell = tell::run(parts.clone(), origins, reader, of, instance.clone());
+                    tasks.spawn_essential("tell", tell);
+                }
+            }
             for hook in all {
                 let keep = status::keep(parts.clone(), Arc::clone(&hook));
                 tasks.keep_running("keep figures", keep);

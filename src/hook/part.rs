@@ -1,4 +1,4 @@
-//! Takes the entries of one partition for one hook, and sends them, each room's in its order.
+//! Takes the entries of one stream for one hook, and sends them, each room's in its order.
 
 use std::{
     sync::{
@@ -15,13 +15,14 @@ use super::{
     Hook, Parts,
     hand::{Hand, IN_HAND, Taken},
     lead::Leading,
-    send::{Sent, Told, send},
+    send::{Sent, send},
+    source::{Source, Told},
 };
 use crate::{
     bus::{Answer, Consumer, Delivery, Pull, PullError, StreamError, answer, consumer_state},
     model::Epoch,
     outbound::pause,
-    subject::{Subjects, rooms_stream},
+    subject::Subjects,
     taking::{LAST_TRY, STREAM_PAUSES},
     telemetry::metrics::Counter,
 };
@@ -50,7 +51,7 @@ struct Item {
 /// A partition in the hand of this process.
 struct Taking<'l> {
     leading: &'l Arc<Leading>,
-    part: u16,
+    source: Source,
     stream: String,
     subjects: Subjects,
     hand: Hand<Item>,
@@ -73,12 +74,12 @@ fn consumer(parts: &Parts, hook: &Hook, filters: Vec<String>) -> Consumer {
     Consumer::of_hook(&parts.config, hook.name(), filters, IN_HAND)
 }
 
-async fn pull_of(parts: &Parts, hook: &Hook, part: u16) -> Result<Option<Pull>, PullError> {
-    let filters = hook.filters(parts, part);
+async fn pull_of(parts: &Parts, hook: &Hook, source: Source) -> Result<Option<Pull>, PullError> {
+    let filters = source.filters(parts, hook);
     if filters.is_empty() {
         return Ok(None);
     }
-    let stream = rooms_stream(parts.streams.origin(), part);
+    let stream = source.stream(parts);
     let consumer = consumer(parts, hook, filters);
     let wait = parts.config.nats.read_timeout;
     let pull = Pull::new(parts.connection.clone(), stream, consumer, wait).await;
@@ -86,8 +87,12 @@ async fn pull_of(parts: &Parts, hook: &Hook, part: u16) -> Result<Option<Pull>, 
 }
 
 /// Creates the consumer of a partition, if the hook wants something from there.
-pub(super) async fn make_consumer(parts: &Parts, hook: &Hook, part: u16) -> Result<(), PullError> {
-    if let Some(mut pull) = pull_of(parts, hook, part).await? {
+pub(super) async fn make_consumer(
+    parts: &Parts,
+    hook: &Hook,
+    source: Source,
+) -> Result<(), PullError> {
+    if let Some(mut pull) = pull_of(parts, hook, source).await? {
         let opened = pull.open().await;
         pull.release().await;
         opened?;
@@ -96,7 +101,7 @@ pub(super) async fn make_consumer(parts: &Parts, hook: &Hook, part: u16) -> Resu
 }
 
 /// Takes entries until it is over; returns the reason if the hook must be disabled.
-pub(super) async fn take(leading: &Arc<Leading>, part: u16) -> Option<String> {
+pub(super) async fn take(leading: &Arc<Leading>, source: Source) -> Option<String> {
     let (parts, hook) = (&leading.parts, &leading.hook);
     let over = async {
         tokio::select! {
@@ -104,7 +109,7 @@ pub(super) async fn take(leading: &Arc<Leading>, part: u16) -> Option<String> {
             () = parts.tasks.stopping() => {}
         }
     };
-    let mut pull = match pull_of(parts, hook, part).await {
+    let mut pull = match pull_of(parts, hook, source).await {
         Ok(Some(pull)) => pull,
         Ok(None) => {
             over.await;
@@ -119,8 +124,8 @@ pub(super) async fn take(leading: &Arc<Leading>, part: u16) -> Option<String> {
     let mut over = std::pin::pin!(over);
     let mut taking = Taking {
         leading,
-        part,
-        stream: rooms_stream(parts.streams.origin(), part),
+        source,
+        stream: source.stream(parts),
         subjects: Subjects::new(&parts.config.nats.prefix),
         hand: Hand::new(hook.config.ordered),
         epoch: None,
@@ -132,7 +137,7 @@ pub(super) async fn take(leading: &Arc<Leading>, part: u16) -> Option<String> {
     let end = loop {
         let opened = async {
             pull.open().await?;
-            Ok::<_, Trouble>(parts.streams.fetch(part).await?.epoch)
+            Ok::<_, Trouble>(source.epoch(parts).await?)
         };
         let opened = tokio::select! {
             opened = opened => opened,
@@ -224,53 +229,30 @@ impl Taking<'_> {
                     let all = self.hand.items().map(|item| &item.delivery).collect();
                     answer(&self.leading.parts.connection, all, Answer::Busy).await;
                 }
-                _ = settle.tick(), if !is_settled => is_settled = self.is_all_here(pull).await,
-            }
-        }
-    }
-
-    /// Whether everything that the server has delivered and that is not acknowledged is in hand.
-    async fn is_all_here(&self, pull: &Pull) -> bool {
-        let parts = &self.leading.parts;
-        let wait = parts.config.nats.read_timeout;
-        let name = pull.consumer_name();
-        match consumer_state(&parts.connection, &self.stream, name, wait).await {
-            Ok(Some(state)) => state.ack_pending <= self.hand.len() as u64,
-            Ok(None) => false,
-            Err(error) => {
-                tracing::debug!(%error, "what is in the hands of others is not known");
-                false
+                _ = settle.tick(), if !is_settled => {
+                    let in_hand = self.hand.len() as u64;
+                    is_settled = is_all_here(&self.leading.parts, &self.stream, pull, in_hand).await;
+                }
             }
         }
     }
 
     async fn take(&mut self, delivery: Delivery, epoch: Epoch) {
-        let connection = &self.leading.parts.connection;
-        let Some(stored) = delivery.stored(&self.subjects, epoch) else {
-            return answer(connection, vec![&delivery], Answer::Done).await;
-        };
-        let room = stored.room.clone();
-        let told = Told {
-            stored,
-            part: self.part,
-            epoch,
-        };
+        let Leading { parts, hook, .. } = &**self.leading;
+        let told = self.source.told(&delivery, &self.subjects, epoch);
         // What it is not told of does not wait for what it is.
-        if self
-            .leading
-            .hook
-            .events(&self.leading.parts, &told)
-            .is_empty()
-        {
-            return answer(connection, vec![&delivery], Answer::Done).await;
-        }
+        let told = told.filter(|told| !told.events(parts, hook).is_empty());
+        let Some(told) = told else {
+            return answer(&parts.connection, vec![&delivery], Answer::Done).await;
+        };
+        let of = told.of().to_owned();
         let item = Item {
             told: Arc::new(told),
             delivery: delivery.clone(),
         };
-        match self.hand.take(delivery.seq, &room, item) {
+        match self.hand.take(delivery.seq, &of, item) {
             Taken::New | Taken::Again => {}
-            Taken::Done => answer(connection, vec![&delivery], Answer::Done).await,
+            Taken::Done => answer(&parts.connection, vec![&delivery], Answer::Done).await,
         }
     }
 
@@ -336,6 +318,20 @@ impl Taking<'_> {
     }
 }
 
+/// Whether everything that the server has delivered and that is not acknowledged is in hand.
+async fn is_all_here(parts: &Parts, stream: &str, pull: &Pull, in_hand: u64) -> bool {
+    let wait = parts.config.nats.read_timeout;
+    let state = consumer_state(&parts.connection, stream, pull.consumer_name(), wait);
+    match state.await {
+        Ok(Some(state)) => state.ack_pending <= in_hand,
+        Ok(None) => false,
+        Err(error) => {
+            tracing::debug!(%error, "what is in the hands of others is not known");
+            false
+        }
+    }
+}
+
 /// Makes a dead letter of an entry, unless it was erased: the letter would keep it.
 async fn bury(leading: &Leading, delivery: &Delivery, told: &Told, stream: &str, reason: &str) {
     let Leading { parts, hook, .. } = leading;
@@ -343,11 +339,12 @@ async fn bury(leading: &Leading, delivery: &Delivery, told: &Told, stream: &str,
     let mut failures = 0;
     loop {
         let kept = async {
-            let erased = parts.remembered.has_stored(&told.stored).await;
-            if erased.map_err(|error| error.to_string())? {
+            if told.was_erased(parts).await? {
                 return Ok(false);
             }
-            let kept = parts.dead.keep(delivery, name, stream, told.epoch, reason);
+            let kept = parts
+                .dead
+                .keep(delivery, name, stream, told.epoch(), reason);
             kept.await.map_err(|error| error.to_string())?;
             Ok::<bool, String>(true)
         };

@@ -6,16 +6,8 @@ use bytes::Bytes;
 use hyper::StatusCode;
 use tokio::time::{Instant, sleep};
 
-use super::{
-    Hook, Parts,
-    event::{Event, events},
-    gate::Down,
-    lead::Leading,
-    state,
-};
+use super::{Hook, Parts, event::Event, gate::Down, lead::Leading, source::Told, state};
 use crate::{
-    bus::Stored,
-    model::Epoch,
     outbound::{Fault, Outcome, pause},
     runtime::unix_ms,
     telemetry::metrics::{Counter, Gauge, Held, Histogram, record},
@@ -27,14 +19,6 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from
 /// An entry that has failed for so long becomes a dead letter before its time, if others can't be taken because of what
 /// waits behind such entries.
 const HELD_UP_FOR: Duration = Duration::from_secs(30);
-
-/// An entry of the stream of a partition.
-#[derive(Debug)]
-pub(super) struct Told {
-    pub stored: Stored,
-    pub part: u16,
-    pub epoch: Epoch,
-}
 
 /// What became of an entry.
 #[derive(Debug)]
@@ -57,28 +41,6 @@ pub(super) enum Refusal {
 }
 
 impl Hook {
-    /// The events of an entry that this hook is told.
-    pub(super) fn events(&self, parts: &Parts, told: &Told) -> Vec<Event> {
-        if !self.scope.contains(&told.stored.room) {
-            return Vec::new();
-        }
-        match events(
-            &told.stored,
-            (parts.streams.origin(), told.part),
-            told.epoch,
-        ) {
-            Ok(mut events) => {
-                events.retain(|event| self.config.wants(&[event.kind]));
-                events
-            }
-            Err(error) => {
-                // Bodies are checked when they are read.
-                tracing::error!(hook = self.name(), %error, "an entry can't be told");
-                Vec::new()
-            }
-        }
-    }
-
     /// Posts an event.
     pub(super) async fn post(&self, event: &Event) -> Result<(), Refusal> {
         let failed = |fault, after| {
@@ -111,10 +73,18 @@ impl Hook {
 impl Told {
     /// Whether an event is one that was not told before for another entry.
     pub(super) async fn is_first(&self, parts: &Parts, event: &Event) -> Result<bool, String> {
-        let Some(upload) = &event.upload else {
+        let (
+            Self::Entry {
+                stored,
+                part,
+                epoch,
+            },
+            Some(upload),
+        ) = (self, &event.upload)
+        else {
             return Ok(true);
         };
-        let place = format!("{}.{}.{}", self.epoch, self.part, self.stored.record.seq);
+        let place = format!("{epoch}.{part}.{}", stored.record.seq);
         let is_first = state::is_first(&parts.bucket, upload, &place).await;
         is_first.map_err(|error| error.to_string())
     }
@@ -129,15 +99,14 @@ pub(super) async fn send(
     let Leading {
         parts, hook, gate, ..
     } = &*leading;
-    let events = hook.events(parts, &told);
-    let stored_ago = Duration::from_millis(unix_ms().saturating_sub(told.stored.record.ts));
+    let events = told.events(parts, hook);
+    let stored_ago = Duration::from_millis(unix_ms().saturating_sub(told.ts()));
     let left = hook.config.retry_for.saturating_sub(stored_ago);
     let overdue = Instant::now() + left;
     let (mut next, mut attempt, mut since) = (0, 0, None);
     while let Some(event) = events.get(next) {
         let ready = async {
-            let erased = parts.remembered.has_stored(&told.stored).await;
-            match erased.map_err(|error| error.to_string())? {
+            match told.was_erased(parts).await? {
                 true => Ok(None),
                 false => told.is_first(parts, event).await.map(Some),
             }

@@ -152,7 +152,8 @@ pub(super) async fn disable(bucket: &Bucket, hook: &str, reason: &str) -> Result
         reason: reason.to_owned(),
     };
     let value = serde_json::to_vec(&off).map_err(|error| KvError::Refused(error.to_string()))?;
-    let put = bucket.put(&hook_off_key(hook), value.into(), Put::default());
+    let key = hook_off_key(hook);
+    let put = bucket.put(&key, value.into(), Put::default());
     put.await.map(drop)
 }
 

@@ -2,10 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::{Hook, Parts};
+use super::{Hook, Parts, source::Source};
 use crate::{
     subject::hook_consumer,
-    taking::{Behind, behind, set_gauge},
+    taking::{Behind, behind, rooms_of, set_gauge},
     telemetry::metrics::Gauge,
 };
 
@@ -35,13 +35,15 @@ async fn look(
     hook: &Hook,
 ) -> Result<(Behind, u64), Box<dyn std::error::Error + Send + Sync>> {
     let consumer = hook_consumer(hook.name());
-    let Parts {
-        connection,
-        reader,
-        streams,
-        config,
-        ..
-    } = parts;
-    let behind = behind(connection, reader, streams, config, &consumer).await?;
+    let mut streams = rooms_of(&parts.streams, &parts.config);
+    let presence = Source::Presence;
+    let filters = presence.filters(parts, hook).into_iter();
+    streams.extend(
+        filters
+            .take(1)
+            .map(|filter| (presence.stream(parts), filter)),
+    );
+    let wait = parts.config.nats.read_timeout;
+    let behind = behind(&parts.connection, &parts.reader, wait, &streams, &consumer).await?;
     Ok((behind, parts.dead.count(hook.name()).await?))
 }

@@ -129,6 +129,8 @@ pub struct Present {
     user: Arc<str>,
     /// Counts a session in a room.
     _active: Option<Held>,
+    /// Of a session in a room: that the room has somebody.
+    _occupies: Option<Box<Present>>,
 }
 
 /// Where users are.
@@ -136,6 +138,8 @@ pub struct Present {
 enum Place {
     /// Anywhere: those with a session.
     Online,
+    /// Rooms with somebody. They are what is there, in place of users.
+    Occupied,
     /// In a room.
     Room(RoomId),
 }
@@ -145,6 +149,7 @@ impl Place {
     fn key(&self, user: &str, lease: &str) -> String {
         match self {
             Self::Online => subject::online_key(user, lease),
+            Self::Occupied => subject::occupied_key(user, lease),
             Self::Room(room) => subject::presence_key(room, user, lease),
         }
     }
@@ -153,6 +158,7 @@ impl Place {
     fn keys(&self) -> String {
         match self {
             Self::Online => subject::ONLINE_KEYS.to_owned(),
+            Self::Occupied => subject::OCCUPIED_KEYS.to_owned(),
             Self::Room(room) => subject::presence_keys(room),
         }
     }
@@ -162,6 +168,7 @@ impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Online => f.write_str("online"),
+            Self::Occupied => f.write_str("occupied"),
             Self::Room(room) => room.fmt(f),
         }
     }
@@ -279,7 +286,12 @@ impl Presence {
             return None;
         }
         let active = Held::new(Gauge::PresenceSessions);
-        Some(self.enter_place(Place::Room(room.clone()), user, info, Some(active)))
+        let mut present = self.enter_place(Place::Room(room.clone()), user, info, Some(active));
+        if self.config.presence.users {
+            let occupies = self.enter_place(Place::Occupied, &room.to_string().into(), None, None);
+            present._occupies = Some(Box::new(occupies));
+        }
+        Some(present)
     }
 
     /// A session of `user` begins on this edge; `None` if `presence.users` is off.
@@ -305,6 +317,7 @@ impl Presence {
             place,
             user: Arc::clone(user),
             _active: active,
+            _occupies: None,
         }
     }
 

@@ -115,6 +115,27 @@ impl Online {
         origins: &Arc<Origins>,
         tasks: &Tasks,
     ) -> (Arc<Self>, mpsc::Receiver<Turned>) {
+        Self::follow_place(&Place::Online, config, reader, origins, tasks)
+    }
+
+    /// The same of rooms, in place of users: a room with somebody is online.
+    #[must_use]
+    pub fn follow_rooms(
+        config: &Arc<Config>,
+        reader: &Reader,
+        origins: &Arc<Origins>,
+        tasks: &Tasks,
+    ) -> (Arc<Self>, mpsc::Receiver<Turned>) {
+        Self::follow_place(&Place::Occupied, config, reader, origins, tasks)
+    }
+
+    fn follow_place(
+        place: &Place,
+        config: &Arc<Config>,
+        reader: &Reader,
+        origins: &Arc<Origins>,
+        tasks: &Tasks,
+    ) -> (Arc<Self>, mpsc::Receiver<Turned>) {
         let (changes, turned) = mpsc::channel(WAITING);
         let gone = Arc::new(Mutex::new(Gone::new(Instant::now())));
         let sink = Sink {
@@ -126,7 +147,7 @@ impl Online {
         let presence = Presence::new(config, &edge, reader, origins, pushed, tasks);
         tasks.keep_running("ask whether NATS answers", Arc::clone(&presence).probe());
         // All changes are wanted by name. There are never more waiting than there are users.
-        let watched = presence.watched(&Place::Online, usize::MAX);
+        let watched = presence.watched(place, usize::MAX);
         (Arc::new(Self { watched, gone }), turned)
     }
 

@@ -294,7 +294,7 @@ impl Watched {
     pub(super) async fn run(self: Arc<Self>, presence: Arc<Presence>) {
         let policy = match &self.place {
             Place::Room(room) => presence.policy(room),
-            Place::Online => PresencePolicy::Users,
+            Place::Online | Place::Occupied => PresencePolicy::Users,
         };
         let mut announcer = Announcer::new(policy, self.max, Instant::now());
         let mut alive = presence.alive.subscribe();
@@ -314,7 +314,7 @@ impl Watched {
             let idle_at = {
                 let state = self.state.lock();
                 let watched = state.watchers.iter().any(|watchers| *watchers > 0);
-                let watched = watched || self.place == Place::Online;
+                let watched = watched || !matches!(self.place, Place::Room(_));
                 (!watched).then(|| state.used + IDLE)
             };
             if idle_at.is_some_and(|at| at <= Instant::now()) && presence.forget_if_idle(&self) {
@@ -404,7 +404,7 @@ impl Watched {
     }
 
     async fn push(&self, presence: &Presence, announcer: &mut Announcer) {
-        if self.place == Place::Online {
+        if !matches!(self.place, Place::Room(_)) {
             // What changed before the first complete list is part of it.
             if *self.loaded.borrow() {
                 let changes = std::mem::take(&mut self.state.lock().changes);

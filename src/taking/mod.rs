@@ -180,7 +180,7 @@ pub enum Retried {
     Refused(String),
 }
 
-/// How far the consumers of one receiver are behind, over all partitions.
+/// How far the consumers of one receiver are behind, over several streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Behind {
     /// Messages that are not done.
@@ -189,32 +189,34 @@ pub struct Behind {
     pub lag: u64,
 }
 
-/// Asks NATS how far `consumer` is behind.
+/// The streams of a region's rooms, each with a filter for all that it has.
+pub fn rooms_of(streams: &Streams, config: &Config) -> Vec<(String, String)> {
+    let (origin, subjects) = (streams.origin(), Subjects::new(&config.nats.prefix));
+    let stream = |part| (rooms_stream(origin, part), subjects.captured(origin, part));
+    (0..streams.partitions()).map(stream).collect()
+}
+
+/// Asks NATS how far `consumer` is behind in these streams; a filter says what may be before it.
 ///
 /// # Errors
 /// What can't be read.
 pub async fn behind(
     connection: &Connection,
     reader: &Reader,
-    streams: &Streams,
-    config: &Config,
+    wait: Duration,
+    streams: &[(String, String)],
     consumer: &str,
 ) -> Result<Behind, Box<dyn std::error::Error + Send + Sync>> {
     let (mut pending, mut oldest) = (0, u64::MAX);
-    let origin = streams.origin();
-    let subjects = Subjects::new(&config.nats.prefix);
-    for part in 0..streams.partitions() {
-        let stream = rooms_stream(origin, part);
-        let wait = config.nats.read_timeout;
-        let state = consumer_state(connection, &stream, consumer, wait).await?;
-        // None: it is about to be created.
+    for (stream, filter) in streams {
+        let state = consumer_state(connection, stream, consumer, wait).await?;
+        // None: it is about to be created, or there is nothing for it.
         let Some(state) = state else { continue };
         let waiting = state.pending + state.ack_pending;
         pending += waiting;
         if waiting > 0 {
-            // Of any room: the first message after what is done is not later than the first of this consumer.
-            let filter = subjects.captured(origin, part);
-            let ts = stored_after(reader, &stream, &filter, state.floor).await?;
+            // The first message after what is done is not later than the first of this consumer.
+            let ts = stored_after(reader, stream, filter, state.floor).await?;
             oldest = oldest.min(ts.unwrap_or(u64::MAX));
         }
     }

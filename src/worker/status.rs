@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use super::{Parts, Worker};
 use crate::{
     subject::worker_consumer,
-    taking::{Behind, behind, set_gauge},
+    taking::{Behind, behind, rooms_of, set_gauge},
     telemetry::metrics::Gauge,
 };
 
@@ -35,13 +35,8 @@ async fn look(
     worker: &Worker,
 ) -> Result<(Behind, u64), Box<dyn std::error::Error + Send + Sync>> {
     let consumer = worker_consumer(worker.name());
-    let Parts {
-        connection,
-        reader,
-        streams,
-        config,
-        ..
-    } = parts;
-    let behind = behind(connection, reader, streams, config, &consumer).await?;
+    let streams = rooms_of(&parts.streams, &parts.config);
+    let wait = parts.config.nats.read_timeout;
+    let behind = behind(&parts.connection, &parts.reader, wait, &streams, &consumer).await?;
     Ok((behind, parts.dead.count(worker.name()).await?))
 }
