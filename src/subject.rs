@@ -828,6 +828,12 @@ pub mod api {
         format!("$JS.API.STREAM.PURGE.{stream}")
     }
 
+    /// Reads a message, as JSON.
+    #[must_use]
+    pub fn message_get(stream: &str) -> String {
+        format!("$JS.API.STREAM.MSG.GET.{stream}")
+    }
+
     /// Remove one message of a stream.
     #[must_use]
     pub fn message_delete(stream: &str) -> String {

@@ -22,6 +22,7 @@ mod events;
 mod frames;
 mod frozen;
 mod history;
+mod hooks;
 mod hostile;
 mod http;
 mod inbox;
