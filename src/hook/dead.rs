@@ -110,7 +110,7 @@ impl Retry {
             return Ok(Retried::Gone);
         }
         for event in &events {
-            if !told.is_first(parts, event).await? {
+            if !told.counts(parts, event).await? {
                 continue;
             }
             match hook.post(event).await {

@@ -23,8 +23,18 @@ pub(super) struct Event {
     /// `webhook-id`: the same for each attempt.
     pub id: String,
     pub data: Box<RawValue>,
-    /// The hash of the upload that it is about, if it is about one.
-    pub upload: Option<String>,
+    pub only: Only,
+}
+
+/// What must be true, besides, for an event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Only {
+    Always,
+    /// No earlier entry named the upload with this hash.
+    First(String),
+    /// The room was ended. Its log is erased then, possibly also the entry that says so: what announces the erasure stands
+    /// for it.
+    Ended,
 }
 
 /// The body of a request.
@@ -134,7 +144,7 @@ pub(super) fn events(
             at: record.shown_ts(),
             id: format!("{origin}.{epoch}.{part}.{}", record.seq),
             data: serde_json::value::to_raw_value(data)?,
-            upload: None,
+            only: Only::Always,
         })
     };
     let kind = record.kind.and_then(Kind::parse).unwrap_or_default();
@@ -143,7 +153,7 @@ pub(super) fn events(
     let by_natter = record.from == FROM_NATTER;
     if kind == Kind::System && by_natter {
         if let Some((kind, told_of)) = of_room(body) {
-            told.push(event(
+            let mut event = event(
                 kind,
                 &Data {
                     id: Some(&record.id),
@@ -151,7 +161,11 @@ pub(super) fn events(
                     told: told_of,
                     ..about()
                 },
-            )?);
+            )?;
+            if kind == HookEvent::RoomDeleted {
+                event.id = ended_id(room);
+            }
+            told.push(event);
         }
         return Ok(told);
     }
@@ -162,6 +176,18 @@ pub(super) fn events(
             ..about()
         };
         told.push(event(HookEvent::MessageDeleted, &data)?);
+        let ended = Map::from_iter([("action".to_owned(), Value::from("closed"))]);
+        told.push(Event {
+            id: ended_id(room),
+            only: Only::Ended,
+            ..event(
+                HookEvent::RoomDeleted,
+                &Data {
+                    told: ended,
+                    ..about()
+                },
+            )?
+        });
         return Ok(told);
     }
     // It knows what counts: who may edit, and which bodies are reactions.
@@ -244,12 +270,17 @@ pub(super) fn events(
             let hash = hash(&upload);
             told.push(Event {
                 id: format!("upload.{hash}"),
-                upload: Some(hash),
+                only: Only::First(hash),
                 ..event(HookEvent::UploadCompleted, &data)?
             });
         }
     }
     Ok(told)
+}
+
+/// A room is ended once.
+fn ended_id(room: &RoomId) -> String {
+    format!("ended.{}", hash(room.as_str()))
 }
 
 /// The event for an entry about a room, and what it says.
@@ -340,7 +371,7 @@ mod tests {
                 "erase",
                 None,
                 "{\"user\":\"kim\"}",
-                "message.deleted",
+                "message.deleted room.deleted",
             ),
             ("kim", "erase", None, "{\"user\":\"kim\"}", ""),
             (
@@ -392,11 +423,13 @@ mod tests {
             let kinds: Vec<&str> = told
                 .iter()
                 .map(|(id, body)| {
-                    assert_eq!(id, "seoul.k3.2.42");
-                    body["type"].as_str().unwrap()
+                    let kind = body["type"].as_str().unwrap();
+                    let is_place = id == "seoul.k3.2.42";
+                    assert!(is_place || kind == "room.deleted" && id.starts_with("ended."));
+                    kind
                 })
                 .collect();
-            let expected: Vec<&str> = [expected].into_iter().filter(|its| *its != "").collect();
+            let expected: Vec<&str> = expected.split_whitespace().collect();
             assert_eq!(kinds, expected, "{from} {kind} {body}");
         }
     }

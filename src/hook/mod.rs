@@ -36,6 +36,7 @@ use crate::{
     config::{self, Config, HookEvent},
     model::RoomScope,
     outbound::{Limits, Receiver},
+    people::People,
     runtime::{Late, Phase, Tasks},
     subject::bucket,
     taking::{Links, Service, ServiceError},
@@ -72,6 +73,8 @@ struct Parts {
     streams: Arc<Streams>,
     /// What was erased.
     remembered: Arc<Remembered>,
+    /// For reads of room records; nobody follows them here.
+    people: Arc<People>,
     /// What the processes of the region remember together.
     bucket: Bucket,
     dead: DeadLetters,
@@ -142,9 +145,11 @@ impl Parts {
             None => tasks.fail("what was erased can't be followed"),
         }
         let reader = links.reader(&config);
+        let (people, _unused) = People::new(&config, &reader, &origins);
         let dead = DeadLetters::of_receivers(HOOK_ROLE, connection.clone(), reader, &config);
         let parts = Self {
             dead,
+            people,
             bucket: bucket_of(bucket::HOOKS),
             reader: links.reader(&config),
             connection: connection.clone(),

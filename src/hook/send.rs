@@ -1,6 +1,6 @@
 //! Sends the events of one entry, until they are accepted or it is given up.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use hyper::StatusCode;
@@ -71,22 +71,30 @@ impl Hook {
 }
 
 impl Told {
-    /// Whether an event is one that was not told before for another entry.
-    pub(super) async fn is_first(&self, parts: &Parts, event: &Event) -> Result<bool, String> {
-        let (
-            Self::Entry {
-                stored,
-                part,
-                epoch,
-            },
-            Some(upload),
-        ) = (self, &event.upload)
+    /// Whether an event is to be told, besides what its entry says.
+    pub(super) async fn counts(&self, parts: &Parts, event: &Event) -> Result<bool, String> {
+        let Self::Entry {
+            stored,
+            part,
+            epoch,
+        } = self
         else {
             return Ok(true);
         };
-        let place = format!("{epoch}.{part}.{}", stored.record.seq);
-        let is_first = state::is_first(&parts.bucket, upload, &place).await;
-        is_first.map_err(|error| error.to_string())
+        match &event.only {
+            Only::Always => Ok(true),
+            Only::First(upload) => {
+                let place = format!("{epoch}.{part}.{}", stored.record.seq);
+                let is_first = state::is_first(&parts.bucket, upload, &place).await;
+                is_first.map_err(|error| error.to_string())
+            }
+            Only::Ended => {
+                let room = BTreeSet::from([stored.room.clone()]);
+                let records = parts.people.records_of(&room).await;
+                let records = records.map_err(|error| error.to_string())?;
+                Ok(records.iter().any(|(_, record)| record.is_closed()))
+            }
+        }
     }
 }
 
@@ -108,7 +116,7 @@ pub(super) async fn send(
         let ready = async {
             match told.was_erased(parts).await? {
                 true => Ok(None),
-                false => told.is_first(parts, event).await.map(Some),
+                false => told.counts(parts, event).await.map(Some),
             }
         };
         match ready.await {

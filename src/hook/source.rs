@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 
 use super::{
     Hook, Parts,
-    event::{Event, events},
+    event::{Event, Only, events},
 };
 use crate::{
     bus::{Delivery, Stored, StreamError},
@@ -75,7 +75,7 @@ impl Note {
             at: self.at,
             id: self.id.clone(),
             data,
-            upload: None,
+            only: Only::Always,
         })
     }
 }
