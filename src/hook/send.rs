@@ -6,7 +6,14 @@ use bytes::Bytes;
 use hyper::StatusCode;
 use tokio::time::{Instant, sleep};
 
-use super::{Hook, Parts, event::Event, gate::Down, lead::Leading, source::Told, state};
+use super::{
+    Hook, Parts,
+    event::{Event, Only},
+    gate::Down,
+    lead::Leading,
+    source::Told,
+    state,
+};
 use crate::{
     outbound::{Fault, Outcome, pause},
     runtime::unix_ms,

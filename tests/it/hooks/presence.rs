@@ -147,7 +147,7 @@ async fn a_region_that_is_cut_off_makes_nobody_come_or_go_twice() {
     let mut kept = Vec::new();
     for (region, user, tab) in tabs {
         match region == seoul && ["kim", "lee", "ann"].contains(&user) {
-            true => tab.close().await,
+            true => drop(tab.close().await),
             false => kept.push((user, tab)),
         }
     }
