@@ -195,8 +195,8 @@ async fn each_region_tells_every_type_of_event_once() {
     let mesh = regions.at(seoul);
     let group = json!({"namespace": "chat", "kind": "group", "name": "a", "members": ["kim", "lee"], "title": "A"});
     call(mesh, "POST", "/v1/rooms", "boss", group).await;
-    let wanted = json!({"room": "chat:a", "name": "a.txt", "type": "text/plain", "size": 2});
-    let upload = call(mesh, "POST", "/v1/uploads", "kim", wanted).await;
+    let wanted = json!({"name": "a.txt", "type": "text/plain", "size": 2});
+    let upload = call(mesh, "POST", "/v1/rooms/chat:a/uploads", "kim", wanted).await;
     let upload = upload["upload"].clone();
     assert!(upload.is_string(), "{upload}");
     for fields in [

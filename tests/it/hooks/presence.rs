@@ -70,6 +70,12 @@ async fn a_user_comes_and_goes_once_however_many_tabs_edges_and_processes_there_
     kim.close().await;
     let mut kim = mesh.connect(1, "kim").await;
     reply(&mut kim, "join", json!({"room": "chat:b"})).await;
+    eventually("the other room is occupied", LONG, async || {
+        let all = of_rooms(&super::first_times(&endpoint));
+        let is_told = all.iter().any(|told| told == "room.occupied chat:b");
+        is_told.then_some(()).ok_or(format!("{all:?}"))
+    })
+    .await;
     // The process that tells is killed. What happens meanwhile is told by the other one.
     hooks.process.kill().await;
     let lee = mesh.connect(0, "lee").await;
