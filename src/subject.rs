@@ -90,8 +90,20 @@ pub fn worker_consumer(worker: &str) -> String {
     format!("{WORKER_CONSUMER}{worker}")
 }
 
+/// Before the names of hooks, in the names of their durable consumers.
+const HOOK_CONSUMER: &str = "hook_";
+
+/// The durable consumer of a hook on each stream of rooms.
+#[must_use]
+pub fn hook_consumer(hook: &str) -> String {
+    format!("{HOOK_CONSUMER}{hook}")
+}
+
 /// Durable consumer of the history service on each stream of rooms.
 pub const HISTORY_CONSUMER: &str = "history";
+
+/// What the subjects of events of presence begin with, before the region: keys of the bucket of hooks.
+const HOOK_EVENTS: &str = "$KV.hooks_";
 
 /// Buckets of a region.
 pub mod bucket {
@@ -107,6 +119,8 @@ pub mod bucket {
     pub const ROOMS: &str = "rooms";
     /// Which rooms a user is in, and whom a user has blocked.
     pub const INBOX: &str = "inbox";
+    /// What the processes of hooks remember.
+    pub const HOOKS: &str = "hooks";
 }
 
 /// Metadata key of a stream that holds its epoch.
@@ -301,9 +315,14 @@ impl Subjects {
     /// Subject of a message that a receiver did not accept: a worker, by `role` and `name`.
     #[must_use]
     pub fn undelivered(&self, role: &str, name: &str, stored: &str) -> Option<String> {
-        let rest = stored.strip_prefix(&*self.prefix)?.strip_prefix(".in.")?;
-        let (origin, rest) = rest.split_once('.')?;
-        let prefix = &self.prefix;
+        let prefix = &*self.prefix;
+        let (origin, rest) = match stored.strip_prefix(HOOK_EVENTS) {
+            Some(rest) => rest.split_once('.')?,
+            None => {
+                let rest = stored.strip_prefix(prefix)?.strip_prefix(".in.")?;
+                rest.split_once('.')?
+            }
+        };
         Some(format!(
             "{prefix}.undelivered.{origin}.{role}.{name}.{rest}"
         ))
@@ -319,7 +338,11 @@ impl Subjects {
         let mut tokens = rest.splitn(4, '.');
         let (origin, _role) = (tokens.next()?, tokens.next()?);
         let (name, rest) = (tokens.next()?, tokens.next()?);
-        Some((name, format!("{prefix}.in.{origin}.{rest}")))
+        let subject = match rest.starts_with("event.") {
+            true => format!("{HOOK_EVENTS}{origin}.{rest}"),
+            false => format!("{prefix}.in.{origin}.{rest}"),
+        };
+        Some((name, subject))
     }
 
     /// All messages of `origin` that receivers of a role did not accept; of one of them, if `name` is not `*`.
@@ -535,6 +558,55 @@ pub fn bucket_key(bucket: &str, origin: &Region, key: &str) -> String {
     format!("$KV.{}.{key}", bucket_name(bucket, origin))
 }
 
+/// Key of the lease of the process that sends the events of a hook.
+#[must_use]
+pub fn hook_lease_key(hook: &str) -> String {
+    format!("lease.{hook}")
+}
+
+/// Key that says that a hook is disabled.
+#[must_use]
+pub fn hook_off_key(hook: &str) -> String {
+    format!("off.{hook}")
+}
+
+/// Key of what was told of a user (`of` is `user`) or a room (`room`).
+#[must_use]
+pub fn hook_told_key(of: &str, name: &str) -> String {
+    format!("told.{of}.{}", key_escape(name))
+}
+
+/// What the keys of the leases of those who tell of presence begin with. No hook has this lease.
+pub const HOOK_TELLER_LEASE: &str = "teller";
+
+/// All keys of what was told.
+pub const HOOK_TOLD_KEYS: &str = "told.*.*";
+
+/// The parts of a [`hook_told_key`].
+#[must_use]
+pub fn parse_hook_told_key(key: &str) -> Option<(&str, String)> {
+    let (of, name) = key.strip_prefix("told.")?.split_once('.')?;
+    Some((of, header_unescape(name).into_owned()))
+}
+
+/// Key of an event about a user or a room that is to be sent.
+#[must_use]
+pub fn hook_event_key(of: &str, name: &str, at: u64) -> String {
+    format!("event.{of}.{}.{at}", key_escape(name))
+}
+
+/// The subjects of all events about users (`of` is `user`) or rooms (`room`) that `origin` has to send.
+#[must_use]
+pub fn hook_events(origin: &Region, of: &str) -> String {
+    bucket_key(bucket::HOOKS, origin, &format!("event.{of}.>"))
+}
+
+/// Key of an upload that an entry of a log was the first to name; `id` is a hash.
+#[must_use]
+pub fn hook_upload_key(id: &str) -> String {
+    format!("upload.{id}")
+}
+
 /// Key of a user who is in a room on the edge with `lease`.
 #[must_use]
 pub fn presence_key(room: &RoomId, user: &str, lease: &str) -> String {
@@ -547,13 +619,31 @@ pub fn presence_keys(room: &RoomId) -> String {
     format!("{}.{}.*.*", room.namespace(), room.name())
 }
 
+/// Key of a user with a session on the edge with `lease`. No room has this name.
+#[must_use]
+pub fn online_key(user: &str, lease: &str) -> String {
+    format!("=.=.{}.{lease}", key_escape(user))
+}
+
+/// Key of a room with somebody on the edge with `lease`. No room has this name.
+#[must_use]
+pub fn occupied_key(room: &str, lease: &str) -> String {
+    format!("=.r.{}.{lease}", key_escape(room))
+}
+
+/// The keys of all rooms with somebody.
+pub const OCCUPIED_KEYS: &str = "=.r.*.*";
+
+/// The keys of all users with a session.
+pub const ONLINE_KEYS: &str = "=.=.*.*";
+
 /// All keys written under a lease.
 #[must_use]
 pub fn presence_keys_of(lease: &str) -> String {
     format!("*.*.*.{lease}")
 }
 
-/// User and lease of a [`presence_key`].
+/// User and lease of a [`presence_key`] or an [`online_key`]; room and lease of an [`occupied_key`].
 #[must_use]
 pub fn parse_presence_key(key: &str) -> Option<(String, &str)> {
     let mut tokens = key.split('.').skip(2);
@@ -742,6 +832,12 @@ pub mod api {
     #[must_use]
     pub fn stream_purge(stream: &str) -> String {
         format!("$JS.API.STREAM.PURGE.{stream}")
+    }
+
+    /// Reads a message, as JSON.
+    #[must_use]
+    pub fn message_get(stream: &str) -> String {
+        format!("$JS.API.STREAM.MSG.GET.{stream}")
     }
 
     /// Remove one message of a stream.

@@ -1,4 +1,4 @@
-//! Dead letters: messages that the history service can't write, or that a worker does not accept, kept in streams of their
+//! Dead letters: messages that the history service can't write, or that a worker or hook does not accept, kept in streams of their
 //! own with the reason.
 
 use std::time::Duration;
@@ -23,6 +23,9 @@ use crate::{
 
 /// The role of workers in the subjects of dead letters.
 pub const WORKER_ROLE: &str = "worker";
+
+/// The role of hooks in the subjects of dead letters.
+pub const HOOK_ROLE: &str = "hook";
 
 /// Whose dead letters.
 #[derive(Debug, Clone)]
@@ -88,7 +91,7 @@ impl DeadLetters {
         Self::new(Whose::History, stream, connection, reader, config)
     }
 
-    /// What receivers of a role in the configured region did not accept: [`WORKER_ROLE`].
+    /// What receivers of a role in the configured region did not accept: [`WORKER_ROLE`] or [`HOOK_ROLE`].
     #[must_use]
     pub fn of_receivers(
         role: &'static str,

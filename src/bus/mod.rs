@@ -2,7 +2,7 @@
 //! operators' tools need is in [`mesh`](crate::mesh).
 //!
 //! No consumer and no watcher is created on the path of a message: live messages come from the streams' RePublish,
-//! replay from batched direct gets. Only the history service and workers have consumers, one per stream ([`Pull`]). Every request
+//! replay from batched direct gets. Only the history service, workers and hooks have consumers, one per stream ([`Pull`]). Every request
 //! has a deadline set here, since async-nats waits without limit while it is disconnected.
 
 mod connection;
@@ -28,7 +28,7 @@ pub use async_nats::Message;
 pub(crate) use connection::new_inbox;
 pub use connection::{ConnectError, Connection};
 pub use count::Newer;
-pub use dead::{DeadLetter, DeadLetters, LetterError, WORKER_ROLE};
+pub use dead::{DeadLetter, DeadLetters, HOOK_ROLE, LetterError, WORKER_ROLE};
 pub use direct_get::{MAX_HEADS, ReadError, Reader, Stored};
 pub use erase::{Candidate, EraseError, Eraser, Scan};
 pub use kv::{Bucket, Entry, Heard, KvError, Put};

@@ -1,6 +1,6 @@
 //! A durable pull consumer of a stream: messages are redelivered until they are acknowledged.
 //!
-//! The history service and workers use it: nothing on the path of a live message or of a replay uses a consumer.
+//! The history service, workers and hooks use it: nothing on the path of a live message or of a replay uses a consumer.
 //!
 //! For history, a fetch is always in progress: while one batch is read from the client's buffer, the next one is
 //! arriving. Further messages are requested only as buffered ones are taken, so the buffer holds at most two batches.
@@ -25,7 +25,7 @@ use super::{
 use crate::{
     config::Config,
     model::{Epoch, Region},
-    subject::{HISTORY_CONSUMER, Subjects, api, header, worker_consumer},
+    subject::{HISTORY_CONSUMER, Subjects, api, header, hook_consumer, worker_consumer},
 };
 
 /// How long a request for messages stays open while there are none.
@@ -46,6 +46,9 @@ const MAX_PENDING_BATCHES: usize = 64;
 
 /// Time after which a message that is not acknowledged is redelivered to a worker. It is extended while one works on it.
 const WORKER_ACK_WAIT: Duration = Duration::from_secs(5);
+
+/// The same for a hook. Its events wait in the process that sends them, which extends the time.
+const HOOK_ACK_WAIT: Duration = Duration::from_secs(10);
 
 /// Bytes of one request of a worker.
 const WORKER_BYTES: u64 = 4 << 20;
@@ -119,6 +122,23 @@ impl Consumer {
                 false => WORKER_PENDING.max(8 * at_once),
             },
             batch: at_once,
+            bytes: WORKER_BYTES.max(largest(config)),
+            ahead: false,
+        }
+    }
+
+    /// The consumer of a hook, for messages on the subjects `filters` that are stored after its creation, of which one
+    /// process has at most `in_hand`. While it has as many, none is delivered.
+    #[must_use]
+    pub fn of_hook(config: &Config, hook: &str, filters: Vec<String>, in_hand: usize) -> Self {
+        Self {
+            name: hook_consumer(hook),
+            description: format!("Takes events to the hook {hook}: natter hooks"),
+            filters,
+            from: "new",
+            ack_wait: HOOK_ACK_WAIT,
+            max_pending: in_hand,
+            batch: in_hand,
             bytes: WORKER_BYTES.max(largest(config)),
             ahead: false,
         }
@@ -243,6 +263,12 @@ impl Pull {
             given: 0,
             set_aside: None,
         })
+    }
+
+    /// The name of its consumer.
+    #[must_use]
+    pub fn consumer_name(&self) -> &str {
+        &self.consumer.name
     }
 
     /// Creates the consumer if there is none, otherwise updates its settings. Call it again after [`PullError::Lost`]

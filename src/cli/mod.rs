@@ -15,6 +15,8 @@ mod edge;
 mod export;
 mod guard;
 mod history;
+mod hooks;
+mod letters;
 mod provision;
 mod revoke;
 mod room;
@@ -35,6 +37,7 @@ use crate::{
     auth::{AuthConfigError, Verifier},
     config::{self, Config, ConfigError},
     mesh,
+    runtime::Signals,
     telemetry::{self, InitError},
 };
 
@@ -62,6 +65,20 @@ fn run_service(
     runtime.shutdown_timeout(Duration::from_millis(100));
     telemetry.shutdown(TELEMETRY_FLUSH);
     result
+}
+
+/// Waits until a service is told to end, or can't continue.
+async fn until_end(signals: &mut Signals, failed: impl Future<Output = String>) -> ExitCode {
+    tokio::select! {
+        signal = signals.recv() => {
+            tracing::info!(?signal, "stopping");
+            ExitCode::SUCCESS
+        }
+        why = failed => {
+            tracing::error!(why, "the process can't continue, and ends");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// An edge messaging mesh on NATS.
@@ -97,6 +114,7 @@ enum Command {
     Edge(edge::EdgeCommand),
     History(history::HistoryCommand),
     Worker(worker::WorkerCommand),
+    Hooks(hooks::HooksCommand),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
     Revoke(revoke::Args),
@@ -157,6 +175,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::History(history) => return history.run(cli.config.as_deref()),
         Command::Worker(worker) => return worker.run(cli.config.as_deref()),
+        Command::Hooks(hooks) => return hooks.run(cli.config.as_deref()),
         Command::Import(args) => return transfer::import(args, load()?),
         Command::Export(args) => transfer::export(args, load()?)?,
         Command::NatsAccounts => print!("{}", mesh::accounts(&load()?)),

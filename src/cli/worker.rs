@@ -4,21 +4,18 @@ use std::{path::Path, process::ExitCode};
 
 use clap::{Args, Subcommand};
 use figment::providers::{Format, Toml};
-use serde_json::json;
 use tokio::runtime::Builder;
 
 use super::{
-    connect::print_line,
-    history::{letter_json, letter_line, letter_name},
-    run_service,
+    letters::{list_letters, retry_letters},
+    run_service, until_end,
 };
 use crate::{
-    bus::{Connection, DeadLetters, Reader, WORKER_ROLE},
+    bus::WORKER_ROLE,
     config::Config,
-    history::dead_letters,
     runtime::Signals,
     telemetry,
-    worker::{Retried, Retry, Workers},
+    worker::{Retry, Workers},
 };
 
 /// Run the workers of the configuration, or show the messages that they did not accept.
@@ -70,16 +67,7 @@ fn service(config: Config) -> anyhow::Result<ExitCode> {
 async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::install()?;
     let workers = Workers::start(config).await?;
-    let code = tokio::select! {
-        signal = signals.recv() => {
-            tracing::info!(?signal, "stopping");
-            ExitCode::SUCCESS
-        }
-        why = workers.failed() => {
-            tracing::error!(why, "the workers can't continue, and end");
-            ExitCode::FAILURE
-        }
-    };
+    let code = until_end(&mut signals, workers.failed()).await;
     if let Err(error) = workers.drain().await {
         // Messages that were not acknowledged are delivered again.
         tracing::warn!(%error, "the workers did not stop cleanly");
@@ -97,59 +85,15 @@ impl Tool {
 }
 
 async fn dead(config: &Config, json: bool, body: bool) -> anyhow::Result<ExitCode> {
-    let connection = Connection::open(&config.nats, "natter worker tool").await?;
-    let reader = Reader::new(connection.clone(), &config.nats);
-    let dead = DeadLetters::of_receivers(WORKER_ROLE, connection, reader, config);
-    for letter in dead_letters(&dead).await? {
-        let worker = letter.receiver.clone().unwrap_or_default();
-        let line = match json {
-            true => {
-                let mut line = letter_json(&letter, body);
-                line["worker"] = json!(worker);
-                line.to_string()
-            }
-            false => format!("{worker}\t{}", letter_line(&letter, body)),
-        };
-        if !print_line(&line)? {
-            break;
-        }
-    }
-    Ok(ExitCode::SUCCESS)
+    list_letters(config, (WORKER_ROLE, "natter worker tool"), json, body).await
 }
 
 async fn again(config: Config, numbers: &[u64]) -> anyhow::Result<ExitCode> {
     let retry = Retry::open(config).await?;
-    let mut letters = retry.letters().await?;
-    letters.retain(|letter| numbers.is_empty() || numbers.contains(&letter.number));
-    for number in numbers {
-        if !letters.iter().any(|letter| letter.number == *number) {
-            eprintln!("natter: there is no dead letter {number}");
-        }
-    }
-    let (mut done, mut left) = (0, 0);
-    for letter in letters {
-        let (number, name) = (letter.number, letter_name(&letter));
-        let why = match retry.retry(&letter).await {
-            Retried::Done => {
-                done += 1;
-                continue;
-            }
-            Retried::Gone => {
-                done += 1;
-                print_line(&format!("{number}\t{name}\tthe message is gone"))?;
-                continue;
-            }
-            Retried::NotRemoved(error) => format!("done, but not removed: {error}"),
-            Retried::Refused(reason) => reason,
-        };
-        left += 1;
-        print_line(&format!("{number}\t{name}\t{why}"))?;
-    }
-    retry.close().await;
-    eprintln!("natter: {done} done, {left} left");
-    Ok(if left > 0 {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
+    let code = retry_letters(retry.dead(), numbers, async |letter| {
+        retry.retry(letter).await
     })
+    .await;
+    retry.close().await;
+    code
 }

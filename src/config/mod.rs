@@ -2,6 +2,7 @@
 //!
 //! No other module reads the environment. Secrets print as `***`.
 
+mod hooks;
 mod outbound;
 mod uploads;
 mod value;
@@ -22,6 +23,7 @@ use figment::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use hooks::{Hook, HookEvent, HookService, MAX_HOOKS};
 pub use outbound::{Network, SigningSecrets};
 pub use uploads::{Storage as UploadStorage, Uploads};
 pub use value::Secret;
@@ -88,10 +90,13 @@ pub struct Config {
     pub presence: Presence,
     pub uploads: Uploads,
     pub worker: WorkerService,
+    pub hook: HookService,
     pub telemetry: Telemetry,
     pub namespaces: BTreeMap<String, Namespace>,
     #[serde(default)]
     pub workers: Vec<Worker>,
+    #[serde(default)]
+    pub hooks: Vec<Hook>,
 }
 
 /// `[nats]`: the connection to the region's cluster.
@@ -299,6 +304,7 @@ pub struct Presence {
     #[serde(with = "humantime_serde")]
     pub lease: Duration,
     pub writes_per_second: u32,
+    pub users: bool,
 }
 
 impl Mirrors {
@@ -492,6 +498,9 @@ impl Config {
         config.uploads.read_files()?;
         for worker in &mut config.workers {
             worker.read_files()?;
+        }
+        for hook in &mut config.hooks {
+            hook.read_files()?;
         }
         let faults = config.faults();
         if faults.is_empty() {
@@ -863,6 +872,13 @@ impl Config {
         workers::check(
             &self.workers,
             &self.uploads.scan,
+            &self.namespaces,
+            &mut check,
+        );
+        hooks::check(
+            &self.hooks,
+            &self.hook,
+            &self.presence,
             &self.namespaces,
             &mut check,
         );

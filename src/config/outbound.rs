@@ -1,14 +1,23 @@
 //! What entries of the configuration that name a URL have in common: how its requests are signed, and which addresses
 //! they may reach.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, path::Path};
+use std::{collections::BTreeMap, fmt, net::IpAddr, path::Path, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use hyper::Uri;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::{ConfigError, Namespace, Secret, value::secret_text};
-use crate::model::RoomScope;
+use crate::model::{RoomScope, is_token};
+
+/// Most requests of one entry at once.
+const MAX_CONCURRENCY: usize = 1000;
+
+/// Longest timeout of a request.
+const MAX_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Longest name of an entry.
+const MAX_NAME: usize = 32;
 
 /// What a secret for signatures begins with (Standard Webhooks).
 const SECRET_PREFIX: &str = "whsec_";
@@ -140,10 +149,51 @@ impl fmt::Display for Network {
     }
 }
 
-/// Checks the patterns of rooms of the entry `key`, whose messages come from streams.
+/// What all entries that name a URL have.
+pub(super) struct Common<'a> {
+    pub name: &'a str,
+    pub url: &'a str,
+    pub secret: &'a SigningSecrets,
+    pub concurrency: usize,
+    pub timeout: Duration,
+}
+
+/// Checks what all entries of `table` have, as `workers`.
+pub(super) fn check_common(
+    table: &str,
+    entries: &[Common<'_>],
+    check: &mut impl FnMut(bool, String),
+) {
+    for (index, entry) in entries.iter().enumerate() {
+        let name = entry.name;
+        let key = format!("{table}.{name}");
+        check(
+            is_token(name) && name.len() <= MAX_NAME,
+            format!("{table}: name = {name:?}: must match [A-Za-z0-9_-]{{1,{MAX_NAME}}}"),
+        );
+        let first = entries.iter().position(|other| other.name == name);
+        check(
+            first == Some(index),
+            format!("{table}: name = {name:?} is used twice"),
+        );
+        check_receiver(&key, entry.url, entry.secret, check);
+        let (concurrency, timeout) = (entry.concurrency, entry.timeout);
+        check(
+            (1..=MAX_CONCURRENCY).contains(&concurrency),
+            format!("{key}.concurrency = {concurrency}: must be 1 to {MAX_CONCURRENCY}"),
+        );
+        check(
+            !timeout.is_zero() && timeout <= MAX_TIMEOUT,
+            format!("{key}.timeout = {timeout:?}: must be above 0 and at most {MAX_TIMEOUT:?}"),
+        );
+    }
+}
+
+/// Checks the patterns of rooms of the entry `key`. `of_log`: it gets something that streams have.
 pub(super) fn check_patterns(
     key: &str,
     patterns: &[String],
+    of_log: bool,
     namespaces: &BTreeMap<String, Namespace>,
     check: &mut impl FnMut(bool, String),
 ) {
@@ -165,6 +215,7 @@ pub(super) fn check_patterns(
             let is_durable = namespaces.get(name).map(|its| its.durable);
             let fault = match is_durable {
                 Some(true) => continue,
+                Some(false) if !of_log => continue,
                 Some(false) => format!("{name} is not durable, so no stream has its messages"),
                 None => format!("there is no namespace {name}"),
             };
@@ -174,7 +225,7 @@ pub(super) fn check_patterns(
 }
 
 /// Checks `url` and `secret` of the entry `key`, as `workers.translate`.
-pub(super) fn check_receiver(
+fn check_receiver(
     key: &str,
     url: &str,
     secrets: &SigningSecrets,

@@ -6,19 +6,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ConfigError, Namespace, Network, SigningSecrets,
-    outbound::{check_patterns, check_receiver},
+    outbound::{Common, check_common, check_patterns},
 };
-use crate::model::{Condition, MAX_ANNOTATION_NAME, RoomScope, is_token};
+use crate::model::{Condition, MAX_ANNOTATION_NAME, RoomScope};
 
 /// Most workers of a region: history keeps annotations of as many users of a message, and each worker is one. Each also has
 /// a consumer on every stream of rooms, and metrics of its own.
 pub const MAX_WORKERS: usize = 8;
-
-/// Most requests of one worker at once.
-const MAX_CONCURRENCY: usize = 1000;
-
-/// Longest timeout of a request.
-const MAX_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// `[worker]`: the process that runs the workers.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -129,24 +123,21 @@ pub(super) fn check(
         workers.len() <= MAX_WORKERS,
         format!("workers: {} of them, at most {MAX_WORKERS}", workers.len()),
     );
-    for (index, worker) in workers.iter().enumerate() {
-        let name = &worker.name;
-        let key = format!("workers.{name}");
-        check(
-            is_worker_name(name),
-            format!("workers: name = {name:?}: must match [A-Za-z0-9_-]{{1,32}}"),
-        );
-        let first = workers.iter().position(|other| other.name == *name);
-        check(
-            first == Some(index),
-            format!("workers: name = {name:?} is used twice"),
-        );
-        check_patterns(&key, &worker.rooms, namespaces, check);
+    let common = workers.iter().map(|worker| Common {
+        name: &worker.name,
+        url: &worker.url,
+        secret: &worker.secret,
+        concurrency: worker.concurrency,
+        timeout: worker.timeout,
+    });
+    check_common("workers", &common.collect::<Vec<_>>(), check);
+    for worker in workers {
+        let key = format!("workers.{}", worker.name);
+        check_patterns(&key, &worker.rooms, true, namespaces, check);
         check(
             !worker.kinds.is_empty(),
             format!("{key}.kinds is empty: the worker would get nothing"),
         );
-        check_receiver(&key, &worker.url, &worker.secret, check);
         let annotation = &worker.annotation;
         check(
             (1..=MAX_ANNOTATION_NAME).contains(&annotation.len()),
@@ -173,20 +164,6 @@ pub(super) fn check(
                 ),
             );
         }
-        check(
-            (1..=MAX_CONCURRENCY).contains(&worker.concurrency),
-            format!(
-                "{key}.concurrency = {}: must be 1 to {MAX_CONCURRENCY}",
-                worker.concurrency
-            ),
-        );
-        check(
-            !worker.timeout.is_zero() && worker.timeout <= MAX_TIMEOUT,
-            format!(
-                "{key}.timeout = {:?}: must be above 0 and at most {MAX_TIMEOUT:?}",
-                worker.timeout
-            ),
-        );
         for (field, is_zero) in [
             ("max_deliver", worker.max_deliver == 0),
             ("max_age", worker.max_age.is_zero()),

@@ -6,7 +6,10 @@ use crate::{
     config::Config,
     model::Region,
     servers::template::{Part, quoted, render},
-    subject::{Subjects, api, rooms_stream, undelivered_stream, worker_consumer},
+    subject::{
+        Subjects, api, bucket, bucket_stream, hook_consumer, rooms_stream, undelivered_stream,
+        worker_consumer,
+    },
 };
 
 /// The accounts of region `local` with the default configuration.
@@ -76,29 +79,57 @@ pub fn accounts(config: &Config) -> String {
     })
 }
 
-/// The lines of the user of `natter worker`; none without workers. One durable consumer per worker and partition, and no
-/// other.
+/// The lines of the user of `natter worker` and `natter hooks`; none without workers and hooks. One durable consumer per
+/// worker or hook and stream, and no other.
 fn worker_user(config: &Config, own: &Region) -> Vec<String> {
-    if config.workers.is_empty() {
+    if config.workers.is_empty() && config.hooks.is_empty() {
         return Vec::new();
     }
     let prefix = &config.nats.prefix;
     let letters = undelivered_stream(own);
     let mut publish = vec![
-        format!("{prefix}.in.{own}.*.*.*.ev"),
-        format!("{prefix}.undelivered.{own}.worker.>"),
-        format!("$KV.rooms_{own}.>"),
-        format!("{prefix}.edge.user.*"),
-        format!("{prefix}.svc.history.{own}.page"),
         "$JS.API.STREAM.INFO.*".to_owned(),
         "$JS.API.DIRECT.GET.>".to_owned(),
         api::message_delete(&letters),
     ];
-    for worker in &config.workers {
-        let consumer = worker_consumer(&worker.name);
-        let parts = 0..config.nats.partitions;
-        let streams = parts.map(|part| rooms_stream(own, part));
-        publish.extend(streams.map(|stream| api::consumer_create(&stream, &consumer)));
+    let mut subscribe = vec![
+        format!("{prefix}.kv.{own}.*.control.erased.>"),
+        "_INBOX.worker.>".to_owned(),
+    ];
+    if !config.workers.is_empty() {
+        publish.extend([
+            format!("{prefix}.in.{own}.*.*.*.ev"),
+            format!("{prefix}.undelivered.{own}.worker.>"),
+            format!("$KV.rooms_{own}.>"),
+            format!("{prefix}.edge.user.*"),
+            format!("{prefix}.svc.history.{own}.page"),
+        ]);
+        subscribe.extend([
+            format!("{prefix}.kv.{own}.*.rooms.>"),
+            format!("{prefix}.kv.{own}.*.inbox.>"),
+        ]);
+    }
+    if !config.hooks.is_empty() {
+        publish.extend([
+            format!("{prefix}.undelivered.{own}.hook.>"),
+            format!("$KV.hooks_{own}.>"),
+        ]);
+        subscribe.extend([
+            format!("{prefix}.kv.{own}.*.presence.>"),
+            format!("{prefix}.kv.{own}.*.edges.>"),
+        ]);
+    }
+    let rooms = (0..config.nats.partitions).map(|part| rooms_stream(own, part));
+    let rooms: Vec<String> = rooms.collect();
+    let of_hooks = bucket_stream(bucket::HOOKS, own);
+    let of_hooks: Vec<String> = rooms.iter().cloned().chain([of_hooks]).collect();
+    let workers = config.workers.iter();
+    let workers = workers.map(|worker| (worker_consumer(&worker.name), &rooms));
+    let hooks = config.hooks.iter();
+    let hooks = hooks.map(|hook| (hook_consumer(&hook.name), &of_hooks));
+    for (consumer, streams) in workers.chain(hooks) {
+        let streams = streams.iter();
+        publish.extend(streams.map(|stream| api::consumer_create(stream, &consumer)));
         publish.extend([
             api::consumer_info("*", &consumer),
             api::consumer_next("*", &consumer),
@@ -107,19 +138,13 @@ fn worker_user(config: &Config, own: &Region) -> Vec<String> {
             format!("{}*.*.*.{consumer}.>", api::ACK),
         ]);
     }
-    let subscribe = [
-        format!("{prefix}.kv.{own}.*.control.erased.>"),
-        format!("{prefix}.kv.{own}.*.rooms.>"),
-        format!("{prefix}.kv.{own}.*.inbox.>"),
-        "_INBOX.worker.>".to_owned(),
-    ];
     let mut lines = vec![
         "{".to_owned(),
         "  user: worker, password: $NATTER_WORKER_PASSWORD, allowed_connection_types: [ STANDARD ]"
             .to_owned(),
         "  permissions: {".to_owned(),
     ];
-    for (verb, subjects) in [("publish", &publish[..]), ("subscribe", &subscribe)] {
+    for (verb, subjects) in [("publish", &publish), ("subscribe", &subscribe)] {
         lines.push(format!("    {verb}: {{ allow: ["));
         lines.extend(
             subjects
@@ -189,5 +214,29 @@ mod tests {
             assert!(text.contains(part), "{part} is missing in:\n{text}");
         }
         assert!(!text.contains("MfKQ"));
+        assert!(
+            !text.contains("KV_hooks") && !text.contains("presence.>\"\n      \"_INBOX.worker")
+        );
+    }
+
+    #[test]
+    fn hooks_have_the_same_user_that_says_nothing_in_rooms() {
+        let toml = "region = 'oslo'\nnats.partitions = 2\n[[hooks]]\nname = 'crm'\nrooms = ['chat:*']\nurl = 'https://example.org'\nsecret = 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw'\nevents = ['message.created']";
+        let text = accounts(&Config::with_defaults(Toml::string(toml)).unwrap());
+        let (_, user) = text.split_once("user: worker").unwrap();
+        let (user, _) = user.split_once("# @end").unwrap();
+        for part in [
+            "\"$JS.API.CONSUMER.CREATE.ROOMS_oslo_1.hook_crm\"",
+            "\"$JS.API.CONSUMER.CREATE.KV_hooks_oslo.hook_crm\"",
+            "\"$JS.ACK.*.hook_crm.>\"",
+            "\"$KV.hooks_oslo.>\"",
+            "\"natter.undelivered.oslo.hook.>\"",
+        ] {
+            assert!(user.contains(part), "{part} is missing in:\n{user}");
+        }
+        assert!(
+            !user.contains(".in.oslo") && !user.contains("rooms_oslo"),
+            "{user}"
+        );
     }
 }

@@ -80,8 +80,10 @@ pub enum Check {
     Permission,
     /// The storage of uploads.
     Uploads,
-    /// Workers: whether somebody takes their messages, and dead letters.
+    /// Workers: whether somebody takes their messages; dead letters of workers and hooks.
     Worker,
+    /// Hooks: whether somebody sends their events, and whether they are disabled.
+    Hook,
 }
 
 /// One result.

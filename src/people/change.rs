@@ -18,6 +18,9 @@ const MAX_INFO_LEVELS: usize = 32;
 /// Most users of a direct room.
 pub const DIRECT_MEMBERS: usize = 10;
 
+/// Most members whom the entry about a new room names.
+const MAX_TOLD_MEMBERS: usize = 100;
+
 /// Most pinned messages of a room.
 pub const MAX_PINS: usize = 50;
 
@@ -389,7 +392,15 @@ impl Ask<'_> {
             };
             new.members.insert(user.clone(), member);
         }
-        Ok(Some((new, told("created", by))))
+        let mut told = told("created", by);
+        told.insert("kind".to_owned(), kind.as_str().into());
+        if let Some(title) = title {
+            told.insert("title".to_owned(), title.clone().into());
+        }
+        if (1..=MAX_TOLD_MEMBERS).contains(&members.len()) {
+            told.insert("members".to_owned(), json!(members));
+        }
+        Ok(Some((new, told)))
     }
 
     /// Writes settings into a record.

@@ -74,57 +74,67 @@ impl Label for Codec {
     }
 }
 
-/// Workers of a process at most, as of the configuration.
-const WORKERS: usize = crate::config::MAX_WORKERS;
+/// Declares labels whose values are names of the configuration: those of a process are set once, when it starts, and all
+/// other places have no series.
+macro_rules! named {
+    ($( $(#[$doc:meta])* $name:ident $label:literal $most:path, $names:ident $all:ident, $set:ident $find:ident; )+) => {
+        $(
+            static $names: OnceLock<Vec<&'static str>> = OnceLock::new();
 
-/// The names of this process's workers, in the order of the configuration.
-static WORKER_NAMES: OnceLock<Vec<&'static str>> = OnceLock::new();
+            $(#[$doc])*
+            #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+            pub struct $name(u8);
 
-/// A worker, by its place in the configuration. Its name is the label: the names of a process are set once, when it
-/// starts, and all others have no series.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct WorkerLabel(u8);
+            /// Every place.
+            const $all: [$name; $most] = {
+                let mut all = [$name(0); $most];
+                let mut at = 0_u8;
+                while (at as usize) < $most {
+                    all[at as usize] = $name(at);
+                    at += 1;
+                }
+                all
+            };
 
-/// Every place.
-const WORKER_LABELS: [WorkerLabel; WORKERS] = {
-    let mut all = [WorkerLabel(0); WORKERS];
-    let mut at = 0_u8;
-    while (at as usize) < WORKERS {
-        all[at as usize] = WorkerLabel(at);
-        at += 1;
-    }
-    all
-};
+            impl Label for $name {
+                const NAME: &'static str = $label;
+                const ALL: &'static [Self] = &$all;
 
-impl Label for WorkerLabel {
-    const NAME: &'static str = "worker";
-    const ALL: &'static [Self] = &WORKER_LABELS;
+                fn value(self) -> &'static str {
+                    let names = $names.get();
+                    let name = names.and_then(|names| names.get(self.index()));
+                    name.copied().unwrap_or_default()
+                }
 
-    fn value(self) -> &'static str {
-        let names = WORKER_NAMES.get();
-        let name = names.and_then(|names| names.get(self.index()));
-        name.copied().unwrap_or_default()
-    }
+                fn index(self) -> usize {
+                    usize::from(self.0)
+                }
+            }
 
-    fn index(self) -> usize {
-        usize::from(self.0)
-    }
+            /// Gives the labels of this process their names, before telemetry is set up. Later calls have no effect.
+            pub fn $set<'n>(names: impl IntoIterator<Item = &'n str>) {
+                $names.get_or_init(|| {
+                    let names = names.into_iter().take($most);
+                    // A few names, for as long as the process lives.
+                    names.map(|name| &*name.to_owned().leak()).collect()
+                });
+            }
+
+            /// The label of a name of this process.
+            #[must_use]
+            pub fn $find(name: &str) -> Option<$name> {
+                let at = $names.get()?.iter().position(|its| *its == name)?;
+                $all.get(at).copied()
+            }
+        )+
+    };
 }
 
-/// Names the workers of this process, before telemetry is set up. Later calls have no effect.
-pub fn name_workers<'n>(names: impl IntoIterator<Item = &'n str>) {
-    WORKER_NAMES.get_or_init(|| {
-        let names = names.into_iter().take(WORKERS);
-        // A few names, for as long as the process lives.
-        names.map(|name| &*name.to_owned().leak()).collect()
-    });
-}
-
-/// The label of a worker of this process.
-#[must_use]
-pub fn worker_label(name: &str) -> Option<WorkerLabel> {
-    let at = WORKER_NAMES.get()?.iter().position(|its| *its == name)?;
-    WORKER_LABELS.get(at).copied()
+named! {
+    /// A worker, by its place in the configuration.
+    WorkerLabel "worker" crate::config::MAX_WORKERS, WORKER_NAMES WORKER_LABELS, name_workers worker_label;
+    /// A hook, by its place in the configuration.
+    HookLabel "hook" crate::config::MAX_HOOKS, HOOK_NAMES HOOK_LABELS, name_hooks hook_label;
 }
 
 /// Declares label enums: `Name "label" { Variant "value", … }`.
@@ -470,6 +480,12 @@ counted! {
     WorkerDead(worker: WorkerLabel) = "natter.worker.dead", "{message}";
     /// Alerts that the annotations of a worker have raised.
     WorkerAlerts(worker: WorkerLabel) = "natter.worker.alerts", "{alert}";
+    /// Events that a hook has accepted.
+    HookDelivered(hook: HookLabel) = "natter.hook.delivered", "{event}";
+    /// Requests to a hook that failed; another attempt is made, or the event becomes a dead letter.
+    HookFailed(hook: HookLabel) = "natter.hook.failed", "{request}";
+    /// Entries of logs whose events went to the dead letters of a hook.
+    HookDead(hook: HookLabel) = "natter.hook.dead", "{message}";
     /// Uploads that clients asked for.
     UploadGranted(result: UploadGrant) = "natter.upload.granted", "{upload}";
     /// Files that edges received for the local storage.
@@ -521,6 +537,16 @@ counted! {
     WorkerLag(worker: WorkerLabel) = "natter.worker.lag", "s";
     /// Dead letters of a worker.
     WorkerDeadLetters(worker: WorkerLabel) = "natter.worker.dead_letters", "{message}";
+    /// Requests to a hook that are open.
+    HookOpen(hook: HookLabel) = "natter.hook.open", "{request}";
+    /// Entries of logs that are not done for a hook yet.
+    HookPending(hook: HookLabel) = "natter.hook.pending", "{message}";
+    /// Age of the oldest of them.
+    HookLag(hook: HookLabel) = "natter.hook.lag", "s";
+    /// Dead letters of a hook.
+    HookDeadLetters(hook: HookLabel) = "natter.hook.dead_letters", "{message}";
+    /// 1 if a hook is disabled, because its receiver answered 410.
+    HookDisabled(hook: HookLabel) = "natter.hook.disabled", "{hook}";
 }
 
 plain! {
@@ -538,6 +564,8 @@ plain! {
     HistoryReadDuration = "natter.history.read_duration", "s";
     /// From a request to a worker to its answer, or to the timeout.
     WorkerRequestDuration = "natter.worker.request_duration", "s";
+    /// From a request to a hook to its answer, or to the timeout.
+    HookRequestDuration = "natter.hook.request_duration", "s";
 }
 
 /// Bounds of the buckets of every histogram, in seconds: from a local acknowledgement to a client's timeout.
@@ -712,7 +740,7 @@ mod tests {
             assert!(
                 [
                     "code", "op", "kind", "reason", "source", "result", "cause", "check", "whose",
-                    "protocol", "worker"
+                    "protocol", "worker", "hook"
                 ]
                 .contains(&label.name),
                 "{}: label {} is not known; never a room, user or session",
@@ -747,6 +775,7 @@ mod tests {
         check::<Op>();
         check::<Dropped>();
         check::<WorkerLabel>();
+        check::<HookLabel>();
     }
 
     #[test]
@@ -774,8 +803,8 @@ mod tests {
         let of = |codec: &Codec| Gauge::SessionActive(*codec).slot();
         let mut slots: HashSet<usize> = Codec::ALL.iter().map(of).collect();
         assert!(slots.insert(Gauge::RoomActive.slot()) && slots.len() == Codec::ALL.len() + 1);
-        let last = WORKER_LABELS[WORKERS - 1];
-        assert_eq!(Gauge::WorkerDeadLetters(last).slot(), GAUGE_SLOTS - 1);
+        let last = HOOK_LABELS[HOOK_LABELS.len() - 1];
+        assert_eq!(Gauge::HookDisabled(last).slot(), GAUGE_SLOTS - 1);
     }
 
     #[test]

@@ -9,7 +9,8 @@ use figment::providers::{Format as _, Toml};
 
 use super::{
     metrics::{
-        Counter, Dropped, Gauge, Histogram, Metric, count, counted, gauge_add, name_workers,
+        Counter, Dropped, Gauge, Histogram, Metric, count, counted, gauge_add, name_hooks,
+        name_workers,
     },
     *,
 };
@@ -27,8 +28,9 @@ fn config(toml: &str) -> config::Telemetry {
 
 #[test]
 fn the_text_has_every_metric_with_its_help_and_what_was_counted() {
-    // Those of workers have a series for each worker.
+    // Those of workers and hooks have a series for each of them.
     name_workers(["translate"]);
+    name_hooks(["crm"]);
     count(Counter::MessageDropped(Dropped::BadSubject), 3);
     count(Counter::SessionClosed(Close::TooSlow), 1);
     gauge_add(Gauge::OutboxBytes, 7);
@@ -73,6 +75,7 @@ fn the_text_has_every_metric_with_its_help_and_what_was_counted() {
 #[test]
 fn every_exported_label_value_is_of_its_closed_set() {
     name_workers(["translate"]);
+    name_hooks(["crm"]);
     let text = exporters::build(&config(""), "edge", "e1")
         .unwrap()
         .metrics

@@ -3,29 +3,16 @@
 use std::sync::Arc;
 
 use super::{
-    Links, Parts, Worker, WorkersError,
+    Links, Parts, Worker,
     files::Files,
     job::{Done, Failed},
 };
 use crate::{
-    bus::{DeadLetter, DeadLetters, LetterError, ReadError},
+    bus::{DeadLetter, DeadLetters},
     config::Config,
-    history,
     runtime::Tasks,
+    taking::{self, Retried, ServiceError},
 };
-
-/// The outcome of another attempt.
-#[derive(Debug)]
-pub enum Retried {
-    /// The worker has answered; the dead letter is removed.
-    Done,
-    /// The message is gone, or not for the worker any more; the dead letter is removed.
-    Gone,
-    /// The same, but its dead letter could not be removed. It is safe to retry.
-    NotRemoved(LetterError),
-    /// It still can't be done, with the reason.
-    Refused(String),
-}
 
 /// What makes other attempts.
 #[derive(Debug)]
@@ -39,11 +26,12 @@ impl Retry {
     /// Connects, and waits for the streams.
     ///
     /// # Errors
-    /// [`WorkersError`].
-    pub async fn open(config: Config) -> Result<Self, WorkersError> {
+    /// [`ServiceError`].
+    pub async fn open(config: Config) -> Result<Self, ServiceError> {
         let (workers, files) = (Worker::all(&config)?, Files::open(&config)?);
         let tasks = Tasks::default();
-        let links = Links::open(&config, &tasks).await?;
+        let reads = taking::Links::open(&config, "natter worker tool", &tasks).await?;
+        let links = Links::open(&config, reads, &tasks)?;
         let parts = Parts::open(Arc::new(config), &links, tasks, files).await;
         Ok(Self {
             workers,
@@ -52,12 +40,10 @@ impl Retry {
         })
     }
 
-    /// All dead letters, oldest first.
-    ///
-    /// # Errors
-    /// [`ReadError`].
-    pub async fn letters(&self) -> Result<Vec<DeadLetter>, ReadError> {
-        history::dead_letters(&self.parts.dead).await
+    /// The dead letters of all workers.
+    #[must_use]
+    pub fn dead(&self) -> &DeadLetters {
+        &self.parts.dead
     }
 
     /// Does the job of a dead letter, however old it is, and removes the letter on success.
@@ -94,6 +80,6 @@ impl Retry {
     /// Closes the connections.
     pub async fn close(self) {
         self.parts.tasks.stop();
-        self.links.close().await;
+        tokio::join!(self.links.line.close(), self.links.reads.close());
     }
 }

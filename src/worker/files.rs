@@ -5,10 +5,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::WorkersError;
 use crate::{
     config::{Config, Uploads},
     model::RoomId,
+    taking::ServiceError,
     uploads::{Named, OpenError, Signer, Storage, described},
 };
 
@@ -51,12 +51,12 @@ impl Files {
     /// `None` if the configuration has no uploads, or does not say where the edges are that have the files.
     ///
     /// # Errors
-    /// [`WorkersError::NoUploads`] if a worker needs them; [`WorkersError::Uploads`].
-    pub(super) fn open(config: &Config) -> Result<Option<Arc<Self>>, WorkersError> {
+    /// [`ServiceError::NoUploads`] if a worker needs them; [`ServiceError::Uploads`].
+    pub(super) fn open(config: &Config) -> Result<Option<Arc<Self>>, ServiceError> {
         let files = Self::new(&config.uploads)?;
         let needs = config.workers.iter().find(|worker| worker.attachments);
         match (needs, files) {
-            (Some(worker), None) => Err(WorkersError::NoUploads {
+            (Some(worker), None) => Err(ServiceError::NoUploads {
                 name: worker.name.clone(),
             }),
             (_, files) => Ok(files.map(Arc::new)),

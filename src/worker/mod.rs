@@ -21,36 +21,30 @@ mod seen;
 mod status;
 mod take;
 
-use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc};
 
 use futures_util::future::try_join_all;
-use tokio::{
-    net::TcpListener,
-    sync::{Semaphore, oneshot},
-};
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::{
     auth::Identity,
     bus::{
-        Bucket, ConnectError, Connection, DeadLetters, Line, Origins, Publisher, Reader,
-        Remembered, STREAMS_WATCH, Streams, WORKER_ROLE,
+        Bucket, ConnectError, Connection, DeadLetters, Line, Publisher, Reader, Remembered,
+        Streams, WORKER_ROLE,
     },
     config::{self, Config},
-    history, http1,
+    history,
     model::{MAX_ANNOTATION, RoomScope},
     outbound::{Limits, Receiver},
     people::People,
-    runtime::{Late, Lifecycle, Phase, Tasks},
+    runtime::{Late, Phase, Tasks},
     subject::{bucket, worker_user},
+    taking::{self, Service, ServiceError},
     telemetry::metrics::{WorkerLabel, worker_label},
-    uploads::OpenError,
 };
 use files::Files;
 
-pub use dead::{Retried, Retry};
-
-/// Timeout of the jobs in hand when the process shuts down. What is not done by then is given back.
-const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+pub use dead::Retry;
 
 /// A worker of the configuration.
 struct Worker {
@@ -95,10 +89,7 @@ struct Parts {
 /// The connections of a process to NATS.
 #[derive(Debug, Clone)]
 struct Links {
-    /// For consumers, acknowledgements and questions.
-    connection: Connection,
-    /// For reads.
-    reads: Connection,
+    reads: taking::Links,
     /// For publishing.
     line: Line,
 }
@@ -106,50 +97,20 @@ struct Links {
 /// A running process of workers.
 #[derive(Debug)]
 pub struct Workers {
-    lifecycle: Lifecycle,
-    tasks: Tasks,
-    http: Tasks,
-    links: Links,
-}
-
-/// The workers can't run.
-#[derive(Debug, thiserror::Error)]
-pub enum WorkersError {
-    /// The configuration has none.
-    #[error("there are no [[workers]] in the configuration")]
-    None,
-    /// The address is in use, or not an address of this machine.
-    #[error("worker.listen = {address}: can't listen there")]
-    Listen {
-        address: SocketAddr,
-        source: io::Error,
-    },
-    /// The configuration can't be used to connect to NATS.
-    #[error(transparent)]
-    Nats(#[from] ConnectError),
-    /// The configuration can't be used for the files of uploads.
-    #[error(transparent)]
-    Uploads(#[from] OpenError),
-    /// A worker would get nothing.
-    #[error(
-        "workers.{name}.attachments = true, but this configuration has no uploads: natter worker needs [uploads] as the edges have it, and uploads.public_url with storage \"local\""
-    )]
-    NoUploads { name: String },
-    /// Requests can't be sent.
-    #[error("workers.{name}: requests can't be sent")]
-    Receiver { name: String, source: io::Error },
+    service: Service,
+    line: Line,
 }
 
 impl Worker {
-    fn new(config: &config::Worker) -> Result<Self, WorkersError> {
+    fn new(config: &config::Worker) -> Result<Self, ServiceError> {
         let limits = Limits {
             allow: config.allow.clone(),
             timeout: config.timeout,
             answer_bytes: MAX_ANNOTATION,
         };
         let receiver = Receiver::new(&config.url, &config.secret, limits);
-        let receiver = receiver.map_err(|source| WorkersError::Receiver {
-            name: config.name.clone(),
+        let receiver = receiver.map_err(|source| ServiceError::Receiver {
+            key: format!("workers.{}", config.name),
             source,
         })?;
         Ok(Self {
@@ -162,9 +123,9 @@ impl Worker {
         })
     }
 
-    fn all(config: &Config) -> Result<Vec<Arc<Self>>, WorkersError> {
+    fn all(config: &Config) -> Result<Vec<Arc<Self>>, ServiceError> {
         if config.workers.is_empty() {
-            return Err(WorkersError::None);
+            return Err(ServiceError::None("workers"));
         }
         let all = config.workers.iter();
         all.map(|config| Self::new(config).map(Arc::new)).collect()
@@ -176,28 +137,11 @@ impl Worker {
 }
 
 impl Links {
-    async fn open(config: &Config, tasks: &Tasks) -> Result<Self, ConnectError> {
-        let connection = Connection::open(&config.nats, "natter worker").await?;
-        let reads = Connection::open(&config.nats, "natter worker reads").await?;
+    /// Adds a connection for publishing.
+    fn open(config: &Config, reads: taking::Links, tasks: &Tasks) -> Result<Self, ConnectError> {
         let (line, driver) = Line::new(&config.nats, "natter worker publish")?;
         tasks.keep_running("publish", driver.run(()));
-        for connection in [&connection, &reads] {
-            let connection = connection.clone();
-            tasks.keep_running("NATS connection", async move { connection.ended().await });
-        }
-        Ok(Self {
-            connection,
-            reads,
-            line,
-        })
-    }
-
-    async fn close(&self) {
-        tokio::join!(
-            self.line.close(),
-            self.reads.close(),
-            self.connection.close()
-        );
+        Ok(Self { reads, line })
     }
 }
 
@@ -209,14 +153,10 @@ impl Parts {
         tasks: Tasks,
         files: Option<Arc<Files>>,
     ) -> Self {
-        let Links {
-            connection,
-            reads,
-            line,
-        } = links;
-        let reader = || Reader::new(reads.clone(), &config.nats);
-        let origins = Origins::wait_for(connection, &config.region(), &config.nats).await;
-        tasks.keep_running("watch streams", Arc::clone(&origins).watch(STREAMS_WATCH));
+        let Links { reads, line } = links;
+        let connection = &reads.connection;
+        let reader = || reads.reader(&config);
+        let origins = reads.origins(&config, &tasks).await;
         let control = Bucket::new(connection.clone(), reader(), &config, bucket::CONTROL);
         let remembered: Arc<Remembered> = Arc::default();
         match remembered.open(&control, &origins).await {
@@ -264,30 +204,16 @@ impl Workers {
     /// Binds the address. The work begins when the streams can be reached.
     ///
     /// # Errors
-    /// [`WorkersError`].
-    pub async fn start(config: Config) -> Result<Self, WorkersError> {
+    /// [`ServiceError`].
+    pub async fn start(config: Config) -> Result<Self, ServiceError> {
         let (all, files) = (Worker::all(&config)?, Files::open(&config)?);
-        let config = Arc::new(config);
-        let address = config.worker.listen;
-        let listen = |source| WorkersError::Listen { address, source };
-        let listener = TcpListener::bind(address).await.map_err(listen)?;
-        let tasks = Tasks::default();
-        let workers = Self {
-            lifecycle: Lifecycle::default(),
-            http: Tasks::default(),
-            links: Links::open(&config, &tasks).await?,
-            tasks,
-        };
-        history::serve_health(
-            listener,
-            http1::Limits::new(&config),
-            workers.lifecycle.clone(),
-            workers.links.connection.clone(),
-            &workers.http,
-        );
-        let (links, tasks) = (workers.links.clone(), workers.tasks.clone());
-        let lifecycle = workers.lifecycle.clone();
-        workers.tasks.spawn_until_stopping("start", async move {
+        let listen = ("worker.listen", config.worker.listen);
+        let service = Service::start(&config, "natter worker", listen).await?;
+        let links = Links::open(&config, service.links.clone(), &service.tasks)?;
+        let line = links.line.clone();
+        let (config, tasks) = (Arc::new(config), service.tasks.clone());
+        let lifecycle = service.lifecycle.clone();
+        service.tasks.spawn_until_stopping("start", async move {
             let parts = Parts::open(config, &links, tasks.clone(), files).await;
             let mut opened = Vec::new();
             for worker in all {
@@ -308,30 +234,20 @@ impl Workers {
                 tracing::info!("workers ready");
             }
         });
-        tracing::info!(%address, "workers listening");
-        Ok(workers)
+        Ok(Self { service, line })
     }
 
-    /// Waits until a part fails that the process can't do without, and returns its name. The caller should then drain,
-    /// and end the process with an error. Cancel-safe.
+    /// See [`Service::failed`].
     pub async fn failed(&self) -> String {
-        tokio::select! {
-            why = self.tasks.failed() => why,
-            why = self.http.failed() => why,
-        }
+        self.service.failed().await
     }
 
-    /// Shuts down in order: takes no more messages, and waits for the open requests. What is not done in time is
-    /// redelivered, to another process.
+    /// See [`Service::drain`].
     ///
     /// # Errors
-    /// [`Late`] if a task had to be cut. No message is lost by that.
+    /// [`Late`].
     pub async fn drain(self) -> Result<(), Late> {
-        self.lifecycle.advance(Phase::Draining);
-        let tasks = self.tasks.drain(DRAIN_WITHIN).await;
-        self.links.close().await;
-        let http = self.http.drain(Duration::from_secs(1)).await;
-        self.lifecycle.advance(Phase::Stopped);
-        tasks.and(http)
+        let line = self.line;
+        self.service.drain(async move { line.close().await }).await
     }
 }

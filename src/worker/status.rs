@@ -4,10 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use super::{Parts, Worker};
 use crate::{
-    bus::{consumer_state, stored_after},
-    runtime::unix_ms,
-    subject::{Subjects, rooms_stream, worker_consumer},
-    telemetry::metrics::{Gauge, gauge, gauge_add},
+    subject::worker_consumer,
+    taking::{Behind, behind, rooms_of, set_gauge},
+    telemetry::metrics::Gauge,
 };
 
 /// Interval at which the gauges are updated.
@@ -20,10 +19,10 @@ pub(super) async fn keep(parts: Parts, worker: Arc<Worker>) {
     };
     loop {
         match look(&parts, &worker).await {
-            Ok((pending, lag, dead)) => {
-                set(Gauge::WorkerPending(label), pending);
-                set(Gauge::WorkerLag(label), lag);
-                set(Gauge::WorkerDeadLetters(label), dead);
+            Ok((Behind { pending, lag }, dead)) => {
+                set_gauge(Gauge::WorkerPending(label), pending);
+                set_gauge(Gauge::WorkerLag(label), lag);
+                set_gauge(Gauge::WorkerDeadLetters(label), dead);
             }
             Err(error) => tracing::debug!(%error, "the lag of a worker is not known"),
         }
@@ -31,40 +30,13 @@ pub(super) async fn keep(parts: Parts, worker: Arc<Worker>) {
     }
 }
 
-/// Messages that are not done, the age of the oldest of them in seconds, and dead letters.
 async fn look(
     parts: &Parts,
     worker: &Worker,
-) -> Result<(u64, u64, u64), Box<dyn std::error::Error + Send + Sync>> {
-    let (mut pending, mut oldest) = (0, u64::MAX);
-    let origin = parts.streams.origin();
-    let subjects = Subjects::new(&parts.config.nats.prefix);
+) -> Result<(Behind, u64), Box<dyn std::error::Error + Send + Sync>> {
     let consumer = worker_consumer(worker.name());
-    for part in 0..parts.streams.partitions() {
-        let stream = rooms_stream(origin, part);
-        let wait = parts.config.nats.read_timeout;
-        let state = consumer_state(&parts.connection, &stream, &consumer, wait).await?;
-        // None: it is about to be created.
-        let Some(state) = state else { continue };
-        let waiting = state.pending + state.ack_pending;
-        pending += waiting;
-        if waiting > 0 {
-            // Of any room: the first message after what is done is not later than the first of this worker.
-            let filter = subjects.captured(origin, part);
-            let ts = stored_after(&parts.reader, &stream, &filter, state.floor).await?;
-            oldest = oldest.min(ts.unwrap_or(u64::MAX));
-        }
-    }
-    let lag = match oldest {
-        u64::MAX => 0,
-        oldest => unix_ms().saturating_sub(oldest) / 1000,
-    };
-    let dead = parts.dead.count(worker.name()).await?;
-    Ok((pending, lag, dead))
-}
-
-/// Only [`keep`] changes these gauges.
-fn set(which: Gauge, value: u64) {
-    let value = i64::try_from(value).unwrap_or(i64::MAX);
-    gauge_add(which, value - gauge(which));
+    let streams = rooms_of(&parts.streams, &parts.config);
+    let wait = parts.config.nats.read_timeout;
+    let behind = behind(&parts.connection, &parts.reader, wait, &streams, &consumer).await?;
+    Ok((behind, parts.dead.count(worker.name()).await?))
 }

@@ -21,17 +21,12 @@ use crate::{
     outbound::pause,
     runtime::unix_ms,
     subject::{Subjects, rooms_stream},
+    taking::{LAST_TRY, STREAM_PAUSES},
     telemetry::metrics::Counter,
 };
 
 /// Pauses before a failed request is repeated: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
-
-/// Pauses after a failure of a stream.
-const STREAM_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-
-/// How long a job may go on during shutdown. Shorter than the whole drain, so that its message can be given back.
-const LAST_TRY: Duration = Duration::from_secs(5);
 
 /// The messages of a partition in the hand of this process.
 struct Taking {

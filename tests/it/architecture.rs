@@ -245,7 +245,7 @@ fn the_path_of_a_message_has_no_lock_consumer_or_watcher() {
 
 /// Consumers belong to the history service and to workers: nobody else takes messages from one.
 #[test]
-fn only_history_and_workers_have_consumers() {
+fn only_history_workers_and_hooks_have_consumers() {
     let mut users = BTreeSet::new();
     // What accounts may do is only spelled there.
     let apart = ["subject.rs", "bus/mod.rs", "mesh/accounts.rs"];
@@ -260,7 +260,12 @@ fn only_history_and_workers_have_consumers() {
     let users: Vec<&str> = users.iter().map(String::as_str).collect();
     assert_eq!(
         users,
-        ["bus/pull.rs", "history/worker.rs", "worker/take.rs"]
+        [
+            "bus/pull.rs",
+            "history/worker.rs",
+            "hook/part.rs",
+            "worker/take.rs"
+        ]
     );
 }
 

@@ -274,8 +274,9 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
                 .is_some_and(|rest| rest.starts_with([' ', '{']))
         })
     };
-    // Those of workers have the names of the configured ones, and here are none.
-    let is_here = |name: &str| !name.starts_with("natter.worker.");
+    // Those of workers and hooks have the names of the configured ones, and here are none.
+    let is_here =
+        |name: &str| !name.starts_with("natter.worker.") && !name.starts_with("natter.hook.");
     for counter in Counter::LIST {
         let name = format!("{}_total", counter.name.replace('.', "_"));
         assert_eq!(exported(&name), is_here(counter.name), "{name}:\n{text}");

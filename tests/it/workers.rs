@@ -480,7 +480,7 @@ async fn whatever_an_endpoint_does_is_bounded() {
     annotated(&mesh, "chat:a", "good", "one", json!({"ok": 1})).await;
     let (_, said) = tool(&mesh, &["doctor", "--json"]).await;
     assert!(
-        said.contains("3 messages were not accepted by workers"),
+        said.contains("3 messages were not accepted by workers or hooks"),
         "{said}"
     );
     assert!(!said.contains("no process takes messages"), "{said}");

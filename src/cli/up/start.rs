@@ -20,7 +20,7 @@ use super::{
     say,
     stack::{Role, Stack},
     token,
-    worker::{Demo, WorkerTemplate},
+    worker::{Demo, HooksTemplate, WorkerTemplate},
 };
 use crate::{
     config::{Config, Secret, UploadStorage},
@@ -52,6 +52,7 @@ struct Ports {
     edges: u16,
     history: u16,
     workers: u16,
+    hooks: u16,
 }
 
 /// Starts everything, in order. Children that were ready once are in `stack`, even if this fails or is dropped; all
@@ -134,6 +135,7 @@ pub(super) async fn start(
         edges: args.port.unwrap_or(config.edge.listen.port()),
         history: port_of(config.history.listen),
         workers: port_of(config.worker.listen),
+        hooks: port_of(config.hook.listen),
     };
     let demo = match args.demo_worker {
         true => {
@@ -191,6 +193,22 @@ pub(super) async fn start(
             let started = start_service("worker", role, listen, port, spec, &launcher, stack);
             workers.push(started.await?);
         }
+        let mut hooks = Vec::new();
+        if !region.config.hooks.is_empty() {
+            let template = HooksTemplate {
+                binary: &binary,
+                config: &region.config,
+                config_file,
+                nats_url: &region.nats_url,
+                logs: logs.clone(),
+            };
+            let listen = config.hook.listen.ip();
+            let role = Role::Hooks { region: number };
+            let spec = |address| template.spec(address);
+            let port = &mut ports.hooks;
+            let started = start_service("hooks", role, listen, port, spec, &launcher, stack);
+            hooks.push(started.await?);
+        }
         report.regions.push(RegionReport {
             name: region.config.region.clone(),
             nats: region.nats_url.clone(),
@@ -199,6 +217,7 @@ pub(super) async fn start(
             edges,
             history,
             workers,
+            hooks,
         });
     }
     Ok(report)

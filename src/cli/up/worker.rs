@@ -1,4 +1,4 @@
-//! The workers that `natter up` runs: `natter worker`, and the reference worker of `--demo-worker`.
+//! The workers and hooks that `natter up` runs: `natter worker`, the reference worker of `--demo-worker`, `natter hooks`.
 
 use std::{
     net::SocketAddr,
@@ -95,6 +95,35 @@ impl Demo {
             ready_within: READY_WITHIN,
             stop_within: STOP_WITHIN,
         }
+    }
+}
+
+/// `natter hooks` of one region.
+#[derive(Debug)]
+pub(super) struct HooksTemplate<'a> {
+    pub binary: &'a Path,
+    pub config: &'a Config,
+    /// The file given with `--config`, passed on.
+    pub config_file: Option<&'a Path>,
+    pub nats_url: &'a str,
+    pub logs: PathBuf,
+}
+
+impl HooksTemplate<'_> {
+    /// The process that listens on `listen`.
+    pub(super) fn spec(&self, listen: SocketAddr) -> Spec {
+        let mut env = common_env(self.config, self.nats_url);
+        env.push(("NATTER__HOOK__LISTEN", listen.to_string()));
+        let child = Child {
+            role: "hooks",
+            of: region_of(self.config),
+            binary: self.binary,
+            config_file: self.config_file,
+            logs: &self.logs,
+            ready_within: READY_WITHIN,
+            stop_within: STOP_WITHIN,
+        };
+        child.spec(env, listen)
     }
 }
 

@@ -1,4 +1,5 @@
-//! The workers of the configuration: whether somebody takes their messages, and what they did not accept.
+//! The workers and hooks of the configuration: whether somebody takes their messages, what they did not accept, and which
+//! hooks are disabled.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,10 +9,33 @@ use super::{Check, Finding, Level};
 use crate::{
     config::Config,
     mesh::provision::{JetStream, ProvisionError},
-    subject::{rooms_stream, undelivered_stream, worker_consumer},
+    subject::{
+        bucket, bucket_key, bucket_stream, hook_consumer, hook_off_key, rooms_stream,
+        undelivered_stream, worker_consumer,
+    },
 };
 
-/// Looks at the consumers of the workers in the own region, and at the dead letters there.
+/// The words of a kind of receivers.
+struct Words {
+    check: Check,
+    /// As in `the worker translate`.
+    one: &'static str,
+    command: &'static str,
+}
+
+const WORKERS: Words = Words {
+    check: Check::Worker,
+    one: "worker",
+    command: "natter worker",
+};
+
+const HOOKS: Words = Words {
+    check: Check::Hook,
+    one: "hook",
+    command: "natter hooks",
+};
+
+/// Looks at the consumers of the workers and hooks in the own region, and at the dead letters there.
 pub(super) async fn examine(
     jetstream: &JetStream<'_>,
     own: &BTreeMap<String, Value>,
@@ -27,8 +51,8 @@ pub(super) async fn examine(
         findings.push(Finding::new(
             Level::Warning,
             Check::Worker,
-            format!("{count} messages were not accepted by workers"),
-            "natter worker dead says why; natter worker retry asks again",
+            format!("{count} messages were not accepted by workers or hooks"),
+            "natter worker dead and natter hooks dead say why; natter worker retry and natter hooks retry ask again",
         ));
     }
     // Without the worker that judges files none is given out, wherever its entry is.
@@ -36,42 +60,94 @@ pub(super) async fn examine(
     let names: BTreeSet<&str> = names.chain(config.uploads.scan()).collect();
     for name in names {
         let consumer = worker_consumer(name);
-        for part in 0..config.nats.partitions {
-            let stream = rooms_stream(&region, part);
-            let finding = match jetstream.consumer_info(&stream, &consumer).await {
-                Ok(Some(info)) if is_idle(&info) => Finding::new(
-                    Level::Warning,
-                    Check::Worker,
-                    format!("no process takes messages for the worker {name}"),
-                    "start natter worker with this worker in its configuration, as the user worker",
-                ),
-                Ok(Some(_)) => continue,
-                Ok(None) => Finding::new(
-                    Level::Warning,
-                    Check::Worker,
-                    format!("the worker {name} has never run"),
-                    "start natter worker with this worker in its configuration, as the user worker: it makes the consumers, and gets what is said from then on",
-                ),
-                Err(ProvisionError::Denied { .. }) => Finding::new(
-                    Level::Note,
-                    Check::Worker,
-                    format!(
-                        "not examined: the worker {name}: the user may not ask for its consumer"
-                    ),
-                    "run natter doctor as the user admin",
-                ),
-                Err(error) => Finding::new(
-                    Level::Problem,
-                    Check::Worker,
-                    format!(
-                        "the consumer of the worker {name} does not report its state: {}",
-                        error.brief()
-                    ),
-                    "it may have no leader: check whether the servers that hold the stream run",
-                ),
-            };
-            findings.push(finding.of(&stream));
+        findings.extend(takes(jetstream, config, &WORKERS, name, &consumer).await);
+    }
+    for hook in &config.hooks {
+        let name = &hook.name;
+        findings.extend(is_off(jetstream, config, name).await);
+        // One that wants only events of presence has no consumer there.
+        if hook.events.iter().any(|event| !event.is_presence()) {
+            let consumer = hook_consumer(name);
+            findings.extend(takes(jetstream, config, &HOOKS, name, &consumer).await);
         }
+    }
+    findings
+}
+
+/// Whether a hook is disabled.
+async fn is_off(jetstream: &JetStream<'_>, config: &Config, name: &str) -> Option<Finding> {
+    let region = config.region();
+    let stream = bucket_stream(bucket::HOOKS, &region);
+    let key = bucket_key(bucket::HOOKS, &region, &hook_off_key(name));
+    match jetstream.has_key(&stream, &key).await {
+        Ok(true) => Some(Finding::new(
+            Level::Problem,
+            Check::Hook,
+            format!("the hook {name} is disabled: its receiver has answered 410"),
+            "if the receiver is there again: natter hooks enable",
+        )),
+        Ok(false) => None,
+        Err(error) => Some(Finding::new(
+            Level::Note,
+            Check::Hook,
+            format!(
+                "not examined: whether the hook {name} is disabled: {}",
+                error.brief()
+            ),
+            "natter provision creates the bucket; natter doctor must be allowed to read it",
+        )),
+    }
+}
+
+/// Whether somebody takes messages for a receiver.
+async fn takes(
+    jetstream: &JetStream<'_>,
+    config: &Config,
+    words: &Words,
+    name: &str,
+    consumer: &str,
+) -> Vec<Finding> {
+    let Words {
+        check,
+        one,
+        command,
+    } = words;
+    let (check, region) = (*check, config.region());
+    let start = format!("start {command} with this configuration, as the user worker");
+    let mut findings = Vec::new();
+    for part in 0..config.nats.partitions {
+        let stream = rooms_stream(&region, part);
+        let finding = match jetstream.consumer_info(&stream, consumer).await {
+            Ok(Some(info)) if is_idle(&info) => Finding::new(
+                Level::Warning,
+                check,
+                format!("no process takes messages for the {one} {name}"),
+                start.clone(),
+            ),
+            Ok(Some(_)) => continue,
+            Ok(None) => Finding::new(
+                Level::Warning,
+                check,
+                format!("the {one} {name} has never run"),
+                format!("{start}: it makes the consumers, and gets what is said from then on"),
+            ),
+            Err(ProvisionError::Denied { .. }) => Finding::new(
+                Level::Note,
+                check,
+                format!("not examined: the {one} {name}: the user may not ask for its consumer"),
+                "run natter doctor as the user admin",
+            ),
+            Err(error) => Finding::new(
+                Level::Problem,
+                check,
+                format!(
+                    "the consumer of the {one} {name} does not report its state: {}",
+                    error.brief()
+                ),
+                "it may have no leader: check whether the servers that hold the stream run",
+            ),
+        };
+        findings.push(finding.of(&stream));
     }
     findings
 }

@@ -19,7 +19,7 @@ const HISTORY_DEAD: &str = include_str!("../../../nats/streams/history_dead.json
 const UNDELIVERED: &str = include_str!("../../../nats/streams/undelivered.json");
 
 /// The buckets of a region, with their definitions.
-const BUCKETS: [(&str, &str); 6] = [
+const BUCKETS: [(&str, &str); 7] = [
     (
         bucket::PRESENCE,
         include_str!("../../../nats/buckets/presence.json"),
@@ -43,6 +43,10 @@ const BUCKETS: [(&str, &str); 6] = [
     (
         bucket::INBOX,
         include_str!("../../../nats/buckets/inbox.json"),
+    ),
+    (
+        bucket::HOOKS,
+        include_str!("../../../nats/buckets/hooks.json"),
     ),
 ];
 

@@ -12,6 +12,9 @@ const STREAM_NOT_FOUND: u64 = 10059;
 /// `err_code` of "consumer not found".
 const CONSUMER_NOT_FOUND: u64 = 10014;
 
+/// `err_code` of "no message found".
+const NO_MESSAGE: u64 = 10037;
+
 /// JetStream of one domain. Every request ends within [`REQUEST_DEADLINE`].
 #[derive(Debug, Clone)]
 pub(in crate::mesh) struct JetStream<'a> {
@@ -118,6 +121,22 @@ impl<'a> JetStream<'a> {
                 code: CONSUMER_NOT_FOUND,
                 ..
             }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the last message on a subject of a bucket is the value of a key, and not its removal.
+    pub(in crate::mesh) async fn has_key(
+        &self,
+        stream: &str,
+        subject: &str,
+    ) -> Result<bool, ProvisionError> {
+        let request = json!({ "last_by_subj": subject });
+        match self.request(&api::message_get(stream), &request).await {
+            Ok(answer) => Ok(answer.pointer("/message/data").is_some()),
+            Err(ProvisionError::Refused {
+                code: NO_MESSAGE, ..
+            }) => Ok(false),
             Err(error) => Err(error),
         }
     }

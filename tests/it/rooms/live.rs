@@ -458,7 +458,9 @@ async fn the_room_is_told_of_changes_live_and_in_its_history() {
         let page = json!({ "messages": [frame] });
         assert_eq!(shown(&page), std::slice::from_ref(wanted), "{frame}");
     }
-    let mut all = vec![json!({"action": "created", "by": "boss"})];
+    let made =
+        json!({"action": "created", "by": "boss", "kind": "group", "members": ["kim", "lee"]});
+    let mut all = vec![made];
     all.extend(live);
     all.push(json!({"action": "left", "by": "kim", "user": "kim"}));
 

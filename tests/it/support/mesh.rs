@@ -133,6 +133,21 @@ impl Mesh {
         Edge { address, process }
     }
 
+    /// Starts a process that sends the events of the hooks of the configuration, and waits until it is ready.
+    pub(crate) async fn start_hooks(&self, number: usize) -> Edge {
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
+        let mut spec = self.spec(0, address);
+        spec.name = format!("hooks {number}");
+        spec.log = self.dir.path().join(format!("hooks-{number}.log"));
+        spec.env = vec![("NATTER__HOOK__LISTEN".to_owned(), address.to_string())];
+        if let Some(role) = spec.args.first_mut() {
+            *role = "hooks".into();
+        }
+        let mut process = Process::new(launcher(), spec);
+        process.start().await.unwrap();
+        Edge { address, process }
+    }
+
     /// Where a history service writes what it logs.
     pub(crate) fn worker_log(&self, number: usize) -> std::path::PathBuf {
         self.dir.path().join(format!("history-{number}.log"))

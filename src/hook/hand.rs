@@ -1,0 +1,196 @@
+//! What of one partition is in the hand of this process: which entry of a room is next, and what was done already.
+//!
+//! # Invariants
+//! - If the hook is ordered, of each room at most one entry is being sent, and no later one begins before it is done.
+//! - A bounded number is in hand: the consumer delivers no more ([`IN_HAND`]).
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+/// Most entries of one partition in hand.
+pub(super) const IN_HAND: usize = 128;
+
+/// Entries that are remembered after they were done. Their acknowledgement may have been lost.
+const REMEMBERED: usize = 1024;
+
+/// The entries in hand, by their sequence.
+#[derive(Debug)]
+pub(super) struct Hand<T> {
+    ordered: bool,
+    entries: BTreeMap<u64, Held<T>>,
+    rooms: HashMap<Arc<str>, Room>,
+    /// Rooms in which something may begin.
+    look: BTreeSet<Arc<str>>,
+    done: BTreeSet<u64>,
+}
+
+#[derive(Debug)]
+struct Held<T> {
+    room: Arc<str>,
+    item: T,
+}
+
+#[derive(Debug, Default)]
+struct Room {
+    waiting: BTreeSet<u64>,
+    is_open: bool,
+}
+
+/// What a delivery is.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    New,
+    /// It is in hand, and now has the newer item.
+    Again,
+    /// It was done.
+    Done,
+}
+
+impl<T> Hand<T> {
+    pub(super) fn new(ordered: bool) -> Self {
+        Self {
+            ordered,
+            entries: BTreeMap::new(),
+            rooms: HashMap::new(),
+            look: BTreeSet::new(),
+            done: BTreeSet::new(),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// How many more may be taken.
+    pub(super) fn free(&self) -> usize {
+        IN_HAND.saturating_sub(self.len())
+    }
+
+    /// Takes a delivery of a room, or of whatever else has an order of its own.
+    pub(super) fn take(&mut self, seq: u64, room: &str, item: T) -> Taken {
+        if self.done.contains(&seq) {
+            return Taken::Done;
+        }
+        if let Some(held) = self.entries.get_mut(&seq) {
+            held.item = item;
+            return Taken::Again;
+        }
+        let room: Arc<str> = room.into();
+        self.rooms
+            .entry(room.clone())
+            .or_default()
+            .waiting
+            .insert(seq);
+        self.look.insert(room.clone());
+        self.entries.insert(seq, Held { room, item });
+        Taken::New
+    }
+
+    /// The entries that may begin now.
+    pub(super) fn begin(&mut self) -> Vec<u64> {
+        let mut begun = Vec::new();
+        for room in std::mem::take(&mut self.look) {
+            let Some(room) = self.rooms.get_mut(&room) else {
+                continue;
+            };
+            while !(self.ordered && room.is_open)
+                && let Some(seq) = room.waiting.pop_first()
+            {
+                room.is_open = true;
+                begun.push(seq);
+            }
+        }
+        begun
+    }
+
+    /// An entry is done: removes and returns it.
+    pub(super) fn finish(&mut self, seq: u64) -> Option<T> {
+        let Held { room, item } = self.entries.remove(&seq)?;
+        if let Some(its) = self.rooms.get_mut(&room) {
+            its.is_open = false;
+            match its.waiting.is_empty() {
+                true => drop(self.rooms.remove(&room)),
+                false => drop(self.look.insert(room)),
+            }
+        }
+        self.done.insert(seq);
+        if self.done.len() > REMEMBERED {
+            self.done.pop_first();
+        }
+        Some(item)
+    }
+
+    pub(super) fn get(&self, seq: u64) -> Option<&T> {
+        self.entries.get(&seq).map(|held| &held.item)
+    }
+
+    pub(super) fn items(&self) -> impl Iterator<Item = &T> {
+        self.entries.values().map(|held| &held.item)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_room_waits_for_its_own_entries_only() {
+        let mut hand = Hand::new(true);
+        for (seq, of) in [(1, "a"), (2, "b"), (3, "a"), (4, "b"), (5, "c")] {
+            assert_eq!(hand.take(seq, of, "first"), Taken::New);
+        }
+        assert_eq!(hand.begin(), [1, 2, 5]);
+        assert_eq!(hand.begin(), [0; 0]);
+        // A redelivery changes nothing but how it is answered.
+        assert_eq!(hand.take(1, "a", "again"), Taken::Again);
+        assert_eq!(hand.begin(), [0; 0]);
+        assert_eq!(hand.finish(2), Some("first"));
+        assert_eq!(hand.begin(), [4]);
+        assert_eq!(hand.finish(1), Some("again"));
+        assert_eq!(hand.take(1, "a", "late"), Taken::Done);
+        assert_eq!(hand.begin(), [3]);
+        assert_eq!(hand.len(), 3);
+        for seq in [3, 4, 5] {
+            hand.finish(seq);
+        }
+        assert_eq!((hand.len(), hand.rooms.len(), hand.free()), (0, 0, IN_HAND));
+    }
+
+    #[test]
+    fn what_comes_late_begins_in_its_place() {
+        let mut hand = Hand::new(true);
+        for seq in [9, 7, 8] {
+            hand.take(seq, "a", ());
+        }
+        let mut order = Vec::new();
+        while let [seq] = hand.begin()[..] {
+            order.push(seq);
+            hand.finish(seq);
+        }
+        assert_eq!(order, [7, 8, 9]);
+    }
+
+    #[test]
+    fn without_order_nothing_waits() {
+        let mut hand = Hand::new(false);
+        for seq in [3, 1, 2] {
+            hand.take(seq, "a", ());
+        }
+        assert_eq!(hand.begin(), [1, 2, 3]);
+        hand.take(4, "a", ());
+        assert_eq!(hand.begin(), [4]);
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let mut hand = Hand::new(true);
+        for seq in 0..3 * REMEMBERED as u64 {
+            hand.take(seq, "a", ());
+            hand.begin();
+            hand.finish(seq);
+        }
+        assert_eq!(hand.done.len(), REMEMBERED);
+    }
+}

@@ -1,0 +1,384 @@
+//! Takes the entries of one stream for one hook, and sends them, each room's in its order.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
+
+use super::{
+    Hook, Parts,
+    hand::{Hand, IN_HAND, Taken},
+    lead::Leading,
+    send::{Sent, send},
+    source::{Source, Told},
+};
+use crate::{
+    bus::{Answer, Consumer, Delivery, Pull, PullError, StreamError, answer, consumer_state},
+    model::Epoch,
+    outbound::pause,
+    subject::Subjects,
+    taking::{LAST_TRY, STREAM_PAUSES},
+    telemetry::metrics::Counter,
+};
+
+/// Interval of the questions whether all that an earlier process had in hand is in hand here.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// Pauses before a dead letter is written again: the first and the longest.
+const BURY_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+}
+
+/// An entry in hand: how it is answered, and what is sent.
+#[derive(Debug)]
+struct Item {
+    delivery: Delivery,
+    told: Arc<Told>,
+}
+
+/// A partition in the hand of this process.
+struct Taking<'l> {
+    leading: &'l Arc<Leading>,
+    source: Source,
+    stream: String,
+    subjects: Subjects,
+    hand: Hand<Item>,
+    epoch: Option<Epoch>,
+    sending: FuturesUnordered<BoxFuture<'static, (u64, Sent)>>,
+    /// Whether nothing more can be taken.
+    is_full: Arc<AtomicBool>,
+    busy_interval: Duration,
+}
+
+/// Why it takes no more.
+enum End {
+    /// The process ends, or has lost the lease.
+    Over,
+    /// The receiver wants nothing more.
+    Off(String),
+}
+
+fn consumer(parts: &Parts, hook: &Hook, filters: Vec<String>) -> Consumer {
+    Consumer::of_hook(&parts.config, hook.name(), filters, IN_HAND)
+}
+
+async fn pull_of(parts: &Parts, hook: &Hook, source: Source) -> Result<Option<Pull>, PullError> {
+    let filters = source.filters(parts, hook);
+    if filters.is_empty() {
+        return Ok(None);
+    }
+    let stream = source.stream(parts);
+    let consumer = consumer(parts, hook, filters);
+    let wait = parts.config.nats.read_timeout;
+    let pull = Pull::new(parts.connection.clone(), stream, consumer, wait).await;
+    pull.map(Some)
+}
+
+/// Creates the consumer of a partition, if the hook wants something from there.
+pub(super) async fn make_consumer(
+    parts: &Parts,
+    hook: &Hook,
+    source: Source,
+) -> Result<(), PullError> {
+    if let Some(mut pull) = pull_of(parts, hook, source).await? {
+        let opened = pull.open().await;
+        pull.release().await;
+        opened?;
+    }
+    Ok(())
+}
+
+/// Takes entries until it is over; returns the reason if the hook must be disabled.
+pub(super) async fn take(leading: &Arc<Leading>, source: Source) -> Option<String> {
+    let (parts, hook) = (&leading.parts, &leading.hook);
+    let over = async {
+        tokio::select! {
+            () = leading.over.cancelled() => {}
+            () = parts.tasks.stopping() => {}
+        }
+    };
+    let mut pull = match pull_of(parts, hook, source).await {
+        Ok(Some(pull)) => pull,
+        Ok(None) => {
+            over.await;
+            return None;
+        }
+        Err(error) => {
+            tracing::error!(hook = hook.name(), %error, "a hook gets no events");
+            over.await;
+            return None;
+        }
+    };
+    let mut over = std::pin::pin!(over);
+    let mut taking = Taking {
+        leading,
+        source,
+        stream: source.stream(parts),
+        subjects: Subjects::new(&parts.config.nats.prefix),
+        hand: Hand::new(hook.config.ordered),
+        epoch: None,
+        sending: FuturesUnordered::new(),
+        is_full: Arc::default(),
+        busy_interval: consumer(parts, hook, Vec::new()).busy_interval(),
+    };
+    let (mut told, mut failures) = (String::new(), 0);
+    let end = loop {
+        let opened = async {
+            pull.open().await?;
+            Ok::<_, Trouble>(source.epoch(parts).await?)
+        };
+        let opened = tokio::select! {
+            opened = opened => opened,
+            () = &mut over => break End::Over,
+        };
+        let trouble = match opened {
+            Ok(epoch) => {
+                (told, failures) = (String::new(), 0);
+                taking.belongs_to(epoch);
+                let worked = tokio::select! {
+                    worked = taking.work(&mut pull, epoch) => worked,
+                    () = &mut over => break End::Over,
+                };
+                match worked {
+                    Ok(reason) => break End::Off(reason),
+                    // The connection has already logged this.
+                    Err(PullError::Reconnected { .. }) => continue,
+                    Err(error) => Trouble::from(error),
+                }
+            }
+            Err(trouble) => trouble,
+        };
+        let text = trouble.to_string();
+        if text != told {
+            tracing::warn!(hook = hook.name(), error = %text, "a hook gets no events now");
+            told = text;
+        }
+        failures += 1;
+        tokio::select! {
+            () = sleep(pause(failures, STREAM_PAUSES, None)) => {}
+            () = &mut over => break End::Over,
+        }
+    };
+    let reason = match end {
+        End::Over => None,
+        End::Off(reason) => {
+            leading.over.cancel();
+            Some(reason)
+        }
+    };
+    pull.release().await;
+    reason.or(taking.finish().await)
+}
+
+impl Taking<'_> {
+    /// What is in hand of another incarnation of the stream can't be answered any more.
+    fn belongs_to(&mut self, epoch: Epoch) {
+        if self.epoch.is_some_and(|known| known != epoch) {
+            self.sending = FuturesUnordered::new();
+            self.hand = Hand::new(self.leading.hook.config.ordered);
+        }
+        self.epoch = Some(epoch);
+    }
+
+    /// Takes and sends, until the receiver wants nothing more: returns the reason. Cancel-safe but for deliveries, which
+    /// are redelivered.
+    async fn work(&mut self, pull: &mut Pull, epoch: Epoch) -> Result<String, PullError> {
+        // What was delivered before, to whichever process, comes again, in any order. Nothing begins until all of it is
+        // here: otherwise a later event of a room could be sent before an earlier one.
+        let mut is_settled = false;
+        let mut settle = interval(SETTLE);
+        let mut busy = interval(self.busy_interval);
+        for timer in [&mut settle, &mut busy] {
+            timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
+        let mut taken = Vec::new();
+        loop {
+            if is_settled {
+                for seq in self.hand.begin() {
+                    self.begin(seq);
+                }
+            }
+            let free = self.hand.free();
+            self.is_full.store(free == 0, Ordering::Relaxed);
+            tokio::select! {
+                // Cancel-safe: what was taken stays in the list.
+                next = pull.next(&mut taken, free), if free > 0 => {
+                    for delivery in taken.drain(..) {
+                        self.take(delivery, epoch).await;
+                    }
+                    next?;
+                }
+                Some((seq, sent)) = self.sending.next(), if !self.sending.is_empty() => {
+                    if let Some(reason) = self.done(seq, sent).await {
+                        return Ok(reason);
+                    }
+                }
+                _ = busy.tick() => {
+                    let all = self.hand.items().map(|item| &item.delivery).collect();
+                    answer(&self.leading.parts.connection, all, Answer::Busy).await;
+                }
+                _ = settle.tick(), if !is_settled => {
+                    let in_hand = self.hand.len() as u64;
+                    is_settled = is_all_here(&self.leading.parts, &self.stream, pull, in_hand).await;
+                }
+            }
+        }
+    }
+
+    async fn take(&mut self, delivery: Delivery, epoch: Epoch) {
+        let Leading { parts, hook, .. } = &**self.leading;
+        let told = self.source.told(&delivery, &self.subjects, epoch);
+        // What it is not told of does not wait for what it is.
+        let told = told.filter(|told| !told.events(parts, hook).is_empty());
+        let Some(told) = told else {
+            return answer(&parts.connection, vec![&delivery], Answer::Done).await;
+        };
+        let of = told.of().to_owned();
+        let item = Item {
+            told: Arc::new(told),
+            delivery: delivery.clone(),
+        };
+        match self.hand.take(delivery.seq, &of, item) {
+            Taken::New | Taken::Again => {}
+            Taken::Done => answer(&parts.connection, vec![&delivery], Answer::Done).await,
+        }
+    }
+
+    /// Begins to send an entry.
+    fn begin(&mut self, seq: u64) {
+        let Some(item) = self.hand.get(seq) else {
+            return;
+        };
+        let (leading, told) = (Arc::clone(self.leading), Arc::clone(&item.told));
+        let is_full = Arc::clone(&self.is_full);
+        self.sending.push(Box::pin(async move {
+            let is_full = move || is_full.load(Ordering::Relaxed);
+            (seq, send(leading, told, is_full).await)
+        }));
+    }
+
+    /// An entry was sent, or is given up. Returns the reason if the hook must be disabled.
+    async fn done(&mut self, seq: u64, sent: Sent) -> Option<String> {
+        match sent {
+            Sent::Done => {}
+            Sent::Off(reason) => return Some(reason),
+            Sent::Dead(reason) => {
+                let item = self.hand.get(seq)?;
+                let leading = Arc::clone(self.leading);
+                let (delivery, told) = (item.delivery.clone(), Arc::clone(&item.told));
+                let stream = self.stream.clone();
+                // It may take a while, in which others go on. Its room waits for it.
+                self.sending.push(Box::pin(async move {
+                    bury(&leading, &delivery, &told, &stream, &reason).await;
+                    (seq, Sent::Done)
+                }));
+                return None;
+            }
+        }
+        if let Some(item) = self.hand.finish(seq) {
+            let connection = &self.leading.parts.connection;
+            answer(connection, vec![&item.delivery], Answer::Done).await;
+        }
+        None
+    }
+
+    /// Waits for the open requests, if the process ends, and gives back the rest.
+    async fn finish(&mut self) -> Option<String> {
+        let mut reason = None;
+        let until = Instant::now() + LAST_TRY;
+        while !self.leading.over.is_cancelled() && !self.sending.is_empty() {
+            tokio::select! {
+                Some((seq, sent)) = self.sending.next() => {
+                    if let Some(off) = self.done(seq, sent).await {
+                        reason = Some(off);
+                        break;
+                    }
+                }
+                () = self.leading.over.cancelled() => {}
+                () = sleep_until(until) => break,
+            }
+        }
+        self.sending.clear();
+        let left: Vec<&Delivery> = self.hand.items().map(|item| &item.delivery).collect();
+        let connection = &self.leading.parts.connection;
+        answer(connection, left, Answer::Again(Duration::ZERO)).await;
+        reason
+    }
+}
+
+/// Whether everything that the server has delivered and that is not acknowledged is in hand.
+async fn is_all_here(parts: &Parts, stream: &str, pull: &Pull, in_hand: u64) -> bool {
+    let wait = parts.config.nats.read_timeout;
+    let state = consumer_state(&parts.connection, stream, pull.consumer_name(), wait);
+    match state.await {
+        Ok(Some(state)) => state.ack_pending <= in_hand,
+        Ok(None) => false,
+        Err(error) => {
+            tracing::debug!(%error, "what is in the hands of others is not known");
+            false
+        }
+    }
+}
+
+/// Makes a dead letter of an entry, unless it was erased: the letter would keep it.
+async fn bury(leading: &Leading, delivery: &Delivery, told: &Told, stream: &str, reason: &str) {
+    let Leading { parts, hook, .. } = leading;
+    let (name, seq) = (hook.name(), delivery.seq);
+    let mut failures = 0;
+    loop {
+        let kept = async {
+            if told.was_erased(parts).await? {
+                return Ok(false);
+            }
+            let kept = parts
+                .dead
+                .keep(delivery, name, stream, told.epoch(), reason);
+            kept.await.map_err(|error| error.to_string())?;
+            Ok::<bool, String>(true)
+        };
+        match kept.await {
+            Ok(true) => {
+                hook.count(Counter::HookDead);
+                return tracing::warn!(
+                    hook = name,
+                    stream,
+                    seq,
+                    reason,
+                    "an event went to the dead letters"
+                );
+            }
+            Ok(false) => return,
+            Err(error) if failures == 0 => {
+                tracing::error!(
+                    hook = name,
+                    error,
+                    stream,
+                    seq,
+                    reason,
+                    "a dead letter can't be kept"
+                );
+            }
+            Err(error) => tracing::debug!(
+                hook = name,
+                error,
+                stream,
+                seq,
+                "a dead letter can't be kept"
+            ),
+        }
+        failures += 1;
+        sleep(pause(failures, BURY_PAUSES, None)).await;
+    }
+}
