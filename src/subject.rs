@@ -547,13 +547,22 @@ pub fn presence_keys(room: &RoomId) -> String {
     format!("{}.{}.*.*", room.namespace(), room.name())
 }
 
+/// Key of a user with a session on the edge with `lease`. No room has this name.
+#[must_use]
+pub fn online_key(user: &str, lease: &str) -> String {
+    format!("=.=.{}.{lease}", key_escape(user))
+}
+
+/// The keys of all users with a session.
+pub const ONLINE_KEYS: &str = "=.=.*.*";
+
 /// All keys written under a lease.
 #[must_use]
 pub fn presence_keys_of(lease: &str) -> String {
     format!("*.*.*.{lease}")
 }
 
-/// User and lease of a [`presence_key`].
+/// User and lease of a [`presence_key`] or an [`online_key`].
 #[must_use]
 pub fn parse_presence_key(key: &str) -> Option<(String, &str)> {
     let mut tokens = key.split('.').skip(2);

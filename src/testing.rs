@@ -66,6 +66,10 @@ pub mod model {
     };
 }
 
+pub mod presence {
+    pub use crate::presence::{Online, Turned};
+}
+
 pub mod protocol {
     pub use crate::protocol::{Close, ErrorCode, HistoryOf, PageOf, Wants};
 }

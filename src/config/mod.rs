@@ -299,6 +299,7 @@ pub struct Presence {
     #[serde(with = "humantime_serde")]
     pub lease: Duration,
     pub writes_per_second: u32,
+    pub users: bool,
 }
 
 impl Mirrors {

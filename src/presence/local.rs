@@ -1,6 +1,6 @@
 //! The users on this edge, and which of their keys must be written to NATS, and when. Does no I/O.
 //!
-//! A user's key is written when the user's first session enters a room, and removed when the last one leaves. Changes
+//! A user's key is written when the user's first session enters a place (a room, or the edge itself), and removed when the last one leaves. Changes
 //! of a key while an earlier write is in flight, or too soon after it, are merged into one write or none. All keys
 //! together are written at most `presence.writes_per_second`. So a burst is bounded, and a single change is written at
 //! once.
@@ -14,8 +14,8 @@ use std::{
 
 use serde_json::value::RawValue;
 
-use super::{roster::Seen, watch::Watched};
-use crate::{model::RoomId, runtime::Pace};
+use super::{Place, roster::Seen, watch::Watched};
+use crate::runtime::Pace;
 
 /// Writes of one key: this many at once, then one per second.
 const KEY_BURST: u32 = 2;
@@ -23,10 +23,10 @@ const KEY_BURST: u32 = 2;
 /// Pause before a key is checked again that was written too recently, or whose write failed.
 const LATER: Duration = Duration::from_millis(250);
 
-/// All users in all rooms of an edge.
+/// All users of an edge, in all places.
 #[derive(Debug)]
 pub(super) struct Local {
-    rooms: HashMap<RoomId, Room>,
+    places: HashMap<Place, There>,
     /// Keys to check. Each is here or in `later` at most once.
     queue: VecDeque<Key>,
     later: BinaryHeap<Reverse<(Instant, Key)>>,
@@ -41,15 +41,15 @@ pub(super) struct Local {
     draining: bool,
 }
 
-type Key = (RoomId, Arc<str>);
+type Key = (Place, Arc<str>);
 
 #[derive(Debug, Default)]
-struct Room {
+struct There {
     users: HashMap<Arc<str>, Here>,
     watched: Option<Arc<Watched>>,
 }
 
-/// A user in a room on this edge, or one who has left and whose key is not yet removed.
+/// A user in a place on this edge, or one who has left and whose key is not yet removed.
 #[derive(Debug)]
 struct Here {
     sessions: u32,
@@ -67,7 +67,7 @@ struct Here {
 /// A write of a key, or its removal (`seen` is `None`).
 #[derive(Debug)]
 pub(super) struct Write {
-    pub(super) room: RoomId,
+    pub(super) place: Place,
     pub(super) user: Arc<str>,
     pub(super) lease: Arc<str>,
     pub(super) seen: Option<Seen>,
@@ -86,7 +86,7 @@ pub(super) enum Next {
 impl Local {
     pub(super) fn new(writes_per_second: u32, now: Instant) -> Self {
         Self {
-            rooms: HashMap::new(),
+            places: HashMap::new(),
             queue: VecDeque::new(),
             later: BinaryHeap::new(),
             revision: 0,
@@ -97,17 +97,17 @@ impl Local {
         }
     }
 
-    /// A session of `user` has entered `room`.
+    /// A session of `user` has entered `place`.
     pub(super) fn enter(
         &mut self,
-        room: &RoomId,
+        place: &Place,
         user: &Arc<str>,
         info: Option<&Arc<RawValue>>,
         at: u64,
         now: Instant,
     ) {
-        let place = self.rooms.entry(room.clone()).or_default();
-        let here = place
+        let there = self.places.entry(place.clone()).or_default();
+        let here = there
             .users
             .entry(Arc::clone(user))
             .or_insert_with(|| Here::new(now));
@@ -121,18 +121,18 @@ impl Local {
         }
         here.seen.info = info.cloned();
         self.revision += 1;
-        if let Some(watched) = &place.watched {
+        if let Some(watched) = &there.watched {
             watched.apply_local(user, self.revision, Some(here.seen.clone()));
         }
-        Self::mark(&mut self.queue, here, room, user);
+        Self::mark(&mut self.queue, here, place, user);
     }
 
-    /// A session of `user` has left `room`.
-    pub(super) fn leave(&mut self, room: &RoomId, user: &Arc<str>) {
-        let Some(place) = self.rooms.get_mut(room) else {
+    /// A session of `user` has left `place`.
+    pub(super) fn leave(&mut self, place: &Place, user: &Arc<str>) {
+        let Some(there) = self.places.get_mut(place) else {
             return;
         };
-        let Some(here) = place.users.get_mut(user) else {
+        let Some(here) = there.users.get_mut(user) else {
             return;
         };
         here.sessions = here.sessions.saturating_sub(1);
@@ -140,17 +140,17 @@ impl Local {
             return;
         }
         self.revision += 1;
-        if let Some(watched) = &place.watched {
+        if let Some(watched) = &there.watched {
             watched.apply_local(user, self.revision, None);
         }
-        Self::mark(&mut self.queue, here, room, user);
+        Self::mark(&mut self.queue, here, place, user);
     }
 
-    fn mark(queue: &mut VecDeque<Key>, here: &mut Here, room: &RoomId, user: &Arc<str>) {
+    fn mark(queue: &mut VecDeque<Key>, here: &mut Here, place: &Place, user: &Arc<str>) {
         here.dirty = true;
         if !here.queued && !here.in_flight {
             here.queued = true;
-            queue.push_back((room.clone(), Arc::clone(user)));
+            queue.push_back((place.clone(), Arc::clone(user)));
         }
     }
 
@@ -162,17 +162,17 @@ impl Local {
     /// Sets a new lease. All keys are written again, since those of the old lease no longer count.
     pub(super) fn set_lease(&mut self, lease: Option<Arc<str>>) {
         self.lease = lease;
-        for (room, place) in &mut self.rooms {
-            for (user, here) in &mut place.users {
+        for (place, there) in &mut self.places {
+            for (user, here) in &mut there.users {
                 here.stored = false;
-                Self::mark(&mut self.queue, here, room, user);
+                Self::mark(&mut self.queue, here, place, user);
             }
         }
     }
 
     /// Whether any users are on this edge, or are kept by the drain.
     pub(super) fn keeps_anybody(&self) -> bool {
-        self.rooms.values().any(|room| !room.users.is_empty())
+        self.places.values().any(|there| !there.users.is_empty())
     }
 
     /// Whether there is a lease.
@@ -195,11 +195,11 @@ impl Local {
         }
         // A quarter of a second's worth at once.
         let burst = (self.writes_per_second / 4).max(1);
-        while let Some((room, user)) = self.queue.pop_front() {
+        while let Some((place, user)) = self.queue.pop_front() {
             let Some(here) = self
-                .rooms
-                .get_mut(&room)
-                .and_then(|place| place.users.get_mut(&user))
+                .places
+                .get_mut(&place)
+                .and_then(|there| there.users.get_mut(&user))
             else {
                 continue;
             };
@@ -212,22 +212,22 @@ impl Local {
                 // The user came and went without a write. The entry is dropped once it is no longer needed for the
                 // key's pace.
                 if here.pace.is_idle(now) {
-                    self.forget(&room, &user);
+                    self.forget(&place, &user);
                 } else {
                     here.queued = true;
-                    self.later.push(Reverse((now + LATER, (room, user))));
+                    self.later.push(Reverse((now + LATER, (place, user))));
                 }
                 continue;
             }
             let mut pace = here.pace;
             if !pace.take(now, 1, KEY_BURST) {
                 here.queued = true;
-                self.later.push(Reverse((now + LATER, (room, user))));
+                self.later.push(Reverse((now + LATER, (place, user))));
                 continue;
             }
             if !self.pace.take(now, self.writes_per_second, burst) {
                 here.queued = true;
-                self.queue.push_front((room, user));
+                self.queue.push_front((place, user));
                 return Next::At(now + Duration::from_secs(1) / self.writes_per_second.max(1));
             }
             here.pace = pace;
@@ -235,7 +235,7 @@ impl Local {
             here.in_flight = true;
             let seen = wanted.then(|| here.seen.clone());
             return Next::Write(Write {
-                room,
+                place,
                 user,
                 lease,
                 seen,
@@ -250,9 +250,9 @@ impl Local {
     /// A write has ended.
     pub(super) fn written(&mut self, write: &Write, ok: bool, now: Instant) {
         let Some(here) = self
-            .rooms
-            .get_mut(&write.room)
-            .and_then(|place| place.users.get_mut(&write.user))
+            .places
+            .get_mut(&write.place)
+            .and_then(|there| there.users.get_mut(&write.user))
         else {
             return;
         };
@@ -267,55 +267,55 @@ impl Local {
             here.stored = true;
             here.dirty = true;
             here.queued = true;
-            let key = (write.room.clone(), Arc::clone(&write.user));
+            let key = (write.place.clone(), Arc::clone(&write.user));
             self.later.push(Reverse((now + LATER, key)));
             return;
         }
         if here.dirty || (here.sessions == 0 && !here.stored) {
-            Self::mark(&mut self.queue, here, &write.room, &write.user);
+            Self::mark(&mut self.queue, here, &write.place, &write.user);
         }
     }
 
-    fn forget(&mut self, room: &RoomId, user: &Arc<str>) {
-        if let Some(place) = self.rooms.get_mut(room) {
-            place.users.remove(user);
-            if place.users.is_empty() && place.watched.is_none() {
-                self.rooms.remove(room);
+    fn forget(&mut self, place: &Place, user: &Arc<str>) {
+        if let Some(there) = self.places.get_mut(place) {
+            there.users.remove(user);
+            if there.users.is_empty() && there.watched.is_none() {
+                self.places.remove(place);
             }
         }
     }
 
-    /// The roster of a room, if there is one.
-    pub(super) fn watched(&self, room: &RoomId) -> Option<&Arc<Watched>> {
-        self.rooms.get(room)?.watched.as_ref()
+    /// The roster of a place, if there is one.
+    pub(super) fn watched(&self, place: &Place) -> Option<&Arc<Watched>> {
+        self.places.get(place)?.watched.as_ref()
     }
 
     /// All rosters.
     pub(super) fn all_watched(&self) -> Vec<Arc<Watched>> {
-        self.rooms
+        self.places
             .values()
-            .filter_map(|place| place.watched.clone())
+            .filter_map(|there| there.watched.clone())
             .collect()
     }
 
     /// Starts to report this edge's users to `watched`.
-    pub(super) fn watch(&mut self, room: &RoomId, watched: &Arc<Watched>) {
-        let place = self.rooms.entry(room.clone()).or_default();
-        for (user, here) in &place.users {
+    pub(super) fn watch(&mut self, place: &Place, watched: &Arc<Watched>) {
+        let there = self.places.entry(place.clone()).or_default();
+        for (user, here) in &there.users {
             if here.sessions > 0 {
                 self.revision += 1;
                 watched.apply_local(user, self.revision, Some(here.seen.clone()));
             }
         }
-        place.watched = Some(Arc::clone(watched));
+        there.watched = Some(Arc::clone(watched));
     }
 
-    /// Removes the roster of a room.
-    pub(super) fn unwatch(&mut self, room: &RoomId) {
-        if let Some(place) = self.rooms.get_mut(room) {
-            place.watched = None;
-            if place.users.is_empty() {
-                self.rooms.remove(room);
+    /// Removes the roster of a place.
+    pub(super) fn unwatch(&mut self, place: &Place) {
+        if let Some(there) = self.places.get_mut(place) {
+            there.watched = None;
+            if there.users.is_empty() {
+                self.places.remove(place);
             }
         }
     }
@@ -345,11 +345,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::RoomId;
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn room() -> RoomId {
-        RoomId::parse("chat:lobby").unwrap()
+    fn room() -> Place {
+        Place::Room(RoomId::parse("chat:lobby").unwrap())
     }
 
     fn user(number: usize) -> Arc<str> {
@@ -469,7 +470,7 @@ mod tests {
             edge.settle();
             edge.now += 10 * SECOND;
             edge.settle();
-            prop_assert!(edge.local.rooms.is_empty());
+            prop_assert!(edge.local.places.is_empty());
         }
     }
 

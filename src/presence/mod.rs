@@ -22,12 +22,14 @@ mod announce;
 mod elsewhere;
 mod lease;
 mod local;
+mod online;
 mod roster;
 mod watch;
 mod writer;
 
 use std::{
     collections::HashSet,
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -51,10 +53,11 @@ use crate::{
     model::{Region, RoomId},
     protocol::{Event, PageOf},
     runtime::{Tasks, unix_ms},
-    subject::bucket,
+    subject::{self, bucket},
     telemetry::metrics::{Gauge, Held},
 };
 use local::Local;
+pub use online::{Online, Turned};
 pub use roster::Page;
 use roster::{Alive, Leases};
 use watch::{Due, LOCAL, Watched};
@@ -107,6 +110,8 @@ pub struct Presence {
     /// When NATS last acknowledged the current lease.
     renewed: Mutex<Instant>,
     shards: Vec<mpsc::Sender<Push>>,
+    /// In a process that is no edge: who wants to know who is online.
+    online: Option<online::Sink>,
     runtime: Handle,
     tasks: Tasks,
 }
@@ -116,13 +121,50 @@ pub struct Presence {
 #[error("who is in the room can't be read now")]
 pub struct Unavailable;
 
-/// A session in a room. Drop it when the session leaves.
+/// A session in a room, or on the edge. Drop it when the session leaves.
 #[derive(Debug)]
 pub struct Present {
     presence: Arc<Presence>,
-    room: RoomId,
+    place: Place,
     user: Arc<str>,
-    _active: Held,
+    /// Counts a session in a room.
+    _active: Option<Held>,
+}
+
+/// Where users are.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Place {
+    /// Anywhere: those with a session.
+    Online,
+    /// In a room.
+    Room(RoomId),
+}
+
+impl Place {
+    /// The key of a user who is there.
+    fn key(&self, user: &str, lease: &str) -> String {
+        match self {
+            Self::Online => subject::online_key(user, lease),
+            Self::Room(room) => subject::presence_key(room, user, lease),
+        }
+    }
+
+    /// The keys of all users who are there.
+    fn keys(&self) -> String {
+        match self {
+            Self::Online => subject::ONLINE_KEYS.to_owned(),
+            Self::Room(room) => subject::presence_keys(room),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Online => f.write_str("online"),
+            Self::Room(room) => room.fmt(f),
+        }
+    }
 }
 
 /// A member who gets the presence pushes of a room. Drop it to stop them.
@@ -134,7 +176,7 @@ pub struct Watch {
 
 impl Drop for Present {
     fn drop(&mut self) {
-        self.presence.local.lock().leave(&self.room, &self.user);
+        self.presence.local.lock().leave(&self.place, &self.user);
         self.presence.changed.notify_one();
     }
 }
@@ -159,6 +201,22 @@ impl Presence {
         tasks: &Tasks,
     ) -> (Arc<Self>, Vec<mpsc::Receiver<Push>>) {
         let (shards, pushes) = (0..shards).map(|_| mpsc::channel(WAITING)).unzip();
+        let presence = Self::new(config, edge, reader, origins, (shards, None), tasks);
+        let (this, edges) = (Arc::clone(&presence), presence.edges.clone());
+        tasks.keep_running("lease", lease::hold(this, edges));
+        tasks.keep_running("presence writer", writer::run(Arc::clone(&presence)));
+        (presence, pushes)
+    }
+
+    /// Begins to follow leases. Who is here goes to `pushed`: to shards, or to somebody who asks who is online.
+    fn new(
+        config: &Arc<Config>,
+        edge: &Arc<str>,
+        reader: &Reader,
+        origins: &Arc<Origins>,
+        (shards, online): (Vec<mpsc::Sender<Push>>, Option<online::Sink>),
+        tasks: &Tasks,
+    ) -> Arc<Self> {
         let of = |name| Bucket::new(reader.connection().clone(), reader.clone(), config, name);
         let writes_per_second = config.presence.writes_per_second;
         let presence = Arc::new(Self {
@@ -180,19 +238,17 @@ impl Presence {
             own: Mutex::default(),
             renewed: Mutex::new(Instant::now()),
             shards,
+            online,
             runtime: Handle::current(),
             tasks: tasks.clone(),
             config: Arc::clone(config),
         });
         let (this, edges) = (Arc::clone(&presence), presence.edges.clone());
-        tasks.keep_running("lease", lease::hold(this, edges));
-        let (this, edges) = (Arc::clone(&presence), presence.edges.clone());
         tasks.keep_running("leases", lease::follow(this, edges));
         let this = Arc::clone(&presence);
         tasks.keep_running("leases of other regions", elsewhere::follow(this));
-        tasks.keep_running("presence writer", writer::run(Arc::clone(&presence)));
         tasks.keep_running("presence", Arc::clone(&presence).keep());
-        (presence, pushes)
+        presence
     }
 
     /// Runs a task until it ends or the edge stops.
@@ -222,22 +278,43 @@ impl Presence {
         if self.policy(room) == PresencePolicy::Off {
             return None;
         }
+        let active = Held::new(Gauge::PresenceSessions);
+        Some(self.enter_place(Place::Room(room.clone()), user, info, Some(active)))
+    }
+
+    /// A session of `user` begins on this edge; `None` if `presence.users` is off.
+    #[must_use]
+    pub fn arrive(self: &Arc<Self>, user: &Arc<str>) -> Option<Present> {
+        let is_on = self.config.presence.users;
+        is_on.then(|| self.enter_place(Place::Online, user, None, None))
+    }
+
+    fn enter_place(
+        self: &Arc<Self>,
+        place: Place,
+        user: &Arc<str>,
+        info: Option<&Arc<RawValue>>,
+        active: Option<Held>,
+    ) -> Present {
         self.local
             .lock()
-            .enter(room, user, info, unix_ms(), Instant::now());
+            .enter(&place, user, info, unix_ms(), Instant::now());
         self.changed.notify_one();
-        Some(Present {
+        Present {
             presence: Arc::clone(self),
-            room: room.clone(),
+            place,
             user: Arc::clone(user),
-            _active: Held::new(Gauge::PresenceSessions),
-        })
+            _active: active,
+        }
     }
 
     /// Sends the presence changes of `room` to a member on `shard`.
     #[must_use]
     pub fn watch(self: &Arc<Self>, room: &RoomId, shard: usize) -> Watch {
-        let watched = self.watched(room);
+        let watched = self.watched(
+            &Place::Room(room.clone()),
+            self.config.limits.presence_push_max,
+        );
         watched.watchers(shard, |watchers| watchers + 1);
         Watch { watched, shard }
     }
@@ -248,23 +325,26 @@ impl Presence {
     /// [`Unavailable`] if the room could not be read within `rooms.join_timeout`.
     pub async fn page(self: &Arc<Self>, room: &RoomId, page: &PageOf) -> Result<Page, Unavailable> {
         let deadline = tokio::time::Instant::now() + self.config.rooms.join_timeout;
-        let watched = self.watched(room);
+        let watched = self.watched(
+            &Place::Room(room.clone()),
+            self.config.limits.presence_push_max,
+        );
         let page = timeout_at(deadline, watched.page(page.after.as_deref(), page.limit))
             .await
             .map_err(|_elapsed| Unavailable)?;
         Ok(watch::within(self.policy(room), page))
     }
 
-    fn watched(self: &Arc<Self>, room: &RoomId) -> Arc<Watched> {
+    /// The roster of a place, which pushes at most `max` changes at once by name.
+    fn watched(self: &Arc<Self>, place: &Place, max: usize) -> Arc<Watched> {
         let mut local = self.local.lock();
-        if let Some(watched) = local.watched(room) {
+        if let Some(watched) = local.watched(place) {
             watched.touch();
             return Arc::clone(watched);
         }
         let alive = Arc::clone(&self.alive.borrow());
-        let max = self.config.limits.presence_push_max;
-        let watched = Watched::new(room.clone(), alive, self.shards.len(), max);
-        local.watch(room, &watched);
+        let watched = Watched::new(place.clone(), alive, self.shards.len(), max);
+        local.watch(place, &watched);
         drop(local);
         self.background("roster", Arc::clone(&watched).run(Arc::clone(self)));
         watched
@@ -274,10 +354,10 @@ impl Presence {
     fn forget(&self, watched: &Arc<Watched>) {
         let mut local = self.local.lock();
         if local
-            .watched(&watched.room)
+            .watched(&watched.place)
             .is_some_and(|current| Arc::ptr_eq(current, watched))
         {
-            local.unwatch(&watched.room);
+            local.unwatch(&watched.place);
         }
     }
 
@@ -288,7 +368,7 @@ impl Presence {
         // A new user of the roster holds this lock while taking a reference.
         let idle = watched.is_idle();
         if idle {
-            local.unwatch(&watched.room);
+            local.unwatch(&watched.place);
         }
         idle
     }
@@ -316,7 +396,7 @@ impl Presence {
                     for streams in self.origins.all() {
                         let bucket = self.bucket.of(streams.origin());
                         let known = newest.get(streams.origin()).copied().unwrap_or_default();
-                        let keys = crate::subject::presence_keys(&watched.room);
+                        let keys = watched.place.keys();
                         match bucket.newest(&keys).await {
                             Ok(stored) if stored == known => {}
                             Ok(_other) => return watched.resync(),

@@ -152,6 +152,12 @@ impl Roster {
         self.shown
     }
 
+    /// Whether a user is shown.
+    #[must_use]
+    pub(super) fn shows(&self, user: &str) -> bool {
+        self.users.get(user).is_some_and(|its| its.shown.is_some())
+    }
+
     /// Applies a fact.
     pub(super) fn apply(&mut self, fact: Fact) -> Option<Change> {
         let user = Arc::clone(&fact.user);

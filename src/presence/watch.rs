@@ -1,4 +1,5 @@
-//! A room that is watched on this edge: its roster, kept up to date, and the pushes to those who want them.
+//! A room that is watched on this edge: its roster, kept up to date, and the pushes to those who want them. Or, in a
+//! process that asks who is online, that list.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -17,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    Presence, Push,
+    Place, Presence, Push,
     announce::{self, Announcer},
     roster::{Alive, Change, Fact, Page, Roster, Seen, Shown},
 };
@@ -61,7 +62,7 @@ pub(super) enum Due {
 /// A watched room.
 #[derive(Debug)]
 pub(super) struct Watched {
-    pub(super) room: RoomId,
+    pub(super) place: Place,
     state: Mutex<State>,
     wake: Notify,
     loaded: watch::Sender<bool>,
@@ -203,10 +204,10 @@ impl State {
 }
 
 impl Watched {
-    pub(super) fn new(room: RoomId, alive: Alive, shards: usize, max: usize) -> Arc<Self> {
+    pub(super) fn new(place: Place, alive: Alive, shards: usize, max: usize) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(Self {
-            room,
+            place,
             state: Mutex::new(State {
                 roster: Roster::new(alive),
                 changes: Vec::new(),
@@ -283,9 +284,7 @@ impl Watched {
 
     /// A page of the list, as soon as the room is loaded.
     pub(super) async fn page(&self, after: Option<&str>, limit: usize) -> Page {
-        // The sender is in `self`, so it is not dropped while we wait.
-        let mut loaded = self.loaded.subscribe();
-        drop(loaded.wait_for(|loaded| *loaded).await);
+        self.loaded().await;
         let mut state = self.state.lock();
         state.used = Instant::now();
         state.roster.page(after, limit)
@@ -293,14 +292,17 @@ impl Watched {
 
     /// Keeps the roster up to date until it has been unused for a while, or NATS is closed.
     pub(super) async fn run(self: Arc<Self>, presence: Arc<Presence>) {
-        let policy = presence.policy(&self.room);
+        let policy = match &self.place {
+            Place::Room(room) => presence.policy(room),
+            Place::Online => PresencePolicy::Users,
+        };
         let mut announcer = Announcer::new(policy, self.max, Instant::now());
         let mut alive = presence.alive.subscribe();
         {
             let now = Arc::clone(&*alive.borrow_and_update());
             self.state.lock().roster.set_alive(&now);
         }
-        let keys = subject::presence_keys(&self.room);
+        let keys = self.place.keys();
         let Ok(mut feed) = presence.bucket.changes(&keys).await else {
             return presence.forget(&self);
         };
@@ -312,6 +314,7 @@ impl Watched {
             let idle_at = {
                 let state = self.state.lock();
                 let watched = state.watchers.iter().any(|watchers| *watchers > 0);
+                let watched = watched || self.place == Place::Online;
                 (!watched).then(|| state.used + IDLE)
             };
             if idle_at.is_some_and(|at| at <= Instant::now()) && presence.forget_if_idle(&self) {
@@ -376,7 +379,7 @@ impl Watched {
         let stored = match try_join_all(buckets).await {
             Ok(stored) => stored,
             Err(error) => {
-                tracing::debug!(room.id = %self.room, %error, "who is in a room can't be read");
+                tracing::debug!(place = %self.place, %error, "who is there can't be read");
                 self.state.lock().resync = true;
                 *retry = Some(Instant::now() + RETRY);
                 return;
@@ -401,6 +404,14 @@ impl Watched {
     }
 
     async fn push(&self, presence: &Presence, announcer: &mut Announcer) {
+        if self.place == Place::Online {
+            // What changed before the first complete list is part of it.
+            if *self.loaded.borrow() {
+                let changes = std::mem::take(&mut self.state.lock().changes);
+                presence.report(changes).await;
+            }
+            return;
+        }
         let (pushes, shards) = {
             let mut state = self.state.lock();
             if !*self.loaded.borrow() {
@@ -416,22 +427,37 @@ impl Watched {
                 .collect();
             (pushes, shards)
         };
+        let Place::Room(room) = &self.place else {
+            return;
+        };
         if pushes.is_empty() || shards.is_empty() {
             return;
         }
-        let events = pushes.iter().map(|push| event(&self.room, push));
+        let events = pushes.iter().map(|push| event(room, push));
         let events: Arc<[Event]> = events.collect();
         for shard in shards {
             presence
                 .push(
                     shard,
                     Push {
-                        room: self.room.clone(),
+                        room: room.clone(),
                         events: Arc::clone(&events),
                     },
                 )
                 .await;
         }
+    }
+
+    /// Whether a user is shown; `None` while nothing is known.
+    pub(super) fn shows(&self, user: &str) -> Option<bool> {
+        (*self.loaded.borrow()).then(|| self.state.lock().roster.shows(user))
+    }
+
+    /// Returns when the room is loaded.
+    pub(super) async fn loaded(&self) {
+        // The sender is in `self`, so it is not dropped while we wait.
+        let mut loaded = self.loaded.subscribe();
+        drop(loaded.wait_for(|loaded| *loaded).await);
     }
 
     /// Whether nobody wants pushes or has used the roster lately.
@@ -518,7 +544,7 @@ mod tests {
             alive: HashSet::from(["a", "b"].map(Arc::from)),
             unreachable: HashSet::new(),
         };
-        Watched::new(room(), Arc::new(alive), 1, 9)
+        Watched::new(Place::Room(room()), Arc::new(alive), 1, 9)
     }
 
     fn region(name: &str) -> Region {

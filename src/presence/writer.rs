@@ -8,7 +8,6 @@ use tokio::time::{Duration, sleep, sleep_until};
 use super::{Presence, local::Next, watch::value};
 use crate::{
     bus::Put,
-    subject::presence_key,
     telemetry::metrics::{Counter, count},
 };
 
@@ -40,7 +39,7 @@ pub(super) async fn run(presence: Arc<Presence>) {
                 let bucket = presence.bucket.clone();
                 let alone = presence.others().is_empty();
                 writes.push(async move {
-                    let key = presence_key(&write.room, &write.user, &write.lease);
+                    let key = write.place.key(&write.user, &write.lease);
                     let written = match &write.seen {
                         Some(seen) => bucket.put(&key, value(seen), Put::default()).await,
                         None if alone => bucket.remove(&key).await,

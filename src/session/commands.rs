@@ -428,6 +428,7 @@ impl Session {
             return refuse(ErrorCode::Limit, text, Close::TooMany);
         };
         *self.user_slot.borrow_mut() = Some(slot);
+        *self.online.borrow_mut() = self.context.presence.arrive(&identity.user);
         let mut authed = self.authed(&identity);
         if identity.channels.is_empty() || !self.codec.get().is_strict() {
             self.reply(&tag, &Reply::Authed(Box::new(authed)));

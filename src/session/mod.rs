@@ -139,6 +139,7 @@ pub struct Carried {
     codec: Codec,
     identity: Option<Arc<Identity>>,
     user_slot: Option<UserSlot>,
+    online: Option<Present>,
     address_slot: Option<UserSlot>,
     decoder: Decoder,
     reader: CommandReader,
@@ -173,6 +174,7 @@ impl Carried {
             codec,
             identity,
             user_slot,
+            online: None,
             address_slot,
             decoder: Decoder::new(limit, codec.is_binary()),
             reader: CommandReader::new(codec, limit),
@@ -194,6 +196,8 @@ pub struct Session {
     codec: Cell<Codec>,
     identity: RefCell<Option<Arc<Identity>>>,
     user_slot: RefCell<Option<UserSlot>>,
+    /// The user is online as long as this is held.
+    online: RefCell<Option<Present>>,
     address_slot: RefCell<Option<UserSlot>>,
     /// Whether the session stays on this shard: it has moved here for a room, or has tried to join one.
     settled: Cell<bool>,
@@ -305,6 +309,7 @@ impl Session {
             codec,
             identity,
             user_slot,
+            online,
             address_slot,
             decoder,
             reader,
@@ -329,6 +334,9 @@ impl Session {
         };
         count(opened, 1);
         let now = Instant::now();
+        let presence = &context.presence;
+        let arrives = || presence.arrive(&identity.as_ref()?.user);
+        let online = online.or_else(arrives);
         let session = Rc::new(Self {
             id,
             replies: Replies::new(Outlet::Socket(Rc::clone(&conn))),
@@ -336,6 +344,7 @@ impl Session {
             codec: Cell::new(codec),
             identity: RefCell::new(identity),
             user_slot: RefCell::new(user_slot),
+            online: RefCell::new(online),
             address_slot: RefCell::new(address_slot),
             settled: Cell::new(moved || streamed.is_some()),
             rooms: RefCell::default(),
@@ -446,6 +455,7 @@ impl Session {
         self.rooms.borrow_mut().clear();
         drop(self.watching.take());
         self.user_slot.borrow_mut().take();
+        drop(self.online.take());
         self.conn.close(Close::Normal);
         count(
             Counter::SessionClosed(self.conn.closing().unwrap_or(Close::Normal)),
@@ -486,6 +496,7 @@ impl Session {
             codec: self.codec.get(),
             identity: self.identity.take(),
             user_slot: self.user_slot.take(),
+            online: self.online.take(),
             address_slot: self.address_slot.take(),
             decoder,
             reader,

@@ -29,6 +29,7 @@ mod lease;
 mod limits;
 mod line;
 mod mesh_state;
+mod online;
 mod pages;
 mod passes;
 mod placement;
