@@ -4,9 +4,10 @@
 //!
 //! ```text
 //! cli                      roles and tools; the only place that exits or prints
-//! edge   worker            accepts: sockets, requests; asks receivers for annotations
+//! edge   worker  notifier  accepts: sockets, requests; asks receivers for annotations; notifies users who are away
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
+//! taking                   processes that take what was stored to receivers
 //! history                  what was said, in MongoDB and the streams; the directory of rooms
 //! people                   room records: members, settings, and what they allow
 //! read_marker              who has read up to where, how much is new
@@ -36,6 +37,7 @@ mod history;
 mod http1;
 mod mesh;
 mod model;
+mod notifier;
 mod outbound;
 mod people;
 mod presence;
@@ -47,6 +49,7 @@ mod servers;
 mod session;
 mod store;
 mod subject;
+mod taking;
 mod telemetry;
 pub mod testing;
 mod uploads;

@@ -90,6 +90,9 @@ pub fn worker_consumer(worker: &str) -> String {
     format!("{WORKER_CONSUMER}{worker}")
 }
 
+/// Durable consumer of notifiers on each stream of rooms.
+pub const PUSH_CONSUMER: &str = "push";
+
 /// Durable consumer of the history service on each stream of rooms.
 pub const HISTORY_CONSUMER: &str = "history";
 
@@ -107,6 +110,10 @@ pub mod bucket {
     pub const ROOMS: &str = "rooms";
     /// Which rooms a user is in, and whom a user has blocked.
     pub const INBOX: &str = "inbox";
+    /// Devices of users.
+    pub const DEVICES: &str = "devices";
+    /// Notifications that were begun. Not mirrored.
+    pub const PUSHED: &str = "pushed";
 }
 
 /// Metadata key of a stream that holds its epoch.
@@ -631,6 +638,12 @@ pub fn inbox_keys(user: &str) -> String {
 pub fn parse_inbox_key(key: &str) -> Option<(String, RoomId)> {
     let (user, room) = key.split_once('.')?;
     Some((header_unescape(user).into_owned(), parse_record_key(room)?))
+}
+
+/// Key of a user's devices.
+#[must_use]
+pub fn device_key(user: &str) -> String {
+    key_escape(user).into_owned()
 }
 
 /// Key of the fact that a user has blocked another one. It has one token more than an [`inbox_key`].

@@ -15,6 +15,7 @@ mod edge;
 mod export;
 mod guard;
 mod history;
+mod notifier;
 mod provision;
 mod revoke;
 mod room;
@@ -97,6 +98,7 @@ enum Command {
     Edge(edge::EdgeCommand),
     History(history::HistoryCommand),
     Worker(worker::WorkerCommand),
+    Notifier(notifier::NotifierCommand),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
     Revoke(revoke::Args),
@@ -156,6 +158,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::History(history) => return history.run(cli.config.as_deref()),
+        Command::Notifier(notifier) => return notifier.run(cli.config.as_deref()),
         Command::Worker(worker) => return worker.run(cli.config.as_deref()),
         Command::Import(args) => return transfer::import(args, load()?),
         Command::Export(args) => transfer::export(args, load()?)?,

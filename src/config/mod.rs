@@ -3,6 +3,7 @@
 //! No other module reads the environment. Secrets print as `***`.
 
 mod outbound;
+mod push;
 mod uploads;
 mod value;
 mod workers;
@@ -23,6 +24,7 @@ use figment::{
 use serde::{Deserialize, Serialize};
 
 pub use outbound::{Network, SigningSecrets};
+pub use push::{PUBLIC_KEY_BYTES, Push, PushContent, Quiet};
 pub use uploads::{Storage as UploadStorage, Uploads};
 pub use value::Secret;
 pub use workers::{MAX_WORKERS, Worker, WorkerKind, WorkerService};
@@ -88,6 +90,7 @@ pub struct Config {
     pub presence: Presence,
     pub uploads: Uploads,
     pub worker: WorkerService,
+    pub push: Push,
     pub telemetry: Telemetry,
     pub namespaces: BTreeMap<String, Namespace>,
     #[serde(default)]
@@ -494,6 +497,7 @@ impl Config {
         for worker in &mut config.workers {
             worker.read_files()?;
         }
+        config.push.read_files()?;
         let faults = config.faults();
         if faults.is_empty() {
             Ok(config)
@@ -862,6 +866,7 @@ impl Config {
         );
         self.uploads.check(&mut check);
         workers::check(&self.workers, &self.namespaces, &mut check);
+        self.push.check(&mut check);
         for name in self.namespaces.keys() {
             check(
                 is_token(name),

@@ -27,6 +27,9 @@ pub(super) struct RegionReport {
     /// The process that runs the workers, if there are some.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub workers: Vec<HealthReport>,
+    /// The process that notifies users who are away, if push is configured.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notifiers: Vec<HealthReport>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -65,6 +68,9 @@ impl Report {
             }
             for workers in &region.workers {
                 line("workers", &format!("{}/metrics", workers.http));
+            }
+            for notifier in &region.notifiers {
+                line("notifier", &format!("{}/metrics", notifier.http));
             }
         }
         line("MongoDB", self.mongodb.as_deref().unwrap_or("not running"));
@@ -117,6 +123,7 @@ mod tests {
                     http: "http://127.0.0.1:8090".to_owned(),
                 }],
                 workers: Vec::new(),
+                notifiers: Vec::new(),
             }],
             mongodb: None,
             mongod_pid: None,

@@ -22,6 +22,7 @@ pub(super) enum Role {
     Edge { region: usize, index: usize },
     History { region: usize },
     Workers { region: usize },
+    Notifier { region: usize },
     DemoWorker,
 }
 
@@ -45,6 +46,11 @@ impl Role {
                 let region = report.regions.get_mut(region);
                 let workers = region.and_then(|region| region.workers.first_mut());
                 workers.map(|workers| &mut workers.pid)
+            }
+            Self::Notifier { region } => {
+                let region = report.regions.get_mut(region);
+                let notifier = region.and_then(|region| region.notifiers.first_mut());
+                notifier.map(|notifier| &mut notifier.pid)
             }
             Self::DemoWorker => None,
         };
@@ -121,7 +127,7 @@ impl Stack {
             Role::Mongod => &mut self.mongod,
             Role::Edge { .. } => &mut self.edges,
             Role::History { .. } => &mut self.history,
-            Role::Workers { .. } | Role::DemoWorker => &mut self.workers,
+            Role::Workers { .. } | Role::Notifier { .. } | Role::DemoWorker => &mut self.workers,
         };
         let (events, stop) = (self.events.clone(), layer.stop.clone());
         layer

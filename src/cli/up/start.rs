@@ -16,6 +16,7 @@ use super::{
     data_dir::DataDir,
     edge::{self, EdgeTemplate},
     history::HistoryTemplate,
+    notifier::NotifierTemplate,
     report::{EdgeReport, HealthReport, RegionReport, Report},
     say,
     stack::{Role, Stack},
@@ -52,6 +53,7 @@ struct Ports {
     edges: u16,
     history: u16,
     workers: u16,
+    notifiers: u16,
 }
 
 /// Starts everything, in order. Children that were ready once are in `stack`, even if this fails or is dropped; all
@@ -134,6 +136,7 @@ pub(super) async fn start(
         edges: args.port.unwrap_or(config.edge.listen.port()),
         history: port_of(config.history.listen),
         workers: port_of(config.worker.listen),
+        notifiers: port_of(config.push.listen),
     };
     let demo = match args.demo_worker {
         true => {
@@ -190,6 +193,22 @@ pub(super) async fn start(
             let started = start_service("worker", role, listen, port, spec, &launcher, stack);
             workers.push(started.await?);
         }
+        let mut notifiers = Vec::new();
+        if region.config.push.is_on() {
+            let template = NotifierTemplate {
+                binary: &binary,
+                config: &region.config,
+                config_file,
+                nats_url: &region.nats_url,
+                logs: logs.clone(),
+            };
+            let listen = config.push.listen.ip();
+            let role = Role::Notifier { region: number };
+            let spec = |address| template.spec(address);
+            let port = &mut ports.notifiers;
+            let started = start_service("notifier", role, listen, port, spec, &launcher, stack);
+            notifiers.push(started.await?);
+        }
         report.regions.push(RegionReport {
             name: region.config.region.clone(),
             nats: region.nats_url.clone(),
@@ -198,6 +217,7 @@ pub(super) async fn start(
             edges,
             history,
             workers,
+            notifiers,
         });
     }
     Ok(report)

@@ -76,7 +76,7 @@ pub(super) async fn examine(
 }
 
 /// Whether nobody waits for messages, or works on one.
-fn is_idle(info: &Value) -> bool {
+pub(super) fn is_idle(info: &Value) -> bool {
     let number = |name| info.get(name).and_then(Value::as_u64).unwrap_or_default();
     number("num_waiting") == 0 && number("num_ack_pending") == 0
 }

@@ -19,7 +19,7 @@ const HISTORY_DEAD: &str = include_str!("../../../nats/streams/history_dead.json
 const UNDELIVERED: &str = include_str!("../../../nats/streams/undelivered.json");
 
 /// The buckets of a region, with their definitions.
-const BUCKETS: [(&str, &str); 6] = [
+const BUCKETS: [(&str, &str); 8] = [
     (
         bucket::PRESENCE,
         include_str!("../../../nats/buckets/presence.json"),
@@ -43,6 +43,14 @@ const BUCKETS: [(&str, &str); 6] = [
     (
         bucket::INBOX,
         include_str!("../../../nats/buckets/inbox.json"),
+    ),
+    (
+        bucket::DEVICES,
+        include_str!("../../../nats/buckets/devices.json"),
+    ),
+    (
+        bucket::PUSHED,
+        include_str!("../../../nats/buckets/pushed.json"),
     ),
 ];
 
@@ -182,12 +190,15 @@ fn bucket_definition(
     let mut json = parse(file);
     set(&mut json, "name", json!(stream));
     set(&mut json, "subjects", json!([captured]));
-    let seen = subjects.bucket_republished(origin, origin, bucket);
-    set(
-        &mut json,
-        "republish",
-        json!({ "src": captured, "dest": seen }),
-    );
+    // Nobody but its writers wants to know of one without.
+    if json.contains_key("republish") {
+        let seen = subjects.bucket_republished(origin, origin, bucket);
+        set(
+            &mut json,
+            "republish",
+            json!({ "src": captured, "dest": seen }),
+        );
+    }
     set(&mut json, "num_replicas", json!(config.streams.replicas));
     Definition {
         stream,
@@ -253,6 +264,7 @@ impl Definition {
                 subjects.republished(region, &self.origin, part),
             ),
             Kind::Dead => return None,
+            Kind::Bucket { .. } if !self.config.contains_key("republish") => return None,
             Kind::Bucket { bucket } => (
                 subject::bucket_captured(bucket, &self.origin),
                 subjects.bucket_republished(region, &self.origin, bucket),
@@ -296,7 +308,7 @@ mod tests {
     #[test]
     fn the_files_are_the_definitions_of_the_defaults() {
         let definitions = definitions(&config(""));
-        assert_eq!(definitions.len(), 12);
+        assert_eq!(definitions.len(), 14);
         assert_eq!(definitions[0].config, parse(ROOMS));
         assert_eq!(definitions[4].config, parse(HISTORY_DEAD));
         assert_eq!(definitions[5].config, parse(UNDELIVERED));

@@ -21,6 +21,7 @@ use super::{LONG, eventually};
 /// One request.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
+    pub(crate) path: String,
     pub(crate) headers: HeaderMap,
     pub(crate) raw: Bytes,
     pub(crate) body: Value,
@@ -149,6 +150,7 @@ async fn answer(State(inner): State<Arc<Inner>>, request: Request<Body>) -> Resp
     let (head, body) = request.into_parts();
     let raw = axum::body::to_bytes(body, usize::MAX).await.unwrap();
     let asked = Asked {
+        path: head.uri.path().to_owned(),
         body: serde_json::from_slice(&raw).unwrap_or_default(),
         headers: head.headers,
         raw,
