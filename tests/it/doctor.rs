@@ -388,7 +388,7 @@ const EDGE: &str = r#", permissions: {
   publish: { allow: [
     "natter.in.seoul.>", "natter.eph.>", "natter.edge.>", "natter.svc.>",
     "$KV.presence_seoul.>", "$KV.edges_seoul.>", "$KV.lastread_seoul.>",
-    "$KV.rooms_seoul.>", "$KV.inbox_seoul.>",
+    "$KV.rooms_seoul.>", "$KV.inbox_seoul.>", "$KV.devices_seoul.>",
     "$JS.API.STREAM.INFO.*", "$JS.API.DIRECT.GET.*", "$JS.API.STREAM.PURGE.KV_presence_seoul",
     "$JS.API.STREAM.PURGE.KV_edges_seoul",
     "$SYS.REQ.USER.INFO", "_INBOX.>"

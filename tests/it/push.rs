@@ -1,9 +1,12 @@
 //! Notifications for users who are away. The push services are stand-ins of this test, on this machine: they take what real
 //! ones take, and decrypt it with the keys of the subscription.
 
+mod apns;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -69,7 +72,10 @@ async fn devices(address: SocketAddr, user: &str) -> Vec<String> {
 
 /// A group of these users, made by `boss`.
 async fn group(address: SocketAddr, name: &str, members: &[&str], title: &str) -> String {
-    let room = json!({"kind": "group", "namespace": "crew", "ref": name, "members": members, "title": title});
+    let title = Some(title).filter(|title| !title.is_empty());
+    let room = json!({
+        "kind": "group", "namespace": "crew", "name": name, "members": members, "title": title,
+    });
     let made = done(address, "POST", "/v1/rooms", &boss(), room).await;
     made["room"].as_str().unwrap().to_owned()
 }
@@ -359,7 +365,7 @@ async fn mentioned_users_of_an_open_room_are_notified_and_others_are_not() {
     for user in ["kim", "lee", "banned", "max"] {
         browsers.subscribe(address, user, "laptop").await;
     }
-    let made = json!({"kind": "open", "namespace": "chat", "room": "chat:town"});
+    let made = json!({"kind": "open", "namespace": "chat", "name": "town"});
     done(address, "POST", "/v1/rooms", &boss(), made).await;
     let path = "/v1/rooms/chat:town/members/banned";
     done(address, "PUT", path, &boss(), json!({"state": "banned"})).await;
@@ -479,4 +485,196 @@ async fn each_device_is_notified_once_whoever_is_killed_and_however_many_notifie
         .collect();
     assert_eq!(distinct.len(), told.len(), "a device was notified twice");
     assert_eq!(told.len(), 5 * 10 * 2);
+}
+
+fn key_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/it/keys")
+        .join(name)
+}
+
+/// Checks the signature of a token, and returns its header and claims.
+fn verified(jwt: &str, algorithm: Algorithm, file: &str) -> (jsonwebtoken::Header, Value) {
+    let pem = std::fs::read(key_file(file)).unwrap();
+    let key = match algorithm {
+        Algorithm::RS256 => DecodingKey::from_rsa_pem(&pem),
+        _ => DecodingKey::from_ec_pem(&pem),
+    };
+    let mut validation = Validation::new(algorithm);
+    validation.validate_aud = false;
+    validation.required_spec_claims.clear();
+    validation.validate_exp = false;
+    let token = jsonwebtoken::decode::<Value>(jwt, &key.unwrap(), &validation).unwrap();
+    (token.header, token.claims)
+}
+
+/// A stand-in of FCM, HTTP v1, with its service of tokens; over HTTP/1.1.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_with_fcm_is_notified_and_gets_its_badge() {
+    let mut tokens = 0;
+    let fcm = Endpoint::start(move |asked| match &*asked.path {
+        "/token" => {
+            tokens += 1;
+            Say::Json(json!({"access_token": format!("t{tokens}"), "expires_in": 3600}))
+        }
+        // The first token is worth nothing.
+        _ if asked.header("authorization") == "Bearer t1" => Say::Status(401),
+        _ if asked.body["message"]["token"] == "gone" => Say::Refuse(
+            404,
+            json!({"error": {"details": [{"errorCode": "UNREGISTERED"}]}}),
+        ),
+        "/v1/projects/natter-test/messages:send" => Say::Json(json!({"name": "1"})),
+        _ => Say::Status(404),
+    })
+    .await;
+    let base = format!("http://127.0.0.1:{}", fcm.port);
+    let account = json!({
+        "type": "service_account",
+        "project_id": "natter-test",
+        "private_key_id": "key-1",
+        "private_key": std::fs::read_to_string(key_file("rsa_private.pem")).unwrap(),
+        "client_email": "push@example.org",
+        "token_uri": format!("{base}/token"),
+    });
+    let more = format!(
+        "fcm_url = '{base}/'\nfcm_service_account = {:?}",
+        account.to_string()
+    );
+    let mesh = Mesh::start(nats_url(), 1, &toml(&more)).await;
+    let notifier = mesh.start_notifier(&[]).await;
+    let address = mesh.edges[0].address;
+    let room = group(address, "fcm", &["kim", "max"], "Tea").await;
+    for (device, token_of) in [("phone", "one"), ("old", "gone")] {
+        let body = json!({"kind": "fcm", "token": token_of});
+        done(
+            address,
+            "PUT",
+            &format!("/v1/devices/{device}"),
+            &token("kim"),
+            body,
+        )
+        .await;
+    }
+    let said = say(
+        address,
+        &room,
+        "max",
+        json!({"id": "1", "body": {"text": "hi"}}),
+    )
+    .await;
+    metric_is(&notifier, "sent", "fcm", 1).await;
+    metric_is(&notifier, "gone", "fcm", 1).await;
+    assert_eq!(devices(address, "kim").await, ["phone"]);
+    let asked = fcm.asked();
+    let first = asked.iter().find(|asked| asked.path == "/token").unwrap();
+    let form = String::from_utf8(first.raw.to_vec()).unwrap();
+    let assertion = form.split("assertion=").nth(1).unwrap();
+    let (header, claims) = verified(assertion, Algorithm::RS256, "rsa_public.pem");
+    assert_eq!(header.kid.as_deref(), Some("key-1"));
+    assert_eq!(claims["aud"], format!("{base}/token"));
+    let is_sent = |asked: &&Asked| {
+        asked.header("authorization") == "Bearer t2" && asked.body["message"]["token"] == "one"
+    };
+    let messages = asked.iter().filter(|asked| asked.path.ends_with(":send"));
+    let sent: Vec<&Asked> = messages.filter(is_sent).collect();
+    assert_eq!(sent.len(), 1);
+    let message = &sent[0].body["message"];
+    assert_eq!(
+        message["notification"],
+        json!({"title": "max in Tea", "body": "hi"})
+    );
+    assert_eq!(
+        message["data"],
+        json!({"room": room, "message": "max/1", "badge": "1"})
+    );
+
+    // Read elsewhere: the badge goes, and nothing is shown.
+    let path = format!("/v1/rooms/{room}/read");
+    done(
+        address,
+        "PUT",
+        &path,
+        &token("kim"),
+        json!({"cursor": said["cursor"]}),
+    )
+    .await;
+    metric_is(&notifier, "sent", "fcm", 2).await;
+    let asked = fcm.asked();
+    let message = &asked.last().unwrap().body["message"];
+    assert_eq!(message.get("notification"), None);
+    assert_eq!(message["data"]["badge"], "0");
+    assert_eq!(message["apns"]["payload"]["aps"]["badge"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_of_ones_own_is_notified_over_all_regions_and_bad_keys_are_named() {
+    let service = Endpoint::start(|_| Say::Status(204)).await;
+    let secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+    let url = service.url();
+    let more = format!("webhook_url = '{url}'\nwebhook_secret = '{secret}'\nbadge = false");
+    let regions = ["seoul", "virginia"];
+    let mut regions =
+        crate::support::regions::Regions::start_with(&regions, &toml(&more), Duration::ZERO).await;
+    for region in ["seoul", "virginia"] {
+        regions.mesh(region).add_edge().await;
+    }
+    let seoul = regions.at("seoul").edges[0].address;
+    let virginia = regions.at("virginia").edges[0].address;
+    let notifier = regions.at("virginia").start_notifier(&[]).await;
+    let device = json!({"kind": "webhook", "token": "pager-7"});
+    done(seoul, "PUT", "/v1/devices/pager", &token("kim"), device).await;
+    let room = group(seoul, "far", &["kim", "lee", "max"], "").await;
+    let device = json!({"kind": "webhook", "token": "pager-8"});
+    done(seoul, "PUT", "/v1/devices/pager", &token("lee"), device).await;
+    // Here, in the other region.
+    let _lee = regions.at("seoul").connect(0, "lee").await;
+    eventually(
+        "the other region has heard of it",
+        LONG,
+        async || match devices(virginia, "lee").await.len() {
+            1 => Ok(()),
+            _ => Err(String::new()),
+        },
+    )
+    .await;
+    eventually("the room is known there", LONG, async || {
+        let path = format!("/v1/rooms/{room}");
+        let (status, answer) = ask(virginia, ("GET", &path), &token("max"), &Value::Null).await;
+        if status == 200 {
+            Ok(())
+        } else {
+            Err(answer.to_string())
+        }
+    })
+    .await;
+    say(
+        virginia,
+        &room,
+        "max",
+        json!({"id": "1", "body": {"text": "hi"}}),
+    )
+    .await;
+    metric_is(&notifier, "skipped", "reason=\"present\"", 1).await;
+    metric_is(&notifier, "pending", "", 0).await;
+    let asked = service.asked();
+    assert_eq!(asked.len(), 1, "{asked:?}");
+    assert!(asked[0].header("webhook-signature").starts_with("v1,"));
+    let body = &asked[0].body;
+    assert_eq!(
+        (&body["user"], &body["token"], &body["device"]),
+        (&json!("kim"), &json!("pager-7"), &json!("pager"))
+    );
+
+    let mesh = regions.at("seoul");
+    let mut command = mesh.command(&["notifier"]).await;
+    command.env("NATTER__PUSH__VAPID_PUBLIC_KEY", "");
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap())
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && said.contains("push.vapid_public_key"),
+        "{said}"
+    );
+    assert!(said.contains(PUBLIC) && !said.contains(PRIVATE), "{said}");
 }

@@ -43,6 +43,8 @@ impl Asked {
 pub(crate) enum Say {
     Json(Value),
     Status(u16),
+    /// A status with a body.
+    Refuse(u16, Value),
     /// A status with a header.
     With(u16, &'static str, String),
     /// A text of so many bytes.
@@ -162,6 +164,7 @@ async fn answer(State(inner): State<Arc<Inner>>, request: Request<Body>) -> Resp
     match say {
         Say::Json(value) => value.to_string().into_response(),
         Say::Status(number) => status(number).into_response(),
+        Say::Refuse(number, value) => (status(number), value.to_string()).into_response(),
         Say::With(number, name, value) => (status(number), [(name, value)]).into_response(),
         Say::Large(bytes) => format!("{{\"a\":\"{}\"}}", "x".repeat(bytes)).into_response(),
         Say::Hang => std::future::pending().await,
