@@ -153,8 +153,15 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Guard(args) => return guard::run(&args),
         Command::CheckConfig => {
             // Also checks the keys: an edge does not start without those that are configured.
-            Verifier::from_config(&load()?.auth)?;
+            let config = load()?;
+            Verifier::from_config(&config.auth)?;
             println!("the configuration is valid");
+            if config.push.is_on() && !config.presence.users {
+                eprintln!(
+                    "natter: push is configured, and presence.users is off: with edges of this configuration \
+                     everybody would be taken for away (natter up switches it on)"
+                );
+            }
         }
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::History(history) => return history.run(cli.config.as_deref()),

@@ -20,7 +20,7 @@ pub(super) async fn examine(jetstream: &JetStream<'_>, config: &Config) -> Vec<F
             Level::Problem,
             Check::Push,
             "presence.users is off: everybody would be taken for away".to_owned(),
-            "set presence.users = true for all edges of the mesh",
+            "set presence.users = true for all edges of the mesh (natter up does it by itself)",
         ));
     }
     if config.namespaces.values().all(|its| !its.durable) {

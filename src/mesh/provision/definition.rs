@@ -335,9 +335,15 @@ mod tests {
                 "KV_lastread_seoul",
                 "KV_control_seoul",
                 "KV_rooms_seoul",
-                "KV_inbox_seoul"
+                "KV_inbox_seoul",
+                "KV_devices_seoul",
+                "KV_pushed_seoul"
             ]
         );
+        let virginia = Region::parse("virginia").unwrap();
+        let subjects = Subjects::new("m2");
+        let mirrored = |at: usize| definitions[at].mirror_in(&virginia, &subjects).is_some();
+        assert!(mirrored(10) && !mirrored(11));
         let rooms = &definitions[1].config;
         assert_eq!(rooms["subjects"], json!(["m2.in.seoul.1.>"]));
         assert_eq!(
