@@ -46,7 +46,7 @@ pub(super) struct Message<'m> {
     stored: &'m Stored,
     epoch: Epoch,
     age: Duration,
-    /// Whether it was looked at before: some may have been notified.
+    /// Whether it was probably looked at before: then some may have been notified.
     again: bool,
 }
 

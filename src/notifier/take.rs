@@ -24,6 +24,10 @@ use crate::{
 /// Pauses before a message is looked at again because something of natter can't be reached: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 
+/// Age at which a message is first looked at: who has come a moment before it was said is known to be here by then, on
+/// whatever edge, and who has seen it has read it.
+const SETTLED: Duration = Duration::from_secs(1);
+
 /// Messages of a partition that are worked on at once.
 const AT_ONCE: usize = 64;
 
@@ -181,11 +185,14 @@ impl Taking {
             count(Counter::PushExpired, 1);
             return Answer::Done;
         }
+        if age < SETTLED {
+            return Answer::Again(SETTLED - age);
+        }
         let notified = async {
             if self.is_gone(&stored, epoch).await? {
                 return Ok(None);
             }
-            Message::new(&stored, epoch, age, delivery.deliveries > 1)
+            Message::new(&stored, epoch, age, delivery.deliveries > 2)
                 .notify(&self.parts)
                 .await
         };
