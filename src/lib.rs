@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! cli                      roles and tools; the only place that exits or prints
-//! edge   worker   hook     accepts: sockets, requests; asks receivers for annotations; tells receivers of events
+//! edge   worker   hook   notifier   accepts: sockets, requests; asks receivers; tells receivers of events; notifies users
 //! session                  one connection: frames, commands, outbox
 //! room   presence          one hub a room: members, live + replay merge, fan-out; who is there
 //! taking                   processes that take what was stored to receivers
@@ -38,6 +38,7 @@ mod hook;
 mod http1;
 mod mesh;
 mod model;
+mod notifier;
 mod outbound;
 mod people;
 mod presence;

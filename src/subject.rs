@@ -98,6 +98,8 @@ const HOOK_CONSUMER: &str = "hook_";
 pub fn hook_consumer(hook: &str) -> String {
     format!("{HOOK_CONSUMER}{hook}")
 }
+/// Durable consumer of notifiers on each stream of rooms.
+pub const PUSH_CONSUMER: &str = "push";
 
 /// Durable consumer of the history service on each stream of rooms.
 pub const HISTORY_CONSUMER: &str = "history";
@@ -121,6 +123,10 @@ pub mod bucket {
     pub const INBOX: &str = "inbox";
     /// What the processes of hooks remember.
     pub const HOOKS: &str = "hooks";
+    /// Devices of users.
+    pub const DEVICES: &str = "devices";
+    /// Notifications that were begun. Not mirrored.
+    pub const PUSHED: &str = "pushed";
 }
 
 /// Metadata key of a stream that holds its epoch.
@@ -712,6 +718,12 @@ pub fn inbox_keys(user: &str) -> String {
 pub fn parse_inbox_key(key: &str) -> Option<(String, RoomId)> {
     let (user, room) = key.split_once('.')?;
     Some((header_unescape(user).into_owned(), parse_record_key(room)?))
+}
+
+/// Key of a user's devices.
+#[must_use]
+pub fn device_key(user: &str) -> String {
+    key_escape(user).into_owned()
 }
 
 /// Key of the fact that a user has blocked another one. It has one token more than an [`inbox_key`].

@@ -11,7 +11,7 @@ const HTML: &str = include_str!("../web/index.html");
 const STYLE: &str = include_str!("../web/page.css");
 
 /// The scripts, by the names under which the page loads them.
-const SCRIPTS: [(&str, &str); 9] = [
+const SCRIPTS: [(&str, &str); 11] = [
     ("/page.js", include_str!("../web/page.js")),
     ("/natter.js", include_str!("../web/natter.js")),
     ("/log.js", include_str!("../web/log.js")),
@@ -20,6 +20,9 @@ const SCRIPTS: [(&str, &str); 9] = [
     ("/panel.js", include_str!("../web/panel.js")),
     ("/files.js", include_str!("../web/files.js")),
     ("/http.js", include_str!("../web/http.js")),
+    ("/notify.js", include_str!("../web/notify.js")),
+    // Beside the page, so that its scope is all of it.
+    ("/sw.js", include_str!("../web/sw.js")),
     ("/words.js", include_str!("../web/words.js")),
 ];
 

@@ -3,6 +3,7 @@
 import { Chosen, fileOf } from "./files.js";
 import { Log, isMessage } from "./log.js";
 import { Natter, newId, reaches, userOf } from "./natter.js";
+import { Notices } from "./notify.js";
 import { Panel, makeDialog } from "./panel.js";
 import { Past } from "./past.js";
 import { Rooms } from "./rooms.js";
@@ -80,6 +81,7 @@ const rooms = new Rooms(
   { memory, open: openRoom, tell, changed: showRoom },
 );
 const panel = new Panel(() => ({ token: entered, user: shown.user, room: shown.room }));
+const notices = new Notices($("notify"), { open: openRoom, tell });
 const chosen = new Chosen($("chosen"), () => showWriting());
 log.showFile = (attachment) => fileOf(attachment, { token: entered, room: shown.room }, () => log.settled());
 log.showThread = (message) => past.showThread(message);
@@ -126,6 +128,8 @@ function start() {
   client = mine;
   rooms.enter(mine, me, entered, roomName);
   past.enter(mine, roomName, entered);
+  // Without an answer there is no button.
+  notices.enter(entered).catch(() => {});
   for (const message of shown.messages) log.hear(message);
   sendAgain();
   showPeople();

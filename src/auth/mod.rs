@@ -15,6 +15,7 @@ mod claims;
 mod grant;
 mod key;
 mod revoked;
+mod signer;
 #[cfg(test)]
 mod test_keys;
 mod verifier;
@@ -23,4 +24,5 @@ pub(crate) use claims::LAST_SECOND;
 pub use claims::{BadClaim, Claims};
 pub use grant::{BadPattern, Grant, Right};
 pub use revoked::{Block, Revocation, Revocations, Whose};
+pub use signer::{BadKey, Signer};
 pub use verifier::{AuthConfigError, AuthError, Identity, MAX_TOKEN, Verifier, issue, user_flaw};

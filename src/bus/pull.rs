@@ -25,7 +25,9 @@ use super::{
 use crate::{
     config::Config,
     model::{Epoch, Region},
-    subject::{HISTORY_CONSUMER, Subjects, api, header, hook_consumer, worker_consumer},
+    subject::{
+        HISTORY_CONSUMER, PUSH_CONSUMER, Subjects, api, header, hook_consumer, worker_consumer,
+    },
 };
 
 /// How long a request for messages stays open while there are none.
@@ -55,6 +57,9 @@ const WORKER_BYTES: u64 = 4 << 20;
 
 /// Least number of unacknowledged messages that the server allows a worker: those that wait for another attempt count too.
 const WORKER_PENDING: usize = 1024;
+
+/// Unacknowledged messages that the server allows notifiers: all that are said in twice `push.after` wait for being read.
+const PUSH_PENDING: usize = 200_000;
 
 /// Upper bound for a message's headers and subject, in bytes.
 const MESSAGE_OVERHEAD: u64 = 128 * 1024;
@@ -139,6 +144,23 @@ impl Consumer {
             ack_wait: HOOK_ACK_WAIT,
             max_pending: in_hand,
             batch: in_hand,
+            bytes: WORKER_BYTES.max(largest(config)),
+            ahead: false,
+        }
+    }
+
+    /// The consumer of notifiers, for messages on the subjects `filters` that are stored after its creation. A message that
+    /// waits until its readers are away counts as unacknowledged.
+    #[must_use]
+    pub fn of_push(config: &Config, filters: Vec<String>, at_once: usize) -> Self {
+        Self {
+            name: String::from(PUSH_CONSUMER),
+            description: "Takes messages to those who are away: natter notifier".to_owned(),
+            filters,
+            from: "new",
+            ack_wait: WORKER_ACK_WAIT,
+            max_pending: PUSH_PENDING,
+            batch: at_once,
             bytes: WORKER_BYTES.max(largest(config)),
             ahead: false,
         }

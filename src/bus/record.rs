@@ -14,8 +14,8 @@ use serde::{
 
 use crate::{
     model::{
-        Class, Cursor, Epoch, Fingerprint, Kind, MAX_JSON_DEPTH, MessageId, header_escape,
-        header_unescape, json_flaw, without_mark,
+        Class, Cursor, Epoch, Fingerprint, Kind, MAX_JSON_DEPTH, MessageId, Reference,
+        header_escape, header_unescape, json_flaw, without_mark,
     },
     subject::header,
 };
@@ -222,6 +222,19 @@ impl Record {
         users
             .and_then(Result::ok)
             .is_some_and(|users: Vec<std::borrow::Cow<'_, str>>| users.iter().any(|it| it == user))
+    }
+
+    /// Whether it deletes another message of its room, and may.
+    #[must_use]
+    pub fn deletes(&self, other: &Self) -> bool {
+        let target = self.target.as_deref().map(Reference::parse);
+        let Some(Ok(target)) = target else {
+            return false;
+        };
+        self.kind.and_then(Kind::parse) == Some(Kind::Delete)
+            && (target.is_by(&self.from) || self.moderated)
+            && target.id.as_str() == other.id
+            && target.user.as_deref().unwrap_or(&self.from) == other.from
     }
 
     /// Reads an ephemeral message; `now` in ms replaces a missing time.

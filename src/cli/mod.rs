@@ -17,6 +17,7 @@ mod guard;
 mod history;
 mod hooks;
 mod letters;
+mod notifier;
 mod provision;
 mod revoke;
 mod room;
@@ -115,6 +116,7 @@ enum Command {
     History(history::HistoryCommand),
     Worker(worker::WorkerCommand),
     Hooks(hooks::HooksCommand),
+    Notifier(notifier::NotifierCommand),
     Import(transfer::ImportArgs),
     Export(transfer::ExportArgs),
     Revoke(revoke::Args),
@@ -169,11 +171,19 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Guard(args) => return guard::run(&args),
         Command::CheckConfig => {
             // Also checks the keys: an edge does not start without those that are configured.
-            Verifier::from_config(&load()?.auth)?;
+            let config = load()?;
+            Verifier::from_config(&config.auth)?;
             println!("the configuration is valid");
+            if config.push.is_on() && !config.presence.users {
+                eprintln!(
+                    "natter: push is configured, and presence.users is off: with edges of this configuration \
+                     everybody would be taken for away (natter up switches it on)"
+                );
+            }
         }
         Command::Edge(edge) => return edge.run(cli.config.as_deref()),
         Command::History(history) => return history.run(cli.config.as_deref()),
+        Command::Notifier(notifier) => return notifier.run(cli.config.as_deref()),
         Command::Worker(worker) => return worker.run(cli.config.as_deref()),
         Command::Hooks(hooks) => return hooks.run(cli.config.as_deref()),
         Command::Import(args) => return transfer::import(args, load()?),

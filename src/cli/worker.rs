@@ -79,7 +79,8 @@ impl Tool {
     async fn run(self, config: Config) -> anyhow::Result<ExitCode> {
         match self {
             Self::Dead { json, body } => dead(&config, json, body).await,
-            Self::Retry { numbers } => again(config, &numbers).await,
+            // Boxed, because it is large.
+            Self::Retry { numbers } => Box::pin(again(config, &numbers)).await,
         }
     }
 }

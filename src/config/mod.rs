@@ -4,6 +4,7 @@
 
 mod hooks;
 mod outbound;
+mod push;
 mod uploads;
 mod value;
 mod workers;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 pub use hooks::{Hook, HookEvent, HookService, MAX_HOOKS};
 pub use outbound::{Network, SigningSecrets};
+pub use push::{PUBLIC_KEY_BYTES, Push, PushContent, Quiet};
 pub use uploads::{Storage as UploadStorage, Uploads};
 pub use value::Secret;
 pub use workers::{MAX_WORKERS, Worker, WorkerKind, WorkerService};
@@ -91,6 +93,7 @@ pub struct Config {
     pub uploads: Uploads,
     pub worker: WorkerService,
     pub hook: HookService,
+    pub push: Push,
     pub telemetry: Telemetry,
     pub namespaces: BTreeMap<String, Namespace>,
     #[serde(default)]
@@ -502,6 +505,7 @@ impl Config {
         for hook in &mut config.hooks {
             hook.read_files()?;
         }
+        config.push.read_files()?;
         let faults = config.faults();
         if faults.is_empty() {
             Ok(config)
@@ -882,6 +886,7 @@ impl Config {
             &self.namespaces,
             &mut check,
         );
+        self.push.check(&mut check);
         for name in self.namespaces.keys() {
             check(
                 is_token(name),

@@ -158,6 +158,11 @@ pub(super) struct Common<'a> {
     pub timeout: Duration,
 }
 
+/// Whether a receiver may have this name.
+pub(super) fn is_name(name: &str) -> bool {
+    is_token(name) && name.len() <= MAX_NAME
+}
+
 /// Checks what all entries of `table` have, as `workers`.
 pub(super) fn check_common(
     table: &str,
@@ -168,7 +173,7 @@ pub(super) fn check_common(
         let name = entry.name;
         let key = format!("{table}.{name}");
         check(
-            is_token(name) && name.len() <= MAX_NAME,
+            is_name(name),
             format!("{table}: name = {name:?}: must match [A-Za-z0-9_-]{{1,{MAX_NAME}}}"),
         );
         let first = entries.iter().position(|other| other.name == name);
@@ -225,7 +230,7 @@ pub(super) fn check_patterns(
 }
 
 /// Checks `url` and `secret` of the entry `key`, as `workers.translate`.
-fn check_receiver(
+pub(super) fn check_receiver(
     key: &str,
     url: &str,
     secrets: &SigningSecrets,

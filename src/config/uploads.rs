@@ -6,7 +6,7 @@ use bytesize::ByteSize;
 use hyper::Uri;
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, MIN_SECRET, Secret, workers::is_worker_name};
+use super::{ConfigError, MIN_SECRET, Secret, outbound::is_name};
 
 /// Longest life of a signed URL: the limit of S3.
 const MAX_URL_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -131,7 +131,7 @@ impl Uploads {
             ),
         );
         check(
-            self.scan.is_empty() || is_worker_name(&self.scan),
+            self.scan.is_empty() || is_name(&self.scan),
             format!(
                 "uploads.scan = {:?}: must be the name of a worker, [A-Za-z0-9_-]{{1,32}}, or empty",
                 self.scan

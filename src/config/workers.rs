@@ -107,11 +107,6 @@ impl Worker {
     }
 }
 
-/// Whether a worker may have this name.
-pub(super) fn is_worker_name(name: &str) -> bool {
-    is_token(name) && name.len() <= 32
-}
-
 /// Checks all entries. `scan`: the worker that judges uploads; an edge names it, and has no entry for it.
 pub(super) fn check(
     workers: &[Worker],
@@ -146,7 +141,7 @@ pub(super) fn check(
             ),
         );
         check(
-            name != scan
+            worker.name != scan
                 || (worker.attachments
                     && Worker::kinds()
                         .iter()

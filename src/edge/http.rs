@@ -1,6 +1,7 @@
 //! Plain HTTP: publishing, history, the directory of rooms, presence, read markers, erasing, events and polls, uploads, sessions of others, the API
 //! for back ends, health, metrics, the OpenAPI document, the page.
 
+mod devices;
 mod directory;
 mod erase;
 mod history;
@@ -47,7 +48,7 @@ use crate::{
         history::messages, history::search_room, history::search,
         streams::events_of_room, streams::events, streams::poll, streams::ticket, transports::http_stream, transports::sse,
         transports::emulation, erase::close, erase::room, erase::user, directory::rooms, rooms::create, rooms::record, rooms::settings, rooms::put_member,
-        rooms::remove_member, rooms::pin, rooms::unpin, rooms::block, rooms::unblock, inbox::inbox, inbox::arrange, sessions::end, sessions::remove, server_api::call,
+        rooms::remove_member, rooms::pin, rooms::unpin, rooms::block, rooms::unblock, inbox::inbox, inbox::arrange, devices::devices, devices::quiet, devices::put, devices::remove, sessions::end, sessions::remove, server_api::call,
         presence::presence, read::readers, read::read, read::unread,
         uploads::grant, uploads::download, uploads::receive, uploads::send,
         healthz, readyz, metrics, openapi,
@@ -101,6 +102,11 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/messages", post(publish::publish_many))
         .route("/v1/users/{user}/sessions", delete(sessions::end))
         .route("/v1/rooms/{room}/sessions/{user}", delete(sessions::remove))
+        .route("/v1/devices", get(devices::devices).patch(devices::quiet))
+        .route(
+            "/v1/devices/{device}",
+            put(devices::put).delete(devices::remove),
+        )
         .route("/v1/inbox", get(inbox::inbox))
         .route("/v1/inbox/{room}", patch(inbox::arrange))
         .route("/v1/rooms", get(directory::rooms).post(rooms::create))

@@ -110,7 +110,7 @@ impl Hook {
 
     fn all(config: &Config) -> Result<Vec<Arc<Self>>, ServiceError> {
         if config.hooks.is_empty() {
-            return Err(ServiceError::None("hooks"));
+            return Err(ServiceError::None("[[hooks]]"));
         }
         let all = config.hooks.iter();
         all.map(|config| Self::new(config).map(Arc::new)).collect()

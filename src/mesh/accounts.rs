@@ -7,8 +7,8 @@ use crate::{
     model::Region,
     servers::template::{Part, quoted, render},
     subject::{
-        Subjects, api, bucket, bucket_stream, hook_consumer, rooms_stream, undelivered_stream,
-        worker_consumer,
+        PUSH_CONSUMER, Subjects, api, bucket, bucket_stream, hook_consumer, rooms_stream,
+        undelivered_stream, worker_consumer,
     },
 };
 
@@ -75,6 +75,7 @@ pub fn accounts(config: &Config) -> String {
             Some(Part::Block(lines.collect()))
         }
         "workers" => Some(Part::Block(worker_user(config, &own))),
+        "notifier" => Some(Part::Block(notifier_user(config, &own))),
         _ => None,
     })
 }
@@ -138,13 +139,56 @@ fn worker_user(config: &Config, own: &Region) -> Vec<String> {
             format!("{}*.*.*.{consumer}.>", api::ACK),
         ]);
     }
+    user("worker", &publish, &subscribe)
+}
+
+/// The lines of the user of `natter notifier`; none without push. One durable consumer on each partition.
+fn notifier_user(config: &Config, own: &Region) -> Vec<String> {
+    if !config.push.is_on() {
+        return Vec::new();
+    }
+    let prefix = &config.nats.prefix;
+    let consumer = PUSH_CONSUMER;
+    let mut publish = vec![
+        format!("$KV.devices_{own}.>"),
+        format!("$KV.pushed_{own}.>"),
+        "$JS.API.STREAM.INFO.*".to_owned(),
+        "$JS.API.DIRECT.GET.>".to_owned(),
+    ];
+    let parts = 0..config.nats.partitions;
+    let streams = parts.map(|part| rooms_stream(own, part));
+    publish.extend(streams.map(|stream| api::consumer_create(&stream, consumer)));
+    publish.extend([
+        api::consumer_info("*", consumer),
+        api::consumer_next("*", consumer),
+        format!("{}*.{consumer}.>", api::ACK),
+        // The same with domain and account, as newer servers may write it.
+        format!("{}*.*.*.{consumer}.>", api::ACK),
+    ]);
+    let subscribe = [
+        format!("{prefix}.kv.{own}.*.control.erased.>"),
+        format!("{prefix}.kv.{own}.*.rooms.>"),
+        format!("{prefix}.kv.{own}.*.inbox.>"),
+        format!("{prefix}.kv.{own}.*.lastread.>"),
+        // Who is online.
+        format!("{prefix}.kv.{own}.*.presence.>"),
+        format!("{prefix}.kv.{own}.*.edges.>"),
+        "_INBOX.notifier.>".to_owned(),
+    ];
+    user("notifier", &publish, &subscribe)
+}
+
+/// The lines of a user.
+fn user(name: &str, publish: &[String], subscribe: &[String]) -> Vec<String> {
+    let variable = name.to_uppercase();
     let mut lines = vec![
         "{".to_owned(),
-        "  user: worker, password: $NATTER_WORKER_PASSWORD, allowed_connection_types: [ STANDARD ]"
-            .to_owned(),
+        format!(
+            "  user: {name}, password: $NATTER_{variable}_PASSWORD, allowed_connection_types: [ STANDARD ]"
+        ),
         "  permissions: {".to_owned(),
     ];
-    for (verb, subjects) in [("publish", &publish), ("subscribe", &subscribe)] {
+    for (verb, subjects) in [("publish", publish), ("subscribe", subscribe)] {
         lines.push(format!("    {verb}: {{ allow: ["));
         lines.extend(
             subjects

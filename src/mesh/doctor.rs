@@ -10,6 +10,7 @@
 
 mod helped;
 mod permissions;
+mod push;
 mod servers;
 mod streams;
 mod uploads;
@@ -84,6 +85,8 @@ pub enum Check {
     Worker,
     /// Hooks: whether somebody sends their events, and whether they are disabled.
     Hook,
+    /// Notifications: whether somebody takes the messages, and whether edges say who is online.
+    Push,
 }
 
 /// One result.
@@ -239,6 +242,9 @@ impl<'a> Run<'a> {
             let of_workers = workers::examine(&site.jetstream, &site.own, self.config).await;
             let of_workers = of_workers.into_iter().map(|finding| finding.at(&own));
             self.findings.extend(of_workers);
+            let of_push = push::examine(&site.jetstream, self.config).await;
+            let of_push = of_push.into_iter().map(|finding| finding.at(&own));
+            self.findings.extend(of_push);
             sites.push(site);
         }
         let others: Vec<&Region> = regions.iter().filter(|region| **region != own).collect();

@@ -93,6 +93,17 @@ pub enum Outcome {
     },
 }
 
+/// An answer, whatever its status.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: StatusCode,
+    /// When the receiver wants to be asked again, if it says so.
+    pub after: Option<Duration>,
+    /// Its body, as far as that is of interest.
+    pub body: Bytes,
+}
+
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
@@ -108,7 +119,10 @@ pub enum Fault {
     /// The host has no address that may be reached.
     #[error("{0}")]
     Address(String),
-    /// No connection, or it broke.
+    /// No connection: nothing was sent.
+    #[error("{0}")]
+    Unconnected(String),
+    /// The connection broke.
     #[error("{0}")]
     Unreachable(String),
 }
@@ -143,7 +157,7 @@ impl Client {
 
     /// Sends a request, and classifies the answer. Cancel-safe in so far as the receiver may have got it.
     pub async fn send(&self, request: Request<Full<Bytes>>) -> Outcome {
-        match timeout(self.timeout, self.exchange(request)).await {
+        match timeout(self.timeout, self.exchange(request, false)).await {
             Ok(Ok((status, headers, body))) => of_answer(status, &headers, body),
             // Another attempt would get as much.
             Ok(Err(fault @ Fault::TooLarge(_))) => Outcome::GiveUp(fault),
@@ -155,13 +169,33 @@ impl Client {
         }
     }
 
+    /// Sends a request, and returns the answer for a caller who knows what it means.
+    ///
+    /// # Errors
+    /// There is none. Only after [`Fault::Unconnected`] and [`Fault::Address`] it is certain that nothing was sent.
+    pub async fn ask(&self, request: Request<Full<Bytes>>) -> Result<Answer, Fault> {
+        let answer = timeout(self.timeout, self.exchange(request, true)).await;
+        let (status, headers, body) = answer.map_err(|_elapsed| Fault::Timeout(self.timeout))??;
+        Ok(Answer {
+            status,
+            after: retry_after(&headers),
+            body,
+        })
+    }
+
+    /// `all`: bodies of refusals are of interest too.
     async fn exchange(
         &self,
         request: Request<Full<Bytes>>,
+        all: bool,
     ) -> Result<(StatusCode, HeaderMap, Bytes), Fault> {
         let answer = self.inner.request(request).await;
-        let (head, body) = answer.map_err(|error| unreachable(&error))?.into_parts();
-        if self.answer_bytes == 0 || !head.status.is_success() {
+        let unsent = |error: legacy::Error| match unreachable(&error) {
+            Fault::Unreachable(text) if error.is_connect() => Fault::Unconnected(text),
+            fault => fault,
+        };
+        let (head, body) = answer.map_err(unsent)?.into_parts();
+        if self.answer_bytes == 0 || !all && !head.status.is_success() {
             // A connection is used again only after its whole answer was read. If this does not end, it is closed.
             let body = Limited::new(body, DISCARD_BYTES).collect();
             let whole = timeout(DISCARD_WITHIN, body).await;

@@ -7,6 +7,7 @@
 
 mod access;
 mod change;
+mod devices;
 mod filter;
 mod followed;
 mod inbox;
@@ -22,6 +23,7 @@ mod tests;
 
 pub use access::Removal;
 pub use change::{Change, Create, Said, Told, alert_told, told_of_pin};
+pub use devices::{Device, Devices, Subscription, Unwanted};
 pub use filter::Filter;
 pub use followed::Found;
 pub use inbox::{InboxOf, Whose, fitting, page_limit, preview};

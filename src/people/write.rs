@@ -76,7 +76,7 @@ fn by_room(entries: &[Entry]) -> Vec<(RoomId, index::Entry)> {
 
 impl People {
     /// Merges a change into a key of the own region. `change` returns the new value, or `None` if nothing changes.
-    async fn update<T, R>(
+    pub(super) async fn update<T, R>(
         &self,
         bucket: &Bucket,
         key: &str,

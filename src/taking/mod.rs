@@ -1,5 +1,5 @@
-//! What processes have in common that take stored messages to receivers of the configuration: `natter worker` and
-//! `natter hooks`. Connections, health, the end of the process, and how far a consumer is behind.
+//! What processes have in common that take stored messages somewhere: `natter worker`, `natter hooks` and
+//! `natter notifier`. Connections, health, the end of the process, and how far a consumer is behind.
 //!
 //! It does not know what is sent, or how often.
 
@@ -92,7 +92,7 @@ pub struct Service {
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
     /// The configuration has nothing to do for it.
-    #[error("there are no [[{0}]] in the configuration")]
+    #[error("the configuration has no {0}")]
     None(&'static str),
     /// The address is in use, or not an address of this machine.
     #[error("{key} = {address}: can't listen there")]

@@ -229,6 +229,13 @@ labels! {
     /// What an answer from the history was made of: MongoDB and the streams, only what was available of both, only the
     /// streams, read by the edge itself; or nothing.
     HistoryAnswer "source" { Full "full", Partial "partial", Streams "streams", Failed "failed" }
+    /// A service that delivers notifications.
+    PushService "kind" { Webpush "webpush", Fcm "fcm", Apns "apns", Webhook "webhook" }
+    /// Why somebody who could have been notified of a message was not: had a session, had read it, had muted the room, had
+    /// blocked the sender, had quiet hours, or was notified by an earlier attempt.
+    PushSkip "reason" {
+        Present "present", Read "read", Muted "muted", Blocked "blocked", Quiet "quiet", Repeated "repeated",
+    }
     /// How a token was verified.
     TokenCheck "check" { Signature "signature", Cached "cached" }
     /// Why a token was refused.
@@ -486,6 +493,16 @@ counted! {
     HookFailed(hook: HookLabel) = "natter.hook.failed", "{request}";
     /// Entries of logs whose events went to the dead letters of a hook.
     HookDead(hook: HookLabel) = "natter.hook.dead", "{message}";
+    /// Notifications that a service has accepted.
+    PushSent(service: PushService) = "natter.push.sent", "{notification}";
+    /// Notifications that a service refused, or whose fate is not known. They are not repeated.
+    PushFailed(service: PushService) = "natter.push.failed", "{notification}";
+    /// Devices that were removed because their service says that they are gone.
+    PushGone(service: PushService) = "natter.push.gone", "{device}";
+    /// Users with devices who were not notified of a message.
+    PushSkipped(reason: PushSkip) = "natter.push.skipped", "{user}";
+    /// Messages older than `push.max_age`, of which nobody was notified.
+    PushExpired = "natter.push.expired", "{message}";
     /// Uploads that clients asked for.
     UploadGranted(result: UploadGrant) = "natter.upload.granted", "{upload}";
     /// Files that edges received for the local storage.
@@ -529,6 +546,12 @@ counted! {
     HistoryLag = "natter.history.lag", "s";
     /// Messages in the dead-letter stream.
     HistoryDeadLetters = "natter.history.dead_letters", "{message}";
+    /// Requests to push services that are open.
+    PushOpen = "natter.push.open", "{request}";
+    /// Messages that notifiers have not done yet, with those that wait until their readers are away.
+    PushPending = "natter.push.pending", "{message}";
+    /// Age of the oldest of them.
+    PushLag = "natter.push.lag", "s";
     /// Requests to a worker that are open.
     WorkerOpen(worker: WorkerLabel) = "natter.worker.open", "{request}";
     /// Messages that a worker has not done yet.
@@ -562,6 +585,8 @@ plain! {
     HistoryBatchDuration = "natter.history.batch_duration", "s";
     /// From a request for a page or a search to its answer.
     HistoryReadDuration = "natter.history.read_duration", "s";
+    /// From a request to a push service to its answer, or to the timeout.
+    PushRequestDuration = "natter.push.request_duration", "s";
     /// From a request to a worker to its answer, or to the timeout.
     WorkerRequestDuration = "natter.worker.request_duration", "s";
     /// From a request to a hook to its answer, or to the timeout.

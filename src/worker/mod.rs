@@ -125,7 +125,7 @@ impl Worker {
 
     fn all(config: &Config) -> Result<Vec<Arc<Self>>, ServiceError> {
         if config.workers.is_empty() {
-            return Err(ServiceError::None("workers"));
+            return Err(ServiceError::None("[[workers]]"));
         }
         let all = config.workers.iter();
         all.map(|config| Self::new(config).map(Arc::new)).collect()

@@ -25,7 +25,7 @@ use crate::support::{
     LONG,
     calls::reply,
     config,
-    endpoint::{Endpoint, Say},
+    endpoint::{Asked, Endpoint, Say},
     eventually,
     mesh::{self, http, token},
     overheard::Overheard,
@@ -289,6 +289,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
         database: unique("deploy"),
         leafnodes: String::new(),
         workers: String::new(),
+        keys: Vec::new(),
     };
     let ports = Ports::free();
     let accounts =
@@ -545,6 +546,7 @@ async fn the_user_of_workers_may_do_what_they_need_and_nothing_else() {
         database: unique("deploy"),
         leafnodes: String::new(),
         workers,
+        keys: Vec::new(),
     };
     natter.tool("provision", &["provision"]).await;
     let (_edge, edge) = natter.start("edge", "edge").await;
@@ -597,6 +599,129 @@ async fn the_user_of_workers_may_do_what_they_need_and_nothing_else() {
     denied(&servers, &url, "worker", &tried, &heard).await;
 }
 
+/// The user of notifiers is printed for a configuration that has a service.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_user_of_notifiers_may_do_what_they_need_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    // One device is gone, and is removed.
+    let service = Endpoint::start(|asked| match asked.body["token"].as_str() {
+        Some("gone") => Say::Status(410),
+        _ => Say::Status(204),
+    })
+    .await;
+    let (url, secret) = (service.url(), "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw");
+    let push = format!("[push]\nwebhook_url = '{url}'\nwebhook_secret = '{secret}'");
+    let ports = Ports::free();
+    let setting = Setting {
+        dir: dir.path(),
+        name: "nats",
+        file: "one.conf",
+        accounts: accounts(&config(&push)),
+        ports: &ports,
+        env: vec![
+            ("SERVER_NAME", "nats".to_owned()),
+            ("REGION", "local".to_owned()),
+        ],
+        tls: PathBuf::new(),
+        gateways: Vec::new(),
+    };
+    let servers = [start(setting).await];
+    let url = format!("nats://127.0.0.1:{}", servers[0].client);
+    let natter = Natter {
+        dir: dir.path(),
+        region: "local",
+        url: url.clone(),
+        replicas: 1,
+        partitions: 4,
+        regions: &["local"],
+        ca: None,
+        database: unique("deploy"),
+        leafnodes: String::new(),
+        workers: String::new(),
+        keys: vec![
+            ("NATTER__PRESENCE__USERS", "true".to_owned()),
+            ("NATTER__PUSH__WEBHOOK_URL", service.url()),
+            ("NATTER__PUSH__WEBHOOK_SECRET", secret.to_owned()),
+            ("NATTER__PUSH__ALLOW", "[\"127.0.0.1\"]".to_owned()),
+            ("NATTER__PUSH__AFTER", "1s".to_owned()),
+        ],
+    };
+    natter.tool("provision", &["provision"]).await;
+    let (_edge, edge) = natter.start("edge", "edge").await;
+    let (_notifier, notifier) = natter.start("notifier", "notifier").await;
+    let group = json!({"namespace": "chat", "kind": "group", "name": "lobby", "members": ["lee"]});
+    let (status, answer) = mesh::ask(edge, ("POST", "/v1/rooms"), &token("kim"), &group).await;
+    assert_eq!(status, 201, "{answer}");
+    for (device, its) in [("pager", "7"), ("old", "gone")] {
+        let path = format!("/v1/devices/{device}");
+        let body = json!({"kind": "webhook", "token": its});
+        let (status, answer) = mesh::ask(edge, ("PUT", &path), &token("lee"), &body).await;
+        assert_eq!(status, 204, "{answer}");
+    }
+    let path = "/v1/rooms/chat:lobby/messages";
+    let said = call(edge, "POST", path, &json!({"id": "m1", "body": "hi"}))
+        .await
+        .unwrap();
+    eventually(
+        "it is notified, and the old device is gone",
+        LONG,
+        async || {
+            let (_, found) =
+                mesh::ask(edge, ("GET", "/v1/devices"), &token("lee"), &Value::Null).await;
+            let notified = service
+                .asked()
+                .iter()
+                .any(|asked| asked.body["token"] == "7");
+            let names = found["devices"].as_array().map_or(0, Vec::len);
+            if notified && names == 1 {
+                Ok(())
+            } else {
+                Err(found.to_string())
+            }
+        },
+    )
+    .await;
+    // It follows what is read.
+    let body = json!({"cursor": said["cursor"]});
+    let path = "/v1/rooms/chat:lobby/read";
+    let (status, answer) = mesh::ask(edge, ("PUT", path), &token("lee"), &body).await;
+    assert_eq!(status, 200, "{answer}");
+    eventually("the badge is updated", LONG, async || {
+        let asked = service.asked();
+        let badge = |asked: &&Asked| asked.body["message"] == Value::Null;
+        match asked.iter().find(badge) {
+            Some(asked) if asked.body["badge"] == 0 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    let (status, _) = mesh::http(notifier, "GET", "/readyz", "", "")
+        .await
+        .unwrap();
+    assert_eq!(status, 200);
+    assert_eq!(violations(&servers), [""; 0]);
+    let tried = [
+        "natter.in.local.0.chat.lobby.msg",
+        "natter.in.local.0.chat.lobby.ev",
+        "natter.eph.chat.lobby",
+        "natter.edge.orders",
+        "natter.edge.user.kim",
+        "natter.svc.history.local.erase",
+        "$KV.presence_local.x",
+        "$KV.lastread_local.x",
+        "$KV.rooms_local.chat.x",
+        "$KV.inbox_local.kim.chat.lobby",
+        "$KV.control_local.x",
+        "$JS.API.STREAM.DELETE.ROOMS_local_0",
+        "$JS.API.STREAM.PURGE.KV_devices_local",
+        "$JS.API.CONSUMER.CREATE.ROOMS_local_0.other",
+        "$JS.API.CONSUMER.MSG.NEXT.ROOMS_local_0.history",
+        "$JS.ACK.ROOMS_local_0.history.1.1.1.1.1",
+    ];
+    let heard = ["natter.in.>", "natter.live.>", "_INBOX.>", ">"];
+    denied(&servers, &url, "notifier", &tried, &heard).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn regions_of_three_servers_with_tls_are_a_mesh() {
     let mesh = Mesh::of_three(&REGIONS[..2]).await;
@@ -612,6 +737,7 @@ async fn regions_of_three_servers_with_tls_are_a_mesh() {
         database: unique("deploy"),
         leafnodes: String::new(),
         workers: String::new(),
+        keys: Vec::new(),
     };
     // Both regions, and their mirrors, over one connection, through the spines.
     let text = eventually("the mesh is provisioned", LONG, async || {
@@ -757,6 +883,7 @@ async fn what_a_mirror_asked_during_a_cut_is_asked_again_by_the_history_service(
         database: unique("deploy"),
         leafnodes: mesh.leafnodes(1),
         workers: String::new(),
+        keys: Vec::new(),
     };
     eventually("the mesh is provisioned", LONG, async || {
         natter.try_tool("provision", &["provision"]).await

@@ -87,7 +87,7 @@ async fn nothing_is_said_about_a_good_mesh() {
     let star = Star::start(&BOTH, ONE_PARTITION).await;
     let config = provisioned(&star).await;
     let found = until(&config, "all mirrors run", is_fine).await;
-    assert_eq!((found.regions, found.streams, found.servers), (2, 32, 1));
+    assert_eq!((found.regions, found.streams, found.servers), (2, 38, 1));
 
     let flags = [
         "doctor",
@@ -388,7 +388,7 @@ const EDGE: &str = r#", permissions: {
   publish: { allow: [
     "natter.in.seoul.>", "natter.eph.>", "natter.edge.>", "natter.svc.>",
     "$KV.presence_seoul.>", "$KV.edges_seoul.>", "$KV.lastread_seoul.>",
-    "$KV.rooms_seoul.>", "$KV.inbox_seoul.>",
+    "$KV.rooms_seoul.>", "$KV.inbox_seoul.>", "$KV.devices_seoul.>",
     "$JS.API.STREAM.INFO.*", "$JS.API.DIRECT.GET.*", "$JS.API.STREAM.PURGE.KV_presence_seoul",
     "$JS.API.STREAM.PURGE.KV_edges_seoul",
     "$SYS.REQ.USER.INFO", "_INBOX.>"

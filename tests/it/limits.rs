@@ -228,6 +228,8 @@ async fn http_answers_in_one_shape_whatever_is_asked() {
             "/metrics",
             "/readyz",
             "/stomp",
+            "/v1/devices",
+            "/v1/devices/{device}",
             "/v1/events",
             "/v1/inbox",
             "/v1/inbox/{room}",

@@ -37,6 +37,7 @@ mod placement;
 mod presence;
 mod provision;
 mod provision_mesh;
+mod push;
 mod read;
 mod regions;
 mod regions_up;

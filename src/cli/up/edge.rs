@@ -49,6 +49,10 @@ impl EdgeTemplate<'_> {
             ("NATTER__EDGE__ID", format!("{id:?}")),
         ];
         env.extend(common_env(self.config, self.nats_url));
+        if self.config.push.is_on() {
+            // The notifier asks who is online.
+            env.push(("NATTER__PRESENCE__USERS", "true".to_owned()));
+        }
         if let Some(secret) = self.secret {
             env.push(("NATTER__AUTH__HS256_SECRET", secret.to_owned()));
         }

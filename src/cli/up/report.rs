@@ -30,6 +30,9 @@ pub(super) struct RegionReport {
     /// The process that sends the events, if there are hooks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub hooks: Vec<HealthReport>,
+    /// The process that notifies users who are away, if push is configured.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notifiers: Vec<HealthReport>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -71,6 +74,9 @@ impl Report {
             }
             for hooks in &region.hooks {
                 line("hooks", &format!("{}/metrics", hooks.http));
+            }
+            for notifier in &region.notifiers {
+                line("notifier", &format!("{}/metrics", notifier.http));
             }
         }
         line("MongoDB", self.mongodb.as_deref().unwrap_or("not running"));
@@ -124,6 +130,7 @@ mod tests {
                 }],
                 workers: Vec::new(),
                 hooks: Vec::new(),
+                notifiers: Vec::new(),
             }],
             mongodb: None,
             mongod_pid: None,

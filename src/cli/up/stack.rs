@@ -23,6 +23,7 @@ pub(super) enum Role {
     History { region: usize },
     Workers { region: usize },
     Hooks { region: usize },
+    Notifier { region: usize },
     DemoWorker,
 }
 
@@ -51,6 +52,11 @@ impl Role {
                 let region = report.regions.get_mut(region);
                 let hooks = region.and_then(|region| region.hooks.first_mut());
                 hooks.map(|hooks| &mut hooks.pid)
+            }
+            Self::Notifier { region } => {
+                let region = report.regions.get_mut(region);
+                let notifier = region.and_then(|region| region.notifiers.first_mut());
+                notifier.map(|notifier| &mut notifier.pid)
             }
             Self::DemoWorker => None,
         };
@@ -127,7 +133,10 @@ impl Stack {
             Role::Mongod => &mut self.mongod,
             Role::Edge { .. } => &mut self.edges,
             Role::History { .. } => &mut self.history,
-            Role::Workers { .. } | Role::Hooks { .. } | Role::DemoWorker => &mut self.workers,
+            Role::Workers { .. }
+            | Role::Hooks { .. }
+            | Role::Notifier { .. }
+            | Role::DemoWorker => &mut self.workers,
         };
         let (events, stop) = (self.events.clone(), layer.stop.clone());
         layer

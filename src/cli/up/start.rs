@@ -16,6 +16,7 @@ use super::{
     data_dir::DataDir,
     edge::{self, EdgeTemplate},
     history::HistoryTemplate,
+    notifier::NotifierTemplate,
     report::{EdgeReport, HealthReport, RegionReport, Report},
     say,
     stack::{Role, Stack},
@@ -53,6 +54,7 @@ struct Ports {
     history: u16,
     workers: u16,
     hooks: u16,
+    notifiers: u16,
 }
 
 /// Starts everything, in order. Children that were ready once are in `stack`, even if this fails or is dropped; all
@@ -136,6 +138,7 @@ pub(super) async fn start(
         history: port_of(config.history.listen),
         workers: port_of(config.worker.listen),
         hooks: port_of(config.hook.listen),
+        notifiers: port_of(config.push.listen),
     };
     let demo = match args.demo_worker {
         true => {
@@ -209,6 +212,22 @@ pub(super) async fn start(
             let started = start_service("hooks", role, listen, port, spec, &launcher, stack);
             hooks.push(started.await?);
         }
+        let mut notifiers = Vec::new();
+        if region.config.push.is_on() {
+            let template = NotifierTemplate {
+                binary: &binary,
+                config: &region.config,
+                config_file,
+                nats_url: &region.nats_url,
+                logs: logs.clone(),
+            };
+            let listen = config.push.listen.ip();
+            let role = Role::Notifier { region: number };
+            let spec = |address| template.spec(address);
+            let port = &mut ports.notifiers;
+            let started = start_service("notifier", role, listen, port, spec, &launcher, stack);
+            notifiers.push(started.await?);
+        }
         report.regions.push(RegionReport {
             name: region.config.region.clone(),
             nats: region.nats_url.clone(),
@@ -218,6 +237,7 @@ pub(super) async fn start(
             history,
             workers,
             hooks,
+            notifiers,
         });
     }
     Ok(report)

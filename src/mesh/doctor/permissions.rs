@@ -24,12 +24,13 @@ use crate::{
 const ROUND_TRIP: Duration = Duration::from_secs(5);
 
 /// Buckets that an edge writes.
-const WRITTEN: [&str; 5] = [
+const WRITTEN: [&str; 6] = [
     bucket::PRESENCE,
     bucket::EDGES,
     bucket::LASTREAD,
     bucket::ROOMS,
     bucket::INBOX,
+    bucket::DEVICES,
 ];
 
 /// Checks the user of `nats`.

@@ -153,7 +153,7 @@ async fn takes(
 }
 
 /// Whether nobody waits for messages, or works on one.
-fn is_idle(info: &Value) -> bool {
+pub(super) fn is_idle(info: &Value) -> bool {
     let number = |name| info.get(name).and_then(Value::as_u64).unwrap_or_default();
     number("num_waiting") == 0 && number("num_ack_pending") == 0
 }

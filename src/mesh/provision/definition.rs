@@ -19,7 +19,7 @@ const HISTORY_DEAD: &str = include_str!("../../../nats/streams/history_dead.json
 const UNDELIVERED: &str = include_str!("../../../nats/streams/undelivered.json");
 
 /// The buckets of a region, with their definitions.
-const BUCKETS: [(&str, &str); 7] = [
+const BUCKETS: [(&str, &str); 9] = [
     (
         bucket::PRESENCE,
         include_str!("../../../nats/buckets/presence.json"),
@@ -47,6 +47,14 @@ const BUCKETS: [(&str, &str); 7] = [
     (
         bucket::HOOKS,
         include_str!("../../../nats/buckets/hooks.json"),
+    ),
+    (
+        bucket::DEVICES,
+        include_str!("../../../nats/buckets/devices.json"),
+    ),
+    (
+        bucket::PUSHED,
+        include_str!("../../../nats/buckets/pushed.json"),
     ),
 ];
 
@@ -186,12 +194,15 @@ fn bucket_definition(
     let mut json = parse(file);
     set(&mut json, "name", json!(stream));
     set(&mut json, "subjects", json!([captured]));
-    let seen = subjects.bucket_republished(origin, origin, bucket);
-    set(
-        &mut json,
-        "republish",
-        json!({ "src": captured, "dest": seen }),
-    );
+    // Nobody but its writers wants to know of one without.
+    if json.contains_key("republish") {
+        let seen = subjects.bucket_republished(origin, origin, bucket);
+        set(
+            &mut json,
+            "republish",
+            json!({ "src": captured, "dest": seen }),
+        );
+    }
     set(&mut json, "num_replicas", json!(config.streams.replicas));
     Definition {
         stream,
@@ -257,6 +268,7 @@ impl Definition {
                 subjects.republished(region, &self.origin, part),
             ),
             Kind::Dead => return None,
+            Kind::Bucket { .. } if !self.config.contains_key("republish") => return None,
             Kind::Bucket { bucket } => (
                 subject::bucket_captured(bucket, &self.origin),
                 subjects.bucket_republished(region, &self.origin, bucket),
@@ -300,7 +312,7 @@ mod tests {
     #[test]
     fn the_files_are_the_definitions_of_the_defaults() {
         let definitions = definitions(&config(""));
-        assert_eq!(definitions.len(), 12);
+        assert_eq!(definitions.len(), 14);
         assert_eq!(definitions[0].config, parse(ROOMS));
         assert_eq!(definitions[4].config, parse(HISTORY_DEAD));
         assert_eq!(definitions[5].config, parse(UNDELIVERED));
@@ -327,9 +339,15 @@ mod tests {
                 "KV_lastread_seoul",
                 "KV_control_seoul",
                 "KV_rooms_seoul",
-                "KV_inbox_seoul"
+                "KV_inbox_seoul",
+                "KV_devices_seoul",
+                "KV_pushed_seoul"
             ]
         );
+        let virginia = Region::parse("virginia").unwrap();
+        let subjects = Subjects::new("m2");
+        let mirrored = |at: usize| definitions[at].mirror_in(&virginia, &subjects).is_some();
+        assert!(mirrored(10) && !mirrored(11));
         let rooms = &definitions[1].config;
         assert_eq!(rooms["subjects"], json!(["m2.in.seoul.1.>"]));
         assert_eq!(

@@ -24,10 +24,11 @@ use crate::support::{
 
 /// The regions of the examples.
 pub(super) const REGIONS: [&str; 3] = ["seoul", "frankfurt", "virginia"];
-const USERS: [&str; 8] = [
+const USERS: [&str; 9] = [
     "edge",
     "history",
     "worker",
+    "notifier",
     "mirrors",
     "provision",
     "operator",
@@ -196,6 +197,8 @@ pub(super) struct Natter<'a> {
     pub(super) leafnodes: String,
     /// `workers` of the configuration.
     pub(super) workers: String,
+    /// Further keys of the configuration.
+    pub(super) keys: Vec<(&'static str, String)>,
 }
 
 impl Natter<'_> {
@@ -224,6 +227,7 @@ impl Natter<'_> {
         if !self.workers.is_empty() {
             env.push(("NATTER__WORKERS", self.workers.clone()));
         }
+        env.extend(self.keys.iter().cloned());
         if let Some(ca) = &self.ca {
             env.push(("SSL_CERT_FILE", ca.display().to_string()));
         }
@@ -266,7 +270,11 @@ impl Natter<'_> {
     pub(super) async fn start(&self, role: &str, name: &str) -> (Process, SocketAddr) {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
         let mut env = self.environment(role);
-        let listen = format!("NATTER__{}__LISTEN", role.to_uppercase());
+        let table = match role {
+            "notifier" => "PUSH".to_owned(),
+            role => role.to_uppercase(),
+        };
+        let listen = format!("NATTER__{table}__LISTEN");
         env.push((listen, address.to_string()));
         let spec = Spec {
             name: name.to_owned(),

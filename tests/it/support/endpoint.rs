@@ -21,6 +21,7 @@ use super::{LONG, eventually};
 /// One request.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
+    pub(crate) path: String,
     pub(crate) headers: HeaderMap,
     pub(crate) raw: Bytes,
     pub(crate) body: Value,
@@ -42,6 +43,8 @@ impl Asked {
 pub(crate) enum Say {
     Json(Value),
     Status(u16),
+    /// A status with a body.
+    Refuse(u16, Value),
     /// A status with a header.
     With(u16, &'static str, String),
     /// A text of so many bytes.
@@ -149,6 +152,7 @@ async fn answer(State(inner): State<Arc<Inner>>, request: Request<Body>) -> Resp
     let (head, body) = request.into_parts();
     let raw = axum::body::to_bytes(body, usize::MAX).await.unwrap();
     let asked = Asked {
+        path: head.uri.path().to_owned(),
         body: serde_json::from_slice(&raw).unwrap_or_default(),
         headers: head.headers,
         raw,
@@ -160,6 +164,7 @@ async fn answer(State(inner): State<Arc<Inner>>, request: Request<Body>) -> Resp
     match say {
         Say::Json(value) => value.to_string().into_response(),
         Say::Status(number) => status(number).into_response(),
+        Say::Refuse(number, value) => (status(number), value.to_string()).into_response(),
         Say::With(number, name, value) => (status(number), [(name, value)]).into_response(),
         Say::Large(bytes) => format!("{{\"a\":\"{}\"}}", "x".repeat(bytes)).into_response(),
         Say::Hang => std::future::pending().await,

@@ -115,18 +115,36 @@ impl Mesh {
 
     /// Starts the process that runs the workers of the configuration, and waits until it is ready.
     pub(crate) async fn start_workers(&self) -> Edge {
+        self.start_service("worker", "NATTER__WORKER__LISTEN", &[])
+            .await
+    }
+
+    /// Starts a notifier, and waits until it is ready.
+    pub(crate) async fn start_notifier(&self, env: &[(&str, String)]) -> Edge {
+        self.start_service("notifier", "NATTER__PUSH__LISTEN", env)
+            .await
+    }
+
+    async fn start_service(&self, role: &str, listen: &str, env: &[(&str, String)]) -> Edge {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
         let mut spec = self.spec(0, address);
-        spec.name = "workers".to_owned();
-        spec.log = self.dir.path().join("workers.log");
-        spec.env = vec![("NATTER__WORKER__LISTEN".to_owned(), address.to_string())];
+        spec.name = role.to_owned();
+        spec.log = self
+            .dir
+            .path()
+            .join(format!("{role}-{}.log", address.port()));
+        spec.env = vec![(listen.to_owned(), address.to_string())];
+        let more = env
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), value.clone()));
+        spec.env.extend(more);
         if let Some(edge) = self.edges.first() {
             let url = format!("http://{}", edge.address);
             spec.env
                 .push(("NATTER__UPLOADS__PUBLIC_URL".to_owned(), url));
         }
-        if let Some(role) = spec.args.first_mut() {
-            *role = "worker".into();
+        if let Some(first) = spec.args.first_mut() {
+            *first = role.into();
         }
         let mut process = Process::new(launcher(), spec);
         process.start().await.unwrap();

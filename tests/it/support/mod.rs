@@ -8,6 +8,7 @@
     reason = "shared by test modules that come and go; not each uses everything"
 )]
 
+pub(crate) mod browser;
 pub(crate) mod calls;
 pub(crate) mod centrifugal;
 pub(crate) mod checker;
