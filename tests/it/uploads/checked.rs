@@ -340,7 +340,7 @@ async fn without_a_verdict_or_somebody_to_ask_a_file_stays_back() {
     command.env("NATTER__UPLOADS__SECRET", other);
     let output = tokio::task::spawn_blocking(move || command.output().unwrap());
     let output = output.await.unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
+    let said = String::from_utf8_lossy(&output.stdout);
     assert!(
         !output.status.success() && said.contains("uploads.secret"),
         "{output:?}"
