@@ -179,7 +179,8 @@ export function fileOf(attachment, { token, room }, settled) {
       if (error.code === "infected") picture?.gone();
       if (error.code !== "pending") return;
       // A picture comes by itself. What was clicked does not: a window that opens later would surprise.
-      waiting = isWanted ? () => {} : use;
+      if (!isWanted) waiting = use;
+      else waiting ??= () => {};
       // The verdict is seen here a moment before the edge knows of it.
       if (isJudged && (tries += 1) < TRIES) setTimeout(again, error.retry_after_ms ?? 2000);
     }
@@ -224,7 +225,9 @@ function pictureOf({ width, height }, name, show, open, settled) {
   measure(width, height);
   let isWhole = false; // whether it is the file itself, which a thumbnail does not replace
   picture.addEventListener("load", settled);
-  picture.addEventListener("error", () => frame.remove()); // the link beside it says what is the matter
+  picture.addEventListener("error", () => {
+    if (isWhole) frame.remove(); // the link beside it says what is the matter. A thumbnail can be anything.
+  });
   frame.append(picture);
   // Only what is looked at is loaded.
   const near = new IntersectionObserver((entries) => {

@@ -211,7 +211,8 @@ export class Log {
       if (key == null) return;
       if (!facts.reactions.has(key)) facts.reactions.set(key, new Map());
       facts.reactions.get(key).set(from, on);
-    } else if (kind === "annotation") {
+    } else if (kind === "annotation" && from.startsWith("$worker.")) {
+      // Members may annotate, too. In a page of history it is not told whose word it is.
       filesSaid(facts.files, body);
     }
     this.#draw(item);

@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +29,7 @@ from worker import is_signed
 SEEN = ("image/png", "image/jpeg", "image/gif", "image/webp")
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")  # Pillow has decoders of many more, which strangers need not reach
 MOST_BYTES = 20 << 20  # of a file; larger ones have no thumbnail
-MOST_PIXELS = 40_000_000  # once decoded: a small file can hold a very large image
+MOST_PIXELS = 24_000_000  # once decoded: a small file can hold a very large image. About 200 MB at once
 MOST_REQUEST = 2 << 20
 ALL_WITHIN = 8  # seconds for all files of a message; less than `timeout` of the worker
 ANSWER = 7_500  # bytes of all thumbnails; an annotation has at most 8 KiB
@@ -38,16 +39,25 @@ EICAR = rb"X5O!P%@AP[4\PZX54(P^)7CC)7}$" + b"EICAR-STANDARD-ANTIVIRUS-TEST-FILE!
 
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-AT_ONCE = threading.BoundedSemaphore(4)  # files that are in memory
+# Requests at once. Pictures are held in memory and decoded, so they must not hold up verdicts.
+AT_ONCE = {"/images": threading.BoundedSemaphore(2), "/scan": threading.BoundedSemaphore(8)}
 
 
 class Unusable(Exception):
     """There is nothing to say of the file, now or later."""
 
 
+class Missing(Exception):
+    """The file is not there."""
+
+
 def pieces(upload, until):
     """The bytes of a file, piece by piece. `url` comes from natter: the request was signed."""
-    with urllib.request.urlopen(upload["url"], timeout=max(0.1, until - time.monotonic())) as answer:
+    try:
+        answer = urllib.request.urlopen(upload["url"], timeout=max(0.1, until - time.monotonic()))
+    except urllib.error.HTTPError as refused:
+        raise (Missing if refused.code == 404 else OSError)(refused.code) from refused
+    with answer:
         while piece := answer.read1(64 << 10):
             yield piece
             if time.monotonic() > until:
@@ -61,14 +71,17 @@ def image(upload, until):
         data += piece
         if len(data) > MOST_BYTES:
             raise Unusable
+    if time.monotonic() > until:
+        raise TimeoutError("no time is left to decode it")  # decoding itself can't be stopped
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             picture.draft("RGB", (2 * SIDES[0], 2 * SIDES[0]))  # a JPEG is decoded small
             original = Image.open(io.BytesIO(data), formats=FORMATS).size
-            turned = picture.getexif().get(0x0112, 1) >= 5
-            small = ImageOps.exif_transpose(picture).convert("RGBA" if picture.has_transparency_data else "RGB")
-            small.thumbnail((SIDES[0], SIDES[0]))
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning) as bad:
+            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            mode = "RGBA" if picture.has_transparency_data else "RGB"
+            picture.thumbnail((SIDES[0], SIDES[0]))  # first: the rest then has few pixels
+            small = ImageOps.exif_transpose(picture).convert(mode)
+    except Exception as bad:  # Pillow raises whatever a stranger's bytes lead it to
         raise Unusable from bad
     width, height = reversed(original) if turned else original
     return {"width": width, "height": height}, small
@@ -79,7 +92,10 @@ def webp(small, bytes_each):
     for side in SIDES:
         copy, out = small.copy(), io.BytesIO()
         copy.thumbnail((side, side))
-        copy.save(out, "WEBP", quality=60, method=4)
+        try:
+            copy.save(out, "WEBP", quality=60, method=4, exif=b"", icc_profile=None)
+        except Exception:
+            return None
         url = "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
         if len(url) <= bytes_each:
             return url
@@ -88,27 +104,37 @@ def webp(small, bytes_each):
 
 def images(uploads, until):
     wanted = [one for one in uploads if one.get("type") in SEEN and (one.get("size") or 0) <= MOST_BYTES]
-    found = {}
+    found, later = {}, None
     for upload in wanted:
         try:
             found[upload["upload"]] = image(upload, until)
-        except Unusable:
+        except (Unusable, Missing):
             pass
+        except OSError as away:
+            later = away
+    if later and not found:
+        raise later  # a part of the thumbnails is better than none, but later there may be all
     each = ANSWER // max(1, len(found)) - 140  # the rest of an entry
     files = {upload: about | ({"thumbnail": url} if (url := webp(small, each)) else {}) for upload, (about, small) in found.items()}
     return {"files": files} if files else None
 
 
 def scan(uploads, until):
-    """A stand-in: says "infected" where the EICAR test string is in a file. It reads all of each file, of any size."""
+    """
+    A stand-in: says "infected" where the EICAR test string is in a file. It reads all of each file, of any size. A file
+    that is not there is "missing": natter asks some more times. All others must have a verdict.
+    """
     files = {}
     for upload in uploads:
         end, verdict = b"", "clean"
-        for piece in pieces(upload, until):
-            if EICAR in end + piece:
-                verdict = "infected"
-                break
-            end = (end + piece)[-len(EICAR):]
+        try:
+            for piece in pieces(upload, until):
+                if EICAR in end + piece:
+                    verdict = "infected"
+                    break
+                end = (end + piece)[-len(EICAR):]
+        except Missing:
+            verdict = "missing"
         files[upload["upload"]] = verdict
     return {"files": files}
 
@@ -141,12 +167,16 @@ class Worker(BaseHTTPRequestHandler):
             return self.answer(404)
         if not is_signed(self.headers, body):
             return self.answer(401)
-        try:
-            with AT_ONCE:
-                result = work(json.loads(body).get("uploads", []), time.monotonic() + ALL_WITHIN)
-        except (OSError, ValueError):
-            # Not uploaded yet, or the storage is away: natter asks again.
+        until, turns = time.monotonic() + ALL_WITHIN, AT_ONCE[self.path]
+        if not turns.acquire(timeout=ALL_WITHIN / 2):
             return self.answer(503)
+        try:
+            result = work(json.loads(body).get("uploads", []), until)
+        except (OSError, ValueError):
+            # The storage is away, or too slow: natter asks again.
+            return self.answer(503)
+        finally:
+            turns.release()
         return self.answer(204) if result is None else self.answer(200, result)
 
     def log_message(self, format, *args):

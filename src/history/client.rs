@@ -60,6 +60,29 @@ pub struct Heads {
     pub change: u64,
 }
 
+fn unreachable() -> Refused {
+    let text = "NATS is not reachable".to_owned();
+    Refused::new(ErrorCode::Unavailable, text)
+}
+
+/// The answer to a question that only the service can answer.
+fn read<T: DeserializeOwned>(asked: Result<bytes::Bytes, AskError>) -> Result<T, Refused> {
+    let away = || {
+        let text = "the history service does not answer".to_owned();
+        Refused::new(ErrorCode::Unavailable, text)
+    };
+    let answer = asked.map_err(|error| match error {
+        AskError::Refused(error) => {
+            refusal(&error).unwrap_or(Refused::new(ErrorCode::Unavailable, error.message))
+        }
+        AskError::Nobody { .. }
+        | AskError::Timeout { .. }
+        | AskError::TooLarge { .. }
+        | AskError::Failed { .. } => away(),
+    })?;
+    serde_json::from_slice(&answer).map_err(|_other_version| away())
+}
+
 impl Client {
     /// A client that uses the reader's connection.
     #[must_use]
@@ -78,8 +101,7 @@ impl Client {
     async fn turn(&self) -> Result<SemaphorePermit<'_>, Refused> {
         // Neither the service nor the streams could be reached, and every wait would end in a timeout.
         if !self.pages.connection().is_up() {
-            let text = "NATS is not reachable".to_owned();
-            return Err(Refused::new(ErrorCode::Unavailable, text));
+            return Err(unreachable());
         }
         let turn = timeout(self.wait, self.turns.acquire()).await;
         // The semaphore is never closed.
@@ -159,21 +181,7 @@ impl Client {
         question: &impl Serialize,
     ) -> Result<T, Refused> {
         let _turn = self.turn().await?;
-        let away = || {
-            let text = "the history service does not answer".to_owned();
-            Refused::new(ErrorCode::Unavailable, text)
-        };
-        let asked = self.ask(endpoint, encode(question)?).await;
-        let answer = asked.map_err(|error| match error {
-            AskError::Refused(error) => {
-                refusal(&error).unwrap_or(Refused::new(ErrorCode::Unavailable, error.message))
-            }
-            AskError::Nobody { .. }
-            | AskError::Timeout { .. }
-            | AskError::TooLarge { .. }
-            | AskError::Failed { .. } => away(),
-        })?;
-        serde_json::from_slice(&answer).map_err(|_other_version| away())
+        read(self.ask(endpoint, encode(question)?).await)
     }
 
     /// What the directory of rooms finds.
@@ -237,12 +245,18 @@ impl Client {
         granted.map(|_granted| ())
     }
 
-    /// Whether the file of an upload may be given out.
+    /// Whether the file of an upload may be given out. It takes no turn of those for pages, and does not say whether the
+    /// service is silent: the caller bounds how many it asks at once.
     ///
     /// # Errors
     /// `unavailable`: it is not known.
     pub async fn upload_state(&self, upload: &str) -> Result<UploadState, Refused> {
-        self.answer(endpoint::UPLOAD_STATE, &upload).await
+        let connection = self.pages.connection();
+        if !connection.is_up() {
+            return Err(unreachable());
+        }
+        let subject = self.subjects.history(&self.region, endpoint::UPLOAD_STATE);
+        read(ask(connection, subject, encode(&upload)?, self.wait).await)
     }
 
     /// The heads of a room, one per origin; `None` if they can't be read now. Reads one stream per origin.

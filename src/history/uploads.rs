@@ -91,11 +91,13 @@ struct Judged {
 }
 
 /// The verdicts among these entries: what the worker `scan` itself has annotated. Nobody else can have its name, since no
-/// token has one that begins with `$`.
+/// token has one that begins with `$`. What was imported is only told: whoever wrote the file of an import may have named
+/// anybody.
 pub(super) fn verdicts<'a>(entries: &'a [Entry], scan: &str) -> Vec<Verdict<'a>> {
     let judge = worker_user(scan);
     let mut verdicts = Vec::new();
-    for entry in entries.iter().filter(|entry| entry.from == judge) {
+    let own = |entry: &&Entry| entry.from == judge && entry.original_ts.is_none();
+    for entry in entries.iter().filter(own) {
         let What::Change {
             change: Change::Annotate(said),
             ..
@@ -180,16 +182,22 @@ pub(super) async fn remove(parts: Parts, storage: Arc<Storage>) {
 }
 
 async fn remove_one(parts: &Parts, storage: &Storage, removal: &FileRemoval) {
+    let uploads = &parts.config.uploads;
+    let again_at = removal.again_at(uploads.url_ttl);
+    let remove = async |id: UploadId| match again_at {
+        // An edge may still remember the file as clean, so no other one may take its place as long as that is possible.
+        Some(_) if uploads.scan().is_some() => storage.bar(&id).await,
+        _ => storage.remove(&id).await,
+    };
     // Only ids that an edge made are in the registry; a record that a person wrote has no file.
     if let Ok(id) = UploadId::parse(&removal.id)
-        && let Err(error) = storage.remove(&id).await
+        && let Err(error) = remove(id).await
     {
         count(Counter::UploadRemovalFailed, 1);
         tracing::warn!(%error, upload = removal.id, "a file could not be removed; it will be tried again");
         return;
     }
-    let valid = parts.config.uploads.url_ttl;
-    match parts.store.file_removed(removal, valid).await {
+    match parts.store.file_removed(removal, again_at).await {
         Ok(()) if removal.again => {}
         Ok(()) => count(Counter::UploadRemoved, 1),
         Err(error) => tracing::debug!(%error, "a removed file will be removed again"),
@@ -282,7 +290,12 @@ mod tests {
             entry(from, What::Change { target, change })
         };
         let both = r#"{"files":{"u1":"clean","u2":"infected","u3":"unknown","u4":{"width":1}}}"#;
+        let imported = Entry {
+            original_ts: Some(1),
+            ..annotated("$worker.scan", r#"{"files":{"u7":"clean"}}"#)
+        };
         let entries = [
+            imported,
             annotated("$worker.scan", both),
             annotated("$worker.scan", r#"{"files":["u1"]}"#),
             annotated("$worker.image", r#"{"files":{"u5":"clean"}}"#),

@@ -14,7 +14,7 @@
 //!   before: they count as clean.
 //! - `due`: its file is to be removed, at that time. The field stays until the file is gone, so no removal is forgotten.
 //! - `gone`: the file was removed. It is removed once more when the record is deleted, because a URL to upload was still
-//!   valid after the first time.
+//!   valid after the first time. Until then its name stays taken where files are checked.
 //!
 //! # Invariants
 //! - Of several messages that name an upload, the first one to arrive here counts. What was claimed or is to be removed
@@ -121,6 +121,16 @@ pub struct FileRemoval {
     at: i64,
     /// Whether the file was removed before.
     pub again: bool,
+}
+
+impl FileRemoval {
+    /// When the file must be removed once more, in ms since 1970, since its URL to upload lives for `valid`; `None`: this
+    /// is the last time, and the record goes with it.
+    #[must_use]
+    pub fn again_at(&self, valid: Duration) -> Option<i64> {
+        let until = self.at + millis(QUOTA + valid);
+        (until > DateTime::now().timestamp_millis()).then_some(until)
+    }
 }
 
 /// Marks files to be removed, in an update.
@@ -400,23 +410,21 @@ impl Store {
         }))
     }
 
-    /// Notes that a file was removed. The record stays until [`QUOTA`] and `valid`, the life of a URL, have passed since
-    /// the upload was granted, and then the file is due once more.
+    /// Notes that a file was removed. `again_at`: see [`FileRemoval::again_at`]. Until then the record stays.
     ///
     /// # Errors
     /// [`StoreError`]. The file is then removed again.
     pub async fn file_removed(
         &self,
         removal: &FileRemoval,
-        valid: Duration,
+        again_at: Option<i64>,
     ) -> Result<(), StoreError> {
         let uploads = self.confirmed(UPLOADS);
         let which = doc! { "_id": &removal.id };
-        let until = removal.at + millis(QUOTA + valid);
-        if until <= DateTime::now().timestamp_millis() {
+        let Some(until) = again_at else {
             let delete = uploads.delete_one(which).into_future();
             return within(self.write_timeout, delete).await.map(|_deleted| ());
-        }
+        };
         let set = doc! {
             "$set": { "gone": true, "due": DateTime::from_millis(until) },
             "$unset": { "name": "", "type": "", "message": "" },

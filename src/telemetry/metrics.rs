@@ -485,6 +485,8 @@ counted! {
     WorkerExpired(worker: WorkerLabel) = "natter.worker.expired", "{message}";
     /// Messages for a worker that went to the dead letters.
     WorkerDead(worker: WorkerLabel) = "natter.worker.dead", "{message}";
+    /// Messages for the worker `uploads.scan` that were skipped although their dead letter could not be kept.
+    WorkerLost(worker: WorkerLabel) = "natter.worker.lost", "{message}";
     /// Alerts that the annotations of a worker have raised.
     WorkerAlerts(worker: WorkerLabel) = "natter.worker.alerts", "{alert}";
     /// Events that a hook has accepted.

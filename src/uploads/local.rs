@@ -5,6 +5,7 @@
 //!                                          <id>.json         what the client said of it
 //!                                          <id>.part         an upload that is under way
 //!                                          <id>.json.part    the same of what the client said
+//!                                          <id>.gone         the file was removed, and no other one may take its place
 //! ```
 //!
 //! # Invariants
@@ -30,6 +31,9 @@ use tokio::{
 
 use super::{File, OpenError, Put, Signer, StorageError, UploadId};
 use crate::config::Uploads;
+
+/// The end of the name of what stands for a file that was removed, and keeps its place.
+const GONE: &str = ".gone";
 
 /// Bytes that are read from a file at once.
 const READ_AT_ONCE: usize = 64 * 1024;
@@ -137,12 +141,13 @@ impl Local {
         self.folder.join(last).join(&name)
     }
 
-    /// Whether the file is there.
+    /// Whether the file is there, or was removed and can't come again.
     ///
     /// # Errors
     /// The folder can't be read.
     pub async fn has(&self, id: &UploadId) -> io::Result<bool> {
-        fs::try_exists(self.path(id)).await
+        let path = self.path(id);
+        Ok(fs::try_exists(&path).await? || is_barred(&path).await?)
     }
 
     /// Begins to receive a file.
@@ -177,6 +182,9 @@ impl Local {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             from => from?,
         };
+        if is_barred(&path).await? {
+            return Ok(None);
+        }
         let about = match fs::read(with_end(&path, ".json")).await {
             // It was removed in between.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -189,9 +197,24 @@ impl Local {
         }))
     }
 
-    /// Removes a file, and what broken uploads have left of it.
-    pub(super) async fn remove(&self, id: &UploadId) -> Result<(), StorageError> {
+    /// Removes a file, and what broken uploads have left of it. No other one is taken in its place.
+    pub(super) async fn bar(&self, id: &UploadId) -> Result<(), StorageError> {
         let path = self.path(id);
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).await?;
+        }
+        // First: whoever gives a file its name now sees it, or else the file is found here.
+        let bar = fs::File::create(with_end(&path, GONE)).await?;
+        bar.sync_all().await?;
+        self.clear(&path, true).await
+    }
+
+    /// Removes all of an upload.
+    pub(super) async fn remove(&self, id: &UploadId) -> Result<(), StorageError> {
+        self.clear(&self.path(id), false).await
+    }
+
+    async fn clear(&self, path: &Path, but_bar: bool) -> Result<(), StorageError> {
         let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
             return Ok(());
         };
@@ -201,8 +224,11 @@ impl Local {
         };
         let name = name.as_encoded_bytes();
         while let Some(entry) = all.next_entry().await? {
-            if !entry.file_name().as_encoded_bytes().starts_with(name) {
-                continue;
+            let rest = entry.file_name();
+            match rest.as_encoded_bytes().strip_prefix(name) {
+                None => continue,
+                Some(end) if but_bar && end == GONE.as_bytes() => continue,
+                Some(_) => {}
             }
             match fs::remove_file(entry.path()).await {
                 // Another one was faster.
@@ -212,6 +238,11 @@ impl Local {
         }
         Ok(())
     }
+}
+
+/// Whether no file may take this place any more.
+async fn is_barred(path: &Path) -> io::Result<bool> {
+    fs::try_exists(with_end(path, GONE)).await
 }
 
 fn with_end(path: &Path, end: &str) -> PathBuf {
@@ -297,7 +328,8 @@ impl Receiving {
         Ok(self.to.write_all(bytes).await?)
     }
 
-    /// Ends the upload: the file is stored, under its name. If another upload of it was faster, that one stays.
+    /// Ends the upload: the file is stored, under its name. If another upload of it was faster, that one stays. If the file
+    /// was removed meanwhile, it is not stored.
     ///
     /// # Errors
     /// [`LocalError`]; there are fewer bytes than were announced.
@@ -320,6 +352,16 @@ impl Receiving {
         part.rename(&with_end(&self.path, ".json")).await?;
         if !fs::try_exists(&self.path).await? {
             self.part.rename(&self.path).await?;
+        }
+        // Last: whoever bars the place later finds the file.
+        if is_barred(&self.path).await? {
+            for end in ["", ".json"] {
+                match fs::remove_file(with_end(&self.path, end)).await {
+                    // Whoever has barred it was faster.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    removed => removed?,
+                }
+            }
         }
         Ok(())
     }
@@ -479,5 +521,30 @@ mod tests {
         let (url, _) = local.get(&id, 1000);
         let permit = url.split_once("?permit=").unwrap().1;
         assert_eq!(of(&id, permit, 1000).unwrap().file, None);
+    }
+
+    #[tokio::test]
+    async fn where_a_file_was_barred_none_comes_until_it_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (local, id) = local(folder.path());
+        receive(&local, id, 4, &[b"good"]).await.unwrap();
+        // One that is under way when it is barred does not come either, nor one that begins later.
+        let mut late = local.receive(id, file(4)).await.unwrap();
+        late.write(b"evil").await.unwrap();
+        local.bar(&id).await.unwrap();
+        assert!(local.has(&id).await.unwrap());
+        assert!(local.open_file(&id).await.unwrap().is_none());
+        drop(late.finish().await);
+        receive(&local, id, 4, &[b"evil"]).await.unwrap();
+        local.bar(&id).await.unwrap();
+        assert!(local.open_file(&id).await.unwrap().is_none());
+        let left = files(folder.path());
+        assert!(
+            matches!(&*left, [only] if only.extension().unwrap() == "gone"),
+            "{left:?}"
+        );
+        local.remove(&id).await.unwrap();
+        assert_eq!(files(folder.path()), Vec::<PathBuf>::new());
+        assert!(!local.has(&id).await.unwrap());
     }
 }

@@ -1,4 +1,5 @@
-//! The storage in a bucket of S3: clients put and get files with signed URLs; natter itself only removes them.
+//! The storage in a bucket of S3: clients put and get files with signed URLs; natter itself only removes them,
+//! or puts something empty in their place.
 
 use std::{fmt, time::Duration};
 
@@ -113,6 +114,16 @@ impl S3 {
             }
             removed => removed,
         }
+    }
+
+    /// Puts an empty object in the place of a file, which `If-None-Match` then sees.
+    pub(super) async fn bar(&self, id: &UploadId) -> Result<(), StorageError> {
+        let object = object(id);
+        let action = self.bucket.put_object(Some(&self.credentials), &object);
+        let url: String = action.sign(ANSWER_WITHIN).into();
+        // Without a body nobody else would send it, and S3 wants it.
+        let length = [("content-length", "0".to_owned())];
+        self.send(Method::PUT, &url, &length, "").await
     }
 
     /// Writes a file with this text. [`StorageError::Kept`]: there is one, which can't be replaced.

@@ -138,6 +138,17 @@ impl Storage {
         }
     }
 
+    /// Removes the file of an upload, and keeps its place taken, so that none is uploaded there, until [`Self::remove`].
+    ///
+    /// # Errors
+    /// [`StorageError`].
+    pub async fn bar(&self, id: &UploadId) -> Result<(), StorageError> {
+        match self {
+            Self::Local(local) => local.bar(id).await,
+            Self::S3(s3) => s3.bar(id).await,
+        }
+    }
+
     /// Writes a small file and removes it, to see whether that is possible.
     ///
     /// # Errors

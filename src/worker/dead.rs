@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{
     Links, Parts, Worker,
     files::Files,
-    job::{Done, Failed},
+    job::{Attempt, Done, Failed},
 };
 use crate::{
     bus::{DeadLetter, DeadLetters},
@@ -59,7 +59,11 @@ impl Retry {
             let Some(about) = worker.about(stored) else {
                 return Ok(Done::Skipped);
             };
-            let work = worker.work(&self.parts, (stored, about), letter.epoch, true);
+            let attempt = Attempt {
+                again: true,
+                may_wait: false,
+            };
+            let work = worker.work(&self.parts, (stored, about), letter.epoch, attempt);
             work.await
         };
         let retried = match work.await {

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{
     Parts, Worker,
-    files::{AskedUpload, names_uploads},
+    files::{AskedUpload, Open, left_open, names_uploads},
     seen::{self, Seen},
 };
 use crate::{
@@ -54,6 +54,15 @@ pub(super) enum Failed {
     Natter(String),
 }
 
+/// How far an attempt goes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Attempt {
+    /// The job may have been begun before.
+    pub(super) again: bool,
+    /// There will be another attempt, so it may wait for files that are not there yet.
+    pub(super) may_wait: bool,
+}
+
 /// The message that a job is about.
 pub(super) struct About {
     reference: Reference,
@@ -73,7 +82,7 @@ struct Asked<'a> {
     message: &'a RawValue,
     #[serde(skip_serializing_if = "Option::is_none")]
     record: Option<RecordReply>,
-    /// The uploads that the message names.
+    /// The uploads that the message names, for a worker of `attachments`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     uploads: Vec<AskedUpload>,
 }
@@ -144,7 +153,12 @@ impl Worker {
         }
     }
 
-    /// Does a job, as far as it is not done yet. `again`: it may have been begun before.
+    /// Whether files wait for what this worker says of them.
+    pub(super) fn holds_back(&self, parts: &Parts) -> bool {
+        parts.config.uploads.scan() == Some(self.name())
+    }
+
+    /// Does a job, as far as it is not done yet.
     ///
     /// # Errors
     /// [`Failed`]: it is to be repeated. A repeat is safe wherever this attempt has ended.
@@ -153,9 +167,10 @@ impl Worker {
         parts: &Parts,
         (stored, about): (&Stored, About),
         epoch: Epoch,
-        again: bool,
+        attempt: Attempt,
     ) -> Result<Done, Failed> {
         let Stored { room, record } = stored;
+        let again = attempt.again;
         let user = &*self.identity.user;
         let key = message_key(room.as_str(), &record.from, &record.id);
         let ids = (
@@ -178,7 +193,8 @@ impl Worker {
                 let Some(message) = message else {
                     return Ok(Done::Skipped);
                 };
-                let body = match self.ask(parts, room, &message, &ids.0).await? {
+                let asked = self.ask(parts, stored, &message, &ids.0, attempt.may_wait);
+                let body = match asked.await? {
                     Ok(body) => body,
                     Err(done) => return Ok(done),
                 };
@@ -268,44 +284,73 @@ impl Worker {
     async fn ask(
         &self,
         parts: &Parts,
-        room: &RoomId,
+        Stored { room, record: of }: &Stored,
         message: &RawValue,
         id: &str,
+        may_wait: bool,
     ) -> Result<Result<Bytes, Done>, Failed> {
         let known = parts.people.of(room).await.map_err(|error| later(&error))?;
-        let uploads = match &parts.files {
-            Some(files) => files.of(room, message),
-            None => Vec::new(),
-        };
-        if self.config.attachments && uploads.is_empty() {
-            // An edit has taken them out meanwhile, or whoever published it named what is no upload of theirs.
-            return Ok(Err(Done::Skipped));
-        }
-        let asked = Asked {
-            worker: self.name(),
-            room,
-            message,
-            record: known_record(&known, room),
-            uploads,
-        };
-        let body = serde_json::to_vec(&asked).map_err(|error| later(&error))?;
+        let holds_back = self.holds_back(parts);
+        let rejected = |reason: &str| Ok(Err(Done::Rejected(reason.to_owned())));
+        let mut asked_files = Vec::new();
         let outcome = {
-            // Never closed.
+            // First, so that URLs do not age meanwhile. Never closed.
             let _turn = self.turns.acquire().await;
+            // Only who asks for them: a URL needs no token, and does not wait until the file is checked.
+            let (named, uploads) = match &parts.files {
+                Some(files) if self.config.attachments => files.of(room, message),
+                Some(_) | None => (0, Vec::new()),
+            };
+            if self.config.attachments && uploads.is_empty() {
+                // What was imported may name uploads of another deployment. All else was checked by an edge.
+                if holds_back && named > 0 && of.original_ts.is_none() {
+                    return rejected(
+                        "it names uploads, but none of its room and author: is uploads.secret the one of the edges?",
+                    );
+                }
+                // An edit has taken them out meanwhile, or whoever published it named what is no upload of theirs.
+                return Ok(Err(Done::Skipped));
+            }
+            if holds_back {
+                asked_files = uploads.iter().map(|one| one.id().to_owned()).collect();
+            }
+            let asked = Asked {
+                worker: self.name(),
+                room,
+                message,
+                record: known_record(&known, room),
+                uploads,
+            };
+            let body = serde_json::to_vec(&asked).map_err(|error| later(&error))?;
             let _open = self.label.map(|label| Held::new(Gauge::WorkerOpen(label)));
             let started = Instant::now();
             let outcome = self.receiver.post(id, Bytes::from(body)).await;
             record(Histogram::WorkerRequestDuration, started.elapsed());
             outcome
         };
-        match outcome {
+        let answer = match outcome {
             Outcome::Done {
                 status: StatusCode::NO_CONTENT,
                 ..
-            } => Ok(Err(Done::Empty)),
-            Outcome::Done { body, .. } => Ok(self.annotation(parts, &body).map_err(Done::Rejected)),
-            Outcome::GiveUp(fault) => Ok(Err(Done::Rejected(fault.to_string()))),
-            Outcome::Retry { fault, after } => Err(Failed::Receiver { fault, after }),
+            } if holds_back => return rejected("the answer is 204, and its files are held back"),
+            Outcome::Done {
+                status: StatusCode::NO_CONTENT,
+                ..
+            } => return Ok(Err(Done::Empty)),
+            Outcome::Done { body, .. } => body,
+            Outcome::GiveUp(fault) => return rejected(&fault.to_string()),
+            Outcome::Retry { fault, after } => return Err(Failed::Receiver { fault, after }),
+        };
+        let body = match self.annotation(parts, &answer) {
+            Ok(body) => body,
+            Err(flaw) => return Ok(Err(Done::Rejected(flaw))),
+        };
+        match left_open(&answer, &asked_files) {
+            Some(Open::Undecided(upload)) => rejected(&format!(
+                "the answer has neither \"clean\" nor \"infected\" for the upload {upload}"
+            )),
+            Some(Open::Missing) if may_wait => Err(later(&"a file is not there yet")),
+            Some(Open::Missing) | None => Ok(Ok(body)),
         }
     }
 

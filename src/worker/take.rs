@@ -12,7 +12,7 @@ use tokio::{
 
 use super::{
     Parts, Worker,
-    job::{Done, Failed},
+    job::{Attempt, Done, Failed},
 };
 use crate::{
     bus::{Answer, Consumer, Delivery, Pull, PullError, Stored, StreamError, answer},
@@ -27,6 +27,13 @@ use crate::{
 
 /// Pauses before a failed request is repeated: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
+
+/// Attempts for a message with files that are not there. Few: while it waits, it takes one of the places of its partition,
+/// and anybody can name a file that never comes.
+const FILE_TRIES: u32 = 4;
+
+/// Deliveries, after `max_deliver`, in which the dead letter of a message that is too old must be kept.
+const LETTER_TRIES: u32 = 5;
 
 /// The messages of a partition in the hand of this process.
 struct Taking {
@@ -197,23 +204,35 @@ impl Taking {
         };
         let age = Duration::from_millis(unix_ms().saturating_sub(delivery.ts));
         // Its files stay back until there is a verdict, so an operator must be able to ask for one.
-        let holds_back = self.parts.config.uploads.scan() == Some(worker.name());
+        let holds_back = worker.holds_back(&self.parts);
+        let max_deliver = worker.config.max_deliver;
         if age > worker.config.max_age {
-            worker.count(Counter::WorkerExpired);
             let reason = "it is older than max_age, and its files are held back";
             if holds_back && !self.bury(delivery, &stored, epoch, reason).await {
-                return Answer::Again(pause(delivery.deliveries, PAUSES, None));
+                // Not forever: it keeps a place from the messages behind it.
+                if delivery.deliveries < max_deliver.saturating_add(LETTER_TRIES) {
+                    return Answer::Again(pause(delivery.deliveries, PAUSES, None));
+                }
+                worker.count(Counter::WorkerLost);
+                let (name, stream, seq) = (worker.name(), &self.stream, delivery.seq);
+                let id = &stored.record.id;
+                tracing::error!(worker = name, stream, seq, room.id = %stored.room, message.id = id, reason,
+                    "a message is skipped without a dead letter");
             }
+            worker.count(Counter::WorkerExpired);
             return Answer::Done;
         }
         // A server that was killed may have lost acknowledgements, and then counts from 1 again. As long as the message is
         // younger than the stream's duplicate window, so is its annotation, and the stream remembers its id.
         let is_old = age > self.parts.config.streams.duplicate_window / 2;
-        let again = delivery.deliveries > 1 || is_old;
+        let attempt = Attempt {
+            again: delivery.deliveries > 1 || is_old,
+            may_wait: delivery.deliveries < FILE_TRIES.min(max_deliver),
+        };
         let (stream, seq) = (&self.stream, delivery.seq);
         let name = worker.name();
         match worker
-            .work(&self.parts, (&stored, about), epoch, again)
+            .work(&self.parts, (&stored, about), epoch, attempt)
             .await
         {
             Ok(done) => {
@@ -246,8 +265,8 @@ impl Taking {
                 let reason = fault.to_string();
                 let wait = pause(delivery.deliveries, PAUSES, after);
                 // One that would be too old by then would be dropped without a trace.
-                let is_last = delivery.deliveries >= worker.config.max_deliver
-                    || age + wait > worker.config.max_age;
+                let is_last =
+                    delivery.deliveries >= max_deliver || age + wait > worker.config.max_age;
                 if is_last && self.bury(delivery, &stored, epoch, &reason).await {
                     return Answer::Done;
                 }

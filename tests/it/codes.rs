@@ -494,8 +494,11 @@ async fn refused_for_rate() -> Seen {
 
 /// Changes the configuration of the mesh's only stream, as an operator would.
 async fn update_stream(mesh: &Mesh, nats: &str, change: impl FnOnce(&mut Value)) {
+    update_named(nats, &format!("ROOMS_{}_0", mesh.config.region), change).await;
+}
+
+pub(crate) async fn update_named(nats: &str, stream: &str, change: impl FnOnce(&mut Value)) {
     let client = async_nats::connect(nats).await.unwrap();
-    let stream = format!("ROOMS_{}_0", mesh.config.region);
     let ask = async |verb: &str, body: String| -> Value {
         let subject = format!("$JS.API.STREAM.{verb}.{stream}");
         let answer = client.request(subject, body.into()).await.unwrap();

@@ -190,8 +190,11 @@ impl Site {
         }
     }
 
+    /// Whether the file is there. Where files are checked, something empty is left of one that was removed.
     fn has(&self, id: &str) -> bool {
-        self.paths().iter().any(|path| path.ends_with(id))
+        let is_file = |path: &PathBuf| fs::metadata(path).is_ok_and(|found| found.len() > 0);
+        let paths = self.paths();
+        paths.iter().any(|path| path.ends_with(id) && is_file(path))
     }
 
     async fn gone(&self, id: &str) {

@@ -117,7 +117,7 @@ async fn metric(workers: &Edge, name: &str) -> u64 {
         .sum()
 }
 
-async fn metric_is(workers: &Edge, name: &str, value: u64) {
+pub(crate) async fn metric_is(workers: &Edge, name: &str, value: u64) {
     eventually(
         &format!("{name} is {value}"),
         LONG,

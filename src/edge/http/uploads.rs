@@ -237,7 +237,8 @@ pub(super) async fn download(
             HttpError::with_status(StatusCode::NOT_FOUND, ErrorCode::BadId, flaw.to_string())
         })?;
         if api.shared.config.uploads.scan().is_some() {
-            let admitted = uploads.checked.admit(&ready.history, &id).await;
+            let wait = api.shared.config.history.ask_timeout;
+            let admitted = uploads.checked.admit(&ready.history, wait, &id).await;
             admitted.map_err(|refused| match refused.code {
                 ErrorCode::BadId => not_there(),
                 _ => refused.into(),

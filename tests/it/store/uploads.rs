@@ -112,7 +112,9 @@ async fn an_upload_is_claimed_once_by_its_owner_or_removed_when_all_regions_say_
     .await;
     assert_eq!(second, first);
     let minute = std::time::Duration::from_secs(60);
-    own.store.file_removed(&first, minute).await.unwrap();
+    let again = first.again_at(minute);
+    assert!(again.is_some());
+    own.store.file_removed(&first, again).await.unwrap();
     assert_eq!(own.store.claim_file_removal(minute).await.unwrap(), None);
     // A day later it is removed once more, since somebody could have uploaded it again, and is forgotten.
     let uploads = own.database.collection::<Fields>("uploads");
@@ -124,7 +126,8 @@ async fn an_upload_is_claimed_once_by_its_owner_or_removed_when_all_regions_say_
         .unwrap();
     let last = own.store.claim_file_removal(minute).await.unwrap().unwrap();
     assert!(last.again);
-    own.store.file_removed(&last, minute).await.unwrap();
+    assert_eq!(last.again_at(minute), None);
+    own.store.file_removed(&last, None).await.unwrap();
     assert_eq!(
         uploads.count_documents(doc! { "_id": "u3" }).await.unwrap(),
         0

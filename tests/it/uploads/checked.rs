@@ -6,11 +6,12 @@ use sha2::Sha256;
 
 use super::*;
 use crate::{
+    codes::update_named,
     support::{
         endpoint::{Asked, Endpoint, Say},
         mesh::{Edge, SECRET},
     },
-    workers::{dead, said_by_hand, tool, worker},
+    workers::{dead, metric_is, said_by_hand, tool, worker},
 };
 
 macro_rules! over_both {
@@ -22,6 +23,7 @@ macro_rules! over_both {
 
 over_both! {
     a_file_waits_for_its_verdict
+    nothing_takes_the_place_of_a_checked_file
     nobody_else_gives_verdicts_and_one_may_come_before_its_message
 }
 
@@ -31,6 +33,8 @@ fn scan(asked: &Asked) -> Say {
         id if id.starts_with("busy") => return Say::Status(503),
         id if id.starts_with("refused") => return Say::Status(400),
         id if id.starts_with("bad") => "infected",
+        id if id.starts_with("missing") => "missing",
+        id if id.starts_with("unsure") => "unsure",
         _ => "clean",
     };
     let uploads = asked.body["uploads"].as_array().unwrap().iter();
@@ -57,8 +61,10 @@ impl Site {
         let json: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
         let code = json["code"].as_str().unwrap_or_default().to_owned();
         if code == "pending" {
-            assert_eq!(answer.header("retry-after"), Some("2"), "{answer:?}");
-            assert_eq!(json["retry_after_ms"], 2000, "{answer:?}");
+            let ms = json["retry_after_ms"].as_u64().unwrap();
+            assert!((2000..=4000).contains(&ms), "{answer:?}");
+            let s: u64 = answer.header("retry-after").unwrap().parse().unwrap();
+            assert_eq!(s, ms.div_ceil(1000), "{answer:?}");
         }
         (answer.status, code)
     }
@@ -168,22 +174,13 @@ async fn a_file_waits_for_its_verdict(kind: Kind) {
     }
     site.gone(&bad).await;
     // Not even if it is uploaded once more.
-    assert_eq!(site.put(0, &granted, b"evil").await.status, 200);
+    assert_eq!(site.put(0, &granted, b"evil").await.status, expected);
+    assert!(!site.has(&bad));
     assert_eq!(site.refusal(0, &bad).await, (410, "infected".to_owned()));
-    // A file whose message is deleted is not clean any more: another one may take its place.
-    let path = format!("/v1/rooms/{ROOM}/messages");
-    let last = site.upload("kim", ROOM, b"last").await;
-    assert_eq!(site.name(0, "kim", ROOM, "m2", &[&last]).await.0, 200);
-    site.becomes(&last, "clean").await;
-    let delete = json!({ "kind": "delete", "target": "m2", "body": {} });
-    let (status, answer) = ask(site.address(0), ("POST", &path), &token("kim"), &delete).await;
-    assert_eq!(status, 200, "{answer}");
-    site.gone(&last).await;
-    assert_eq!(site.refusal(0, &last).await, (404, "bad_id".to_owned()));
 
     let asked = endpoint.asked();
     let asked: Vec<&str> = asked.iter().map(Asked::id).collect();
-    assert_eq!(asked, ["m1", "bad1", "m2"]);
+    assert_eq!(asked, ["m1", "bad1"]);
     // The storage keeps what it has, says `natter doctor`.
     let found = examine(&site.mesh.config).await.unwrap().findings;
     let found: Vec<_> = found
@@ -191,6 +188,57 @@ async fn a_file_waits_for_its_verdict(kind: Kind) {
         .filter(|one| one.check == Check::Uploads)
         .collect();
     assert!(found.is_empty(), "{found:?}");
+}
+
+/// An edge remembers for a while that a file is clean: also when its message goes, and its URL to upload lives on.
+async fn nothing_takes_the_place_of_a_checked_file(kind: Kind) {
+    let endpoint = Endpoint::start(scan).await;
+    let (site, _workers) = site(kind, 2, &endpoint).await;
+    let granted = site.grant("kim", ROOM, ("a.bin", "image/png", 4)).await;
+    assert_eq!(site.put(0, &granted, b"good").await.status, 200);
+    let id = &granted.id;
+    assert_eq!(site.name(0, "kim", ROOM, "m1", &[id]).await.0, 200);
+    assert_eq!(site.name(0, "kim", ROOM, "m2", &[id]).await.0, 200);
+    site.answers(0, id, 200, "").await;
+    let delete = json!({ "kind": "delete", "target": "m1", "body": {} });
+    let path = format!("/v1/rooms/{ROOM}/messages");
+    let (status, answer) = ask(site.address(0), ("POST", &path), &token("kim"), &delete).await;
+    assert_eq!(status, 200, "{answer}");
+    site.gone(id).await;
+
+    let again = site.put(0, &granted, b"evil").await;
+    let expected = match kind {
+        Kind::Local => 200,
+        Kind::S3 => 412,
+    };
+    assert_eq!(again.status, expected, "{again:?}");
+    assert!(!site.has(id));
+    // This edge has asked a moment ago, and the other one asks now.
+    let got = site.get(0, &token("lee"), ROOM, id).await;
+    match kind {
+        Kind::Local => assert_eq!(got.status, 404, "{got:?}"),
+        Kind::S3 => assert_eq!((got.status, &*got.body), (200, &b""[..]), "{got:?}"),
+    }
+    assert_eq!(site.refusal(1, id).await, (404, "bad_id".to_owned()));
+
+    // When nobody can upload it any more, nothing is left of it.
+    let registry = site.registry().await;
+    let ago = DateTime::from_millis(0);
+    let past = doc! { "$set": { "at": ago, "due": ago } };
+    eventually("its record goes", LONG, async || {
+        let found = site.record(id).await;
+        if found
+            .as_ref()
+            .is_some_and(|found| found.contains_key("gone"))
+        {
+            let which = doc! { "_id": id };
+            registry.update_one(which, past.clone()).await.unwrap();
+        }
+        found.map_or(Ok(()), |found| Err(found.to_string()))
+    })
+    .await;
+    let left = |path: &PathBuf| path.to_string_lossy().contains(&**id);
+    assert!(!site.paths().iter().any(left), "{:?}", site.paths());
 }
 
 async fn nobody_else_gives_verdicts_and_one_may_come_before_its_message(kind: Kind) {
@@ -285,6 +333,20 @@ async fn without_a_verdict_or_somebody_to_ask_a_file_stays_back() {
     for id in [&busy, &refused] {
         assert_eq!(site.refusal(0, id).await, pending());
     }
+    let before = endpoint.asked().len();
+    // With another secret than that of the edges no upload seems to be one. The letters stay.
+    let mut command = site.mesh.command(&["worker", "retry"]).await;
+    let other = "another secret of the tests, of more than 32 bytes";
+    command.env("NATTER__UPLOADS__SECRET", other);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap());
+    let output = output.await.unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        !output.status.success() && said.contains("uploads.secret"),
+        "{output:?}"
+    );
+    dead(&site.mesh, 2).await;
+    assert_eq!(endpoint.asked().len(), before);
     endpoint.behave(|asked| {
         let uploads = asked.body["uploads"].as_array().unwrap();
         let id = uploads[0]["upload"].as_str().unwrap().to_owned();
@@ -292,6 +354,16 @@ async fn without_a_verdict_or_somebody_to_ask_a_file_stays_back() {
     });
     let (is_done, said) = tool(&site.mesh, &["worker", "retry"]).await;
     assert!(is_done, "{said}");
+    // Its URLs lead to the files.
+    let asked = endpoint.asked().split_off(before);
+    assert_eq!(asked.len(), 2);
+    for one in &asked {
+        let url = one.body["uploads"][0]["url"].as_str().unwrap();
+        let path = url.strip_prefix("http://127.0.0.1:1/").unwrap();
+        let fetched = request(site.address(1), "GET", &format!("/{path}"), "", b"").await;
+        let body = String::from_utf8(fetched.body).unwrap();
+        assert_eq!((fetched.status, &*body), (200, one.id()));
+    }
     for id in [&busy, &refused] {
         site.answers(0, id, 200, "").await;
     }
@@ -306,6 +378,69 @@ async fn without_a_verdict_or_somebody_to_ask_a_file_stays_back() {
     assert_eq!(site.refusal(0, &busy).await.0, 200);
     site.mesh.workers[0].process.start().await.unwrap();
     site.answers(1, &busy, 200, "").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_never_comes_makes_no_letter_and_one_without_a_verdict_does() {
+    let endpoint = Endpoint::start(scan).await;
+    // Of the other one, the receiver has no business with files.
+    let base = "scan = 'scan'\npublic_url = 'http://127.0.0.1:1'\n";
+    let scanner = worker("scan", &endpoint, "attachments = true\nmax_deliver = 3\n");
+    let others = Endpoint::start(|_| Say::Status(204)).await;
+    let other = worker("other", &others, "");
+    let site = Site::start(Kind::Local, 1, &format!("{base}{scanner}{other}")).await;
+    let _workers = site.mesh.start_workers().await;
+    let granted = site.grant("kim", ROOM, ("a.bin", "image/png", 4)).await;
+    let missing = &granted.id;
+    assert_eq!(
+        site.name(0, "kim", ROOM, "missing", &[missing]).await.0,
+        200
+    );
+    let unsure = site.upload("kim", ROOM, b"unsure").await;
+    assert_eq!(site.name(0, "kim", ROOM, "unsure", &[&unsure]).await.0, 200);
+    let letters = dead(&site.mesh, 1).await;
+    let reason = letters[0]["reason"].as_str().unwrap();
+    assert!(reason.contains(&unsure), "{letters:?}");
+    let path = format!("/v1/rooms/{ROOM}/messages?after=");
+    eventually("it is told that the file is missing", LONG, async || {
+        let page = site.mesh.get(0, &path).await?;
+        let mut messages = page["messages"].as_array().unwrap().iter();
+        let found = messages.find(|one| one["id"] == "missing").unwrap();
+        match found["annotations"]["scan"]["files"][missing] == "missing" {
+            true => Ok(()),
+            false => Err(page.to_string()),
+        }
+    })
+    .await;
+    let asked = endpoint.asked();
+    let of = |id: &str| asked.iter().filter(|one| one.id() == id).count();
+    assert_eq!((of("missing"), of("unsure")), (3, 1));
+    assert_eq!(dead(&site.mesh, 1).await, letters);
+    // When the file has come, another message that names it has it checked.
+    assert_eq!(site.put(0, &granted, b"good").await.status, 200);
+    assert_eq!(site.name(0, "kim", ROOM, "m2", &[missing]).await.0, 200);
+    site.answers(0, missing, 200, "").await;
+    let asked = others.asked_times(3).await;
+    assert!(asked.iter().all(|one| one.body.get("uploads").is_none()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_full_dead_letters_an_old_message_is_skipped_after_some_attempts() {
+    // Old at once, or else refused: a letter in any case.
+    let endpoint = Endpoint::start(|_| Say::Status(503)).await;
+    let base = "scan = 'scan'\npublic_url = 'http://127.0.0.1:1'\n";
+    let more = "attachments = true\nmax_deliver = 1\nmax_age = '1ms'\n";
+    let entry = worker("scan", &endpoint, more);
+    let site = Site::start(Kind::Local, 1, &format!("{base}{entry}")).await;
+    let stream = format!("UNDELIVERED_{}", site.mesh.config.region);
+    update_named(nats_url(), &stream, |config| config["max_msgs"] = json!(1)).await;
+    let workers = site.mesh.start_workers().await;
+    for id in ["m1", "m2"] {
+        let file = site.upload("kim", ROOM, id.as_bytes()).await;
+        assert_eq!(site.name(0, "kim", ROOM, id, &[&file]).await.0, 200);
+    }
+    metric_is(&workers, "lost_total", 1).await;
+    assert_eq!(dead(&site.mesh, 1).await.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
