@@ -175,7 +175,11 @@ pub(super) fn events(
             erased: Some(body),
             ..about()
         };
-        told.push(event(HookEvent::MessageDeleted, &data)?);
+        // Each region announces it in its own log, under the same id.
+        told.push(Event {
+            id: format!("erased.{}", hash(&format!("{room}\n{}", record.id))),
+            ..event(HookEvent::MessageDeleted, &data)?
+        });
         let ended = Map::from_iter([("action".to_owned(), Value::from("closed"))]);
         told.push(Event {
             id: ended_id(room),
@@ -425,7 +429,8 @@ mod tests {
                 .map(|(id, body)| {
                     let kind = body["type"].as_str().unwrap();
                     let is_place = id == "seoul.k3.2.42";
-                    assert!(is_place || kind == "room.deleted" && id.starts_with("ended."));
+                    let is_erased = id.starts_with("ended.") || id.starts_with("erased.");
+                    assert!(is_place || kind.ends_with(".deleted") && is_erased, "{id}");
                     kind
                 })
                 .collect();

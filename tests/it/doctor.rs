@@ -87,7 +87,7 @@ async fn nothing_is_said_about_a_good_mesh() {
     let star = Star::start(&BOTH, ONE_PARTITION).await;
     let config = provisioned(&star).await;
     let found = until(&config, "all mirrors run", is_fine).await;
-    assert_eq!((found.regions, found.streams, found.servers), (2, 32, 1));
+    assert_eq!((found.regions, found.streams, found.servers), (2, 36, 1));
 
     let flags = [
         "doctor",

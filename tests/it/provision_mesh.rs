@@ -19,9 +19,9 @@ use crate::support::{
 const ONE_PARTITION: &str = "[nats]\npartitions = 1";
 
 /// Streams of one region with one partition: rooms, two of dead letters, six buckets.
-const OWN: usize = 9;
+const OWN: usize = 10;
 /// Those of them that are mirrored.
-const MIRRORED: usize = 7;
+const MIRRORED: usize = 8;
 
 const DRY: Options = Options {
     dry_run: true,
