@@ -175,11 +175,7 @@ pub(super) fn events(
             erased: Some(body),
             ..about()
         };
-        // Each region announces it in its own log, under the same id.
-        told.push(Event {
-            id: format!("erased.{}", hash(&format!("{room}\n{}", record.id))),
-            ..event(HookEvent::MessageDeleted, &data)?
-        });
+        told.push(event(HookEvent::MessageDeleted, &data)?);
         let ended = Map::from_iter([("action".to_owned(), Value::from("closed"))]);
         told.push(Event {
             id: ended_id(room),
@@ -429,8 +425,8 @@ mod tests {
                 .map(|(id, body)| {
                     let kind = body["type"].as_str().unwrap();
                     let is_place = id == "seoul.k3.2.42";
-                    let is_erased = id.starts_with("ended.") || id.starts_with("erased.");
-                    assert!(is_place || kind.ends_with(".deleted") && is_erased, "{id}");
+                    let is_end = kind == "room.deleted" && id.starts_with("ended.");
+                    assert!(is_place || is_end, "{id}");
                     kind
                 })
                 .collect();

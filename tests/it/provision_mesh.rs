@@ -18,7 +18,7 @@ use crate::support::{
 
 const ONE_PARTITION: &str = "[nats]\npartitions = 1";
 
-/// Streams of one region with one partition: rooms, two of dead letters, six buckets.
+/// Streams of one region with one partition: rooms, two of dead letters, seven buckets.
 const OWN: usize = 10;
 /// Those of them that are mirrored.
 const MIRRORED: usize = 8;

@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn the_files_are_the_definitions_of_the_defaults() {
         let definitions = definitions(&config(""));
-        assert_eq!(definitions.len(), 12);
+        assert_eq!(definitions.len(), 13);
         assert_eq!(definitions[0].config, parse(ROOMS));
         assert_eq!(definitions[4].config, parse(HISTORY_DEAD));
         assert_eq!(definitions[5].config, parse(UNDELIVERED));
@@ -327,7 +327,8 @@ mod tests {
                 "KV_lastread_seoul",
                 "KV_control_seoul",
                 "KV_rooms_seoul",
-                "KV_inbox_seoul"
+                "KV_inbox_seoul",
+                "KV_hooks_seoul"
             ]
         );
         let rooms = &definitions[1].config;
