@@ -425,7 +425,8 @@ mod tests {
                 .map(|(id, body)| {
                     let kind = body["type"].as_str().unwrap();
                     let is_place = id == "seoul.k3.2.42";
-                    assert!(is_place || kind == "room.deleted" && id.starts_with("ended."));
+                    let is_end = kind == "room.deleted" && id.starts_with("ended.");
+                    assert!(is_place || is_end, "{id}");
                     kind
                 })
                 .collect();

@@ -312,7 +312,7 @@ mod tests {
     #[test]
     fn the_files_are_the_definitions_of_the_defaults() {
         let definitions = definitions(&config(""));
-        assert_eq!(definitions.len(), 14);
+        assert_eq!(definitions.len(), 15);
         assert_eq!(definitions[0].config, parse(ROOMS));
         assert_eq!(definitions[4].config, parse(HISTORY_DEAD));
         assert_eq!(definitions[5].config, parse(UNDELIVERED));
@@ -340,6 +340,7 @@ mod tests {
                 "KV_control_seoul",
                 "KV_rooms_seoul",
                 "KV_inbox_seoul",
+                "KV_hooks_seoul",
                 "KV_devices_seoul",
                 "KV_pushed_seoul"
             ]
@@ -347,7 +348,7 @@ mod tests {
         let virginia = Region::parse("virginia").unwrap();
         let subjects = Subjects::new("m2");
         let mirrored = |at: usize| definitions[at].mirror_in(&virginia, &subjects).is_some();
-        assert!(mirrored(10) && !mirrored(11));
+        assert!(mirrored(11) && !mirrored(12));
         let rooms = &definitions[1].config;
         assert_eq!(rooms["subjects"], json!(["m2.in.seoul.1.>"]));
         assert_eq!(

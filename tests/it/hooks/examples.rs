@@ -47,7 +47,7 @@ async fn try_out(mut command: Command) {
             }
         }
     });
-    tell(port, told).await;
+    Box::pin(tell(port, told)).await;
     drop(receiver);
     read.await.unwrap();
 }
@@ -86,7 +86,7 @@ fn example(name: &str) -> std::path::PathBuf {
 async fn the_receiver_in_python_checks_what_it_gets() {
     let mut command = Command::new("python3");
     command.arg("-u").arg(example("hook.py"));
-    try_out(command).await;
+    Box::pin(try_out(command)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -97,7 +97,7 @@ async fn the_receiver_in_node_checks_what_it_gets() {
     }
     let mut command = Command::new("node");
     command.arg(example("hook.mjs"));
-    try_out(command).await;
+    Box::pin(try_out(command)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -108,5 +108,5 @@ async fn the_receiver_in_rust_checks_what_it_gets() {
     let print = move |line: &str| lines.try_send(line.to_owned()).unwrap();
     let router = in_rust::receiver(&format!("whsec_{SECRET}"), print);
     tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-    tell(port, told).await;
+    Box::pin(tell(port, told)).await;
 }
