@@ -93,7 +93,8 @@ pub struct Config {
     pub uploads: Uploads,
     pub worker: WorkerService,
     pub hook: HookService,
-    pub push: Push,
+    /// Boxed: few processes need it, and all carry their configuration around.
+    pub push: Box<Push>,
     pub telemetry: Telemetry,
     pub namespaces: BTreeMap<String, Namespace>,
     #[serde(default)]
