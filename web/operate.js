@@ -317,8 +317,8 @@ document.addEventListener("keydown", (event) => {
   if (!client || event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
   if (document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") {
-    if ($("talk").contains(event.target)) back();
-    else if (filters.contains(event.target)) list.focus();
+    if (filters.contains(event.target)) list.focus();
+    else if (talk.name != null) back();
     return;
   }
   const act = ACTS[event.key];
