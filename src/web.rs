@@ -32,7 +32,10 @@ const SCRIPTS: [(&str, &str); 15] = [
     ("/operate-list.js", include_str!("../web/operate-list.js")),
     ("/operate-model.js", include_str!("../web/operate-model.js")),
     ("/operate-talk.js", include_str!("../web/operate-talk.js")),
-    ("/operate-people.js", include_str!("../web/operate-people.js")),
+    (
+        "/operate-people.js",
+        include_str!("../web/operate-people.js"),
+    ),
     ("/operate-words.js", include_str!("../web/operate-words.js")),
 ];
 
@@ -120,7 +123,13 @@ mod tests {
 
     #[test]
     fn what_the_pages_load_is_served() {
-        let served = || STYLES.iter().chain(&SCRIPTS).chain(&SDK).map(|(path, _)| path);
+        let served = || {
+            STYLES
+                .iter()
+                .chain(&SCRIPTS)
+                .chain(&SDK)
+                .map(|(path, _)| path)
+        };
         for (page, text) in PAGES.iter().chain(&SCRIPTS) {
             let loaded = text.split('"').filter_map(|word| {
                 let file = word.strip_prefix("./").unwrap_or(word);
@@ -128,7 +137,10 @@ mod tests {
                 is_file.then(|| format!("/{file}"))
             });
             for file in loaded {
-                assert!(served().any(|known| **known == *file), "{page} loads {file}");
+                assert!(
+                    served().any(|known| **known == *file),
+                    "{page} loads {file}"
+                );
             }
         }
     }

@@ -40,6 +40,8 @@ export class Talk extends EventTarget {
   #toEnd = true;
   #found = null; // a message to go to
   #busy = false;
+  #isCalm = false; // whether nothing was being loaded at the last drawing
+  #said = { key: "", top: [], end: [] }; // the lines around the messages, and what they are about
 
   /** `say` tells something to screen readers. */
   constructor(client, desk, say) {
@@ -62,7 +64,9 @@ export class Talk extends EventTarget {
     $("alert-seen").addEventListener("click", () => this.seen(), { signal });
     $("alert-show").addEventListener("click", () => this.alert && this.#show(this.alert.message), { signal });
     document.addEventListener("visibilitychange", () => this.#later(), { signal });
-    new ResizeObserver(() => this.#toEnd && this.#later()).observe(log);
+    const resized = new ResizeObserver(() => this.#toEnd && this.#later());
+    resized.observe(log);
+    signal.addEventListener("abort", () => resized.disconnect());
   }
 
   stop() {
@@ -103,6 +107,8 @@ export class Talk extends EventTarget {
     const store = (this.#store = messages(room));
     this.#toEnd = true;
     this.#found = null;
+    this.#isCalm = false;
+    this.#said = { key: "", top: [], end: [] };
     const later = () => this.#later();
     this.#offs = [
       room.on("message", ({ kind, from }) => kind === "system" && from === NATTER && this.#look()),
@@ -308,6 +314,10 @@ export class Talk extends EventTarget {
     for (const key of this.#nodes.keys()) if (!keys.has(key)) this.#nodes.delete(key);
     for (const key of this.#days.keys()) if (!keys.has(`day ${key}`)) this.#days.delete(key);
     const lines = this.#lines(shown);
+    // What is said is read out; a page of history that was loaded is not.
+    const isCalm = shown.state === "ready" && shown.loading == null;
+    log.setAttribute("aria-live", isCalm && this.#isCalm ? "polite" : "off");
+    this.#isCalm = isCalm;
     arrange(log, [...lines.top, ...wanted, ...lines.end]);
     log.setAttribute("aria-busy", String(shown.loading != null || shown.state === "loading"));
     const out = shown.state === "out";
@@ -334,6 +344,8 @@ export class Talk extends EventTarget {
   }
 
   #lines({ state, code, messages: list, loading, partial, error, hasOlder }) {
+    const key = JSON.stringify([state, code, list.length === 0, loading, partial, error?.code, hasOlder]);
+    if (key === this.#said.key) return this.#said;
     const top = [], end = [];
     if (state === "out") end.push(element("p", "line bad", t("cantRead", { why: sentence({ code, ...this.#room.state }) })));
     else if (state === "loading") top.push(element("p", "line", t("loading")));
@@ -345,7 +357,8 @@ export class Talk extends EventTarget {
       if (hasOlder) line.append(" ", button("plain", t("again"), () => this.#store.loadOlder()));
       top.push(line);
     }
-    return { top, end };
+    this.#said = { key, top, end };
+    return this.#said;
   }
 
   #day(date, keys) {
