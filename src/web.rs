@@ -1,4 +1,4 @@
-//! The small chat page of `web/`, and the SDK for JavaScript of `sdk/js/`, embedded in the binary.
+//! The chat page and the operators' page of `web/`, and the SDK for JavaScript of `sdk/js/`, embedded in the binary.
 
 use axum::{
     Router,
@@ -7,11 +7,18 @@ use axum::{
     routing::get,
 };
 
-const HTML: &str = include_str!("../web/index.html");
-const STYLE: &str = include_str!("../web/page.css");
+const PAGES: [(&str, &str); 2] = [
+    ("/", include_str!("../web/index.html")),
+    ("/operate", include_str!("../web/operate.html")),
+];
 
-/// The scripts, by the names under which the page loads them.
-const SCRIPTS: [(&str, &str); 11] = [
+const STYLES: [(&str, &str); 2] = [
+    ("/page.css", include_str!("../web/page.css")),
+    ("/operate.css", include_str!("../web/operate.css")),
+];
+
+/// The scripts, by the names under which the pages load them.
+const SCRIPTS: [(&str, &str); 17] = [
     ("/page.js", include_str!("../web/page.js")),
     ("/natter.js", include_str!("../web/natter.js")),
     ("/log.js", include_str!("../web/log.js")),
@@ -24,6 +31,15 @@ const SCRIPTS: [(&str, &str); 11] = [
     // Beside the page, so that its scope is all of it.
     ("/sw.js", include_str!("../web/sw.js")),
     ("/words.js", include_str!("../web/words.js")),
+    ("/operate.js", include_str!("../web/operate.js")),
+    ("/operate-list.js", include_str!("../web/operate-list.js")),
+    ("/operate-model.js", include_str!("../web/operate-model.js")),
+    ("/operate-talk.js", include_str!("../web/operate-talk.js")),
+    (
+        "/operate-people.js",
+        include_str!("../web/operate-people.js"),
+    ),
+    ("/operate-words.js", include_str!("../web/operate-words.js")),
 ];
 
 /// The SDK, as far as a page without React needs it. The files import each other.
@@ -44,7 +60,7 @@ const SDK: [(&str, &str); 11] = [
     ("/sdk/watch.js", include_str!("../sdk/js/watch.js")),
 ];
 
-/// What the page may load and connect to: its own server, and the storage of uploads, if that is elsewhere.
+/// What the pages may load and connect to: their own server, and the storage of uploads, if that is elsewhere.
 fn policy(storage: Option<&str>) -> String {
     let storage = storage
         .map(|origin| format!(" {origin}"))
@@ -56,24 +72,26 @@ fn policy(storage: Option<&str>) -> String {
     )
 }
 
-/// Adds `/`, and the files beside it. `storage`: the origin of uploads, if it is not the edge.
+/// Adds `/` and `/operate`, and the files that they load. `storage`: the origin of uploads, if it is not the edge.
 pub(crate) fn routes<S: Clone + Send + Sync + 'static>(
     router: Router<S>,
     storage: Option<&str>,
 ) -> Router<S> {
     let policy = policy(storage);
-    let html = move || async move { ([(header::CONTENT_SECURITY_POLICY, policy)], Html(HTML)) };
-    let router = router
-        .route("/", get(html))
-        .route("/page.css", get(|| async { file("text/css", STYLE) }));
-    SCRIPTS
+    let router = PAGES.into_iter().fold(router, |router, (path, html)| {
+        let policy = policy.clone();
+        let page = move || async move { ([(header::CONTENT_SECURITY_POLICY, policy)], Html(html)) };
+        router.route(path, get(page))
+    });
+    let styles = STYLES.into_iter().map(|one| ("text/css", one));
+    let scripts = SCRIPTS
         .into_iter()
         .chain(SDK)
-        .fold(router, |router, (path, text)| {
-            router.route(
-                path,
-                get(move || async move { file("text/javascript", text) }),
-            )
+        .map(|one| ("text/javascript", one));
+    styles
+        .chain(scripts)
+        .fold(router, |router, (media_type, (path, text))| {
+            router.route(path, get(move || async move { file(media_type, text) }))
         })
 }
 
@@ -101,6 +119,30 @@ mod tests {
                 assert!(
                     SDK.iter().any(|(known, _)| *known == wanted),
                     "{path} imports {file}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_pages_load_is_served() {
+        let served = || {
+            STYLES
+                .iter()
+                .chain(&SCRIPTS)
+                .chain(&SDK)
+                .map(|(path, _)| path)
+        };
+        for (page, text) in PAGES.iter().chain(&SCRIPTS) {
+            let loaded = text.split('"').filter_map(|word| {
+                let file = word.strip_prefix("./").unwrap_or(word);
+                let is_file = file.ends_with(".js") || file.ends_with(".css");
+                is_file.then(|| format!("/{file}"))
+            });
+            for file in loaded {
+                assert!(
+                    served().any(|known| **known == *file),
+                    "{page} loads {file}"
                 );
             }
         }
