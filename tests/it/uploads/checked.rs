@@ -115,7 +115,7 @@ fn pending() -> (u16, String) {
 
 async fn a_file_waits_for_its_verdict(kind: Kind) {
     let endpoint = Endpoint::closed(scan).await;
-    let (site, _workers) = site(kind, 2, &endpoint).await;
+    let (site, _workers) = Box::pin(site(kind, 2, &endpoint)).await;
     // What names no file is nothing for this worker.
     assert_eq!(site.name(0, "kim", ROOM, "plain", &[]).await.0, 200);
     let granted = site.grant("kim", ROOM, ("a.bin", "image/png", 4)).await;
@@ -193,7 +193,7 @@ async fn a_file_waits_for_its_verdict(kind: Kind) {
 /// An edge remembers for a while that a file is clean: also when its message goes, and its URL to upload lives on.
 async fn nothing_takes_the_place_of_a_checked_file(kind: Kind) {
     let endpoint = Endpoint::start(scan).await;
-    let (site, _workers) = site(kind, 2, &endpoint).await;
+    let (site, _workers) = Box::pin(site(kind, 2, &endpoint)).await;
     let granted = site.grant("kim", ROOM, ("a.bin", "image/png", 4)).await;
     assert_eq!(site.put(0, &granted, b"good").await.status, 200);
     let id = &granted.id;
@@ -244,7 +244,7 @@ async fn nothing_takes_the_place_of_a_checked_file(kind: Kind) {
 async fn nobody_else_gives_verdicts_and_one_may_come_before_its_message(kind: Kind) {
     // It hangs as long as the test wants.
     let endpoint = Endpoint::closed(scan).await;
-    let (site, _workers) = site(kind, 2, &endpoint).await;
+    let (site, _workers) = Box::pin(site(kind, 2, &endpoint)).await;
     let mesh = &site.mesh;
     let held = site.upload("kim", ROOM, b"held").await;
     assert_eq!(site.name(0, "kim", ROOM, "m1", &[&held]).await.0, 200);
@@ -314,7 +314,7 @@ async fn nobody_else_gives_verdicts_and_one_may_come_before_its_message(kind: Ki
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_verdict_or_somebody_to_ask_a_file_stays_back() {
     let endpoint = Endpoint::start(scan).await;
-    let (mut site, _workers) = site(Kind::Local, 2, &endpoint).await;
+    let (mut site, _workers) = Box::pin(site(Kind::Local, 2, &endpoint)).await;
     let (busy, refused) = (
         site.upload("kim", ROOM, b"busy").await,
         site.upload("kim", ROOM, b"refused").await,
