@@ -225,6 +225,10 @@ class ClientRoom {
     if (this.stretch && cursor !== undefined && isAtOrAfter(cursor, this.stretch.cursor) === false && !this.asked?.since) {
       this.fault("cursor", `joined at ${cursor}, which is before ${this.stretch.cursor}`);
     }
+    const { since } = this.asked ?? {};
+    if (since !== undefined && !this.isReset && !(isAtOrAfter(cursor, since) && isAtOrAfter(since, cursor))) {
+      this.fault("cursor", `joined at ${cursor}, not at ${since}, and no reset says so`);
+    }
     if (begins) {
       // Up to a reset something may be missing; up to another join too, since it says where to go on.
       this.endStretch(false);

@@ -1,6 +1,6 @@
 // Holds a client library to what docs/protocol.md and docs/guarantees.md ask of one. See README.md.
 //
-//     node run.mjs NATTER [--only TEXT] [--seed N] [--log FILE] [--list] -- COMMAND...
+//     node run.mjs NATTER [--only TEXT] [--seed N] [--log FILE] [--times] [--list] -- COMMAND...
 //
 // NATTER is the binary; COMMAND starts the driver of the client, once for each client. The script starts `natter up` with two edges
 // and data of its own on free ports, and takes it down again. Its last line is `N passed, N failed`; it exits with 0 or 1.
@@ -16,6 +16,9 @@ import { Results, Up } from "../support.mjs";
 import { Log, Skipped, Test, hello } from "./runner.mjs";
 import { SCENARIOS } from "./scenarios.mjs";
 
+/** Scenarios that run at the same time, besides one that kills an edge. */
+const AT_ONCE = 4;
+
 export const CONFIG = `
 [auth]
 leeway = "0s"
@@ -26,7 +29,6 @@ drain_spread = "1s"
 [limits]
 commands_per_second = 100000
 commands_burst = 100000
-outbox = "256KiB"
 
 [rooms]
 replay_max = 20000
@@ -86,14 +88,14 @@ async function main() {
   const args = process.argv.slice(2);
   const end = args.includes("--") ? args.indexOf("--") : args.length;
   const command = args.slice(end + 1);
-  const options = { only: { type: "string", multiple: true }, seed: { type: "string" }, log: { type: "string" }, list: { type: "boolean" } };
+  const options = { only: { type: "string", multiple: true }, seed: { type: "string" }, log: { type: "string" }, list: { type: "boolean" }, times: { type: "boolean" } };
   const { values, positionals } = parseArgs({ args: args.slice(0, end), options, allowPositionals: true });
   if (values.list) {
     for (const { name, needs } of SCENARIOS) console.log(needs.length ? `${name} (needs ${needs.join(", ")})` : name);
     return 0;
   }
   if (positionals.length !== 1 || command.length === 0) {
-    console.error("usage: node run.mjs NATTER [--only TEXT] [--seed N] [--log FILE] [--list] -- COMMAND...");
+    console.error("usage: node run.mjs NATTER [--only TEXT] [--seed N] [--log FILE] [--times] [--list] -- COMMAND...");
     return 64;
   }
   const seed = values.seed === undefined ? randomInt(2 ** 31) : Number(values.seed);
@@ -105,6 +107,7 @@ async function main() {
   console.log(`${name}; can: ${can.join(", ") || "nothing more than is needed"}; seed ${seed}`);
   const results = new Results();
   const skipped = [];
+  const times = [];
   const later = [];
   const sink = values.log === undefined ? undefined : fs.createWriteStream(values.log);
   const up = await Up.start(positionals[0], { config: CONFIG, edges: 2 });
@@ -120,17 +123,22 @@ async function main() {
       const look = await runScenario(scenario, { up, command, can, sink, seed });
       if (look) later.push([scenario.name, look]);
     });
-    console.log(`      ${((performance.now() - began) / 1000).toFixed(1)} s`);
+    times.push(`${((performance.now() - began) / 1000).toFixed(1)} s ${scenario.name}`);
   };
   try {
-    const beside = wanted.filter(({ isLong }) => isLong).map(run);
-    for (const scenario of wanted.filter(({ isLong }) => !isLong)) await run(scenario);
-    await Promise.all(beside);
+    const lane = async (waiting) => {
+      for (let scenario = waiting.shift(); scenario; scenario = waiting.shift()) await run(scenario);
+    };
+    const rest = wanted.filter(({ kills }) => !kills).sort((a, b) => Number(b.isLong) - Number(a.isLong));
+    const lanes = Array.from({ length: AT_ONCE }, () => lane(rest));
+    // They kill the same edge, so one after the other.
+    await Promise.all([...lanes, lane(wanted.filter(({ kills }) => kills))]);
     for (const [scenario, look] of later) await results.run(`afterwards: ${scenario}`, look);
   } finally {
     await up.stop();
     sink?.end();
   }
+  if (values.times) console.log(times.join("\n"));
   if (skipped.length) console.log(`${skipped.length} skipped`);
   if (results.failed) console.log(`repeat with --seed ${seed}`);
   return results.sum();

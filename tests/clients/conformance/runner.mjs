@@ -19,8 +19,9 @@ export const DEADLINE = 15_000;
 export const PATIENCE = 30_000;
 /** A half-open connection must be noticed within this time. */
 export const HALF_OPEN = 45_000;
-/** The edge that is never killed: the runner's own connections are there. */
+/** The edge that is never killed: the runner's own connections are there, and most clients. */
 export const SAFE = 1;
+/** The edge that is killed. */
 export const OTHER = 0;
 const STDERR = 4_000;
 
@@ -241,7 +242,7 @@ export class Test {
   }
 
   /** The network to an edge. */
-  async wire(edge = OTHER) {
+  async wire(edge = SAFE) {
     const name = `wire ${this.wires.length + 1}`;
     const wire = await Wire.start(this.up.address(edge), (deed, more) => this.log.add({ who: "network", wire: name, deed, ...more }));
     this.wires.push(wire);
@@ -257,7 +258,7 @@ export class Test {
   }
 
   /** A client that is in a room, behind a wire of its own. */
-  async joined({ edge = OTHER, since, ...options } = {}) {
+  async joined({ edge = SAFE, since, ...options } = {}) {
     const room = await this.room();
     const wire = await this.wire(edge);
     const client = await this.client(options);
@@ -266,25 +267,35 @@ export class Test {
     return { room, wire, client };
   }
 
-  /** The witness writes so many messages, as fast as it goes; the reference of the last one, when all are stored. */
-  async says(room, count = 1, body = (n) => ({ n })) {
+  /** The witness writes so many messages, `window` at once; the reference of the last one, when all are stored. */
+  async says(room, count = 1, body = (n) => ({ n }), window = 200) {
     const { witness } = this;
-    const rids = [];
     let id;
-    for (let n = 0; n < count; n += 1) {
-      id = this.name("w");
-      const rid = (witness.rid += 1);
-      rids.push(rid);
-      witness.raw.send(JSON.stringify({ op: "send", rid, room, id, body: body(n) }));
-    }
-    await until(`${count} acknowledgements of the witness`, () => rids.every((rid) => witness.replies.has(rid)), { deadline: PATIENCE });
-    for (const rid of rids) {
-      const reply = witness.replies.get(rid);
-      if (reply.op !== "ack") throw new Error(`witness: ${JSON.stringify(reply)}`);
-      witness.replies.delete(rid);
+    for (let n = 0; n < count; ) {
+      const rids = [];
+      for (const end = Math.min(n + window, count); n < end; n += 1) {
+        id = this.name("w");
+        const rid = (witness.rid += 1);
+        rids.push(rid);
+        witness.raw.send(JSON.stringify({ op: "send", rid, room, id, body: body(n) }));
+      }
+      await this.#answered(rids);
     }
     const { from } = await this.seen(room, id);
     return `${from}/${id}`;
+  }
+
+  async #answered(rids) {
+    const { replies, raw } = this.witness;
+    await until(`${rids.length} acknowledgements of the witness`, () => {
+      if (raw.closed) throw new Error(`the witness was closed: ${JSON.stringify(raw.closed)}`);
+      return rids.every((rid) => replies.has(rid));
+    }, { deadline: PATIENCE });
+    for (const rid of rids) {
+      const reply = replies.get(rid);
+      if (reply.op !== "ack") throw new Error(`the witness: ${JSON.stringify(reply)}`);
+      replies.delete(rid);
+    }
   }
 
   /** Waits until the witness has seen a message with this id. */

@@ -15,12 +15,12 @@ const SLOW_BYTES = 32_000;
 /** Seconds that a short-lived token lives. */
 const SHORT = 9;
 
-/** @type {{name: string, needs: string[], isLong: boolean, deed: (t: import("./runner.mjs").Test) => Promise<void>}[]} */
+/** @type {{name: string, needs: string[], isLong: boolean, kills: boolean, deed: (t: import("./runner.mjs").Test) => Promise<void>}[]} */
 export const SCENARIOS = [];
 
-/** `long`: runs beside the others, and never on the edge that they kill. */
-function scenario(name, deed, { needs = [], long = false } = {}) {
-  SCENARIOS.push({ name, deed, needs, isLong: long });
+/** `long`: takes long, so it begins early. `kills`: kills the edge `OTHER`; only such a scenario has clients there. */
+function scenario(name, deed, { needs = [], long = false, kills = false } = {}) {
+  SCENARIOS.push({ name, deed, needs, isLong: long, kills });
 }
 
 // Being there -------------------------------------------------------------------------------------------------------------
@@ -81,8 +81,8 @@ scenario("leaves a room, and is told no more of it", async (t) => {
 
 scenario("is told that a room is refused", async (t) => {
   const user = t.name("user");
-  const client = await t.client({ user, tokens: () => t.token(user, { rooms: "chat:allowed-*", can: ["read", "write"] }) });
-  const allowed = await t.room("chat:allowed");
+  const allowed = await t.room();
+  const client = await t.client({ user, tokens: () => t.token(user, { rooms: allowed, can: ["read", "write"] }) });
   client.connect((await t.wire()).url);
   client.op("join", { room: "chat:forbidden" });
   const { code } = await client.event("out", ({ event, room }) => event === "out" && room === "chat:forbidden", { deadline: PATIENCE });
@@ -93,6 +93,15 @@ scenario("is told that a room is refused", async (t) => {
   const failed = await client.event("failed", ({ event, id }) => event === "failed" && id === "no");
   assert.equal(failed.code, "forbidden");
   await client.got(allowed, await t.says(allowed));
+});
+
+scenario("is told that it was taken out of a room, and does not come back to it", async (t) => {
+  const { room, client } = await t.joined();
+  await client.got(room, await t.says(room, 3));
+  await t.http("DELETE", `rooms/${encodeURIComponent(room)}/sessions/${client.user}`);
+  const { code } = await client.event("out", ({ event, room: other }) => event === "out" && other === room);
+  assert.equal(code, "removed");
+  await t.says(room, 3);
 });
 
 scenario("edits, reacts and deletes", async (t) => {
@@ -181,7 +190,7 @@ scenario("writes once where the acknowledgement is lost", async (t) => {
 });
 
 scenario("writes once where the connection freezes, and the acknowledgement with it", async (t) => {
-  const { room, wire, client } = await t.joined({ edge: SAFE });
+  const { room, wire, client } = await t.joined();
   wire.mute();
   const ids = [client.send(room), client.send(room)];
   await t.seen(room, ids[0]);
@@ -189,7 +198,7 @@ scenario("writes once where the connection freezes, and the acknowledgement with
 }, { long: true });
 
 scenario("notices a connection that is half open", async (t) => {
-  const { room, wire, client } = await t.joined({ edge: SAFE });
+  const { room, wire, client } = await t.joined();
   await client.got(room, await t.says(room));
   wire.freeze();
   const began = Date.now();
@@ -200,7 +209,7 @@ scenario("notices a connection that is half open", async (t) => {
 
 scenario("notices a half-open connection as soon as its heart-beat says", async (t) => {
   const room = await t.room();
-  const wire = await t.wire(SAFE);
+  const wire = await t.wire();
   const client = await t.client();
   client.connect(wire.url, { heartbeat_ms: 2_000 });
   await client.join(room);
@@ -223,7 +232,7 @@ scenario("bears a slow network", async (t) => {
 // Edges -------------------------------------------------------------------------------------------------------------------
 
 scenario("goes on after its edge was killed", async (t) => {
-  const { room, client } = await t.joined();
+  const { room, client } = await t.joined({ edge: OTHER });
   await client.got(room, await t.says(room, 3));
   const killed = t.killEdge(OTHER);
   await client.until("offline", () => client.state !== "online");
@@ -231,7 +240,7 @@ scenario("goes on after its edge was killed", async (t) => {
   await t.says(room, 10);
   await killed;
   await client.acked(room, ...ids);
-});
+}, { kills: true });
 
 scenario("goes to another edge where its own was killed", async (t) => {
   const { room, client, second } = await onTwo(t);
@@ -240,7 +249,7 @@ scenario("goes to another edge where its own was killed", async (t) => {
   await client.acked(room, client.send(room));
   await client.got(room, await t.says(room, 10));
   await killed;
-}, { needs: ["edges"] });
+}, { needs: ["edges"], kills: true });
 
 scenario("goes to another edge where its own drains", async (t) => {
   const { room, client, second } = await onTwo(t);
@@ -255,7 +264,7 @@ scenario("goes to another edge where its own drains", async (t) => {
   await client.acked(room, ...ids);
   await client.got(room, await t.says(room, 10));
   await drained;
-}, { needs: ["edges"] });
+}, { needs: ["edges"], kills: true });
 
 /** A client that is on the edge that may be killed, and knows the other one, which can't be reached yet. */
 async function onTwo(t) {
@@ -272,13 +281,16 @@ async function onTwo(t) {
 
 scenario("comes back where it was too slow", async (t) => {
   const { room, wire, client } = await t.joined();
+  const closed = async () => {
+    const response = await fetch(`http://${t.up.address(SAFE)}/metrics`);
+    const [, count] = (await response.text()).match(/^natter_session_closed_total\{[^}]*too_slow[^}]*\} (\d+)/m) ?? [];
+    return Number(count ?? 0);
+  };
+  const before = await closed();
   wire.stall();
   const body = "x".repeat(SLOW_BYTES);
-  const last = await t.says(room, SLOW_MESSAGES, (n) => ({ n, body }));
-  await until("the end of the session", async () => {
-    const response = await fetch(`http://${t.up.address(OTHER)}/metrics`);
-    return /^natter_session_closed_total\{[^}]*too_slow[^}]*\} [1-9]/m.test(await response.text());
-  }, { deadline: PATIENCE });
+  const last = await t.says(room, SLOW_MESSAGES, (n) => ({ n, body }), 4);
+  await until("the end of the session", async () => (await closed()) > before, { deadline: PATIENCE });
   wire.unstall();
   await client.got(room, last);
 });
@@ -324,7 +336,7 @@ scenario("says that a cursor can't be read", async (t) => {
 scenario("renews its token before it ends", async (t) => {
   const user = t.name("user");
   const end = nowSeconds() + SHORT;
-  const { room, client } = await t.joined({ edge: SAFE, user, tokens: (asked) => t.token(user, asked === 1 ? { ttl: SHORT } : {}) });
+  const { room, client } = await t.joined({ user, tokens: (asked) => t.token(user, asked === 1 ? { ttl: SHORT } : {}) });
   await client.until("another token", () => client.asked >= 2);
   await until("the end of the first token", () => nowSeconds() > end + 1);
   await client.got(room, await t.says(room));
@@ -341,7 +353,7 @@ scenario("waits for a token that comes late, and asks once at a time", async (t)
     if (asked === 2) await late;
     return t.token(user, asked === 1 ? { ttl: SHORT } : {});
   };
-  const { room, wire, client } = await t.joined({ edge: SAFE, user, tokens });
+  const { room, wire, client } = await t.joined({ user, tokens });
   await client.until("another token is asked for", () => client.asked === 2);
   await until("the end of the session", () => wire.count === 0, { deadline: PATIENCE });
   await t.says(room, 5);
@@ -460,4 +472,4 @@ scenario("bears faults by chance, two clients at once", async (t) => {
   }
   await killed;
   for (const { client, ids } of both) if (ids.length) await client.acked(room, ...ids);
-});
+}, { kills: true });

@@ -2,8 +2,8 @@
 //
 //     node --experimental-websocket sdk.mjs [--break FAULT]
 //
-// FAULT spoils what it does, to show that the checker can fail: drop, repeat, reorder, newid, ack, reset, state, token. The flag of Node is needed
-// for version 20 only.
+// FAULT spoils what it does, to show that the checker can fail: drop, repeat, reorder, newid, ack, swap, reset, state,
+// token. The flag of Node is needed for version 20 only.
 
 import { createInterface } from "node:readline";
 
@@ -20,7 +20,8 @@ const print = (line) => process.stdout.write(`${JSON.stringify(line)}\n`);
 let answer = () => {};
 let heard = 0;
 let sent = 0;
-let held = null;
+let held = null; // a message that is told too late
+let swapped = null; // one that is written too late
 const followed = new Set();
 
 function tell(line) {
@@ -93,9 +94,18 @@ const OPS = {
       tell({ event: "acked", room, id });
       return;
     }
+    if (fault === "swap" && sent === SPOILED) {
+      swapped = { op: "send", room, id, body };
+      return;
+    }
     // As a client does that takes a new id for each try.
     if (fault === "newid" && sent === SPOILED) roomOf(room).send(body, { id: `${id}-again` });
     settle(room, id, roomOf(room).send(body, { id }));
+    if (swapped) {
+      const { op, ...fields } = swapped;
+      swapped = null;
+      OPS[op](fields);
+    }
   },
   edit({ room, id, target, body }) {
     settle(room, id, roomOf(room).edit(target, body));

@@ -96,14 +96,11 @@ export class PlainSocket extends EventEmitter {
 /** The frame that begins at a place, if all of it is there. */
 function frameAt(bytes, at) {
   if (bytes.length < at + 2) return null;
-  let size = bytes[at + 1] & 0x7f;
-  let begin = at + 2;
-  if (size === 126) begin += 2;
-  if (size === 127) begin += 8;
+  const length = bytes[at + 1] & 0x7f; // 126 and 127 say that the size is in the following bytes
+  const begin = at + 2 + (length === 126 ? 2 : length === 127 ? 8 : 0);
   if (bytes.length < begin) return null;
-  if (size === 126) size = bytes.readUInt16BE(at + 2);
-  if (size === 127) size = Number(bytes.readBigUInt64BE(at + 2));
-  const end = begin + size;
+  const isIn = { 126: () => bytes.readUInt16BE(at + 2), 127: () => Number(bytes.readBigUInt64BE(at + 2)) };
+  const end = begin + (isIn[length]?.() ?? length);
   if (bytes.length < end) return null;
   return { isLast: (bytes[at] & 0x80) !== 0, opcode: bytes[at] & 0x0f, payload: bytes.subarray(begin, end), end };
 }

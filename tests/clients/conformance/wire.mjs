@@ -37,11 +37,16 @@ export class Wire {
 
   #pass(link, from, to) {
     from.setNoDelay(true);
+    const waiting = []; // whatever timer fires first, the oldest goes first
     const deed = (act) => {
-      const now = () => (link.isFrozen ? link.held.push(act) : act());
-      // Timers of the same time fire in their order, so bytes stay in order.
-      if (this.delay > 0) setTimeout(now, this.delay);
-      else now();
+      const next = () => {
+        const oldest = waiting.shift();
+        if (link.isFrozen) link.held.push(oldest);
+        else oldest();
+      };
+      waiting.push(act);
+      if (this.delay > 0 || waiting.length > 1) setTimeout(next, this.delay);
+      else next();
     };
     from.on("data", (data) => {
       if (link.isMuted && from === link.outer) return;
