@@ -35,13 +35,14 @@ function tell(line) {
       return;
     }
   }
-  print(line);
+  // In one write: the runner must not have answered in between.
+  if (fault === "token" && line.event === "token?") process.stdout.write(`${JSON.stringify(line)}\n`.repeat(2));
+  else print(line);
   if (line.event === "message" && held) {
     print(held);
     held = null;
   }
   if (fault === "state" && line.event === "state" && line.name === "online") print(line);
-  if (fault === "token" && line.event === "token?") print(line);
 }
 
 function askToken({ reason }) {
