@@ -194,6 +194,7 @@ scenario("writes once where the connection freezes, and the acknowledgement with
   wire.mute();
   const ids = [client.send(room), client.send(room)];
   await t.seen(room, ids[0]);
+  await client.until("the first acknowledgement", () => client.settled.has(`${room} ${ids[0]}`), HALF_OPEN);
   await client.acked(room, ...ids);
 }, { long: true });
 
