@@ -354,11 +354,18 @@ scenario("waits for a token that comes late, and asks once at a time", async (t)
     if (asked === 2) await late;
     return t.token(user, asked === 1 ? { ttl: SHORT } : {});
   };
-  const { room, wire, client } = await t.joined({ user, tokens });
+  const room = await t.room();
+  const wire = await t.wire();
+  const client = await t.client({ user, tokens });
+  client.connect(wire.url);
+  // A client that does nothing else while it waits is not in the room before it has the other token.
+  client.op("join", { room });
   await client.until("another token is asked for", () => client.asked === 2);
   await until("the end of the session", () => wire.count === 0, { deadline: PATIENCE });
   await t.says(room, 5);
   give();
+  await client.event("joined", ({ event }) => event === "joined", { deadline: PATIENCE });
+  await client.until("online", () => client.state === "online", PATIENCE);
   await client.got(room, await t.says(room));
 }, { long: true });
 
