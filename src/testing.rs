@@ -16,7 +16,7 @@ pub mod bus {
 pub mod client {
     pub use crate::client::{
         Backoff, CallError, Commands, ConnectError, Connection, Draft, Endpoint, Event, Frame,
-        Room, Silence, Target, Token,
+        PublishError, Room, Silence, Stop, Target, Token,
     };
 }
 

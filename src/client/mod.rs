@@ -23,7 +23,7 @@ pub use connection::{CallError, Commands, ConnectError, Connection, End, Silence
 pub use endpoint::Endpoint;
 pub use frame::{Frame, Refusal};
 pub use link::{Stop, Target, Token};
-pub use publisher::{Draft, Publisher};
+pub use publisher::{Draft, PublishError, Publisher};
 pub use retry::{Advice, Backoff, advice};
 pub use room::{Event, Room};
 
