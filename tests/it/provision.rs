@@ -55,10 +55,10 @@ fn actions(outcomes: &[Outcome]) -> Vec<Action> {
 async fn a_second_run_changes_nothing_and_a_dry_run_never_does() {
     let config = support::config_on_shared("idempotent", "[nats]\npartitions = 2");
     let first = format!("ROOMS_{}_0", config.region);
-    assert_eq!(actions(&run(&config, DRY).await), [Action::Create; 11]);
+    assert_eq!(actions(&run(&config, DRY).await), [Action::Create; 13]);
     assert!(stream(&config, &first).await.is_null(), "a dry run created");
 
-    assert_eq!(actions(&run(&config, PLAIN).await), [Action::Create; 11]);
+    assert_eq!(actions(&run(&config, PLAIN).await), [Action::Create; 13]);
     let created = stream(&config, &first).await;
     let epoch = created["metadata"][subject::EPOCH_METADATA].clone();
     assert!(epoch.is_string() && epoch != "example1", "{epoch}");
@@ -334,17 +334,17 @@ async fn the_command_reports_and_exits_by_what_it_did() {
     let (code, out, _) = run("2", "30d", &["--dry-run"]).await;
     assert_eq!(
         (code, out.matches(" create").count()),
-        (Some(0), 11),
+        (Some(0), 13),
         "{out}"
     );
     let (code, out, _) = run("2", "30d", &[]).await;
     assert_eq!(
         (code, out.matches(" create").count()),
-        (Some(0), 11),
+        (Some(0), 13),
         "{out}"
     );
     let (code, out, _) = run("2", "30d", &[]).await;
-    assert_eq!((code, out.matches(" ok").count()), (Some(0), 11), "{out}");
+    assert_eq!((code, out.matches(" ok").count()), (Some(0), 13), "{out}");
     let (code, out, _) = run("2", "1d", &[]).await;
     assert_eq!((code, out.matches(" skip").count()), (Some(1), 2), "{out}");
     assert!(
