@@ -148,13 +148,14 @@ async fn a_namespace_replays_more_or_less_than_others() {
         let mesh = Mesh::start(support::nats_url(), 1, &toml).await;
         let mut kim = mesh.connect(0, "kim").await;
         for (room, most) in [("chat:a", 10), ("more:a", 30), ("less:a", 5)] {
-            reply(&mut kim, "join", json!({"room": room})).await;
+            let mut reader = mesh.connect(0, "reader").await;
+            reply(&mut reader, "join", json!({"room": room})).await;
             let mut cursors = Vec::new();
             for i in 0..=most + 1 {
                 cursors.push(send(&mut kim, room, json!(i)).await["cursor"].clone());
             }
             // So all of them are in the ring, if they fit.
-            assert_eq!(bodies(&mut kim, most + 2).await.len(), most + 2);
+            assert_eq!(bodies(&mut reader, most + 2).await.len(), most + 2);
             for (since, reason) in [
                 (&cursors[1], Value::Null),
                 (&cursors[0], json!("replay_max")),
