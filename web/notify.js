@@ -1,8 +1,10 @@
 // The button that asks for notifications while the page is closed.
 
 import { request } from "./http.js";
+import { userOf } from "./natter.js";
 
 const DEVICE = "natter:device";
+const OWNER = "natter:device-user"; // whose messages this browser shows
 
 /** The name of this browser among the user's devices. */
 function device() {
@@ -12,6 +14,32 @@ function device() {
     return name;
   } catch {
     return "browser";
+  }
+}
+
+/** Another user is here: the messages of the one before must not be shown any more. The service removes the device then. */
+async function release(user) {
+  const before = owner();
+  if (before === null || before === user) return;
+  const registration = await navigator.serviceWorker.getRegistration(new URL("sw.js", document.baseURI));
+  const subscription = await registration?.pushManager.getSubscription();
+  await subscription?.unsubscribe();
+  own(user);
+}
+
+function owner() {
+  try {
+    return localStorage.getItem(OWNER);
+  } catch {
+    return null; // without a store nothing is known
+  }
+}
+
+function own(user) {
+  try {
+    localStorage.setItem(OWNER, user);
+  } catch {
+    // The same.
   }
 }
 
@@ -36,6 +64,7 @@ export class Notices {
     this.#token = token;
     this.#button.hidden = true;
     if (!token || !("serviceWorker" in navigator && "PushManager" in window && "Notification" in window)) return;
+    await release(userOf(token));
     const { devices, vapid_public_key: key } = await request(token, "GET", "v1/devices");
     if (!key || token !== this.#token) return;
     this.#key = key;
@@ -47,12 +76,15 @@ export class Notices {
     if ((await Notification.requestPermission()) !== "granted") return;
     await navigator.serviceWorker.register(new URL("sw.js", document.baseURI));
     const registration = await navigator.serviceWorker.ready;
+    // One that was made with another key of the edge can't be kept.
+    await (await registration.pushManager.getSubscription())?.unsubscribe();
     const subscription = await registration.pushManager.subscribe({
       userVisibleOnly: true,
       applicationServerKey: bytes(this.#key),
     });
     const body = { kind: "webpush", subscription: subscription.toJSON() };
     await request(token, "PUT", `v1/devices/${device()}`, { body });
+    own(userOf(token));
     this.#button.hidden = true;
   }
 }

@@ -160,7 +160,8 @@ fn judged(answer: Result<Answer, Fault>, is_gone: impl Fn(&Answer) -> bool) -> S
             after: answer.after,
             why,
         },
-        _ if status.is_server_error() => Sent::Again {
+        // Another 5xx may be that of a proxy, behind which the service has taken it.
+        StatusCode::SERVICE_UNAVAILABLE => Sent::Again {
             after: answer.after,
             why,
         },
@@ -177,6 +178,12 @@ fn post(uri: &str) -> Builder {
 }
 
 impl Note {
+    /// The message, unless nothing of it may be told: the reference names its sender.
+    fn shown_message(&self) -> Option<String> {
+        let has_content = self.title.is_some() || self.text.is_some();
+        self.message.clone().filter(|_| has_content)
+    }
+
     /// The JSON for browsers and the operator's own service.
     pub(super) fn body(&self) -> Value {
         json!({
@@ -419,15 +426,17 @@ impl Fcm {
             "token": device,
             "data": {
                 "room": note.room,
-                "message": text(note.message.clone()),
+                "message": text(note.shown_message()),
                 "badge": text(note.badge.map(|badge| badge.to_string())),
             },
             "android": { "collapse_key": key, "ttl": format!("{KEPT_S}s"), "priority": "high" },
             "apns": { "headers": { "apns-collapse-id": key } },
         });
         if note.message.is_some() {
-            let title = text(note.title.clone());
-            message["notification"] = json!({ "title": title, "body": text(note.text.clone()) });
+            message["notification"] = match (&note.title, &note.text) {
+                (None, None) => json!({ "body": "There is a new message." }),
+                (title, text) => json!({ "title": title, "body": text }),
+            };
             message["android"]["notification"] = json!({ "tag": key });
         } else {
             message["android"]["priority"] = json!("normal");
@@ -491,7 +500,7 @@ impl Apns {
             Ok(token) => token,
             Err(sent) => return sent,
         };
-        let mut aps = json!({ "thread-id": note.room });
+        let mut aps = json!({ "thread-id": collapse_key(&note.room) });
         if let Some(badge) = note.badge {
             aps["badge"] = json!(badge);
         }
@@ -511,7 +520,7 @@ impl Apns {
                 ("background", "5")
             }
         };
-        let body = json!({ "aps": aps, "room": note.room, "message": note.message });
+        let body = json!({ "aps": aps, "room": note.room, "message": note.shown_message() });
         let request = post(&format!("{}/3/device/{device}", self.url))
             .header(header::AUTHORIZATION, format!("bearer {token}"))
             .header("apns-topic", topic)
@@ -595,6 +604,9 @@ mod tests {
             (answer(400), "Failed"),
             (answer(429), "Again"),
             (answer(503), "Again"),
+            (answer(500), "Failed"),
+            (answer(502), "Failed"),
+            (answer(504), "Failed"),
             (Err(Fault::Unconnected("refused".to_owned())), "Again"),
             (Err(Fault::Timeout(Duration::ZERO)), "Failed"),
             (Err(Fault::Unreachable("reset".to_owned())), "Failed"),

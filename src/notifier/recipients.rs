@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use sha2::{Digest as _, Sha256};
 use tokio::{
     sync::SemaphorePermit,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
@@ -38,8 +38,11 @@ const ATTEMPTS: u32 = 4;
 /// Pauses between them: the first and the longest. One that must wait for longer is not sent.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
-/// Longest pause that a service may ask for.
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Longest pause that a service may ask for: the message keeps its place meanwhile.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Timeout of a notification of one device, with all attempts.
+const SENT_WITHIN: Duration = Duration::from_secs(20);
 
 /// A message, as its recipients are told of it.
 pub(super) struct Message<'m> {
@@ -176,28 +179,34 @@ impl<'m> Message<'m> {
         }
         let claimed = self.claimed(parts, &due).await?;
         let sends = due.iter().map(async |(user, devices)| {
-            let mut told = false;
-            // Counted only for those who are notified.
-            let mut note = None;
+            let mut wanted = Vec::new();
             for (name, device) in devices.all() {
                 let id = self.claim_key(user, name, device);
-                if claimed.contains(&id) {
-                    count(Counter::PushSkipped(PushSkip::Repeated), 1);
-                    continue;
+                match claimed.contains(&id) {
+                    true => count(Counter::PushSkipped(PushSkip::Repeated), 1),
+                    false => wanted.push((name, device, id)),
                 }
-                let note = match &mut note {
-                    Some(note) => note,
-                    none => {
-                        let badge = parts.badge(user).await;
-                        none.insert(self.note(parts, room_record, user, badge))
-                    }
-                };
-                told |= self
-                    .notify_device(parts, (user, name, device), note, &id)
-                    .await?;
             }
-            if told {
-                parts.badges.shown(user, room);
+            if wanted.is_empty() {
+                return Ok(());
+            }
+            // Counted only for those who are notified.
+            let badge = parts.badge(user).await;
+            let note = &self.note(parts, room_record, user, badge);
+            let notified = wanted.iter().map(async |(name, device, id)| {
+                self.notify_device(parts, (user, name, device), note, id)
+                    .await
+            });
+            let mut failed = None;
+            for notified in join_all(notified).await {
+                match notified {
+                    Ok(true) => parts.badges.shown(user, room),
+                    Ok(false) => {}
+                    Err(error) => failed = Some(error),
+                }
+            }
+            if let Some(error) = failed {
+                return Err(error);
             }
             Ok::<(), String>(())
         });
@@ -333,7 +342,15 @@ impl<'m> Message<'m> {
                 return Ok(false);
             }
         }
-        self.send(parts, whose, note, id, turn.ok()).await;
+        // The user chooses where a request goes: it must not hold up those of others.
+        let sent = self.send(parts, whose, note, id, turn.ok());
+        if timeout(SENT_WITHIN, sent).await.is_err() {
+            count(Counter::PushFailed(service), 1);
+            tracing::info!(
+                kind = whose.2.kind(),
+                "a notification was not delivered in time"
+            );
+        }
         Ok(true)
     }
 
