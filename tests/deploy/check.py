@@ -302,11 +302,13 @@ def context(scratch):
     keep = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     home = scratch / "context"
     home.mkdir()
-    for name in keep:
-        source = ROOT / name
-        check(f".dockerignore: {name}", source.exists(), "is not there")
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, home / name)
+    for pattern in keep:
+        sources = sorted(ROOT.glob(pattern))
+        check(f".dockerignore: {pattern}", sources, "is not there")
+        for source in sources:
+            target = home / source.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
     ok, said = run(["cargo", "metadata", "--no-deps", "--offline", "--format-version", "1"], dict(os.environ), cwd=home)
     check("the manifest in the image's context", ok, said)
     for file in (home / "src").rglob("*.rs"):
