@@ -28,6 +28,7 @@ pub(super) struct Gate {
 struct State {
     /// Since the last success.
     failures: u32,
+    successes: u64,
     /// No attempt before, while it is down.
     until: Instant,
     /// Whether somebody tries whether it is still down.
@@ -54,6 +55,7 @@ impl Gate {
             turns: Semaphore::new(at_once),
             state: Mutex::new(State {
                 failures: 0,
+                successes: 0,
                 until: Instant::now(),
                 is_tried: false,
                 fault: String::new(),
@@ -112,6 +114,12 @@ impl Gate {
             self.changed.notify_waiters();
         }
         state.failures = 0;
+        state.successes += 1;
+    }
+
+    /// Requests that succeeded so far.
+    pub(super) fn successes(&self) -> u64 {
+        self.state.lock().successes
     }
 
     /// A request failed. Returns whether the receiver has just begun to count as down.

@@ -47,8 +47,15 @@ pub(super) async fn run(
     let _unheard = opened.send(());
     loop {
         let begun = async {
-            wait_until_enabled(&parts, &hook).await;
-            lease.acquire().await
+            loop {
+                wait_until_enabled(&parts, &hook).await;
+                let held = lease.acquire().await;
+                // The one who held it before may have disabled the hook.
+                match state::off(&parts.bucket, hook.name()).await {
+                    Ok(None) => break held,
+                    Ok(Some(_)) | Err(_) => lease.release().await,
+                }
+            }
         };
         let held = tokio::select! {
             held = begun => held,

@@ -24,7 +24,7 @@ use crate::{
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(300));
 
 /// An entry that has failed for so long becomes a dead letter before its time, if others can't be taken because of what
-/// waits behind such entries.
+/// waits behind such entries, and if the receiver accepts others, or refuses this one.
 const HELD_UP_FOR: Duration = Duration::from_secs(30);
 
 /// What became of an entry.
@@ -105,6 +105,12 @@ impl Told {
     }
 }
 
+/// Whether a receiver works, and refuses this request.
+fn refuses(fault: &Fault) -> bool {
+    let may_be_later = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
+    matches!(fault, Fault::Status(status) if status.is_client_error() && !may_be_later.contains(status))
+}
+
 /// Sends what is to be told of an entry. `is_full` says whether nothing else can be taken.
 pub(super) async fn send(
     leading: Arc<Leading>,
@@ -152,8 +158,10 @@ pub(super) async fn send(
                 continue;
             }
             Err(Refusal::Off(reason)) => return Sent::Off(reason),
-            Err(Refusal::Failed { fault, after }) => (fault.to_string(), after),
+            Err(Refusal::Failed { fault, after }) => (fault, after),
         };
+        let is_refused = refuses(&fault);
+        let fault = fault.to_string();
         if gate.failed(&fault, after) {
             tracing::warn!(
                 hook = hook.name(),
@@ -164,8 +172,11 @@ pub(super) async fn send(
         drop(turn);
         attempt += 1;
         let wait = pause(attempt, PAUSES, after);
-        let failing = since.get_or_insert_with(Instant::now).elapsed();
-        if Instant::now() + wait > overdue || failing > HELD_UP_FOR && is_full() {
+        let (began, done) = *since.get_or_insert_with(|| (Instant::now(), gate.successes()));
+        // Where the receiver accepts nothing at all, everything waits.
+        let is_alone = is_refused || gate.successes() > done;
+        let holds_up = is_alone && began.elapsed() > HELD_UP_FOR && is_full();
+        if Instant::now() + wait > overdue || holds_up {
             return Sent::Dead(fault);
         }
         tracing::debug!(hook = hook.name(), fault, "a hook failed");
