@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use figment::providers::{Format, Toml};
 
-use super::{connect::print_line, run_service};
+use super::{connect::print_line, run_service, until_end};
 use crate::{
     config::Config,
     notifier::{Notifier, new_keys},
@@ -43,16 +43,7 @@ impl NotifierCommand {
 async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::install()?;
     let notifier = Notifier::start(config).await?;
-    let code = tokio::select! {
-        signal = signals.recv() => {
-            tracing::info!(?signal, "stopping");
-            ExitCode::SUCCESS
-        }
-        why = notifier.failed() => {
-            tracing::error!(why, "the notifier can't continue, and ends");
-            ExitCode::FAILURE
-        }
-    };
+    let code = until_end(&mut signals, notifier.failed()).await;
     if let Err(error) = notifier.drain().await {
         // Messages that were not acknowledged are delivered again.
         tracing::warn!(%error, "the notifier did not stop cleanly");

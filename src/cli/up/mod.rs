@@ -8,7 +8,6 @@ mod control;
 mod data_dir;
 mod edge;
 mod history;
-mod notifier;
 mod report;
 mod stack;
 mod start;

@@ -16,12 +16,11 @@ use super::{
     data_dir::DataDir,
     edge::{self, EdgeTemplate},
     history::HistoryTemplate,
-    notifier::NotifierTemplate,
     report::{EdgeReport, HealthReport, RegionReport, Report},
     say,
     stack::{Role, Stack},
     token,
-    worker::{Demo, HooksTemplate, WorkerTemplate},
+    worker::{Demo, ServiceTemplate, worker_env},
 };
 use crate::{
     config::{Config, Secret, UploadStorage},
@@ -180,13 +179,15 @@ pub(super) async fn start(
         }
         let mut workers = Vec::new();
         if demo.is_some() || !region.config.workers.is_empty() {
-            let template = WorkerTemplate {
+            let edge = edges.first().map(|edge| &*edge.http);
+            let template = ServiceTemplate {
+                role: "worker",
+                listen: "NATTER__WORKER__LISTEN",
+                env: worker_env(&region.config, demo.as_ref(), edge),
                 binary: &binary,
                 config: &region.config,
                 config_file,
                 nats_url: &region.nats_url,
-                demo: demo.as_ref(),
-                edge: edges.first().map(|edge| &*edge.http),
                 logs: logs.clone(),
             };
             let listen = config.worker.listen.ip();
@@ -198,7 +199,10 @@ pub(super) async fn start(
         }
         let mut hooks = Vec::new();
         if !region.config.hooks.is_empty() {
-            let template = HooksTemplate {
+            let template = ServiceTemplate {
+                role: "hooks",
+                listen: "NATTER__HOOK__LISTEN",
+                env: Vec::new(),
                 binary: &binary,
                 config: &region.config,
                 config_file,
@@ -214,7 +218,10 @@ pub(super) async fn start(
         }
         let mut notifiers = Vec::new();
         if region.config.push.is_on() {
-            let template = NotifierTemplate {
+            let template = ServiceTemplate {
+                role: "notifier",
+                listen: "NATTER__PUSH__LISTEN",
+                env: Vec::new(),
                 binary: &binary,
                 config: &region.config,
                 config_file,

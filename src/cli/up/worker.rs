@@ -1,4 +1,5 @@
-//! The workers and hooks that `natter up` runs: `natter worker`, the reference worker of `--demo-worker`, `natter hooks`.
+//! What `natter up` runs beside the live path: `natter worker`, the reference worker of `--demo-worker`, `natter hooks`,
+//! `natter notifier`.
 
 use std::{
     net::SocketAddr,
@@ -98,24 +99,30 @@ impl Demo {
     }
 }
 
-/// `natter hooks` of one region.
+/// The child of one region that does one thing beside the live path: `natter worker`, `natter hooks`, `natter notifier`.
 #[derive(Debug)]
-pub(super) struct HooksTemplate<'a> {
+pub(super) struct ServiceTemplate<'a> {
+    pub role: &'static str,
+    /// The environment variable for the address on which it listens.
+    pub listen: &'static str,
     pub binary: &'a Path,
     pub config: &'a Config,
     /// The file given with `--config`, passed on.
     pub config_file: Option<&'a Path>,
     pub nats_url: &'a str,
     pub logs: PathBuf,
+    /// Further environment variables.
+    pub env: Vec<(&'static str, String)>,
 }
 
-impl HooksTemplate<'_> {
+impl ServiceTemplate<'_> {
     /// The process that listens on `listen`.
     pub(super) fn spec(&self, listen: SocketAddr) -> Spec {
         let mut env = common_env(self.config, self.nats_url);
-        env.push(("NATTER__HOOK__LISTEN", listen.to_string()));
+        env.push((self.listen, listen.to_string()));
+        env.extend(self.env.iter().cloned());
         let child = Child {
-            role: "hooks",
+            role: self.role,
             of: region_of(self.config),
             binary: self.binary,
             config_file: self.config_file,
@@ -127,44 +134,16 @@ impl HooksTemplate<'_> {
     }
 }
 
-/// `natter worker` of one region.
-#[derive(Debug)]
-pub(super) struct WorkerTemplate<'a> {
-    pub binary: &'a Path,
-    pub config: &'a Config,
-    /// The file given with `--config`, passed on.
-    pub config_file: Option<&'a Path>,
-    pub nats_url: &'a str,
-    pub demo: Option<&'a Demo>,
-    /// The URL of an edge, from which receivers get the files of messages.
-    pub edge: Option<&'a str>,
-    pub logs: PathBuf,
-}
-
-impl WorkerTemplate<'_> {
-    /// The process that listens on `listen`.
-    pub(super) fn spec(&self, listen: SocketAddr) -> Spec {
-        let mut env = common_env(self.config, self.nats_url);
-        env.push(("NATTER__WORKER__LISTEN", listen.to_string()));
-        if let Some(demo) = self.demo {
-            env.push(("NATTER__WORKERS", demo.workers.clone()));
-        }
-        if let Some(edge) = self.edge
-            && self.config.uploads.public_url.is_empty()
-        {
-            env.push(("NATTER__UPLOADS__PUBLIC_URL", edge.to_owned()));
-        }
-        let child = Child {
-            role: "worker",
-            of: region_of(self.config),
-            binary: self.binary,
-            config_file: self.config_file,
-            logs: &self.logs,
-            ready_within: READY_WITHIN,
-            stop_within: STOP_WITHIN,
-        };
-        child.spec(env, listen)
-    }
+/// The environment of `natter worker`. `edge`: the URL of an edge, from which receivers get the files of messages.
+pub(super) fn worker_env(
+    config: &Config,
+    demo: Option<&Demo>,
+    edge: Option<&str>,
+) -> Vec<(&'static str, String)> {
+    let workers = demo.map(|demo| ("NATTER__WORKERS", demo.workers.clone()));
+    let edge = edge.filter(|_| config.uploads.public_url.is_empty());
+    let files = edge.map(|edge| ("NATTER__UPLOADS__PUBLIC_URL", edge.to_owned()));
+    workers.into_iter().chain(files).collect()
 }
 
 #[cfg(test)]
