@@ -1,5 +1,6 @@
 //! What is measured.
 
+mod push;
 mod uploads;
 mod watch;
 mod workers;
@@ -57,6 +58,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("watch", watch::watch_rooms),
     ("follow", watch::follow),
     ("workers", workers::workers),
+    ("push", push::push),
 ];
 
 /// What all scenarios share.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 use rustix::process::{Pid, test_kill_process};
 use serde::{Deserialize, Serialize};
 
-use super::up::lock_file;
+use super::up::data_dir::lock_file;
 
 /// Longest request or answer, in bytes.
 pub(super) const MAX_LINE: u64 = 256 * 1024;

@@ -181,7 +181,7 @@ pub(crate) async fn arrange(
     how: &Arrangement,
 ) -> Result<(), Refused> {
     people.arrange(&identity.user, &room, how).await?;
-    let what = News::Changed {};
+    let what = News::Changed;
     publisher.signal(&[&identity.user], &Signal { room, what });
     Ok(())
 }
@@ -267,7 +267,7 @@ fn signal_changed(publisher: &Publisher, room: &RoomId, changed: &Changed) {
     if changed.told.is_none() {
         return;
     }
-    signal_members(publisher, room, &changed.record, || News::Changed {});
+    signal_members(publisher, room, &changed.record, || News::Changed);
     let out = |user: &&String| {
         let member = changed.record.member(user);
         member.is_some_and(|member| member.state != MemberState::In)
@@ -278,7 +278,7 @@ fn signal_changed(publisher: &Publisher, room: &RoomId, changed: &Changed) {
         .filter(out)
         .map(String::as_str)
         .collect();
-    let (room, what) = (room.clone(), News::Changed {});
+    let (room, what) = (room.clone(), News::Changed);
     publisher.signal(&gone, &Signal { room, what });
 }
 

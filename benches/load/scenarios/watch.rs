@@ -20,7 +20,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::{Begin, Bench, Cost, Peer, Runs, Table, Target, WARM_UP, print, publishers, row};
+use super::{Begin, Bench, Cost, Peer, Runs, Table, Target, print, publishers, row};
 use crate::support::{
     mesh::{ask, token_with},
     raw::Raw,
@@ -29,7 +29,7 @@ use crate::support::{
 /// Requests under way while rooms are made.
 const AT_ONCE: usize = 16;
 
-fn token(user: &str) -> String {
+pub(super) fn token(user: &str) -> String {
     token_with(
         user,
         Duration::from_secs(3600),
@@ -37,7 +37,7 @@ fn token(user: &str) -> String {
     )
 }
 
-async fn post(address: SocketAddr, path: &str, user: &str, body: Value) {
+pub(super) async fn post(address: SocketAddr, path: &str, user: &str, body: Value) {
     let (status, answer) = ask(address, ("POST", path), &token(user), &body).await;
     assert!((200..300).contains(&status), "{path}: {answer}");
 }
@@ -100,7 +100,7 @@ fn load(
 ) -> (Cost, Vec<f64>) {
     let mut swarm = target.swarm(rooms);
     let publishers = publishers(&mut swarm, rooms);
-    swarm.load(publishers.clone(), rooms, rate, WARM_UP);
+    swarm.load(publishers.clone(), rooms, rate, COMPARED);
     swarm.reset();
     let said = |swarm: &super::Swarm| (0..rooms).map(|room| swarm.said(room)).sum::<u64>();
     let before = said(&swarm);
@@ -241,7 +241,13 @@ pub(super) fn inbox_memory(bench: &mut Bench) -> Table {
             let address = target.addresses[0];
             let endpoint: Endpoint = format!("ws://{address}/ws").parse().unwrap();
             let bytes = bench.runtime.block_on(async {
-                make_rooms(address, rooms * USERS, USERS).await;
+                // All are in the same rooms: of the records, an edge keeps a limited number for all sessions.
+                for room in 0..*rooms {
+                    let members: Vec<String> = (0..USERS).map(|user| format!("w{user}")).collect();
+                    let name = format!("r{room}");
+                    let new = json!({ "namespace": "log", "kind": "group", "name": name, "members": members });
+                    post(address, "/v1/rooms", "desk", new).await;
+                }
                 // They answer pings, however long it takes.
                 let mut sessions = Vec::new();
                 for user in 0..USERS {

@@ -5,7 +5,7 @@
 //! then the servers that both need.
 
 mod control;
-mod data_dir;
+pub(super) mod data_dir;
 mod edge;
 mod history;
 mod report;
@@ -28,7 +28,6 @@ use tokio::{
     sync::mpsc,
 };
 
-pub(super) use self::data_dir::lock_file;
 use self::{
     report::Report,
     stack::{Name, Stack},

@@ -339,7 +339,7 @@ impl Desk {
                     // Messages are heard themselves.
                     News::Message { .. } => {}
                     News::Read(marker) => follow.arranged(&signal.room, Some(marker)),
-                    News::Changed {} => follow.arranged(&signal.room, None),
+                    News::Changed => follow.arranged(&signal.room, None),
                 },
             }
         }

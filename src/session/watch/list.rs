@@ -187,7 +187,7 @@ impl List {
                 active.message(&self.user, heard, caps);
             }),
             News::Read(marker) => self.change(room, |active| active.read(marker)),
-            News::Changed {} => self.changed(room),
+            News::Changed => self.changed(room),
         }
     }
 

@@ -112,6 +112,11 @@ impl Endpoint {
         self.inner.asked.lock().clone()
     }
 
+    /// How many requests there were.
+    pub(crate) fn count(&self) -> usize {
+        self.inner.asked.lock().len()
+    }
+
     /// Most requests that were open at once.
     pub(crate) fn most_open(&self) -> usize {
         self.inner.most_open.load(Ordering::SeqCst)
