@@ -576,6 +576,25 @@ pub fn hook_off_key(hook: &str) -> String {
     format!("off.{hook}")
 }
 
+/// Key that says where the entries of a room go on that wait apart for a hook.
+#[must_use]
+pub fn hook_apart_key(hook: &str, part: u16, room: &RoomId) -> String {
+    format!("apart.{hook}.{part}.{}.{}", room.namespace(), room.name())
+}
+
+/// All of these keys of a partition.
+#[must_use]
+pub fn hook_apart_keys(hook: &str, part: u16) -> String {
+    format!("apart.{hook}.{part}.*.*")
+}
+
+/// The room of a [`hook_apart_key`].
+#[must_use]
+pub fn parse_hook_apart_key(key: &str) -> Option<RoomId> {
+    let mut tokens = key.strip_prefix("apart.")?.split('.').skip(2);
+    RoomId::from_parts(tokens.next()?, tokens.next()?).ok()
+}
+
 /// Key of what was told of a user (`of` is `user`) or a room (`room`).
 #[must_use]
 pub fn hook_told_key(of: &str, name: &str) -> String {

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{
-    Connection, Line, LineError, Record,
+    Connection, Delivery, Line, LineError, Record,
     record::{BadRecord, last, pairs},
 };
 use crate::{
@@ -314,6 +314,16 @@ impl Reader {
         }
         let (messages, _) = self.get(stream, &serde_json::json!({ "seq": seq })).await?;
         Ok(self.stored(&messages, stream, epoch)?.pop())
+    }
+
+    /// The message at `seq` as a consumer would deliver it, for [`super::DeadLetters::keep`]. It can't be answered.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn delivery(&self, stream: &str, seq: u64) -> Result<Option<Delivery>, ReadError> {
+        let request = serde_json::json!({ "seq": seq });
+        let (mut messages, _) = self.get(stream, &request).await?;
+        Ok(messages.pop().and_then(Delivery::read))
     }
 
     fn stored(

@@ -99,6 +99,8 @@ pub(super) struct StreamInfo {
     pub(super) mirror: Option<MirrorInfo>,
     /// The clock of the stream's leader, as RFC 3339. Servers before 2.10 don't send it.
     pub(super) ts: Option<String>,
+    /// When the stream was made, as RFC 3339.
+    pub(super) created: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

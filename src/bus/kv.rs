@@ -176,6 +176,18 @@ impl Bucket {
         self.remove_for(key, REMOVED_FOR).await
     }
 
+    /// Like [`Self::remove`], if the key still has this revision.
+    ///
+    /// # Errors
+    /// [`KvError`]; [`KvError::Conflict`] if it has another one.
+    pub async fn remove_at(&self, key: &str, revision: u64) -> Result<u64, KvError> {
+        let how = Put {
+            ttl: Some(REMOVED_FOR),
+            expected: Some(revision),
+        };
+        self.write(key, Bytes::new(), how, true).await
+    }
+
     /// Like [`Self::remove`], but the marker of the removal is kept for `time` (whole seconds).
     ///
     /// # Errors
@@ -259,6 +271,14 @@ impl Bucket {
     pub async fn server_time(&self) -> Result<u64, KvError> {
         let ts = self.info().await?.ts.unwrap_or_default();
         rfc3339_ms(&ts).map_err(|error| KvError::Refused(error.to_string()))
+    }
+
+    /// When the bucket was made, as the server writes it: one that was made again says something else.
+    ///
+    /// # Errors
+    /// [`KvError`].
+    pub async fn created(&self) -> Result<String, KvError> {
+        Ok(self.info().await?.created.unwrap_or_default())
     }
 
     /// Configuration and state of the bucket's stream.

@@ -536,6 +536,23 @@ impl Delivery {
         })
     }
 
+    /// What a direct get has read.
+    pub(super) fn read(mut message: Message) -> Option<Self> {
+        let headers = message.headers.as_ref()?;
+        let subject = last(headers, header::SUBJECT)?.to_owned();
+        let seq = last(headers, header::SEQUENCE)?.parse().ok()?;
+        let ts = stored_time(headers).ok()?;
+        message.subject = subject.into();
+        Some(Self {
+            message,
+            answer_to: Subject::from_static(""),
+            seq,
+            ts,
+            deliveries: 1,
+            given: 0,
+        })
+    }
+
     /// The message, if it is a room's.
     #[must_use]
     pub fn stored(&self, subjects: &Subjects, epoch: Epoch) -> Option<Stored> {

@@ -1,6 +1,6 @@
 //! Who may send to a hook now: a bounded number, and only a single attempt from time to time while its receiver is down.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::{
@@ -10,8 +10,9 @@ use tokio::{
 
 use crate::outbound::pause;
 
-/// Failures one after the other, without any success, after which a receiver counts as down.
-const DOWN_AFTER: u32 = 8;
+/// Events that fail one after the other, without any success, after which a receiver counts as down. One event that is
+/// never accepted, however often it is tried, says nothing of the others.
+const DOWN_AFTER: usize = 8;
 
 /// Pauses between attempts at a receiver that is down: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -26,8 +27,10 @@ pub(super) struct Gate {
 
 #[derive(Debug)]
 struct State {
-    /// Since the last success.
-    failures: u32,
+    /// The events that failed since the last success, at most [`DOWN_AFTER`].
+    failing: BTreeSet<String>,
+    /// Trials that failed since it is down. Requests that were open when it went down are no trials.
+    trials: u32,
     successes: u64,
     /// No attempt before, while it is down.
     until: Instant,
@@ -54,7 +57,8 @@ impl Gate {
         Self {
             turns: Semaphore::new(at_once),
             state: Mutex::new(State {
-                failures: 0,
+                failing: BTreeSet::new(),
+                trials: 0,
                 successes: 0,
                 until: Instant::now(),
                 is_tried: false,
@@ -85,7 +89,7 @@ impl Gate {
                 continue;
             };
             let mut state = self.state.lock();
-            let is_down = state.failures >= DOWN_AFTER;
+            let is_down = state.is_down();
             if is_down && (state.is_tried || Instant::now() < state.until) {
                 continue;
             }
@@ -101,7 +105,7 @@ impl Gate {
     /// Until when nobody may send (`None`: until something changes), and why. `None`: somebody may.
     fn closed(&self) -> Option<(Option<Instant>, String)> {
         let state = self.state.lock();
-        let is_down = state.failures >= DOWN_AFTER;
+        let is_down = state.is_down();
         let until = (!state.is_tried).then_some(state.until);
         let is_open = !is_down || until.is_some_and(|until| until <= Instant::now());
         (!is_open).then(|| (until, state.fault.clone()))
@@ -110,10 +114,11 @@ impl Gate {
     /// A request succeeded.
     pub(super) fn well(&self) {
         let mut state = self.state.lock();
-        if state.failures >= DOWN_AFTER {
+        if state.is_down() {
             self.changed.notify_waiters();
         }
-        state.failures = 0;
+        state.failing.clear();
+        state.trials = 0;
         state.successes += 1;
     }
 
@@ -121,17 +126,29 @@ impl Gate {
     pub(super) fn successes(&self) -> u64 {
         self.state.lock().successes
     }
+}
 
-    /// A request failed. Returns whether the receiver has just begun to count as down.
-    pub(super) fn failed(&self, fault: &str, after: Option<Duration>) -> bool {
-        let mut state = self.state.lock();
-        state.failures = state.failures.saturating_add(1);
+impl State {
+    fn is_down(&self) -> bool {
+        self.failing.len() >= DOWN_AFTER
+    }
+}
+
+impl Turn<'_> {
+    /// The request of an event failed. Returns whether the receiver has just begun to count as down.
+    pub(super) fn failed(&self, event: &str, fault: &str, after: Option<Duration>) -> bool {
+        let mut state = self.gate.state.lock();
         fault.clone_into(&mut state.fault);
-        if state.failures >= DOWN_AFTER {
-            let times = state.failures - DOWN_AFTER + 1;
-            state.until = Instant::now() + pause(times, PAUSES, after);
+        let was_down = state.is_down();
+        if !was_down {
+            state.failing.insert(event.to_owned());
         }
-        state.failures == DOWN_AFTER
+        let begins = !was_down && state.is_down();
+        if begins || self.is_trial {
+            state.trials += 1;
+            state.until = Instant::now() + pause(state.trials, PAUSES, after);
+        }
+        begins
     }
 }
 
@@ -154,13 +171,19 @@ mod tests {
         Instant::now() + Duration::from_secs(1_000_000)
     }
 
+    /// Each of these events fails once.
+    async fn fail(gate: &Gate, events: usize, after: Option<Duration>) {
+        for n in 1..=events {
+            let turn = gate.turn(never()).await.unwrap();
+            let begins = turn.failed(&n.to_string(), "it is 503", after);
+            assert_eq!(begins, n == DOWN_AFTER);
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_receiver_that_is_down_is_tried_by_one_at_a_time() {
         let gate = Gate::new(4);
-        for n in 1..=DOWN_AFTER {
-            let _turn = gate.turn(never()).await.unwrap();
-            assert_eq!(gate.failed("it is 503", None), n == DOWN_AFTER);
-        }
+        fail(&gate, DOWN_AFTER, None).await;
         // Nobody for a moment, and then one.
         let soon = Duration::from_millis(400);
         assert!(timeout(soon, gate.turn(never())).await.is_err());
@@ -172,7 +195,7 @@ mod tests {
         // A trial that is given up leaves room for the next one.
         drop(trial);
         let trial = gate.turn(never()).await.unwrap();
-        gate.failed("it is 500", None);
+        trial.failed("1", "it is 500", None);
         drop(trial);
         let before = Instant::now();
         let trial = gate.turn(never()).await.unwrap();
@@ -192,11 +215,36 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn many_failures_at_once_are_one_reason_for_a_pause() {
+        let gate = Gate::new(64);
+        let mut turns = Vec::new();
+        for _ in 0..64 {
+            turns.push(gate.turn(never()).await.unwrap());
+        }
+        for (event, turn) in turns.iter().enumerate() {
+            turn.failed(&event.to_string(), "it restarts", None);
+        }
+        turns.clear();
+        let before = Instant::now();
+        gate.turn(never()).await.unwrap();
+        assert!(before.elapsed() <= PAUSES.0, "{:?}", before.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_event_that_is_never_accepted_closes_the_gate_to_nobody() {
+        let gate = Gate::new(4);
+        let begun = Instant::now();
+        for _ in 0..10 * DOWN_AFTER {
+            let turn = gate.turn(never()).await.unwrap();
+            assert!(!turn.failed("poison", "it is 500", None));
+        }
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn who_waits_for_a_receiver_that_is_down_learns_when_it_is_too_late() {
         let gate = Gate::new(1);
-        for _ in 0..DOWN_AFTER {
-            gate.failed("down", Some(Duration::from_secs(3600)));
-        }
+        fail(&gate, DOWN_AFTER, Some(Duration::from_secs(3600))).await;
         let begun = Instant::now();
         let late = gate.turn(begun + Duration::from_secs(7)).await;
         assert!(late.is_err() && begun.elapsed() == Duration::from_secs(7));

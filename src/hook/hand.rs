@@ -35,7 +35,8 @@ struct Held<T> {
 #[derive(Debug, Default)]
 struct Room {
     waiting: BTreeSet<u64>,
-    is_open: bool,
+    /// The entry that is being sent; without an order, one of them.
+    open: Option<u64>,
 }
 
 /// What a delivery is.
@@ -95,10 +96,10 @@ impl<T> Hand<T> {
             let Some(room) = self.rooms.get_mut(&room) else {
                 continue;
             };
-            while !(self.ordered && room.is_open)
+            while !(self.ordered && room.open.is_some())
                 && let Some(seq) = room.waiting.pop_first()
             {
-                room.is_open = true;
+                room.open = Some(seq);
                 begun.push(seq);
             }
         }
@@ -109,7 +110,7 @@ impl<T> Hand<T> {
     pub(super) fn finish(&mut self, seq: u64) -> Option<T> {
         let Held { room, item } = self.entries.remove(&seq)?;
         if let Some(its) = self.rooms.get_mut(&room) {
-            its.is_open = false;
+            its.open = None;
             match its.waiting.is_empty() {
                 true => drop(self.rooms.remove(&room)),
                 false => drop(self.look.insert(room)),
@@ -120,6 +121,37 @@ impl<T> Hand<T> {
             self.done.pop_first();
         }
         Some(item)
+    }
+
+    /// The rooms in which entries wait: the one that is being sent, and how many wait for it.
+    pub(super) fn behind(&self) -> impl Iterator<Item = (&Arc<str>, u64, usize)> {
+        self.rooms.iter().filter_map(|(name, room)| {
+            let waiting = room.waiting.len();
+            room.open
+                .filter(|_| waiting > 0)
+                .map(|seq| (name, seq, waiting))
+        })
+    }
+
+    /// The sequences of the entries of a room that wait: the first and the last.
+    pub(super) fn waiting(&self, room: &str) -> Option<(u64, u64)> {
+        let waiting = &self.rooms.get(room)?.waiting;
+        Some((*waiting.first()?, *waiting.last()?))
+    }
+
+    /// Gives the entries of a room out of hand that wait. They are not done.
+    pub(super) fn put_off(&mut self, room: &str) -> Vec<T> {
+        let waiting = self.rooms.get_mut(room).map(|room| &mut room.waiting);
+        let waiting = waiting.map(std::mem::take).unwrap_or_default();
+        let put_off = waiting
+            .into_iter()
+            .filter_map(|seq| self.entries.remove(&seq));
+        put_off.map(|held| held.item).collect()
+    }
+
+    /// Whether something of a room is in hand.
+    pub(super) fn has(&self, room: &str) -> bool {
+        self.rooms.contains_key(room)
     }
 
     pub(super) fn get(&self, seq: u64) -> Option<&T> {
@@ -156,6 +188,23 @@ mod tests {
             hand.finish(seq);
         }
         assert_eq!((hand.len(), hand.rooms.len(), hand.free()), (0, 0, IN_HAND));
+    }
+
+    #[test]
+    fn what_waits_in_a_room_can_be_put_off_and_come_again() {
+        let mut hand = Hand::new(true);
+        for (seq, of) in [(1, "a"), (2, "b"), (3, "a"), (4, "a")] {
+            hand.take(seq, of, seq);
+        }
+        hand.begin();
+        assert_eq!(hand.behind().collect::<Vec<_>>(), [(&"a".into(), 1, 2)]);
+        assert_eq!(hand.waiting("a"), Some((3, 4)));
+        assert_eq!(hand.put_off("a"), [3, 4]);
+        assert_eq!((hand.len(), hand.waiting("a")), (2, None));
+        hand.finish(1);
+        assert!(!hand.has("a") && hand.has("b"));
+        assert_eq!(hand.take(3, "a", 3), Taken::New);
+        assert_eq!(hand.begin(), [3]);
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! - Of the processes of a region, one at a time sends the events of a hook: the one with the lease. So it can keep each
 //!   room's order, while other rooms go on.
 
+mod apart;
 mod dead;
 mod event;
 mod gate;

@@ -8,24 +8,30 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use super::{
     Hook, Parts,
+    apart::{self, Apart, Next, Page},
     hand::{Hand, IN_HAND, Taken},
     lead::Leading,
-    send::{Sent, send},
+    send::{Sent, Signs, send},
     source::{Source, Told},
 };
 use crate::{
-    bus::{Answer, Consumer, Delivery, Pull, PullError, StreamError, answer, consumer_state},
-    model::Epoch,
+    bus::{
+        Answer, Consumer, Delivery, KvError, Pull, PullError, StreamError, answer, consumer_state,
+    },
+    model::{Epoch, RoomId},
     outbound::pause,
     subject::Subjects,
     taking::{LAST_TRY, STREAM_PAUSES},
     telemetry::metrics::Counter,
 };
+
+/// Interval of the looks at rooms whose events are refused.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Interval of the questions whether all that an earlier process had in hand is in hand here.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -39,13 +45,24 @@ pub(super) enum Trouble {
     Pull(#[from] PullError),
     #[error(transparent)]
     Stream(#[from] StreamError),
+    #[error("the bucket of hooks can't be read")]
+    Bucket(#[from] KvError),
 }
 
 /// An entry in hand: how it is answered, and what is sent.
 #[derive(Debug)]
 struct Item {
-    delivery: Delivery,
+    /// `None`: it was read again, and was acknowledged before.
+    delivery: Option<Delivery>,
     told: Arc<Told>,
+    signs: Arc<Signs>,
+}
+
+/// What has ended.
+enum Ended {
+    Sent(u64, Sent),
+    Read(Page),
+    Forgotten,
 }
 
 /// A partition in the hand of this process.
@@ -56,7 +73,8 @@ struct Taking<'l> {
     subjects: Subjects,
     hand: Hand<Item>,
     epoch: Option<Epoch>,
-    sending: FuturesUnordered<BoxFuture<'static, (u64, Sent)>>,
+    apart: Apart,
+    sending: FuturesUnordered<BoxFuture<'static, Ended>>,
     /// Whether nothing more can be taken.
     is_full: Arc<AtomicBool>,
     busy_interval: Duration,
@@ -129,6 +147,7 @@ pub(super) async fn take(leading: &Arc<Leading>, source: Source) -> Option<Strin
         subjects: Subjects::new(&parts.config.nats.prefix),
         hand: Hand::new(hook.config.ordered),
         epoch: None,
+        apart: Apart::default(),
         sending: FuturesUnordered::new(),
         is_full: Arc::default(),
         busy_interval: consumer(parts, hook, Vec::new()).busy_interval(),
@@ -136,8 +155,8 @@ pub(super) async fn take(leading: &Arc<Leading>, source: Source) -> Option<Strin
     let (mut told, mut failures) = (String::new(), 0);
     let end = loop {
         let opened = async {
-            pull.open().await?;
-            Ok::<_, Trouble>(source.epoch(parts).await?)
+            pull.open().await.map_err(Trouble::from)?;
+            source.epoch(parts).await
         };
         let opened = tokio::select! {
             opened = opened => opened,
@@ -145,17 +164,21 @@ pub(super) async fn take(leading: &Arc<Leading>, source: Source) -> Option<Strin
         };
         let trouble = match opened {
             Ok(epoch) => {
-                (told, failures) = (String::new(), 0);
                 taking.belongs_to(epoch);
+                let worked = async {
+                    taking.load_apart(epoch).await?;
+                    (told, failures) = (String::new(), 0);
+                    taking.work(&mut pull, epoch).await.map_err(Trouble::from)
+                };
                 let worked = tokio::select! {
-                    worked = taking.work(&mut pull, epoch) => worked,
+                    worked = worked => worked,
                     () = &mut over => break End::Over,
                 };
                 match worked {
                     Ok(reason) => break End::Off(reason),
                     // The connection has already logged this.
-                    Err(PullError::Reconnected { .. }) => continue,
-                    Err(error) => Trouble::from(error),
+                    Err(Trouble::Pull(PullError::Reconnected { .. })) => continue,
+                    Err(trouble) => trouble,
                 }
             }
             Err(trouble) => trouble,
@@ -188,8 +211,17 @@ impl Taking<'_> {
         if self.epoch.is_some_and(|known| known != epoch) {
             self.sending = FuturesUnordered::new();
             self.hand = Hand::new(self.leading.hook.config.ordered);
+            self.apart = Apart::default();
         }
         self.epoch = Some(epoch);
+    }
+
+    async fn load_apart(&mut self, epoch: Epoch) -> Result<(), KvError> {
+        let Source::Rooms(part) = self.source else {
+            return Ok(());
+        };
+        let Leading { parts, hook, .. } = &**self.leading;
+        self.apart.load(parts, hook, part, epoch).await
     }
 
     /// Takes and sends, until the receiver wants nothing more: returns the reason. Cancel-safe but for deliveries, which
@@ -200,15 +232,14 @@ impl Taking<'_> {
         let mut is_settled = false;
         let mut settle = interval(SETTLE);
         let mut busy = interval(self.busy_interval);
-        for timer in [&mut settle, &mut busy] {
+        let mut look = interval(LOOK);
+        for timer in [&mut settle, &mut busy, &mut look] {
             timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         let mut taken = Vec::new();
         loop {
             if is_settled {
-                for seq in self.hand.begin() {
-                    self.begin(seq);
-                }
+                self.go_on(epoch);
             }
             let free = self.hand.free();
             self.is_full.store(free == 0, Ordering::Relaxed);
@@ -220,17 +251,19 @@ impl Taking<'_> {
                     }
                     next?;
                 }
-                Some((seq, sent)) = self.sending.next(), if !self.sending.is_empty() => {
-                    if let Some(reason) = self.done(seq, sent).await {
+                Some(ended) = self.sending.next(), if !self.sending.is_empty() => {
+                    if let Some(reason) = self.ended(ended, epoch).await {
                         return Ok(reason);
                     }
                 }
+                _ = look.tick() => self.set_apart(epoch).await,
                 _ = busy.tick() => {
-                    let all = self.hand.items().map(|item| &item.delivery).collect();
+                    let all = self.hand.items().filter_map(|item| item.delivery.as_ref()).collect();
                     answer(&self.leading.parts.connection, all, Answer::Busy).await;
                 }
                 _ = settle.tick(), if !is_settled => {
-                    let in_hand = self.hand.len() as u64;
+                    let delivered = self.hand.items().filter(|item| item.delivery.is_some());
+                    let in_hand = delivered.count() as u64;
                     is_settled = is_all_here(&self.leading.parts, &self.stream, pull, in_hand).await;
                 }
             }
@@ -246,13 +279,42 @@ impl Taking<'_> {
             return answer(&parts.connection, vec![&delivery], Answer::Done).await;
         };
         let of = told.of().to_owned();
-        let item = Item {
-            told: Arc::new(told),
-            delivery: delivery.clone(),
-        };
-        match self.hand.take(delivery.seq, &of, item) {
+        let seq = delivery.seq;
+        if self.hand.get(seq).is_none() && self.apart.takes(&of, seq) {
+            return answer(&parts.connection, vec![&delivery], Answer::Done).await;
+        }
+        match self.hold(told, Some(delivery.clone()), seq) {
             Taken::New | Taken::Again => {}
             Taken::Done => answer(&parts.connection, vec![&delivery], Answer::Done).await,
+        }
+    }
+
+    fn hold(&mut self, told: Told, delivery: Option<Delivery>, seq: u64) -> Taken {
+        let of = told.of().to_owned();
+        // A redelivery is of the same entry: what is known of its sending stays.
+        let signs = self.hand.get(seq).map(|item| Arc::clone(&item.signs));
+        let item = Item {
+            told: Arc::new(told),
+            delivery,
+            signs: signs.unwrap_or_default(),
+        };
+        self.hand.take(seq, &of, item)
+    }
+
+    /// Begins what may begin: to send entries, and to read those of rooms apart.
+    fn go_on(&mut self, epoch: Epoch) {
+        if let Source::Rooms(part) = self.source {
+            let free = self.hand.free();
+            for place in self.apart.to_read(free, |room| self.hand.has(room)) {
+                let Leading { parts, hook, .. } = &**self.leading;
+                let (parts, hook) = (parts.clone(), Arc::clone(hook));
+                let source = (self.stream.clone(), part, epoch);
+                let read = apart::read(parts, hook, source, place);
+                self.sending.push(Box::pin(read.map(Ended::Read)));
+            }
+        }
+        for seq in self.hand.begin() {
+            self.begin(seq);
         }
     }
 
@@ -262,11 +324,89 @@ impl Taking<'_> {
             return;
         };
         let (leading, told) = (Arc::clone(self.leading), Arc::clone(&item.told));
-        let is_full = Arc::clone(&self.is_full);
+        let (signs, is_full) = (Arc::clone(&item.signs), Arc::clone(&self.is_full));
         self.sending.push(Box::pin(async move {
             let is_full = move || is_full.load(Ordering::Relaxed);
-            (seq, send(leading, told, is_full).await)
+            Ended::Sent(seq, send(leading, told, signs, is_full).await)
         }));
+    }
+
+    /// Rooms whose event is refused, and in which others wait, wait apart.
+    async fn set_apart(&mut self, epoch: Epoch) {
+        let Source::Rooms(part) = self.source else {
+            return;
+        };
+        let Leading { parts, hook, .. } = &**self.leading;
+        let is_full = self.hand.free() == 0;
+        let is_stuck = |seq| self.hand.get(seq).is_some_and(|item| item.signs.is_stuck());
+        let stuck = self.hand.behind().filter(|(_, seq, waiting)| {
+            hook.config.ordered && (is_full || *waiting >= apart::WAITING) && is_stuck(*seq)
+        });
+        let stuck: Vec<Arc<str>> = stuck.map(|(room, ..)| Arc::clone(room)).collect();
+        for room in stuck {
+            let waiting = self.hand.waiting(&room);
+            let Some(((first, last), id)) = waiting.zip(RoomId::parse(&room).ok()) else {
+                continue;
+            };
+            // Of a room that is read, the key stands further back, or here.
+            let mut revision = None;
+            if !self.apart.has(&room) {
+                match apart::keep(parts, hook, part, &id, (epoch, first)).await {
+                    Ok(kept) => revision = Some(kept),
+                    Err(error) => {
+                        tracing::debug!(hook = hook.name(), %room, %error, "a room can't wait apart");
+                        continue;
+                    }
+                }
+                tracing::warn!(
+                    hook = hook.name(),
+                    %room,
+                    "an event is refused: what comes later in its room waits in the stream"
+                );
+            }
+            self.apart.begin(Arc::clone(&room), (first, last), revision);
+            let put_off = self.hand.put_off(&room);
+            let delivered = put_off.iter().filter_map(|item| item.delivery.as_ref());
+            answer(&parts.connection, delivered.collect(), Answer::Done).await;
+        }
+    }
+
+    async fn ended(&mut self, ended: Ended, epoch: Epoch) -> Option<String> {
+        let page = match ended {
+            Ended::Sent(seq, sent) => return self.done(seq, sent).await,
+            Ended::Forgotten => return None,
+            Ended::Read(page) => page,
+        };
+        let (parts, hook) = (&self.leading.parts, &self.leading.hook);
+        let Source::Rooms(part) = self.source else {
+            return None;
+        };
+        let room = Arc::clone(&page.room);
+        match self.apart.took(page) {
+            Ok(Next::Take(stored)) => {
+                for stored in stored {
+                    let seq = stored.record.seq;
+                    let told = Told::Entry {
+                        stored: Box::new(stored),
+                        part,
+                        epoch,
+                    };
+                    if !told.events(parts, hook).is_empty() {
+                        self.hold(told, None, seq);
+                    }
+                }
+            }
+            Ok(Next::Remove(revision)) => {
+                let (parts, hook) = (parts.clone(), Arc::clone(hook));
+                let forget = apart::forget(parts, hook, part, (room, revision));
+                let forget = forget.map(|()| Ended::Forgotten);
+                self.sending.push(Box::pin(forget));
+            }
+            Err(error) => {
+                tracing::debug!(hook = hook.name(), %room, error, "a room that waits apart can't be read");
+            }
+        }
+        None
     }
 
     /// An entry was sent, or is given up. Returns the reason if the hook must be disabled.
@@ -281,15 +421,15 @@ impl Taking<'_> {
                 let stream = self.stream.clone();
                 // It may take a while, in which others go on. Its room waits for it.
                 self.sending.push(Box::pin(async move {
-                    bury(&leading, &delivery, &told, &stream, &reason).await;
-                    (seq, Sent::Done)
+                    bury(&leading, delivery, &told, (&stream, seq), &reason).await;
+                    Ended::Sent(seq, Sent::Done)
                 }));
                 return None;
             }
         }
-        if let Some(item) = self.hand.finish(seq) {
+        if let Some(delivery) = self.hand.finish(seq).and_then(|item| item.delivery) {
             let connection = &self.leading.parts.connection;
-            answer(connection, vec![&item.delivery], Answer::Done).await;
+            answer(connection, vec![&delivery], Answer::Done).await;
         }
         None
     }
@@ -300,8 +440,11 @@ impl Taking<'_> {
         let until = Instant::now() + LAST_TRY;
         while !self.leading.over.is_cancelled() && !self.sending.is_empty() {
             tokio::select! {
-                Some((seq, sent)) = self.sending.next() => {
-                    if let Some(off) = self.done(seq, sent).await {
+                // What was read of rooms apart is read again by the next process.
+                Some(ended) = self.sending.next() => {
+                    if let Ended::Sent(seq, sent) = ended
+                        && let Some(off) = self.done(seq, sent).await
+                    {
                         reason = Some(off);
                         break;
                     }
@@ -311,7 +454,8 @@ impl Taking<'_> {
             }
         }
         self.sending.clear();
-        let left: Vec<&Delivery> = self.hand.items().map(|item| &item.delivery).collect();
+        let left = self.hand.items().filter_map(|item| item.delivery.as_ref());
+        let left: Vec<&Delivery> = left.collect();
         let connection = &self.leading.parts.connection;
         answer(connection, left, Answer::Again(Duration::ZERO)).await;
         reason
@@ -332,19 +476,37 @@ async fn is_all_here(parts: &Parts, stream: &str, pull: &Pull, in_hand: u64) -> 
     }
 }
 
-/// Makes a dead letter of an entry, unless it was erased: the letter would keep it.
-async fn bury(leading: &Leading, delivery: &Delivery, told: &Told, stream: &str, reason: &str) {
+/// Makes a dead letter of an entry, unless it was erased: the letter would keep it. `delivery`: `None` if it was
+/// acknowledged before, and is read again.
+async fn bury(
+    leading: &Leading,
+    delivery: Option<Delivery>,
+    told: &Told,
+    (stream, seq): (&str, u64),
+    reason: &str,
+) {
     let Leading { parts, hook, .. } = leading;
-    let (name, seq) = (hook.name(), delivery.seq);
+    let name = hook.name();
     let mut failures = 0;
     loop {
         let kept = async {
             if told.was_erased(parts).await? {
                 return Ok(false);
             }
+            let delivery = match &delivery {
+                Some(delivery) => Some(delivery.clone()),
+                None => {
+                    let read = parts.reader.delivery(stream, seq).await;
+                    read.map_err(|error| error.to_string())?
+                }
+            };
+            // The stream keeps it no longer.
+            let Some(delivery) = delivery else {
+                return Ok(false);
+            };
             let kept = parts
                 .dead
-                .keep(delivery, name, stream, told.epoch(), reason);
+                .keep(&delivery, name, stream, told.epoch(), reason);
             kept.await.map_err(|error| error.to_string())?;
             Ok::<bool, String>(true)
         };

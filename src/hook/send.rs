@@ -1,10 +1,17 @@
 //! Sends the events of one entry, until they are accepted or it is given up.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use hyper::StatusCode;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{
     Hook, Parts,
@@ -26,6 +33,9 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from
 /// An entry that has failed for so long becomes a dead letter before its time, if others can't be taken because of what
 /// waits behind such entries, and if the receiver accepts others, or refuses this one.
 const HELD_UP_FOR: Duration = Duration::from_secs(30);
+
+/// Interval of the looks whether others can't be taken.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What became of an entry.
 #[derive(Debug)]
@@ -111,10 +121,25 @@ fn refuses(fault: &Fault) -> bool {
     matches!(fault, Fault::Status(status) if status.is_client_error() && !may_be_later.contains(status))
 }
 
+/// What of an entry in hand its sending and the hand tell each other.
+#[derive(Debug, Default)]
+pub(super) struct Signs {
+    /// The receiver accepts others, or refuses this one: see [`Signs::is_stuck`].
+    stuck: AtomicBool,
+}
+
+impl Signs {
+    /// Whether the receiver works, and this entry has failed twice. Later entries of its room need not be in hand.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.stuck.load(Ordering::Relaxed)
+    }
+}
+
 /// Sends what is to be told of an entry. `is_full` says whether nothing else can be taken.
 pub(super) async fn send(
     leading: Arc<Leading>,
     told: Arc<Told>,
+    signs: Arc<Signs>,
     is_full: impl Fn() -> bool,
 ) -> Sent {
     let Leading {
@@ -162,7 +187,7 @@ pub(super) async fn send(
         };
         let is_refused = refuses(&fault);
         let fault = fault.to_string();
-        if gate.failed(&fault, after) {
+        if turn.failed(&event.id, &fault, after) {
             tracing::warn!(
                 hook = hook.name(),
                 fault,
@@ -175,12 +200,24 @@ pub(super) async fn send(
         let (began, done) = *since.get_or_insert_with(|| (Instant::now(), gate.successes()));
         // Where the receiver accepts nothing at all, everything waits.
         let is_alone = is_refused || gate.successes() > done;
-        let holds_up = is_alone && began.elapsed() > HELD_UP_FOR && is_full();
-        if Instant::now() + wait > overdue || holds_up {
+        signs
+            .stuck
+            .store(is_alone && attempt > 1, Ordering::Relaxed);
+        let again = Instant::now() + wait;
+        if again > overdue {
             return Sent::Dead(fault);
         }
         tracing::debug!(hook = hook.name(), fault, "a hook failed");
-        sleep(wait).await;
+        loop {
+            if is_alone && began.elapsed() > HELD_UP_FOR && is_full() {
+                return Sent::Dead(fault);
+            }
+            let now = Instant::now();
+            if now >= again {
+                break;
+            }
+            sleep_until(again.min(now + LOOK)).await;
+        }
     }
     Sent::Done
 }

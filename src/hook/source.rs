@@ -7,10 +7,11 @@ use serde_json::value::RawValue;
 
 use super::{
     Hook, Parts,
-    event::{Event, Only, events},
+    event::{Event, Only, events, hash},
+    part::Trouble,
 };
 use crate::{
-    bus::{Delivery, Stored, StreamError},
+    bus::{Delivery, Stored},
     config::HookEvent,
     model::{Class, Epoch, RoomId},
     subject::{Subjects, bucket, bucket_stream, hook_events, rooms_stream},
@@ -121,11 +122,15 @@ impl Source {
         Subjects::new(&parts.config.nats.prefix).stored_of(origin, part, &hook.scope, &classes)
     }
 
-    /// The incarnation of its stream. Nobody numbers the events of presence.
-    pub(super) async fn epoch(self, parts: &Parts) -> Result<Epoch, StreamError> {
+    /// The incarnation of its stream: sequences mean nothing in another one.
+    pub(super) async fn epoch(self, parts: &Parts) -> Result<Epoch, Trouble> {
         match self {
             Self::Rooms(part) => Ok(parts.streams.fetch(part).await?.epoch),
-            Self::Presence => Ok(presence_epoch()),
+            Self::Presence => {
+                let created = hash(&parts.bucket.created().await?);
+                let epoch = created.get(..8).and_then(Epoch::parse);
+                Ok(epoch.unwrap_or_else(presence_epoch))
+            }
         }
     }
 
@@ -147,7 +152,7 @@ impl Source {
     }
 }
 
-/// An epoch where there are none.
+/// An epoch for dead letters of presence, which are not looked up in a stream.
 fn presence_epoch() -> Epoch {
     Epoch::parse("presence").expect("8 letters are an epoch")
 }

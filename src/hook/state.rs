@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::{
     bus::{Bucket, KvError, Put},
@@ -99,25 +99,33 @@ impl Lease {
         }
     }
 
-    /// Rewrites it, until it is lost.
+    /// Rewrites it, until it is lost: [`HELD_FOR`] after the last rewrite, also while a request is under way.
     pub(super) async fn keep(&self, (mut revision, mut written): (u64, Instant)) {
         loop {
-            sleep(RENEW).await;
-            let begun = Instant::now();
-            match self.write(revision).await {
-                Ok(newer) => (revision, written) = (newer, begun),
-                Err(KvError::Conflict) => match self.read().await {
-                    // An earlier write of this process, of which it did not hear.
-                    Ok((newer, Some(holder))) if holder == self.instance.as_bytes() => {
-                        revision = newer;
-                    }
-                    Ok(_) => return,
-                    Err(error) => tracing::debug!(key = self.key, %error, "a lease can't be read"),
-                },
+            let rewrite = async {
+                sleep(RENEW).await;
+                let begun = Instant::now();
+                match self.write(revision).await {
+                    Ok(newer) => Ok(Some((newer, begun))),
+                    Err(KvError::Conflict) => match self.read().await {
+                        // An earlier write of this process, of which it did not hear.
+                        Ok((newer, Some(holder))) if holder == self.instance.as_bytes() => {
+                            Ok(Some((newer, written)))
+                        }
+                        Ok(_) => Ok(None),
+                        Err(error) => Err(error),
+                    },
+                    Err(error) => Err(error),
+                }
+            };
+            let rewritten = tokio::select! {
+                rewritten = rewrite => rewritten,
+                () = sleep_until(written + HELD_FOR) => return,
+            };
+            match rewritten {
+                Ok(Some(held)) => (revision, written) = held,
+                Ok(None) => return,
                 Err(error) => tracing::debug!(key = self.key, %error, "a lease can't be renewed"),
-            }
-            if written.elapsed() > HELD_FOR {
-                return;
             }
         }
     }
@@ -125,8 +133,9 @@ impl Lease {
     /// Gives it up, so that another process has it at once.
     pub(super) async fn release(&self) {
         let held = self.read().await;
-        if matches!(held, Ok((_, Some(holder))) if holder == self.instance.as_bytes())
-            && let Err(error) = self.bucket.remove(&self.key).await
+        if let Ok((revision, Some(holder))) = held
+            && holder == self.instance.as_bytes()
+            && let Err(error) = self.bucket.remove_at(&self.key, revision).await
         {
             tracing::debug!(key = self.key, %error, "a lease could not be given up");
         }

@@ -20,6 +20,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio::{
@@ -46,6 +47,9 @@ const EVENTS_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Names of a page of those who are there.
 const PAGE: usize = 1000;
+
+/// Names that are told at once.
+const AT_ONCE: usize = 32;
 
 /// How long the first list of who is there may take.
 const LIST_WITHIN: Duration = Duration::from_secs(60);
@@ -179,10 +183,11 @@ impl Teller {
         }
         loop {
             let next = self.due.first_key_value().map(|((at, _), ())| *at);
+            let mut batch = Vec::new();
             let result = tokio::select! {
-                turned = turned.recv() => match turned {
-                    Some(turned) => self.turned(turned).await,
-                    None => std::future::pending().await,
+                count = turned.recv_many(&mut batch, PAGE) => match count {
+                    0 => std::future::pending().await,
+                    _ => self.turned(batch).await,
                 },
                 () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
                     self.leave().await
@@ -209,16 +214,13 @@ impl Teller {
                 self.told.insert(name.into(), (entry.revision, record));
             }
         }
-        let known: Vec<(Arc<str>, Record)> = {
-            let all = self.told.iter();
-            all.map(|(name, (_, record))| (Arc::clone(name), *record))
-                .collect()
-        };
-        for (name, record) in known {
-            if !record.out {
-                self.bring_out(&name, record).await?;
-            }
-            if record.on && self.list.is_online(&name) == Some(false) {
+        let half_done = self.told.iter().filter(|(_, (_, record))| !record.out);
+        let half_done: Vec<Arc<str>> = half_done.map(|(name, _)| Arc::clone(name)).collect();
+        self.change(half_done, None).await?;
+        let on = self.told.iter().filter(|(_, (_, record))| record.on);
+        let on: Vec<Arc<str>> = on.map(|(name, _)| Arc::clone(name)).collect();
+        for name in on {
+            if self.list.is_online(&name) == Some(false) {
                 self.gone(name);
             }
         }
@@ -229,35 +231,35 @@ impl Teller {
                 return Ok(());
             };
             after = Some(Arc::clone(last));
-            for name in page {
-                self.came(&name).await?;
-            }
+            self.came(page).await?;
         }
     }
 
-    async fn turned(&mut self, turned: Turned) -> Result<(), KvError> {
-        if !self.is_ours(&turned.user) {
-            return Ok(());
-        }
-        match turned.online {
-            true => self.came(&turned.user).await,
-            false => {
-                self.gone(turned.user);
-                Ok(())
-            }
-        }
+    /// Takes in who came and went, in this order.
+    async fn turned(&mut self, turned: Vec<Turned>) -> Result<(), KvError> {
+        let last: BTreeMap<Arc<str>, bool> = turned
+            .into_iter()
+            .filter(|turned| self.is_ours(&turned.user))
+            .map(|turned| (turned.user, turned.online))
+            .collect();
+        let (came, gone): (Vec<_>, Vec<_>) = last.into_iter().partition(|(_, online)| *online);
+        gone.into_iter().for_each(|(name, _)| self.gone(name));
+        self.came(came.into_iter().map(|(name, _)| name).collect())
+            .await
     }
 
-    /// Somebody is there.
-    async fn came(&mut self, name: &Arc<str>) -> Result<(), KvError> {
-        if let Some(at) = self.leaving.remove(name) {
-            self.due.remove(&(at, Arc::clone(name)));
+    /// These are there.
+    async fn came(&mut self, mut names: Vec<Arc<str>>) -> Result<(), KvError> {
+        for name in &names {
+            if let Some(at) = self.leaving.remove(name) {
+                self.due.remove(&(at, Arc::clone(name)));
+            }
         }
-        let is_known = self.told.get(name).is_some_and(|(_, record)| record.on);
-        if is_known || !self.is_ours(name) {
-            return Ok(());
-        }
-        self.change(name, true).await
+        names.retain(|name| {
+            let is_known = self.told.get(name).is_some_and(|(_, record)| record.on);
+            !is_known && self.is_ours(name)
+        });
+        self.change(names, Some(true)).await
     }
 
     /// Somebody is gone; that is told later.
@@ -275,106 +277,142 @@ impl Teller {
 
     /// Tells of those who are gone for long enough.
     async fn leave(&mut self) -> Result<(), KvError> {
+        let mut names = Vec::new();
         while let Some(first) = self.due.first_entry()
             && first.key().0 <= Instant::now()
         {
             let (_, name) = first.remove_entry().0;
             self.leaving.remove(&name);
-            if self.list.is_online(&name) == Some(false) {
-                self.change(&name, false).await?;
+            if self.list.is_online(&name) != Some(false) {
+                continue;
+            }
+            // What is told takes its time, in which somebody may have come and gone again.
+            let is_gone_for = self.list.offline_since(&name).map(|since| since.elapsed());
+            match is_gone_for.is_none_or(|time| time >= self.gone_after) {
+                true => names.push(name),
+                false => self.gone(name),
             }
         }
-        Ok(())
+        self.change(names, Some(false)).await
     }
 
-    async fn change(&mut self, name: &Arc<str>, on: bool) -> Result<(), KvError> {
-        let known = self.told.get(name).copied();
-        let record = Record {
-            on,
-            // Later than what was told before, also if the clock was set back.
-            at: unix_ms().max(known.map_or(0, |(_, record)| record.at + 1)),
-            out: false,
-        };
-        let expected = known.map_or(0, |(revision, _)| revision);
-        self.write(name, record, expected).await?;
-        self.bring_out(name, record).await
-    }
-
-    async fn write(
-        &mut self,
-        name: &Arc<str>,
-        record: Record,
-        expected: u64,
-    ) -> Result<(), KvError> {
-        let value =
-            serde_json::to_vec(&record).map_err(|error| KvError::Refused(error.to_string()))?;
-        let how = Put {
-            ttl: None,
-            expected: Some(expected),
-        };
-        let key = hook_told_key(self.of.word(), name);
-        let written = self.parts.bucket.put(&key, value.into(), how).await;
-        let revision = match written {
-            // The marker of a record that was removed is still there.
-            Err(KvError::Conflict) if expected == 0 => {
-                let found = self
-                    .parts
-                    .bucket
-                    .get(std::slice::from_ref(&key))
-                    .await?
-                    .pop();
-                let marker = found.filter(|entry| entry.value.is_none());
-                let marker = marker.ok_or(KvError::Conflict)?;
-                let how = Put {
-                    ttl: None,
-                    expected: Some(marker.revision),
+    /// Tells that these are there, or gone; `None`: brings out what was written down. Each of them is told on its own, and
+    /// several at once.
+    async fn change(&mut self, names: Vec<Arc<str>>, on: Option<bool>) -> Result<(), KvError> {
+        let telling = names.into_iter().map(|name| {
+            let (parts, of) = (&self.parts, self.of);
+            let known = self.told.get(&name).copied();
+            async move {
+                let noted = match (on, known) {
+                    (None, Some(known)) => Ok(known),
+                    (None, None) => return (name, Ok(None)),
+                    (Some(on), _) => note_down(parts, of, &name, known, on).await,
                 };
-                let value = serde_json::to_vec(&record)
-                    .map_err(|error| KvError::Refused(error.to_string()))?;
-                self.parts.bucket.put(&key, value.into(), how).await?
+                let told = match noted {
+                    Ok(noted) => bring_out(parts, of, &name, noted).await,
+                    Err(error) => Err(error),
+                };
+                (name, told)
             }
-            written => written?,
-        };
-        self.told.insert(Arc::clone(name), (revision, record));
-        Ok(())
+        });
+        let told: Vec<_> = stream::iter(telling)
+            .buffer_unordered(AT_ONCE)
+            .collect()
+            .await;
+        let mut result = Ok(());
+        for (name, told) in told {
+            match told {
+                Ok(Some(known)) => drop(self.told.insert(name, known)),
+                Ok(None) => drop(self.told.remove(&name)),
+                Err(error) => result = Err(error),
+            }
+        }
+        result
     }
+}
 
-    /// Writes the event of a record, and that it is out.
-    async fn bring_out(&mut self, name: &Arc<str>, record: Record) -> Result<(), KvError> {
-        let Record { on, at, .. } = record;
-        let word = self.of.word();
-        let named = Some(name.to_string());
-        let note = Note {
-            id: format!("{word}.{}.{at}", hash(name)),
-            kind: self.of.kind(on),
-            at,
-            room: named.clone().filter(|_| self.of == Of::Rooms),
-            user: named.filter(|_| self.of == Of::Users),
-        };
-        let value =
-            serde_json::to_vec(&note).map_err(|error| KvError::Refused(error.to_string()))?;
-        let how = Put {
-            ttl: Some(EVENTS_FOR),
-            expected: Some(0),
-        };
-        let key = hook_event_key(word, name, at);
-        match self.parts.bucket.put(&key, value.into(), how).await {
-            // An earlier process brought it out.
-            Ok(_) | Err(KvError::Conflict) => {}
-            Err(error) => return Err(error),
+/// Writes down what is to be told, after what is known. Returns it with its revision.
+async fn note_down(
+    parts: &Parts,
+    of: Of,
+    name: &str,
+    known: Option<(u64, Record)>,
+    on: bool,
+) -> Result<(u64, Record), KvError> {
+    let record = Record {
+        on,
+        // Later than what was told before, also if the clock was set back.
+        at: unix_ms().max(known.map_or(0, |(_, record)| record.at + 1)),
+        out: false,
+    };
+    let expected = known.map_or(0, |(revision, _)| revision);
+    let key = hook_told_key(of.word(), name);
+    match write(parts, &key, record, expected).await {
+        // The marker of a record that was removed is still there.
+        Err(KvError::Conflict) if expected == 0 => {
+            let found = parts.bucket.get(std::slice::from_ref(&key)).await?.pop();
+            let marker = found.filter(|entry| entry.value.is_none());
+            let marker = marker.ok_or(KvError::Conflict)?;
+            write(parts, &key, record, marker.revision).await
         }
-        if on {
-            let expected = self.told.get(name).map_or(0, |(revision, _)| *revision);
-            let record = Record {
-                out: true,
-                ..record
-            };
-            return self.write(name, record, expected).await;
-        }
-        self.parts.bucket.remove(&hook_told_key(word, name)).await?;
-        self.told.remove(name);
-        Ok(())
+        written => written,
     }
+}
+
+async fn write(
+    parts: &Parts,
+    key: &str,
+    record: Record,
+    expected: u64,
+) -> Result<(u64, Record), KvError> {
+    let value = serde_json::to_vec(&record).map_err(|error| KvError::Refused(error.to_string()))?;
+    let how = Put {
+        ttl: None,
+        expected: Some(expected),
+    };
+    let revision = parts.bucket.put(key, value.into(), how).await?;
+    Ok((revision, record))
+}
+
+/// Writes the event of a record, and that it is out. Returns what is known then.
+async fn bring_out(
+    parts: &Parts,
+    of: Of,
+    name: &Arc<str>,
+    (revision, record): (u64, Record),
+) -> Result<Option<(u64, Record)>, KvError> {
+    let Record { on, at, .. } = record;
+    let word = of.word();
+    let named = Some(name.to_string());
+    let note = Note {
+        id: format!("{word}.{}.{at}", hash(name)),
+        kind: of.kind(on),
+        at,
+        room: named.clone().filter(|_| of == Of::Rooms),
+        user: named.filter(|_| of == Of::Users),
+    };
+    let value = serde_json::to_vec(&note).map_err(|error| KvError::Refused(error.to_string()))?;
+    let how = Put {
+        ttl: Some(EVENTS_FOR),
+        expected: Some(0),
+    };
+    let event = hook_event_key(word, name, at);
+    match parts.bucket.put(&event, value.into(), how).await {
+        // An earlier process brought it out.
+        Ok(_) | Err(KvError::Conflict) => {}
+        Err(error) => return Err(error),
+    }
+    let key = hook_told_key(word, name);
+    if on {
+        let record = Record {
+            out: true,
+            ..record
+        };
+        return write(parts, &key, record, revision).await.map(Some);
+    }
+    // Not what another process has written since.
+    parts.bucket.remove_at(&key, revision).await?;
+    Ok(None)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use std::{
 use async_nats::Client;
 use futures_util::StreamExt as _;
 use natter::testing::{
+    client::Connection,
     mesh::accounts,
     model::{Class, Region, RoomId, partition_of},
     subject::{Subjects, api, rooms_stream},
@@ -505,7 +506,7 @@ async fn each_user_may_do_what_it_needs_and_nothing_else() {
     assert_eq!(before, after);
 }
 
-/// The user of workers is printed for a configuration that has some.
+/// The user of workers and hooks is printed for a configuration that has some.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_user_of_workers_may_do_what_they_need_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
@@ -519,12 +520,24 @@ async fn the_user_of_workers_may_do_what_they_need_and_nothing_else() {
         "[{{name = \"mood\", rooms = [\"chat:*\"], url = \"{url}\", annotation = \"mood\", max_deliver = 1, \
          secret = \"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\", alert = \"mood.score < 0\", allow = [\"127.0.0.1\"]}}]"
     );
+    let receiver = Endpoint::start(|asked| match asked.body["data"]["message"]["id"].as_str() {
+        Some("bad") => Say::Status(500),
+        _ => Say::Status(204),
+    })
+    .await;
+    let url = receiver.url();
+    let hooks = format!(
+        "[{{name = \"all\", rooms = [\"chat:*\"], url = \"{url}\", retry_for = \"1s\", allow = [\"127.0.0.1\"], \
+         secret = \"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\", events = [\"message.created\", \"user.online\"]}}]"
+    );
     let ports = Ports::free();
     let setting = Setting {
         dir: dir.path(),
         name: "nats",
         file: "one.conf",
-        accounts: accounts(&config(&format!("workers = {workers}"))),
+        accounts: accounts(&config(&format!(
+            "workers = {workers}\nhooks = {hooks}\npresence.users = true"
+        ))),
         ports: &ports,
         env: vec![
             ("SERVER_NAME", "nats".to_owned()),
@@ -546,11 +559,19 @@ async fn the_user_of_workers_may_do_what_they_need_and_nothing_else() {
         database: unique("deploy"),
         leafnodes: String::new(),
         workers,
-        keys: Vec::new(),
+        keys: vec![
+            ("NATTER__HOOKS", hooks),
+            ("NATTER__PRESENCE__USERS", "true".to_owned()),
+        ],
     };
     natter.tool("provision", &["provision"]).await;
     let (_edge, edge) = natter.start("edge", "edge").await;
     let (_worker, _) = natter.start("worker", "worker").await;
+    let (_hooks, _) = natter.start("hooks", "hooks").await;
+    let socket = format!("ws://{edge}/ws").parse().unwrap();
+    let _kim = Connection::open(&socket, Some(&token("kim")))
+        .await
+        .unwrap();
     let say = async |body: Value| {
         let path = "/v1/rooms/chat:lobby/messages";
         call(edge, "POST", path, &body).await.unwrap();
@@ -578,6 +599,19 @@ async fn the_user_of_workers_may_do_what_they_need_and_nothing_else() {
     endpoint.behave(|_| Say::Status(204));
     natter.tool("worker", &["worker", "retry"]).await;
     assert_eq!(natter.tool("worker", &["worker", "dead"]).await, "");
+    eventually("the receiver is told", LONG, async || {
+        let asked = receiver.asked();
+        let of = |kind: &str| asked.iter().any(|asked| asked.body["type"] == kind);
+        let dead = natter.tool("worker", &["hooks", "dead"]).await;
+        match of("message.created") && of("user.online") && dead.contains("bad") {
+            true => Ok(()),
+            false => Err(format!("{asked:?} {dead}")),
+        }
+    })
+    .await;
+    receiver.behave(|_| Say::Status(204));
+    natter.tool("worker", &["hooks", "retry"]).await;
+    assert_eq!(natter.tool("worker", &["hooks", "dead"]).await, "");
     assert_eq!(violations(&servers), [""; 0]);
     let tried = [
         "natter.in.local.0.chat.lobby.msg",

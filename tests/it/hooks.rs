@@ -3,7 +3,13 @@
 mod examples;
 mod presence;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use hmac::{Hmac, KeyInit as _, Mac as _};
@@ -611,4 +617,153 @@ async fn a_slow_receiver_holds_up_nobody() {
     endpoint.open_gate();
     metric_is(&hooks, "delivered_total", 12).await;
     assert_eq!(endpoint.most_open(), 3);
+}
+
+/// The configuration of `[nats]` for a test in which rooms must share a partition.
+const ONE_PARTITION: &str = "nats.partitions = 1\n";
+
+/// A receiver that refuses one room while `is_refused` says so.
+async fn refuses(room: &'static str, is_refused: &Arc<AtomicBool>) -> Endpoint {
+    let is_refused = Arc::clone(is_refused);
+    Endpoint::start(move |asked| {
+        match asked.body["data"]["room"] == room && is_refused.load(Ordering::Relaxed) {
+            true => Say::Status(500),
+            false => Say::Status(200),
+        }
+    })
+    .await
+}
+
+/// Waits until these events of a room were accepted in their order, each as late as that.
+async fn accepted_in_order(endpoint: &Endpoint, room: &str, ids: &[String], from: usize) {
+    let what = format!("{} events of {room}", ids.len());
+    let accepted = eventually(&what, LONG, async || {
+        let mut accepted = order(&endpoint.asked()[from..], room);
+        accepted.dedup();
+        let is_all = accepted.last() == ids.last();
+        is_all
+            .then_some(accepted.clone())
+            .ok_or(format!("{accepted:?}"))
+    })
+    .await;
+    assert_eq!(accepted, ids);
+}
+
+/// A room whose event is refused goes on talking, more than a process has in hand: others do not wait for it, nothing of
+/// it becomes a dead letter, and in the end it is told in its order, also by another process.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_room_that_is_refused_and_goes_on_talking_holds_up_no_other() {
+    let is_refused = Arc::new(AtomicBool::new(true));
+    let endpoint = refuses("chat:poison", &is_refused).await;
+    let toml = hook("row", &endpoint, "'message.created'", "");
+    let (mesh, mut hooks) = start(&format!("{ONE_PARTITION}{toml}")).await;
+    let ids = |of: &str, count: usize| -> Vec<String> {
+        (0..count).map(|n| format!("{of}{n}")).collect()
+    };
+    let (poison, good) = (ids("p", 300), ids("g", 40));
+    for (n, id) in poison.iter().enumerate() {
+        text(&mesh, "chat:poison", id).await;
+        // Some are said when the room waits apart.
+        if let Some(id) = (n % 10 == 5).then(|| good.get(n / 10)).flatten() {
+            text(&mesh, "chat:good", id).await;
+        }
+    }
+    for id in &good[30..] {
+        text(&mesh, "chat:good", id).await;
+    }
+    accepted_in_order(&endpoint, "chat:good", &good, 0).await;
+    let refused = order(&first_times(&endpoint), "chat:poison");
+    assert_eq!(refused, ["p0"], "none passes the one that is refused");
+    assert_eq!(dead(&mesh, 0).await.len(), 0);
+    // Nothing but the one that is refused is left for the consumer: the rest waits in the stream.
+    eventually("one is in hand", LONG, async || {
+        match metric(&hooks, "pending").await {
+            1 => Ok(()),
+            left => Err(left.to_string()),
+        }
+    })
+    .await;
+    // Another process finds where the room goes on.
+    hooks.process.kill().await;
+    let hooks = mesh.start_hooks(1).await;
+    text(&mesh, "chat:poison", "p300").await;
+    text(&mesh, "chat:good", "g40").await;
+    accepted_in_order(&endpoint, "chat:good", &ids("g", 41), 0).await;
+    let from = endpoint.asked().len();
+    is_refused.store(false, Ordering::Relaxed);
+    accepted_in_order(&endpoint, "chat:poison", &ids("p", 301), from).await;
+    // Then it is a room like any other.
+    text(&mesh, "chat:poison", "p301").await;
+    accepted_in_order(&endpoint, "chat:poison", &ids("p", 302), from).await;
+    metric_is(&hooks, "pending", 0).await;
+    let of_poison = order(&endpoint.asked()[from..], "chat:poison");
+    assert_eq!(of_poison.len(), 302, "each was sent once");
+}
+
+/// What was read of a room that waits apart becomes a dead letter as any other event.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_apart_becomes_a_dead_letter_when_it_is_too_old() {
+    let is_refused = Arc::new(AtomicBool::new(true));
+    let endpoint = refuses("chat:poison", &is_refused).await;
+    let toml = hook("row", &endpoint, "'message.created'", "retry_for = '6s'");
+    let (mesh, _hooks) = start(&format!("{ONE_PARTITION}{toml}")).await;
+    let ids: Vec<String> = (0..20).map(|n| format!("p{n}")).collect();
+    for id in &ids {
+        text(&mesh, "chat:poison", id).await;
+    }
+    text(&mesh, "chat:good", "g0").await;
+    let letters = dead(&mesh, ids.len()).await;
+    let found: Vec<&str> = letters.iter().filter_map(|it| it["id"].as_str()).collect();
+    assert_eq!(found, ids);
+    is_refused.store(false, Ordering::Relaxed);
+    let (ok, said) = tool(&mesh, &["hooks", "retry"]).await;
+    assert!(ok, "{said}");
+    dead(&mesh, 0).await;
+}
+
+/// A process that waits for the lease does not go on with a hook that the other one has disabled.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_takes_over_heeds_the_410_of_the_one_before() {
+    let endpoint = Endpoint::start(|_| Say::Status(410)).await;
+    let (mesh, mut first) = start(&hook("gone", &endpoint, "'message.created'", "")).await;
+    let second = mesh.start_hooks(1).await;
+    text(&mesh, "chat:a", "m0").await;
+    metric_is(&first, "disabled", 1).await;
+    metric_is(&second, "disabled", 1).await;
+    first.process.kill().await;
+    text(&mesh, "chat:a", "m1").await;
+    // The lease of the dead one is over by then.
+    let third = mesh.start_hooks(2).await;
+    metric_is(&third, "disabled", 1).await;
+    assert_eq!(endpoint.asked().len(), 1);
+    endpoint.behave(|_| Say::Status(200));
+    let (ok, said) = tool(&mesh, &["hooks", "enable", "gone"]).await;
+    assert!(ok, "{said}");
+    let told = told(&endpoint, 2).await;
+    assert_eq!(order(&told, "chat:a"), ["m0", "m1"]);
+    drop(second);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_sees_hooks_of_presence_too() {
+    let endpoint = Endpoint::start(|_| Say::Status(200)).await;
+    let who = hook("who", &endpoint, "'user.online'", "");
+    let toml = format!("presence.users = true\n{ONE_PARTITION}{who}");
+    let mesh = Mesh::start(nats_url(), 1, &toml).await;
+    let never = "the hook who has never run";
+    let (_, said) = tool(&mesh, &["doctor", "--json"]).await;
+    assert!(said.contains(never) && said.contains("KV_hooks_"), "{said}");
+    let mut hooks = mesh.start_hooks(0).await;
+    eventually("it runs", LONG, async || {
+        let (_, said) = tool(&mesh, &["doctor", "--json"]).await;
+        (!said.contains("the hook who")).then_some(()).ok_or(said)
+    })
+    .await;
+    hooks.process.stop().await.unwrap();
+    eventually("nobody takes its events", LONG, async || {
+        let (_, said) = tool(&mesh, &["doctor", "--json"]).await;
+        let is_told = said.contains("no process takes messages for the hook who");
+        is_told.then_some(()).ok_or(said)
+    })
+    .await;
 }

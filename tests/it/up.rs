@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::support::{
-    self, LONG, eventually, is_running, mesh,
+    self, LONG,
+    endpoint::{Endpoint, Say},
+    eventually, is_running, mesh,
     up::{EDGES, Up, next_line, publish},
 };
 
@@ -275,4 +277,27 @@ async fn a_server_that_can_not_start_ends_everything_with_its_reason() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("mongo"), "{said}");
     assert!(!data.path().join("lock").exists());
+}
+
+/// The hooks of the configuration run beside the rest.
+#[tokio::test(flavor = "multi_thread")]
+async fn it_runs_the_hooks_of_its_configuration() {
+    let endpoint = Endpoint::start(|_| Say::Status(200)).await;
+    let data = folder();
+    let config = data.path().join("natter.toml");
+    let hook = format!(
+        "[[hooks]]\nname = 'crm'\nrooms = ['chat:*']\nurl = '{}'\nallow = ['127.0.0.1']\n\
+         secret = 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw'\nevents = ['message.created']\n",
+        endpoint.url()
+    );
+    std::fs::write(&config, hook).unwrap();
+    let flags = ["--no-mongodb", "--config", config.to_str().unwrap()];
+    let up = Up::start(data.path(), &flags).await;
+    publish(up.nats(), "hi").await;
+    let asked = endpoint.asked_times(1).await;
+    assert_eq!(asked[0].body["type"], "message.created");
+    assert_eq!(asked[0].body["data"]["message"]["body"], "hi");
+    let pids = up.pids();
+    assert!(up.end(Signal::TERM).await.success());
+    all_gone(&pids).await;
 }

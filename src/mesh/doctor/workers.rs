@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{Check, Finding, Level};
 use crate::{
-    config::Config,
+    config::{self, Config},
     mesh::provision::{JetStream, ProvisionError},
     subject::{
         bucket, bucket_key, bucket_stream, hook_consumer, hook_off_key, rooms_stream,
@@ -55,23 +55,34 @@ pub(super) async fn examine(
             "natter worker dead and natter hooks dead say why; natter worker retry and natter hooks retry ask again",
         ));
     }
+    let parts = 0..config.nats.partitions;
+    let rooms: Vec<String> = parts.map(|part| rooms_stream(&region, part)).collect();
     // Without the worker that judges files none is given out, wherever its entry is.
     let names = config.workers.iter().map(|worker| &*worker.name);
     let names: BTreeSet<&str> = names.chain(config.uploads.scan()).collect();
     for name in names {
         let consumer = worker_consumer(name);
-        findings.extend(takes(jetstream, config, &WORKERS, name, &consumer).await);
+        findings.extend(takes(jetstream, rooms.clone(), &WORKERS, name, &consumer).await);
     }
     for hook in &config.hooks {
         let name = &hook.name;
         findings.extend(is_off(jetstream, config, name).await);
-        // One that wants only events of presence has no consumer there.
-        if hook.events.iter().any(|event| !event.is_presence()) {
-            let consumer = hook_consumer(name);
-            findings.extend(takes(jetstream, config, &HOOKS, name, &consumer).await);
-        }
+        // Events of presence wait in the bucket, others in the streams of the rooms.
+        let of_presence = bucket_stream(bucket::HOOKS, &region);
+        let of_presence = [of_presence].into_iter().filter(|_| wants(hook, true));
+        let of_rooms = rooms.iter().filter(|_| wants(hook, false));
+        let streams = of_rooms.cloned().chain(of_presence).collect();
+        let consumer = hook_consumer(name);
+        findings.extend(takes(jetstream, streams, &HOOKS, name, &consumer).await);
     }
     findings
+}
+
+/// Whether a hook wants events of presence, or others.
+fn wants(hook: &config::Hook, presence: bool) -> bool {
+    hook.events
+        .iter()
+        .any(|event| event.is_presence() == presence)
 }
 
 /// Whether a hook is disabled.
@@ -102,7 +113,7 @@ async fn is_off(jetstream: &JetStream<'_>, config: &Config, name: &str) -> Optio
 /// Whether somebody takes messages for a receiver.
 async fn takes(
     jetstream: &JetStream<'_>,
-    config: &Config,
+    streams: Vec<String>,
     words: &Words,
     name: &str,
     consumer: &str,
@@ -112,11 +123,10 @@ async fn takes(
         one,
         command,
     } = words;
-    let (check, region) = (*check, config.region());
+    let check = *check;
     let start = format!("start {command} with this configuration, as the user worker");
     let mut findings = Vec::new();
-    for part in 0..config.nats.partitions {
-        let stream = rooms_stream(&region, part);
+    for stream in streams {
         let finding = match jetstream.consumer_info(&stream, consumer).await {
             Ok(Some(info)) if is_idle(&info) => Finding::new(
                 Level::Warning,

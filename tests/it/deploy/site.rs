@@ -266,12 +266,17 @@ impl Natter<'_> {
         }
     }
 
-    /// Starts an edge, a history service or workers, and waits until it is ready.
+    /// Starts an edge, a history service, workers, hooks or a notifier, and waits until it is ready.
     pub(super) async fn start(&self, role: &str, name: &str) -> (Process, SocketAddr) {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()));
-        let mut env = self.environment(role);
+        // Hooks have the user of workers.
+        let mut env = self.environment(match role {
+            "hooks" => "worker",
+            role => role,
+        });
         let table = match role {
             "notifier" => "PUSH".to_owned(),
+            "hooks" => "HOOK".to_owned(),
             role => role.to_uppercase(),
         };
         let listen = format!("NATTER__{table}__LISTEN");
