@@ -131,7 +131,7 @@ async fn update(parts: &Parts, user: &str, room: RoomId) {
     };
     for (name, device) in devices.all() {
         // Never closed.
-        let _turn = parts.turns.acquire().await;
+        let _turn = parts.turns.turn(user, device).await;
         let id = format!("badge-{at}-{name}");
         match parts.providers.send(device, name, &note, &id).await {
             Sent::Done => count(Counter::PushSent(service_of(device)), 1),

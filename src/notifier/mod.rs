@@ -12,8 +12,9 @@
 //!
 //! # Invariants
 //! - A message waits in its stream, not in memory. A process that dies loses nothing that waits.
-//! - A device is claimed for a message before the request is sent, and the claim is never given back. So a device gets at
-//!   most one notification of a message, and none if the process dies between the two.
+//! - A device is claimed for a message before the request is sent. The claim is given back only where the service has
+//!   certainly not taken the request. So a device gets at most one notification of a message, and none if the process dies
+//!   between the two.
 //! - Recipients of a message are looked at in groups: its memory does not grow with their number.
 
 mod badges;
@@ -21,12 +22,13 @@ mod judge;
 mod provider;
 mod recipients;
 mod take;
+mod turns;
 mod webpush;
 
 use std::sync::Arc;
 
 use futures_util::future::try_join_all;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 use crate::{
     bus::{Bucket, Line, Origins, Publisher, Reader, Remembered, Streams},
@@ -42,6 +44,7 @@ use crate::{
 };
 use badges::Badges;
 use provider::Providers;
+use turns::Turns;
 pub use webpush::new_keys;
 
 /// Interval at which the gauges are updated.
@@ -65,7 +68,7 @@ struct Parts {
     providers: Arc<Providers>,
     badges: Arc<Badges>,
     /// Requests that may be open at once.
-    turns: Semaphore,
+    turns: Turns,
 }
 
 /// A running notifier.
@@ -136,7 +139,7 @@ impl Parts {
             reader: reader(),
             lastread: of(bucket::LASTREAD),
             claims: of(bucket::PUSHED),
-            turns: Semaphore::new(config.push.concurrency),
+            turns: Turns::new(config.push.concurrency),
             badges: Arc::default(),
             providers: Arc::new(providers),
             streams,

@@ -8,41 +8,56 @@ use std::{
 use bytes::Bytes;
 use futures_util::future::join_all;
 use sha2::{Digest as _, Sha256};
-use tokio::{
-    sync::SemaphorePermit,
-    time::{Instant, sleep, timeout},
-};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     Parts,
     judge::{Facts, Verdict, judge},
     provider::{Note, Sent, service_of},
+    turns::Turn,
 };
 use crate::{
-    bus::{KvError, Put, Stored, message_key},
+    bus::{Entry, KvError, Put, Stored, message_key},
     config::PushContent,
-    model::{Cursor, Epoch},
+    model::{Class, Cursor, Epoch, partition_of},
     outbound::pause,
     people::{Device, Devices, MemberState, Record, RoomKind, preview},
     runtime::unix_ms,
-    subject::marker_key,
+    subject::{Subjects, marker_key, rooms_stream},
     telemetry::metrics::{Counter, Gauge, Held, Histogram, PushSkip, count, record},
 };
 
 /// Recipients that are looked at together.
 const GROUP: usize = 200;
 
-/// Attempts to send a notification.
+/// Pages of later changes of the room that are looked at for a deletion: 1,000 changes each.
+const MOST_PAGES: usize = 32;
+
+/// Attempts to send a notification while its message is in hand. If the service takes nothing then, the message waits in
+/// its stream.
 const ATTEMPTS: u32 = 4;
 
-/// Pauses between them: the first and the longest. One that must wait for longer is not sent.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
+/// Pauses between them: the first and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(60));
 
-/// Longest pause that a service may ask for: the message keeps its place meanwhile.
+/// Longest pause for which a message keeps its place.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// The value of a claim that was given back.
+const GIVEN_BACK: &str = "again";
 
 /// Timeout of a notification of one device, with all attempts.
 const SENT_WITHIN: Duration = Duration::from_secs(20);
+
+/// What became of a device.
+enum Notified {
+    /// It was notified, or the attempt is over.
+    Done,
+    /// It was claimed by somebody else.
+    Not,
+    /// Its service takes nothing now. It is tried again after this time.
+    Later(Duration),
+}
 
 /// A message, as its recipients are told of it.
 pub(super) struct Message<'m> {
@@ -126,18 +141,64 @@ impl<'m> Message<'m> {
             return Ok(None);
         };
         let all = candidates(self.stored, &room_record);
-        if all.is_empty() {
+        if all.is_empty() || self.is_gone(parts).await? {
             return Ok(None);
         }
         let deadline = Instant::now() + parts.config.nats.read_timeout;
         let ready = parts.online.ready(deadline).await;
         ready.map_err(|_unavailable| "who is online can't be read".to_owned())?;
         let mut next: Option<Duration> = None;
-        for group in all.chunks(GROUP) {
-            let wait = self.notify_group(parts, &room_record, group).await?;
-            next = [next, wait].into_iter().flatten().min();
+        let began = Instant::now();
+        for (number, group) in all.chunks(GROUP).enumerate() {
+            // Many recipients take a while, in which some leave, and the message may be deleted.
+            let Some(room_record) = known.record().filter(|record| !record.is_closed()) else {
+                return Ok(None);
+            };
+            if number > 0 && self.is_gone(parts).await? {
+                return Ok(None);
+            }
+            if self.age + began.elapsed() > parts.config.push.max_age {
+                count(Counter::PushExpired, 1);
+                return Ok(None);
+            }
+            let still: HashSet<String> =
+                candidates(self.stored, &room_record).into_iter().collect();
+            let group: Vec<String> = group
+                .iter()
+                .filter(|user| still.contains(*user))
+                .cloned()
+                .collect();
+            let wait = self.notify_group(parts, &room_record, &group).await?;
+            next = sooner(next, wait);
         }
         Ok(next)
+    }
+
+    /// Whether the message was erased, or deleted while it waited.
+    async fn is_gone(&self, parts: &Parts) -> Result<bool, String> {
+        let erased = parts.remembered.has_stored(self.stored).await;
+        if erased.map_err(|error| error.to_string())? {
+            return Ok(true);
+        }
+        let Stored { room, record } = self.stored;
+        let origin = parts.streams.origin();
+        let part = partition_of(room, parts.streams.partitions());
+        let stream = rooms_stream(origin, part);
+        let subjects = Subjects::new(&parts.config.nats.prefix);
+        let filter = subjects.publish(origin, part, room, Class::Ev);
+        let mut from = record.seq + 1;
+        for _ in 0..MOST_PAGES {
+            let page = parts.reader.page(&stream, self.epoch, &filter, from).await;
+            let page = page.map_err(|error| error.to_string())?;
+            if page.records.iter().any(|change| change.deletes(record)) {
+                return Ok(true);
+            }
+            match page.records.last() {
+                Some(last) if page.pending > 0 => from = last.seq + 1,
+                _ => break,
+            }
+        }
+        Ok(false)
     }
 
     async fn notify_group(
@@ -173,7 +234,7 @@ impl<'m> Message<'m> {
             };
             match judge(&facts, self.age, parts.config.push.after) {
                 Verdict::Notify => due.push((user, devices)),
-                Verdict::Wait(wait) => next = [next, Some(wait)].into_iter().flatten().min(),
+                Verdict::Wait(wait) => next = sooner(next, Some(wait)),
                 Verdict::Skip(why) => count(Counter::PushSkipped(why), 1),
             }
         }
@@ -181,7 +242,7 @@ impl<'m> Message<'m> {
         let sends = due.iter().map(async |(user, devices)| {
             let mut wanted = Vec::new();
             for (name, device) in devices.all() {
-                let id = self.claim_key(user, name, device);
+                let id = self.claim_key(user, name);
                 match claimed.contains(&id) {
                     true => count(Counter::PushSkipped(PushSkip::Repeated), 1),
                     false => wanted.push((name, device, id)),
@@ -197,24 +258,24 @@ impl<'m> Message<'m> {
                 self.notify_device(parts, (user, name, device), note, id)
                     .await
             });
-            let mut failed = None;
+            let (mut failed, mut later) = (None, None);
             for notified in join_all(notified).await {
                 match notified {
-                    Ok(true) => parts.badges.shown(user, room),
-                    Ok(false) => {}
+                    Ok(Notified::Done) => parts.badges.shown(user, room),
+                    Ok(Notified::Not) => {}
+                    Ok(Notified::Later(wait)) => later = sooner(later, Some(wait)),
                     Err(error) => failed = Some(error),
                 }
             }
-            if let Some(error) = failed {
-                return Err(error);
+            match failed {
+                Some(error) => Err(error),
+                None => Ok::<_, String>(later),
             }
-            Ok::<(), String>(())
         });
         // What could not be claimed is claimed at the next attempt.
-        join_all(sends)
-            .await
-            .into_iter()
-            .collect::<Result<(), String>>()?;
+        for later in join_all(sends).await {
+            next = sooner(next, later?);
+        }
         Ok(next)
     }
 
@@ -227,14 +288,14 @@ impl<'m> Message<'m> {
         if !self.again || due.is_empty() {
             return Ok(HashSet::new());
         }
-        let keys = due.iter().flat_map(|(user, devices)| {
-            let devices = devices.all();
-            devices.map(|(name, device)| self.claim_key(user, name, device))
-        });
+        let keys = due
+            .iter()
+            .flat_map(|(user, devices)| devices.all().map(|(name, _)| self.claim_key(user, name)));
         let keys: Vec<String> = keys.collect();
         let found = parts.claims.get(&keys).await;
         let found = found.map_err(|error| error.to_string())?;
-        Ok(found.into_iter().map(|entry| entry.key).collect())
+        let claimed = found.into_iter().filter(|entry| !is_given_back(entry));
+        Ok(claimed.map(|entry| entry.key).collect())
     }
 
     /// Which of these users have read up to the message.
@@ -313,53 +374,68 @@ impl<'m> Message<'m> {
         }
     }
 
-    /// Claims a device for the message, and notifies it. Returns whether the claim was made by this.
+    /// Claims a device for the message, and notifies it.
     async fn notify_device(
         &self,
         parts: &Parts,
         whose: (&str, &str, &Device),
         note: &Note,
         id: &str,
-    ) -> Result<bool, String> {
+    ) -> Result<Notified, String> {
         let service = service_of(whose.2);
-        // Before the claim, so that a process that dies has not claimed more than it could send. Never closed.
-        let turn = parts.turns.acquire().await;
-        let how = Put {
-            expected: Some(0),
-            ..Put::default()
+        // Before the claim, so that a process that dies has not claimed more than it could send.
+        let turn = timeout(SENT_WITHIN, parts.turns.turn(whose.0, whose.2)).await;
+        let Ok(turn) = turn else {
+            // Its service is busy with others, or hangs: the message does not wait for it in hand.
+            return Ok(Notified::Later(LONGEST_PAUSE));
         };
-        match parts.claims.put(id, Bytes::new(), how).await {
-            Ok(_revision) => {}
+        let revision = match claim(parts, id).await {
+            Ok(revision) => revision,
             Err(KvError::Conflict) => {
                 count(Counter::PushSkipped(PushSkip::Repeated), 1);
-                return Ok(false);
+                return Ok(Notified::Not);
             }
             Err(KvError::Unavailable) => return Err("claims can't be made now".to_owned()),
             Err(error) => {
                 // It may be there: sending now could be sending twice.
                 count(Counter::PushFailed(service), 1);
                 tracing::warn!(%error, "a notification can't be claimed, and is not sent");
-                return Ok(false);
+                return Ok(Notified::Not);
             }
-        }
+        };
         // The user chooses where a request goes: it must not hold up those of others.
-        let sent = self.send(parts, whose, note, id, turn.ok());
-        if timeout(SENT_WITHIN, sent).await.is_err() {
+        let sent = self.send(parts, whose, note, id, turn);
+        let Ok(later) = timeout(SENT_WITHIN, sent).await else {
             count(Counter::PushFailed(service), 1);
             tracing::info!(
                 kind = whose.2.kind(),
                 "a notification was not delivered in time"
             );
+            return Ok(Notified::Done);
+        };
+        let Some(wait) = later else {
+            return Ok(Notified::Done);
+        };
+        // The service has certainly not taken it: whoever looks at the message next may try again.
+        let how = Put {
+            expected: Some(revision),
+            ..Put::default()
+        };
+        match parts.claims.put(id, GIVEN_BACK.into(), how).await {
+            Ok(_) => Ok(Notified::Later(wait)),
+            Err(error) => {
+                count(Counter::PushFailed(service), 1);
+                tracing::warn!(%error, "a notification is given up: its claim can't be given back");
+                Ok(Notified::Done)
+            }
         }
-        Ok(true)
     }
 
-    /// The same for the same message and device, whoever asks.
-    fn claim_key(&self, user: &str, name: &str, device: &Device) -> String {
+    /// The same for the same message and device, whoever asks, and whatever address the device has by now.
+    fn claim_key(&self, user: &str, name: &str) -> String {
         let Stored { room, record } = self.stored;
         let key = message_key(room.as_str(), &record.from, &record.id);
-        let device = serde_json::to_string(device).unwrap_or_default();
-        let digest = Sha256::digest(format!("{key}\n{user}\n{name}\n{device}"));
+        let digest = Sha256::digest(format!("{key}\n{user}\n{name}"));
         digest
             .iter()
             .take(20)
@@ -367,21 +443,24 @@ impl<'m> Message<'m> {
             .collect()
     }
 
-    /// Sends a notification that was claimed, and repeats what the service certainly did not take.
-    async fn send<'p>(
+    /// Sends a notification that was claimed, and repeats what the service certainly did not take. Returns after which time
+    /// it is to be tried again, if the service takes nothing now.
+    async fn send(
         &self,
-        parts: &'p Parts,
+        parts: &Parts,
         (user, name, device): (&str, &str, &Device),
         note: &Note,
         id: &str,
-        mut turn: Option<SemaphorePermit<'p>>,
-    ) {
+        first: Turn,
+    ) -> Option<Duration> {
         let service = service_of(device);
-        for attempt in 1..=ATTEMPTS {
+        let mut turn = Some(first);
+        let mut attempt = 1;
+        let why = loop {
             let sent = {
                 let _turn = match turn.take() {
-                    Some(turn) => Some(turn),
-                    None => parts.turns.acquire().await.ok(),
+                    Some(turn) => turn,
+                    None => parts.turns.turn(user, device).await,
                 };
                 let _open = Held::new(Gauge::PushOpen);
                 let started = Instant::now();
@@ -389,33 +468,68 @@ impl<'m> Message<'m> {
                 record(Histogram::PushRequestDuration, started.elapsed());
                 sent
             };
-            let why = match sent {
-                Sent::Done => return count(Counter::PushSent(service), 1),
-                Sent::Unable => return,
-                Sent::Gone => return forget(parts, user, name, device).await,
-                Sent::Failed(why) => why,
+            match sent {
+                Sent::Done => {
+                    count(Counter::PushSent(service), 1);
+                    return None;
+                }
+                Sent::Unable => return None,
+                Sent::Gone => {
+                    forget(parts, user, name, device).await;
+                    return None;
+                }
+                Sent::Failed(why) => break why,
                 Sent::Again { after, why } => {
                     let wait = pause(attempt, PAUSES, after);
-                    if attempt < ATTEMPTS && wait <= LONGEST_PAUSE {
-                        sleep(wait).await;
-                        match self.readers(parts, &[user.to_owned()]).await {
-                            Ok(read) if read.get(user) == Some(&true) => {
-                                return count(Counter::PushSkipped(PushSkip::Read), 1);
-                            }
-                            Ok(_) | Err(_) => continue,
-                        }
+                    if attempt >= ATTEMPTS || wait > LONGEST_PAUSE {
+                        tracing::debug!(kind = device.kind(), why, "a notification must wait");
+                        return Some(wait.max(LONGEST_PAUSE));
                     }
-                    why
+                    sleep(wait).await;
+                    let read = self.readers(parts, &[user.to_owned()]).await;
+                    if read.is_ok_and(|read| read.get(user) == Some(&true)) {
+                        count(Counter::PushSkipped(PushSkip::Read), 1);
+                        return None;
+                    }
                 }
-            };
-            count(Counter::PushFailed(service), 1);
-            return tracing::info!(
-                kind = device.kind(),
-                why,
-                "a notification was not delivered"
-            );
-        }
+            }
+            attempt += 1;
+        };
+        count(Counter::PushFailed(service), 1);
+        tracing::info!(
+            kind = device.kind(),
+            why,
+            "a notification was not delivered"
+        );
+        None
     }
+}
+
+/// Claims a device for a message: also one that was claimed, and given back. Returns the revision of the claim.
+async fn claim(parts: &Parts, id: &str) -> Result<u64, KvError> {
+    let at = |revision| Put {
+        expected: Some(revision),
+        ..Put::default()
+    };
+    match parts.claims.put(id, Bytes::new(), at(0)).await {
+        Err(KvError::Conflict) => {
+            let found = parts.claims.get(&[id.to_owned()]).await?.pop();
+            let given_back = found.filter(is_given_back).ok_or(KvError::Conflict)?;
+            let taken = at(given_back.revision);
+            parts.claims.put(id, Bytes::new(), taken).await
+        }
+        claimed => claimed,
+    }
+}
+
+/// Whether a claim was given back.
+fn is_given_back(claim: &Entry) -> bool {
+    claim.value.as_deref() == Some(GIVEN_BACK.as_bytes())
+}
+
+/// The smaller of two waits.
+fn sooner(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
+    [one, other].into_iter().flatten().min()
 }
 
 /// Removes a device that its service does not know any more.

@@ -12,7 +12,7 @@ use tokio::{
 
 use super::{Parts, recipients::Message};
 use crate::{
-    bus::{Answer, Consumer, Delivery, Pull, PullError, Stored, answer},
+    bus::{Answer, Consumer, Delivery, Pull, PullError, answer},
     model::{Class, Epoch, Kind, RoomScope},
     outbound::pause,
     runtime::unix_ms,
@@ -188,15 +188,8 @@ impl Taking {
         if age < SETTLED {
             return Answer::Again(SETTLED - age);
         }
-        let notified = async {
-            if self.is_gone(&stored, epoch).await? {
-                return Ok(None);
-            }
-            Message::new(&stored, epoch, age, delivery.deliveries > 2)
-                .notify(&self.parts)
-                .await
-        };
-        match notified.await {
+        let message = Message::new(&stored, epoch, age, delivery.deliveries > 2);
+        match message.notify(&self.parts).await {
             Ok(None) => Answer::Done,
             Ok(Some(wait)) => Answer::Again(wait),
             Err(reason) => {
@@ -205,25 +198,5 @@ impl Taking {
                 Answer::Again(pause(delivery.deliveries, PAUSES, None))
             }
         }
-    }
-
-    /// Whether the message was erased, or deleted while it waited.
-    async fn is_gone(&self, stored: &Stored, epoch: Epoch) -> Result<bool, String> {
-        let erased = self.parts.remembered.has_stored(stored).await;
-        if erased.map_err(|error| error.to_string())? {
-            return Ok(true);
-        }
-        let Stored { room, record } = stored;
-        let part = crate::model::partition_of(room, self.parts.streams.partitions());
-        let filter = self
-            .subjects
-            .publish(self.parts.streams.origin(), part, room, Class::Ev);
-        let page = self
-            .parts
-            .reader
-            .page(&self.stream, epoch, &filter, record.seq + 1)
-            .await
-            .map_err(|error| error.to_string())?;
-        Ok(page.records.iter().any(|change| change.deletes(record)))
     }
 }

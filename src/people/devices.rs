@@ -32,6 +32,9 @@ const MAX_NAME: usize = 64;
 /// How long it is remembered that a device was removed, so that no other region brings it back.
 const REMOVED_FOR_MS: u64 = 30 * 24 * 3_600_000;
 
+/// Removed devices of a user that are remembered. If there are as many, none gets a name that is not known.
+const MAX_REMOVED: usize = 200;
+
 /// Bytes of the secret of a subscription.
 const AUTH_BYTES: usize = 16;
 
@@ -255,6 +258,12 @@ impl People {
             }
             if device.is_some() && value.is_none() && devices.all().count() >= most {
                 let text = format!("this user has {most} devices, which is the limit");
+                return Err(Refused::new(ErrorCode::Limit, text));
+            }
+            if known.is_none() && devices.devices.len() >= most + MAX_REMOVED {
+                let text = format!(
+                    "this user has removed {MAX_REMOVED} devices within 30 days: use one of their names again"
+                );
                 return Err(Refused::new(ErrorCode::Limit, text));
             }
             let stamp = stamp(known.map(|field| &field.stamp));

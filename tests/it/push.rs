@@ -702,3 +702,91 @@ async fn a_service_of_ones_own_is_notified_over_all_regions_and_bad_keys_are_nam
     );
     assert!(said.contains(PUBLIC) && !said.contains(PRIVATE), "{said}");
 }
+
+/// A service that takes nothing for longer than a message is kept in hand: it is notified when the service is back, once.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_service_does_not_take_is_sent_when_it_is_back() {
+    let mut refused = 0;
+    let service = Endpoint::start(move |_| {
+        refused += 1;
+        match refused {
+            1..=9 => Say::Status(503),
+            _ => Say::Status(201),
+        }
+    })
+    .await;
+    let mesh = Mesh::start(nats_url(), 1, &toml("")).await;
+    let notifier = mesh.start_notifier(&[]).await;
+    let address = mesh.edges[0].address;
+    let mut browsers = Browsers::new(service);
+    let room = group(address, "away", &["kim", "lee"], "").await;
+    browsers.subscribe(address, "kim", "laptop").await;
+    say(address, &room, "lee", json!({"id": "1", "body": "hi"})).await;
+    metric_is(&notifier, "sent", "webpush", 1).await;
+    all_is_done(&mesh).await;
+    assert_eq!(browsers.told().len(), 10);
+    assert_eq!(metric(&notifier, "failed", "").await, 0);
+}
+
+/// A deletion is seen however much was said of the room in between.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_was_deleted_behind_many_changes_notifies_nobody() {
+    let mesh = Mesh::start(nats_url(), 1, &toml("")).await;
+    let address = mesh.edges[0].address;
+    let mut browsers = Browsers::new(Endpoint::start(|_| Say::Status(201)).await);
+    let room = group(address, "long", &["kim", "lee"], "").await;
+    browsers.subscribe(address, "kim", "laptop").await;
+    // The consumer is there, and nobody takes from it until all was said.
+    let mut notifier = mesh.start_notifier(&[]).await;
+    notifier.process.stop().await.unwrap();
+    say(address, &room, "lee", json!({"id": "1", "body": "hi"})).await;
+    for batch in 0..11 {
+        let reaction = |n: usize| {
+            json!({"room": room, "id": format!("r{batch}.{n}"), "kind": "reaction", "target": "lee/1",
+                "body": {"key": "x", "remove": n % 2 == 1}})
+        };
+        let all: Vec<Value> = (0..100).map(reaction).collect();
+        let body = json!({ "messages": all });
+        let answer = done(address, "POST", "/v1/messages", &token("lee"), body).await;
+        assert!(!answer.to_string().contains("error"), "{answer}");
+    }
+    say(
+        address,
+        &room,
+        "lee",
+        json!({"kind": "delete", "target": "1"}),
+    )
+    .await;
+    say(address, &room, "lee", json!({"id": "2", "body": "ho"})).await;
+    let notifier = mesh.start_notifier(&[]).await;
+    metric_is(&notifier, "sent", "webpush", 1).await;
+    all_is_done(&mesh).await;
+    let told = browsers.told();
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0].1["message"], "lee/2");
+}
+
+/// With turns for four requests at once, one service has three of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_hangs_holds_up_only_its_own_devices() {
+    let hangs = Endpoint::start(|_| Say::Hang).await;
+    let mesh = Mesh::start(nats_url(), 1, &toml("concurrency = 4")).await;
+    let notifier = mesh.start_notifier(&[]).await;
+    let address = mesh.edges[0].address;
+    let mut browsers = Browsers::new(Endpoint::start(|_| Say::Status(201)).await);
+    let slow: Vec<String> = (0..8).map(|n| format!("slow{n}")).collect();
+    let mut members: Vec<&str> = slow.iter().map(String::as_str).collect();
+    members.extend(["kim", "lee"]);
+    let room = group(address, "mixed", &members, "").await;
+    for user in &slow {
+        let url = format!("http://127.0.0.1:{}/{user}", hangs.port);
+        let body = json!({"kind": "webpush", "subscription": Browser::new().subscription(&url)});
+        done(address, "PUT", "/v1/devices/laptop", &token(user), body).await;
+    }
+    browsers.subscribe(address, "kim", "laptop").await;
+    say(address, &room, "lee", json!({"id": "1", "body": "hi"})).await;
+    metric_is(&notifier, "sent", "webpush", 1).await;
+    // While it hangs: no more than three of the four.
+    assert_eq!(hangs.most_open(), 3);
+    assert_eq!(browsers.told().len(), 1);
+}
