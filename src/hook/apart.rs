@@ -138,7 +138,7 @@ impl Apart {
 
     /// The rooms of which nothing is in hand, and nothing is being read. They are now: so many that there is room for
     /// `free` entries.
-    pub(super) fn to_read(
+    pub(super) fn begin_reads(
         &mut self,
         free: usize,
         is_in_hand: impl Fn(&str) -> bool,
@@ -266,23 +266,30 @@ mod tests {
         // The one that is refused stays in hand.
         assert!(!apart.takes("chat:a", 4));
         assert!(apart.takes("chat:a", 12) && !apart.takes("chat:b", 12));
-        assert!(apart.to_read(128, |room| room == "chat:a").is_empty());
-        assert!(apart.to_read(READ - 1, |_| false).is_empty());
-        assert_eq!(apart.to_read(READ, |_| false), [("chat:a".into(), 5)]);
-        assert!(apart.to_read(128, |_| false).is_empty(), "it is being read");
+        assert!(apart.begin_reads(128, |room| room == "chat:a").is_empty());
+        assert!(apart.begin_reads(READ - 1, |_| false).is_empty());
+        assert_eq!(apart.begin_reads(READ, |_| false), [("chat:a".into(), 5)]);
+        assert!(
+            apart.begin_reads(128, |_| false).is_empty(),
+            "it is being read"
+        );
         let failed = Page {
             read: Err("no answer".to_owned()),
             ..nothing()
         };
         apart.took(failed).unwrap_err();
-        assert_eq!(apart.to_read(128, |_| false).len(), 1, "it is read again");
+        assert_eq!(
+            apart.begin_reads(128, |_| false).len(),
+            1,
+            "it is read again"
+        );
     }
 
     #[test]
     fn a_room_waits_apart_until_all_that_has_come_was_read() {
         let mut apart = Apart::default();
         apart.begin("chat:a".into(), (5, 4), Some(7));
-        apart.to_read(128, |_| false);
+        apart.begin_reads(128, |_| false);
         // It comes after the read.
         assert!(apart.takes("chat:a", 6));
         let taken = apart.took(nothing()).unwrap();

@@ -305,7 +305,7 @@ impl Taking<'_> {
     fn go_on(&mut self, epoch: Epoch) {
         if let Source::Rooms(part) = self.source {
             let free = self.hand.free();
-            for place in self.apart.to_read(free, |room| self.hand.has(room)) {
+            for place in self.apart.begin_reads(free, |room| self.hand.has(room)) {
                 let Leading { parts, hook, .. } = &**self.leading;
                 let (parts, hook) = (parts.clone(), Arc::clone(hook));
                 let source = (self.stream.clone(), part, epoch);
