@@ -249,7 +249,7 @@ impl<'m> Message<'m> {
                 }
             }
             if wanted.is_empty() {
-                return Ok(());
+                return Ok(None);
             }
             // Counted only for those who are notified.
             let badge = parts.badge(user).await;
