@@ -42,7 +42,10 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::protocol::Close;
+use crate::{
+    protocol::Close,
+    telemetry::metrics::{Counter, SocketCall, count},
+};
 
 /// Time limit of a close: flushing the queue, the close frame, and the peer's end. After that the socket is reset.
 const GRACE: Duration = Duration::from_secs(10);
@@ -359,6 +362,7 @@ impl Conn {
                             if buffer.is_empty() {
                                 buffer.resize(READ_BYTES, 0);
                             }
+                            count(Counter::SocketCalls(SocketCall::ClientRead), 1);
                             let read = stream.try_read(&mut buffer);
                             if matches!(read, Ok(n) if 0 < n && n < buffer.len()) {
                                 // The socket is empty: the next wait need not find that out by another read. No event
@@ -720,6 +724,7 @@ async fn write_queue(conn: Weak<Conn>) {
 /// Writes, and once more if a signal interrupts it.
 fn write_with(mut write: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {
+        count(Counter::SocketCalls(SocketCall::ClientWrite), 1);
         match write() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             result => return result,
