@@ -83,7 +83,7 @@ pub(super) fn stored_time(headers: &HeaderMap) -> Result<u64, BadRecord> {
 /// The key by which the stream deduplicates: room, sender and id.
 #[must_use]
 pub fn message_key(room: &str, from: &str, id: &str) -> String {
-    format!("{room}/{}/{id}", header_escape(from))
+    [room, "/", &header_escape(from), "/", id].concat()
 }
 
 /// The names and values of a message's headers.

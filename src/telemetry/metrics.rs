@@ -547,6 +547,8 @@ counted! {
     NatsConnected = "natter.nats.connected", "{connection}";
     /// Bytes that wait for clients to read: outboxes, and replies on the way to them.
     OutboxBytes = "natter.outbox.size", "By";
+    /// Bytes of messages that rooms keep in memory for sessions that resume.
+    RingBytes = "natter.ring.memory", "By";
     /// Bytes of backlog in memory, until clients have read them.
     ReplayBytes = "natter.replay.memory", "By";
     /// Messages that the history service has not acknowledged yet.
