@@ -255,7 +255,7 @@ impl Record {
 
     fn with(fields: &Fields<'_>, payload: Bytes, class: Class, ts: u64) -> Self {
         let unescaped = |text| header_unescape(text).into_owned();
-        let valid_id = |id: &&str| MessageId::parse(id).is_ok();
+        let valid_id = |id: &&str| MessageId::is_valid(id);
         let texts = |text: &&str| {
             text.starts_with('[') && serde_json::from_str::<Vec<AnyText>>(text).is_ok()
         };

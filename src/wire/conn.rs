@@ -78,7 +78,7 @@ pub struct ConnSettings {
 
 /// The read and write sides of one connection. See the top of `conn.rs` for states and invariants.
 ///
-/// All methods must be called inside the shard's `LocalSet`. When the last handle of an open connection is dropped, the
+/// All methods must be called inside the shard's runtime. When the last handle of an open connection is dropped, the
 /// socket and the queue are dropped too. [`close`](Self::close) keeps the connection alive until it has ended.
 pub struct Conn {
     /// `None` = dead. Taking it closes the file descriptor, even if there are other handles.
@@ -116,9 +116,13 @@ struct Outbox {
 impl Outbox {
     /// A queue of one frame. `torn` if it is the rest of a frame whose beginning was written.
     fn boxed(frame: Bytes, torn: bool) -> Box<Self> {
+        // Mostly a message and its acknowledgement.
+        let mut frames = VecDeque::with_capacity(2);
+        let bytes = frame.len();
+        frames.push_back(frame);
         Box::new(Self {
-            bytes: frame.len(),
-            frames: VecDeque::from([frame]),
+            bytes,
+            frames,
             torn,
             moved_at: Instant::now(),
         })
