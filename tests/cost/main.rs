@@ -43,8 +43,8 @@ use support::{
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// Messages of a round.
-const MESSAGES: usize = 20;
-const ROUNDS: usize = 25;
+const MESSAGES: u32 = 20;
+const ROUNDS: u32 = 25;
 const BODY: usize = 256;
 
 /// Counts of a round, or of a message.
@@ -76,7 +76,7 @@ struct Stand {
 impl Counts {
     fn since(before: &Stand, after: &Stand) -> Self {
         let per = |before: u64, after: u64| {
-            f64::from(u32::try_from(after - before).unwrap()) / f64::from(MESSAGES as u32)
+            f64::from(u32::try_from(after - before).unwrap()) / f64::from(MESSAGES)
         };
         let call = |at: usize| per(before.calls[at], after.calls[at]);
         Self {
@@ -343,7 +343,7 @@ impl Bench {
             rounds.reduce(|a, b| a.with(b, merge)).unwrap()
         };
         let (smallest, sum) = (merged(f64::min), merged(|a, b| a + b));
-        let mean = sum.with(sum, |sum, _| sum / ROUNDS as f64);
+        let mean = sum.with(sum, |sum, _| sum / f64::from(ROUNDS));
         println!("{room}, {members} members, a message, at least: {smallest}");
         println!("{room}, {members} members, a message, mean: {mean}");
         smallest
