@@ -181,12 +181,15 @@ impl Subjects {
     }
 
     fn stored(&self, origin: &Region, part: u16, room: &RoomId, class: &str) -> String {
-        format!(
-            "{}.in.{origin}.{part}.{}.{}.{class}",
-            self.prefix,
-            room.namespace(),
-            room.name()
-        )
+        // Here, and for what else each message needs: one allocation, where `format!` makes several.
+        let (namespace, name) = (room.namespace(), room.name());
+        let (prefix, origin) = (&*self.prefix, origin.as_str());
+        let mut digits = itoa::Buffer::new();
+        let part = digits.format(part);
+        let parts = [
+            prefix, ".in.", origin, ".", part, ".", namespace, ".", name, ".", class,
+        ];
+        parts.concat()
     }
 
     /// All subjects that the stream of `origin` and `part` captures.
@@ -246,7 +249,7 @@ impl Subjects {
     /// Subject of ephemeral messages and signals of a room.
     #[must_use]
     pub fn ephemeral(&self, room: &RoomId) -> String {
-        format!("{}.eph.{}.{}", self.prefix, room.namespace(), room.name())
+        [&*self.prefix, ".eph.", room.namespace(), ".", room.name()].concat()
     }
 
     /// Subject for publishing by hand; the server maps it to [`Self::publish`].
@@ -502,6 +505,22 @@ impl Subjects {
         self.parse_log(subject, "live", 1)
     }
 
+    /// Origin and class of a subject under `live` whose subscription says which room it is of.
+    #[must_use]
+    pub fn origin_and_class<'s>(&self, subject: &'s str) -> Option<(&'s str, Class)> {
+        let rest = subject
+            .strip_prefix(&*self.prefix)?
+            .strip_prefix(".live.")?;
+        let mut tokens = rest.split('.').skip(1);
+        let origin = tokens.next()?;
+        let class = match tokens.nth(3)? {
+            "msg" => Class::Msg,
+            "ev" => Class::Ev,
+            _ => return None,
+        };
+        tokens.next().is_none().then_some((origin, class))
+    }
+
     /// Parses a subject under `in`, as in answers to direct gets.
     #[must_use]
     pub fn parse_stored(&self, subject: &str) -> Option<LogSubject> {
@@ -680,7 +699,8 @@ pub fn parse_presence_key(key: &str) -> Option<(String, &str)> {
 /// Key of a user's read marker in a room.
 #[must_use]
 pub fn marker_key(room: &RoomId, user: &str) -> String {
-    format!("{}.{}.{}", room.namespace(), room.name(), key_escape(user))
+    let user = key_escape(user);
+    [room.namespace(), ".", room.name(), ".", &user].concat()
 }
 
 /// The keys of all read markers in a room.

@@ -29,7 +29,7 @@ pub mod config {
 }
 
 pub mod edge {
-    pub use crate::edge::openapi_json;
+    pub use crate::edge::{Edge, openapi_json};
 }
 
 pub mod history {
@@ -83,7 +83,7 @@ pub mod room {
 }
 
 pub mod runtime {
-    pub use crate::runtime::{Tasks, unix_ms, unix_s};
+    pub use crate::runtime::{Phase, Tasks, unix_ms, unix_s};
 }
 
 pub mod servers {
@@ -119,7 +119,9 @@ pub mod subject {
 
 pub mod telemetry {
     pub mod metrics {
-        pub use crate::telemetry::metrics::{Counter, Gauge, Histogram, Label, Op};
+        pub use crate::telemetry::metrics::{
+            Counter, Gauge, Histogram, Label, MarkerWrite, Op, SocketCall, counted,
+        };
     }
 }
 

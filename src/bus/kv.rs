@@ -11,7 +11,7 @@ use bytes::Bytes;
 use tokio::time::timeout;
 
 use super::{
-    Connection, LiveFeed, MAX_HEADS, ReadError, Reader, StreamError,
+    Connection, HeaderWriter, Line, LineError, LiveFeed, MAX_HEADS, ReadError, Reader, StreamError,
     jetstream::{self, Problem, PubAck, Purged, StreamInfo},
     record::{BadRecord, last, rfc3339_ms, stored_time},
     rooms::{self, rooms_of},
@@ -101,6 +101,21 @@ pub struct Put {
     pub ttl: Option<Duration>,
     /// Write only if this is the key's revision; 0: only if the key does not exist.
     pub expected: Option<u64>,
+}
+
+/// The revision that a write has made.
+fn written(answer: &[u8]) -> Result<u64, KvError> {
+    match PubAck::read(answer) {
+        Ok(PubAck { seq, .. }) => Ok(seq),
+        Err(Problem::Refused(error)) if error.err_code == WRONG_LAST_SEQUENCE => {
+            Err(KvError::Conflict)
+        }
+        // 429: the stream's queue is full for now. 503: it has no leader for now.
+        Err(Problem::Refused(error)) if error.code == 429 || error.code == 503 => {
+            Err(KvError::Unavailable)
+        }
+        Err(problem) => Err(problem.into()),
+    }
 }
 
 impl Bucket {
@@ -220,16 +235,38 @@ impl Bucket {
         let request = Request::new().payload(value).headers(headers);
         let subject = bucket_key(self.bucket, &self.origin, key);
         let answer = self.request(subject, request).await?;
-        match PubAck::read(&answer) {
-            Ok(PubAck { seq, .. }) => Ok(seq),
-            Err(Problem::Refused(error)) if error.err_code == WRONG_LAST_SEQUENCE => {
-                Err(KvError::Conflict)
+        written(&answer)
+    }
+
+    /// Writes a key over a line, if `expected` is its revision (0: if it does not exist), and returns its new revision.
+    /// Many such writes at once leave together, and their answers wake no task each.
+    ///
+    /// # Errors
+    /// [`KvError`].
+    pub async fn put_over(
+        &self,
+        line: &Line,
+        key: &str,
+        value: &str,
+        expected: u64,
+    ) -> Result<u64, KvError> {
+        let headers = |headers: &mut HeaderWriter<'_>| {
+            let mut digits = itoa::Buffer::new();
+            headers.add(header::EXPECTED_LAST, digits.format(expected));
+        };
+        let subject = bucket_key(self.bucket, &self.origin, key);
+        let answer = line
+            .request(&subject, headers, value.as_bytes(), self.timeout)
+            .await;
+        match answer {
+            Ok(answer) => written(&answer.payload()),
+            Err(LineError::Down | LineError::NoResponders) => Err(KvError::Unavailable),
+            Err(LineError::Lost | LineError::Timeout(_)) => {
+                Err(KvError::UnknownOutcome(self.timeout))
             }
-            // 429: the stream's queue is full for now. 503: it has no leader for now.
-            Err(Problem::Refused(error)) if error.code == 429 || error.code == 503 => {
-                Err(KvError::Unavailable)
+            Err(error @ (LineError::TooLarge { .. } | LineError::Status(..))) => {
+                Err(KvError::Refused(error.to_string()))
             }
-            Err(problem) => Err(problem.into()),
         }
     }
 

@@ -174,6 +174,12 @@ impl Publisher {
         }
     }
 
+    /// The line it publishes over.
+    #[must_use]
+    pub fn line(&self) -> &Line {
+        &self.line
+    }
+
     /// Publishes to the room's stream. `known_time` returns the time of a message that is in memory; otherwise the time
     /// is read from the stream. The whole call takes at most `nats.publish_timeout`: once the stream has acknowledged,
     /// a time that can't be read by then is left out.

@@ -83,7 +83,7 @@ pub(super) fn stored_time(headers: &HeaderMap) -> Result<u64, BadRecord> {
 /// The key by which the stream deduplicates: room, sender and id.
 #[must_use]
 pub fn message_key(room: &str, from: &str, id: &str) -> String {
-    format!("{room}/{}/{id}", header_escape(from))
+    [room, "/", &header_escape(from), "/", id].concat()
 }
 
 /// The names and values of a message's headers.
@@ -255,7 +255,7 @@ impl Record {
 
     fn with(fields: &Fields<'_>, payload: Bytes, class: Class, ts: u64) -> Self {
         let unescaped = |text| header_unescape(text).into_owned();
-        let valid_id = |id: &&str| MessageId::parse(id).is_ok();
+        let valid_id = |id: &&str| MessageId::is_valid(id);
         let texts = |text: &&str| {
             text.starts_with('[') && serde_json::from_str::<Vec<AnyText>>(text).is_ok()
         };

@@ -287,6 +287,7 @@ pub struct Limits {
 #[serde(deny_unknown_fields)]
 pub struct Rooms {
     pub ring: ByteSize,
+    pub ring_memory: ByteSize,
     pub replay_max: u64,
     pub replay_max_bytes: ByteSize,
     pub replay_memory: ByteSize,
@@ -512,6 +513,15 @@ impl Config {
             Ok(config)
         } else {
             Err(ConfigError::Invalid(faults))
+        }
+    }
+
+    /// The number of shards of an edge: one for each core, unless `edge.shards` says otherwise.
+    #[must_use]
+    pub fn shards(&self) -> usize {
+        match self.edge.shards {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            count => count,
         }
     }
 
@@ -821,6 +831,11 @@ impl Config {
                 "rooms.replay_max_bytes",
                 self.rooms.replay_max_bytes,
                 limits.body.as_u64(),
+            ),
+            (
+                "rooms.ring_memory",
+                self.rooms.ring_memory,
+                self.rooms.ring.as_u64(),
             ),
             (
                 "rooms.replay_memory",

@@ -95,7 +95,7 @@ struct Uploads {
 struct Ready {
     connection: Connection,
     line: Line,
-    /// For presence, read markers and orders, so that no message waits behind them.
+    /// For presence, reads of markers, and orders, so that no message waits behind them.
     state: Connection,
     /// For unread counts and history, which take long, so that presence and markers don't wait for them.
     questions: Connection,
@@ -260,7 +260,7 @@ impl Edge {
         let http = self.http.drain(rest).await;
         if let Some(ready) = ready {
             // No marker moves any more. Without NATS, markers can't be written.
-            if ready.state.is_up() && !ready.markers.flush(deadline).await {
+            if ready.line.is_up() && !ready.markers.flush(deadline).await {
                 tracing::warn!("read markers could not be written before the end of the drain");
             }
             let shards = timeout(CLOSE_WITHIN, join_all(drained.ends));
@@ -339,7 +339,7 @@ async fn make_ready(
         }
         None => tasks.fail("what is revoked can't be followed"),
     }
-    // For messages that are published over HTTP, and for receipts.
+    // For messages that are published over HTTP, for receipts, and for writing read markers.
     let (line, driver) = Line::new(&config.nats, &format!("natter edge {} publish", shared.id))?;
     tasks.keep_running("publish over HTTP", driver.run(()));
     // When the edge is ready, it must be able to publish.

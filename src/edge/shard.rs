@@ -22,9 +22,9 @@ use std::{
 use bytes::Bytes;
 use futures_util::future::join_all;
 use tokio::{
-    runtime::Builder,
+    runtime::{Builder, LocalOptions},
     sync::{broadcast::error::RecvError, mpsc, oneshot},
-    task::{JoinHandle, LocalSet, spawn_local},
+    task::{JoinHandle, spawn_local},
     time::{MissedTickBehavior, interval, sleep, timeout, timeout_at},
 };
 
@@ -288,8 +288,11 @@ fn start_thread<F: Future<Output = ()>>(
     let body = move || {
         let told = part.clone();
         on_panic(move || told.fail("it panicked"));
-        match Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => LocalSet::new().block_on(&runtime, run()),
+        match Builder::new_current_thread()
+            .enable_all()
+            .build_local(LocalOptions::default())
+        {
+            Ok(runtime) => runtime.block_on(run()),
             Err(error) => part.fail(&format!("it has no runtime: {error}")),
         }
     };
@@ -299,10 +302,7 @@ fn start_thread<F: Future<Output = ()>>(
 impl Shards {
     /// The number of shards.
     pub(super) fn count(config: &Config) -> usize {
-        match config.edge.shards {
-            0 => thread::available_parallelism().map_or(1, usize::from),
-            count => count,
-        }
+        config.shards()
     }
 
     /// Starts the threads, one for each of `pushes`, and waits until each has its connections. `tasks` fail if a shard

@@ -72,15 +72,20 @@ impl MessageId {
     /// # Errors
     /// [`BadMessageId`] with the (shortened) text.
     pub fn parse(text: &str) -> Result<Self, BadMessageId> {
-        let valid = (1..=MAX_MESSAGE_ID).contains(&text.len())
-            && text
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b"._~-".contains(&b));
-        if valid {
+        if Self::is_valid(text) {
             Ok(Self(Arc::from(text)))
         } else {
             Err(BadMessageId(text.chars().take(80).collect()))
         }
+    }
+
+    /// Whether a text is an id.
+    #[must_use]
+    pub fn is_valid(text: &str) -> bool {
+        (1..=MAX_MESSAGE_ID).contains(&text.len())
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"._~-".contains(&b))
     }
 
     /// The text.

@@ -3,7 +3,6 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
     task::yield_now,
@@ -15,7 +14,7 @@ use super::{
     markers::Markers,
 };
 use crate::{
-    bus::{KvError, Put},
+    bus::KvError,
     telemetry::metrics::{Counter, MarkerWrite, count},
 };
 
@@ -114,12 +113,8 @@ impl Markers {
             let Some((cursor, revision)) = next else {
                 return (key, true);
             };
-            let value = Bytes::from(cursor.to_string());
-            let how = Put {
-                ttl: None,
-                expected: Some(revision),
-            };
-            let result = self.bucket.put(&key, value, how).await;
+            let (line, value) = (self.publisher.line(), cursor.to_string());
+            let result = self.bucket.put_over(line, &key, &value, revision).await;
             let mut state = self.state.lock();
             let marker = state.marker(&key);
             match result {

@@ -49,7 +49,8 @@ const MAX_HEARD: usize = 65_536;
 pub struct Markers {
     pub(super) bucket: Bucket,
     pub(super) reader: Reader,
-    publisher: Publisher,
+    /// Publishes receipts. Keys are written over its line.
+    pub(super) publisher: Publisher,
     pub(super) origins: Arc<Origins>,
     pub(super) subjects: Subjects,
     pub(super) unread_cap: u64,
@@ -84,8 +85,8 @@ pub struct Reading {
 }
 
 impl Markers {
-    /// The markers of an edge. They are read by `reader` and written over its connection, which is never the one of
-    /// messages. Receipts are published by `publisher`. Unread messages are counted by `counts`, over a connection that
+    /// The markers of an edge. They are read by `reader`. Receipts are published by `publisher`, and the keys are written
+    /// over its line, which is never the one of live messages. Unread messages are counted by `counts`, over a connection that
     /// nothing else waits for. Nothing is read or written before [`Self::keep`] runs.
     #[must_use]
     pub fn new(

@@ -41,6 +41,10 @@ impl Pass {
 
     /// The frames that all receivers of a protocol share.
     fn frames(&self, codec: Codec) -> &[Bytes] {
+        // Mostly there is one.
+        if let [message] = &*self.messages {
+            return std::slice::from_ref(message.shared_frame(codec));
+        }
         let encode = || self.messages.iter().map(|it| it.frame(codec)).collect();
         self.frames.get(codec, encode)
     }

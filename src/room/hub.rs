@@ -389,6 +389,9 @@ impl Hub {
     /// Queues an arrival.
     pub(super) fn arrived(&self, rooms: &Rooms, arrival: Arrival) {
         let mut inbox = self.inbox.borrow_mut();
+        if inbox.capacity() == 0 {
+            *inbox = rooms.spare_inbox.take();
+        }
         if inbox.len() < rooms.inbox_capacity {
             inbox.push_back(arrival);
         } else if self.loss.replace(Some(GapCause::Overflow)).is_none() {
@@ -463,6 +466,7 @@ impl Hub {
                 self.filled.set(wanted);
                 self.changed.notify_waiters();
             }
+            rooms.bound_rings();
             let idle = self.inbox.borrow().is_empty() && !self.must_read() && !self.has_waited();
             if self.is_gone() || idle {
                 break;
@@ -491,9 +495,11 @@ impl Hub {
             }
         }
         if !inbox.is_empty() && !self.is_gone() {
-            // Nothing was added to the inbox meanwhile. An empty one is not put back: an idle room keeps no memory for
-            // it.
+            // Nothing was added to the inbox meanwhile.
             self.inbox.replace(inbox);
+        } else if inbox.is_empty() && inbox.capacity() <= BATCH {
+            // An idle room keeps no memory for it; the next room that gets a message takes it.
+            rooms.spare_inbox.replace(inbox);
         }
         taken
     }
@@ -527,17 +533,17 @@ impl Hub {
             count(Counter::MessageDropped(why), 1);
             tracing::debug!(room.id = %self.room, reason = ?why, "a message was dropped");
         };
-        let Some(subject) = rooms.subjects.parse_live(arrival.subject()) else {
+        let Some((origin, class)) = rooms.subjects.origin_and_class(arrival.subject()) else {
             dropped(Dropped::BadSubject);
             return None;
         };
-        let Some(track) = self.log.borrow().track_of(&subject.origin) else {
+        let Some(track) = self.log.borrow().track_named(origin) else {
             dropped(Dropped::UnknownOrigin);
             return None;
         };
         let epoch = self.log.borrow().epoch(track);
         let headers = arrival.headers().iter();
-        match Record::stored(headers, arrival.payload(), subject.class, epoch) {
+        match Record::stored(headers, arrival.payload(), class, epoch) {
             Ok(record) => {
                 self.sources[track].streams.note(self.part, record.seq);
                 Some((track, record))

@@ -2,7 +2,7 @@
 //! memory.
 
 use std::{
-    cell::OnceCell,
+    cell::{Cell, OnceCell},
     collections::{HashMap, VecDeque},
     rc::Rc,
     time::Duration,
@@ -14,6 +14,7 @@ use super::{
     message::{LogPlace, Message, TrackId},
     missed::{Missed, Step, Steps},
     references::{References, Spot, reference},
+    rings::Rings,
 };
 use crate::{
     bus::Record,
@@ -53,7 +54,9 @@ pub(super) struct RoomLog {
     entries: VecDeque<Rc<Message>>,
     /// Bytes of the entries, with the frames that were made of them.
     bytes: usize,
-    max_bytes: usize,
+    rings: Rc<Rings>,
+    /// When the entries were last used, see [`Rings::mark`].
+    used: Cell<u64>,
     /// Index of the first entry in memory.
     base: u64,
     /// How many messages were taken in, repeats included.
@@ -138,7 +141,7 @@ pub(super) struct Since {
 impl RoomLog {
     /// A log that stands at the heads of its tracks.
     #[must_use]
-    pub(super) fn new(room: &RoomId, starts: Vec<Start>, max_bytes: usize) -> Self {
+    pub(super) fn new(room: &RoomId, starts: Vec<Start>, rings: &Rc<Rings>) -> Self {
         let track = |start| Track::new(room.clone(), start);
         Self {
             references: [(); 2].map(|()| References::new(starts.len())),
@@ -146,7 +149,8 @@ impl RoomLog {
             tracks: starts.into_iter().map(track).collect(),
             entries: VecDeque::new(),
             bytes: 0,
-            max_bytes,
+            rings: Rc::clone(rings),
+            used: Cell::new(0),
             base: 0,
             taken: 0,
             in_vain: HashMap::new(),
@@ -163,6 +167,13 @@ impl RoomLog {
     #[must_use]
     pub(super) fn track_of(&self, origin: &Region) -> Option<usize> {
         self.tracks.iter().position(|track| track.origin == *origin)
+    }
+
+    /// The track of the origin with this name.
+    #[must_use]
+    pub(super) fn track_named(&self, origin: &str) -> Option<usize> {
+        let mut tracks = self.tracks.iter();
+        tracks.position(|track| track.origin.as_str() == origin)
     }
 
     /// The epoch of a track's stream.
@@ -521,7 +532,9 @@ impl RoomLog {
             position: record.seq,
             reference: reference(&record),
         };
-        Message::new(&self.tracks[track].id, at, record, None)
+        let message = Message::new(&self.tracks[track].id, at, record, None);
+        message.settle();
+        message
     }
 
     /// Keeps the message that [`Self::advance`] has just noted.
@@ -538,17 +551,19 @@ impl RoomLog {
     /// Updates the bytes of messages whose frames may have been made meanwhile, and drops the oldest entries if the
     /// bound is exceeded.
     pub(super) fn recount<'m>(&mut self, messages: impl Iterator<Item = &'m Rc<Message>>) {
+        let mut all = self.bytes;
         for message in messages {
             if let Some(before) = message.counted.get() {
+                message.settle();
                 let bytes = message.bytes();
                 message.counted.set(Some(bytes));
-                self.bytes = self.bytes + bytes - before;
+                all = all + bytes - before;
             }
         }
-        while self.bytes > self.max_bytes
+        while all > self.rings.of_room
             && let Some(oldest) = self.entries.pop_front()
         {
-            self.bytes -= oldest.counted.take().unwrap_or_default();
+            all -= oldest.counted.take().unwrap_or_default();
             self.base += 1;
             let track = &mut self.tracks[oldest.track()];
             if oldest.position() > track.floor {
@@ -560,6 +575,15 @@ impl RoomLog {
                 };
             }
         }
+        self.rings.change(self.bytes, all);
+        self.bytes = all;
+        self.used.set(self.rings.mark());
+    }
+
+    /// How much its entries take, and when they were last used.
+    #[must_use]
+    pub(super) fn kept(&self) -> (usize, u64) {
+        (self.bytes, self.used.get())
     }
 
     /// Makes a message of a room without a log. It takes up an index, but is not kept.
@@ -581,6 +605,7 @@ impl RoomLog {
         for entry in self.entries.drain(..) {
             entry.counted.set(None);
         }
+        self.rings.change(self.bytes, 0);
         self.bytes = 0;
         for track in &mut self.tracks {
             track.floor = track.position;
@@ -623,6 +648,7 @@ impl RoomLog {
     /// Late entries have the position of the one before them. A cursor at that position does not tell whether it
     /// includes them. They are sent again: a client can detect a repeat by its id, but it can't detect a loss.
     pub(super) fn after(&self, since: &Since, from: u64) -> Missed {
+        self.used.set(self.rings.mark());
         // Where the log stood before the current entry.
         let mut stood: Vec<u64> = self.tracks.iter().map(|track| track.floor).collect();
         let mut steps = Vec::new();
@@ -714,6 +740,12 @@ impl RoomLog {
         // Newest first: the caller has usually just published the message.
         let mut newest_first = self.entries.iter().rev();
         newest_first.find(|entry| entry.seq == seq && entry.track() == track)
+    }
+}
+
+impl Drop for RoomLog {
+    fn drop(&mut self) {
+        self.rings.change(self.bytes, 0);
     }
 }
 

@@ -160,7 +160,7 @@ mod tests {
     use crate::{
         bus::Record,
         model::{Class, Epoch, Fingerprint, Region, RoomId},
-        room::log::Start,
+        room::{log::Start, rings::Rings},
     };
 
     fn record(seq: u64, ts: u64) -> Record {
@@ -203,7 +203,11 @@ mod tests {
         };
         let room = RoomId::parse("chat:a").unwrap();
         // The log keeps nothing in memory, so everything comes from the streams.
-        let mut log = RoomLog::new(&room, vec![start("a"), start("b")], 0);
+        let mut log = RoomLog::new(
+            &room,
+            vec![start("a"), start("b")],
+            &Rings::new(0, usize::MAX),
+        );
         let deliver = |log: &mut RoomLog, track, seq, ts| {
             let at = log.advance(track, &record(seq, ts)).unwrap();
             let message = log.push(at, record(seq, ts));

@@ -56,16 +56,26 @@ pub(super) struct Message {
     more: Option<Box<More>>,
     /// The cursor of the shared frame, if it is not just the message's own position.
     cursor: Option<Box<Cursor>>,
-    /// At first a copy, because the buffer that the message was read into is larger. Then a slice of the first frame
-    /// that contains the body unchanged.
+    /// At first a slice of the buffer that the message was read into. Then a slice of the first frame that contains the
+    /// body unchanged, or a copy, because that buffer is larger than the message.
     body: RefCell<Bytes>,
-    /// Whether the body is a slice of a frame.
-    in_frame: Cell<bool>,
+    body_in: Cell<BodyIn>,
     frames: Frames,
     /// The bytes that the log has counted for it; `None` if the log does not keep it.
     pub(super) counted: Cell<Option<usize>>,
     /// Its part of `rooms.replay_memory`, if it was read for a backlog.
     share: Option<Arc<Share>>,
+}
+
+/// What memory the body of a message keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum BodyIn {
+    /// The buffer that it was read into.
+    Buffer,
+    /// Memory of its own.
+    Copy,
+    /// A frame of the message.
+    Frame,
 }
 
 /// Fields that few messages have.
@@ -110,11 +120,21 @@ impl Message {
             kind: record.kind,
             more: has_more.then(|| Box::new(more)),
             cursor: cursor.map(Box::new),
-            body: RefCell::new(Bytes::copy_from_slice(&record.body)),
-            in_frame: Cell::new(false),
+            body: RefCell::new(record.body),
+            body_in: Cell::new(BodyIn::Buffer),
             frames: Frames::default(),
             counted: Cell::new(None),
             share: None,
+        }
+    }
+
+    /// Copies the body if it still keeps the buffer that it was read into. Must be called for a message that is kept
+    /// longer than it takes to hand it out; mostly a frame was made then, and there is nothing to copy.
+    pub(super) fn settle(&self) {
+        if self.body_in.get() == BodyIn::Buffer {
+            let copy = Bytes::copy_from_slice(&self.body.borrow());
+            self.body.replace(copy);
+            self.body_in.set(BodyIn::Copy);
         }
     }
 
@@ -191,9 +211,9 @@ impl Message {
             .cursor
             .as_ref()
             .map_or(0, |cursor| size_of::<Cursor>() + positions(cursor));
-        let body = match self.in_frame.get() {
-            true => 0,
-            false => self.body.borrow().len(),
+        let body = match self.body_in.get() {
+            BodyIn::Frame => 0,
+            BodyIn::Buffer | BodyIn::Copy => self.body.borrow().len(),
         };
         let frames: usize = self.frames.made().map(Bytes::len).sum();
         size_of::<Self>() + self.id.len() + self.from.len() + more + cursor + body + frames
@@ -212,11 +232,16 @@ impl Message {
 
     /// The frame that all receivers of a protocol share.
     pub(super) fn frame(&self, codec: Codec) -> Bytes {
+        self.shared_frame(codec).clone()
+    }
+
+    /// The same, without a handle of its own.
+    pub(super) fn shared_frame(&self, codec: Codec) -> &Bytes {
         let make = || {
             let Encoded { frame, body } = self.encode(codec, self.cursor().as_ref());
             let mut own = frame.len();
             if let Some(body) = body
-                && !self.in_frame.replace(true)
+                && self.body_in.replace(BodyIn::Frame) != BodyIn::Frame
             {
                 own -= body.len();
                 self.body.replace(frame.slice(body));
@@ -226,7 +251,7 @@ impl Message {
                 None => frame,
             }
         };
-        self.frames.get(codec, make).clone()
+        self.frames.get(codec, make)
     }
 
     /// A frame with another cursor, for one member.

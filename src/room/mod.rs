@@ -18,8 +18,10 @@ mod memory;
 mod merge;
 mod message;
 mod missed;
+mod numbers;
 mod receipts;
 mod references;
+mod rings;
 mod rooms;
 
 pub use join::Membership;

@@ -6,6 +6,7 @@ use std::{
     sync::LazyLock,
 };
 
+use super::numbers::ByNumber;
 use crate::{
     bus::Record,
     model::{Class, Kind},
@@ -24,7 +25,7 @@ pub(super) type Spot = (usize, u64);
 pub(super) struct References {
     most: usize,
     /// Where each reference was found first.
-    first: HashMap<u64, Spot>,
+    first: HashMap<u64, Spot, ByNumber>,
     /// The keys of `first`, oldest first.
     order: VecDeque<u64>,
     /// Where copies were found.
@@ -36,7 +37,7 @@ impl References {
     pub(super) fn new(origins: usize) -> Self {
         Self {
             most: MAX_REFERENCES * origins.max(1),
-            first: HashMap::new(),
+            first: HashMap::default(),
             order: VecDeque::new(),
             twins: VecDeque::new(),
         }

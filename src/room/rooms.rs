@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use bytesize::ByteSize;
 use tokio::{
     sync::oneshot,
     task::spawn_local,
@@ -18,6 +19,8 @@ use super::{
     hub::{Hub, Phase, Source},
     log::{RoomLog, Start},
     memory::Memory,
+    numbers::ByNumber,
+    rings::Rings,
 };
 use crate::{
     bus::{
@@ -65,11 +68,14 @@ pub struct Rooms {
     pub(super) retried_within: Duration,
     hubs: RefCell<HashMap<RoomId, Rc<Hub>>>,
     /// The hubs by their subscriptions.
-    by_sid: RefCell<HashMap<u64, Rc<Hub>>>,
+    by_sid: RefCell<HashMap<u64, Rc<Hub>, ByNumber>>,
     touched: RefCell<Vec<Rc<Hub>>>,
+    /// An empty inbox, for the next hub that needs one.
+    pub(super) spare_inbox: RefCell<VecDeque<Arrival>>,
     /// For each stream: the rooms that wait for their heads.
     openings: RefCell<HashMap<Arc<str>, Rc<Opening>>>,
     pub(super) memory: Arc<Memory>,
+    rings: Rc<Rings>,
     suspecting: Cell<bool>,
     generation: Cell<u64>,
     version: Cell<u64>,
@@ -98,7 +104,10 @@ impl Rooms {
         let names = config.namespaces.keys();
         let replay_max = names.map(|name| (name.clone(), config.replay_max(name)));
         let replay_max = replay_max.collect();
+        let shards = config.shards();
         let config = config.rooms.clone();
+        let bytes = |size: ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
+        let rings = Rings::new(bytes(config.ring), bytes(config.ring_memory) / shards);
         let memory = usize::try_from(config.replay_memory.as_u64()).unwrap_or(usize::MAX);
         Rc::new(Self {
             generation: Cell::new(line.generation()),
@@ -109,6 +118,7 @@ impl Rooms {
             openings: RefCell::default(),
             by_sid: RefCell::default(),
             touched: RefCell::default(),
+            spare_inbox: RefCell::default(),
             line,
             reader,
             origins,
@@ -120,6 +130,7 @@ impl Rooms {
             read_push_max,
             hubs: RefCell::default(),
             memory: Memory::new(memory),
+            rings,
             suspecting: Cell::new(false),
         })
     }
@@ -272,8 +283,30 @@ impl Rooms {
     }
 
     pub(super) fn new_log(&self, room: &RoomId, starts: Vec<Start>) -> RoomLog {
-        let bytes = usize::try_from(self.config.ring.as_u64()).unwrap_or(usize::MAX);
-        RoomLog::new(room, starts, bytes)
+        RoomLog::new(room, starts, &self.rings)
+    }
+
+    /// Empties the rings of the rooms that were used least recently, if all of them together take more than the shard's
+    /// part of `rooms.ring_memory`. Who resumes there is served from the stream.
+    pub(super) fn bound_rings(&self) {
+        if !self.rings.are_full() {
+            return;
+        }
+        let hubs = self.hubs.borrow();
+        let mut kept: Vec<(u64, &Rc<Hub>)> = hubs
+            .values()
+            .filter_map(|hub| {
+                let (bytes, used) = hub.log.borrow().kept();
+                (bytes > 0).then_some((used, hub))
+            })
+            .collect();
+        kept.sort_unstable_by_key(|(used, _)| *used);
+        for (_, hub) in kept {
+            if self.rings.have_room() {
+                break;
+            }
+            hub.log.borrow_mut().forget();
+        }
     }
 
     /// Called when something contradicts what is known of a stream. Starts a check of the stream, unless one is
@@ -326,6 +359,7 @@ impl Rooms {
         loop {
             tick.tick().await;
             self.end_outdated();
+            self.bound_rings();
             let generation = self.line.generation();
             let reconnected = self.generation.get() != generation;
             if !self.line.is_up() {
@@ -498,5 +532,6 @@ impl Listener for Ear {
         }
         // Keeps the allocation.
         self.0.touched.replace(touched);
+        self.0.bound_rings();
     }
 }

@@ -160,7 +160,7 @@ impl Tasks {
         self.spawn(name, self.clone().until_stopping(task))
     }
 
-    /// Starts a task on the current `LocalSet`, as the shards use.
+    /// Starts a task on the current local runtime, or `LocalSet`, as the shards use.
     pub fn spawn_local<F>(&self, name: &'static str, task: F) -> JoinHandle<F::Output>
     where
         F: Future + 'static,

@@ -240,11 +240,18 @@ impl Replies {
                 most: if hurried { usize::MAX } else { self.most },
                 below: None,
             };
-            let ready = self.state.borrow_mut().take_ready(&mut budget);
+            let mut state = self.state.borrow_mut();
+            let only = state.take_only(&mut budget);
+            let others = match only {
+                Some(_) => Vec::new(),
+                None => state.take_ready(&mut budget),
+            };
+            drop(state);
+            let ready = only.as_ref().map_or(&*others, std::slice::from_ref);
             if !ready.is_empty() {
                 let bytes: usize = ready.iter().map(weight).sum();
                 self.held.set(self.held.get() - bytes);
-                self.outlet.send(&ready);
+                self.outlet.send(ready);
                 self.changed.notify_waiters();
             }
             // The socket may have taken everything.
@@ -311,6 +318,22 @@ impl Replies {
 }
 
 impl State {
+    /// Takes the reply that is awaited alone, as it mostly is, if it has come and fits.
+    fn take_only(&mut self, budget: &mut Budget) -> Option<Bytes> {
+        let Self { slots, base, held } = self;
+        let mut all = slots.iter();
+        let (Some(first), None) = (all.next(), all.next()) else {
+            return None;
+        };
+        let fits = matches!(&first.reply, Reply::Held(reply) if budget.fits(reply));
+        let Reply::Held(reply) = slots.pop_front_if(|_| fits)?.reply else {
+            return None;
+        };
+        *base += 1;
+        *held -= 1;
+        Some(reply)
+    }
+
     /// Takes the replies whose turn it is, as many as fit.
     fn take_ready(&mut self, budget: &mut Budget) -> Vec<Bytes> {
         let Self { slots, base, held } = self;

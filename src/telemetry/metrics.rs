@@ -208,6 +208,11 @@ labels! {
     GapCause "cause" {
         Sequence "sequence", Reconnect "reconnect", Overflow "overflow", Resync "resync",
     }
+    /// A call of the operating system: a read or a write of the socket of a client, or of a connection to NATS that carries
+    /// messages.
+    SocketCall "call" {
+        ClientRead "client_read", ClientWrite "client_write", NatsRead "nats_read", NatsWrite "nats_write",
+    }
     /// The result of writing a read marker. On a conflict with another writer, the marker is merged and written again.
     MarkerWrite "result" { Written "written", Conflict "conflict", Failed "failed" }
     /// Why a read receipt was not shown: it has no user or no cursor, the room has no log, the cursor belongs to
@@ -419,6 +424,8 @@ counted! {
     ReplayCoalesced = "natter.replay.coalesced", "{request}";
     /// Requests for a range that failed.
     ReplayFailed = "natter.replay.failed", "{request}";
+    /// Calls of the operating system for sockets: of clients, and of the connections to NATS that carry messages.
+    SocketCalls(call: SocketCall) = "natter.socket.calls", "{call}";
     /// Times a connection to NATS was established, including the first time.
     NatsConnects = "natter.nats.connects", "{connection}";
     /// Times a NATS subscription reported that it dropped messages; they are read from the stream.
@@ -540,6 +547,8 @@ counted! {
     NatsConnected = "natter.nats.connected", "{connection}";
     /// Bytes that wait for clients to read: outboxes, and replies on the way to them.
     OutboxBytes = "natter.outbox.size", "By";
+    /// Bytes of messages that rooms keep in memory for sessions that resume.
+    RingBytes = "natter.ring.memory", "By";
     /// Bytes of backlog in memory, until clients have read them.
     ReplayBytes = "natter.replay.memory", "By";
     /// Messages that the history service has not acknowledged yet.
@@ -628,8 +637,8 @@ pub fn count(counter: Counter, n: u64) {
 }
 
 /// The value of a counter.
-#[cfg(test)]
-pub(super) fn counted(counter: Counter) -> u64 {
+#[must_use]
+pub fn counted(counter: Counter) -> u64 {
     COUNTER_VALUES[counter.slot()].0.load(Relaxed)
 }
 

@@ -42,7 +42,10 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::protocol::Close;
+use crate::{
+    protocol::Close,
+    telemetry::metrics::{Counter, SocketCall, count},
+};
 
 /// Time limit of a close: flushing the queue, the close frame, and the peer's end. After that the socket is reset.
 const GRACE: Duration = Duration::from_secs(10);
@@ -75,7 +78,7 @@ pub struct ConnSettings {
 
 /// The read and write sides of one connection. See the top of `conn.rs` for states and invariants.
 ///
-/// All methods must be called inside the shard's `LocalSet`. When the last handle of an open connection is dropped, the
+/// All methods must be called inside the shard's runtime. When the last handle of an open connection is dropped, the
 /// socket and the queue are dropped too. [`close`](Self::close) keeps the connection alive until it has ended.
 pub struct Conn {
     /// `None` = dead. Taking it closes the file descriptor, even if there are other handles.
@@ -113,9 +116,13 @@ struct Outbox {
 impl Outbox {
     /// A queue of one frame. `torn` if it is the rest of a frame whose beginning was written.
     fn boxed(frame: Bytes, torn: bool) -> Box<Self> {
+        // Mostly a message and its acknowledgement.
+        let mut frames = VecDeque::with_capacity(2);
+        let bytes = frame.len();
+        frames.push_back(frame);
         Box::new(Self {
-            bytes: frame.len(),
-            frames: VecDeque::from([frame]),
+            bytes,
+            frames,
             torn,
             moved_at: Instant::now(),
         })
@@ -359,6 +366,7 @@ impl Conn {
                             if buffer.is_empty() {
                                 buffer.resize(READ_BYTES, 0);
                             }
+                            count(Counter::SocketCalls(SocketCall::ClientRead), 1);
                             let read = stream.try_read(&mut buffer);
                             if matches!(read, Ok(n) if 0 < n && n < buffer.len()) {
                                 // The socket is empty: the next wait need not find that out by another read. No event
@@ -720,6 +728,7 @@ async fn write_queue(conn: Weak<Conn>) {
 /// Writes, and once more if a signal interrupts it.
 fn write_with(mut write: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {
+        count(Counter::SocketCalls(SocketCall::ClientWrite), 1);
         match write() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             result => return result,

@@ -61,6 +61,51 @@ async fn a_client_resumes_on_another_edge_from_memory_and_from_the_stream() {
 }
 
 #[tokio::test]
+async fn many_rooms_share_a_bounded_memory_and_nobody_loses_what_it_drops() {
+    const ROOMS: usize = 40;
+    const MESSAGES: usize = 6;
+    const BOUND: u64 = 512 * 1024;
+    let toml = "edge.shards = 1\n[rooms]\nring = '128KiB'\nring_memory = '512KiB'\n\
+                [limits]\nrooms_per_session = 100\ncommands_per_second = 10000\ncommands_burst = 10000";
+    let mesh = Mesh::start(support::nats_url(), 1, toml).await;
+    let mut kim = mesh.connect(0, "kim").await;
+    let name = |room: usize| format!("chat:r{room}");
+    let body = |room: usize, n: usize| json!(format!("{room} {n} {}", "x".repeat(8 * 1024)));
+    let mut starts = Vec::new();
+    for room in 0..ROOMS {
+        let joined = reply(&mut kim, "join", json!({"room": name(room)})).await;
+        starts.push(joined["cursor"].clone());
+    }
+    // More than three times the bound. It holds after each room.
+    let held = async || mesh.metric(0, "natter_ring_memory_bytes", "").await;
+    let mut most = 0;
+    for room in 0..ROOMS {
+        for n in 0..MESSAGES {
+            send(&mut kim, &name(room), body(room, n)).await;
+        }
+        most = held().await.max(most);
+    }
+    assert!((BOUND / 2..=BOUND).contains(&most), "{most} bytes");
+    for (room, start) in starts.iter().enumerate() {
+        let mut lee = mesh.connect(0, "lee").await;
+        let join = json!({"room": name(room), "since": start});
+        let joined = reply(&mut lee, "join", join).await;
+        assert_eq!(joined["replay"], json!(MESSAGES), "{joined}");
+        assert_eq!(joined.get("reset"), None, "{joined}");
+        let expected: Vec<Value> = (0..MESSAGES).map(|n| body(room, n)).collect();
+        assert!(bodies(&mut lee, MESSAGES).await == expected, "room {room}");
+    }
+    // The rooms in which somebody spoke last are in memory, the others in the stream.
+    for (source, rooms) in [("ring", 5), ("stream", ROOMS as u64 / 2)] {
+        let label = format!("result=\"{source}\"");
+        let joins = mesh.metric(0, "natter_join_result_total", &label).await;
+        assert!(joins >= rooms, "{joins} joins from the {source}");
+    }
+    // Frames that were made for those who resumed count, too.
+    assert!(held().await <= BOUND);
+}
+
+#[tokio::test]
 async fn every_cursor_that_leads_nowhere_has_its_reason() {
     let toml = "streams.max_msgs_per_room = 20\nrooms.replay_max = 10\nrooms.ring = '1KiB'";
     let mut mesh = Mesh::start(support::nats_url(), 1, toml).await;

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     bus::connection::{ConnectError, PING_INTERVAL, reconnect_delay},
     config,
-    telemetry::metrics::{Counter, Gauge, Held, count},
+    telemetry::metrics::{Counter, Gauge, Held, SocketCall, count},
 };
 
 /// Unanswered pings after which the connection is given up.
@@ -260,6 +260,7 @@ impl Serving<'_> {
             Poll::Pending => Ok(Poll::Pending),
             Poll::Ready(Ok(0)) => Err(io::ErrorKind::UnexpectedEof.into()),
             Poll::Ready(Ok(_)) => {
+                count(Counter::SocketCalls(SocketCall::NatsRead), 1);
                 self.unanswered = 0;
                 Ok(Poll::Ready(()))
             }
@@ -343,6 +344,7 @@ impl Serving<'_> {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Ok(written)) => {
+                    count(Counter::SocketCalls(SocketCall::NatsWrite), 1);
                     self.written += written;
                     self.unflushed = true;
                 }

@@ -106,10 +106,37 @@ struct State {
 struct Waiting {
     asked: Instant,
     within: Duration,
-    answers: Vec<Arrival>,
-    /// Whether one message is the whole answer. Otherwise the answer is all messages up to the end of the batch.
-    single: bool,
-    done: oneshot::Sender<Result<Vec<Arrival>, LineError>>,
+    answer: Answer,
+}
+
+/// What is the answer to a request, and who waits for it.
+#[derive(Debug)]
+enum Answer {
+    /// One message.
+    One(oneshot::Sender<Result<Arrival, LineError>>),
+    /// All messages up to the end of the batch; those that have come.
+    All(
+        Vec<Arrival>,
+        oneshot::Sender<Result<Vec<Arrival>, LineError>>,
+    ),
+}
+
+impl Answer {
+    /// There is no answer, or no more of it. The caller may have been cancelled.
+    fn fail(self, error: LineError) {
+        let _gone = match self {
+            Self::One(done) => done.send(Err(error)).is_err(),
+            Self::All(_, done) => done.send(Err(error)).is_err(),
+        };
+    }
+
+    /// The batch has ended.
+    fn end(self) {
+        let _gone = match self {
+            Self::One(done) => done.send(Err(LineError::NoResponders)).is_err(),
+            Self::All(answers, done) => done.send(Ok(answers)).is_err(),
+        };
+    }
 }
 
 /// A request or a publish over the line failed.
@@ -271,9 +298,9 @@ impl Line {
         payload: &[u8],
         within: Duration,
     ) -> Result<Arrival, LineError> {
-        let answers = self.ask(subject, headers, payload, within, true)?;
-        let mut answers = answers.await.unwrap_or(Err(LineError::Lost))?;
-        answers.pop().ok_or(LineError::NoResponders)
+        let (done, answer) = oneshot::channel();
+        self.ask(subject, headers, payload, within, Answer::One(done))?;
+        answer.await.unwrap_or(Err(LineError::Lost))
     }
 
     /// Sends a direct get and waits for all its messages, up to the end of the batch.
@@ -286,7 +313,9 @@ impl Line {
         payload: &[u8],
         within: Duration,
     ) -> Result<Vec<Arrival>, LineError> {
-        let answers = self.ask(subject, |_| {}, payload, within, false)?;
+        let (done, answers) = oneshot::channel();
+        let answer = Answer::All(Vec::new(), done);
+        self.ask(subject, |_| {}, payload, within, answer)?;
         answers.await.unwrap_or(Err(LineError::Lost))
     }
 
@@ -296,23 +325,19 @@ impl Line {
         headers: impl FnOnce(&mut HeaderWriter<'_>),
         payload: &[u8],
         within: Duration,
-        single: bool,
-    ) -> Result<oneshot::Receiver<Result<Vec<Arrival>, LineError>>, LineError> {
-        let (done, answers) = oneshot::channel();
+        answer: Answer,
+    ) -> Result<(), LineError> {
         let left = self.leave(|state| {
             let token = state.first + state.waiting.len() as u64;
             state.publish(subject, Some(token), headers, payload)?;
             state.waiting.push_back(Some(Waiting {
                 asked: Instant::now(),
                 within,
-                answers: Vec::new(),
-                single,
-                done,
+                answer,
             }));
             Ok(())
         });
-        left.unwrap_or(Err(LineError::Down))?;
-        Ok(answers)
+        left.unwrap_or(Err(LineError::Down))
     }
 
     /// Returns when the server has processed everything that was queued before.
@@ -440,28 +465,33 @@ impl State {
         let Some(slot) = self.waiting.get_mut(at) else {
             return;
         };
-        let Some(waiting) = slot else { return };
         let status = arrival
             .headers()
             .status()
             .map(|(code, text)| (code, text.to_owned()));
-        let end = match status {
-            None => {
-                waiting.answers.push(arrival);
-                waiting.single.then_some(Ok(()))
-            }
-            // 204: end of the batch. 404: nothing found.
-            Some((204 | 404, _)) => Some(Ok(())),
-            Some((503, _)) => Some(Err(LineError::NoResponders)),
-            Some((code, text)) => Some(Err(LineError::Status(code, text))),
-        };
-        if let Some(end) = end
-            && let Some(waiting) = slot.take()
+        if status.is_none()
+            && let Some(Waiting {
+                answer: Answer::All(answers, _),
+                ..
+            }) = slot
         {
-            // The caller may have been cancelled.
-            let _gone = waiting.done.send(end.map(|()| waiting.answers));
-            self.forget_answered();
+            answers.push(arrival);
+            return;
         }
+        let Some(Waiting { answer, .. }) = slot.take() else {
+            return;
+        };
+        match (status, answer) {
+            (None, Answer::One(done)) => {
+                // The caller may have been cancelled.
+                let _gone = done.send(Ok(arrival));
+            }
+            // Handled above; 204: end of the batch; 404: nothing found.
+            (None | Some((204 | 404, _)), answer) => answer.end(),
+            (Some((503, _)), answer) => answer.fail(LineError::NoResponders),
+            (Some((code, text)), answer) => answer.fail(LineError::Status(code, text)),
+        }
+        self.forget_answered();
     }
 
     fn forget_answered(&mut self) {
@@ -477,7 +507,7 @@ impl State {
             if let Some(waiting) =
                 slot.take_if(|waiting| now.duration_since(waiting.asked) >= waiting.within)
             {
-                let _gone = waiting.done.send(Err(LineError::Timeout(waiting.within)));
+                waiting.answer.fail(LineError::Timeout(waiting.within));
             }
         }
         self.forget_answered();

@@ -15,8 +15,10 @@ use crate::{
 /// Initial capacity for a small reply or event.
 const SMALL: usize = 128;
 
-/// Initial capacity for the fields of a message besides its body.
-const ENVELOPE: usize = 256;
+/// Room for the words of a message or an acknowledgement, for its numbers, and for each component of its cursor. A frame is
+/// written without growing, and not cut to its length afterwards.
+const WORDS: usize = 112;
+const COMPONENT: usize = 32;
 
 /// Writes the payload of a frame: one JSON object.
 struct Writer {
@@ -35,7 +37,11 @@ impl Writer {
 
     /// Begins a reply. On a stream, whose commands are in its request, it has no number.
     fn reply(framing: Framing, op: &str, tag: &Tag) -> Self {
-        let mut writer = Self::new(framing, op, SMALL);
+        Self::reply_of(framing, op, tag, SMALL)
+    }
+
+    fn reply_of(framing: Framing, op: &str, tag: &Tag, room_for: usize) -> Self {
+        let mut writer = Self::new(framing, op, room_for);
         match tag {
             _ if framing == Framing::Bare => &mut writer,
             Tag::Number(rid) => writer.number("rid", *rid),
@@ -140,7 +146,15 @@ pub(in crate::codec) fn reply(framing: Framing, tag: &Tag, reply: &Reply) -> Byt
             writer.end()
         }
         Reply::Joined(joined) => begin("joined").end_with(joined),
-        Reply::Published(published) => begin("ack").end_with(published),
+        Reply::Published(published) => {
+            let positions = published
+                .cursor
+                .as_ref()
+                .map_or(0, |it| it.positions().len());
+            let texts = published.room.as_str().len() + published.id.len();
+            let room_for = WORDS + texts + COMPONENT * positions;
+            Writer::reply_of(framing, "ack", tag, room_for).end_with(published)
+        }
         Reply::Read(read) => begin("ok").end_with(read),
         Reply::Presence(presence) => begin("presence").end_with(presence),
         Reply::Readers(readers) => begin("readers").end_with(readers),
@@ -213,7 +227,12 @@ pub(in crate::codec) fn event(framing: Framing, event: &Event) -> Bytes {
 
 /// `msg`; ephemeral messages have no cursor.
 pub(in crate::codec) fn message(framing: Framing, message: &MessagePush<'_>) -> Encoded {
-    let mut writer = Writer::new(framing, "msg", message.body.len() + ENVELOPE);
+    let text = |text: Option<&str>| text.map_or(0, |text| text.len() + 16);
+    let texts = message.room.as_str().len() + message.id.len() + message.from.len();
+    let more = text(message.target) + text(message.reply_to) + text(message.mentions);
+    let positions = message.cursor.map_or(0, |it| it.positions().len());
+    let room_for = WORDS + texts + more + COMPONENT * positions + message.body.len();
+    let mut writer = Writer::new(framing, "msg", room_for);
     writer
         .string("room", message.room.as_str())
         .string("id", message.id)

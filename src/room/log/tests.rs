@@ -30,7 +30,11 @@ fn room() -> RoomId {
 }
 
 fn log(heads: &[Record], empty_at: u64, max_bytes: usize) -> RoomLog {
-    RoomLog::new(&room(), vec![start("seoul", heads, empty_at)], max_bytes)
+    RoomLog::new(
+        &room(),
+        vec![start("seoul", heads, empty_at)],
+        &Rings::new(max_bytes, usize::MAX),
+    )
 }
 
 /// What the log counts for a message with an id of three bytes and no frame.
@@ -136,7 +140,7 @@ fn what_the_own_stream_knows_itself_is_left_to_it() {
     let mut log = RoomLog::new(
         &room(),
         vec![start("seoul", &[], 0), start("virginia", &[], 0)],
-        1 << 20,
+        &Rings::new(1 << 20, usize::MAX),
     );
     // Each message's time equals its sequence.
     for (track, seq, class, id) in [
@@ -281,7 +285,7 @@ fn two_tracks(max_bytes: usize) -> RoomLog {
     RoomLog::new(
         &room(),
         vec![start("seoul", &[], 0), start("virginia", &[], 0)],
-        max_bytes,
+        &Rings::new(max_bytes, usize::MAX),
     )
 }
 
@@ -403,7 +407,7 @@ fn where_nothing_was_said_nobody_is_behind() {
         RoomLog::new(
             &room(),
             vec![start("seoul", heads, 0), start("virginia", &[], empty_at)],
-            1 << 20,
+            &Rings::new(1 << 20, usize::MAX),
         )
     };
     let (early, late) = (opened(3000), opened(5000));
@@ -432,7 +436,7 @@ fn what_is_stored_while_a_room_is_opened_is_shown() {
             start("seoul", std::slice::from_ref(&head), 0),
             start("virginia", &[], 0),
         ],
-        1 << 20,
+        &Rings::new(1 << 20, usize::MAX),
     );
     let (known, newer) = (twin(0, 1, "known"), twin(0, 4, "newer"));
     log.remember(0, &[known, head, newer.clone()]);
