@@ -130,10 +130,14 @@ async fn update(parts: &Parts, user: &str, room: RoomId) {
         at,
     };
     for (name, device) in devices.all() {
-        // Never closed.
-        let _turn = parts.turns.turn(user, device).await;
+        // The next one says it as well.
+        let Some(turn) = parts.turns.turn(user, device).await else {
+            continue;
+        };
         let id = format!("badge-{at}-{name}");
-        match parts.providers.send(device, name, &note, &id).await {
+        let sent = parts.providers.send(device, name, &note, &id).await;
+        turn.over();
+        match sent {
             Sent::Done => count(Counter::PushSent(service_of(device)), 1),
             Sent::Gone => forget(parts, user, name, device).await,
             Sent::Unable => {}

@@ -2,13 +2,17 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use bytes::Bytes;
-use futures_util::future::join_all;
+use futures_util::{StreamExt as _, future::join_all, stream::FuturesUnordered};
 use sha2::{Digest as _, Sha256};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use super::{
     Parts,
@@ -43,11 +47,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from
 /// Longest pause for which a message keeps its place.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// The value of a claim that was given back.
-const GIVEN_BACK: &str = "again";
-
-/// Timeout of a notification of one device, with all attempts.
-const SENT_WITHIN: Duration = Duration::from_secs(20);
+/// Users who are still being notified when the next group is looked at.
+const LEFT_OPEN: usize = 64;
 
 /// What became of a device.
 enum Notified {
@@ -64,8 +65,10 @@ pub(super) struct Message<'m> {
     stored: &'m Stored,
     epoch: Epoch,
     age: Duration,
-    /// Whether it was probably looked at before: then some may have been notified.
-    again: bool,
+    /// How often it was delivered.
+    deliveries: u32,
+    /// The first change of the room that was not looked at yet for a deletion.
+    unseen: AtomicU64,
 }
 
 /// Those who may be notified of a message.
@@ -118,13 +121,19 @@ fn filled(template: &str, fields: &[(&str, &str)]) -> String {
 }
 
 impl<'m> Message<'m> {
-    pub(super) fn new(stored: &'m Stored, epoch: Epoch, age: Duration, again: bool) -> Self {
+    pub(super) fn new(stored: &'m Stored, epoch: Epoch, age: Duration, deliveries: u32) -> Self {
         Self {
+            unseen: AtomicU64::new(stored.record.seq + 1),
             stored,
             epoch,
             age,
-            again,
+            deliveries,
         }
+    }
+
+    /// Whether it was probably looked at before: then some may have been notified.
+    fn is_again(&self) -> bool {
+        self.deliveries > 2
     }
 
     /// Notifies those who are due. Returns the time until the next of the others is.
@@ -149,27 +158,43 @@ impl<'m> Message<'m> {
         ready.map_err(|_unavailable| "who is online can't be read".to_owned())?;
         let mut next: Option<Duration> = None;
         let began = Instant::now();
+        // A device that takes long does not hold up the next group.
+        let mut open = FuturesUnordered::new();
         for (number, group) in all.chunks(GROUP).enumerate() {
             // Many recipients take a while, in which some leave, and the message may be deleted.
-            let Some(room_record) = known.record().filter(|record| !record.is_closed()) else {
-                return Ok(None);
-            };
+            let record = known.record().filter(|record| !record.is_closed());
+            let Some(room_record) = record else { break };
             if number > 0 && self.is_gone(parts).await? {
-                return Ok(None);
+                break;
             }
             if self.age + began.elapsed() > parts.config.push.max_age {
                 count(Counter::PushExpired, 1);
-                return Ok(None);
+                break;
             }
             let still: HashSet<String> =
                 candidates(self.stored, &room_record).into_iter().collect();
-            let group: Vec<String> = group
-                .iter()
-                .filter(|user| still.contains(*user))
-                .cloned()
-                .collect();
-            let wait = self.notify_group(parts, &room_record, &group).await?;
+            let group = group.iter().filter(|user| still.contains(*user));
+            let group: Vec<String> = group.cloned().collect();
+            let (wait, due) = self.due(parts, &group).await?;
             next = sooner(next, wait);
+            for (user, devices, claimed) in due {
+                open.push(self.notify_user(
+                    parts,
+                    Arc::clone(&room_record),
+                    user,
+                    devices,
+                    claimed,
+                ));
+            }
+            while open.len() > LEFT_OPEN
+                && let Some(later) = open.next().await
+            {
+                next = sooner(next, later?);
+            }
+        }
+        // What could not be claimed is claimed at the next attempt.
+        while let Some(later) = open.next().await {
+            next = sooner(next, later?);
         }
         Ok(next)
     }
@@ -186,32 +211,36 @@ impl<'m> Message<'m> {
         let stream = rooms_stream(origin, part);
         let subjects = Subjects::new(&parts.config.nats.prefix);
         let filter = subjects.publish(origin, part, room, Class::Ev);
-        let mut from = record.seq + 1;
         for _ in 0..MOST_PAGES {
+            let from = self.unseen.load(Ordering::Relaxed);
             let page = parts.reader.page(&stream, self.epoch, &filter, from).await;
             let page = page.map_err(|error| error.to_string())?;
             if page.records.iter().any(|change| change.deletes(record)) {
                 return Ok(true);
             }
-            match page.records.last() {
-                Some(last) if page.pending > 0 => from = last.seq + 1,
-                _ => break,
+            let Some(last) = page.records.last() else {
+                break;
+            };
+            self.unseen.store(last.seq + 1, Ordering::Relaxed);
+            if page.pending == 0 {
+                break;
             }
         }
         Ok(false)
     }
 
-    async fn notify_group(
+    /// Those of a group who are to be notified now, with their devices and the claims that are there; and the time until
+    /// the next of the others is.
+    async fn due(
         &self,
         parts: &Parts,
-        room_record: &Record,
         users: &[String],
-    ) -> Result<Option<Duration>, String> {
+    ) -> Result<(Option<Duration>, Vec<(String, Devices, HashSet<String>)>), String> {
         let devices = parts.people.devices_of(users).await;
         let mut devices = devices.map_err(|refused| refused.message)?;
         devices.retain(|_, devices| devices.all().next().is_some());
         if devices.is_empty() {
-            return Ok(None);
+            return Ok((None, Vec::new()));
         }
         let users: Vec<String> = devices.keys().cloned().collect();
         let (room, sender) = (&self.stored.room, &self.stored.record.from);
@@ -239,44 +268,54 @@ impl<'m> Message<'m> {
             }
         }
         let claimed = self.claimed(parts, &due).await?;
-        let sends = due.iter().map(async |(user, devices)| {
-            let mut wanted = Vec::new();
-            for (name, device) in devices.all() {
-                let id = self.claim_key(user, name);
-                match claimed.contains(&id) {
-                    true => count(Counter::PushSkipped(PushSkip::Repeated), 1),
-                    false => wanted.push((name, device, id)),
-                }
-            }
-            if wanted.is_empty() {
-                return Ok(None);
-            }
-            // Counted only for those who are notified.
-            let badge = parts.badge(user).await;
-            let note = &self.note(parts, room_record, user, badge);
-            let notified = wanted.iter().map(async |(name, device, id)| {
-                self.notify_device(parts, (user, name, device), note, id)
-                    .await
-            });
-            let (mut failed, mut later) = (None, None);
-            for notified in join_all(notified).await {
-                match notified {
-                    Ok(Notified::Done) => parts.badges.shown(user, room),
-                    Ok(Notified::Not) => {}
-                    Ok(Notified::Later(wait)) => later = sooner(later, Some(wait)),
-                    Err(error) => failed = Some(error),
-                }
-            }
-            match failed {
-                Some(error) => Err(error),
-                None => Ok::<_, String>(later),
-            }
+        let due = due.into_iter().map(|(user, devices)| {
+            let keys = devices.all().map(|(name, _)| self.claim_key(&user, name));
+            let claimed = keys.filter(|key| claimed.contains(key)).collect();
+            (user, devices, claimed)
         });
-        // What could not be claimed is claimed at the next attempt.
-        for later in join_all(sends).await {
-            next = sooner(next, later?);
+        Ok((next, due.collect()))
+    }
+
+    /// Notifies the devices of a user. Returns after which time some are to be tried again.
+    async fn notify_user(
+        &self,
+        parts: &Parts,
+        room_record: Arc<Record>,
+        user: String,
+        devices: Devices,
+        claimed: HashSet<String>,
+    ) -> Result<Option<Duration>, String> {
+        let mut wanted = Vec::new();
+        for (name, device) in devices.all() {
+            let id = self.claim_key(&user, name);
+            match claimed.contains(&id) {
+                true => count(Counter::PushSkipped(PushSkip::Repeated), 1),
+                false => wanted.push((name, device, id)),
+            }
         }
-        Ok(next)
+        if wanted.is_empty() {
+            return Ok(None);
+        }
+        // Counted only for those who are notified.
+        let badge = parts.badge(&user).await;
+        let note = &self.note(parts, &room_record, &user, badge);
+        let notified = wanted.iter().map(async |(name, device, id)| {
+            self.notify_device(parts, (&user, name, device), note, id)
+                .await
+        });
+        let (mut failed, mut later) = (None, None);
+        for notified in join_all(notified).await {
+            match notified {
+                Ok(Notified::Done) => parts.badges.shown(&user, &self.stored.room),
+                Ok(Notified::Not) => {}
+                Ok(Notified::Later(wait)) => later = sooner(later, Some(wait)),
+                Err(error) => failed = Some(error),
+            }
+        }
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(later),
+        }
     }
 
     /// The claims that an earlier attempt has made, as far as they can be seen.
@@ -285,7 +324,7 @@ impl<'m> Message<'m> {
         parts: &Parts,
         due: &[(String, Devices)],
     ) -> Result<HashSet<String>, String> {
-        if !self.again || due.is_empty() {
+        if !self.is_again() || due.is_empty() {
             return Ok(HashSet::new());
         }
         let keys = due
@@ -294,7 +333,9 @@ impl<'m> Message<'m> {
         let keys: Vec<String> = keys.collect();
         let found = parts.claims.get(&keys).await;
         let found = found.map_err(|error| error.to_string())?;
-        let claimed = found.into_iter().filter(|entry| !is_given_back(entry));
+        let claimed = found
+            .into_iter()
+            .filter(|entry| given_back(entry).is_none());
         Ok(claimed.map(|entry| entry.key).collect())
     }
 
@@ -384,14 +425,14 @@ impl<'m> Message<'m> {
     ) -> Result<Notified, String> {
         let service = service_of(whose.2);
         // Before the claim, so that a process that dies has not claimed more than it could send.
-        let turn = timeout(SENT_WITHIN, parts.turns.turn(whose.0, whose.2)).await;
-        let Ok(turn) = turn else {
+        let Some(turn) = parts.turns.turn(whose.0, whose.2).await else {
             // Its service is busy with others, or hangs: the message does not wait for it in hand.
             return Ok(Notified::Later(LONGEST_PAUSE));
         };
         let revision = match claim(parts, id).await {
-            Ok(revision) => revision,
-            Err(KvError::Conflict) => {
+            Ok(Claim::Made(revision)) => revision,
+            Ok(Claim::Later(wait)) => return Ok(Notified::Later(wait)),
+            Ok(Claim::OfAnother) => {
                 count(Counter::PushSkipped(PushSkip::Repeated), 1);
                 return Ok(Notified::Not);
             }
@@ -404,24 +445,17 @@ impl<'m> Message<'m> {
             }
         };
         // The user chooses where a request goes: it must not hold up those of others.
-        let sent = self.send(parts, whose, note, id, turn);
-        let Ok(later) = timeout(SENT_WITHIN, sent).await else {
-            count(Counter::PushFailed(service), 1);
-            tracing::info!(
-                kind = whose.2.kind(),
-                "a notification was not delivered in time"
-            );
+        let Some(wait) = self.send(parts, whose, note, id, turn).await else {
             return Ok(Notified::Done);
         };
-        let Some(wait) = later else {
-            return Ok(Notified::Done);
-        };
-        // The service has certainly not taken it: whoever looks at the message next may try again.
+        // The service has certainly not taken it: whoever looks at the message then may try again.
         let how = Put {
             expected: Some(revision),
             ..Put::default()
         };
-        match parts.claims.put(id, GIVEN_BACK.into(), how).await {
+        let not_before = unix_ms() + u64::try_from(wait.as_millis()).unwrap_or_default();
+        let given_back = not_before.to_string();
+        match parts.claims.put(id, given_back.into(), how).await {
             Ok(_) => Ok(Notified::Later(wait)),
             Err(error) => {
                 count(Counter::PushFailed(service), 1);
@@ -445,29 +479,31 @@ impl<'m> Message<'m> {
 
     /// Sends a notification that was claimed, and repeats what the service certainly did not take. Returns after which time
     /// it is to be tried again, if the service takes nothing now.
-    async fn send(
+    async fn send<'p>(
         &self,
-        parts: &Parts,
+        parts: &'p Parts,
         (user, name, device): (&str, &str, &Device),
         note: &Note,
         id: &str,
-        first: Turn,
+        first: Turn<'p>,
     ) -> Option<Duration> {
         let service = service_of(device);
         let mut turn = Some(first);
         let mut attempt = 1;
+        let later = |after| pause(self.deliveries, PAUSES, after).max(LONGEST_PAUSE);
         let why = loop {
-            let sent = {
-                let _turn = match turn.take() {
+            let this = match turn.take() {
+                Some(turn) => turn,
+                None => match parts.turns.turn(user, device).await {
                     Some(turn) => turn,
-                    None => parts.turns.turn(user, device).await,
-                };
-                let _open = Held::new(Gauge::PushOpen);
-                let started = Instant::now();
-                let sent = parts.providers.send(device, name, note, id).await;
-                record(Histogram::PushRequestDuration, started.elapsed());
-                sent
+                    None => return Some(later(None)),
+                },
             };
+            let _open = Held::new(Gauge::PushOpen);
+            let started = Instant::now();
+            let sent = parts.providers.send(device, name, note, id).await;
+            record(Histogram::PushRequestDuration, started.elapsed());
+            this.over();
             match sent {
                 Sent::Done => {
                     count(Counter::PushSent(service), 1);
@@ -481,9 +517,10 @@ impl<'m> Message<'m> {
                 Sent::Failed(why) => break why,
                 Sent::Again { after, why } => {
                     let wait = pause(attempt, PAUSES, after);
-                    if attempt >= ATTEMPTS || wait > LONGEST_PAUSE {
+                    // A service that took nothing before is asked once each time.
+                    if attempt >= ATTEMPTS || self.is_again() || wait > LONGEST_PAUSE {
                         tracing::debug!(kind = device.kind(), why, "a notification must wait");
-                        return Some(wait.max(LONGEST_PAUSE));
+                        return Some(later(after));
                     }
                     sleep(wait).await;
                     let read = self.readers(parts, &[user.to_owned()]).await;
@@ -505,26 +542,53 @@ impl<'m> Message<'m> {
     }
 }
 
-/// Claims a device for a message: also one that was claimed, and given back. Returns the revision of the claim.
-async fn claim(parts: &Parts, id: &str) -> Result<u64, KvError> {
-    let at = |revision| Put {
-        expected: Some(revision),
-        ..Put::default()
-    };
-    match parts.claims.put(id, Bytes::new(), at(0)).await {
-        Err(KvError::Conflict) => {
-            let found = parts.claims.get(&[id.to_owned()]).await?.pop();
-            let given_back = found.filter(is_given_back).ok_or(KvError::Conflict)?;
-            let taken = at(given_back.revision);
-            parts.claims.put(id, Bytes::new(), taken).await
-        }
-        claimed => claimed,
-    }
+/// What became of a claim.
+enum Claim {
+    /// It is made, with this revision.
+    Made(u64),
+    /// It was given back, and may be made after this time.
+    Later(Duration),
+    /// Somebody else has it, or had it.
+    OfAnother,
 }
 
-/// Whether a claim was given back.
-fn is_given_back(claim: &Entry) -> bool {
-    claim.value.as_deref() == Some(GIVEN_BACK.as_bytes())
+/// Claims a device for a message: also one that was claimed, and given back.
+async fn claim(parts: &Parts, id: &str) -> Result<Claim, KvError> {
+    let made = async |revision| {
+        let how = Put {
+            expected: Some(revision),
+            ..Put::default()
+        };
+        match parts.claims.put(id, Bytes::new(), how).await {
+            Ok(revision) => Ok(Some(revision)),
+            Err(KvError::Conflict) => Ok(None),
+            Err(error) => Err(error),
+        }
+    };
+    if let Some(revision) = made(0).await? {
+        return Ok(Claim::Made(revision));
+    }
+    let found = parts.claims.get(&[id.to_owned()]).await?.pop();
+    let Some((entry, not_before)) = found.and_then(|entry| {
+        let not_before = given_back(&entry)?;
+        Some((entry, not_before))
+    }) else {
+        return Ok(Claim::OfAnother);
+    };
+    let left = not_before.saturating_sub(unix_ms());
+    if left > 0 {
+        return Ok(Claim::Later(Duration::from_millis(left)));
+    }
+    let taken = made(entry.revision).await?;
+    Ok(taken.map_or(Claim::OfAnother, Claim::Made))
+}
+
+/// From when on a claim that was given back may be made again, in ms since 1970. `None`: it was not given back.
+fn given_back(claim: &Entry) -> Option<u64> {
+    std::str::from_utf8(claim.value.as_deref()?)
+        .ok()?
+        .parse()
+        .ok()
 }
 
 /// The smaller of two waits.

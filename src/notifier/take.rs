@@ -188,7 +188,7 @@ impl Taking {
         if age < SETTLED {
             return Answer::Again(SETTLED - age);
         }
-        let message = Message::new(&stored, epoch, age, delivery.deliveries > 2);
+        let message = Message::new(&stored, epoch, age, delivery.deliveries);
         match message.notify(&self.parts).await {
             Ok(None) => Answer::Done,
             Ok(Some(wait)) => Answer::Again(wait),

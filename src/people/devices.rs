@@ -32,7 +32,8 @@ const MAX_NAME: usize = 64;
 /// How long it is remembered that a device was removed, so that no other region brings it back.
 const REMOVED_FOR_MS: u64 = 30 * 24 * 3_600_000;
 
-/// Removed devices of a user that are remembered. If there are as many, none gets a name that is not known.
+/// How many devices more than `push.devices` are remembered of a user, since some were removed. If there are as many, none
+/// gets a name that is not known.
 const MAX_REMOVED: usize = 200;
 
 /// Bytes of the secret of a subscription.
@@ -262,7 +263,8 @@ impl People {
             }
             if known.is_none() && devices.devices.len() >= most + MAX_REMOVED {
                 let text = format!(
-                    "this user has removed {MAX_REMOVED} devices within 30 days: use one of their names again"
+                    "this user has had {} devices within 30 days, which is the limit: use one of their names",
+                    most + MAX_REMOVED
                 );
                 return Err(Refused::new(ErrorCode::Limit, text));
             }
