@@ -53,8 +53,8 @@ function enter(given, room) {
   client = new Natter({ url: new URL(".", document.baseURI).href, token, storage: storage() });
   set($("me"), claimsOf(token).sub ?? "");
   inbox = new Inbox(client, open);
-  timeline = new Timeline(client);
-  composer = new Composer((body) => timeline.send(body), () => timeline.room?.typing());
+  timeline = new Timeline(client, (mode, view) => composer.write(mode, view));
+  composer = new Composer((body, about) => timeline.send(body, about), () => timeline.room?.typing());
   offs = [client.on("state", showState), unread(client).subscribe(showTitle)];
   $("door").hidden = true;
   $("app").hidden = $("leave").hidden = false;

@@ -9,8 +9,11 @@ export function entry(view) {
   return node;
 }
 
-/** `joined`: it follows one of the same user, so the name is not said again. `answered`: the message that it answers, if known. */
-export function message(view, { joined, answered, seen }) {
+const LIKE = "👍";
+
+/** `joined`: it follows one of the same user, so the name is not said again. `answered`: the message that it answers, if known.
+ * `act(name, view, key)` is called for `answer`, `react`, `edit` and `delete`. */
+export function message(view, { joined, answered, seen, act }) {
   const { key, id, own, from, ts, body, status, deleted_at: deleted, edited_at: edited, reply_to: replyTo, reactions } = view;
   const node = element("article", `message${own ? " own" : ""}${joined ? " joined" : ""}`);
   node.tabIndex = -1;
@@ -33,12 +36,29 @@ export function message(view, { joined, answered, seen }) {
   if (files) node.append(element("p", "quiet", t(files === 1 ? "oneFile" : "files", { n: files })));
   if (reactions.length > 0) {
     const line = element("p", "reactions");
-    for (const { key: reaction, count } of reactions) line.append(element("span", "reaction", `${reaction} ${count}`), " ");
+    for (const { key: reaction, count, mine } of reactions) {
+      const one = button("reaction", `${reaction} ${count}`, () => act("react", view, reaction));
+      one.dataset.reaction = reaction;
+      one.ariaPressed = String(mine);
+      one.ariaLabel = t("reactions", { key: reaction, n: count });
+      line.append(one, " ");
+    }
     node.append(line);
   }
   if (status !== "sent") node.append(notSent(view));
+  else if (!deleted) node.append(acts(view, act));
   if (seen) node.append(element("p", "seen quiet", t("seen", { users: seen })));
   return node;
+}
+
+function acts(view, act) {
+  const line = element("p", "acts");
+  for (const name of view.own ? ["answer", "react", "edit", "delete"] : ["answer", "react"]) {
+    const one = button("plain", t(name), () => act(name, view, LIKE));
+    one.dataset.act = name;
+    line.append(one);
+  }
+  return line;
 }
 
 function notSent({ status, handle, error }) {

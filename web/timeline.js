@@ -14,6 +14,7 @@ const $ = (id) => document.getElementById(id);
 
 export class Timeline {
   #client;
+  #write;
   #room = null;
   #store = null;
   #offs = [];
@@ -24,8 +25,10 @@ export class Timeline {
   #marker; // the read marker when the room was opened: what is behind it is new
   #ended = new AbortController();
 
-  constructor(client) {
+  /** `write(mode, view)` is called where a message is to be answered or edited. */
+  constructor(client, write) {
     this.#client = client;
+    this.#write = write;
     const { signal } = this.#ended;
     $("log").addEventListener("scroll", () => this.#scrolled(), { passive: true, signal });
     $("latest").addEventListener("click", () => this.#latest(), { signal });
@@ -68,9 +71,21 @@ export class Timeline {
     this.#draw();
   }
 
-  send(body) {
+  #act = (name, view, key) => {
+    if (name === "react") this.#room.react(view, key, !view.reactions.some((one) => one.key === key && one.mine));
+    else if (name === "delete") this.#room.delete(view);
+    else this.#write(name, view);
+  };
+
+  /** `mode`: `answer` or `edit`, with the message `view`. */
+  send(body, { mode, view } = {}) {
     if (!this.#room) return;
-    this.#room.send(body);
+    if (mode === "edit") {
+      this.#room.edit(view, { ...view.body, ...body });
+      return;
+    }
+    if (mode === "answer") this.#room.reply(view, body);
+    else this.#room.send(body);
     this.#toEnd = true;
     if (this.#store.getSnapshot().hasNewer) this.#store.latest();
     this.#later();
@@ -153,7 +168,7 @@ export class Timeline {
     const known = this.#nodes.get(view.key);
     const isSame = known?.view === view && known.joined === joined && known.seen === seen && known.answered === answered;
     if (isSame) return known.node;
-    const node = view.kind === "system" ? entry(view) : message(view, { joined, answered, seen });
+    const node = view.kind === "system" ? entry(view) : message(view, { joined, answered, seen, act: this.#act });
     const hadFocus = known && known.node === document.activeElement;
     known?.node.replaceWith(node);
     if (hadFocus) node.focus({ preventScroll: true });
