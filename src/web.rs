@@ -21,7 +21,8 @@ const STYLES: [(&str, &str); 3] = [
 ];
 
 /// The scripts, by the names under which the pages load them.
-const SCRIPTS: [(&str, &str); 23] = [
+const SCRIPTS: [(&str, &str); 24] = [
+    ("/create.js", include_str!("../web/create.js")),
     ("/app.js", include_str!("../web/app.js")),
     ("/inbox.js", include_str!("../web/inbox.js")),
     ("/timeline.js", include_str!("../web/timeline.js")),

@@ -4,6 +4,7 @@
 import { Natter, claimsOf } from "./sdk/natter.js";
 import { unread } from "./sdk/store.js";
 import { Composer } from "./composer.js";
+import { Create } from "./create.js";
 import { Inbox } from "./inbox.js";
 import { Timeline } from "./timeline.js";
 import { set, t, translate } from "./words-app.js";
@@ -45,6 +46,7 @@ let token = "";
 let inbox = null;
 let timeline = null;
 let composer = null;
+let create = null;
 let offs = [];
 
 function enter(given, room) {
@@ -55,6 +57,7 @@ function enter(given, room) {
   inbox = new Inbox(client, open);
   timeline = new Timeline(client, (mode, view) => composer.write(mode, view));
   composer = new Composer((body, about) => timeline.send(body, about), () => timeline.room?.typing());
+  create = new Create(client, token, open);
   offs = [client.on("state", showState), unread(client).subscribe(showTitle)];
   $("door").hidden = true;
   $("app").hidden = $("leave").hidden = false;
@@ -70,8 +73,9 @@ function stop() {
   inbox?.stop();
   timeline?.stop();
   composer?.stop();
+  create?.stop();
   client?.close();
-  client = inbox = timeline = composer = null;
+  client = inbox = timeline = composer = create = null;
 }
 
 /** Back to the form; `problem` says why, where it is not the user who goes. */

@@ -1,7 +1,7 @@
 // The conversation of a room: the store of messages drawn into the log, which stays where somebody reads.
 
 import { reaches } from "./sdk/natter.js";
-import { inbox, messages, readers, typing } from "./sdk/store.js";
+import { inbox, messages, presence, readers, typing } from "./sdk/store.js";
 import { entry, message } from "./message.js";
 import { button, day, element, names, sentence, set, t, titleOf } from "./words-app.js";
 
@@ -56,6 +56,7 @@ export class Timeline {
     $("log").replaceChildren();
     $("latest").hidden = true;
     set($("typing"), "");
+    set($("here"), "");
     this.#room = this.#store = null;
     this.#toEnd = true;
     this.#isCalm = false;
@@ -66,7 +67,7 @@ export class Timeline {
     }
     const room = (this.#room = this.#client.room(name));
     this.#store = messages(room);
-    const stores = [this.#store, readers(room), typing(room), inbox(this.#client)];
+    const stores = [this.#store, readers(room), typing(room), presence(room), inbox(this.#client)];
     this.#offs = stores.map((store) => store.subscribe(() => this.#later()));
     this.#draw();
   }
@@ -116,6 +117,9 @@ export class Timeline {
     if (this.#toEnd && !shown.hasNewer) log.scrollTop = log.scrollHeight;
     else if (anchor?.isConnected) log.scrollTop += anchor.offsetTop - before;
     set($("latest"), shown.newer ? t("latestNew", { n: shown.newer }) : t("latest"));
+    const { count, users, named } = presence(this.#room).getSnapshot();
+    const here = users.map(({ user, info }) => (user === this.#client.user ? t("you") : info?.name ?? user));
+    set($("here"), count == null ? "" : named ? t("here", { users: names(here) }) : t("hereCount", { n: count }));
     const typists = typing(this.#room).getSnapshot();
     set($("typing"), typists.length > 0 ? t("typing", { users: names(typists, 3) }) : "");
     $("say").hidden = shown.state === "out";
