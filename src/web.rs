@@ -7,18 +7,28 @@ use axum::{
     routing::get,
 };
 
-const PAGES: [(&str, &str); 2] = [
+const PAGES: [(&str, &str); 3] = [
     ("/", include_str!("../web/index.html")),
+    // On the SDK; it takes the place of the page at `/` once it can do as much.
+    ("/app", include_str!("../web/app.html")),
     ("/operate", include_str!("../web/operate.html")),
 ];
 
-const STYLES: [(&str, &str); 2] = [
+const STYLES: [(&str, &str); 3] = [
+    ("/app.css", include_str!("../web/app.css")),
     ("/page.css", include_str!("../web/page.css")),
     ("/operate.css", include_str!("../web/operate.css")),
 ];
 
 /// The scripts, by the names under which the pages load them.
-const SCRIPTS: [(&str, &str); 17] = [
+const SCRIPTS: [(&str, &str); 24] = [
+    ("/create.js", include_str!("../web/create.js")),
+    ("/app.js", include_str!("../web/app.js")),
+    ("/inbox.js", include_str!("../web/inbox.js")),
+    ("/timeline.js", include_str!("../web/timeline.js")),
+    ("/message.js", include_str!("../web/message.js")),
+    ("/composer.js", include_str!("../web/composer.js")),
+    ("/words-app.js", include_str!("../web/words-app.js")),
     ("/page.js", include_str!("../web/page.js")),
     ("/natter.js", include_str!("../web/natter.js")),
     ("/log.js", include_str!("../web/log.js")),
