@@ -42,7 +42,10 @@ const MOST_PAGES: usize = 32;
 const ATTEMPTS: u32 = 4;
 
 /// Pauses between them: the first and the longest.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(60));
+const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
+
+/// Pauses before a device is tried again whose service took nothing: the first and the longest.
+const LATER: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Longest pause for which a message keeps its place.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -429,8 +432,8 @@ impl<'m> Message<'m> {
             // Its service is busy with others, or hangs: the message does not wait for it in hand.
             return Ok(Notified::Later(LONGEST_PAUSE));
         };
-        let revision = match claim(parts, id).await {
-            Ok(Claim::Made(revision)) => revision,
+        let (revision, tries) = match claim(parts, id).await {
+            Ok(Claim::Made { revision, tries }) => (revision, tries),
             Ok(Claim::Later(wait)) => return Ok(Notified::Later(wait)),
             Ok(Claim::OfAnother) => {
                 count(Counter::PushSkipped(PushSkip::Repeated), 1);
@@ -445,7 +448,7 @@ impl<'m> Message<'m> {
             }
         };
         // The user chooses where a request goes: it must not hold up those of others.
-        let Some(wait) = self.send(parts, whose, note, id, turn).await else {
+        let Some(wait) = self.send(parts, whose, (note, id), tries, turn).await else {
             return Ok(Notified::Done);
         };
         // The service has certainly not taken it: whoever looks at the message then may try again.
@@ -454,7 +457,7 @@ impl<'m> Message<'m> {
             ..Put::default()
         };
         let not_before = unix_ms() + u64::try_from(wait.as_millis()).unwrap_or_default();
-        let given_back = not_before.to_string();
+        let given_back = format!("{not_before} {}", tries + 1);
         match parts.claims.put(id, given_back.into(), how).await {
             Ok(_) => Ok(Notified::Later(wait)),
             Err(error) => {
@@ -483,14 +486,14 @@ impl<'m> Message<'m> {
         &self,
         parts: &'p Parts,
         (user, name, device): (&str, &str, &Device),
-        note: &Note,
-        id: &str,
+        (note, id): (&Note, &str),
+        tries: u32,
         first: Turn<'p>,
     ) -> Option<Duration> {
         let service = service_of(device);
         let mut turn = Some(first);
         let mut attempt = 1;
-        let later = |after| pause(self.deliveries, PAUSES, after).max(LONGEST_PAUSE);
+        let later = |after| pause(tries + 1, LATER, after).max(LONGEST_PAUSE);
         let why = loop {
             let this = match turn.take() {
                 Some(turn) => turn,
@@ -518,7 +521,7 @@ impl<'m> Message<'m> {
                 Sent::Again { after, why } => {
                     let wait = pause(attempt, PAUSES, after);
                     // A service that took nothing before is asked once each time.
-                    if attempt >= ATTEMPTS || self.is_again() || wait > LONGEST_PAUSE {
+                    if attempt >= ATTEMPTS || tries > 0 || wait > LONGEST_PAUSE {
                         tracing::debug!(kind = device.kind(), why, "a notification must wait");
                         return Some(later(after));
                     }
@@ -544,8 +547,8 @@ impl<'m> Message<'m> {
 
 /// What became of a claim.
 enum Claim {
-    /// It is made, with this revision.
-    Made(u64),
+    /// It is made, with this revision, after it was given back so often.
+    Made { revision: u64, tries: u32 },
     /// It was given back, and may be made after this time.
     Later(Duration),
     /// Somebody else has it, or had it.
@@ -566,29 +569,27 @@ async fn claim(parts: &Parts, id: &str) -> Result<Claim, KvError> {
         }
     };
     if let Some(revision) = made(0).await? {
-        return Ok(Claim::Made(revision));
+        return Ok(Claim::Made { revision, tries: 0 });
     }
     let found = parts.claims.get(&[id.to_owned()]).await?.pop();
-    let Some((entry, not_before)) = found.and_then(|entry| {
-        let not_before = given_back(&entry)?;
-        Some((entry, not_before))
-    }) else {
+    let given_back = found.and_then(|entry| Some((given_back(&entry)?, entry.revision)));
+    let Some(((not_before, tries), revision)) = given_back else {
         return Ok(Claim::OfAnother);
     };
     let left = not_before.saturating_sub(unix_ms());
     if left > 0 {
         return Ok(Claim::Later(Duration::from_millis(left)));
     }
-    let taken = made(entry.revision).await?;
-    Ok(taken.map_or(Claim::OfAnother, Claim::Made))
+    let taken = made(revision).await?;
+    Ok(taken.map_or(Claim::OfAnother, |revision| Claim::Made { revision, tries }))
 }
 
-/// From when on a claim that was given back may be made again, in ms since 1970. `None`: it was not given back.
-fn given_back(claim: &Entry) -> Option<u64> {
-    std::str::from_utf8(claim.value.as_deref()?)
-        .ok()?
-        .parse()
-        .ok()
+/// From when on a claim that was given back may be made again, in ms since 1970, and how often it was given back. `None`: it
+/// was not.
+fn given_back(claim: &Entry) -> Option<(u64, u32)> {
+    let value = std::str::from_utf8(claim.value.as_deref()?).ok()?;
+    let (not_before, tries) = value.split_once(' ')?;
+    Some((not_before.parse().ok()?, tries.parse().ok()?))
 }
 
 /// The smaller of two waits.
