@@ -141,13 +141,14 @@ everybody = ${JSON.stringify(ALL)}
 /** A `natter up` with data of its own on free ports. */
 export class Up {
   /** Starts it with a configuration, and waits until it is ready. */
-  static async start(binary, { config = "", edges = 1 } = {}) {
+  static async start(binary, { config = "", edges = 1, mongodb = false } = {}) {
     const up = new Up();
     up.binary = path.resolve(binary);
     up.data = fs.mkdtempSync(path.join(os.tmpdir(), "natter-clients-"));
     const file = path.join(up.data, "config.toml");
     fs.writeFileSync(file, config);
-    const args = ["up", "--config", file, "--edges", String(edges), "--no-mongodb", "--json"];
+    const args = ["up", "--config", file, "--edges", String(edges), "--json"];
+    args.push(...(mongodb ? ["--mongodb-port", "0"] : ["--no-mongodb"]));
     args.push("--port", "0", "--nats-port", "0", "--data", path.join(up.data, "up"));
     // Nothing of what a person's machine says to natter.
     const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith("NATTER__")));
