@@ -11,7 +11,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::{Hook, Parts};
 use crate::{
@@ -28,8 +28,14 @@ pub(super) const WAITING: usize = 8;
 /// Entries of a room that are read at once.
 pub(super) const READ: usize = 8;
 
-/// Pause after a failed read.
+/// Pause after a read that has failed, or has found nothing.
 const AGAIN: Duration = Duration::from_secs(1);
+
+/// How much a replica of the stream may lag behind: another process may have acknowledged what is not there yet.
+const REPLICAS_LAG: Duration = Duration::from_secs(3);
+
+/// After this time without a find, entries that were acknowledged are not in the stream any more.
+const GONE_AFTER: Duration = Duration::from_secs(30);
 
 /// Where the rooms apart of one partition go on.
 #[derive(Debug, Default)]
@@ -47,6 +53,8 @@ struct Place {
     is_reading: bool,
     /// Of its key.
     revision: u64,
+    /// Since when reads find nothing, although something was acknowledged.
+    empty_since: Option<Instant>,
 }
 
 /// What is to be done with what was read.
@@ -90,9 +98,10 @@ impl Apart {
                 Some((room, (its, next))) if its == epoch.to_string() => {
                     let place = Place {
                         next,
-                        newest: next,
+                        newest: next.saturating_sub(1),
                         is_reading: false,
                         revision: entry.revision,
+                        empty_since: None,
                     };
                     self.rooms.entry(room.as_str().into()).or_insert(place);
                 }
@@ -132,6 +141,7 @@ impl Apart {
             revision: revision
                 .or(before.map(|before| before.revision))
                 .unwrap_or_default(),
+            empty_since: None,
         };
         self.rooms.insert(room, place);
     }
@@ -162,15 +172,20 @@ impl Apart {
         place.is_reading = false;
         let (stored, revision) = read?;
         place.revision = revision.unwrap_or(place.revision);
-        match stored.last() {
-            Some(last) => place.next = last.record.seq + 1,
-            None if place.newest < place.next => {
-                let revision = place.revision;
-                self.rooms.remove(&room);
-                return Ok(Next::Remove(revision));
-            }
-            // One has come since the read.
-            None => {}
+        if let Some(last) = stored.last() {
+            (place.next, place.empty_since) = (last.record.seq + 1, None);
+            return Ok(Next::Take(stored));
+        }
+        // What was acknowledged may not have come to the replica that was read, or was erased since.
+        let since = *place.empty_since.get_or_insert_with(Instant::now);
+        let enough = match place.newest < place.next {
+            true => REPLICAS_LAG,
+            false => GONE_AFTER,
+        };
+        if since.elapsed() >= enough {
+            let revision = place.revision;
+            self.rooms.remove(&room);
+            return Ok(Next::Remove(revision));
         }
         Ok(Next::Take(stored))
     }
@@ -234,7 +249,7 @@ pub(super) async fn read(
         Ok((stored, revision))
     };
     let read = read.await;
-    if read.is_err() {
+    if !matches!(&read, Ok((stored, _)) if !stored.is_empty()) {
         sleep(AGAIN).await;
     }
     Page { room, read }
@@ -258,8 +273,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_room_is_read_when_nothing_of_it_is_in_hand() {
+    #[tokio::test]
+    async fn a_room_is_read_when_nothing_of_it_is_in_hand() {
         let mut apart = Apart::default();
         assert!(!apart.takes("chat:a", 5));
         apart.begin("chat:a".into(), (5, 9), Some(1));
@@ -285,8 +300,18 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_room_waits_apart_until_all_that_has_come_was_read() {
+    #[tokio::test(start_paused = true)]
+    async fn what_was_erased_is_not_looked_for_without_end() {
+        let mut apart = Apart::default();
+        apart.begin("chat:a".into(), (5, 9), Some(7));
+        let taken = apart.took(nothing()).unwrap();
+        assert!(matches!(taken, Next::Take(stored) if stored.is_empty()));
+        sleep(GONE_AFTER).await;
+        assert!(matches!(apart.took(nothing()), Ok(Next::Remove(7))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_room_waits_apart_until_all_that_has_come_was_read() {
         let mut apart = Apart::default();
         apart.begin("chat:a".into(), (5, 4), Some(7));
         apart.begin_reads(128, |_| false);
@@ -299,6 +324,8 @@ mod tests {
         apart.begin("chat:a".into(), (5, 5), None);
         assert_eq!(place(&apart), Some((5, 6)));
         apart.begin("chat:a".into(), (7, 6), None);
+        assert!(matches!(apart.took(nothing()), Ok(Next::Take(_))));
+        sleep(REPLICAS_LAG).await;
         assert!(matches!(apart.took(nothing()), Ok(Next::Remove(7))));
         assert!(!apart.has("chat:a"));
     }
