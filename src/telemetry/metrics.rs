@@ -776,7 +776,7 @@ mod tests {
             assert!(
                 [
                     "code", "op", "kind", "reason", "source", "result", "cause", "check", "whose",
-                    "protocol", "worker", "hook"
+                    "protocol", "worker", "hook", "call"
                 ]
                 .contains(&label.name),
                 "{}: label {} is not known; never a room, user or session",
