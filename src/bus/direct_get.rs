@@ -237,6 +237,27 @@ impl Reader {
         Ok((stored, end.unwrap_or_default()))
     }
 
+    /// At most `most` messages that match a filter, starting at sequence `from`, without messages that are not a room's.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn some(
+        &self,
+        stream: &str,
+        epoch: Epoch,
+        filter: &str,
+        (from, most): (u64, usize),
+    ) -> Result<Vec<Stored>, ReadError> {
+        let request = serde_json::json!({
+            "seq": from.max(1),
+            "next_by_subj": filter,
+            "batch": most,
+            "max_bytes": PAGE_BYTES,
+        });
+        let (messages, _) = self.get(stream, &request).await?;
+        self.stored(&messages, stream, epoch)
+    }
+
     /// A page of messages that match a filter, starting at sequence `from`, and the number of matches after it.
     pub(super) async fn raw_page(
         &self,

@@ -133,6 +133,7 @@ pub(super) struct ConsumerInfo {
     #[serde(default)]
     pub(super) num_ack_pending: u64,
     pub(super) ack_floor: Option<Floor>,
+    pub(super) delivered: Option<Floor>,
 }
 
 #[derive(Debug, Deserialize)]

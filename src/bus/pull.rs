@@ -236,6 +236,8 @@ pub struct ConsumerState {
     pub ack_pending: u64,
     /// Every message up to this sequence is acknowledged.
     pub floor: u64,
+    /// The newest message that was delivered.
+    pub delivered: u64,
 }
 
 /// The consumer can't be used now.
@@ -675,11 +677,13 @@ async fn state_of(
             num_pending: Some(pending),
             num_ack_pending: ack_pending,
             ack_floor: Some(floor),
+            delivered,
         }) => {
             return Ok(Some(ConsumerState {
                 pending,
                 ack_pending,
                 floor: floor.stream_seq,
+                delivered: delivered.map_or(0, |delivered| delivered.stream_seq),
             }));
         }
         Ok(_) => "the answer has neither state nor error".to_owned(),

@@ -100,6 +100,7 @@ pub async fn status(
                 pending: count_after(reader, &stream, &filter, 0).await?,
                 ack_pending: 0,
                 floor: 0,
+                delivered: 0,
             },
         };
         let oldest = if state.pending + state.ack_pending > 0 {

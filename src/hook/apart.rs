@@ -9,7 +9,11 @@
 //! - An entry of a room is acknowledged without being sent only after the key says to begin at it, or before it.
 //! - While entries of a room are in hand, nothing of it is read.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::time::{Instant, sleep};
 
@@ -31,9 +35,6 @@ pub(super) const READ: usize = 8;
 /// Pause after a read that has failed, or has found nothing.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// How much a replica of the stream may lag behind: another process may have acknowledged what is not there yet.
-const REPLICAS_LAG: Duration = Duration::from_secs(3);
-
 /// After this time without a find, entries that were acknowledged are not in the stream any more.
 const GONE_AFTER: Duration = Duration::from_secs(30);
 
@@ -41,6 +42,8 @@ const GONE_AFTER: Duration = Duration::from_secs(30);
 #[derive(Debug, Default)]
 pub(super) struct Apart {
     rooms: HashMap<Arc<str>, Place>,
+    /// All of `rooms`, in the order in which they are read.
+    turns: VecDeque<Arc<str>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -49,33 +52,41 @@ struct Place {
     next: u64,
     /// The newest entry that was acknowledged unsent.
     newest: u64,
-    /// Whether its entries are being read.
-    is_reading: bool,
+    doing: Doing,
     /// Of its key.
     revision: u64,
     /// Since when reads find nothing, although something was acknowledged.
     empty_since: Option<Instant>,
 }
 
-/// What is to be done with what was read.
-#[derive(Debug)]
-pub(super) enum Next {
-    /// These entries are taken in hand.
-    Take(Vec<Stored>),
-    /// The room is as any other, and its key of this revision is removed.
-    Remove(u64),
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Doing {
+    Nothing,
+    /// Its entries are being read.
+    Reading,
+    /// Its key is being removed: it is as any other room, but a key that is found is its old one.
+    Removing,
+}
+
+/// What is to be done for a room of which nothing is in hand.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Act {
+    /// Its entries are read from there on.
+    Read(Arc<str>, u64),
+    /// It is as any other, and its key of this revision is removed.
+    Remove(Arc<str>, u64),
 }
 
 /// What was read of a room.
 #[derive(Debug)]
 pub(super) struct Page {
     pub room: Arc<str>,
-    /// The next entries and the revision of the key, or why they can't be read. No entries: there are no more.
+    /// The next entries and the revision of the key, or why they can't be read.
     pub read: Result<(Vec<Stored>, Option<u64>), String>,
 }
 
 impl Apart {
-    /// Reads which rooms wait apart, of those that this process does not know yet.
+    /// Reads which rooms wait apart, of those that this process does not know yet. [`Self::delivered`] has to follow.
     pub(super) async fn load(
         &mut self,
         parts: &Parts,
@@ -83,11 +94,8 @@ impl Apart {
         part: u16,
         epoch: Epoch,
     ) -> Result<(), KvError> {
-        for entry in parts
-            .bucket
-            .scan(&hook_apart_keys(hook.name(), part))
-            .await?
-        {
+        let keys = hook_apart_keys(hook.name(), part);
+        for entry in parts.bucket.scan(&keys).await? {
             let Some(value) = entry.value else { continue };
             let room = parse_hook_apart_key(&entry.key);
             let place = std::str::from_utf8(&value).ok().and_then(|text| {
@@ -96,14 +104,10 @@ impl Apart {
             });
             match room.zip(place) {
                 Some((room, (its, next))) if its == epoch.to_string() => {
-                    let place = Place {
-                        next,
-                        newest: next.saturating_sub(1),
-                        is_reading: false,
-                        revision: entry.revision,
-                        empty_since: None,
-                    };
-                    self.rooms.entry(room.as_str().into()).or_insert(place);
+                    let room: Arc<str> = room.as_str().into();
+                    if !self.rooms.contains_key(&room) {
+                        self.begin(room, (next, 0), Some(entry.revision));
+                    }
                 }
                 // What stood there is gone with the stream.
                 _ => drop(parts.bucket.remove_at(&entry.key, entry.revision).await?),
@@ -112,17 +116,30 @@ impl Apart {
         Ok(())
     }
 
-    /// Whether an entry of a room is one of those that are read later. It is noted.
-    pub(super) fn takes(&mut self, room: &str, seq: u64) -> bool {
-        let Some(place) = self.rooms.get_mut(room) else {
-            return false;
-        };
-        place.newest = place.newest.max(seq);
-        seq >= place.next
+    /// The consumer has delivered everything up to there, to whichever process: of rooms apart it is acknowledged.
+    pub(super) fn delivered(&mut self, seq: u64) {
+        for place in self.rooms.values_mut() {
+            place.newest = place.newest.max(seq);
+        }
     }
 
+    /// Whether an entry of a room is one of those that are read later. It is noted.
+    pub(super) fn takes(&mut self, room: &str, seq: u64) -> bool {
+        let place = self.rooms.get_mut(room);
+        let Some(place) = place.filter(|place| place.doing != Doing::Removing) else {
+            return false;
+        };
+        if seq < place.next {
+            return false;
+        }
+        (place.newest, place.empty_since) = (place.newest.max(seq), None);
+        true
+    }
+
+    /// Whether a room waits apart.
     pub(super) fn has(&self, room: &str) -> bool {
-        self.rooms.contains_key(room)
+        let place = self.rooms.get(room);
+        place.is_some_and(|place| place.doing != Doing::Removing)
     }
 
     /// A room waits apart from now on: its entries from `next` to `newest` may be acknowledged. `revision`: of its key;
@@ -137,57 +154,82 @@ impl Apart {
         let place = Place {
             next,
             newest: before.map_or(newest, |before| before.newest.max(newest)),
-            is_reading: false,
+            doing: Doing::Nothing,
             revision: revision
                 .or(before.map(|before| before.revision))
                 .unwrap_or_default(),
             empty_since: None,
         };
-        self.rooms.insert(room, place);
+        if self.rooms.insert(Arc::clone(&room), place).is_none() {
+            self.turns.push_back(room);
+        }
     }
 
-    /// The rooms of which nothing is in hand, and nothing is being read. They are now: so many that there is room for
-    /// `free` entries.
-    pub(super) fn begin_reads(
-        &mut self,
-        free: usize,
-        is_in_hand: impl Fn(&str) -> bool,
-    ) -> Vec<(Arc<str>, u64)> {
-        let reading = self.rooms.values().filter(|place| place.is_reading).count();
-        let may = (free / READ).saturating_sub(reading);
-        let all = self.rooms.iter_mut();
-        let all = all.filter(|(room, place)| !place.is_reading && !is_in_hand(room));
-        let begun = all.take(may).map(|(room, place)| {
-            place.is_reading = true;
-            (Arc::clone(room), place.next)
-        });
-        begun.collect()
+    /// What is to be done for rooms of which nothing is in hand, in turn. So many are read that there is room for `free`
+    /// entries.
+    pub(super) fn acts(&mut self, free: usize, is_in_hand: impl Fn(&str) -> bool) -> Vec<Act> {
+        let all = self.rooms.values();
+        let reading = all.filter(|place| place.doing == Doing::Reading).count();
+        let mut may = (free / READ).saturating_sub(reading);
+        let (mut acts, mut read) = (Vec::new(), Vec::new());
+        for _ in 0..self.turns.len() {
+            let Some(room) = self.turns.pop_front() else {
+                break;
+            };
+            let Some(place) = self.rooms.get_mut(&room) else {
+                continue;
+            };
+            if place.doing == Doing::Nothing && !is_in_hand(&room) {
+                if place.newest < place.next {
+                    place.doing = Doing::Removing;
+                    acts.push(Act::Remove(Arc::clone(&room), place.revision));
+                } else if may > 0 {
+                    may -= 1;
+                    place.doing = Doing::Reading;
+                    acts.push(Act::Read(Arc::clone(&room), place.next));
+                    // The others come before it next time.
+                    read.push(room);
+                    continue;
+                }
+            }
+            self.turns.push_back(room);
+        }
+        self.turns.extend(read);
+        acts
     }
 
-    /// Takes in what was read.
-    pub(super) fn took(&mut self, Page { room, read }: Page) -> Result<Next, String> {
+    /// Takes in what was read. Returns what is to be taken in hand: nothing that the consumer has not delivered yet.
+    pub(super) fn took(&mut self, Page { room, read }: Page) -> Result<Vec<Stored>, String> {
         let Some(place) = self.rooms.get_mut(&room) else {
-            return Ok(Next::Take(Vec::new()));
+            return Ok(Vec::new());
         };
-        place.is_reading = false;
-        let (stored, revision) = read?;
+        place.doing = Doing::Nothing;
+        let (mut stored, revision) = read.inspect_err(|_| place.empty_since = None)?;
         place.revision = revision.unwrap_or(place.revision);
-        if let Some(last) = stored.last() {
-            (place.next, place.empty_since) = (last.record.seq + 1, None);
-            return Ok(Next::Take(stored));
+        let is_empty = stored.is_empty();
+        stored.retain(|stored| stored.record.seq <= place.newest);
+        match stored.last() {
+            Some(last) => (place.next, place.empty_since) = (last.record.seq + 1, None),
+            // The others are newer: everything was read.
+            None if !is_empty => place.next = place.newest + 1,
+            // What was acknowledged may not have come to the replica that was read, or was erased since.
+            None => {
+                let since = *place.empty_since.get_or_insert_with(Instant::now);
+                if since.elapsed() >= GONE_AFTER {
+                    place.next = place.newest + 1;
+                }
+            }
         }
-        // What was acknowledged may not have come to the replica that was read, or was erased since.
-        let since = *place.empty_since.get_or_insert_with(Instant::now);
-        let enough = match place.newest < place.next {
-            true => REPLICAS_LAG,
-            false => GONE_AFTER,
-        };
-        if since.elapsed() >= enough {
-            let revision = place.revision;
-            self.rooms.remove(&room);
-            return Ok(Next::Remove(revision));
+        Ok(stored)
+    }
+
+    /// The key of a room with this revision is removed, or another one is there.
+    pub(super) fn forgotten(&mut self, room: &str, revision: u64) {
+        let place = self.rooms.get(room);
+        if place.is_some_and(|its| its.doing == Doing::Removing && its.revision == revision) {
+            self.rooms.remove(room);
+            self.turns.retain(|its| **its != *room);
         }
-        Ok(Next::Take(stored))
     }
 }
 
@@ -238,9 +280,11 @@ pub(super) async fn read(
         let id = RoomId::parse(&room).map_err(|error| error.to_string())?;
         let subjects = Subjects::new(&parts.config.nats.prefix);
         let filter = subjects.stored_all(parts.streams.origin(), part, &id);
-        let page = parts.reader.log(&stream, epoch, &filter, next).await;
-        let (mut stored, _) = page.map_err(|error| error.to_string())?;
-        stored.truncate(READ);
+        let page = parts
+            .reader
+            .some(&stream, epoch, &filter, (next, READ))
+            .await;
+        let stored = page.map_err(|error| error.to_string())?;
         let mut revision = None;
         if !stored.is_empty() {
             let kept = keep(&parts, &hook, part, &id, (epoch, next)).await;
@@ -259,13 +303,6 @@ pub(super) async fn read(
 mod tests {
     use super::*;
 
-    fn place(apart: &Apart) -> Option<(u64, u64)> {
-        apart
-            .rooms
-            .get("chat:a")
-            .map(|place| (place.next, place.newest))
-    }
-
     fn nothing() -> Page {
         Page {
             room: "chat:a".into(),
@@ -273,7 +310,15 @@ mod tests {
         }
     }
 
-    #[tokio::test]
+    fn read(next: u64) -> [Act; 1] {
+        [Act::Read("chat:a".into(), next)]
+    }
+
+    fn remove(revision: u64) -> [Act; 1] {
+        [Act::Remove("chat:a".into(), revision)]
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_room_is_read_when_nothing_of_it_is_in_hand() {
         let mut apart = Apart::default();
         assert!(!apart.takes("chat:a", 5));
@@ -281,52 +326,67 @@ mod tests {
         // The one that is refused stays in hand.
         assert!(!apart.takes("chat:a", 4));
         assert!(apart.takes("chat:a", 12) && !apart.takes("chat:b", 12));
-        assert!(apart.begin_reads(128, |room| room == "chat:a").is_empty());
-        assert!(apart.begin_reads(READ - 1, |_| false).is_empty());
-        assert_eq!(apart.begin_reads(READ, |_| false), [("chat:a".into(), 5)]);
-        assert!(
-            apart.begin_reads(128, |_| false).is_empty(),
-            "it is being read"
-        );
+        assert!(apart.acts(128, |room| room == "chat:a").is_empty());
+        assert!(apart.acts(READ - 1, |_| false).is_empty());
+        assert_eq!(apart.acts(READ, |_| false), read(5));
+        assert!(apart.acts(128, |_| false).is_empty(), "it is being read");
         let failed = Page {
             read: Err("no answer".to_owned()),
             ..nothing()
         };
         apart.took(failed).unwrap_err();
-        assert_eq!(
-            apart.begin_reads(128, |_| false).len(),
-            1,
-            "it is read again"
-        );
+        assert_eq!(apart.acts(128, |_| false), read(5), "it is read again");
+        apart.begin("chat:b".into(), (1, 1), Some(2));
+        apart.took(nothing()).unwrap();
+        let turn = |apart: &mut Apart| match apart.acts(READ, |_| false).pop() {
+            Some(Act::Read(room, _)) => room,
+            other => panic!("{other:?}"),
+        };
+        let first = turn(&mut apart);
+        apart
+            .took(Page {
+                room: first.clone(),
+                ..nothing()
+            })
+            .unwrap();
+        assert_ne!(turn(&mut apart), first, "they are read in turn");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_was_erased_is_not_looked_for_without_end() {
+    async fn what_was_acknowledged_and_can_not_be_found_is_looked_for_so_long() {
         let mut apart = Apart::default();
         apart.begin("chat:a".into(), (5, 9), Some(7));
-        let taken = apart.took(nothing()).unwrap();
-        assert!(matches!(taken, Next::Take(stored) if stored.is_empty()));
+        apart.took(nothing()).unwrap();
         sleep(GONE_AFTER).await;
-        assert!(matches!(apart.took(nothing()), Ok(Next::Remove(7))));
+        // Another one is waited for anew: a replica may lag behind.
+        assert!(apart.takes("chat:a", 12));
+        apart.took(nothing()).unwrap();
+        assert_eq!(apart.acts(128, |_| false), read(5));
+        sleep(GONE_AFTER).await;
+        apart.took(nothing()).unwrap();
+        assert_eq!(apart.acts(128, |_| false), remove(7));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_room_waits_apart_until_all_that_has_come_was_read() {
+    #[test]
+    fn a_room_of_which_all_was_read_is_as_any_other() {
         let mut apart = Apart::default();
-        apart.begin("chat:a".into(), (5, 4), Some(7));
-        apart.begin_reads(128, |_| false);
-        // It comes after the read.
-        assert!(apart.takes("chat:a", 6));
-        let taken = apart.took(nothing()).unwrap();
-        assert!(matches!(taken, Next::Take(stored) if stored.is_empty()));
-        assert_eq!(place(&apart), Some((5, 6)));
-        // The next refused one stays where it is, and nothing of what has come is forgotten.
-        apart.begin("chat:a".into(), (5, 5), None);
-        assert_eq!(place(&apart), Some((5, 6)));
-        apart.begin("chat:a".into(), (7, 6), None);
-        assert!(matches!(apart.took(nothing()), Ok(Next::Take(_))));
-        sleep(REPLICAS_LAG).await;
-        assert!(matches!(apart.took(nothing()), Ok(Next::Remove(7))));
-        assert!(!apart.has("chat:a"));
+        // From its key: what was acknowledged says the consumer.
+        apart.begin("chat:a".into(), (5, 0), Some(7));
+        apart.delivered(9);
+        assert_eq!(apart.acts(128, |_| false), read(5));
+        apart.begin("chat:a".into(), (10, 0), None);
+        assert_eq!(apart.acts(128, |_| false), remove(7));
+        // While the key is being removed, its entries are taken in hand.
+        assert!(!apart.takes("chat:a", 11) && !apart.has("chat:a"));
+        // It is refused again meanwhile: the old key is gone, and the room is not.
+        apart.begin("chat:a".into(), (12, 13), Some(8));
+        apart.forgotten("chat:a", 7);
+        assert!(apart.has("chat:a"));
+        assert_eq!(apart.acts(128, |_| false), read(12));
+        apart.begin("chat:a".into(), (14, 0), None);
+        assert_eq!(apart.acts(128, |_| false), remove(8));
+        apart.forgotten("chat:a", 8);
+        assert!(apart.rooms.is_empty() && apart.acts(128, |_| false).is_empty());
+        assert!(apart.turns.is_empty());
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! # Invariants
 //! - If the hook is ordered, of each room at most one entry is being sent, and no later one begins before it is done.
-//! - A bounded number is in hand: the consumer delivers no more ([`IN_HAND`]).
+//! - A bounded number is in hand: the consumer delivers no more ([`IN_HAND`]), and as many may be read of rooms apart.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
-/// Most entries of one partition in hand.
+/// Most entries of one partition in hand that the consumer has delivered, and that were read of rooms apart.
 pub(super) const IN_HAND: usize = 128;
 
 /// Entries that are remembered after they were done. Their acknowledgement may have been lost.
@@ -23,7 +23,9 @@ pub(super) struct Hand<T> {
     rooms: HashMap<Arc<str>, Room>,
     /// Rooms in which something may begin.
     look: BTreeSet<Arc<str>>,
-    done: BTreeSet<u64>,
+    done: HashSet<u64>,
+    /// The sequences in `done`, oldest first.
+    order: VecDeque<u64>,
 }
 
 #[derive(Debug)]
@@ -56,17 +58,14 @@ impl<T> Hand<T> {
             entries: BTreeMap::new(),
             rooms: HashMap::new(),
             look: BTreeSet::new(),
-            done: BTreeSet::new(),
+            done: HashSet::new(),
+            order: VecDeque::new(),
         }
     }
 
-    pub(super) fn len(&self) -> usize {
+    #[cfg(test)]
+    fn len(&self) -> usize {
         self.entries.len()
-    }
-
-    /// How many more may be taken.
-    pub(super) fn free(&self) -> usize {
-        IN_HAND.saturating_sub(self.len())
     }
 
     /// Takes a delivery of a room, or of whatever else has an order of its own.
@@ -116,9 +115,13 @@ impl<T> Hand<T> {
                 false => drop(self.look.insert(room)),
             }
         }
-        self.done.insert(seq);
-        if self.done.len() > REMEMBERED {
-            self.done.pop_first();
+        if self.done.insert(seq) {
+            self.order.push_back(seq);
+        }
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.done.remove(&oldest);
         }
         Some(item)
     }
@@ -187,7 +190,7 @@ mod tests {
         for seq in [3, 4, 5] {
             hand.finish(seq);
         }
-        assert_eq!((hand.len(), hand.rooms.len(), hand.free()), (0, 0, IN_HAND));
+        assert_eq!((hand.len(), hand.rooms.len()), (0, 0));
     }
 
     #[test]
@@ -240,6 +243,9 @@ mod tests {
             hand.begin();
             hand.finish(seq);
         }
-        assert_eq!(hand.done.len(), REMEMBERED);
+        assert_eq!(
+            (hand.done.len(), hand.order.len()),
+            (REMEMBERED, REMEMBERED)
+        );
     }
 }

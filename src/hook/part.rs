@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use super::{
     Hook, Parts,
-    apart::{self, Apart, Next, Page},
+    apart::{self, Act, Apart, Page},
     hand::{Hand, IN_HAND, Taken},
     lead::Leading,
     send::{Sent, Signs, send},
@@ -62,7 +62,7 @@ struct Item {
 enum Ended {
     Sent(u64, Sent),
     Read(Page),
-    Forgotten,
+    Forgotten(Arc<str>, u64),
 }
 
 /// A partition in the hand of this process.
@@ -75,7 +75,7 @@ struct Taking<'l> {
     epoch: Option<Epoch>,
     apart: Apart,
     sending: FuturesUnordered<BoxFuture<'static, Ended>>,
-    /// Whether nothing more can be taken.
+    /// Whether nothing more can be taken because of entries that are refused.
     is_full: Arc<AtomicBool>,
     busy_interval: Duration,
 }
@@ -241,8 +241,9 @@ impl Taking<'_> {
             if is_settled {
                 self.go_on(epoch);
             }
-            let free = self.hand.free();
-            self.is_full.store(free == 0, Ordering::Relaxed);
+            let free = self.free();
+            let is_full = free == 0 && self.stuck() + apart::READ >= IN_HAND;
+            self.is_full.store(is_full, Ordering::Relaxed);
             tokio::select! {
                 // Cancel-safe: what was taken stays in the list.
                 next = pull.next(&mut taken, free), if free > 0 => {
@@ -262,9 +263,12 @@ impl Taking<'_> {
                     answer(&self.leading.parts.connection, all, Answer::Busy).await;
                 }
                 _ = settle.tick(), if !is_settled => {
-                    let delivered = self.hand.items().filter(|item| item.delivery.is_some());
-                    let in_hand = delivered.count() as u64;
-                    is_settled = is_all_here(&self.leading.parts, &self.stream, pull, in_hand).await;
+                    let in_hand = (IN_HAND - self.free()) as u64;
+                    let parts = &self.leading.parts;
+                    if let Some(delivered) = all_here(parts, &self.stream, pull, in_hand).await {
+                        self.apart.delivered(delivered);
+                        is_settled = true;
+                    }
                 }
             }
         }
@@ -301,16 +305,41 @@ impl Taking<'_> {
         self.hand.take(seq, &of, item)
     }
 
+    /// How many entries more may be taken from the consumer.
+    fn free(&self) -> usize {
+        let delivered = self.hand.items().filter(|item| item.delivery.is_some());
+        IN_HAND.saturating_sub(delivered.count())
+    }
+
+    /// How many entries in hand are refused.
+    fn stuck(&self) -> usize {
+        self.hand
+            .items()
+            .filter(|item| item.signs.is_stuck())
+            .count()
+    }
+
     /// Begins what may begin: to send entries, and to read those of rooms apart.
     fn go_on(&mut self, epoch: Epoch) {
         if let Source::Rooms(part) = self.source {
-            let free = self.hand.free();
-            for place in self.apart.begin_reads(free, |room| self.hand.has(room)) {
+            let read = self.hand.items().filter(|item| item.delivery.is_none());
+            let free = IN_HAND.saturating_sub(read.count());
+            let acts = self.apart.acts(free, |room| self.hand.has(room));
+            for act in acts {
                 let Leading { parts, hook, .. } = &**self.leading;
                 let (parts, hook) = (parts.clone(), Arc::clone(hook));
-                let source = (self.stream.clone(), part, epoch);
-                let read = apart::read(parts, hook, source, place);
-                self.sending.push(Box::pin(read.map(Ended::Read)));
+                self.sending.push(match act {
+                    Act::Read(room, next) => {
+                        let source = (self.stream.clone(), part, epoch);
+                        let read = apart::read(parts, hook, source, (room, next));
+                        Box::pin(read.map(Ended::Read))
+                    }
+                    Act::Remove(room, revision) => {
+                        let its = (Arc::clone(&room), revision);
+                        let forget = apart::forget(parts, hook, part, its);
+                        Box::pin(forget.map(move |()| Ended::Forgotten(room, revision)))
+                    }
+                });
             }
         }
         for seq in self.hand.begin() {
@@ -337,7 +366,7 @@ impl Taking<'_> {
             return;
         };
         let Leading { parts, hook, .. } = &**self.leading;
-        let is_full = self.hand.free() == 0;
+        let is_full = self.free() == 0;
         let is_stuck = |seq| self.hand.get(seq).is_some_and(|item| item.signs.is_stuck());
         let stuck = self.hand.behind().filter(|(_, seq, waiting)| {
             hook.config.ordered && (is_full || *waiting >= apart::WAITING) && is_stuck(*seq)
@@ -374,7 +403,10 @@ impl Taking<'_> {
     async fn ended(&mut self, ended: Ended, epoch: Epoch) -> Option<String> {
         let page = match ended {
             Ended::Sent(seq, sent) => return self.done(seq, sent).await,
-            Ended::Forgotten => return None,
+            Ended::Forgotten(room, revision) => {
+                self.apart.forgotten(&room, revision);
+                return None;
+            }
             Ended::Read(page) => page,
         };
         let (parts, hook) = (&self.leading.parts, &self.leading.hook);
@@ -383,7 +415,7 @@ impl Taking<'_> {
         };
         let room = Arc::clone(&page.room);
         match self.apart.took(page) {
-            Ok(Next::Take(stored)) => {
+            Ok(stored) => {
                 for stored in stored {
                     let seq = stored.record.seq;
                     let told = Told::Entry {
@@ -395,12 +427,6 @@ impl Taking<'_> {
                         self.hold(told, None, seq);
                     }
                 }
-            }
-            Ok(Next::Remove(revision)) => {
-                let (parts, hook) = (parts.clone(), Arc::clone(hook));
-                let forget = apart::forget(parts, hook, part, (room, revision));
-                let forget = forget.map(|()| Ended::Forgotten);
-                self.sending.push(Box::pin(forget));
             }
             Err(error) => {
                 tracing::debug!(hook = hook.name(), %room, error, "a room that waits apart can't be read");
@@ -462,16 +488,18 @@ impl Taking<'_> {
     }
 }
 
-/// Whether everything that the server has delivered and that is not acknowledged is in hand.
-async fn is_all_here(parts: &Parts, stream: &str, pull: &Pull, in_hand: u64) -> bool {
+/// Whether everything that the server has delivered and that is not acknowledged is in hand: up to where it has delivered.
+async fn all_here(parts: &Parts, stream: &str, pull: &Pull, in_hand: u64) -> Option<u64> {
     let wait = parts.config.nats.read_timeout;
     let state = consumer_state(&parts.connection, stream, pull.consumer_name(), wait);
     match state.await {
-        Ok(Some(state)) => state.ack_pending <= in_hand,
-        Ok(None) => false,
+        Ok(state) => {
+            let state = state.filter(|state| state.ack_pending <= in_hand);
+            state.map(|state| state.delivered)
+        }
         Err(error) => {
             tracing::debug!(%error, "what is in the hands of others is not known");
-            false
+            None
         }
     }
 }

@@ -115,10 +115,17 @@ impl Told {
     }
 }
 
-/// Whether a receiver works, and refuses this request.
+/// Whether a receiver works, and refuses this request. A wrong secret, path or method is the same for all of them.
 fn refuses(fault: &Fault) -> bool {
-    let may_be_later = [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS];
-    matches!(fault, Fault::Status(status) if status.is_client_error() && !may_be_later.contains(status))
+    let of_all = [
+        StatusCode::UNAUTHORIZED,
+        StatusCode::FORBIDDEN,
+        StatusCode::NOT_FOUND,
+        StatusCode::METHOD_NOT_ALLOWED,
+        StatusCode::REQUEST_TIMEOUT,
+        StatusCode::TOO_MANY_REQUESTS,
+    ];
+    matches!(fault, Fault::Status(status) if status.is_client_error() && !of_all.contains(status))
 }
 
 /// What of an entry in hand its sending and the hand tell each other.
@@ -187,7 +194,8 @@ pub(super) async fn send(
         };
         let is_refused = refuses(&fault);
         let fault = fault.to_string();
-        if turn.failed(&event.id, &fault, after) {
+        // One that is refused says nothing of the receiver.
+        if !is_refused && turn.failed(&event.id, &fault, after) {
             tracing::warn!(
                 hook = hook.name(),
                 fault,

@@ -131,9 +131,10 @@ async fn update(parts: &Parts, user: &str, room: RoomId) {
     };
     for (name, device) in devices.all() {
         // The next one says it as well.
-        let Some(turn) = parts.turns.turn(user, device).await else {
+        let Some(mut turn) = parts.turns.turn(user, device).await else {
             continue;
         };
+        turn.begin();
         let id = format!("badge-{at}-{name}");
         let sent = parts.providers.send(device, name, &note, &id).await;
         turn.over();

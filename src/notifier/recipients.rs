@@ -159,17 +159,19 @@ impl<'m> Message<'m> {
         let deadline = Instant::now() + parts.config.nats.read_timeout;
         let ready = parts.online.ready(deadline).await;
         ready.map_err(|_unavailable| "who is online can't be read".to_owned())?;
-        let mut next: Option<Duration> = None;
         let began = Instant::now();
-        // A device that takes long does not hold up the next group.
+        let (mut next, mut failed) = (None, None);
+        // A device that takes long does not hold up the next group. What has begun goes on to its end, whatever fails
+        // elsewhere: a claim without its request would never be notified.
         let mut open = FuturesUnordered::new();
+        let mut note = |ended: Result<Option<Duration>, String>| match ended {
+            Ok(later) => next = sooner(next, later),
+            Err(error) => failed = Some(error),
+        };
         for (number, group) in all.chunks(GROUP).enumerate() {
             // Many recipients take a while, in which some leave, and the message may be deleted.
             let record = known.record().filter(|record| !record.is_closed());
             let Some(room_record) = record else { break };
-            if number > 0 && self.is_gone(parts).await? {
-                break;
-            }
             if self.age + began.elapsed() > parts.config.push.max_age {
                 count(Counter::PushExpired, 1);
                 break;
@@ -178,28 +180,44 @@ impl<'m> Message<'m> {
                 candidates(self.stored, &room_record).into_iter().collect();
             let group = group.iter().filter(|user| still.contains(*user));
             let group: Vec<String> = group.cloned().collect();
-            let (wait, due) = self.due(parts, &group).await?;
-            next = sooner(next, wait);
-            for (user, devices, claimed) in due {
-                open.push(self.notify_user(
-                    parts,
-                    Arc::clone(&room_record),
-                    user,
-                    devices,
-                    claimed,
-                ));
+            let look = async {
+                match number > 0 && self.is_gone(parts).await? {
+                    true => Ok(None),
+                    false => self.due(parts, &group).await.map(Some),
+                }
+            };
+            let mut look = std::pin::pin!(look);
+            let looked = loop {
+                tokio::select! {
+                    looked = &mut look => break looked,
+                    Some(ended) = open.next(), if !open.is_empty() => note(ended),
+                }
+            };
+            match looked {
+                Ok(Some((wait, due))) => {
+                    note(Ok(wait));
+                    for (user, devices, claimed) in due {
+                        let record = Arc::clone(&room_record);
+                        open.push(self.notify_user(parts, record, user, devices, claimed));
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    note(Err(error));
+                    break;
+                }
             }
             while open.len() > LEFT_OPEN
-                && let Some(later) = open.next().await
+                && let Some(ended) = open.next().await
             {
-                next = sooner(next, later?);
+                note(ended);
             }
         }
-        // What could not be claimed is claimed at the next attempt.
-        while let Some(later) = open.next().await {
-            next = sooner(next, later?);
+        while let Some(ended) = open.next().await {
+            note(ended);
         }
-        Ok(next)
+        // What could not be claimed is claimed at the next attempt.
+        failed.map_or(Ok(next), Err)
     }
 
     /// Whether the message was erased, or deleted while it waited.
@@ -495,7 +513,7 @@ impl<'m> Message<'m> {
         let mut attempt = 1;
         let later = |after| pause(tries + 1, LATER, after).max(LONGEST_PAUSE);
         let why = loop {
-            let this = match turn.take() {
+            let mut this = match turn.take() {
                 Some(turn) => turn,
                 None => match parts.turns.turn(user, device).await {
                     Some(turn) => turn,
@@ -504,6 +522,7 @@ impl<'m> Message<'m> {
             };
             let _open = Held::new(Gauge::PushOpen);
             let started = Instant::now();
+            this.begin();
             let sent = parts.providers.send(device, name, note, id).await;
             record(Histogram::PushRequestDuration, started.elapsed());
             this.over();

@@ -58,8 +58,9 @@ struct Known {
 pub(super) struct Turn<'t> {
     turns: &'t Turns,
     service: String,
-    began: Instant,
-    /// Whether the request has ended, however.
+    /// When the request began, if it has.
+    began: Option<Instant>,
+    /// Whether it has ended, however.
     is_over: bool,
     _permits: [Option<OwnedSemaphorePermit>; 4],
 }
@@ -128,7 +129,7 @@ impl Turns {
         Some(Turn {
             turns: self,
             service,
-            began: Instant::now(),
+            began: None,
             is_over: false,
             _permits: permits.ok()?,
         })
@@ -136,6 +137,11 @@ impl Turns {
 }
 
 impl Turn<'_> {
+    /// The request begins. What was done for it before says nothing of the service.
+    pub(super) fn begin(&mut self) {
+        self.began = Some(Instant::now());
+    }
+
     /// The request has ended.
     pub(super) fn over(mut self) {
         self.is_over = true;
@@ -144,8 +150,11 @@ impl Turn<'_> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
+        let Some(began) = self.began else {
+            return;
+        };
         let mut known = self.turns.known.lock();
-        if self.began.elapsed() < SLOW {
+        if began.elapsed() < SLOW {
             if self.is_over {
                 known.slow.remove(&self.service);
             }
@@ -198,11 +207,13 @@ mod tests {
         let turns = Turns::new(8);
         let hosts = ["a.example", "b.example", "c.example"].map(browser);
         for host in &hosts {
-            let turn = turns.turn("kim", host).await.unwrap();
+            let mut turn = turns.turn("kim", host).await.unwrap();
+            turn.begin();
             tokio::time::sleep(SLOW).await;
             drop(turn);
         }
-        let one = turns.turn("u1", &hosts[0]).await.unwrap();
+        let mut one = turns.turn("u1", &hosts[0]).await.unwrap();
+        one.begin();
         let two = turns.turn("u2", &hosts[1]).await.unwrap();
         assert!(!is_free(&turns, "u3", &hosts[2]).await, "two of eight");
         assert!(is_free(&turns, "u3", &browser("works.example")).await);

@@ -327,7 +327,7 @@ fn every_route_is_in_the_table() {
         }
     }
     // No part of the interface for programs.
-    routes.extend(["GET /", "GET /operate"].map(str::to_owned));
+    routes.extend(["GET /", "GET /app", "GET /operate"].map(str::to_owned));
     let rows = rows(section(HTTP, "## Routes"));
     let documented: BTreeSet<String> = rows
         .iter()
