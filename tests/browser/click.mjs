@@ -12,7 +12,7 @@ import { createRequire } from "node:module";
 import path from "node:path";
 import { fileURLToPath } from "node:url";
 
-import { Results, Up, jwt, nowSeconds, until } from "../clients/support.mjs";
+import { Results, Up, findChromium, jwt, nowSeconds, until } from "../clients/support.mjs";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const [binary] = process.argv.slice(2);
@@ -20,7 +20,7 @@ if (!binary) {
   console.error("usage: node tests/browser/click.mjs NATTER");
   process.exit(64);
 }
-const program = (process.env.PATH ?? "").split(":").map((dir) => path.join(dir, "chromium")).find((file) => fs.existsSync(file));
+const program = findChromium();
 if (!program) {
   console.log("skipped: no Chromium");
   process.exit(77);

@@ -49,6 +49,12 @@ export function packages(folder) {
   return createRequire(path.join(modules, "package.json"));
 }
 
+/** The Chromium of this machine, or null. */
+export function findChromium() {
+  const folders = (process.env.PATH ?? "").split(":");
+  return folders.flatMap((folder) => ["chromium", "chromium-browser"].map((name) => `${folder}/${name}`)).find((file) => fs.existsSync(file)) ?? null;
+}
+
 /** The first example in a language of the page docs/FOLDER.md, or of what follows a heading there, as it stands there. */
 export function exampleOf(folder, language, heading = "# ") {
   const page = fs.readFileSync(path.join(ROOT, `docs/${folder}.md`), "utf8");

@@ -17,7 +17,7 @@ import { fileURLToPath } from "node:url";
 import { Natter } from "../../sdk/js/natter.js";
 import { messages } from "../../sdk/js/store.js";
 import { signToken } from "../../sdk/js/server.js";
-import { Relay, Results, Up, until, within } from "../clients/support.mjs";
+import { Relay, Results, Up, findChromium, until, within } from "../clients/support.mjs";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const BACKEND = path.join(ROOT, "examples/backend");
@@ -29,7 +29,7 @@ if (!binary) {
   console.error("usage: node tests/examples/run.mjs NATTER [FOLDER]");
   process.exit(64);
 }
-const program = (process.env.PATH ?? "").split(":").map((dir) => path.join(dir, "chromium")).find((file) => fs.existsSync(file));
+const program = findChromium();
 if (!program) {
   console.log("skipped: no Chromium");
   process.exit(77);

@@ -12,13 +12,13 @@ import { fileURLToPath } from "node:url";
 import { chromium } from "playwright-core";
 import WebSocket from "ws";
 
-import { Relay, Up, until } from "../../../tests/clients/support.mjs";
+import { Relay, Up, findChromium, until } from "../../../tests/clients/support.mjs";
 import { Natter } from "../natter.js";
 import { signToken } from "../server.js";
 
 const HERE = fileURLToPath(new URL("..", import.meta.url));
 const binary = process.env.NATTER;
-const program = (process.env.PATH ?? "").split(":").map((folder) => path.join(folder, "chromium")).find((file) => fs.existsSync(file));
+const program = findChromium();
 const skip = !binary ? "no NATTER: set it to the program" : !program ? "no Chromium" : false;
 const GRANTS = [{ rooms: "*:*", can: ["read", "write", "presence", "history"] }];
 

@@ -45,12 +45,6 @@ presence = "users"
 const { chromium } = packages("../browser/stories")("playwright-core");
 export const AXE = fs.readFileSync(packages("../browser/stories").resolve("axe-core/axe.min.js"), "utf8");
 
-/** Where Chromium is; null where there is none. */
-export function findChromium() {
-  const folders = (process.env.PATH ?? "").split(":");
-  return folders.flatMap((folder) => ["chromium", "chromium-browser"].map((name) => `${folder}/${name}`)).find((file) => fs.existsSync(file)) ?? null;
-}
-
 export function launch(executablePath) {
   return chromium.launch({
     executablePath,

@@ -7,9 +7,9 @@
 
 import { parseArgs } from "node:util";
 
-import { Results, Up } from "../../clients/support.mjs";
+import { Results, Up, findChromium } from "../../clients/support.mjs";
 import { figures, pictures } from "./figures.mjs";
-import { CONFIG, Story, findChromium, launch } from "./harness.mjs";
+import { CONFIG, Story, launch } from "./harness.mjs";
 import { LAST, LONG, STORIES } from "./stories.mjs";
 
 const { values, positionals } = parseArgs({
