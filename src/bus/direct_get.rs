@@ -248,13 +248,7 @@ impl Reader {
         filter: &str,
         (from, most): (u64, usize),
     ) -> Result<Vec<Stored>, ReadError> {
-        let request = serde_json::json!({
-            "seq": from.max(1),
-            "next_by_subj": filter,
-            "batch": most,
-            "max_bytes": PAGE_BYTES,
-        });
-        let (messages, _) = self.get(stream, &request).await?;
+        let (messages, _) = self.page_of(stream, filter, from, most).await?;
         self.stored(&messages, stream, epoch)
     }
 
@@ -265,10 +259,20 @@ impl Reader {
         filter: &str,
         from: u64,
     ) -> Result<(Vec<Message>, Option<u64>), ReadError> {
+        self.page_of(stream, filter, from, PAGE_MESSAGES).await
+    }
+
+    async fn page_of(
+        &self,
+        stream: &str,
+        filter: &str,
+        from: u64,
+        most: usize,
+    ) -> Result<(Vec<Message>, Option<u64>), ReadError> {
         let request = serde_json::json!({
             "seq": from.max(1),
             "next_by_subj": filter,
-            "batch": PAGE_MESSAGES,
+            "batch": most,
             "max_bytes": PAGE_BYTES,
         });
         self.get(stream, &request).await

@@ -282,9 +282,8 @@ impl Taking<'_> {
         let Some(told) = told else {
             return answer(&parts.connection, vec![&delivery], Answer::Done).await;
         };
-        let of = told.of().to_owned();
         let seq = delivery.seq;
-        if self.hand.get(seq).is_none() && self.apart.takes(&of, seq) {
+        if self.hand.get(seq).is_none() && self.apart.takes(told.of(), seq) {
             return answer(&parts.connection, vec![&delivery], Answer::Done).await;
         }
         match self.hold(told, Some(delivery.clone()), seq) {
